@@ -1,0 +1,223 @@
+"""Read a checkpoint in any layout: a wanted box is assembled from the stored boxes it meets."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megalite.checkpoint.format import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    LATEST_FILE,
+    PRIVATE_PREFIX,
+    SAFETENSORS_DTYPES,
+    SHOWN_PROBLEMS,
+    STATE_FILE,
+    CheckpointError,
+    Index,
+    Piece,
+    StoredBox,
+    StoredTensor,
+    iteration_folder,
+    latest_iteration,
+    lies_within,
+    list_iterations,
+    listing,
+    rank_file,
+    replaced_folders,
+)
+from megalite.parallel.boxes import Box
+
+
+class Checkpoint:
+    """An open checkpoint. Every rank may open it on its own; nothing here communicates. Usable in a `with` block."""
+
+    def __init__(self, folder: Path, index: Index, state: dict, config_yaml: str):
+        self.folder = folder
+        self.state = state
+        """The JSON object given to `write`."""
+        self.config_yaml = config_yaml
+        self._index = index
+        self._open_files = {}
+
+    @classmethod
+    def open(cls, root: str | Path, step: int | None = None) -> "Checkpoint":
+        """Open the latest checkpoint in `root`, or that of iteration `step`.
+
+        Raises CheckpointError when it is not there, damaged, of another format version, or lacks (part of) a file.
+        """
+        folder = _find(Path(root), step)
+        try:
+            index = Index.from_json((folder / INDEX_FILE).read_text())
+            _compare_sizes(folder, index)
+            state = json.loads((folder / STATE_FILE).read_text())
+            return cls(folder, index, state, (folder / CONFIG_FILE).read_text())
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder} cannot be read: {error}") from error
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        self._open_files.clear()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    @property
+    def iteration(self) -> int:
+        """Iteration at which it was written."""
+        return self._index.iteration
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that wrote it."""
+        return self._index.world_size
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all stored tensors (private ones aside)."""
+        return list(self._index.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Global shape."""
+        return self._stored(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype."""
+        return self._stored(name).dtype
+
+    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """One box of a tensor (None: all of it), on the CPU, in the stored dtype.
+
+        Raises CheckpointError when the name is unknown, or the box does not lie in the stored shape.
+        """
+        stored = self._stored(name)
+        box = Box.whole(stored.shape) if box is None else box
+        if not lies_within(box, stored.shape):
+            raise CheckpointError(f"{self.folder}: {name} has shape {stored.shape}; {box} does not lie in it")
+        out = torch.empty(box.shape, dtype=stored.dtype)
+        filled = 0
+        for part in stored.boxes:
+            common = part.box.intersect(box)
+            if common:
+                out[common.slices_in(box)] = self._slice(part, stored.dtype)[common.slices_in(part.box)]
+                filled += common.numel
+        if filled != box.numel:
+            raise CheckpointError(f"{self.folder}: {name}: {filled} of the {box.numel} elements of {box} are stored")
+        return out
+
+    def check(self, pieces: Iterable[Piece]) -> None:
+        """Raise one CheckpointError that lists every piece whose name is missing or whose global shape differs."""
+        pieces = list(pieces)
+        missing = sorted({piece.name for piece in pieces if piece.name not in self._index.tensors})
+        problems = [
+            f"{piece.name}: shape {self.shape(piece.name)} is stored, {tuple(piece.global_shape)} is wanted"
+            for piece in pieces
+            if piece.name not in missing and self.shape(piece.name) != tuple(piece.global_shape)
+        ]
+        if not missing and not problems:
+            return
+        # Finding near names is slow: only for those that are shown.
+        lines = [f"{name}: not stored{self._nearest(name)}" for name in missing[:SHOWN_PROBLEMS]] + problems
+        total = len(missing) + len(problems)
+        raise CheckpointError(listing(f"{self.folder} does not hold what is wanted:", lines, total))
+
+    def read_into(self, piece: Piece) -> None:
+        """Fill the piece's tensor from the checkpoint, converted to its dtype and device. Raises as `check` does."""
+        self.check([piece])
+        with torch.no_grad():
+            piece.tensor.copy_(self.read(piece.name, piece.box))
+
+    def private(self, rank: int, world_size: int) -> dict[str, torch.Tensor] | None:
+        """The tensors that this rank alone stored; None when the checkpoint was written by another number of ranks."""
+        if world_size != self.world_size:
+            return None
+        file = self._file(rank_file(rank))
+        return {
+            key.removeprefix(PRIVATE_PREFIX): file.get_tensor(key).clone()
+            for key in file.keys()
+            if key.startswith(PRIVATE_PREFIX)
+        }
+
+    def verify(self) -> None:
+        """Compare every file's SHA-256 with the index, and the boxes with the shapes.
+
+        Reads everything. Raises CheckpointError that lists all damage.
+        """
+        problems = [problem for name, tensor in self._index.tensors.items() for problem in tensor.problems(name)]
+        for name, file in self._index.files.items():
+            if _sha256(self.folder / name) != file.sha256:
+                problems.append(f"{name}: its checksum differs from the index")
+        if problems:
+            raise CheckpointError(listing(f"{self.folder} is damaged:", problems))
+
+    def _stored(self, name: str) -> StoredTensor:
+        try:
+            return self._index.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder}: {name} is not stored{self._nearest(name)}") from None
+
+    def _nearest(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self._index.tensors, n=2)
+        return f" (nearest: {', '.join(near)})" if near else ""
+
+    def _file(self, name: str):
+        if name not in self._open_files:
+            try:
+                self._open_files[name] = safe_open(self.folder / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.folder / name} cannot be read: {error}") from error
+        return self._open_files[name]
+
+    def _slice(self, part: StoredBox, dtype: torch.dtype):
+        """A lazily read tensor of the file, checked against what the index says of it."""
+        try:
+            data = self._file(part.file).get_slice(part.key)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.folder / part.file}: {error}") from error
+        found, expected = (tuple(data.get_shape()), data.get_dtype()), (part.box.shape, SAFETENSORS_DTYPES[dtype])
+        if found != expected:
+            raise CheckpointError(f"{self.folder / part.file}: {part.key} is {found}, the index says {expected}")
+        return data
+
+
+def _find(root: Path, step: int | None) -> Path:
+    """The folder to open. Raises CheckpointError that names what is there instead."""
+    there = ", ".join(map(iteration_folder, list_iterations(root))) or "no checkpoint"
+    iteration = latest_iteration(root) if step is None else step
+    if iteration is None:
+        hint = "; name one with --ckpt-step" if list_iterations(root) else ""
+        raise CheckpointError(f"{root / LATEST_FILE} does not exist; {root} holds {there}{hint}")
+    # A run killed between moving an old iter_N aside and moving the new one in leaves only the first: see save.py.
+    for folder in [root / iteration_folder(iteration), *reversed(replaced_folders(root, iteration))]:
+        if folder.is_dir():
+            return folder
+    raise CheckpointError(f"{root / iteration_folder(iteration)} does not exist; {root} holds {there}")
+
+
+def _compare_sizes(folder: Path, index: Index) -> None:
+    problems = []
+    for name, file in index.files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != file.bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {file.bytes}")
+    if problems:
+        raise CheckpointError("; ".join(problems))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()

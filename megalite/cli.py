@@ -1,0 +1,211 @@
+"""Command line and YAML files -> RunConfig, with every problem told at once. Imports no torch.
+
+tyro draws the help. Reading the flags is done here, since one reader of both sources can report all problems of both
+together, in the same words, and knows that the opposite of --no-load-optim is --load-optim.
+"""
+
+import os
+import sys
+import textwrap
+from dataclasses import dataclass
+from typing import Annotated, Any, NoReturn
+
+import tyro
+
+from megalite import validate
+from megalite.config import ConfigError, Option, Problem, RunConfig, example, nearest, options, read_flat, with_values
+
+PAGE_WIDTH = 100
+"""Columns that problems are wrapped to."""
+
+HOW_TO = """Values come from the flags, then from the --config file, then from the defaults. To take back what a file \
+sets: --no-SWITCH for a switch (--load-optim for --no-load-optim), `--FLAG unset` for a value whose default is unset."""
+
+
+@dataclass(frozen=True)
+class _CommandLine(RunConfig):
+    """RunConfig and the flags that are not part of it, for the help."""
+
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE.yaml")] = None
+    """YAML file of flags: one `name: value` a line, names as below without the dashes. Flags win over the file."""
+
+
+def parse(argv: list[str] | None = None, description: str = "", quiet: bool = False) -> RunConfig:
+    """Read flags and the --config file. --help prints the help and exits 0; mistakes are all printed, then exit 2.
+
+    argv: without the program's name; None: sys.argv[1:]. quiet: print nothing (for every rank but the first).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "-h" in argv or "--help" in argv:
+        show_help(description, quiet)
+    try:
+        return read(argv)
+    except ConfigError as error:
+        refuse(error.problems, quiet)
+
+
+def parse_and_check(argv: list[str] | None = None, description: str = "", launch=None) -> RunConfig:
+    """`parse`, then every check for this world size, then the configuration with all its defaults filled in.
+
+    Problems are printed by rank 0 only and end every rank with status 2. With --world-size the configuration is checked
+    for that size, a summary is printed, and the program ends with status 0: nothing is started.
+    launch: a LaunchInfo; None: found in the environment.
+    """
+    if launch is None:
+        from megalite.parallel.launch import detect
+
+        launch = detect(os.environ)
+    quiet = launch.rank != 0
+    config = parse(argv, description, quiet)
+    world_size = config.parallel.world_size or launch.world_size
+    problems = validate.check(config, world_size)
+    if problems:
+        refuse(problems, quiet)
+    resolved = validate.resolve(config, world_size)
+    if config.parallel.world_size is None:
+        return resolved
+    if not quiet:
+        from megalite.estimate import summary
+
+        print(summary(resolved, world_size))
+    raise SystemExit(0)
+
+
+def read(argv: list[str]) -> RunConfig:
+    """The configuration that a command line asks for. Raises ConfigError with every mistake in it and in its file."""
+    file, flags, problems = read_flags(argv)
+    values = {}
+    if file is not None:
+        values, in_file = read_yaml(file)
+        problems = [*in_file, *problems]
+    if problems:
+        raise ConfigError(problems)
+    return with_values(RunConfig(), values | flags)
+
+
+def read_flags(argv: list[str]) -> tuple[str | None, dict[str, Any], list[Problem]]:
+    """(file of --config, values by key, problems). `--flag value` or `--flag=value`; hyphens or underscores; the last
+    of several wins; a value may not start with two dashes unless joined by `=`."""
+    config_file = Option("config", "", str, False, (), None, ())
+    known = (config_file, *options().values())
+    switches = {flag: (o, on) for o in known if o.kind is bool for flag, on in o.switches.items()}
+    valued = {flag: o for o in known if o.kind is not bool for flag in (o.flag, *o.aliases)}
+    values, problems = {}, []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, joined, text = token.partition("=")
+        flag = name.replace("_", "-")
+        if flag in switches and not joined:
+            values[switches[flag][0].key] = switches[flag][1]
+        elif flag in valued:
+            if not joined and rest and not rest[0].startswith("--"):
+                joined, text = " ", rest.pop(0)
+            _read_value(valued[flag], name, text if joined else None, values, problems)
+        else:
+            problems.append(_unknown_flag(token, flag, switches, valued))
+            if flag.startswith("-") and not joined and rest and not rest[0].startswith("-"):
+                rest.pop(0)  # the value meant for the unknown flag; one problem is enough
+    return values.pop("config", None), values, problems
+
+
+def _read_value(option: Option, name: str, text: str | None, values: dict, problems: list[Problem]) -> None:
+    """Put the value of one flag into `values`, or a problem into `problems`."""
+    fix = f"for example {name} {example(option)}"
+    if text is None:
+        problems.append(Problem(f"{name} needs a value: {option.expected}", fix, (option.key,)))
+        return
+    try:
+        values[option.key] = option.from_text(text)
+    except ValueError:
+        expected = option.expected.replace("null", "unset")
+        problems.append(Problem(f"{name}: {text!r} is not {expected}", fix, (option.key,)))
+
+
+def _unknown_flag(token: str, flag: str, switches: dict, valued: dict) -> Problem:
+    """What is wrong with a token that is neither a flag nor a flag's value."""
+    if flag in switches:
+        return Problem(f"{token}: {flag} takes no value", " or ".join(switches[flag][0].switches))
+    if not flag.startswith("-"):
+        return Problem(f"unexpected {token!r}: values follow a flag, and switches take none", "remove it")
+    match = nearest(flag, [*switches, *valued])
+    return Problem(f"unknown flag {flag}", f"{match}" if match else "remove it (--help lists the flags)")
+
+
+def read_yaml(file: str) -> tuple[dict[str, Any], list[Problem]]:
+    """(values by key, problems) of a YAML file of flat keys."""
+    import yaml
+
+    try:
+        with open(file, encoding="utf-8") as stream:
+            node = yaml.compose(stream, Loader=yaml.SafeLoader)
+            loaded = yaml.SafeLoader("").construct_document(node) if node is not None else {}
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        return {}, [Problem(f"--config {file}: {reason}", "give the path of a YAML file", ("config",))]
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        return {}, [Problem(f"--config {file} is not YAML: {where}", "write one `name: value` a line", ("config",))]
+    if not isinstance(loaded, dict):
+        wrong = f"--config {file} holds a {type(loaded).__name__}, not names and values"
+        return {}, [Problem(wrong, "write one `name: value` a line", ("config",))]
+    keys = [key.value for key, _ in node.value] if node is not None else []
+    repeated = [Problem(f"{key!r} is given twice", "keep one of them") for key in sorted(set(keys)) if keys.count(key) > 1]
+    values, problems = read_flat(loaded)
+    return values, [Problem(f"{file}: {p.message}", p.fix, p.flags) for p in (*repeated, *problems)]
+
+
+def refuse(problems: list[Problem], quiet: bool = False) -> NoReturn:
+    """Print every problem with its fix to stderr, unless quiet, and exit with status 2."""
+    if not quiet:
+        print(report(problems, os.path.basename(sys.argv[0])), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def report(problems: list[Problem], program: str) -> str:
+    """The problems, numbered and wrapped, each with its fix."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [f"{program}: {count} in the configuration, nothing was started (--help explains the flags).", ""]
+    for number, problem in enumerate(problems, 1):
+        lines += _wrap(f"{number:3}. ", problem.message)
+        lines += _wrap("     fix: ", problem.fix)
+    return "\n".join(lines)
+
+
+def _wrap(prefix: str, text: str) -> list[str]:
+    """Lines of at most PAGE_WIDTH columns, indented to the end of the prefix; words such as --tp stay whole."""
+    indent = " " * len(prefix)
+    return textwrap.wrap(
+        text, PAGE_WIDTH, initial_indent=prefix, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def show_help(description: str, quiet: bool = False) -> NoReturn:
+    """Print the help, unless quiet, and exit with status 0."""
+    text = f"{description}\n\n{HOW_TO}".strip()
+    marks = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    registry = _help_registry()
+    tyro.cli(_CommandLine, description=text, args=["--help"], config=marks, registry=registry, console_outputs=not quiet)
+    raise SystemExit(0)
+
+
+def _help_registry() -> tyro.constructors.ConstructorRegistry:
+    """How values that may be unset look in the help: `--save STR (default: unset)`."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def optional(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        arms = getattr(info.type, "__args__", ())
+        if type(None) not in arms:
+            return None
+        kind = next(arm for arm in arms if arm is not type(None))
+        choices = getattr(kind, "__args__", ())
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{" + ",".join(choices) + "}" if choices else kind.__name__.upper(),
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: True,
+            str_from_instance=lambda value: ["unset" if value is None else str(value)],
+        )
+
+    return registry

@@ -1,0 +1,26 @@
+"""Where the tokens come from and how they are grouped. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from and how they are grouped into batches."""
+
+    data_path: str | None = None
+    """Prefix of an indexed dataset, PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes it."""
+    mock_data: bool = False
+    """Tokens made up on the spot, with structure that can be learned, in place of --data-path. Needs --vocab-size."""
+    split: str = "969,30,1"
+    """Shares of the documents for training, validation and test."""
+    tokenizer_type: Literal["SentencePieceTokenizer", "ByteTokenizer"] | None = None
+    """Tokenizer that the data was made with; gives the vocabulary size and is recorded for sampling."""
+    tokenizer_model: str | None = None
+    """Model file of the tokenizer (SentencePieceTokenizer)."""
+    micro_batch_size: int = 1
+    """Sequences in one forward pass of one data-parallel rank, b."""
+    global_batch_size: int | None = None
+    """Sequences in one optimizer step over all ranks. Unset: micro_batch_size * data-parallel size."""
+    eod_mask_loss: bool = False
+    """Leave the end-of-document tokens out of the loss (needs a tokenizer)."""

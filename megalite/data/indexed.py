@@ -1,0 +1,349 @@
+"""Indexed datasets: token sequences in PREFIX.bin, where they lie in PREFIX.idx (the MMIDIDX format, version 1).
+
+The .bin file holds the token arrays one after another. The .idx file, little-endian, holds
+
+    9 bytes      MMIDIDX and two zero bytes
+    u64          version, 1
+    u8           dtype code
+    u64, u64     number of sequences n, number of document boundaries d + 1
+    n int32      lengths in tokens
+    n int64      byte offsets into .bin
+    d + 1 int64  first sequence of each document, then n
+    n int8       modes, optional and not read
+
+ PREFIX.json beside them tells which tokenizer made the ids.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+"""Dtype code in the .idx file -> NumPy dtype of the .bin file."""
+CHUNK = 1 << 20
+"""Index entries looked at or copied at a time: memory stays small however many sequences there are."""
+
+
+class DatasetError(ValueError):
+    """Data that cannot be used: names the file or split, the value found, and what to do."""
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What PREFIX.json says of an indexed dataset: its tokenizer and its size."""
+
+    tokenizer_type: str
+    vocab_size: int
+    """Every id in the data is below this."""
+    eod: int | None
+    """Id of the end-of-document token; None when the tokenizer has none."""
+    tokenizer_sha256: str
+    """Digest of the tokenizer's model, to tell two tokenizers of one type apart."""
+    documents: int
+    tokens: int
+
+    @classmethod
+    def read(cls, prefix: str | Path) -> "DatasetInfo | None":
+        """The description beside the dataset at `prefix`, None when there is none. Raises DatasetError if damaged."""
+        path = dataset_path(prefix, ".json")
+        if not path.exists():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise DatasetError(
+                f"{path}: not a dataset description ({error}). Run tools/preprocess_data.py again"
+            ) from None
+
+
+def dataset_path(prefix: str | Path, suffix: str) -> Path:
+    """PREFIX.bin and the like; a dot in the last part of the prefix is no suffix."""
+    return Path(f"{prefix}{suffix}")
+
+
+class IndexedDataset:
+    """An indexed dataset opened for reading through memory maps: opening costs a pass over the index, no memory.
+
+    Raises DatasetError when a file is missing, is no MMIDIDX v1 file, is cut short, or does not fit its partner.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = str(prefix)
+        self.index_path, self.bin_path = dataset_path(prefix, ".idx"), dataset_path(prefix, ".bin")
+        for path in (self.index_path, self.bin_path):
+            if not path.is_file():
+                raise DatasetError(
+                    f"{path}: no such file. --data-path takes the prefix of a .bin and .idx pair made by "
+                    "tools/preprocess_data.py, without the suffix"
+                )
+        self._read_index()
+        self._check_documents()
+        self.contiguous = self._check_sequences()
+        """Whether the sequences lie one after another in the .bin file, without gaps."""
+        self.ids = _map(self.bin_path, self.dtype, 0, self.bin_path.stat().st_size // self.dtype.itemsize)
+        """All of the .bin file."""
+        self._digest: str | None = None
+
+    def _read_index(self) -> None:
+        path, size = self.index_path, self.index_path.stat().st_size
+        if size < HEADER.size:
+            raise DatasetError(f"{path}: {size} bytes, too short for an MMIDIDX header of {HEADER.size}. {_REMAKE}")
+        with path.open("rb") as file:
+            magic, version, code, sequences, boundaries = HEADER.unpack(file.read(HEADER.size))
+        if magic != MAGIC:
+            raise DatasetError(f"{path}: starts with {magic!r}, not {MAGIC!r}: no MMIDIDX file. {_REMAKE}")
+        if version != VERSION:
+            raise DatasetError(f"{path}: MMIDIDX version {version}; only version {VERSION} is known. {_REMAKE}")
+        if code not in DTYPES or np.dtype(DTYPES[code]).kind == "f":
+            raise DatasetError(
+                f"{path}: dtype code {code} is no integer type; token ids are codes 1 to 5 or 8. {_REMAKE}"
+            )
+        needed = HEADER.size + 12 * sequences + 8 * boundaries
+        if size not in (needed, needed + sequences):
+            raise DatasetError(
+                f"{path}: {size} bytes, but {sequences} sequences and {boundaries} document boundaries take {needed} "
+                f"({needed + sequences} with modes). The file is damaged or was cut short. {_REMAKE}"
+            )
+        self.dtype = np.dtype(DTYPES[code])
+        self.lengths = _map(path, "<i4", HEADER.size, sequences)
+        """int32 [sequences]: tokens in each sequence."""
+        self.offsets = _map(path, "<i8", HEADER.size + 4 * sequences, sequences)
+        """int64 [sequences]: byte of the .bin file at which each sequence starts."""
+        self.document_indices = _map(path, "<i8", HEADER.size + 12 * sequences, boundaries)
+        """int64 [documents + 1]: first sequence of each document, then the number of sequences."""
+
+    def _check_documents(self) -> None:
+        bounds = self.document_indices
+        if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != len(self.lengths):
+            found = f"{bounds[0]} to {bounds[-1]}" if len(bounds) else "nothing"
+            raise DatasetError(
+                f"{self.index_path}: document boundaries run from {found}, not from 0 to {len(self.lengths)}, "
+                f"the number of sequences. {_REMAKE}"
+            )
+        for start in range(0, len(bounds), CHUNK):
+            if (np.diff(bounds[start : start + CHUNK + 1]) < 0).any():
+                raise DatasetError(f"{self.index_path}: document boundaries go backwards. {_REMAKE}")
+
+    def _check_sequences(self) -> bool:
+        """Whether the sequences are contiguous. Raises DatasetError when one does not lie in the .bin file."""
+        itemsize, size = self.dtype.itemsize, self.bin_path.stat().st_size
+        expected, contiguous, self.num_tokens = 0, True, 0
+        for start in range(0, len(self.lengths), CHUNK):
+            lengths = self.lengths[start : start + CHUNK].astype(np.int64)
+            offsets = self.offsets[start : start + CHUNK]
+            ends = offsets + lengths * itemsize
+            bad = (lengths < 0) | (offsets < 0) | (offsets % itemsize != 0) | (ends > size)
+            if bad.any():
+                i = int(bad.argmax())
+                raise DatasetError(
+                    f"{self.bin_path}: sequence {start + i} of {lengths[i]} tokens should lie at bytes {offsets[i]} "
+                    f"to {ends[i]}, but the file has {size}. It is damaged, cut short or belongs to another .idx. "
+                    f"{_REMAKE}"
+                )
+            contiguous &= offsets[0] == expected and bool((offsets[1:] == ends[:-1]).all())
+            expected = int(ends[-1])
+            self.num_tokens += int(lengths.sum())
+        if contiguous and expected != size:
+            raise DatasetError(
+                f"{self.bin_path}: {size} bytes, but {self.index_path} tells of {expected}. "
+                f"The two files do not belong together. {_REMAKE}"
+            )
+        return bool(contiguous)
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return len(self.document_indices) - 1
+
+    def sequence(self, i: int) -> np.ndarray:
+        """The token ids of sequence i, 0 <= i < len(self): a view of the file, in its dtype."""
+        start = int(self.offsets[i]) // self.dtype.itemsize
+        return self.ids[start : start + int(self.lengths[i])]
+
+    def tokens(self, first_document: int = 0, last_document: int | None = None) -> "TokenStream":
+        """The tokens of documents [first_document, last_document) as one stream."""
+        last_document = self.num_documents if last_document is None else last_document
+        if not 0 <= first_document <= last_document <= self.num_documents:
+            raise DatasetError(
+                f"{self.prefix}: documents {first_document} to {last_document} asked for, it has {self.num_documents}"
+            )
+        return TokenStream(self, first_document, last_document)
+
+    def fingerprint(self) -> str:
+        """A digest of the index, the size of the .bin file, and its first and last 64 KiB: cheap at any size."""
+        if self._digest is None:
+            digest = hashlib.sha256(str(self.bin_path.stat().st_size).encode())
+            with self.index_path.open("rb") as file:
+                for block in _blocks(file):
+                    digest.update(block)
+            ends = 65536 // self.dtype.itemsize
+            digest.update(self.ids[:ends].tobytes())
+            digest.update(self.ids[-ends:].tobytes())
+            self._digest = digest.hexdigest()
+        return self._digest
+
+
+class TokenStream:
+    """The tokens of a range of documents as one flat sequence. `len()` is its number of tokens."""
+
+    def __init__(self, dataset: IndexedDataset, first_document: int, last_document: int):
+        self._dataset = dataset
+        self._documents = (first_document, last_document)
+        self._first, last = (int(dataset.document_indices[i]) for i in self._documents)
+        lengths = dataset.lengths[self._first : last]
+        if not dataset.contiguous:
+            self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            self._length = int(self._starts[-1])
+            return
+        itemsize, size = dataset.dtype.itemsize, len(dataset.ids)
+        start, stop = (int(dataset.offsets[i]) // itemsize if i < len(dataset) else size for i in (self._first, last))
+        self._ids, self._length = dataset.ids[start:stop], stop - start
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Token ids [start, stop), 0 <= start <= stop <= len, in the dtype of the file.
+
+        A view of the file when its sequences are contiguous, otherwise copied together from those concerned.
+        """
+        if self._dataset.contiguous:
+            return self._ids[start:stop]
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        last = int(np.searchsorted(self._starts, stop, side="left"))
+        parts = [self._dataset.sequence(self._first + i) for i in range(first, last)]
+        origin = int(self._starts[first])
+        return np.concatenate([np.empty(0, self._dataset.dtype), *parts])[start - origin : stop - origin]
+
+    def fingerprint(self) -> str:
+        """Tells this stream from others: the dataset's fingerprint and the documents taken from it."""
+        return "{}[{}:{}]".format(self._dataset.fingerprint(), *self._documents)
+
+
+_REMAKE = "Make it again with tools/preprocess_data.py"
+
+
+def _map(path: Path, dtype, offset: int, count: int) -> np.ndarray:
+    """A read-only view of `count` values of a file at a byte offset. Empty files cannot be mapped."""
+    if count == 0:
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)))
+
+
+class IndexedWriter:
+    """Writes an indexed dataset as it comes, in bounded memory, under temporary names until `finish`.
+
+    Use it in a `with` block: leaving the block without `finish` removes what was written. Only complete datasets ever
+    have their final names; the .idx file is renamed last, so where it exists the dataset is whole.
+    Raises DatasetError when the dataset exists already, at the start and again before the renames.
+    """
+
+    def __init__(self, prefix: str | Path, dtype):
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        codes = {np.dtype(name): code for code, name in DTYPES.items()}
+        if self.dtype.kind not in "iu" or self.dtype not in codes:
+            raise DatasetError(f"{prefix}: token ids cannot be stored as {np.dtype(dtype)}")
+        self._code = codes[self.dtype]
+        self._finals = {suffix: dataset_path(prefix, suffix) for suffix in (".bin", ".json", ".idx")}
+        self._refuse_existing()
+        self._tag = f".{os.getpid()}-{secrets.token_hex(4)}.partial"
+        self._files: dict[str, BinaryIO] = {}
+        for suffix in (".bin", ".lengths", ".documents"):
+            self._files[suffix] = self._partial(suffix).open("w+b")
+        self.sequences = self.documents = self.tokens = 0
+        self._files[".documents"].write(struct.pack("<q", 0))
+
+    def _partial(self, suffix: str) -> Path:
+        final = self._finals[".bin"]
+        return final.with_name(f".{final.name.removesuffix('.bin')}{suffix}{self._tag}")
+
+    def _refuse_existing(self) -> None:
+        existing = [str(path) for path in self._finals.values() if path.exists()]
+        if existing:
+            raise DatasetError(f"{', '.join(existing)} exists already. Delete it or choose another --output-prefix")
+
+    def add_document(self, *sequences: np.ndarray) -> None:
+        """Append one document made of these sequences (usually one)."""
+        arrays = [np.asarray(sequence) for sequence in sequences]
+        lengths = np.array([len(array) for array in arrays], "<i4")
+        data = b"".join(array.astype(self.dtype, copy=False).tobytes() for array in arrays)
+        self._write(data, lengths, np.array([self.sequences + len(arrays)], "<i8"))
+
+    def add_documents(self, data: bytes, lengths: np.ndarray) -> None:
+        """Append documents of one sequence each: their ids in one go, in the writer's dtype, and their lengths."""
+        lengths = np.asarray(lengths, "<i4")
+        self._write(data, lengths, np.arange(self.sequences + 1, self.sequences + 1 + len(lengths), dtype="<i8"))
+
+    def _write(self, data: bytes, lengths: np.ndarray, boundaries: np.ndarray) -> None:
+        tokens = int(lengths.sum(dtype=np.int64))
+        if len(data) != tokens * self.dtype.itemsize:
+            raise DatasetError(f"{len(data)} bytes given for {tokens} tokens of {self.dtype.itemsize} bytes")
+        self._files[".bin"].write(data)
+        self._files[".lengths"].write(lengths.tobytes())
+        self._files[".documents"].write(boundaries.tobytes())
+        self.sequences += len(lengths)
+        self.documents += len(boundaries)
+        self.tokens += tokens
+
+    def finish(self, info: DatasetInfo | None = None) -> None:
+        """Write the index and, when given, the description; then give all files their final names."""
+        self._files[".idx"] = self._partial(".idx").open("wb")
+        self._write_index(self._files[".idx"])
+        if info is not None:
+            self._files[".json"] = self._partial(".json").open("wb")
+            self._files[".json"].write((json.dumps(asdict(info), indent=2) + "\n").encode())
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self._refuse_existing()
+        for suffix, final in self._finals.items():
+            if suffix in self._files:
+                self._files.pop(suffix).close()
+                self._partial(suffix).rename(final)
+        self.abort()
+
+    def _write_index(self, index: BinaryIO) -> None:
+        index.write(HEADER.pack(MAGIC, VERSION, self._code, self.sequences, self.documents + 1))
+        for block in _blocks(self._files[".lengths"]):
+            index.write(block)
+        offset = 0
+        for block in _blocks(self._files[".lengths"]):
+            ends = offset + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * self.dtype.itemsize
+            index.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        for block in _blocks(self._files[".documents"]):
+            index.write(block)
+
+    def abort(self) -> None:
+        """Remove every temporary file. Does nothing after `finish`."""
+        while self._files:
+            suffix, file = self._files.popitem()
+            file.close()
+            self._partial(suffix).unlink(missing_ok=True)
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.abort()
+
+
+def _blocks(file: BinaryIO):
+    """The content of a file in blocks of a whole number of index entries."""
+    file.seek(0)
+    while block := file.read(8 * CHUNK):
+        yield block

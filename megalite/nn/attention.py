@@ -1,0 +1,71 @@
+"""Causal self-attention, multi-head or grouped-query (Ainslie et al. 2023), heads split over tensor-parallel ranks."""
+
+import math
+
+import torch
+from torch import nn
+
+from megalite.models.config import ModelConfig
+from megalite.nn.config import RecomputeConfig
+from megalite.nn.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.nn.recompute import recompute
+from megalite.nn.rope import rotate
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.rng import TENSOR, RngTracker, dropout
+
+
+def explicit_attention(q, k, v, drop) -> torch.Tensor:
+    """Causal attention with the scores formed: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d].
+
+    The softmax is taken in fp32 for half precisions. `drop` is applied to the attention weights.
+    """
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    scores = scores.masked_fill(future, float("-inf"))
+    softmax_dtype = torch.float32 if scores.dtype in (torch.bfloat16, torch.float16) else scores.dtype
+    return drop(scores.softmax(dim=-1, dtype=softmax_dtype).to(q.dtype)) @ v
+
+
+class Attention(nn.Module):
+    """qkv projection, attention core, output projection. The weight of a key/value group is one row block
+    [q + 2, d, h] of qkv: its q query heads, then its key, then its value; so a rank's share is one box."""
+
+    def __init__(
+        self, model: ModelConfig, recompute_config: RecomputeConfig, context: ParallelContext, rng: RngTracker, dtype,
+        sequence_parallel: bool,
+    ):  # fmt: skip
+        super().__init__()
+        self.queries_per_group = model.num_attention_heads // model.query_groups
+        self.head_size = model.head_size
+        self.dropout, self.rng = model.attention_dropout, rng
+        self.recompute = recompute_config.granularity == "selective"
+        std, bias = model.init_method_std, not model.disable_bias_linear
+        features = (model.query_groups, self.queries_per_group + 2, model.head_size)
+        self.qkv = ColumnParallelLinear(model.hidden_size, features, 0, std, bias, context, dtype, sequence_parallel)
+        self.output = RowParallelLinear(
+            model.num_attention_heads * model.head_size, model.hidden_size, std / math.sqrt(2 * model.num_layers), bias,
+            context, dtype, sequence_parallel,
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """[s, b, h] -> [s, b, h] without the output bias; `rotary` is the table of `nn.rope`, or None."""
+        qkv = self.qkv(x).unflatten(-1, (-1, self.queries_per_group + 2, self.head_size))
+        q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=-2)
+        q, k, v = (part.flatten(2, 3) for part in (q, k, v))  # [s, b, heads held here, d]
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, heads, s, d]
+        if self.recompute and torch.is_grad_enabled():
+            y = recompute(self._core, self.rng, q, k, v)
+        else:
+            y = self._core(q, k, v)
+        return self.output(y.permute(2, 0, 1, 3).flatten(2))
+
+    def _core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The attention core. torch's fused attention draws dropout from a generator that cannot be replayed per rank,
+        so with dropout the scores are formed."""
+        if self.training and self.dropout > 0:
+            return explicit_attention(q, k, v, lambda w: dropout(w, self.dropout, self.rng[TENSOR]))
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])

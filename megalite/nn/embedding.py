@@ -1,0 +1,81 @@
+"""Word and position embeddings; the word embedding is split over tensor-parallel ranks by vocabulary."""
+
+import torch
+from torch import nn
+
+from megalite.models.config import ModelConfig
+from megalite.nn.parameter import ParameterSpec, make_parameter
+from megalite.parallel.boxes import Box
+from megalite.parallel.collectives import reduce_from_tensor_region, reduce_scatter_sequence
+from megalite.parallel.context import ParallelContext
+
+
+def padded_vocabulary(vocab_size: int, divisible_by: int, tensor: int) -> int:
+    """Rows of the word embedding over all ranks: v rounded up to a multiple of `divisible_by * tensor`."""
+    multiple = divisible_by * tensor
+    return -(-vocab_size // multiple) * multiple
+
+
+def vocabulary_parameter(model: ModelConfig, context: ParallelContext, dtype, tied_copy: bool = False) -> nn.Parameter:
+    """This rank's rows [v_padded / t, h] of a [v, h] weight. The box leaves padding out; a rank may hold padding only."""
+    rows = padded_vocabulary(model.vocab_size, model.make_vocab_size_divisible_by, context.tensor.size)
+    rows //= context.tensor.size
+    start = min(rows * context.tensor.rank, model.vocab_size)
+    box = Box((start, 0), (min(rows, model.vocab_size - start), model.hidden_size))
+    spec = ParameterSpec(
+        (model.vocab_size, model.hidden_size), box, True, "normal", model.init_method_std, tied_copy=tied_copy
+    )
+    return make_parameter((rows, model.hidden_size), spec, dtype, context.device)
+
+
+class VocabularyWeight(nn.Module):
+    """A [v, h] weight split by rows: of the word embedding, of its tied copy, or of an output layer."""
+
+    def __init__(self, model: ModelConfig, context: ParallelContext, dtype, tied_copy: bool = False):
+        super().__init__()
+        self.weight = vocabulary_parameter(model, context, dtype, tied_copy)
+
+
+class PositionEmbedding(nn.Module):
+    """A learned table [positions, h]; every tensor-parallel rank holds all of it."""
+
+    def __init__(self, model: ModelConfig, context: ParallelContext, dtype, sequence_parallel: bool):
+        super().__init__()
+        shape = (model.positions, model.hidden_size)
+        spec = ParameterSpec(
+            shape, Box.whole(shape), False, "normal", model.init_method_std, sequence_partial=sequence_parallel
+        )
+        self.weight = make_parameter(shape, spec, dtype, context.device)
+
+
+class Embedding(nn.Module):
+    """Token ids [b, s] -> hidden states [s, b, h], or this rank's part [s/t, b, h] under sequence parallelism."""
+
+    def __init__(self, model: ModelConfig, context: ParallelContext, dtype, sequence_parallel: bool):
+        super().__init__()
+        self.group = context.tensor
+        self.sequence_parallel = sequence_parallel and self.group.size > 1
+        self.word_embeddings = VocabularyWeight(model, context, dtype)
+        self.position_embeddings = None
+        if model.position_embedding_type == "learned_absolute":
+            self.position_embeddings = PositionEmbedding(model, context, dtype, self.sequence_parallel)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Look up and sum over ranks: ids that another rank holds contribute zeros here."""
+        weight = self.word_embeddings.weight
+        tokens = tokens.t()
+        length = tokens.shape[0]
+        if self.group.size == 1:
+            x = nn.functional.embedding(tokens, weight)
+        else:
+            local = tokens - weight.spec.box.offset[0]
+            elsewhere = (local < 0) | (local >= weight.spec.box.shape[0])
+            x = nn.functional.embedding(local.masked_fill(elsewhere, 0), weight)
+            x = x.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+            reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_tensor_region
+            x = reduce(x, self.group)
+        if self.position_embeddings is not None:
+            start = x.shape[0] * self.group.rank if self.sequence_parallel else 0
+            positions = self.position_embeddings.weight[:length][start : start + x.shape[0]]
+            x = x + positions.unsqueeze(1)
+        return x

@@ -1,0 +1,75 @@
+"""Initial weights: a function of (seed, parameter name, element index), whatever the layout or the device."""
+
+import math
+
+import numpy as np
+import torch
+
+from megalite.parallel.boxes import Box
+from megalite.parallel.philox import key_of, philox4x32
+
+_BLOCK = 1 << 16
+"""Counters (of 4 normals each) made at a time: they stay in the processor's cache."""
+
+
+def _normals(key: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Four standard normals from each Philox counter (Box and Muller 1958): counters [n] uint64 -> [n, 4] float64."""
+    counter = np.zeros((first.size, 4), np.uint32)
+    counter[:, 0], counter[:, 1] = first & np.uint64(0xFFFFFFFF), first >> np.uint64(32)
+    words = philox4x32(counter, key)
+    uniform = (words.astype(np.float64) + 0.5) * 2.0**-32  # in (0, 1), never 0: the logarithm is finite
+    radius = np.sqrt(-2.0 * np.log(uniform[:, :2]))
+    angle = 2.0 * math.pi * uniform[:, 2:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def _runs(shape: tuple[int, ...], box: Box) -> tuple[np.ndarray, int]:
+    """The flat indices of a box as runs of one length: (start of each run, length)."""
+    dims, length, stride = len(shape), 1, 1
+    while dims and length == stride:  # fold trailing dims while the box covers them whole
+        dims -= 1
+        length, stride = length * box.shape[dims], stride * shape[dims]
+    starts = np.zeros(1, np.uint64)
+    inner = math.prod(shape[dims:])
+    if len(shape) > dims:
+        starts += np.uint64(np.ravel_multi_index(box.offset[dims:], shape[dims:]))
+    for dim in range(dims - 1, -1, -1):
+        rows = (np.arange(box.shape[dim], dtype=np.uint64) + np.uint64(box.offset[dim])) * np.uint64(inner)
+        starts = (rows[:, None] + starts[None, :]).reshape(-1)
+        inner *= shape[dim]
+    return starts, length
+
+
+def normal(seed: int, name: str, shape: tuple[int, ...], box: Box) -> np.ndarray:
+    """The box of a tensor of standard normals with this global shape: float64, shape box.shape.
+
+    The box must not be empty. Element e of the flattened global tensor is word e % 4 of counter e // 4, so any box can be made without the rest.
+    """
+    key = key_of(seed, "init", name)
+    starts, length = _runs(shape, box)
+    out = np.empty((starts.size, length))
+    step = max(1, _BLOCK * 4 // length)
+    for row in range(0, starts.size, step):
+        for column in range(0, length, _BLOCK * 4):
+            begin = starts[row : row + step] + np.uint64(column)
+            size = min(length - column, _BLOCK * 4)
+            counters = (begin // np.uint64(4))[:, None] + np.arange(size // 4 + 2, dtype=np.uint64)
+            values = _normals(key, counters.reshape(-1)).reshape(begin.size, -1)
+            index = (begin % np.uint64(4)).astype(np.int64)[:, None] + np.arange(size)
+            out[row : row + step, column : column + size] = np.take_along_axis(values, index, axis=1)
+    return out.reshape(box.shape)
+
+
+def initialize(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
+    """Fill parameters from their specs, in place. Always computed on the host in float64, so that a CPU and a GPU
+    start from the same weights; vocabulary padding stays zero. Copies of one tied weight come out equal."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            spec = parameter.spec
+            if spec.box.numel == 0:
+                continue  # a rank of vocabulary padding only
+            if spec.init == "normal":
+                values = torch.from_numpy(normal(seed, name, spec.global_shape, spec.box)).mul_(spec.std)
+                spec.real(parameter).copy_(values)
+            else:
+                spec.real(parameter).fill_({"zeros": 0.0, "ones": 1.0}[spec.init])

@@ -1,0 +1,19 @@
+"""Activation checkpointing that replays a rank's random streams."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from megalite.parallel.rng import RngTracker
+
+
+def recompute(function: Callable[..., torch.Tensor], rng: RngTracker, *tensors: torch.Tensor) -> torch.Tensor:
+    """`function(*tensors)`, keeping the inputs only: what its backward needs is computed again then, with the same
+    random numbers, so that gradients are the same to the bit (Chen et al. 2016)."""
+
+    def contexts():
+        return nullcontext(), rng.replay(rng.states())
+
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

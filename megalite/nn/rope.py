@@ -1,0 +1,19 @@
+"""Rotary position embedding (Su et al. 2021, equation 34), in the form that rotates the two halves of a head."""
+
+import torch
+
+
+def rotary_table(length: int, head_size: int, base: float, dtype, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position * base^(-2i/d), each [s, 1, 1, d] with the d/2 frequencies repeated for both halves."""
+    # Angles in fp64: in fp32 a position of 100k is off by 1e-2 radians at the highest frequency.
+    frequencies = base ** -(torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequencies)
+    angles = torch.cat([angles, angles], dim=-1)[:, None, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate queries or keys [s, b, n, d] by their positions."""
+    cos, sin = table
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,0 +1,44 @@
+"""Optimizer, precision and learning rate. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer, precision and learning-rate schedule."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam: AdamW (decoupled weight decay); sgd: SGD with momentum."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16 keeps fp32 master weights and accumulates gradients in fp32; fp64 is for proofs."""
+    bf16: bool = False
+    """Short for --precision bf16."""
+    lr: float = 3e-4
+    """Highest learning rate, after the warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay and after it."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the decay from lr to min-lr."""
+    lr_decay_iters: int | None = None
+    """Iteration at which min-lr is reached, warm-up included. Unset: train-iters."""
+    lr_warmup_iters: int = 0
+    """Iterations of linear warm-up from 0 to lr."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a fraction of the decay iterations, in place of --lr-warmup-iters."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; biases and norms are left out."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's running mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay of Adam's running mean of squared gradients (GPT-3 used 0.95)."""
+    adam_eps: float = 1e-8
+    """Added to the denominator of Adam's update."""
+    sgd_momentum: float = 0.9
+    """Momentum of SGD."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it. 0 = off."""
+    @property
+    def dtype(self) -> str:
+        """Name of the torch dtype of the working weights."""
+        return {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}["bf16" if self.bf16 else self.precision]

@@ -1,0 +1,110 @@
+"""The optimizer step: torch's AdamW or SGD on fp32 (fp64) weights, with master copies where the model is bf16."""
+
+from collections.abc import Iterator
+
+import torch
+
+from megalite.optim.config import OptimizerConfig
+from megalite.optim.gradients import GradientBuffer
+from megalite.optim.schedule import learning_rate
+from megalite.parallel.context import ParallelContext
+
+
+class NonFiniteGradient(RuntimeError):
+    """The gradient is inf or NaN; the weights were left as they are."""
+
+
+class Optimizer:
+    """Sums, clips and applies the gradients of one model, and keeps its learning rate.
+
+    `master[name]` is the tensor that is updated: the parameter itself, or for bf16 an fp32 copy that the parameter is
+    rounded from after each step.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        context: ParallelContext,
+        config: OptimizerConfig,
+        train_iters: int,
+        tied: str | None = None,
+    ):
+        self.config, self.train_iters, self.parameters = config, train_iters, parameters
+        self.gradients = GradientBuffer(parameters, context, tied)
+        self.keeps_master = any(p.dtype == torch.bfloat16 for p in parameters.values())
+        self.master = {
+            name: p.detach().float() if self.keeps_master else p.detach() for name, p in parameters.items()
+        }
+        decayed = [self.master[name] for name, p in parameters.items() if p.spec.weight_decay]
+        others = [self.master[name] for name, p in parameters.items() if not p.spec.weight_decay]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        if config.optimizer == "adam":
+            # One fused pass over the weights: 3 to 4 times faster than the other implementations, also on the CPU.
+            betas = (config.adam_beta1, config.adam_beta2)
+            self.torch = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
+        else:
+            self.torch = torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, fused=True)
+
+    @torch.no_grad()
+    def step(self, iteration: int) -> tuple[float, float]:
+        """Finish iteration `iteration` (counted from 1). Collective. Returns (gradient norm before clipping, learning rate).
+
+        Raises NonFiniteGradient, on every rank and before any weight is changed.
+        """
+        self.gradients.reduce()
+        norm = self.gradients.norm()
+        if not norm < float("inf"):
+            raise NonFiniteGradient(
+                f"the gradient norm of iteration {iteration} is {norm}; the weights are unchanged. "
+                "Resume from the last checkpoint with a lower --lr, a longer --lr-warmup-iters, or --precision fp32."
+            )
+        self.gradients.clip(norm, self.config.clip_grad)
+        rate = learning_rate(iteration, self.config, self.train_iters)
+        for group in self.torch.param_groups:
+            group["lr"] = rate
+        for name, parameter in self.parameters.items():
+            self.master[name].grad = parameter.main_grad
+        self.torch.step()
+        for name, parameter in self.parameters.items():
+            self.master[name].grad = None
+            if self.keeps_master:
+                parameter.copy_(self.master[name])
+        return norm, rate
+
+    def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(kind, parameter name, tensor of the parameter's local shape) of all that must be kept to go on to the bit:
+        "master" weights where they differ from the parameters, and the optimizer's moments. Made if absent."""
+        for name, master in self.master.items():
+            if self.keeps_master:
+                yield "master", name, master
+            for kind in self.moments:
+                state = self.torch.state[master]
+                if state.get(kind) is None:
+                    state[kind] = torch.zeros_like(master)
+                yield kind, name, state[kind]
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of the tensors torch's optimizer keeps for each parameter."""
+        if self.config.optimizer == "adam":
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum_buffer",) if self.config.sgd_momentum else ()
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, as Adam's bias correction counts them."""
+        states = (s["step"] for s in self.torch.state.values() if "step" in s)
+        return int(next(states, 0))
+
+    def set_steps(self, steps: int) -> None:
+        """Set the count of steps taken, for every parameter."""
+        if self.config.optimizer == "adam":
+            for master in self.master.values():
+                self.torch.state[master]["step"] = torch.tensor(float(steps), device=master.device)
+
+    @torch.no_grad()
+    def refresh_master(self) -> None:
+        """Take the master weights from the parameters (after loading weights without the optimizer's state)."""
+        for name, parameter in self.parameters.items():
+            self.master[name].copy_(parameter)

@@ -1,0 +1,28 @@
+"""How a run is spread over processes. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the run is spread over ranks. Data-parallel size = world size / (tp * pp)."""
+
+    tensor_model_parallel_size: Annotated[int, tyro.conf.arg(aliases=["--tp"])] = 1
+    """Ranks that share each layer's weights, t."""
+    pipeline_model_parallel_size: Annotated[int, tyro.conf.arg(aliases=["--pp"])] = 1
+    """Stages the layers are divided into, p."""
+    sequence_parallel: Annotated[bool, tyro.conf.arg(aliases=["--sp"])] = False
+    """Split norms, dropout and residuals along the sequence over the tensor-parallel ranks. Needs --tp > 1."""
+    pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Order of forwards and backwards in the pipeline: 1f1b keeps min(p - stage, m) microbatches in memory, gpipe m."""
+    world_size: int | None = None
+    """Check the configuration for this many ranks and exit 0 if it is sound (for a login node; nothing is started)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs when this node has one per local rank, else the CPU; the choice and its reason are printed."""
+    distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto: nccl on GPUs, gloo on the CPU."""
+    distributed_timeout_minutes: float = 10.0
+    """A collective that takes longer than this ends the run with an error."""

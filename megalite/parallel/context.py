@@ -1,0 +1,114 @@
+"""ParallelContext: this process's groups, place and device. Passed to whoever needs it; nothing is global."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megalite.parallel.collectives import Group
+from megalite.parallel.launch import LaunchInfo
+from megalite.parallel.layout import AXES, Coordinates, ParallelLayout
+
+
+def choose_device(wanted: str, launch: LaunchInfo) -> tuple[torch.device, str]:
+    """(device, reason). "auto" takes a GPU when this node has one for each local rank, else the CPU.
+
+    Raises ValueError when "cuda" is asked for and cannot be had.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu":
+        return torch.device("cpu"), "asked for with --device cpu"
+    enough = gpus >= launch.local_world_size
+    found = f"{gpus} GPU(s) on this node for {launch.local_world_size} local rank(s)"
+    if wanted == "cuda" and not enough:
+        raise ValueError(f"--device cuda: {found}; start fewer ranks per node, or use --device cpu")
+    if enough:
+        return torch.device("cuda", launch.local_rank), found
+    return torch.device("cpu"), found
+
+
+@dataclass(frozen=True, eq=False)
+class ParallelContext:
+    """The groups this rank belongs to. Make it with `single` or `create`."""
+
+    layout: ParallelLayout
+    coordinates: Coordinates
+    device: torch.device
+    world: Group
+    tensor: Group
+    data: Group
+    pipeline: Group
+    embedding: Group | None
+    """First and last stage of this pipeline, on those two only; None elsewhere and with one stage."""
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return self.world.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.world.size
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.coordinates.pipeline == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer and computes the loss."""
+        return self.coordinates.pipeline == self.layout.pipeline - 1
+
+    @classmethod
+    def single(cls, device: str | torch.device = "cpu") -> "ParallelContext":
+        """A context of one rank, without any process group."""
+        alone = Group((0,), 0)
+        return cls(ParallelLayout(), Coordinates(0, 0, 0), torch.device(device), alone, alone, alone, alone, None)
+
+    @classmethod
+    def create(
+        cls,
+        layout: ParallelLayout,
+        launch: LaunchInfo,
+        device: str | torch.device = "cpu",
+        backend: str = "gloo",
+        timeout_minutes: float = 10.0,
+    ) -> "ParallelContext":
+        """Meet the other ranks and make all groups. Collective over the world; every rank passes the same layout.
+
+        Raises ValueError when the layout's world size is not the launcher's.
+        """
+        if layout.world_size != launch.world_size:
+            raise ValueError(f"layout {layout} has {layout.world_size} ranks; the launcher started {launch.world_size}")
+        device = torch.device(device)
+        if layout.world_size == 1:
+            return cls.single(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        timeout = timedelta(minutes=timeout_minutes)
+        dist.init_process_group(
+            backend, init_method=launch.init_method, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        )
+
+        def mine(groups, name):
+            """new_group is collective: every rank makes every group, in the same order, and keeps its own."""
+            found = None
+            for ranks in groups:
+                handle = dist.new_group(ranks, timeout=timeout, group_desc=name) if len(ranks) > 1 else None
+                if launch.rank in ranks:
+                    found = Group(ranks, ranks.index(launch.rank), handle)
+            return found
+
+        everyone = tuple(range(layout.world_size))
+        axes = {axis: mine(layout.groups(axis), axis) for axis in AXES}
+        embedding = mine(layout.embedding_groups(), "embedding")
+        world = Group(everyone, launch.rank, dist.group.WORLD)
+        return cls(layout, layout.coordinates(launch.rank), device, world, embedding=embedding, **axes)
+
+    def destroy(self) -> None:
+        """Leave all groups. The context is of no use afterwards."""
+        if self.world.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,67 @@
+"""Who am I: rank and rendezvous from torchrun, from plain `srun`, or from nothing at all. Imports no torch."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LaunchInfo:
+    """What a launcher tells a process about itself and how to meet the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Index among the ranks of this node."""
+    local_world_size: int
+    init_method: str
+    """Where the ranks meet, as torch.distributed takes it: env://, tcp://host:port or file:///path."""
+    source: str
+    """The launcher this was read from: torchrun, srun, or none."""
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a SLURM node list: `gpu[003-006,9],login` gives gpu003."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist.strip())
+    if not match:
+        raise ValueError(f"cannot read the SLURM node list {nodelist!r}: expected a form such as node[01-04,7]")
+    return "".join(part or "" for part in match.groups())
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    value = environ.get(name)
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"the launcher set {name}={value!r}; a whole number is needed") from None
+
+
+def detect(environ: Mapping[str, str]) -> LaunchInfo:
+    """Read the launcher's variables. torchrun's come before SLURM's, since torchrun may run inside a SLURM job.
+
+    Raises ValueError when a launcher's variables are incomplete, naming the one that is missing.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        rank, world = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+        local_rank = _integer(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else rank
+        local_world = _integer(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else world
+        return LaunchInfo(rank, world, local_rank, local_world, "env://", "torchrun")
+    # A shell inside an allocation (salloc, sbatch's batch step) has SLURM_JOB_ID but is no step of `srun`.
+    in_step = environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environ
+    if in_step and environ.get("SLURM_STEP_NODELIST"):
+        world = _integer(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
+        local_world = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "") or str(world))
+        host = environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"])
+        # One port per job step, outside the range that systems hand out for outgoing connections.
+        port = environ.get("MASTER_PORT") or 10_000 + (
+            _integer(environ, "SLURM_JOB_ID") * 31 + _integer(environ, "SLURM_STEP_ID")
+        ) % 20_000
+        return LaunchInfo(
+            _integer(environ, "SLURM_PROCID"),
+            world,
+            _integer(environ, "SLURM_LOCALID"),
+            int(local_world.group()),
+            f"tcp://{host}:{port}",
+            "srun",
+        )
+    return LaunchInfo(0, 1, 0, 1, "", "none")

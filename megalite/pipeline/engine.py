@@ -1,0 +1,137 @@
+"""The engine: runs one stage's program of forwards, backwards and messages."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from megalite.models.gpt import GPT
+from megalite.parallel.collectives import Transfer, exchange
+from megalite.parallel.context import ParallelContext
+from megalite.pipeline.schedules import FORWARD, Action, Message, forward_only, program, schedule_named
+
+
+@dataclass
+class Microbatch:
+    """What a stage is given of one microbatch. Middle stages are given nothing."""
+
+    tokens: torch.Tensor | None = None
+    """[b, s] token ids, on the first stage."""
+    labels: torch.Tensor | None = None
+    """[b, s] token ids, on the last stage."""
+    loss_mask: torch.Tensor | None = None
+    """[b, s] of 0 and 1, on the last stage."""
+
+
+@dataclass
+class _InFlight:
+    """What is kept of one microbatch between its forward and its backward."""
+
+    received: torch.Tensor | None = None
+    """The input from the previous stage; its gradient goes back there."""
+    output: torch.Tensor | GradientEdge | None = None
+    """Where its backward starts: the loss, or the gradient edge of hidden states that are no longer held."""
+
+
+@dataclass
+class _Run:
+    """The state of one pass over the microbatches."""
+
+    microbatches: list[Microbatch]
+    loss_weight: float
+    in_flight: dict[int, _InFlight] = field(default_factory=dict)
+    outgoing: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    """Computed, not yet posted."""
+    incoming: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    """Arrived, not yet used."""
+    sending: list = field(default_factory=list)
+    """(handles, tensors) of messages on their way; the tensors must live until the handles are done."""
+    loss: torch.Tensor | None = None
+
+
+class PipelineEngine:
+    """Runs a schedule on this rank's stage. With one stage it is plain gradient accumulation."""
+
+    def __init__(self, stage: GPT, context: ParallelContext, micro_batch_size: int, schedule: str = "1f1b"):
+        self.stage, self.context = stage, context
+        self.micro_batch_size = micro_batch_size
+        self.schedule: Callable = schedule_named(schedule)
+
+    def train_step(self, microbatches: list[Microbatch], loss_weight: float) -> torch.Tensor:
+        """Forward and backward of all microbatches; gradients of `loss_weight * sum of token losses` are accumulated.
+
+        Returns that loss, a 0-d tensor that is zero on all but the last stage. `loss_weight` is 1 / number of unmasked
+        tokens in the global batch, which makes the loss a global mean.
+        """
+        return self._run(self.schedule, microbatches, loss_weight)
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: list[Microbatch], loss_weight: float) -> torch.Tensor:
+        """The same loss without gradients."""
+        return self._run(forward_only, microbatches, loss_weight)
+
+    def _run(self, schedule: Callable, microbatches: list[Microbatch], loss_weight: float) -> torch.Tensor:
+        pipeline = self.context.pipeline
+        run = _Run(microbatches, loss_weight)
+        for step in program(schedule(pipeline.size, pipeline.rank, len(microbatches)), pipeline.rank, pipeline.size):
+            self._post(run, step.messages)
+            if step.action is not None:
+                (self._forward if step.action.kind == FORWARD else self._backward)(run, step.action)
+        self._finish_sending(run)
+        return run.loss if run.loss is not None else torch.zeros((), device=self.context.device)
+
+    def _post(self, run: _Run, messages: tuple[Message, ...]) -> None:
+        """Post a step's messages together and wait for those that arrive here. Sends go on during the computation that
+        follows: they are waited for before the next post."""
+        me = self.context.pipeline.rank
+        transfers, arriving = [], {}
+        for message in messages:
+            key = (message.kind, message.microbatch)
+            if message.source == me:
+                transfers.append(Transfer(run.outgoing.pop(key), message.target, send=True))
+            else:
+                shape = self.stage.hidden_shape(self.micro_batch_size)
+                arriving[key] = torch.empty(shape, dtype=self.stage.dtype, device=self.context.device)
+                transfers.append(Transfer(arriving[key], message.source, send=False))
+        self._finish_sending(run)
+        handles = exchange(transfers, self.context.pipeline)
+        # One handle per message, or, where the backend merges them, one for all.
+        merged = len(handles) != len(transfers)
+        for handle, transfer in zip(handles, transfers if not merged else [None] * len(handles)):
+            if merged or not transfer.send:
+                handle.wait()
+        run.sending = [(h, t.tensor) for h, t in zip(handles, transfers) if t.send] if not merged else []
+        run.incoming.update(arriving)
+
+    def _finish_sending(self, run: _Run) -> None:
+        for handle, _ in run.sending:
+            handle.wait()
+        run.sending = []
+
+    def _forward(self, run: _Run, action: Action) -> None:
+        i, key = action.microbatch, tuple(action)
+        batch, kept = run.microbatches[i], _InFlight()
+        x = batch.tokens
+        if not self.context.is_first_stage:
+            x = kept.received = run.incoming.pop(key).requires_grad_(torch.is_grad_enabled())
+        if self.context.is_last_stage:
+            kept.output = self.stage(x, batch.labels, batch.loss_mask) * run.loss_weight
+            loss = kept.output.detach()
+            run.loss = loss if run.loss is None else run.loss + loss
+        else:
+            output = self.stage(x)
+            run.outgoing[key] = output.detach()
+            # The edge is enough for the backward: the hidden states themselves are freed once they are sent.
+            kept.output = get_gradient_edge(output) if torch.is_grad_enabled() else None
+        if torch.is_grad_enabled():
+            run.in_flight[i] = kept
+
+    def _backward(self, run: _Run, action: Action) -> None:
+        kept = run.in_flight.pop(action.microbatch)
+        if self.context.is_last_stage:
+            torch.autograd.backward(kept.output)
+        else:
+            torch.autograd.backward((kept.output,), (run.incoming.pop(tuple(action)),))
+        if kept.received is not None:
+            run.outgoing[tuple(action)] = kept.received.grad.contiguous()

@@ -1,0 +1,31 @@
+"""Which layers each pipeline stage holds. Pure, no torch."""
+
+
+def output_cost(vocab_size: int, hidden_size: int, ffn_size: int, swiglu: bool) -> float:
+    """Work of the output layer and loss in units of one transformer layer: their ratio of weights."""
+    layer = 4 * hidden_size**2 + (3 if swiglu else 2) * hidden_size * ffn_size
+    return vocab_size * hidden_size / layer
+
+
+def partition(num_layers: int, stages: int, first_cost: float = 0.0, last_cost: float = 0.0) -> list[range]:
+    """Consecutive layers for each stage, at least one each.
+
+    Equal shares when they divide evenly, as users of pipelines expect. Otherwise the largest load is made as small as
+    it can be, counting `first_cost` layers' worth of work for the embedding on the first stage and `last_cost` for the
+    output layer and loss on the last. Raises ValueError with more stages than layers.
+    """
+    if not 1 <= stages <= num_layers:
+        raise ValueError(f"cannot divide {num_layers} layers into {stages} stages: each needs at least one")
+    counts = [num_layers // stages] * stages
+    if num_layers % stages:
+        load = [1.0] * stages
+        load[0] += first_cost
+        load[-1] += last_cost
+        counts = [1] * stages
+        # Giving each further layer to the least loaded stage is optimal: layers all cost the same.
+        for _ in range(num_layers - stages):
+            lightest = min(range(stages), key=lambda stage: (load[stage], stage))
+            counts[lightest] += 1
+            load[lightest] += 1
+    starts = [sum(counts[:stage]) for stage in range(stages)]
+    return [range(start, start + count) for start, count in zip(starts, counts)]

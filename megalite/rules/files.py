@@ -1,0 +1,229 @@
+"""Rules that look at files: data, tokenizer, checkpoints, places to write. They read headers, not contents. No torch."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from megalite.config import RunConfig, nearest
+from megalite.data.config import DataConfig
+from megalite.rules.finding import Finding, Rule
+
+SHOWN_NAMES = 5
+"""Names listed when a file is not there."""
+
+
+def data_files_are_sound(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """PREFIX.bin and PREFIX.idx exist, and the header of the second fits the first."""
+    from megalite.data.indexed import DatasetError
+
+    prefix = config.data.data_path
+    if prefix is None or config.data.mock_data:
+        return
+    missing = [prefix + suffix for suffix in (".bin", ".idx") if not os.path.isfile(prefix + suffix)]
+    if missing:
+        yield Finding(f"--data-path {prefix}: there is no {' and no '.join(missing)}", ("data_path",), _prefixes(prefix))
+        return
+    try:
+        _peek(prefix)
+    except DatasetError as error:
+        yield Finding(f"--data-path {prefix}: {error}", ("data_path",), ("make it again with tools/preprocess_data.py",))
+
+
+def data_fills_splits(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """Documents and tokens for every split that the run asks for."""
+    from megalite.data.indexed import DatasetError
+
+    d, t, needed = config.data, config.training, config.model.seq_length + 1
+    if d.data_path is None or d.mock_data:
+        return
+    evaluates = bool(t.eval_interval and t.eval_iters)
+    try:
+        peek = _peek(d.data_path)
+        tokens = peek.split_tokens(d.split)
+    except (DatasetError, OSError):
+        return
+    for split in ("train", "valid") if evaluates else ("train",):
+        if tokens[split] >= needed:
+            continue
+        others = [s for s in ("90,10,0", "80,20,0", "50,50,0") if _fills(peek.split_tokens(s), needed, evaluates)]
+        shorter = [{"seq_length": n} for n in (2**k for k in range(20, 2, -1)) if n < tokens[split]]
+        quiet = [{"eval_interval": 0, "eval_iters": 0}] if split == "valid" else []
+        yield Finding(
+            f"--split {d.split} gives {split} {tokens[split]} tokens of {d.data_path} ({peek.documents} documents), "
+            f"but a sample needs --seq-length + 1 = {needed}",
+            ("split", "data_path", "seq_length"),
+            (*({"split": split} for split in others[:1]), *quiet, *shorter, "more data"),
+        )
+
+
+def _fills(tokens: dict[str, int], needed: int, evaluates: bool) -> bool:
+    return tokens["train"] >= needed and (tokens["valid"] >= needed or not evaluates)
+
+
+def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """The tokenizer can be built, its ids fit the vocabulary, and it knows the end of a document if that is asked for."""
+    from megalite.data.tokenizers import TokenizerError
+
+    m, d = config.model, config.data
+    try:
+        tokenizer = build_tokenizer(d)
+    except (TokenizerError, OSError) as error:
+        listed = _nearby(d.tokenizer_model or ".", ".model")
+        yield Finding(str(error), ("tokenizer_type", "tokenizer_model"), (listed or "--tokenizer-model FILE.model",))
+        return
+    if tokenizer is None:
+        return
+    if m.vocab_size is not None and m.vocab_size < tokenizer.vocab_size:
+        yield Finding(
+            f"--vocab-size {m.vocab_size} is less than the {tokenizer.vocab_size} entries of the tokenizer",
+            ("vocab_size", "tokenizer_type", "tokenizer_model"),
+            ({"vocab_size": tokenizer.vocab_size}, {"vocab_size": None}),
+        )
+    if d.eod_mask_loss:
+        try:
+            tokenizer.eod
+        except TokenizerError as error:
+            found = f"--eod-mask-loss needs an end-of-document token: {error}"
+            yield Finding(found, ("eod_mask_loss", "tokenizer_model"), ({"eod_mask_loss": False},))
+
+
+def tokenizer_made_data(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """The tokenizer is the one that PREFIX.json says the data was made with; the data's ids fit the vocabulary."""
+    from megalite.data.indexed import DatasetError, DatasetInfo
+    from megalite.data.tokenizers import TokenizerError
+
+    d, vocab_size = config.data, config.model.vocab_size
+    if d.data_path is None or d.mock_data:
+        return
+    try:
+        info, tokenizer = DatasetInfo.read(d.data_path), build_tokenizer(d)
+    except DatasetError as error:
+        yield Finding(str(error), ("data_path",), ("make it again with tools/preprocess_data.py",))
+        return
+    except (TokenizerError, OSError):
+        return
+    given = f"--tokenizer-type {d.tokenizer_type}"
+    if info and tokenizer and info.tokenizer_type != d.tokenizer_type:
+        yield Finding(
+            f"{given}, but {d.data_path} was made with {info.tokenizer_type}",
+            ("tokenizer_type", "data_path"),
+            (f"--tokenizer-type {info.tokenizer_type}, with its own --tokenizer-model if it has one",),
+        )
+    elif info and tokenizer and (info.tokenizer_sha256, info.vocab_size) != (tokenizer.sha256, tokenizer.vocab_size):
+        yield Finding(
+            f"--tokenizer-model {d.tokenizer_model} ({tokenizer.vocab_size} entries) is not the one that "
+            f"{d.data_path} was made with ({info.vocab_size} entries, sha256 {info.tokenizer_sha256[:12]})",
+            ("tokenizer_model", "data_path"),
+            ("give the model the data was made with, or make the data again with this one",),
+        )
+    elif info and not tokenizer and vocab_size and vocab_size < info.vocab_size:
+        yield Finding(
+            f"--vocab-size {vocab_size} is less than the {info.vocab_size} entries that {d.data_path} was made with",
+            ("vocab_size", "data_path"),
+            ({"vocab_size": info.vocab_size},),
+        )
+
+
+def ids_fit_file(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """The numbers in the .bin file are wide enough for the tokenizer's ids."""
+    from megalite.data.indexed import DatasetError
+    from megalite.data.tokenizers import TokenizerError
+
+    d = config.data
+    if d.data_path is None or d.mock_data or d.tokenizer_type is None:
+        return
+    try:
+        peek, tokenizer = _peek(d.data_path), build_tokenizer(d)
+    except (DatasetError, TokenizerError, OSError):
+        return
+    if tokenizer is not None and tokenizer.vocab_size > peek.largest_id + 1:
+        yield Finding(
+            f"{d.data_path} holds ids up to {peek.largest_id}, too few for the {tokenizer.vocab_size} entries "
+            "of the tokenizer: it was made with another one",
+            ("data_path", "tokenizer_type", "tokenizer_model"),
+            ("give the model the data was made with, or make the data again with this one",),
+        )
+
+
+def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """Something to load, unless the run may start from scratch: then --load is the folder it saves to."""
+    c = config.checkpoint
+    if c.load is None:
+        return
+    stored, latest = stored_iterations(c.load), _latest(c.load)
+    if not stored and latest is None:
+        if same_place(c.load, c.save) and c.ckpt_step is None and not c.finetune:
+            return
+        what = "holds no checkpoints" if os.path.isdir(c.load) else "is no folder"
+        others = [n for n in _listing(os.path.dirname(c.load) or ".") if stored_iterations(_beside(c.load, n))]
+        match = nearest(os.path.basename(c.load), others) or next(iter(others), None)
+        near = ({"load": _beside(c.load, match)},) if match else ("--load FOLDER that holds iter_* folders",)
+        yield Finding(f"--load {c.load} {what}", ("load", "save", "ckpt_step", "finetune"), (*near, {"load": None}))
+    elif c.ckpt_step is not None and c.ckpt_step not in stored:
+        steps = sorted(stored, key=lambda step: abs(step - c.ckpt_step))
+        yield Finding(
+            f"--ckpt-step {c.ckpt_step}: --load {c.load} holds iterations {', '.join(map(str, stored))}",
+            ("ckpt_step", "load"),
+            (*({"ckpt_step": step} for step in steps), *([{"ckpt_step": None}] if latest in stored else [])),
+        )
+    elif c.ckpt_step is None and latest not in stored:
+        said = "is missing or unreadable" if latest in (None, -1) else f"names iteration {latest}, which is not there"
+        yield Finding(
+            f"--load {c.load}: latest_checkpointed_iteration.txt {said}",
+            ("load", "ckpt_step"),
+            ({"ckpt_step": stored[-1]},) if stored else ("--load another folder",),
+        )
+
+
+def checkpoints_stay_apart(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """A run does not start anew in a folder that holds another run's checkpoints."""
+    c = config.checkpoint
+    if c.save is None or config.training.dry_run or not (stored := stored_iterations(c.save)):
+        return
+    if c.finetune or not same_place(c.save, c.load):
+        resume = [] if c.finetune else [{"load": c.save}]
+        yield Finding(
+            f"--save {c.save} holds checkpoints of another run, the last of iteration {stored[-1]}, "
+            "which this run does not go on from",
+            ("save", "load", "finetune"),
+            (*resume, {"save": c.save.rstrip("/") + "-new"}),
+        )
+
+
+def results_can_be_written(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """--save is, or may become, a folder to write in; --metrics-file a file."""
+    for key, path in (("save", config.checkpoint.save), ("metrics_file", config.training.metrics_file)):
+        if path is None:
+            continue
+        wants, other = ("folder", os.path.isfile) if key == "save" else ("file", os.path.isdir)
+        flag = "--" + key.replace("_", "-")
+        place = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+        if other(path):
+            kind = "file" if wants == "folder" else "folder"
+            yield Finding(f"{flag} {path} is a {kind}, not a {wants}", (key,), ({key: path.rstrip("/") + "-new"},))
+        elif not os.access(place, os.W_OK) or (place != Path(path).absolute() and not place.is_dir()):
+            yield Finding(f"{flag} {path}: nothing can be written in {place}", (key,), ({key: os.path.basename(path)},))
+
+
+FILE_RULES: tuple[Rule, ...] = (
+    data_files_are_sound,
+    data_fills_splits,
+    tokenizer_fits,
+    tokenizer_made_data,
+    ids_fit_file,
+    checkpoint_is_there,
+    checkpoints_stay_apart,
+    results_can_be_written,
+)
+
+
+def build_tokenizer(data: DataConfig):
+    """The configured tokenizer, None when none is or its model is not named. Raises TokenizerError, OSError."""
+    from megalite.data.tokenizers import build_tokenizer
+
+    unnamed = data.tokenizer_type == "SentencePieceTokenizer" and data.tokenizer_model is None
+    if data.tokenizer_type is None or unnamed:
+        return None
+    return build_tokenizer(data.tokenizer_type, data.tokenizer_model if data.tokenizer_type != "ByteTokenizer" else None)

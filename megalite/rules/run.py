@@ -1,0 +1,183 @@
+"""Rules of recompute, optimizer, length and data, as far as the flags alone tell. Imports no torch."""
+
+from collections.abc import Iterator
+
+from megalite.config import RunConfig
+from megalite.pipeline.partition import output_cost, partition
+from megalite.rules.finding import Finding, Rule, data_parallel_size, divisors, global_batch, iterations, multiples
+
+
+
+def recompute_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """The short form against the long one; and no more layers at a time than a stage holds."""
+    r, m, p = config.recompute, config.model, config.parallel.pipeline_model_parallel_size
+    if r.recompute_activations and r.recompute_granularity == "full":
+        yield Finding(
+            "--recompute-activations means --recompute-granularity selective, but full is given too",
+            ("recompute_activations", "recompute_granularity"),
+            ({"recompute_activations": False}, {"recompute_granularity": "selective"}),
+        )
+    elif r.granularity == "full" and p <= m.num_layers:
+        most = max(map(len, partition(m.num_layers, p, 0, output_cost(m.vocab_size or 0, m.hidden_size, m.ffn, m.swiglu))))
+        if r.recompute_num_layers > most:
+            yield Finding(
+                f"--recompute-num-layers {r.recompute_num_layers} is more than the {most} layers of the largest stage",
+                ("recompute_num_layers", "num_layers", "pipeline_model_parallel_size"),
+                ({"recompute_num_layers": most},),
+            )
+
+
+def precision_is_one(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """--bf16 against --precision."""
+    o = config.optimizer
+    if o.bf16 and o.precision == "fp64":
+        yield Finding(
+            "--bf16 means --precision bf16, but --precision fp64 is given too",
+            ("bf16", "precision"),
+            ({"bf16": False}, {"precision": "bf16"}),
+        )
+
+
+def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """min_lr <= lr; a warm-up given once, that ends before the decay does."""
+    o = config.optimizer
+    if o.min_lr > o.lr:
+        yield Finding(
+            f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}", ("min_lr", "lr"), ({"min_lr": o.lr}, {"lr": o.min_lr})
+        )
+    if o.lr_warmup_fraction is not None and o.lr_warmup_iters:
+        yield Finding(
+            f"--lr-warmup-fraction {o.lr_warmup_fraction:g} and --lr-warmup-iters {o.lr_warmup_iters} both set the warm-up",
+            ("lr_warmup_fraction", "lr_warmup_iters"),
+            ({"lr_warmup_fraction": None}, {"lr_warmup_iters": 0}),
+        )
+    end, end_key = o.lr_decay_iters, "lr_decay_iters"
+    if end is None or o.lr_decay_style == "constant":
+        end, end_key = iterations(config, world_size), "train_iters"
+    if end and o.lr_warmup_iters >= end:
+        yield Finding(
+            f"--lr-warmup-iters {o.lr_warmup_iters} does not end before the schedule does, at iteration {end}",
+            ("lr_warmup_iters", end_key, "train_samples"),
+            ({"lr_warmup_iters": end // 10}, {end_key: 10 * o.lr_warmup_iters}),
+        )
+
+
+def length_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """train_iters or train_samples, in agreement when both are given; samples in whole batches."""
+    t, batch = config.training, global_batch(config, world_size)
+    if t.train_iters is None and t.train_samples is None:
+        yield Finding(
+            "how long to train is not said: neither --train-iters nor --train-samples is given",
+            ("train_iters", "train_samples"),
+            ({"train_iters": 1000}, {"train_samples": 1000 * batch}),
+        )
+    elif t.train_samples is not None and t.train_samples % batch:
+        yield Finding(
+            f"--train-samples {t.train_samples} is not a multiple of the global batch size {batch}",
+            ("train_samples", "global_batch_size", "micro_batch_size"),
+            tuple({"train_samples": n} for n in multiples(batch, t.train_samples)),
+        )
+    elif t.train_samples is not None and t.train_iters not in (None, t.train_samples // batch):
+        yield Finding(
+            f"--train-samples {t.train_samples} are {t.train_samples // batch} iterations of {batch}, "
+            f"but --train-iters is {t.train_iters}",
+            ("train_samples", "train_iters", "global_batch_size"),
+            ({"train_samples": None}, {"train_iters": None}),
+        )
+
+
+def batch_divides(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """global batch % (micro batch * dp)."""
+    d, dp = config.data, data_parallel_size(config, world_size)
+    unit = d.micro_batch_size * dp
+    if d.global_batch_size is not None and d.global_batch_size % unit:
+        fitting = divisors(d.global_batch_size // dp, d.micro_batch_size) if d.global_batch_size % dp == 0 else []
+        yield Finding(
+            f"--global-batch-size {d.global_batch_size} is not a multiple of --micro-batch-size {d.micro_batch_size} "
+            f"x data-parallel size {dp} = {unit}",
+            ("global_batch_size", "micro_batch_size"),
+            (
+                *({"global_batch_size": n} for n in multiples(unit, d.global_batch_size)),
+                *({"micro_batch_size": n} for n in fitting),
+            ),
+        )
+
+
+
+def data_has_one_source(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """data_path or mock_data, not both, not neither."""
+    d, vocab = config.data, {} if config.model.vocab_size or config.data.tokenizer_type else {"vocab_size": 8192}
+    if d.data_path is None and not d.mock_data:
+        yield Finding(
+            "there is no data: neither --data-path nor --mock-data is given",
+            ("data_path", "mock_data"),
+            ("--data-path PREFIX of a dataset made by tools/preprocess_data.py", {"mock_data": True, **vocab}),
+        )
+    if d.data_path is not None and d.mock_data:
+        yield Finding(
+            f"--data-path {d.data_path} and --mock-data are both given",
+            ("data_path", "mock_data"),
+            ({"mock_data": False}, {"data_path": None}),
+        )
+
+
+def vocabulary_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """A vocabulary size, given or from the tokenizer; the made-up tokens need it given."""
+    m, d = config.model, config.data
+    if m.vocab_size is None and d.mock_data and d.data_path is None:
+        yield Finding("--mock-data needs --vocab-size", ("vocab_size", "mock_data"), ({"vocab_size": 8192},))
+    elif m.vocab_size is None and d.tokenizer_type is None and d.data_path is not None:
+        yield Finding(
+            "the vocabulary size is not known: neither --vocab-size nor --tokenizer-type is given",
+            ("vocab_size", "tokenizer_type"),
+            ("--tokenizer-type and --tokenizer-model of the data", {"vocab_size": 32000}),
+        )
+    if m.vocab_size == 1 and d.mock_data:
+        yield Finding("--mock-data cannot be learned with --vocab-size 1", ("vocab_size", "mock_data"), ({"vocab_size": 8192},))
+
+
+def tokenizer_is_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """SentencePiece needs its model."""
+    if config.data.tokenizer_type == "SentencePieceTokenizer" and config.data.tokenizer_model is None:
+        yield Finding(
+            "--tokenizer-type SentencePieceTokenizer needs --tokenizer-model",
+            ("tokenizer_type", "tokenizer_model"),
+            ("--tokenizer-model FILE.model",),
+        )
+
+
+def split_feeds_run(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """A readable split, with a share for everything that the run asks for."""
+    d, t = config.data, config.training
+    shares = split_shares(d.split)
+    if shares is None:
+        yield Finding(
+            f"--split {d.split!r} is not one to three numbers from 0, not all 0: shares for train, valid, test",
+            ("split",),
+            ({"split": "969,30,1"},),
+        )
+        return
+    if d.mock_data:
+        return
+    if shares[0] == 0:
+        yield Finding(f"--split {d.split} leaves nothing to train on", ("split",), ({"split": "969,30,1"},))
+    if t.eval_interval and t.eval_iters and shares[1] == 0:
+        yield Finding(
+            f"--split {d.split} leaves nothing to evaluate on, but --eval-interval {t.eval_interval} "
+            f"and --eval-iters {t.eval_iters} ask for it",
+            ("split", "eval_interval", "eval_iters"),
+            ({"split": "969,30,1"}, {"eval_iters": 0, "eval_interval": 0}),
+        )
+
+
+RUN_RULES: tuple[Rule, ...] = (
+    batch_divides,
+    recompute_agrees,
+    precision_is_one,
+    learning_rate_falls,
+    length_is_known,
+    data_has_one_source,
+    vocabulary_is_known,
+    tokenizer_is_whole,
+    split_feeds_run,
+)

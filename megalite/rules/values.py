@@ -1,0 +1,116 @@
+"""Values that make no sense on their own, and values that would be silently ignored. Imports no torch."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megalite.config import Problem, RunConfig, options, to_flat
+from megalite.rules.finding import Finding
+
+MAY_BE_ZERO = {"lr_warmup_iters", "eval_interval", "eval_iters", "seed", "ckpt_step"}
+"""Whole numbers from 0; all others start at 1."""
+BELOW_ONE = {"attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "lr_warmup_fraction"}
+"""Numbers in [0, 1)."""
+FROM_ZERO = {"min_lr", "weight_decay", "clip_grad"}
+"""Numbers that may be 0; all others are above it."""
+
+
+def out_of_range(config: RunConfig) -> list[Problem]:
+    """Problems of single numbers, whatever the other fields say."""
+    problems = []
+    for key, value in to_flat(config).items():
+        option = options()[key]
+        if option.kind not in (int, float) or value is None:
+            continue
+        if option.kind is int:
+            least = 0 if key in MAY_BE_ZERO else 1
+            sound, bounds = least <= value < 2**63, f"a whole number from {least}"
+        elif key in BELOW_ONE:
+            sound, bounds = 0 <= value < 1, "at least 0 and below 1"
+        else:
+            least = "at least 0" if key in FROM_ZERO else "above 0"
+            sound, bounds = (0 <= value if key in FROM_ZERO else 0 < value) and math.isfinite(value), f"{least} and finite"
+        if not sound:
+            usual = option.default if option.default is not None else 1 if option.kind is int else 0.01
+            problems.append(Problem(f"{option.flag} {value} must be {bounds}", option.setting(usual), (key,)))
+    return problems
+
+
+@dataclass(frozen=True)
+class _Effect:
+    """Fields that do something only where a condition holds."""
+
+    keys: tuple[str, ...]
+    works: Callable[[RunConfig], bool]
+    condition: str
+    """The condition, after "has no effect ..."."""
+    remedy: dict[str, Any] | str
+    """What makes it hold."""
+
+
+EFFECTS = (
+    _Effect(
+        ("rotary_base",),
+        lambda c: c.model.position_embedding_type == "rope",
+        "without --position-embedding-type rope",
+        {"position_embedding_type": "rope"},
+    ),
+    _Effect(
+        ("recompute_method", "recompute_num_layers"),
+        lambda c: c.recompute.granularity == "full" or c.recompute.recompute_granularity == "full",
+        "without --recompute-granularity full",
+        {"recompute_granularity": "full"},
+    ),
+    _Effect(("sgd_momentum",), lambda c: c.optimizer.optimizer == "sgd", "without --optimizer sgd", {"optimizer": "sgd"}),
+    _Effect(
+        ("adam_beta1", "adam_beta2", "adam_eps"),
+        lambda c: c.optimizer.optimizer == "adam",
+        "without --optimizer adam",
+        {"optimizer": "adam"},
+    ),
+    _Effect(
+        ("min_lr", "lr_decay_iters"),
+        lambda c: c.optimizer.lr_decay_style != "constant",
+        "with --lr-decay-style constant",
+        {"lr_decay_style": "cosine"},
+    ),
+    _Effect(("save_interval", "keep_last"), lambda c: c.checkpoint.save is not None, "without --save", "--save FOLDER"),
+    _Effect(
+        ("ckpt_step", "finetune", "no_load_optim", "no_load_rng"),
+        lambda c: c.checkpoint.load is not None,
+        "without --load",
+        "--load FOLDER",
+    ),
+    _Effect(
+        ("tokenizer_model",),
+        lambda c: c.data.tokenizer_type == "SentencePieceTokenizer",
+        "without --tokenizer-type SentencePieceTokenizer",
+        {"tokenizer_type": "SentencePieceTokenizer"},
+    ),
+    _Effect(
+        ("eod_mask_loss",),
+        lambda c: c.data.tokenizer_type is not None,
+        "without a tokenizer that tells which token ends a document",
+        "--tokenizer-type and --tokenizer-model of the data",
+    ),
+    _Effect(("split", "eod_mask_loss"), lambda c: not c.data.mock_data, "with --mock-data, which has no documents", ""),
+    _Effect(("eval_interval",), lambda c: c.training.eval_iters > 0, "with --eval-iters 0", {"eval_iters": 100}),
+    _Effect(("eval_iters",), lambda c: c.training.eval_interval > 0, "with --eval-interval 0", {"eval_interval": 1000}),
+)
+
+
+def nothing_is_ignored(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """Fields that were changed from their defaults where they change nothing."""
+    flat = to_flat(config)
+    for effect in EFFECTS:
+        for key in effect.keys:
+            idle = flat[key] != options()[key].default and flat[key] != 0 and not effect.works(config)
+            if idle:
+                shown = options()[key].setting(flat[key])
+                drop = {key: options()[key].default}
+                yield Finding(
+                    f"{shown} has no effect {effect.condition}",
+                    (key, *(effect.remedy if isinstance(effect.remedy, dict) else ())),
+                    (*([effect.remedy] if effect.remedy else []), drop),
+                )

@@ -1,0 +1,66 @@
+"""From a configuration to the parts of a run: device and groups, model, engine, optimizer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megalite.config import RunConfig
+from megalite.models.gpt import GPT
+from megalite.optim.optimizer import Optimizer
+from megalite.parallel.context import ParallelContext, choose_device
+from megalite.parallel.launch import LaunchInfo
+from megalite.parallel.layout import ParallelLayout
+from megalite.parallel.rng import RngTracker
+from megalite.pipeline.engine import PipelineEngine
+from megalite.pipeline.partition import output_cost, partition
+
+TIED_WEIGHT = "embedding.word_embeddings.weight"
+
+
+def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContext, str]:
+    """Meet the other ranks. Returns the context and one line that says which device and backend, and why.
+
+    Collective. Raises ValueError when the device asked for cannot be had.
+    """
+    parallel = config.parallel
+    layout = ParallelLayout.for_world(
+        launch.world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    )
+    device, why = choose_device(parallel.device, launch)
+    backend = parallel.distributed_backend
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    context = ParallelContext.create(layout, launch, device, backend, parallel.distributed_timeout_minutes)
+    via = f"{backend}, launched by {launch.source}" if launch.world_size > 1 else "one process, no launcher"
+    return context, f"{launch.world_size} rank(s) on {device.type} ({why}); {via}; layout {layout}"
+
+
+@dataclass
+class Parts:
+    """The parts of a run that hold a model: built together, since each needs the one before."""
+
+    model: GPT
+    rng: RngTracker
+    engine: PipelineEngine
+    optimizer: Optimizer
+
+
+def build_gpt(config: RunConfig, context: ParallelContext, rng: RngTracker) -> GPT:
+    """This rank's stage of the GPT, with its initial weights."""
+    model = config.model
+    last_cost = output_cost(model.vocab_size, model.hidden_size, model.ffn, model.swiglu)
+    layers = partition(model.num_layers, context.pipeline.size, last_cost=last_cost)[context.pipeline.rank]
+    return GPT(
+        model, context, rng, layers, getattr(torch, config.optimizer.dtype), config.parallel.sequence_parallel,
+        config.recompute, config.training.seed,
+    )  # fmt: skip
+
+
+def build_parts(config: RunConfig, context: ParallelContext, build_model=build_gpt) -> Parts:
+    """Model, engine and optimizer of a resolved configuration."""
+    rng = RngTracker.for_rank(config.training.seed, context)
+    model = build_model(config, context, rng)
+    engine = PipelineEngine(model, context, config.data.micro_batch_size, config.parallel.pipeline_schedule)
+    tied = TIED_WEIGHT if config.model.tied else None
+    optimizer = Optimizer(model.parameters_by_name, context, config.optimizer, config.training.train_iters, tied)
+    return Parts(model, rng, engine, optimizer)

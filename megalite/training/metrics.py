@@ -1,0 +1,32 @@
+"""What a run says about itself: a line on the console, and one JSON object a line in the metrics file."""
+
+import json
+from datetime import timedelta
+
+
+class MetricsFile:
+    """Appends JSON lines as they happen, with full float precision. With no path it does nothing."""
+
+    def __init__(self, path: str | None):
+        self._file = open(path, "a", encoding="utf-8", buffering=1) if path else None
+
+    def write(self, **values) -> None:
+        """Append one object. Values are numbers; a line is complete before the next step starts."""
+        if self._file:
+            self._file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+
+
+def training_line(metrics: dict, train_iters: int, flops: float, average_seconds: float) -> str:
+    """One line for the console. `flops` are model FLOPs of a step over all ranks; `average_seconds` a recent step's."""
+    iteration = metrics["iteration"]
+    left = timedelta(seconds=round((train_iters - iteration) * average_seconds))
+    return (
+        f"iteration {iteration:>{len(str(train_iters))}}/{train_iters} | loss {metrics['loss']:.4f} | "
+        f"lr {metrics['learning_rate']:.3e} | grad norm {metrics['grad_norm']:.3f} | "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s | {flops / metrics['step_seconds'] / 1e12:.3f} TFLOP/s | left {left}"
+    )

@@ -1,0 +1,26 @@
+"""Signals that ask a run to save and exit."""
+
+import signal
+
+
+class StopSignals:
+    """While installed, SIGTERM, SIGINT and SIGUSR1 are remembered in place of ending the process.
+
+    A second SIGINT ends it at once, for a person at a terminal who does not want to wait for the step to finish.
+    """
+
+    CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, enabled: bool = True):
+        self.received: signal.Signals | None = None
+        self._before = {number: signal.signal(number, self._remember) for number in self.CAUGHT} if enabled else {}
+
+    def _remember(self, number: int, frame) -> None:
+        if self.received == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def uninstall(self) -> None:
+        """Give the signals their former handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,44 @@
+"""Small checkpoints for the tests of this folder."""
+
+from pathlib import Path
+
+import torch
+
+from megalite.checkpoint.format import Piece
+from megalite.checkpoint.save import write
+from megalite.parallel.boxes import Box, split
+from megalite.parallel.collectives import Group
+
+ALONE = Group((0,), 0)
+
+
+def whole(name: str, tensor: torch.Tensor) -> Piece:
+    """All of a tensor."""
+    shape = tuple(tensor.shape)
+    return Piece(name, tensor, shape, Box.whole(shape))
+
+
+def part(name: str, tensor: torch.Tensor, box: Box) -> Piece:
+    """One box of a tensor, as a view."""
+    shape = tuple(tensor.shape)
+    return Piece(name, tensor[box.slices_in(Box.whole(shape))], shape, box)
+
+
+def cut(shape: tuple[int, ...], dim: int, parts: int) -> list[Box]:
+    """The boxes of a tensor cut into `parts` along `dim`."""
+    boxes = []
+    for index in range(parts):
+        start, size = split(shape[dim], parts, index)
+        offset = tuple(start if d == dim else 0 for d in range(len(shape)))
+        boxes.append(Box(offset, tuple(size if d == dim else length for d, length in enumerate(shape))))
+    return boxes
+
+
+def save(root: Path, iteration: int, *pieces: Piece, state: dict | None = None, keep_last: int | None = None) -> Path:
+    """Write a checkpoint from a single rank."""
+    return write(root, iteration, pieces, {}, state or {}, "lr: 0.1\n", ALONE, keep_last)
+
+
+def names_in(root: Path) -> list[str]:
+    """What lies in a folder, hidden entries included."""
+    return sorted(path.name for path in root.iterdir())

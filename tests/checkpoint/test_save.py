@@ -1,0 +1,132 @@
+"""The commit: what does not fit together is refused, what exists is kept, what is old goes only afterwards."""
+
+import os
+
+import pytest
+import torch
+
+from megalite.checkpoint.format import CheckpointError, Piece
+from megalite.checkpoint.load import Checkpoint, latest_iteration, list_iterations
+from megalite.checkpoint.save import write
+from megalite.parallel.boxes import Box
+from tests.checkpoint.helpers import ALONE, cut, names_in, part, save, whole
+
+LATEST = "latest_checkpointed_iteration.txt"
+TENSOR = torch.arange(24.0).reshape(4, 6)
+TOP, BOTTOM = cut((4, 6), 0, 2)
+
+
+def value_at(root, step=None):
+    return Checkpoint.open(root, step).read("w").item()
+
+
+def scalar(value):
+    return whole("w", torch.tensor(float(value)))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"),
+    [
+        ([part("w", TENSOR, TOP)], "w: only 12 of the 24 elements"),
+        ([part("w", TENSOR, TOP), part("w", TENSOR, TOP)], "w: .* overlap"),
+        ([part("w", TENSOR, TOP), part("w", TENSOR, Box((1, 0), (2, 6)))], "w: .* overlap"),
+        ([part("w", TENSOR, Box((4, 0), (0, 6)))], "w: only 0 of the 24 elements"),
+        ([whole("w", TENSOR), whole("c", torch.ones(2, dtype=torch.complex64))], "complex64 cannot be stored"),
+    ],
+    ids=["uncovered", "twice", "overlapping", "all empty", "dtype"],
+)
+def test_pieces_that_do_not_fit_are_refused_before_the_commit(tmp_path, pieces, text):
+    save(tmp_path, 1, scalar(1))
+    with pytest.raises(CheckpointError, match=text):
+        save(tmp_path, 2, *pieces)
+    assert names_in(tmp_path) == ["iter_0000001", LATEST]
+    assert value_at(tmp_path) == 1
+
+
+def test_a_piece_checks_itself():
+    for name, shape, box in [("w", (4, 6), BOTTOM), ("w", (1, 6), TOP), ("w", (4, 6, 1), TOP), ("a@b", (4, 6), TOP)]:
+        tensor = TENSOR[:2] if box == TOP else TENSOR
+        with pytest.raises(ValueError, match=name):
+            Piece(name, tensor, shape, box)
+
+
+def test_state_that_json_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"rank 0: TypeError: .*not JSON serializable"):
+        save(tmp_path, 1, scalar(1), state={"lr": torch.ones(1)})
+    assert names_in(tmp_path) == []
+
+
+def test_pieces_may_come_from_a_generator_that_fails(tmp_path):
+    def pieces():
+        yield scalar(1)
+        raise MemoryError("no room for the next copy")
+
+    with pytest.raises(CheckpointError, match="rank 0: MemoryError: no room"):
+        write(tmp_path, 1, pieces(), {}, {}, "", ALONE)
+    assert names_in(tmp_path) == []
+
+
+def test_keep_last_removes_the_oldest_after_the_commit(tmp_path):
+    for iteration in (10, 20, 30, 40):
+        save(tmp_path, iteration, scalar(iteration))
+    save(tmp_path, 50, scalar(50), keep_last=3)
+    assert names_in(tmp_path) == ["iter_0000030", "iter_0000040", "iter_0000050", LATEST]
+    with pytest.raises(CheckpointError, match="keep_last must be at least 1"):
+        save(tmp_path, 60, scalar(60), keep_last=0)
+    assert list_iterations(tmp_path) == [30, 40, 50]
+
+
+def test_keep_last_spares_a_later_branch_replaced_folders_and_what_is_not_ours(tmp_path):
+    for iteration in (10, 20, 30, 40):
+        save(tmp_path, iteration, scalar(iteration))
+    foreign = tmp_path / "iter_0000001" / "mp_rank_00"
+    foreign.mkdir(parents=True)
+    save(tmp_path, 20, scalar(21), keep_last=1)  # as if resumed from 10
+    expected = ["iter_0000001", "iter_0000020", "iter_0000020.replaced-1", "iter_0000030", "iter_0000040", LATEST]
+    assert names_in(tmp_path) == expected
+    assert value_at(tmp_path) == 21
+    assert foreign.is_dir()
+
+
+def test_an_existing_folder_is_moved_aside_and_named(tmp_path, capsys):
+    for value in (1, 2, 3):
+        save(tmp_path, 10, scalar(value))
+    save(tmp_path, 20, scalar(4))
+    assert names_in(tmp_path)[:3] == ["iter_0000010", "iter_0000010.replaced-1", "iter_0000010.replaced-2"]
+    assert value_at(tmp_path, step=10) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines] == ["iter_0000010.replaced-1", "iter_0000010.replaced-2"]
+
+
+def test_a_kill_between_moving_aside_and_moving_in_loses_nothing(tmp_path):
+    for value in range(12):
+        save(tmp_path, 10, scalar(value))
+    os.rename(tmp_path / "iter_0000010", tmp_path / "iter_0000010.replaced-12")  # what such a kill leaves
+    assert latest_iteration(tmp_path) == 10
+    assert value_at(tmp_path) == 11
+    save(tmp_path, 10, scalar(12))
+    assert value_at(tmp_path) == 12
+    assert len(names_in(tmp_path)) == 14
+
+
+def test_what_killed_runs_left_is_cleaned_at_the_next_save(tmp_path):
+    for left in (".iter_0000003.tmp", ".iter_0000001.deleted"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "weights-00000.safetensors").write_bytes(b"half")
+    (tmp_path / f".{LATEST}.tmp").write_text("9")
+    assert list_iterations(tmp_path) == []
+    save(tmp_path, 3, scalar(3))
+    assert names_in(tmp_path) == ["iter_0000003", LATEST]
+
+
+def test_a_failed_commit_leaves_the_latest(tmp_path):
+    save(tmp_path, 1, scalar(1))
+    (tmp_path / LATEST).rename(tmp_path / "kept")
+    (tmp_path / LATEST).mkdir()  # cannot be replaced by a file
+    with pytest.raises(CheckpointError, match="rank 0: IsADirectoryError"):
+        save(tmp_path, 2, scalar(2))
+    (tmp_path / LATEST).rmdir()
+    (tmp_path / "kept").rename(tmp_path / LATEST)
+    assert value_at(tmp_path) == 1
+    save(tmp_path, 2, scalar(3))
+    assert value_at(tmp_path) == 3

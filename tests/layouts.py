@@ -1,0 +1,87 @@
+"""The layouts that every parity test covers. Appending a line adds a layout to all of them."""
+
+from dataclasses import dataclass, field, replace
+
+from megalite.config import RunConfig, from_flat
+from tests.oracle import Shape
+
+GPT2 = Shape(layers=4, hidden=32, heads=8, groups=8, head_size=4, ffn=128, vocab=257, seq=16, positions=16)
+LLAMA = replace(
+    GPT2, groups=4, ffn=96, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, bias=False, tied=False
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to spread a model over ranks: sizes, and any flags."""
+
+    name: str
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    shape: Shape = GPT2
+    flags: dict = field(default_factory=dict)
+    """Flags of the run, by field name."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+def sp(**flags) -> dict:
+    """The flags, with sequence parallelism."""
+    return {"sequence_parallel": True, **flags}
+
+
+FULL = {"recompute_granularity": "full"}
+
+LAYOUTS = [
+    Layout("single"),
+    Layout("tp2", tp=2),
+    Layout("tp4", tp=4),
+    Layout("pp2", pp=2),
+    Layout("pp4", pp=4),
+    Layout("dp2", dp=2),
+    Layout("tp2+sp", tp=2, flags=sp()),
+    Layout("tp2 x pp2", tp=2, pp=2),
+    Layout("dp2 x tp2 x pp2", dp=2, tp=2, pp=2),
+    Layout("dp2 x tp2 x pp2 +sp", dp=2, tp=2, pp=2, flags=sp()),
+    Layout("uneven pp3", pp=3),
+    Layout("pp4, 2 microbatches", pp=4, flags={"micro_batch_size": 4}),
+    Layout("one microbatch", pp=2, flags={"micro_batch_size": 8}),
+    Layout("microbatch of 2", dp=2, flags={"micro_batch_size": 2}),
+    Layout("a rank of padding only", tp=4, flags=sp(make_vocab_size_divisible_by=128)),
+    Layout("untied pp2", pp=2, shape=replace(GPT2, tied=False)),
+    Layout("no biases tp2", tp=2, shape=replace(GPT2, bias=False)),
+    Layout("no positions tp2+sp", tp=2, shape=replace(GPT2, position_embedding_type="none"), flags=sp()),
+    Layout("llama", shape=LLAMA),
+    Layout("llama tp4+sp", tp=4, shape=LLAMA, flags=sp()),
+    Layout("llama dp2 x tp2 x pp2 +sp", dp=2, tp=2, pp=2, shape=LLAMA, flags=sp()),
+    Layout("llama tied pp3", pp=3, shape=replace(LLAMA, tied=True)),
+    Layout("selective", tp=2, flags={"recompute_granularity": "selective"}),
+    Layout("full uniform", tp=2, pp=2, flags=sp(**FULL)),
+    Layout("full uniform by 2", tp=2, flags={**FULL, "recompute_num_layers": 2}),
+    Layout("full block", pp=2, shape=LLAMA, flags={**FULL, "recompute_method": "block"}),
+    Layout("gpipe pp2", pp=2, flags={"pipeline_schedule": "gpipe"}),
+    Layout("gpipe dp2 x tp2 x pp2 +sp", dp=2, tp=2, pp=2, flags=sp(pipeline_schedule="gpipe")),
+]
+
+GLOBAL_BATCH = 8
+
+
+def configuration(layout: Layout, **flags) -> RunConfig:
+    """The run configuration of a layout: its shape and flags, no dropout, then `flags`."""
+    s = layout.shape
+    return from_flat(
+        dict(
+            num_layers=s.layers, hidden_size=s.hidden, num_attention_heads=s.heads, num_query_groups=s.groups,
+            kv_channels=s.head_size, ffn_hidden_size=s.ffn, vocab_size=s.vocab, seq_length=s.seq,
+            max_position_embeddings=s.positions, position_embedding_type=s.position_embedding_type,
+            rotary_base=s.rotary_base, normalization=s.normalization, norm_epsilon=s.norm_epsilon, swiglu=s.swiglu,
+            disable_bias_linear=not s.bias, untie_embeddings_and_output_weights=not s.tied,
+            attention_dropout=0.0, hidden_dropout=0.0, precision="fp64", device="cpu", mock_data=True,
+            tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
+            micro_batch_size=1, global_batch_size=GLOBAL_BATCH, train_iters=5, lr=0.01, lr_warmup_iters=2,
+            weight_decay=0.1, clip_grad=0.5,
+        ) | layout.flags | flags
+    )  # fmt: skip

@@ -1,0 +1,133 @@
+"""Every layout against the oracle: the loss, every gradient, and five optimizer steps."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from megalite.optim.schedule import learning_rate
+from megalite.training.batches import GlobalBatches
+from megalite.training.build import build_context, build_parts
+from tests import oracle
+from tests.layouts import GLOBAL_BATCH, LAYOUTS, Layout, configuration
+
+STEPS = 5
+MASKED = 3
+"""The token whose positions are left out of the loss: microbatches then differ in their number of tokens."""
+
+
+class Samples:
+    """A dataset of fixed random samples; some have many masked tokens, so that a mean of means would be wrong."""
+
+    def __init__(self, shape: oracle.Shape, count: int):
+        generator = torch.Generator().manual_seed(7)
+        self.rows = torch.randint(shape.vocab, (count, shape.seq + 1), generator=generator)
+        masked = torch.rand(count, shape.seq + 1, generator=generator) < torch.rand(count, 1, generator=generator) * 0.8
+        self.rows[masked] = MASKED
+
+    def __getitem__(self, i: int):
+        return self.rows[i % len(self.rows)].numpy()
+
+
+def samples_of(shape: oracle.Shape) -> Samples:
+    return Samples(shape, STEPS * GLOBAL_BATCH)
+
+
+def batch_for_oracle(shape: oracle.Shape, step: int):
+    rows = samples_of(shape).rows[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]
+    return rows[:, :-1], rows[:, 1:], (rows[:, :-1] != MASKED).double()
+
+
+def set_parameters(parts, params) -> None:
+    """Give every rank its box of the same global weights."""
+    with torch.no_grad():
+        for name, parameter in parts.model.parameters_by_name.items():
+            spec = parameter.spec
+            spec.real(parameter).copy_(params[name][spec.box.slices_in(spec.box.whole(spec.global_shape))])
+    parts.optimizer.refresh_master()
+
+
+def boxes(parts, tensor_of) -> list:
+    """(name, box, values) of this rank's part of each tensor, replicas included, so that they are compared as well."""
+    return [
+        (name, p.spec.box, p.spec.real(tensor_of(p)).detach().clone())
+        for name, p in parts.model.parameters_by_name.items()
+    ]
+
+
+def train_on_rank(launch, layout: Layout, params, flags: dict, steps: int):
+    """Run `steps` steps on one rank; losses, norms, boxes of the first gradient (before clipping) and final weights."""
+    config = configuration(layout, **flags)
+    context, _ = build_context(config, launch)
+    parts = build_parts(config, context)
+    if params is not None:
+        set_parameters(parts, params)
+    data = GlobalBatches(samples_of(layout.shape), context, config.data.micro_batch_size, GLOBAL_BATCH, MASKED)
+    losses, norms, gradients = [], [], None
+    for step in range(steps):
+        parts.optimizer.gradients.zero()
+        loss = parts.engine.train_step(*data.at(step * GLOBAL_BATCH))
+        losses.append(loss.item())
+        if step == 0:
+            parts.optimizer.gradients.reduce()
+            gradients = boxes(parts, lambda p: p.main_grad)
+            parts.optimizer.gradients.zero()
+            parts.engine.train_step(*data.at(0))
+        norms.append(parts.optimizer.step(step + 1)[0])
+    return losses, norms, gradients, boxes(parts, lambda p: p)
+
+
+@cache
+def expected(shape: oracle.Shape):
+    """Parameters, first loss, first gradients and five steps of the oracle, in float64."""
+    params = oracle.random_parameters(shape, seed=1)
+    loss, gradients = oracle.loss_and_gradients(params, shape, *batch_for_oracle(shape, 0))
+    config = configuration(Layout("any", shape=shape))
+    rates = [learning_rate(i + 1, config.optimizer, STEPS) for i in range(STEPS)]
+    batches = [batch_for_oracle(shape, step) for step in range(STEPS)]
+    trained = oracle.train(params, shape, batches, rates, weight_decay=0.1, max_norm=0.5)
+    return params, loss, gradients, trained
+
+
+def largest_difference(parts: list, wanted: dict, shapes: dict) -> float:
+    """Largest difference of any box from the global tensors, relative to max(largest entry of this tensor, of any).
+
+    Also checks that the boxes of all ranks together cover every tensor.
+    """
+    overall = max(value.abs().max().item() for value in wanted.values())
+    worst, seen = 0.0, {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    for name, box, values in parts:
+        index = box.slices_in(box.whole(shapes[name]))
+        seen[name][index] = True
+        if box.numel:
+            scale = max(wanted[name].abs().max().item(), overall)
+            worst = max(worst, (values.double() - wanted[name][index].double()).abs().max().item() / scale)
+    missing = [name for name, mask in seen.items() if not mask.all()]
+    assert not missing, f"no rank holds all of {missing}"
+    return worst
+
+
+def losses_of(results: list, layout: Layout) -> list[float]:
+    """The global loss of each step: the sum over data ranks of the last stage's (tensor rank 0's)."""
+    last = [r for rank, r in enumerate(results) if rank >= (layout.pp - 1) * layout.dp * layout.tp]
+    return [sum(r[0][step] for r in last[:: layout.tp]) for step in range(len(results[0][0]))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layouts_equal_the_oracle(pool, layout, record_property):
+    """Loss and every gradient to 1e-9 in float64, then the losses, norms and weights of five steps of AdamW."""
+    params, loss, gradients, trained = expected(layout.shape)
+    results = pool.run(train_on_rank, layout.world_size, layout, params, {}, STEPS)
+    shapes = oracle.parameter_shapes(layout.shape)
+    losses = losses_of(results, layout)
+    difference = largest_difference([box for r in results for box in r[2]], gradients, shapes)
+    record_property("layout", layout.name)
+    record_property("loss_difference", abs(losses[0] - loss) / loss)
+    record_property("gradient_difference", difference)
+    assert losses[0] == pytest.approx(loss, rel=1e-9)
+    assert difference < 1e-9
+    assert losses == pytest.approx(trained.losses, rel=1e-9)
+    for result in results:
+        assert result[1] == pytest.approx(trained.grad_norms, rel=1e-9)
+    # Adam divides by the root of a mean of squares: an entry whose gradient is rounding noise moves by noise / epsilon.
+    assert largest_difference([box for r in results for box in r[3]], trained.params, shapes) < 1e-6
