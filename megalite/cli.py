@@ -54,7 +54,10 @@ def parse_and_check(argv: list[str] | None = None, description: str = "", launch
     if launch is None:
         from megalite.parallel.launch import detect
 
-        launch = detect(os.environ)
+        try:
+            launch = detect(os.environ)
+        except ValueError as error:
+            refuse([Problem(str(error), "start with torchrun or srun, or with none of their variables set")])
     quiet = launch.rank != 0
     config = parse(argv, description, quiet)
     world_size = config.parallel.world_size or launch.world_size
@@ -113,7 +116,9 @@ def _read_value(option: Option, name: str, text: str | None, values: dict, probl
     """Put the value of one flag into `values`, or a problem into `problems`."""
     fix = f"for example {name} {example(option)}"
     if text is None:
-        problems.append(Problem(f"{name} needs a value: {option.expected}", fix, (option.key,)))
+        problems.append(
+            Problem(f"{name} needs a value: {option.expected.replace('null', 'unset')}", fix, (option.key,))
+        )
         return
     try:
         values[option.key] = option.from_text(text)
@@ -150,7 +155,9 @@ def read_yaml(file: str) -> tuple[dict[str, Any], list[Problem]]:
         wrong = f"--config {file} holds a {type(loaded).__name__}, not names and values"
         return {}, [Problem(wrong, "write one `name: value` a line", ("config",))]
     keys = [key.value for key, _ in node.value] if node is not None else []
-    repeated = [Problem(f"{key!r} is given twice", "keep one of them") for key in sorted(set(keys)) if keys.count(key) > 1]
+    repeated = [
+        Problem(f"{key!r} is given twice", "keep one of them") for key in sorted(set(keys)) if keys.count(key) > 1
+    ]
     values, problems = read_flat(loaded)
     return values, [Problem(f"{file}: {p.message}", p.fix, p.flags) for p in (*repeated, *problems)]
 
@@ -176,16 +183,23 @@ def _wrap(prefix: str, text: str) -> list[str]:
     """Lines of at most PAGE_WIDTH columns, indented to the end of the prefix; words such as --tp stay whole."""
     indent = " " * len(prefix)
     return textwrap.wrap(
-        text, PAGE_WIDTH, initial_indent=prefix, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        text,
+        PAGE_WIDTH,
+        initial_indent=prefix,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
 def show_help(description: str, quiet: bool = False) -> NoReturn:
     """Print the help, unless quiet, and exit with status 0."""
-    text = f"{description}\n\n{HOW_TO}".strip()
+    text = f"{description}\n\n{textwrap.fill(HOW_TO, PAGE_WIDTH)}".strip()
     marks = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     registry = _help_registry()
-    tyro.cli(_CommandLine, description=text, args=["--help"], config=marks, registry=registry, console_outputs=not quiet)
+    tyro.cli(
+        _CommandLine, description=text, args=["--help"], config=marks, registry=registry, console_outputs=not quiet
+    )
     raise SystemExit(0)
 
 

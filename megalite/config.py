@@ -101,7 +101,7 @@ class Option:
             return min((flag for flag, on in self.switches.items() if on == value), key=len)
         flag = min((self.flag, *self.aliases), key=len)
         if value is None:
-            return f"no {flag}"
+            return f"leave out {flag}"
         return f"{flag} {value:g}" if isinstance(value, float) and float(f"{value:g}") == value else f"{flag} {value}"
 
     def accept(self, value: Any) -> Any:
@@ -132,7 +132,9 @@ def options() -> dict[str, Option]:
         hints = get_type_hints(section.type, include_extras=True)
         for entry in dataclasses.fields(section.type):
             if entry.name in found:
-                raise TypeError(f"field {entry.name} is in two sections: {found[entry.name].section} and {section.name}")
+                raise TypeError(
+                    f"field {entry.name} is in two sections: {found[entry.name].section} and {section.name}"
+                )
             found[entry.name] = _option(section.name, entry, hints[entry.name])
     return found
 
@@ -172,7 +174,9 @@ def read_flat(flat: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
             match = nearest(str(name).replace("-", "_"), by_name)
             problems.append(Problem(f"unknown key {name!r}", f"write {match}" if match else "remove it"))
         elif option.key in values:
-            problems.append(Problem(f"{option.key} is given twice, also as {name!r}", "keep one of them", (option.key,)))
+            problems.append(
+                Problem(f"{option.key} is given twice, also as {name!r}", "keep one of them", (option.key,))
+            )
         else:
             try:
                 values[option.key] = option.accept(value)
@@ -207,4 +211,4 @@ def example(option: Option) -> str:
     """A value that the option takes: its default where it has one."""
     if option.default is not None and option.default is not dataclasses.MISSING:
         return str(option.default).lower() if option.kind is bool else str(option.default)
-    return option.choices[0] if option.choices else {int: "1", float: "1.0", str: "text"}[option.kind]
+    return option.choices[0] if option.choices else {int: "1", float: "1.0", str: "NAME"}[option.kind]

@@ -58,7 +58,7 @@ def _offers(config: RunConfig, world_size: int, rule: Rule, finding: Finding, be
 
 def _typed(candidate: dict[str, Any]) -> str:
     """A change as one would type it."""
-    return " ".join(f"{v} ranks" if k == "world_size" else options()[k].setting(v) for k, v in candidate.items())
+    return " ".join(f"start {v} ranks" if k == "world_size" else options()[k].setting(v) for k, v in candidate.items())
 
 
 def resolve(config: RunConfig, world_size: int) -> RunConfig:
@@ -75,7 +75,7 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
         "kv_channels": m.head_size,
         "num_query_groups": m.query_groups,
         "max_position_embeddings": m.positions,
-        "vocab_size": m.vocab_size or tokenizer_vocabulary(config),
+        "vocab_size": m.vocab_size or getattr(build_tokenizer(config.data), "vocab_size", None),
         "recompute_granularity": config.recompute.granularity,
         "recompute_activations": False,
         "precision": "bf16" if o.bf16 else o.precision,

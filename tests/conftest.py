@@ -1,6 +1,7 @@
 """What all tests share: one thread per process, a pool of ranks, the cheapest files first."""
 
 import os
+from contextlib import closing
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, here and in the ranks: results are compared to the bit
 
@@ -26,5 +27,5 @@ def pool():
     """Worker processes that run functions as ranks: `pool.run(function, world_size, *args)`."""
     from tests.pool import RankPool
 
-    with RankPool(max_ranks=8) as ranks:
+    with closing(RankPool(max_ranks=8)) as ranks:
         yield ranks

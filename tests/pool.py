@@ -105,7 +105,7 @@ class Worker:
 
 
 class RankPool:
-    """Up to `max_ranks` processes that run functions as ranks, each started when first needed. A context manager."""
+    """Up to `max_ranks` processes that run functions as ranks, each started when first needed. `close` ends them."""
 
     def __init__(self, max_ranks: int = 8):
         self.max_ranks = max_ranks
@@ -115,12 +115,6 @@ class RankPool:
         self._runs = 0
         self._fork = multiprocessing.get_context("forkserver")
         self._fork.set_forkserver_preload(PRELOAD)
-
-    def __enter__(self) -> "RankPool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End all workers."""
@@ -241,7 +235,7 @@ def _serve(connection: Connection, log: Path) -> None:
             _reset(environment, folder)
             function, launch, args = pickle.loads(task)
             answer = pickle.dumps((True, function(launch, *args)))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever ends a rank is reported, sys.exit() too
             summary = f"raised {type(error).__name__}: {error}".splitlines()[0]
             answer = pickle.dumps((False, time.monotonic(), summary, _trace_of(error)))
         connection.send_bytes(answer)

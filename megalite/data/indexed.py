@@ -11,7 +11,7 @@ The .bin file holds the token arrays one after another. The .idx file, little-en
     d + 1 int64  first sequence of each document, then n
     n int8       modes, optional and not read
 
- PREFIX.json beside them tells which tokenizer made the ids.
+PREFIX.json beside them tells which tokenizer made the ids.
 """
 
 import hashlib
@@ -278,10 +278,16 @@ class IndexedWriter:
 
     def add_document(self, *sequences: np.ndarray) -> None:
         """Append one document made of these sequences (usually one)."""
-        arrays = [np.asarray(sequence) for sequence in sequences]
+        arrays = [self._checked(np.asarray(sequence)) for sequence in sequences]
         lengths = np.array([len(array) for array in arrays], "<i4")
-        data = b"".join(array.astype(self.dtype, copy=False).tobytes() for array in arrays)
+        data = b"".join(array.tobytes() for array in arrays)
         self._write(data, lengths, np.array([self.sequences + len(arrays)], "<i8"))
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        stored = ids.astype(self.dtype, copy=False)
+        if not np.array_equal(stored, ids):
+            raise DatasetError(f"id {ids[stored != ids][0]} cannot be stored as {self.dtype.name}")
+        return stored
 
     def add_documents(self, data: bytes, lengths: np.ndarray) -> None:
         """Append documents of one sequence each: their ids in one go, in the writer's dtype, and their lengths."""

@@ -292,7 +292,7 @@ def _in_order(workers: dict[Connection, multiprocessing.Process], blocks: Iterat
 def _explaining_death(worker: multiprocessing.Process):
     try:
         yield
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, OSError):
         worker.join(timeout=10)
         raise DatasetError(
             f"a worker process died (exit code {worker.exitcode}); its message, if any, is above. "

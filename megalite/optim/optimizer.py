@@ -78,11 +78,13 @@ class Optimizer:
         for name, master in self.master.items():
             if self.keeps_master:
                 yield "master", name, master
+            state = self.torch.state[master]
             for kind in self.moments:
-                state = self.torch.state[master]
                 if state.get(kind) is None:
                     state[kind] = torch.zeros_like(master)
                 yield kind, name, state[kind]
+            if self.config.optimizer == "adam":
+                state.setdefault("step", torch.zeros((), device=master.device))
 
     @property
     def moments(self) -> tuple[str, ...]:

@@ -1,17 +1,15 @@
-"""Rules that look at files: data, tokenizer, checkpoints, places to write. They read headers, not contents. No torch."""
+"""Rules that look at files: data, tokenizer, checkpoints, places to write. Imports no torch."""
 
-import difflib
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from megalite.config import RunConfig, nearest
+from megalite.config import RunConfig
 from megalite.data.config import DataConfig
+from megalite.rules.disk import DatasetPeek, latest_iteration, neighbours, same_place, stored_iterations
 from megalite.rules.finding import Finding, Rule
 
-SHOWN_NAMES = 5
-"""Names listed when a file is not there."""
+MAKE_DATA = "make it with tools/preprocess_data.py"
 
 
 def data_files_are_sound(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -23,12 +21,14 @@ def data_files_are_sound(config: RunConfig, world_size: int) -> Iterator[Finding
         return
     missing = [prefix + suffix for suffix in (".bin", ".idx") if not os.path.isfile(prefix + suffix)]
     if missing:
-        yield Finding(f"--data-path {prefix}: there is no {' and no '.join(missing)}", ("data_path",), _prefixes(prefix))
+        beside = [p for p in neighbours(prefix.removesuffix(".bin"), ".idx") if os.path.isfile(p + ".bin")]
+        offers = (*({"data_path": p} for p in beside), MAKE_DATA)
+        yield Finding(f"--data-path {prefix}: there is no {' and no '.join(missing)}", ("data_path",), offers)
         return
     try:
-        _peek(prefix)
+        DatasetPeek.open(prefix)
     except DatasetError as error:
-        yield Finding(f"--data-path {prefix}: {error}", ("data_path",), ("make it again with tools/preprocess_data.py",))
+        yield Finding(f"--data-path {prefix}: {error}", ("data_path",), (MAKE_DATA,))
 
 
 def data_fills_splits(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -40,7 +40,7 @@ def data_fills_splits(config: RunConfig, world_size: int) -> Iterator[Finding]:
         return
     evaluates = bool(t.eval_interval and t.eval_iters)
     try:
-        peek = _peek(d.data_path)
+        peek = DatasetPeek.open(d.data_path)
         tokens = peek.split_tokens(d.split)
     except (DatasetError, OSError):
         return
@@ -63,15 +63,16 @@ def _fills(tokens: dict[str, int], needed: int, evaluates: bool) -> bool:
 
 
 def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """The tokenizer can be built, its ids fit the vocabulary, and it knows the end of a document if that is asked for."""
+    """The tokenizer can be built, fits the vocabulary, and knows the end of a document if that is asked for."""
     from megalite.data.tokenizers import TokenizerError
 
     m, d = config.model, config.data
     try:
         tokenizer = build_tokenizer(d)
     except (TokenizerError, OSError) as error:
-        listed = _nearby(d.tokenizer_model or ".", ".model")
-        yield Finding(str(error), ("tokenizer_type", "tokenizer_model"), (listed or "--tokenizer-model FILE.model",))
+        beside = neighbours(d.tokenizer_model or "", ".model")
+        offers = (*({"tokenizer_model": p + ".model"} for p in beside), "--tokenizer-model FILE.model")
+        yield Finding(str(error), ("tokenizer_type", "tokenizer_model"), offers)
         return
     if tokenizer is None:
         return
@@ -83,7 +84,7 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
         )
     if d.eod_mask_loss:
         try:
-            tokenizer.eod
+            _ = tokenizer.eod
         except TokenizerError as error:
             found = f"--eod-mask-loss needs an end-of-document token: {error}"
             yield Finding(found, ("eod_mask_loss", "tokenizer_model"), ({"eod_mask_loss": False},))
@@ -100,7 +101,7 @@ def tokenizer_made_data(config: RunConfig, world_size: int) -> Iterator[Finding]
     try:
         info, tokenizer = DatasetInfo.read(d.data_path), build_tokenizer(d)
     except DatasetError as error:
-        yield Finding(str(error), ("data_path",), ("make it again with tools/preprocess_data.py",))
+        yield Finding(str(error), ("data_path",), (MAKE_DATA,))
         return
     except (TokenizerError, OSError):
         return
@@ -135,7 +136,7 @@ def ids_fit_file(config: RunConfig, world_size: int) -> Iterator[Finding]:
     if d.data_path is None or d.mock_data or d.tokenizer_type is None:
         return
     try:
-        peek, tokenizer = _peek(d.data_path), build_tokenizer(d)
+        peek, tokenizer = DatasetPeek.open(d.data_path), build_tokenizer(d)
     except (DatasetError, TokenizerError, OSError):
         return
     if tokenizer is not None and tokenizer.vocab_size > peek.largest_id + 1:
@@ -152,15 +153,14 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
     c = config.checkpoint
     if c.load is None:
         return
-    stored, latest = stored_iterations(c.load), _latest(c.load)
+    stored, latest = stored_iterations(c.load), latest_iteration(c.load)
     if not stored and latest is None:
         if same_place(c.load, c.save) and c.ckpt_step is None and not c.finetune:
             return
         what = "holds no checkpoints" if os.path.isdir(c.load) else "is no folder"
-        others = [n for n in _listing(os.path.dirname(c.load) or ".") if stored_iterations(_beside(c.load, n))]
-        match = nearest(os.path.basename(c.load), others) or next(iter(others), None)
-        near = ({"load": _beside(c.load, match)},) if match else ("--load FOLDER that holds iter_* folders",)
-        yield Finding(f"--load {c.load} {what}", ("load", "save", "ckpt_step", "finetune"), (*near, {"load": None}))
+        others = [{"load": path} for path in neighbours(c.load.rstrip("/"), "") if stored_iterations(path)]
+        offers = (*others, {"load": None}, "--load FOLDER that holds iter_* folders")
+        yield Finding(f"--load {c.load} {what}", ("load", "save", "ckpt_step", "finetune"), offers)
     elif c.ckpt_step is not None and c.ckpt_step not in stored:
         steps = sorted(stored, key=lambda step: abs(step - c.ckpt_step))
         yield Finding(
@@ -226,4 +226,6 @@ def build_tokenizer(data: DataConfig):
     unnamed = data.tokenizer_type == "SentencePieceTokenizer" and data.tokenizer_model is None
     if data.tokenizer_type is None or unnamed:
         return None
-    return build_tokenizer(data.tokenizer_type, data.tokenizer_model if data.tokenizer_type != "ByteTokenizer" else None)
+    return build_tokenizer(
+        data.tokenizer_type, data.tokenizer_model if data.tokenizer_type != "ByteTokenizer" else None
+    )

@@ -23,7 +23,6 @@ Rule = Callable[[RunConfig, int], Iterable[Finding]]
 """A function of (config, world_size) that yields a Finding for each thing wrong."""
 
 
-
 def divisors(number: int, most: int) -> list[int]:
     """Divisors of a number up to `most`, the largest first."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]

@@ -7,7 +7,6 @@ from megalite.config import RunConfig, options
 from megalite.rules.finding import Finding, Rule, divisors, multiples
 
 
-
 def heads_fill_hidden(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """hidden % heads, unless the size of a head is given."""
     m = config.model

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from megalite.config import RunConfig
+from megalite.models.config import ModelConfig
 from megalite.pipeline.partition import output_cost, partition
 from megalite.rules.finding import Finding, Rule, data_parallel_size, divisors, global_batch, iterations, multiples
-
 
 
 def recompute_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -18,13 +18,21 @@ def recompute_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
             ({"recompute_activations": False}, {"recompute_granularity": "selective"}),
         )
     elif r.granularity == "full" and p <= m.num_layers:
-        most = max(map(len, partition(m.num_layers, p, 0, output_cost(m.vocab_size or 0, m.hidden_size, m.ffn, m.swiglu))))
+        most = _largest_stage(m, p)
         if r.recompute_num_layers > most:
             yield Finding(
                 f"--recompute-num-layers {r.recompute_num_layers} is more than the {most} layers of the largest stage",
                 ("recompute_num_layers", "num_layers", "pipeline_model_parallel_size"),
                 ({"recompute_num_layers": most},),
             )
+
+
+def _largest_stage(model: ModelConfig, stages: int) -> int:
+    """Layers of the fullest stage; the most that it could have while the vocabulary is still to be read from a file."""
+    if model.vocab_size is None:
+        return model.num_layers // stages if model.num_layers % stages == 0 else model.num_layers - stages + 1
+    last_cost = output_cost(model.vocab_size, model.hidden_size, model.ffn, model.swiglu)
+    return max(map(len, partition(model.num_layers, stages, last_cost=last_cost)))
 
 
 def precision_is_one(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -47,7 +55,8 @@ def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]
         )
     if o.lr_warmup_fraction is not None and o.lr_warmup_iters:
         yield Finding(
-            f"--lr-warmup-fraction {o.lr_warmup_fraction:g} and --lr-warmup-iters {o.lr_warmup_iters} both set the warm-up",
+            f"--lr-warmup-fraction {o.lr_warmup_fraction:g} and --lr-warmup-iters {o.lr_warmup_iters} "
+            "both set the warm-up",
             ("lr_warmup_fraction", "lr_warmup_iters"),
             ({"lr_warmup_fraction": None}, {"lr_warmup_iters": 0}),
         )
@@ -103,7 +112,6 @@ def batch_divides(config: RunConfig, world_size: int) -> Iterator[Finding]:
         )
 
 
-
 def data_has_one_source(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """data_path or mock_data, not both, not neither."""
     d, vocab = config.data, {} if config.model.vocab_size or config.data.tokenizer_type else {"vocab_size": 8192}
@@ -133,7 +141,9 @@ def vocabulary_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]
             ("--tokenizer-type and --tokenizer-model of the data", {"vocab_size": 32000}),
         )
     if m.vocab_size == 1 and d.mock_data:
-        yield Finding("--mock-data cannot be learned with --vocab-size 1", ("vocab_size", "mock_data"), ({"vocab_size": 8192},))
+        yield Finding(
+            "--mock-data cannot be learned with --vocab-size 1", ("vocab_size", "mock_data"), ({"vocab_size": 8192},)
+        )
 
 
 def tokenizer_is_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -148,9 +158,13 @@ def tokenizer_is_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
 
 def split_feeds_run(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """A readable split, with a share for everything that the run asks for."""
+    from megalite.data.gpt import parse_split
+    from megalite.data.indexed import DatasetError
+
     d, t = config.data, config.training
-    shares = split_shares(d.split)
-    if shares is None:
+    try:
+        shares = parse_split(d.split)
+    except DatasetError:
         yield Finding(
             f"--split {d.split!r} is not one to three numbers from 0, not all 0: shares for train, valid, test",
             ("split",),

@@ -30,7 +30,10 @@ def out_of_range(config: RunConfig) -> list[Problem]:
             sound, bounds = 0 <= value < 1, "at least 0 and below 1"
         else:
             least = "at least 0" if key in FROM_ZERO else "above 0"
-            sound, bounds = (0 <= value if key in FROM_ZERO else 0 < value) and math.isfinite(value), f"{least} and finite"
+            sound, bounds = (
+                (value >= 0 if key in FROM_ZERO else value > 0) and math.isfinite(value),
+                f"{least} and finite",
+            )
         if not sound:
             usual = option.default if option.default is not None else 1 if option.kind is int else 0.01
             problems.append(Problem(f"{option.flag} {value} must be {bounds}", option.setting(usual), (key,)))
@@ -62,7 +65,9 @@ EFFECTS = (
         "without --recompute-granularity full",
         {"recompute_granularity": "full"},
     ),
-    _Effect(("sgd_momentum",), lambda c: c.optimizer.optimizer == "sgd", "without --optimizer sgd", {"optimizer": "sgd"}),
+    _Effect(
+        ("sgd_momentum",), lambda c: c.optimizer.optimizer == "sgd", "without --optimizer sgd", {"optimizer": "sgd"}
+    ),
     _Effect(
         ("adam_beta1", "adam_beta2", "adam_eps"),
         lambda c: c.optimizer.optimizer == "adam",
@@ -95,8 +100,18 @@ EFFECTS = (
         "--tokenizer-type and --tokenizer-model of the data",
     ),
     _Effect(("split", "eod_mask_loss"), lambda c: not c.data.mock_data, "with --mock-data, which has no documents", ""),
-    _Effect(("eval_interval",), lambda c: c.training.eval_iters > 0, "with --eval-iters 0", {"eval_iters": 100}),
-    _Effect(("eval_iters",), lambda c: c.training.eval_interval > 0, "with --eval-interval 0", {"eval_interval": 1000}),
+    _Effect(
+        ("eval_interval",),
+        lambda c: c.training.eval_iters > 0 or c.training.eval_interval == 0,
+        "with --eval-iters 0",
+        {"eval_iters": 100},
+    ),
+    _Effect(
+        ("eval_iters",),
+        lambda c: c.training.eval_interval > 0 or c.training.eval_iters == 0,
+        "with --eval-interval 0",
+        {"eval_interval": 1000},
+    ),
 )
 
 
@@ -105,7 +120,7 @@ def nothing_is_ignored(config: RunConfig, world_size: int) -> Iterator[Finding]:
     flat = to_flat(config)
     for effect in EFFECTS:
         for key in effect.keys:
-            idle = flat[key] != options()[key].default and flat[key] != 0 and not effect.works(config)
+            idle = flat[key] != options()[key].default and not effect.works(config)
             if idle:
                 shown = options()[key].setting(flat[key])
                 drop = {key: options()[key].default}

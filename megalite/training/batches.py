@@ -18,21 +18,25 @@ class GlobalBatches:
         self.loader = BatchLoader(dataset, micro_batch_size, layout.data, context.coordinates.data, masked_token)
 
     def at(self, consumed: int) -> tuple[list[Microbatch], float]:
-        """The microbatches of the batch that starts at sample `consumed`, and 1 / (unmasked tokens in the whole batch).
+        """The microbatches of the global batch that starts at sample `consumed`, and 1 / (unmasked tokens in all of it),
+        which makes the loss a global mean. Middle stages get nothing to read; the weight is 0 on all but the last.
 
         Collective over data ranks of the last stage. Raises ValueError when every token of the batch is masked.
         """
-        context = self.context
-        if not (context.is_first_stage or context.is_last_stage):
-            return [Microbatch() for _ in range(self.microbatches)], 0.0
-        batches = [self._microbatch(self.loader.batch(consumed, i)) for i in range(self.microbatches)]
-        if not context.is_last_stage:
+        batches = self.read(consumed)
+        if not self.context.is_last_stage:
             return batches, 0.0
-        tokens = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
-        all_reduce(tokens, context.data)
+        tokens = torch.tensor(unmasked(batches), dtype=torch.float64, device=self.context.device)
+        all_reduce(tokens, self.context.data)
         if tokens.item() == 0:
             raise ValueError(f"every token of the global batch at sample {consumed} is masked out of the loss")
         return batches, 1.0 / tokens.item()
+
+    def read(self, consumed: int) -> list[Microbatch]:
+        """This rank's microbatches of the global batch that starts at sample `consumed`."""
+        if not (self.context.is_first_stage or self.context.is_last_stage):
+            return [Microbatch() for _ in range(self.microbatches)]
+        return [self._microbatch(self.loader.batch(consumed, i)) for i in range(self.microbatches)]
 
     def _microbatch(self, arrays: dict) -> Microbatch:
         def to_device(name):
@@ -43,3 +47,8 @@ class GlobalBatches:
         if context.is_last_stage:
             batch.labels, batch.loss_mask = to_device("labels"), to_device("loss_mask")
         return batch
+
+
+def unmasked(batches: list[Microbatch]) -> float:
+    """Number of tokens these microbatches count in the loss (on the last stage)."""
+    return sum(batch.loss_mask.sum(dtype=torch.float64).item() for batch in batches)

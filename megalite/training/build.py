@@ -1,5 +1,6 @@
 """From a configuration to the parts of a run: device and groups, model, engine, optimizer."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,9 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
     backend = parallel.distributed_backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cpu" and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # Otherwise every rank would start as many threads as the node has cores.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world_size))
     context = ParallelContext.create(layout, launch, device, backend, parallel.distributed_timeout_minutes)
     via = f"{backend}, launched by {launch.source}" if launch.world_size > 1 else "one process, no launcher"
     return context, f"{launch.world_size} rank(s) on {device.type} ({why}); {via}; layout {layout}"

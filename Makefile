@@ -1,0 +1,49 @@
+# Everything happens in .venv. `make quickstart` and `make test` set it up themselves.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.megalite-installed
+
+.PHONY: help install quickstart test test-all lint clean
+
+help:
+	@echo "make quickstart   from raw text to a trained, resumed and sampled GPT, on 8 CPU ranks; results in runs/"
+	@echo "make test         the tests"
+	@echo "make test-all     the tests, slow ones too"
+	@echo "make lint         style (ruff) and the borders between packages (import-linter)"
+	@echo "make install      create $(VENV) and install megalite there, editable, with all extras"
+	@echo "make clean        delete $(VENV), caches and build folders; runs/ stays"
+
+install: $(STAMP)
+
+# Newer than what it depends on exactly when the last install succeeded.
+$(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/pip
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Debian and Ubuntu ship venv without ensurepip unless python3-venv is installed; a pip of the system can stand in.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "megalite needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; choose another: make PYTHON=python3.12 ...")'
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -m virtualenv --version >/dev/null 2>&1; then $(PYTHON) -m virtualenv $(VENV); \
+	elif $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; then :; \
+	else rm -rf $(VENV); echo 'Python cannot make a virtual environment here. Install its parts first, then run make again:' >&2; \
+		echo '    sudo apt-get install python3-venv' >&2; exit 1; fi
+
+quickstart: install
+	$(BIN)/python examples/quickstart/run.py
+
+test: install
+	$(BIN)/python -m pytest -m "not slow" --durations=10
+
+test-all: install
+	$(BIN)/python -m pytest --durations=10
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

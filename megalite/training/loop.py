@@ -1,0 +1,130 @@
+"""The training loop."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from megalite.config import RunConfig
+from megalite.models.flops import flops_per_sequence
+from megalite.parallel.collectives import all_reduce
+from megalite.parallel.context import ParallelContext
+from megalite.training.batches import GlobalBatches, unmasked
+from megalite.training.build import Parts
+from megalite.training.metrics import MetricsFile, training_line
+from megalite.training.signals import StopSignals
+from megalite.training.state import Progress, save_state
+
+
+@dataclass
+class Trainer:
+    """Trains until the configured end, evaluating, reporting and saving on the way."""
+
+    config: RunConfig
+    context: ParallelContext
+    parts: Parts
+    progress: Progress
+    train_data: GlobalBatches
+    validation_data: GlobalBatches | None
+    metrics: MetricsFile
+    """Rank 0's writes; the others' have no path."""
+    step_seconds: float | None = None
+    """Running mean of the time of a step, for the time left."""
+
+    def run(self) -> str:
+        """Train; returns why it stopped. The state is saved at the end when --save is given. Collective."""
+        training, options = self.config.training, self.config.checkpoint
+        signals, start, saved, reason = StopSignals(training.exit_signal_handler), time.monotonic(), -1, ""
+        try:
+            while self.progress.iteration < training.train_iters and not reason:
+                iteration = self.progress.iteration + 1
+                reason = self._step(iteration, signals, start)
+                # An evaluation that belongs to this iteration is not left out because the run stops after it.
+                if self._divides(training.eval_interval, iteration) or iteration == training.train_iters:
+                    self._evaluate(iteration)
+                if options.save and self._divides(options.save_interval, iteration):
+                    self._save()
+                    saved = iteration
+        finally:
+            signals.uninstall()
+        if options.save and saved != self.progress.iteration:
+            self._save()
+        return reason or f"all {training.train_iters} iterations are done"
+
+    @staticmethod
+    def _divides(interval: int | None, iteration: int) -> bool:
+        return bool(interval) and iteration % interval == 0
+
+    def _step(self, iteration: int, signals: StopSignals, start: float) -> str:
+        """One optimizer step and its report. Returns the reason to stop after it, or an empty string."""
+        began = time.perf_counter()
+        optimizer, batch_size = self.parts.optimizer, self.config.data.global_batch_size
+        optimizer.gradients.zero()
+        loss = self.parts.engine.train_step(*self.train_data.at(self.progress.consumed_samples))
+        norm, rate = optimizer.step(iteration)
+        minutes = self.config.training.exit_duration_in_mins
+        late = minutes is not None and time.monotonic() - start >= 60 * minutes
+        # One small all-reduce: the loss, and whether any rank wants to stop.
+        loss, signalled, late = self._sum_over_ranks(self._once(loss), signals.received is not None, late)
+        self.progress.iteration = iteration
+        self.progress.consumed_samples += batch_size
+        self._report(iteration, loss, norm, rate, time.perf_counter() - began)
+        if signalled:
+            return f"{signals.received.name if signals.received else 'a signal to another rank'}"
+        if late:
+            return f"--exit-duration-in-mins {minutes:g} are over"
+        if self._divides(self.config.training.exit_interval, iteration):
+            return f"--exit-interval {self.config.training.exit_interval}"
+        return ""
+
+    def _once(self, value: float) -> float:
+        """A quantity of the last stage, so that its sum over all ranks counts each data replica once: its tensor ranks
+        all hold the same."""
+        return float(value) if self.context.is_last_stage and self.context.tensor.rank == 0 else 0.0
+
+    def _sum_over_ranks(self, *values: float) -> list[float]:
+        """The sums over all ranks. Collective over the world."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.context.device)
+        all_reduce(total, self.context.world)
+        return total.tolist()
+
+    def _report(self, iteration: int, loss: float, norm: float, rate: float, seconds: float) -> None:
+        tokens = self.config.data.global_batch_size * self.config.model.seq_length
+        line = {
+            "iteration": iteration,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "consumed_samples": self.progress.consumed_samples,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        self.metrics.write(**line)
+        training = self.config.training
+        self.step_seconds = seconds if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * seconds
+        if self.context.rank == 0 and (iteration % training.log_interval == 0 or iteration == training.train_iters):
+            flops = flops_per_sequence(self.config.model) * self.config.data.global_batch_size
+            print(training_line(line, training.train_iters, flops, self.step_seconds), flush=True)
+
+    def _evaluate(self, iteration: int) -> None:
+        """Mean loss over the tokens of --eval-iters batches, always the same ones, so that evaluations can be compared."""
+        if self.validation_data is None:
+            return
+        model, total, tokens = self.parts.model, 0.0, 0.0
+        model.eval()
+        for i in range(self.config.training.eval_iters):
+            batches = self.validation_data.read(i * self.config.data.global_batch_size)
+            total += float(self.parts.engine.evaluate(batches, 1.0))
+            tokens += unmasked(batches) if self.context.is_last_stage else 0.0
+        model.train()
+        total, tokens = self._sum_over_ranks(self._once(total), self._once(tokens))
+        self.metrics.write(iteration=iteration, validation_loss=total / tokens)
+        if self.context.rank == 0:
+            print(f"iteration {iteration} | validation loss {total / tokens:.4f}", flush=True)
+
+    def _save(self) -> None:
+        began = time.perf_counter()
+        save_state(self.parts, self.progress, self.config, self.context)
+        if self.context.rank == 0:
+            where = f"{self.config.checkpoint.save} at iteration {self.progress.iteration}"
+            print(f"saved {where} in {time.perf_counter() - began:.1f} s", flush=True)

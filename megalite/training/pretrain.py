@@ -1,0 +1,135 @@
+"""pretrain(): the main job, composed of the library's rooms."""
+
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megalite.checkpoint.format import latest_iteration
+from megalite.config import RunConfig, to_yaml
+from megalite.data.build import build_datasets
+from megalite.data.tokenizers import build_tokenizer
+from megalite.parallel.collectives import gather_objects
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.launch import LaunchInfo
+from megalite.training.batches import GlobalBatches
+from megalite.training.build import Parts, build_context, build_gpt, build_parts
+from megalite.training.loop import Trainer
+from megalite.training.metrics import MetricsFile
+from megalite.training.state import Progress, load_state
+
+
+def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = build_gpt) -> None:
+    """Run a resolved configuration from start, or from its checkpoint, to the end of the training.
+
+    `build_model(config, context, rng)` makes this rank's stage. Raises before training starts when data, device or
+    checkpoint are not what the configuration says.
+    """
+    context, description = build_context(config, launch)
+    try:
+
+        def say(text: str) -> None:
+            if context.rank == 0:
+                print(text, flush=True)
+
+        say(to_yaml(config).rstrip())
+        say(description)
+        datasets = _datasets(config)
+        parts = build_parts(config, context, build_model)
+        say(_model_line(parts, context))
+        progress = _starting_point(config, parts, context)
+        fingerprint = datasets["train"].fingerprint()
+        if progress.data_fingerprint not in ("", fingerprint):
+            progress.notes.append("the training data is not what the checkpoint was made with")
+        progress.data_fingerprint = fingerprint
+        for note in progress.notes:
+            say(note)
+        batches = {name: _batches(config, context, dataset) for name, dataset in datasets.items()}
+        if config.training.dry_run:
+            _dry_run(parts, context, batches["train"], say)
+            return
+        _train(config, context, parts, progress, batches, say)
+    finally:
+        context.destroy()
+
+
+def _train(config: RunConfig, context: ParallelContext, parts: Parts, progress: Progress, batches: dict, say) -> None:
+    metrics = MetricsFile(config.training.metrics_file if context.rank == 0 else None)
+    try:
+        trainer = Trainer(config, context, parts, progress, batches["train"], batches.get("valid"), metrics)
+        say(f"training from iteration {progress.iteration} to {config.training.train_iters}")
+        reason = trainer.run()
+        say(f"stopped at iteration {progress.iteration}: {reason}")
+    finally:
+        metrics.close()
+
+
+def _datasets(config: RunConfig) -> dict:
+    evaluates = config.training.eval_interval and config.training.eval_iters
+    wanted = ("train", "valid") if evaluates else ("train",)
+    return build_datasets(config.data, config.model, config.training.seed, wanted)
+
+
+def _batches(config: RunConfig, context: ParallelContext, dataset) -> GlobalBatches:
+    data = config.data
+    masked = build_tokenizer(data.tokenizer_type, data.tokenizer_model).eod if data.eod_mask_loss else None
+    return GlobalBatches(dataset, context, data.micro_batch_size, data.global_batch_size, masked)
+
+
+def _starting_point(config: RunConfig, parts: Parts, context: ParallelContext) -> Progress:
+    options = config.checkpoint
+    if options.load is None:
+        return Progress()
+    # A job script names the same folder for --save and --load: its first run finds nothing there yet.
+    if options.load == options.save and options.ckpt_step is None and latest_iteration(options.load) is None:
+        return Progress(notes=[f"no checkpoint in {options.load} yet: starting from scratch"])
+    return load_state(parts, config, context)
+
+
+def _model_line(parts: Parts, context: ParallelContext) -> str:
+    """Parameters of the whole model and of each stage; collective over the world."""
+    held = sum(p.spec.box.numel for p in parts.model.parameters() if p.spec.tensor_sharded or context.tensor.rank == 0)
+    copies = sum(p.spec.box.numel for p in parts.model.parameters() if p.spec.tied_copy)
+    ranks = gather_objects((context.coordinates, held, copies), context.world)
+    stages = [0] * context.pipeline.size
+    for at, count, _ in ranks:
+        stages[at.pipeline] += count if at.data == 0 else 0
+    total = sum(stages) - sum(copy for at, _, copy in ranks if at.data == 0)
+    by_stage = ", ".join(f"{count:,}" for count in stages)
+    return f"{total:,} parameters" + (f"; by stage {by_stage}" if context.pipeline.size > 1 else "")
+
+
+def _dry_run(parts: Parts, context: ParallelContext, batches: GlobalBatches, say) -> None:
+    """One global batch forward and backward; prints loss, time, memory and shapes of every stage. Changes nothing."""
+    began = time.perf_counter()
+    loss = float(parts.engine.train_step(*batches.at(0)))
+    seconds = time.perf_counter() - began
+    if context.device.type == "cuda":
+        peak, kind = torch.cuda.max_memory_allocated(context.device), "GPU memory"
+    else:
+        peak, kind = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident memory"
+    layers = list(parts.model.layers)
+    mine = {
+        "layers": f"{layers[0]}-{layers[-1]}",
+        "passes on": list(parts.model.hidden_shape(parts.engine.micro_batch_size)),
+        "peak": peak,
+        "loss": loss,
+        "parameters": {name: list(p.shape) for name, p in parts.model.named_parameters()},
+    }
+    ranks = gather_objects(mine, context.world)
+    say(f"dry run: {batches.microbatches} microbatches in {seconds:.2f} s")
+    for rank, told in enumerate(ranks):
+        at = context.layout.coordinates(rank)
+        say(
+            f"rank {rank} (stage {at.pipeline}, data {at.data}, tensor {at.tensor}): layers {told['layers']}, "
+            f"peak {kind} {told['peak'] / 2**20:,.0f} MiB"
+            + (f", sends {told['passes on']} to the next stage" if at.pipeline < context.pipeline.size - 1 else "")
+        )
+    for rank in range(0, context.world_size, context.layout.tensor * context.layout.data):
+        say(f"parameters of stage {context.layout.coordinates(rank).pipeline} on rank {rank}:")
+        for name, shape in ranks[rank]["parameters"].items():
+            say(f"  {name} {shape}")
+    last = [told["loss"] for rank, told in enumerate(ranks) if context.layout.coordinates(rank).tensor == 0]
+    say(f"loss {sum(last):.4f}; nothing was saved")

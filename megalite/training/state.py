@@ -1,0 +1,152 @@
+"""What a training run must keep to go on to the bit, as pieces of a checkpoint."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from megalite import __version__
+from megalite.checkpoint.format import CheckpointError, Piece
+from megalite.checkpoint.load import Checkpoint
+from megalite.checkpoint.save import write
+from megalite.config import RunConfig, to_yaml
+from megalite.parallel.context import ParallelContext
+from megalite.training.build import Parts
+
+RNG = "rng."
+OPTIMIZER = "optimizer."
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Global counters only: no layout, no rank."""
+
+    iteration: int = 0
+    """Optimizer steps done."""
+    consumed_samples: int = 0
+    """Training sequences used, which is also the position in the data."""
+    data_fingerprint: str = ""
+    """Identifies the training data, so that going on with other data can be noticed."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the log should know about how this state came about."""
+
+
+def _piece(parameter: torch.nn.Parameter, stored_name: str, tensor: torch.Tensor) -> Piece:
+    """The part of `tensor`, shaped like the parameter, that belongs to this rank's box."""
+    spec = parameter.spec
+    return Piece(stored_name, spec.real(tensor.detach()), spec.global_shape, spec.box)
+
+
+def _owned(parts: Parts, context: ParallelContext) -> Iterator[Piece]:
+    """The pieces of model and optimizer that this rank writes. Each box is written once: by data rank 0, by tensor rank 0
+    where all hold the same, and not from a tied copy."""
+    parameters, at = parts.model.parameters_by_name, context.coordinates
+
+    def mine(parameter):
+        spec = parameter.spec
+        return at.data == 0 and (spec.tensor_sharded or at.tensor == 0) and not spec.tied_copy
+
+    for name, parameter in parameters.items():
+        if mine(parameter):
+            yield _piece(parameter, name, parameter)
+    for kind, name, tensor in parts.optimizer.state():
+        if mine(parameters[name]):
+            yield _piece(parameters[name], f"{OPTIMIZER}{kind}.{name}", tensor)
+
+
+def save_state(parts: Parts, progress: Progress, config: RunConfig, context: ParallelContext) -> None:
+    """Write a checkpoint of the run to --save. Collective; raises CheckpointError on every rank when any rank fails."""
+    state = {
+        "iteration": progress.iteration,
+        "consumed_samples": progress.consumed_samples,
+        "optimizer": config.optimizer.optimizer,
+        "optimizer_steps": parts.optimizer.steps,
+        "data_fingerprint": progress.data_fingerprint,
+        "seed": config.training.seed,
+        "layout": _layout(context),
+        "megalite": __version__,
+        "torch": torch.__version__,
+    }
+    streams = {RNG + name: value for name, value in parts.rng.states().items()}
+    checkpoint = config.checkpoint
+    write(
+        checkpoint.save, progress.iteration, _owned(parts, context), streams, state, to_yaml(config), context.world,
+        checkpoint.keep_last,
+    )  # fmt: skip
+
+
+def load_weights(checkpoint: Checkpoint, model) -> None:
+    """Read a model's weights into this rank's boxes, whatever the layout that wrote them: from the fp32 master weights
+    where there are any and the model is not bf16 itself. Raises CheckpointError listing all that does not fit."""
+    pieces = []
+    for name, parameter in model.parameters_by_name.items():
+        stored = _best_source(checkpoint, name) if parameter.dtype != torch.bfloat16 else name
+        pieces.append(_piece(parameter, stored, parameter))
+    _read(checkpoint, pieces)
+
+
+def _best_source(checkpoint: Checkpoint, name: str) -> str:
+    master = f"{OPTIMIZER}master.{name}"
+    return master if master in checkpoint.names else name
+
+
+def _load_optimizer(checkpoint: Checkpoint, parts: Parts, config: RunConfig) -> None:
+    stored = checkpoint.state["optimizer"]
+    if stored != config.optimizer.optimizer:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds the state of --optimizer {stored}, this run uses {config.optimizer.optimizer}; "
+            f"use --optimizer {stored}, or --no-load-optim to start the optimizer anew"
+        )
+    pieces = []
+    for kind, name, tensor in parts.optimizer.state():
+        source = _best_source(checkpoint, name) if kind == "master" else f"{OPTIMIZER}{kind}.{name}"
+        pieces.append(_piece(parts.optimizer.parameters[name], source, tensor))
+    _read(checkpoint, pieces)
+    parts.optimizer.set_steps(checkpoint.state["optimizer_steps"])
+
+
+def _read(checkpoint: Checkpoint, pieces: list[Piece]) -> None:
+    checkpoint.check(pieces)
+    for piece in pieces:
+        checkpoint.read_into(piece)
+
+
+def load_state(parts: Parts, config: RunConfig, context: ParallelContext) -> Progress:
+    """Continue from --load: weights, optimizer, random streams and position in the data, as the flags say.
+
+    Any layout reads any layout's checkpoint. Random streams belong to ranks, so under another layout they start from
+    the seed; a note says so. Raises CheckpointError when something wanted is not there.
+    """
+    options = config.checkpoint
+    with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
+        load_weights(checkpoint, parts.model)
+        if options.finetune or options.no_load_optim:
+            parts.optimizer.refresh_master()
+        else:
+            _load_optimizer(checkpoint, parts, config)
+        if options.finetune:
+            return Progress(notes=[f"weights from {checkpoint.folder}; everything else starts anew (--finetune)"])
+        state = checkpoint.state
+        progress = Progress(state["iteration"], state["consumed_samples"], state["data_fingerprint"])
+        progress.notes.append(f"resumed from {checkpoint.folder} at iteration {progress.iteration}")
+        if state["seed"] != config.training.seed:
+            progress.notes.append(
+                f"the checkpoint was made with --seed {state['seed']}, this run has {config.training.seed}: the order of "
+                "the data is another one, and samples may come again"
+            )
+        _restore_streams(checkpoint, parts, config, context, progress)
+    return progress
+
+
+def _restore_streams(checkpoint, parts: Parts, config: RunConfig, context: ParallelContext, progress: Progress) -> None:
+    if config.checkpoint.no_load_rng:
+        return
+    if checkpoint.state["layout"] != _layout(context):
+        progress.notes.append("the layout is another one: dropout's random streams start from the seed")
+        return
+    private = checkpoint.private(context.rank, context.world_size)
+    parts.rng.restore({name.removeprefix(RNG): value for name, value in private.items() if name.startswith(RNG)})
+
+
+def _layout(context: ParallelContext) -> dict:
+    return {"tensor": context.tensor.size, "pipeline": context.pipeline.size, "data": context.data.size}

@@ -1,0 +1,31 @@
+#!/usr/bin/env python
+"""Pretrain a GPT with data x tensor x pipeline parallelism.
+
+One process:      python pretrain_gpt.py --mock-data --vocab-size 512 --num-layers 4 --train-iters 100 ...
+Eight ranks:      torchrun --nproc-per-node 8 pretrain_gpt.py --tp 2 --pp 2 ...
+A SLURM job:      srun python pretrain_gpt.py --tp 2 --pp 2 ...
+Check a layout:   python pretrain_gpt.py --world-size 64 --tp 8 --pp 4 ...
+
+Every flag can stand in a YAML file instead (--config FILE). All problems are reported before anything starts.
+"""
+
+import os
+import sys
+
+from megalite.cli import parse_and_check
+from megalite.parallel.launch import detect
+
+
+def main() -> None:
+    """Read and check the configuration, and only then load torch and train."""
+    launch = detect(os.environ)
+    config = parse_and_check(sys.argv[1:], __doc__, launch)
+
+    from megalite.training.build import build_gpt
+    from megalite.training.pretrain import pretrain
+
+    pretrain(config, launch, build_model=build_gpt)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""Every rule on its own: a sound configuration with one thing wrong gives one problem, whose fixes work. Pure."""
+
+import hashlib
+import itertools
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from megalite import cli, validate
+from megalite.config import RunConfig, from_flat, options, to_flat, with_values
+from megalite.data.indexed import DatasetInfo, IndexedWriter
+from megalite.data.tokenizers import build_tokenizer, train_sentencepiece
+from megalite.rules.files import FILE_RULES
+
+SOUND = {"mock_data": True, "vocab_size": 512, "train_iters": 10}
+
+CASES = {
+    # what is wrong: (changes of SOUND, ranks, words that the problem must have)
+    "heads of hidden": (dict(hidden_size=770), 1, "--hidden-size 770 --num-attention-heads 12"),
+    "groups of heads": (dict(num_query_groups=5), 1, "--num-attention-heads 12 --num-query-groups 5"),
+    "odd rope": (dict(position_embedding_type="rope", kv_channels=63), 1, "rope 63"),
+    "positions": (dict(seq_length=2048, max_position_embeddings=1024), 1, "2048 1024"),
+    "heads of tp": (dict(tensor_model_parallel_size=8), 8, "--num-attention-heads 12 --tp 8"),
+    "groups of tp": (dict(num_query_groups=3, tensor_model_parallel_size=4), 4, "--num-query-groups 3 --tp 4"),
+    "ffn of tp": (dict(ffn_hidden_size=1002, tensor_model_parallel_size=4), 4, "--ffn-hidden-size 1002 --tp 4"),
+    "sp alone": (dict(sequence_parallel=True), 2, "--tp is 1"),
+    "sp alone, one rank": (dict(sequence_parallel=True), 1, "--tp is 1"),
+    "sequence of tp": (dict(sequence_parallel=True, seq_length=1022, tensor_model_parallel_size=4), 4, "1022 --tp 4"),
+    "stages": (dict(num_layers=4, pipeline_model_parallel_size=5), 5, "--pp 5 --num-layers 4"),
+    "ranks": (dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 6, "6 ranks --tp 2 --pp 2"),
+    "one rank": (dict(tensor_model_parallel_size=4), 1, "1 rank cannot"),
+    "backend": (dict(device="cpu", distributed_backend="nccl"), 1, "nccl cpu"),
+    "batch": (dict(global_batch_size=18, micro_batch_size=4), 3, "18 4 3 12"),
+    "recompute forms": (dict(recompute_granularity="full", recompute_activations=True), 1, "selective full"),
+    "recompute layers": (
+        dict(recompute_granularity="full", recompute_num_layers=7, pipeline_model_parallel_size=2),
+        2,
+        "7 6 layers",
+    ),
+    "precisions": (dict(bf16=True, precision="fp64"), 1, "--bf16 fp64"),
+    "min lr": (dict(min_lr=1e-3), 1, "--min-lr 0.001 --lr 0.0003"),
+    "warm-up twice": (dict(lr_warmup_iters=2, lr_warmup_fraction=0.1), 1, "0.1 2"),
+    "warm-up past decay": (dict(lr_warmup_iters=8, lr_decay_iters=5), 1, "8 5"),
+    "warm-up past end": (dict(lr_warmup_iters=10, lr_decay_style="constant"), 1, "--lr-warmup-iters 10"),
+    "no length": (dict(train_iters=None), 1, "--train-iters --train-samples"),
+    "two lengths": (dict(train_samples=20), 1, "20 10"),
+    "samples of batch": (dict(train_iters=None, train_samples=99, global_batch_size=8), 1, "99 8"),
+    "no data": (dict(mock_data=False), 1, "--data-path --mock-data"),
+    "mock vocabulary": (dict(vocab_size=None), 1, "--vocab-size"),
+    "mock vocabulary of one": (dict(vocab_size=1), 1, "--vocab-size 1"),
+    "malformed split": (dict(split="a,b"), 1, "'a,b'"),
+    "idle rotary base": (dict(rotary_base=5e5), 1, "--rotary-base 500000 rope"),
+    "idle recompute method": (dict(recompute_method="block"), 1, "--recompute-method block full"),
+    "idle recompute layers": (dict(recompute_num_layers=2), 1, "--recompute-num-layers 2 full"),
+    "idle momentum": (dict(sgd_momentum=0.5), 1, "--sgd-momentum 0.5 sgd"),
+    "idle beta": (dict(optimizer="sgd", adam_beta2=0.95), 1, "--adam-beta2 0.95 adam"),
+    "idle min lr": (dict(lr_decay_style="constant", min_lr=1e-5), 1, "--min-lr 1e-05 constant"),
+    "idle decay": (dict(lr_decay_style="constant", lr_decay_iters=5), 1, "--lr-decay-iters 5 constant"),
+    "idle save interval": (dict(save_interval=5), 1, "--save-interval 5 without --save"),
+    "idle keep last": (dict(keep_last=5), 1, "--keep-last 5 without --save"),
+    "idle step": (dict(ckpt_step=0), 1, "--ckpt-step 0 without --load"),
+    "idle finetune": (dict(finetune=True), 1, "--finetune without --load"),
+    "idle no-load": (dict(no_load_optim=True), 1, "--no-load-optim without --load"),
+    "idle model": (dict(tokenizer_model="x.model"), 1, "--tokenizer-model x.model"),
+    "idle split": (dict(split="1,1,1"), 1, "--split 1,1,1 --mock-data"),
+    "idle evaluations": (dict(eval_iters=20, eval_interval=0), 1, "--eval-iters 20 --eval-interval 0"),
+    "idle evaluation interval": (dict(eval_iters=0, eval_interval=20), 1, "--eval-interval 20 --eval-iters 0"),
+}
+
+
+def fixed(config: RunConfig, world_size: int, problem: validate.Problem) -> list[tuple[str, RunConfig, int]]:
+    """(offer, configuration, ranks) for each offer of the fix that can be typed."""
+    results = []
+    for offer in problem.fix.split(", or "):
+        if ranks := re.fullmatch(r"start (\d+) ranks", offer):
+            results.append((offer, config, int(ranks[1])))
+        elif left_out := re.fullmatch(r"leave out (--\S+)", offer):
+            key = next(o.key for o in options().values() if left_out[1] in (o.flag, *o.aliases))
+            results.append((offer, with_values(config, {key: None}), world_size))
+        elif re.match(r"--[a-z0-9-]+($| [^A-Z ]*$| \S+ --)", offer) and " of " not in offer:
+            _, values, problems = cli.read_flags(offer.split())
+            assert not problems, offer
+            results.append((offer, with_values(config, values), world_size))
+    return results
+
+
+def assert_one_problem(config: RunConfig, world_size: int, words: str, least_offers: int = 1) -> None:
+    """There is one problem, it has these words, and every offer of its fix repairs it and causes no other."""
+    problems = validate.check(config, world_size)
+    assert len(problems) == 1, problems
+    for word in words.split():
+        assert word in problems[0].message, problems[0]
+    offers = fixed(config, world_size, problems[0])
+    assert len(offers) >= least_offers, problems[0]
+    for offer, repaired, ranks in offers:
+        assert validate.check(repaired, ranks) == [], offer
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rule_alone(case):
+    changes, world_size, words = CASES[case]
+    assert validate.check(from_flat(SOUND), world_size) == []
+    assert_one_problem(from_flat(SOUND | changes), world_size, words)
+
+
+def test_every_rule_has_a_case():
+    seen = set()
+    for changes, world_size, _ in CASES.values():
+        seen |= {name for name, _ in validate.failures(from_flat(SOUND | changes), world_size)}
+    elsewhere = {"vocabulary_is_known", "tokenizer_is_whole"}  # they need files; below
+    assert {rule.__name__ for rule in validate.PURE_RULES} <= seen | elsewhere
+
+
+NUMBERS = [o.key for o in options().values() if o.kind in (int, float)]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_below_its_range(key):
+    problems = validate.check(from_flat(SOUND | {key: -2}), 1)
+    assert len(problems) == 1 and f"{options()[key].flag} -2" in problems[0].message
+    assert [validate.check(repaired, 1) for _, repaired, _ in fixed(from_flat(SOUND), 1, problems[0])] == [[]]
+
+
+@pytest.mark.parametrize("key", [o.key for o in options().values() if o.kind is float])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none(key, value):
+    problems = validate.check(from_flat(SOUND | {key: value}), 1)
+    assert [p.flags for p in problems] == [(key,)]
+
+
+@pytest.mark.parametrize("key", ["attention_dropout", "hidden_dropout", "adam_beta1", "lr_warmup_fraction"])
+def test_a_fraction_must_be_below_one(key):
+    problems = validate.check(from_flat(SOUND | {key: 1.0}), 1)
+    assert len(problems) == 1 and "below 1" in problems[0].message
+
+
+def test_no_combination_of_senseless_numbers_crashes():
+    for pair in itertools.combinations(NUMBERS, 2):
+        problems = validate.check(from_flat(SOUND | dict.fromkeys(pair, 0)), 3)
+        reported = {flag for p in problems for flag in p.flags}
+        must = {key for key in pair if any(p.flags == (key,) for p in validate.out_of_range(from_flat({key: 0})))}
+        assert must <= reported
+
+
+def test_all_problems_at_once():
+    flat = dict(num_attention_heads=12, num_layers=4, tensor_model_parallel_size=8, pipeline_model_parallel_size=5)
+    problems = validate.check(from_flat(flat | {"micro_batch_size": 2, "global_batch_size": 7}), 1)
+    text = cli.report(problems, "pretrain_gpt.py")
+    for words in ("--num-attention-heads 12", "--pp 5", "--num-layers 4", "--global-batch-size 7", "1 rank", "no data"):
+        assert words in text
+    assert "6 problems" in text and text.count("fix: ") == 6
+    assert "--tp 6, or --tp 4, or --num-attention-heads 16" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a dataset `corpus` of 20 documents of 100 bytes, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset("corpus", 20, DatasetInfo("ByteTokenizer", 257, 256, build_tokenizer("ByteTokenizer").sha256, 20, 2000))
+    return tmp_path
+
+
+def write_dataset(prefix: str, documents: int, info: DatasetInfo | None, dtype=np.uint16) -> None:
+    with IndexedWriter(prefix, dtype) as writer:
+        for number in range(documents):
+            writer.add_document(np.full(100, number, dtype))
+        writer.finish(info)
+
+
+def checkpoint(folder, *iterations: int, latest=None) -> None:
+    """What the rules look at of a checkpoint folder."""
+    for iteration in iterations:
+        step = folder / f"iter_{iteration:07d}"
+        step.mkdir(parents=True)
+        (step / "index.json").write_text("{}")
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(latest or iterations[-1]))
+
+
+REAL = {"data_path": "corpus", "tokenizer_type": "ByteTokenizer", "train_iters": 10, "seq_length": 64}
+QUIET = {"eval_interval": 0, "eval_iters": 0}
+
+
+def real(**changes) -> RunConfig:
+    return from_flat(REAL | {"split": "80,20,0"} | changes)
+
+
+def test_sound_files(folder):
+    assert validate.check(real(), 1) == []
+    assert validate.check(real(save="new", load="new", save_interval=5, metrics_file="m.jsonl"), 1) == []
+
+
+FILE_CASES = {
+    "both sources": (dict(mock_data=True, split="969,30,1", vocab_size=257), "corpus --mock-data", 2),
+    "no such data": (dict(data_path="corpsu"), "corpsu.bin corpsu.idx", 1),
+    "suffix in prefix": (dict(data_path="corpus.bin"), "corpus.bin.idx", 1),
+    "no vocabulary": (dict(tokenizer_type=None), "--vocab-size --tokenizer-type", 0),
+    "no share to train": (dict(split="0,1,0"), "0,1,0", 1),
+    "no share to evaluate": (dict(split="1,0,0"), "1,0,0 --eval-interval", 2),
+    "empty split": (dict(split="999,1"), "valid 0 20", 1),
+    "short split": (dict(seq_length=1000), "valid 400 1001", 1),
+    "small vocabulary": (dict(vocab_size=200), "200 257", 2),
+    "small vocabulary, no tokenizer": (dict(vocab_size=200, tokenizer_type=None), "200 257", 1),
+    "no model named": (dict(tokenizer_type="SentencePieceTokenizer"), "--tokenizer-model", 0),
+    "idle model": (dict(tokenizer_model="x.model"), "--tokenizer-model x.model", 1),
+    "idle mask": (dict(eod_mask_loss=True, tokenizer_type=None, vocab_size=257), "--eod-mask-loss", 1),
+}
+
+
+@pytest.mark.parametrize("case", FILE_CASES)
+def test_a_file_rule_alone(case, folder):
+    changes, words, offers = FILE_CASES[case]
+    assert_one_problem(real(**changes), 1, words, offers)
+
+
+def test_masking_mock_data_is_idle():
+    assert_one_problem(from_flat(SOUND | dict(eod_mask_loss=True, tokenizer_type="ByteTokenizer")), 1, "--mock-data")
+
+
+def test_damaged_data(folder):
+    (folder / "corpus.bin").write_bytes((folder / "corpus.bin").read_bytes()[:-1])
+    assert_one_problem(real(), 1, "corpus.bin 3999 4000", 0)
+    (folder / "corpus.idx").write_bytes(b"MMIDIDX")
+    assert_one_problem(real(), 1, "corpus.idx MMIDIDX", 0)
+
+
+def test_ids_too_wide_for_the_file(folder):
+    write_dataset("narrow", 20, None, np.uint8)
+    assert_one_problem(real(data_path="narrow"), 1, "255 257", 0)
+
+
+def test_tokenizer_against_data(folder):
+    model = train_sentencepiece(["the quick brown fox jumps over the lazy dog " * 3] * 50, 300)
+    (folder / "a.model").write_bytes(model)
+    spm = dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model="a.model")
+    assert_one_problem(real(**spm), 1, "SentencePieceTokenizer ByteTokenizer", 0)
+    write_dataset("pieces", 20, DatasetInfo("SentencePieceTokenizer", 300, 2, hashlib.sha256(model).hexdigest(), 20, 2000))
+    assert validate.check(real(**spm, data_path="pieces"), 1) == []
+    write_dataset("others", 20, DatasetInfo("SentencePieceTokenizer", 300, 2, "0" * 64, 20, 2000))
+    assert_one_problem(real(**spm, data_path="others"), 1, "a.model 300 000000000000", 0)
+    assert_one_problem(real(**spm | dict(tokenizer_model="b.model", data_path="pieces")), 1, "b.model", 1)
+    assert validate.resolve(real(**spm, data_path="pieces"), 1).model.vocab_size == 300
+
+
+def test_nothing_to_load(folder):
+    checkpoint(folder / "runs" / "first", 10)
+    assert_one_problem(real(load="runs/frist"), 1, "runs/frist no folder", 2)
+    (folder / "empty").mkdir()
+    assert_one_problem(real(load="empty", save="out"), 1, "empty no checkpoints")
+    assert_one_problem(real(load="out", save="out", finetune=True), 1, "out", 0)
+
+
+def test_iterations_to_load(folder):
+    checkpoint(folder / "run", 10, 20, 30)
+    assert validate.check(real(load="run", save="run", ckpt_step=20), 1) == []
+    assert_one_problem(real(load="run", ckpt_step=21), 1, "21 10, 20, 30", 3)
+    checkpoint(folder / "torn", 10, latest=20)
+    assert_one_problem(real(load="torn"), 1, "torn 20", 1)
+    (folder / "torn" / "latest_checkpointed_iteration.txt").unlink()
+    assert_one_problem(real(load="torn"), 1, "torn latest_checkpointed_iteration.txt", 1)
+    (folder / "torn" / "iter_0000010").rename(folder / "torn" / "iter_0000010.replaced-1")
+    (folder / "torn" / "latest_checkpointed_iteration.txt").write_text("10")
+    assert validate.check(real(load="torn"), 1) == []
+
+
+def test_runs_stay_apart(folder):
+    checkpoint(folder / "run", 10)
+    assert validate.check(real(save="run", load="run"), 1) == []
+    assert validate.check(real(save="run", dry_run=True), 1) == []
+    assert_one_problem(real(save="run"), 1, "run 10", 2)
+    assert_one_problem(real(save="run", load="run", finetune=True), 1, "run 10", 1)
+
+
+def test_places_to_write(folder):
+    (folder / "file").write_text("")
+    (folder / "locked").mkdir()
+    assert_one_problem(real(save="file"), 1, "--save file folder")
+    assert_one_problem(real(save="file/run"), 1, "file/run")
+    assert_one_problem(real(metrics_file="locked"), 1, "--metrics-file locked folder")
+
+
+def test_every_file_rule_is_reported(folder):
+    """The cases above reach every rule: here each is triggered by name."""
+    checkpoint(folder / "run", 10)
+    (folder / "file").write_text("")
+    wrong = real(data_path="absent", tokenizer_type="SentencePieceTokenizer", tokenizer_model="absent", save="run")
+    more = real(load="absent", metrics_file=".", vocab_size=1)
+    found = {rule.__name__ for rule in FILE_RULES for config in (wrong, more) for _ in rule(config, 1)}
+    assert found >= {"data_files_are_sound", "tokenizer_fits", "checkpoint_is_there", "checkpoints_stay_apart"}
+    assert "results_can_be_written" in found
+
+
+# What follows from what ---------------------------------------------------------------------------------------------
+
+
+def test_resolve_fills_in_what_follows(folder):
+    given = dict(train_iters=None, train_samples=80, lr_warmup_fraction=0.25, bf16=True, recompute_activations=True)
+    config = real(**given, swiglu=True, num_attention_heads=12)
+    resolved = validate.resolve(config, 8)
+    flat = to_flat(resolved)
+    expected = dict(
+        train_iters=10, global_batch_size=8, ffn_hidden_size=2048, kv_channels=64, num_query_groups=12, vocab_size=257,
+        max_position_embeddings=64, precision="bf16", bf16=False, recompute_granularity="selective",
+        recompute_activations=False, lr_decay_iters=10, lr_warmup_iters=2, lr_warmup_fraction=None, train_samples=80,
+    )  # fmt: skip
+    assert {key: flat[key] for key in expected} == expected
+    untouched = set(flat) - set(expected)
+    assert {key: flat[key] for key in untouched} == {key: to_flat(config)[key] for key in untouched}
+    assert validate.resolve(resolved, 8) == resolved
+    assert validate.check(resolved, 8) == []
+
+
+@pytest.mark.parametrize("case", ["plain", "constant", "swiglu"])
+def test_a_resolved_configuration_is_sound(case):
+    changes = {"plain": {}, "constant": dict(lr_decay_style="constant"), "swiglu": dict(swiglu=True)}[case]
+    resolved = validate.resolve(from_flat(SOUND | changes), 4)
+    assert validate.check(resolved, 4) == [] and validate.resolve(resolved, 4) == resolved
+
+
+def test_checks_import_no_torch(folder):
+    code = (
+        "import sys; from megalite import validate, cli, estimate; from megalite.config import from_flat;"
+        f"config = from_flat({REAL | {'split': '80,20,0', 'save': 'run', 'load': 'run'}!r});"
+        "assert validate.check(config, 1) == [];"
+        "print(estimate.summary(validate.resolve(config, 1), 1));"
+        "assert 'torch' not in sys.modules"
+    )
+    env = {"PYTHONPATH": str(cli.__file__).rsplit("/megalite/", 1)[0], "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "parameters" in done.stdout
