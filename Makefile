@@ -27,7 +27,8 @@ $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "megalite needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; choose another: make PYTHON=python3.12 ...")'
 	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
 	elif $(PYTHON) -m virtualenv --version >/dev/null 2>&1; then $(PYTHON) -m virtualenv $(VENV); \
-	elif $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; then :; \
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1 && $(PYTHON) -m venv --without-pip $(VENV) \
+		&& $(PYTHON) -m pip --python $(BIN)/python install pip; then :; \
 	else rm -rf $(VENV); echo 'Python cannot make a virtual environment here. Install its parts first, then run make again:' >&2; \
 		echo '    sudo apt-get install python3-venv' >&2; exit 1; fi
 

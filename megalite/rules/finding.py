@@ -7,6 +7,9 @@ from typing import Any
 
 from megalite.config import RunConfig
 
+EXAMPLES = {"vocab_size": 8192, "train_iters": 1000}
+"""Values offered for fields that have no default but are needed."""
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -5,7 +5,16 @@ from collections.abc import Iterator
 from megalite.config import RunConfig
 from megalite.models.config import ModelConfig
 from megalite.pipeline.partition import output_cost, partition
-from megalite.rules.finding import Finding, Rule, data_parallel_size, divisors, global_batch, iterations, multiples
+from megalite.rules.finding import (
+    EXAMPLES,
+    Finding,
+    Rule,
+    data_parallel_size,
+    divisors,
+    global_batch,
+    iterations,
+    multiples,
+)
 
 
 def recompute_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -78,7 +87,7 @@ def length_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]:
         yield Finding(
             "how long to train is not said: neither --train-iters nor --train-samples is given",
             ("train_iters", "train_samples"),
-            ({"train_iters": 1000}, {"train_samples": 1000 * batch}),
+            ({"train_iters": EXAMPLES["train_iters"]}, {"train_samples": EXAMPLES["train_iters"] * batch}),
         )
     elif t.train_samples is not None and t.train_samples % batch:
         yield Finding(
@@ -114,7 +123,10 @@ def batch_divides(config: RunConfig, world_size: int) -> Iterator[Finding]:
 
 def data_has_one_source(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """data_path or mock_data, not both, not neither."""
-    d, vocab = config.data, {} if config.model.vocab_size or config.data.tokenizer_type else {"vocab_size": 8192}
+    d, vocab = (
+        config.data,
+        {} if config.model.vocab_size or config.data.tokenizer_type else {"vocab_size": EXAMPLES["vocab_size"]},
+    )
     if d.data_path is None and not d.mock_data:
         yield Finding(
             "there is no data: neither --data-path nor --mock-data is given",
@@ -133,16 +145,20 @@ def vocabulary_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]
     """A vocabulary size, given or from the tokenizer; the made-up tokens need it given."""
     m, d = config.model, config.data
     if m.vocab_size is None and d.mock_data and d.data_path is None:
-        yield Finding("--mock-data needs --vocab-size", ("vocab_size", "mock_data"), ({"vocab_size": 8192},))
+        yield Finding(
+            "--mock-data needs --vocab-size", ("vocab_size", "mock_data"), ({"vocab_size": EXAMPLES["vocab_size"]},)
+        )
     elif m.vocab_size is None and d.tokenizer_type is None and d.data_path is not None:
         yield Finding(
             "the vocabulary size is not known: neither --vocab-size nor --tokenizer-type is given",
             ("vocab_size", "tokenizer_type"),
-            ("--tokenizer-type and --tokenizer-model of the data", {"vocab_size": 32000}),
+            ("--tokenizer-type and --tokenizer-model of the data", {"vocab_size": EXAMPLES["vocab_size"]}),
         )
     if m.vocab_size == 1 and d.mock_data:
         yield Finding(
-            "--mock-data cannot be learned with --vocab-size 1", ("vocab_size", "mock_data"), ({"vocab_size": 8192},)
+            "--mock-data cannot be learned with --vocab-size 1",
+            ("vocab_size", "mock_data"),
+            ({"vocab_size": EXAMPLES["vocab_size"]},),
         )
 
 
@@ -156,32 +172,17 @@ def tokenizer_is_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
         )
 
 
-def split_feeds_run(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """A readable split, with a share for everything that the run asks for."""
+def split_is_readable(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """--split is shares. Whether each split has data is seen in the files."""
     from megalite.data.gpt import parse_split
     from megalite.data.indexed import DatasetError
 
-    d, t = config.data, config.training
+    if config.data.mock_data:
+        return
     try:
-        shares = parse_split(d.split)
-    except DatasetError:
-        yield Finding(
-            f"--split {d.split!r} is not one to three numbers from 0, not all 0: shares for train, valid, test",
-            ("split",),
-            ({"split": "969,30,1"},),
-        )
-        return
-    if d.mock_data:
-        return
-    if shares[0] == 0:
-        yield Finding(f"--split {d.split} leaves nothing to train on", ("split",), ({"split": "969,30,1"},))
-    if t.eval_interval and t.eval_iters and shares[1] == 0:
-        yield Finding(
-            f"--split {d.split} leaves nothing to evaluate on, but --eval-interval {t.eval_interval} "
-            f"and --eval-iters {t.eval_iters} ask for it",
-            ("split", "eval_interval", "eval_iters"),
-            ({"split": "969,30,1"}, {"eval_iters": 0, "eval_interval": 0}),
-        )
+        parse_split(config.data.split)
+    except DatasetError as error:
+        yield Finding(str(error), ("split",), ({"split": "969,30,1"},))
 
 
 RUN_RULES: tuple[Rule, ...] = (
@@ -193,5 +194,5 @@ RUN_RULES: tuple[Rule, ...] = (
     data_has_one_source,
     vocabulary_is_known,
     tokenizer_is_whole,
-    split_feeds_run,
+    split_is_readable,
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalite.config import Problem, RunConfig, options, to_flat
-from megalite.rules.finding import Finding
+from megalite.rules.finding import EXAMPLES, Finding
 
 MAY_BE_ZERO = {"lr_warmup_iters", "eval_interval", "eval_iters", "seed", "ckpt_step"}
 """Whole numbers from 0; all others start at 1."""
@@ -35,7 +35,7 @@ def out_of_range(config: RunConfig) -> list[Problem]:
                 f"{least} and finite",
             )
         if not sound:
-            usual = option.default if option.default is not None else 1 if option.kind is int else 0.01
+            usual = EXAMPLES.get(key, option.default)
             problems.append(Problem(f"{option.flag} {value} must be {bounds}", option.setting(usual), (key,)))
     return problems
 

@@ -1,18 +1,33 @@
-"""Kill -9 at random moments of real saves: the latest checkpoint always opens, verifies, and is the newest written."""
+"""Kill -9 at each step and at random moments of real saves: the latest checkpoint always opens, verifies, and is the
+newest that was written."""
 
+import itertools
 import multiprocessing
 import os
 import random
+import signal
+import sys
 import time
 
+import pytest
 import torch
 
 from megalite.checkpoint.load import Checkpoint
-from tests.checkpoint.helpers import cut, part, save
+from tests.checkpoint.helpers import cut, part, save, whole
 from tests.pool import PRELOAD
 
 TRIALS = 15
 SHAPE = (64, 256)
+FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
+"""Audit events of the interpreter; os.replace is an os.rename, too."""
+
+
+@pytest.fixture
+def forkserver():
+    """Starts processes that have torch loaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 def save_until_killed(root, first, ready):
@@ -34,15 +49,49 @@ def iteration_of(number):
     return 10 * (1 + number // 2)
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_latest_checkpoint(tmp_path):
-    forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(PRELOAD)
+def save_until_step(root, iteration, last_step):
+    """Save number 2, and be killed just before the file operation of number `last_step`."""
+    steps = itertools.count(1)
+
+    def count(event, _):
+        if event in FILE_OPERATIONS and next(steps) == last_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    save(root, iteration, whole("w", torch.tensor(2.0)), keep_last=1)
+
+
+@pytest.mark.parametrize("iteration", [30, 20], ids=["a new iteration", "the latest again"])
+def test_a_kill_before_each_file_operation_leaves_the_latest_or_the_new_one(tmp_path, forkserver, iteration):
+    values, exit_code = [], None
+    while exit_code != 0:
+        root = tmp_path / str(len(values))
+        save(root, 10, whole("w", torch.tensor(0.0)))
+        save(root, 20, whole("w", torch.tensor(1.0)))
+        process = forkserver.Process(target=save_until_step, args=(root, iteration, len(values) + 1), daemon=True)
+        process.start()
+        process.join()
+        exit_code = process.exitcode
+        assert exit_code in (0, -signal.SIGKILL)
+        with Checkpoint.open(root) as checkpoint:
+            checkpoint.verify()
+            values.append(checkpoint.read("w").item())
+        save(root, 40, whole("w", torch.tensor(3.0)))
+        assert Checkpoint.open(root).read("w").item() == 3
+        assert not list(root.glob(".iter_*"))
+    assert values == sorted(values)  # the old one up to the commit, the new one from there on
+    assert set(values) == {1, 2}
+    assert len(values) > 10
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_latest_checkpoint(tmp_path, forkserver):
     generator = random.Random()
     number, killed_while_saving = -1, 0
     for _ in range(TRIALS):
         here, there = forkserver.Pipe(duplex=False)
         process = forkserver.Process(target=save_until_killed, args=(tmp_path, number + 1, there), daemon=True)
         process.start()
+        there.close()
         seconds_of_a_save = here.recv()
         time.sleep(generator.uniform(0, 3 * seconds_of_a_save))
         process.kill()

@@ -129,7 +129,7 @@ def test_the_first_bad_line_is_reported_whichever_worker_is_faster(tmp_path, mon
     monkeypatch.setattr(module, "BLOCK_BYTES", 10)
     long = json.dumps({"text": "x" * 1_000_000}).encode() + b"\n"
     (tmp_path / "a.jsonl").write_bytes(long + long[:-2] + b"\n" + b"quick to fail\n" * 5)
-    with pytest.raises(BadLineError, match="a.jsonl, line 2: invalid JSON: Expecting ',' delimiter"):
+    with pytest.raises(BadLineError, match=r"a\.jsonl, line 2: invalid JSON: Expecting ',' delimiter"):
         preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), workers=3))
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
