@@ -18,13 +18,12 @@ from megalite.parallel.launch import detect
 
 def main() -> None:
     """Read and check the configuration, and only then load torch and train."""
-    launch = detect(os.environ)
-    config = parse_and_check(sys.argv[1:], __doc__, launch)
+    config = parse_and_check(sys.argv[1:], __doc__)
 
     from megalite.training.build import build_gpt
     from megalite.training.pretrain import pretrain
 
-    pretrain(config, launch, build_model=build_gpt)
+    pretrain(config, detect(os.environ), build_model=build_gpt)
 
 
 if __name__ == "__main__":

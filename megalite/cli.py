@@ -18,16 +18,19 @@ from megalite.config import ConfigError, Option, Problem, RunConfig, example, ne
 PAGE_WIDTH = 100
 """Columns that problems are wrapped to."""
 
-HOW_TO = """Values come from the flags, then from the --config file, then from the defaults. To take back what a file \
-sets: --no-SWITCH for a switch (--load-optim for --no-load-optim), `--FLAG unset` for a value whose default is unset."""
+
+CONFIG_HELP = (
+    "YAML file of flags: one `name: value` a line, names as below without the dashes. Flags win over the file. To take "
+    "back what it sets: --no-SWITCH for a switch (--load-optim for --no-load-optim), `--FLAG unset` for a value whose "
+    "default is unset."
+)
 
 
 @dataclass(frozen=True)
 class _CommandLine(RunConfig):
     """RunConfig and the flags that are not part of it, for the help."""
 
-    config: Annotated[str | None, tyro.conf.arg(metavar="FILE.yaml")] = None
-    """YAML file of flags: one `name: value` a line, names as below without the dashes. Flags win over the file."""
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE.yaml", help=CONFIG_HELP)] = None
 
 
 def parse(argv: list[str] | None = None, description: str = "", quiet: bool = False) -> RunConfig:
@@ -193,13 +196,15 @@ def _wrap(prefix: str, text: str) -> list[str]:
 
 
 def show_help(description: str, quiet: bool = False) -> NoReturn:
-    """Print the help, unless quiet, and exit with status 0."""
-    text = f"{description}\n\n{textwrap.fill(HOW_TO, PAGE_WIDTH)}".strip()
+    """Print the description as it stands and the flags, unless quiet, and exit with status 0."""
     marks = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     registry = _help_registry()
-    tyro.cli(
-        _CommandLine, description=text, args=["--help"], config=marks, registry=registry, console_outputs=not quiet
-    )
+    try:
+        if not quiet:
+            print(description.strip(), end="\n\n")  # tyro would join its lines
+        tyro.cli(_CommandLine, description="", args=["-h"], config=marks, registry=registry, console_outputs=not quiet)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; the flush at exit must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
 
 

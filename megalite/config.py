@@ -13,8 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megalite.checkpoint.config import CheckpointConfig
 from megalite.data.config import DataConfig
-from megalite.models.config import ModelConfig
-from megalite.nn.config import RecomputeConfig
+from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.optim.config import OptimizerConfig
 from megalite.parallel.config import ParallelConfig
 from megalite.training.config import TrainingConfig
@@ -86,7 +85,7 @@ class Option:
         """For a bool: the flags that turn it on and off. The opposite of --no-x is --x."""
         flags = (self.flag, *self.aliases)
         opposite = {flag: "--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:] for flag in flags}
-        return {flag: True for flag in flags} | {off: False for off in opposite.values()}
+        return dict.fromkeys(flags, True) | dict.fromkeys(opposite.values(), False)
 
     @property
     def expected(self) -> str:

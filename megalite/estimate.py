@@ -7,7 +7,7 @@ activations by the formulas of Korthikanti et al. 2022; not what the allocator, 
 from dataclasses import dataclass
 
 from megalite.config import RunConfig
-from megalite.models.config import ModelConfig
+from megalite.nn.config import ModelConfig
 from megalite.pipeline.partition import output_cost, partition
 from megalite.rules.finding import data_parallel_size
 

@@ -235,7 +235,7 @@ def _serve(connection: Connection, log: Path) -> None:
             _reset(environment, folder)
             function, launch, args = pickle.loads(task)
             answer = pickle.dumps((True, function(launch, *args)))
-        except BaseException as error:  # noqa: BLE001 - whatever ends a rank is reported, sys.exit() too
+        except BaseException as error:
             summary = f"raised {type(error).__name__}: {error}".splitlines()[0]
             answer = pickle.dumps((False, time.monotonic(), summary, _trace_of(error)))
         connection.send_bytes(answer)

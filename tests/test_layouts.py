@@ -1,6 +1,7 @@
 """Every layout against the oracle: the loss, every gradient, and five optimizer steps."""
 
 from functools import cache
+from math import sqrt
 
 import pytest
 import torch
@@ -131,3 +132,47 @@ def test_layouts_equal_the_oracle(pool, layout, record_property):
         assert result[1] == pytest.approx(trained.grad_norms, rel=1e-9)
     # Adam divides by the root of a mean of squares: an entry whose gradient is rounding noise moves by noise / epsilon.
     assert largest_difference([box for r in results for box in r[3]], trained.params, shapes) < 1e-6
+
+
+def rounding_bound(precision: str, shape: oracle.Shape) -> float:
+    """How far two correct computations in this precision may lie apart, relative to the largest entry.
+
+    n roundings in a row, each of relative size u at most and as good as random, add up to about sqrt(n) u, and exceed
+    4 sqrt(n) u with a probability below 1e-3 (Higham and Mary 2019, theorem 2.4); two computations, twice that.
+    A gradient's path goes through 4 products and about 6 other operations a layer, forward and backward. In fp32 each
+    step of a product's sum rounds, over the longest one in the model; in bf16 products are summed in fp32 and only each
+    operation's result rounds.
+    """
+    products, others = 2 * (4 * shape.layers + 1), 2 * 6 * shape.layers
+    if precision == "bf16":
+        return 2 * 4 * sqrt(products + others) * 2.0**-8
+    longest = max(shape.vocab, shape.ffn, shape.hidden, GLOBAL_BATCH * shape.seq)
+    return 2 * 4 * sqrt(products * longest + others) * 2.0**-24
+
+
+@cache
+def one_process(pool, shape: oracle.Shape, precision: str):
+    """First loss and gradients of a single process in this precision."""
+    layout = Layout("single", shape=shape)
+    results = pool.run(train_on_rank, 1, layout, expected(shape)[0], {"precision": precision}, 1)
+    return results[0][0][0], {name: values for name, _, values in results[0][2]}
+
+
+LOW_PRECISION = ["tp4", "pp4", "dp2 x tp2 x pp2 +sp", "llama dp2 x tp2 x pp2 +sp", "full uniform"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.name in LOW_PRECISION], ids=lambda layout: layout.name)
+def test_layouts_equal_one_process_in_low_precision(pool, layout, precision, record_property):
+    """Loss and every gradient within what rounding alone explains."""
+    params = expected(layout.shape)[0]
+    loss, gradients = one_process(pool, layout.shape, precision)
+    results = pool.run(train_on_rank, layout.world_size, layout, params, {"precision": precision}, 1)
+    difference = largest_difference(
+        [box for r in results for box in r[2]], gradients, oracle.parameter_shapes(layout.shape)
+    )
+    bound = rounding_bound(precision, layout.shape)
+    record_property("gradient_difference", difference)
+    print(precision, layout.name, difference, bound)
+    assert losses_of(results, layout)[0] == pytest.approx(loss, rel=bound)
+    assert difference < bound

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import random
 import re
 import subprocess
 import sys
@@ -267,7 +268,9 @@ def test_iterations_to_load(folder):
     checkpoint(folder / "torn", 10, latest=20)
     assert_one_problem(real(load="torn"), 1, "torn 20", 1)
     (folder / "torn" / "latest_checkpointed_iteration.txt").unlink()
-    assert_one_problem(real(load="torn"), 1, "torn latest_checkpointed_iteration.txt", 1)
+    assert validate.check(real(load="torn"), 1) == []  # without the file, the highest iteration is the latest
+    (folder / "torn" / "latest_checkpointed_iteration.txt").write_text("release")
+    assert_one_problem(real(load="torn"), 1, "torn release", 1)
     (folder / "torn" / "iter_0000010").rename(folder / "torn" / "iter_0000010.replaced-1")
     (folder / "torn" / "latest_checkpointed_iteration.txt").write_text("10")
     assert validate.check(real(load="torn"), 1) == []
@@ -339,3 +342,17 @@ def test_checks_import_no_torch(folder):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "parameters" in done.stdout
+
+
+def test_no_configuration_crashes_a_rule_and_every_offer_repairs_its_problem():
+    draw = random.Random(0)
+    pool = {int: [1, 2, 3, 4, 6, 8, 12, 0, 512, 7], float: [0.0, 0.1, 0.5, 1.0], str: ["9,1", "x"], bool: [True, False]}
+    drawable = [option for option in options().values() if option.key not in ("save", "metrics_file")]
+    for _ in range(100):
+        picked = draw.sample(drawable, draw.randint(1, 12))
+        config = from_flat(SOUND | {o.key: draw.choice(o.choices or pool[o.kind]) for o in picked})
+        world_size = draw.choice([1, 2, 3, 8, 12])
+        for problem in validate.check(config, world_size):
+            for offer, repaired, ranks in fixed(config, world_size, problem):
+                after = [p.message for p in validate.check(repaired, ranks)]
+                assert problem.message not in after or "mended" in problem.fix, (problem, offer)

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from pathlib import Path
 
 import torch
 
+from megalite.checkpoint.folder import INDEX_FILE, CheckpointError
 from megalite.parallel.boxes import Box
 
 FORMAT_VERSION = 1
-INDEX_FILE = "index.json"
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
-LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 SHOWN_PROBLEMS = 20
 PRIVATE_PREFIX = "@"
@@ -40,10 +38,6 @@ SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
 }
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the text says why, and which one."""
 
 
 def listing(heading: str, problems: Sequence[str], total: int | None = None) -> str:
@@ -212,7 +206,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> StoredFile:
     Streamed here instead of `safetensors.torch.save_file`: only one tensor at a time is copied to the host, the
     checksum comes from the same pass, overlapping views are allowed, and the file has the user's permissions.
     """
-    # Wide elements first: every tensor then begins at a multiple of its element size, which readers want.
+    # Wide elements first: every tensor then begins at a multiple of its element size and can be mapped in place.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     entries, end = {}, 0
     for key, tensor in ordered:
@@ -241,36 +235,3 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def iteration_folder(iteration: int) -> str:
-    """`iter_0000100`."""
-    return f"iter_{iteration:07d}"
-
-
-def list_iterations(root: str | Path) -> list[int]:
-    """Iterations with a committed checkpoint under their own name in `root`, ascending; [] when there is no folder."""
-    names = [path.parent.name for path in Path(root).glob(f"iter_*/{INDEX_FILE}")]
-    return sorted(int(match[1]) for match in map(re.compile(r"iter_(\d{7,})").fullmatch, names) if match)
-
-
-def latest_iteration(root: str | Path) -> int | None:
-    """The iteration that `latest_checkpointed_iteration.txt` names; None without that file.
-
-    Raises CheckpointError when the file does not hold a number.
-    """
-    path = Path(root) / LATEST_FILE
-    try:
-        text = path.read_text().strip()
-    except FileNotFoundError:
-        return None
-    if not text.isdecimal():
-        raise CheckpointError(f"{path} should hold an iteration number; it holds {text[:40]!r}")
-    return int(text)
-
-
-def replaced_folders(root: str | Path, iteration: int) -> list[Path]:
-    """`iter_N.replaced-K` folders of an iteration, the newest (highest K) last."""
-    prefix = f"{iteration_folder(iteration)}.replaced-"
-    numbered = [path for path in Path(root).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdecimal()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix(prefix)))

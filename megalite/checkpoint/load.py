@@ -9,26 +9,28 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megalite.checkpoint.format import (
-    CONFIG_FILE,
+from megalite.checkpoint.folder import (
     INDEX_FILE,
     LATEST_FILE,
+    CheckpointError,
+    checkpoint_folder,
+    iteration_folder,
+    latest_iteration,
+    list_iterations,
+)
+from megalite.checkpoint.format import (
+    CONFIG_FILE,
     PRIVATE_PREFIX,
     SAFETENSORS_DTYPES,
     SHOWN_PROBLEMS,
     STATE_FILE,
-    CheckpointError,
     Index,
     Piece,
     StoredBox,
     StoredTensor,
-    iteration_folder,
-    latest_iteration,
     lies_within,
-    list_iterations,
     listing,
     rank_file,
-    replaced_folders,
 )
 from megalite.parallel.boxes import Box
 
@@ -194,13 +196,11 @@ def _find(root: Path, step: int | None) -> Path:
     there = ", ".join(map(iteration_folder, list_iterations(root))) or "no checkpoint"
     iteration = latest_iteration(root) if step is None else step
     if iteration is None:
-        hint = "; name one with --ckpt-step" if list_iterations(root) else ""
-        raise CheckpointError(f"{root / LATEST_FILE} does not exist; {root} holds {there}{hint}")
-    # A run killed between moving an old iter_N aside and moving the new one in leaves only the first: see save.py.
-    for folder in [root / iteration_folder(iteration), *reversed(replaced_folders(root, iteration))]:
-        if folder.is_dir():
-            return folder
-    raise CheckpointError(f"{root / iteration_folder(iteration)} does not exist; {root} holds {there}")
+        raise CheckpointError(f"{root / LATEST_FILE} does not exist; {root} holds {there}")
+    folder = checkpoint_folder(root, iteration)
+    if folder is None:
+        raise CheckpointError(f"{root / iteration_folder(iteration)} does not exist; {root} holds {there}")
+    return folder
 
 
 def _compare_sizes(folder: Path, index: Index) -> None:

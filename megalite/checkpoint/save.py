@@ -9,24 +9,26 @@ from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.format import (
-    CONFIG_FILE,
+from megalite.checkpoint.folder import (
     INDEX_FILE,
     LATEST_FILE,
+    CheckpointError,
+    iteration_folder,
+    list_iterations,
+    replaced_folders,
+)
+from megalite.checkpoint.format import (
+    CONFIG_FILE,
     PRIVATE_PREFIX,
     STATE_FILE,
-    CheckpointError,
     Index,
     Piece,
     StoredBox,
     StoredFile,
     StoredTensor,
     fsync_folder,
-    iteration_folder,
-    list_iterations,
     listing,
     rank_file,
-    replaced_folders,
     write_file,
     write_tensors,
 )

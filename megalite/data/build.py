@@ -6,7 +6,7 @@ from megalite.data.config import DataConfig
 from megalite.data.gpt import GPTDataset, split_documents
 from megalite.data.indexed import DatasetError, IndexedDataset
 from megalite.data.mock import MockDataset
-from megalite.models.config import ModelConfig
+from megalite.nn.config import ModelConfig
 
 
 def build_datasets(

@@ -13,7 +13,7 @@ class DataConfig:
     mock_data: bool = False
     """Tokens made up on the spot, with structure that can be learned, in place of --data-path. Needs --vocab-size."""
     split: str = "969,30,1"
-    """Shares of the documents for training, validation and test."""
+    """Shares of the documents for training, validation and test; missing ones are 0."""
     tokenizer_type: Literal["SentencePieceTokenizer", "ByteTokenizer"] | None = None
     """Tokenizer that the data was made with; gives the vocabulary size and is recorded for sampling."""
     tokenizer_model: str | None = None
@@ -21,6 +21,6 @@ class DataConfig:
     micro_batch_size: int = 1
     """Sequences in one forward pass of one data-parallel rank, b."""
     global_batch_size: int | None = None
-    """Sequences in one optimizer step over all ranks. Unset: micro_batch_size * data-parallel size."""
+    """Sequences in one optimizer step over all ranks. Unset: --micro-batch-size * data-parallel size."""
     eod_mask_loss: bool = False
     """Leave the end-of-document tokens out of the loss (needs a tokenizer)."""

@@ -1,6 +1,6 @@
 """Floating-point operations of a model, for throughput figures. Pure arithmetic."""
 
-from megalite.models.config import ModelConfig
+from megalite.nn.config import ModelConfig
 
 
 def flops_per_sequence(model: ModelConfig) -> float:

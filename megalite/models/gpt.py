@@ -3,9 +3,8 @@
 import torch
 from torch import nn
 
-from megalite.models.config import ModelConfig
 from megalite.nn.block import Block, HiddenDropout
-from megalite.nn.config import RecomputeConfig
+from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.nn.embedding import Embedding, VocabularyWeight
 from megalite.nn.init import initialize
 from megalite.nn.linear import column_parallel_linear

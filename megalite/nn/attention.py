@@ -5,8 +5,7 @@ import math
 import torch
 from torch import nn
 
-from megalite.models.config import ModelConfig
-from megalite.nn.config import RecomputeConfig
+from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.nn.recompute import recompute
 from megalite.nn.rope import rotate

@@ -3,9 +3,8 @@
 import torch
 from torch import nn
 
-from megalite.models.config import ModelConfig
 from megalite.nn.attention import Attention
-from megalite.nn.config import RecomputeConfig
+from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.nn.mlp import MLP
 from megalite.nn.norm import Norm
 from megalite.parallel.context import ParallelContext

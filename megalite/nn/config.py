@@ -1,7 +1,82 @@
-"""What is kept for the backward pass and what is computed again. Imports no torch."""
+"""The shape of the layers, and what of their activations is kept. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the transformer. Defaults give a GPT-2; `--swiglu --normalization RMSNorm
+    --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights` a Llama."""
+
+    num_layers: int = 12
+    """Transformer layers in the whole model, L."""
+    hidden_size: int = 768
+    """Width of the residual stream, h."""
+    num_attention_heads: int = 12
+    """Query heads, n. Each has --hidden-size / n components unless --kv-channels says otherwise."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the MLP, f. Unset: 4h, or with --swiglu 8h/3 rounded down to a multiple of 64."""
+    kv_channels: int | None = None
+    """Components of one attention head, d. Unset: --hidden-size / --num-attention-heads."""
+    num_query_groups: int | None = None
+    """Key/value heads shared by groups of query heads (grouped-query attention). Unset: one per query head."""
+    seq_length: int = 1024
+    """Tokens in a training sequence, s."""
+    max_position_embeddings: int | None = None
+    """Rows of the learned position table, or the longest sequence that RoPE is used for. Unset: --seq-length."""
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
+    """How positions enter: a learned table added to the embedding, rotary embedding of queries and keys, or not."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies (with --position-embedding-type rope)."""
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    """Normalisation before attention, before the MLP and before the output layer."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance before the square root in the normalisation."""
+    swiglu: bool = False
+    """Gated MLP, silu(gate) * up, in place of GELU (the tanh form, as in GPT-2)."""
+    disable_bias_linear: bool = False
+    """No biases in the linear layers."""
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output layer a weight of its own in place of the word embedding's."""
+    vocab_size: int | None = None
+    """Entries of the vocabulary, v. Unset: the tokenizer's."""
+    make_vocab_size_divisible_by: int = 128
+    """Rows of the word embedding are padded in memory to a multiple of this times the tensor-parallel size;
+    padding is never drawn, trained, counted in the loss, or stored."""
+    attention_dropout: float = 0.1
+    """Probability of dropping an attention weight, 0 = off. Above 0 the scores are formed explicitly."""
+    hidden_dropout: float = 0.1
+    """Probability of dropping an element of the embedding and of what each sublayer adds, 0 = off."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights; output projections of attention and MLP use this / sqrt(2L)."""
+
+    @property
+    def ffn(self) -> int:
+        """f, with its default filled in."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return self.hidden_size * 8 // 3 // 64 * 64 or 64 if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        """d, with its default filled in."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads, with the default filled in."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def positions(self) -> int:
+        """Longest sequence the model is made for."""
+        return self.max_position_embeddings or self.seq_length
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer uses the word embedding's weight."""
+        return not self.untie_embeddings_and_output_weights
 
 
 @dataclass(frozen=True)
@@ -9,11 +84,11 @@ class RecomputeConfig:
     """Activation checkpointing: memory against time. Gradients are the same to the bit."""
 
     recompute_granularity: Literal["none", "selective", "full"] = "none"
-    """none: keep all; selective: recompute the attention core (scores, softmax, dropout, values); full: whole layers."""
+    """none: keep all; selective: recompute the attention core (scores, softmax, values); full: whole layers."""
     recompute_activations: bool = False
     """Short for --recompute-granularity selective."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """With full: uniform keeps the input of every group of n layers; block recomputes only the first n layers of a stage."""
+    """With full: uniform keeps the input of every n layers; block recomputes only the first n layers of a stage."""
     recompute_num_layers: int = 1
     """With full: n of --recompute-method."""
 

@@ -12,7 +12,7 @@ _BLOCK = 1 << 16
 """Counters (of 4 normals each) made at a time: they stay in the processor's cache."""
 
 
-def _normals(key: np.ndarray, first: np.ndarray) -> np.ndarray:
+def _normals(key: tuple[int, int], first: np.ndarray) -> np.ndarray:
     """Four standard normals from each Philox counter (Box and Muller 1958): counters [n] uint64 -> [n, 4] float64."""
     counter = np.zeros((first.size, 4), np.uint32)
     counter[:, 0], counter[:, 1] = first & np.uint64(0xFFFFFFFF), first >> np.uint64(32)
@@ -43,7 +43,8 @@ def _runs(shape: tuple[int, ...], box: Box) -> tuple[np.ndarray, int]:
 def normal(seed: int, name: str, shape: tuple[int, ...], box: Box) -> np.ndarray:
     """The box of a tensor of standard normals with this global shape: float64, shape box.shape.
 
-    The box must not be empty. Element e of the flattened global tensor is word e % 4 of counter e // 4, so any box can be made without the rest.
+    The box must not be empty. Element e of the flattened global tensor is number e % 4 of counter e // 4, so any box can
+    be made without the rest.
     """
     key = key_of(seed, "init", name)
     starts, length = _runs(shape, box)

@@ -1,4 +1,5 @@
-"""Linear layers split over tensor-parallel ranks (Shoeybi et al. 2019), with sequence parallelism (Korthikanti et al. 2022).
+"""Linear layers split over tensor-parallel ranks (Shoeybi et al. 2019), also with sequence parallelism (Korthikanti
+et al. 2022).
 
 Shapes: s sequence, b microbatch, h width in, f width out, t tensor-parallel size. Inputs and outputs are [s, b, width].
 """

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from megalite.models.config import ModelConfig
+from megalite.nn.config import ModelConfig
 from megalite.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.parallel.context import ParallelContext
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from megalite.models.config import ModelConfig
+from megalite.nn.config import ModelConfig
 from megalite.nn.parameter import ParameterSpec, make_parameter
 from megalite.parallel.boxes import Box
 from megalite.parallel.context import ParallelContext

@@ -19,11 +19,11 @@ class OptimizerConfig:
     min_lr: float = 0.0
     """Learning rate at the end of the decay and after it."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the decay from lr to min-lr."""
+    """Shape of the decay from --lr to --min-lr."""
     lr_decay_iters: int | None = None
-    """Iteration at which min-lr is reached, warm-up included. Unset: train-iters."""
+    """Iteration at which --min-lr is reached, warm-up included. Unset: --train-iters."""
     lr_warmup_iters: int = 0
-    """Iterations of linear warm-up from 0 to lr."""
+    """Iterations of linear warm-up from 0 to --lr."""
     lr_warmup_fraction: float | None = None
     """Warm-up as a fraction of the decay iterations, in place of --lr-warmup-iters."""
     weight_decay: float = 0.01

@@ -1,7 +1,8 @@
 """Communication: the one place that calls torch.distributed.
 
 Plain collectives over a `Group` first, then point-to-point transfers of the pipeline, then the differentiable
-operators of tensor and sequence parallelism. Along `dim` 0, shapes [s, b, h]: a collective over a group of one is free.
+operators of tensor and sequence parallelism. Gathers and scatters go along dim 0, the sequence of [s, b, h]. With a
+group of one rank nothing is sent or copied.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,8 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
     # gloo reduces raw memory: a strided view would be silently wrong.
     if not tensor.is_contiguous():
-        raise ValueError(f"a collective needs a contiguous tensor; got shape {tuple(tensor.shape)}, strides {tensor.stride()}")
+        shape = tuple(tensor.shape)
+        raise ValueError(f"a collective needs a contiguous tensor; got shape {shape}, strides {tensor.stride()}")
     return tensor
 
 
@@ -53,7 +55,10 @@ def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum", async_op: bo
 
 
 def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
-    """Concatenate the ranks' equal-shaped tensors along dim 0: [s/t, ...] -> [s, ...]. With `async_op`: (result, handle)."""
+    """Concatenate the ranks' equal-shaped tensors along dim 0: [s/t, ...] -> [s, ...].
+
+    With `async_op` returns (result, handle): the result is there once the handle was waited for.
+    """
     if group.size == 1:
         return (tensor, DONE) if async_op else tensor
     out = tensor.new_empty((tensor.shape[0] * group.size, *tensor.shape[1:]))
@@ -64,9 +69,14 @@ def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
 
 
 def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):
-    """Sum over the ranks and keep this rank's part of dim 0: [s, ...] -> [s/t, ...]. With `async_op`: (result, handle)."""
+    """Sum over the ranks and keep this rank's part of dim 0: [s, ...] -> [s/t, ...].
+
+    With `async_op` returns (result, handle), as `all_gather` does. Raises ValueError when dim 0 does not divide.
+    """
     if group.size == 1:
         return (tensor, DONE) if async_op else tensor
+    if tensor.shape[0] % group.size:
+        raise ValueError(f"cannot scatter dim 0 of shape {tuple(tensor.shape)} over {group.size} ranks")
     out = tensor.new_empty((tensor.shape[0] // group.size, *tensor.shape[1:]))
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     work = scatter(out, _contiguous(tensor), group=group.handle, async_op=async_op)
@@ -104,7 +114,7 @@ class Transfer:
 
 
 def exchange(transfers: Sequence[Transfer], group: Group) -> list:
-    """Post all transfers together (so that opposing ones between a pair cannot block each other) and return their handles.
+    """Post all transfers together, so that opposing ones between a pair cannot block each other; returns their handles.
 
     Neither a sent tensor may be changed nor a received one read before its handle was waited for.
     """
@@ -126,9 +136,8 @@ class _CopyToTensor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
         # The gradient may be shared with another consumer; reducing in place would change what that one sees.
-        total = grad.clone() if ctx.group.size > 1 else grad
+        total = grad.clone(memory_format=torch.contiguous_format)
         all_reduce(total, ctx.group)
         return total, None
 
@@ -180,8 +189,8 @@ def reduce_from_tensor_region(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def gather_sequence(x: torch.Tensor, group: Group, partial_gradients: bool = True) -> torch.Tensor:
-    """[s/t, b, h] -> [s, b, h]; backward reduce-scatters (Korthikanti et al. 2022), or takes this rank's part when every
-    rank computes the same whole gradient (`partial_gradients=False`)."""
+    """[s/t, b, h] -> [s, b, h]. The backward reduce-scatters (Korthikanti et al. 2022), or takes this rank's part when
+    every rank computes the same whole gradient (`partial_gradients=False`)."""
     return _GatherSequence.apply(x, group, partial_gradients) if group.size > 1 else x
 
 

@@ -33,7 +33,9 @@ class ParallelLayout:
 
     @classmethod
     def for_world(cls, world_size: int, tensor: int = 1, pipeline: int = 1) -> "ParallelLayout":
-        """The layout whose data axis takes all that tensor and pipeline leave. Raises ValueError if they do not divide."""
+        """The layout whose data axis takes all that tensor and pipeline leave. Raises ValueError if nothing fits."""
+        if tensor < 1 or pipeline < 1 or world_size < 1:
+            raise ValueError(f"sizes must be at least 1, not world {world_size}, tensor {tensor}, pipeline {pipeline}")
         if world_size % (tensor * pipeline):
             raise ValueError(f"{world_size} ranks cannot be divided into tensor {tensor} x pipeline {pipeline}")
         return cls(tensor, pipeline, world_size // (tensor * pipeline))
@@ -52,11 +54,19 @@ class ParallelLayout:
         return Coordinates(pipeline, data, tensor)
 
     def rank_of(self, pipeline: int = 0, data: int = 0, tensor: int = 0) -> int:
-        """The rank at these coordinates."""
+        """The rank at these coordinates. Raises ValueError outside the layout."""
+        at = Coordinates(pipeline, data, tensor)
+        if not all(0 <= getattr(at, axis) < getattr(self, axis) for axis in AXES):
+            raise ValueError(f"{at} is outside the layout {self}")
         return tensor + self.tensor * (data + self.data * pipeline)
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
-        """All groups along an axis: each the ranks that differ in this coordinate only, in its order."""
+        """All groups along an axis: each the ranks that differ in this coordinate only, in its order.
+
+        Raises ValueError for an axis that is not one of AXES.
+        """
+        if axis not in AXES:
+            raise ValueError(f"no axis {axis!r}; there are {', '.join(AXES)}")
         size = getattr(self, axis)
         firsts = [r for r in range(self.world_size) if getattr(self.coordinates(r), axis) == 0]
         return [tuple(self.rank_of(**{**self.coordinates(r)._asdict(), axis: i}) for i in range(size)) for r in firsts]

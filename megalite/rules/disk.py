@@ -4,7 +4,6 @@ import difflib
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 SHOWN_NAMES = 5
@@ -88,15 +87,6 @@ def stored_iterations(folder: str) -> list[int]:
         if (match := pattern.fullmatch(name)) and os.path.isfile(os.path.join(folder, name, "index.json"))
     }
     return sorted(found)
-
-
-def latest_iteration(folder: str) -> int | None:
-    """What latest_checkpointed_iteration.txt says; None without that file, -1 when it is no number."""
-    try:
-        text = Path(folder, "latest_checkpointed_iteration.txt").read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else -1
 
 
 def same_place(one: str | None, other: str | None) -> bool:

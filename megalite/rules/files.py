@@ -4,9 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from megalite.checkpoint.folder import CheckpointError, latest_iteration
 from megalite.config import RunConfig
 from megalite.data.config import DataConfig
-from megalite.rules.disk import DatasetPeek, latest_iteration, neighbours, same_place, stored_iterations
+from megalite.rules.disk import DatasetPeek, neighbours, same_place, stored_iterations
 from megalite.rules.finding import Finding, Rule
 
 MAKE_DATA = "make it with tools/preprocess_data.py"
@@ -153,7 +154,11 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
     c = config.checkpoint
     if c.load is None:
         return
-    stored, latest = stored_iterations(c.load), latest_iteration(c.load)
+    stored = stored_iterations(c.load)
+    try:
+        latest, said = latest_iteration(c.load), ""
+    except CheckpointError as error:
+        latest, said = -1, str(error)
     if not stored and latest is None:
         if same_place(c.load, c.save) and c.ckpt_step is None and not c.finetune:
             return
@@ -169,9 +174,8 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
             (*({"ckpt_step": step} for step in steps), *([{"ckpt_step": None}] if latest in stored else [])),
         )
     elif c.ckpt_step is None and latest not in stored:
-        said = "is missing or unreadable" if latest in (None, -1) else f"names iteration {latest}, which is not there"
         yield Finding(
-            f"--load {c.load}: latest_checkpointed_iteration.txt {said}",
+            f"--load {c.load}: " + (said or f"the latest iteration, {latest}, is not there"),
             ("load", "ckpt_step"),
             ({"ckpt_step": stored[-1]},) if stored else ("--load another folder",),
         )

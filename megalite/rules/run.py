@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from megalite.config import RunConfig
-from megalite.models.config import ModelConfig
+from megalite.nn.config import ModelConfig
 from megalite.pipeline.partition import output_cost, partition
 from megalite.rules.finding import (
     EXAMPLES,
@@ -125,7 +125,7 @@ def data_has_one_source(config: RunConfig, world_size: int) -> Iterator[Finding]
     """data_path or mock_data, not both, not neither."""
     d, vocab = (
         config.data,
-        {} if config.model.vocab_size or config.data.tokenizer_type else {"vocab_size": EXAMPLES["vocab_size"]},
+        {} if config.model.vocab_size else {"vocab_size": EXAMPLES["vocab_size"]},
     )
     if d.data_path is None and not d.mock_data:
         yield Finding(

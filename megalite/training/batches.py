@@ -11,15 +11,17 @@ from megalite.pipeline.engine import Microbatch
 class GlobalBatches:
     """Global batches by their first sample. Only the first and the last stage read tokens."""
 
-    def __init__(self, dataset, context: ParallelContext, micro_batch_size: int, global_batch_size: int, masked_token=None):
+    def __init__(
+        self, dataset, context: ParallelContext, micro_batch_size: int, global_batch_size: int, masked_token=None
+    ):
         layout = context.layout
         self.context = context
         self.microbatches = global_batch_size // (micro_batch_size * layout.data)
         self.loader = BatchLoader(dataset, micro_batch_size, layout.data, context.coordinates.data, masked_token)
 
     def at(self, consumed: int) -> tuple[list[Microbatch], float]:
-        """The microbatches of the global batch that starts at sample `consumed`, and 1 / (unmasked tokens in all of it),
-        which makes the loss a global mean. Middle stages get nothing to read; the weight is 0 on all but the last.
+        """The microbatches of the global batch that starts at sample `consumed`, and what makes the loss a global mean:
+        1 / (unmasked tokens in all of it). Middle stages have nothing to read; all but the last have weight 0.
 
         Collective over data ranks of the last stage. Raises ValueError when every token of the batch is masked.
         """

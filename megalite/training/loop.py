@@ -34,7 +34,8 @@ class Trainer:
     def run(self) -> str:
         """Train; returns why it stopped. The state is saved at the end when --save is given. Collective."""
         training, options = self.config.training, self.config.checkpoint
-        signals, start, saved, reason = StopSignals(training.exit_signal_handler), time.monotonic(), -1, ""
+        signals, start, reason = StopSignals(training.exit_signal_handler), time.monotonic(), ""
+        saved = self.progress.iteration  # what was loaded need not be saved again
         try:
             while self.progress.iteration < training.train_iters and not reason:
                 iteration = self.progress.iteration + 1
@@ -45,10 +46,10 @@ class Trainer:
                 if options.save and self._divides(options.save_interval, iteration):
                     self._save()
                     saved = iteration
+            if options.save and saved != self.progress.iteration:
+                self._save()
         finally:
             signals.uninstall()
-        if options.save and saved != self.progress.iteration:
-            self._save()
         return reason or f"all {training.train_iters} iterations are done"
 
     @staticmethod
@@ -107,7 +108,7 @@ class Trainer:
             print(training_line(line, training.train_iters, flops, self.step_seconds), flush=True)
 
     def _evaluate(self, iteration: int) -> None:
-        """Mean loss over the tokens of --eval-iters batches, always the same ones, so that evaluations can be compared."""
+        """Mean loss over the tokens of --eval-iters batches: always the same ones, so that losses can be compared."""
         if self.validation_data is None:
             return
         model, total, tokens = self.parts.model, 0.0, 0.0

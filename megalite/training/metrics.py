@@ -2,13 +2,17 @@
 
 import json
 from datetime import timedelta
+from pathlib import Path
 
 
 class MetricsFile:
     """Appends JSON lines as they happen, with full float precision. With no path it does nothing."""
 
     def __init__(self, path: str | None):
-        self._file = open(path, "a", encoding="utf-8", buffering=1) if path else None
+        self._file = None
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, **values) -> None:
         """Append one object. Values are numbers; a line is complete before the next step starts."""
@@ -28,5 +32,6 @@ def training_line(metrics: dict, train_iters: int, flops: float, average_seconds
     return (
         f"iteration {iteration:>{len(str(train_iters))}}/{train_iters} | loss {metrics['loss']:.4f} | "
         f"lr {metrics['learning_rate']:.3e} | grad norm {metrics['grad_norm']:.3f} | "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s | {flops / metrics['step_seconds'] / 1e12:.3f} TFLOP/s | left {left}"
+        f"{metrics['tokens_per_second']:,.0f} tokens/s | {flops / metrics['step_seconds'] / 1e12:.3f} TFLOP/s | "
+        f"left {left}"
     )

@@ -3,11 +3,10 @@
 import resource
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.format import latest_iteration
+from megalite.checkpoint.folder import latest_iteration
 from megalite.config import RunConfig, to_yaml
 from megalite.data.build import build_datasets
 from megalite.data.tokenizers import build_tokenizer

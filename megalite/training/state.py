@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 from megalite import __version__
-from megalite.checkpoint.format import CheckpointError, Piece
+from megalite.checkpoint.folder import CheckpointError
+from megalite.checkpoint.format import Piece
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
 from megalite.config import RunConfig, to_yaml
@@ -38,8 +39,8 @@ def _piece(parameter: torch.nn.Parameter, stored_name: str, tensor: torch.Tensor
 
 
 def _owned(parts: Parts, context: ParallelContext) -> Iterator[Piece]:
-    """The pieces of model and optimizer that this rank writes. Each box is written once: by data rank 0, by tensor rank 0
-    where all hold the same, and not from a tied copy."""
+    """The pieces of model and optimizer that this rank writes. Each box is written once: by data rank 0, by tensor
+    rank 0 where all hold the same, and not from a tied copy."""
     parameters, at = parts.model.parameters_by_name, context.coordinates
 
     def mine(parameter):
@@ -131,8 +132,8 @@ def load_state(parts: Parts, config: RunConfig, context: ParallelContext) -> Pro
         progress.notes.append(f"resumed from {checkpoint.folder} at iteration {progress.iteration}")
         if state["seed"] != config.training.seed:
             progress.notes.append(
-                f"the checkpoint was made with --seed {state['seed']}, this run has {config.training.seed}: the order of "
-                "the data is another one, and samples may come again"
+                f"the checkpoint was made with --seed {state['seed']}, this run has {config.training.seed}: the order "
+                "of the data is another one, and samples may come again"
             )
         _restore_streams(checkpoint, parts, config, context, progress)
     return progress

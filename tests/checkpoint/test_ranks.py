@@ -5,8 +5,8 @@ import resource
 import pytest
 import torch
 
-from megalite.checkpoint.format import CheckpointError
-from megalite.checkpoint.load import Checkpoint, latest_iteration
+from megalite.checkpoint.folder import CheckpointError, latest_iteration
+from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
 from megalite.parallel.collectives import barrier
 from megalite.parallel.context import ParallelContext

@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 
+from megalite.checkpoint.folder import latest_iteration, list_iterations
 from megalite.checkpoint.format import CheckpointError, Piece
-from megalite.checkpoint.load import Checkpoint, latest_iteration, list_iterations
+from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
 from megalite.parallel.boxes import Box
 from tests.checkpoint.helpers import ALONE, cut, names_in, part, save, whole

@@ -9,7 +9,7 @@ from megalite.data.build import build_datasets
 from megalite.data.config import DataConfig
 from megalite.data.gpt import GPTDataset, Permutation, parse_split, split_documents
 from megalite.data.indexed import DatasetError, IndexedDataset, IndexedWriter
-from megalite.models.config import ModelConfig
+from megalite.nn.config import ModelConfig
 from megalite.parallel.philox import counters, key_of, philox4x32
 
 

@@ -1,0 +1,210 @@
+#!/usr/bin/env python
+"""Tokens per second of megalite in one process, beside a plain PyTorch model of the same shape, in turn.
+
+    OMP_NUM_THREADS=1 python benchmarks/training.py             # the paired comparison
+    python benchmarks/training.py --profile tp2                 # where the time of two ranks goes (tp2 or pp2)
+
+Shape: GPT of 8 layers, hidden 512, 8 heads, sequence 256, vocabulary 8192, untied, microbatch 4, fp32, AdamW. Both sides
+start from the same weights and see the same tokens; their losses are compared before their times are. A step is one
+microbatch forward and backward, gradient clipping (both or, with --no-clip, neither) and the optimizer.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megalite.config import RunConfig, from_flat  # noqa: E402
+from megalite.data.mock import MockDataset  # noqa: E402
+from megalite.parallel.context import ParallelContext  # noqa: E402
+from megalite.parallel.launch import detect  # noqa: E402
+from megalite.training.batches import GlobalBatches  # noqa: E402
+from megalite.training.build import build_context, build_parts  # noqa: E402
+
+SHAPE = dict(
+    num_layers=8, hidden_size=512, num_attention_heads=8, seq_length=256, vocab_size=8192,
+    untie_embeddings_and_output_weights=True, attention_dropout=0.0, hidden_dropout=0.0, micro_batch_size=4,
+    mock_data=True, train_iters=1000, lr=1e-4, lr_decay_style="constant", device="cpu",
+)  # fmt: skip
+
+
+class PlainBlock(nn.Module):
+    """A GPT-2 layer as one would write it without any parallelism."""
+
+    def __init__(self, hidden: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.qkv, self.output = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
+        self.up, self.down = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, s, h] -> [b, s, h]. Heads are laid out [n, 3, d], as megalite's qkv weight has them."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
+        x = x + self.output(y.transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class PlainGPT(nn.Module):
+    """The same GPT in plain PyTorch."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.seq_length, config.hidden_size)
+        self.blocks = nn.Sequential(
+            *(PlainBlock(config.hidden_size, config.num_attention_heads) for _ in range(config.num_layers))
+        )
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of labels [b, s]."""
+        x = self.words(tokens) + self.positions.weight[: tokens.shape[1]]
+        logits = self.output(self.norm(self.blocks(x)))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def copy_weights(plain: PlainGPT, ours: dict[str, torch.Tensor]) -> None:
+    """Give the plain model our weights."""
+    names = {"words": "embedding.word_embeddings", "positions": "embedding.position_embeddings", "norm": "final_norm"}
+    parts = {
+        "norm1": "attention_norm", "norm2": "mlp_norm", "qkv": "attention.qkv", "output": "attention.output",
+        "up": "mlp.up", "down": "mlp.down",
+    }  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            module, kind = name.rsplit(".", 1)
+            if module.startswith("blocks."):
+                _, layer, part = module.split(".")
+                source = f"layers.{layer}.{parts[part]}"
+            else:
+                source = names.get(module, module)
+            parameter.copy_(ours[f"{source}.{kind}"].view(parameter.shape))
+
+
+def our_step(config: RunConfig, context: ParallelContext):
+    """(step function that returns the loss, the model) of megalite."""
+    parts = build_parts(config, context)
+    dataset = MockDataset(config.model.vocab_size, config.model.seq_length, 1, "train")
+    data = GlobalBatches(dataset, context, config.data.micro_batch_size, config.data.global_batch_size)
+    taken = 0
+
+    def step() -> float:
+        nonlocal taken
+        parts.optimizer.gradients.zero()
+        loss = parts.engine.train_step(*data.at(taken * config.data.global_batch_size))
+        taken += 1
+        parts.optimizer.step(taken)
+        return float(loss)
+
+    return step, parts.model
+
+
+def plain_step(config: RunConfig, weights: dict[str, torch.Tensor], fused: bool):
+    """Step function of the plain model, with torch's default AdamW or its fused one."""
+    model = PlainGPT(config.model)
+    copy_weights(model, weights)
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=fused or None)
+    dataset = MockDataset(config.model.vocab_size, config.model.seq_length, 1, "train")
+    b, taken = config.data.micro_batch_size, 0
+
+    def step() -> float:
+        nonlocal taken
+        rows = torch.stack([torch.from_numpy(dataset[taken * b + j]) for j in range(b)])
+        taken += 1
+        optimizer.zero_grad()
+        loss = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+        loss.backward()
+        if o.clip_grad:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_grad)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def compare(config: RunConfig, rounds: int, steps: int) -> None:
+    """Time the sides in turn, `rounds` times `steps` steps each, and print medians and ratios."""
+    context = ParallelContext.single()
+    ours, model = our_step(config, context)
+    weights = {name: p.detach().clone() for name, p in model.parameters_by_name.items()}
+    sides = {
+        "megalite": ours,
+        "plain, AdamW": plain_step(config, weights, fused=False),
+        "plain, fused AdamW": plain_step(config, weights, fused=True),
+    }
+    first = {name: step() for name, step in sides.items()}
+    assert max(first.values()) - min(first.values()) < 1e-4, f"the sides compute different losses: {first}"
+    seconds = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, step in sides.items():
+            begin = time.perf_counter()
+            for _ in range(steps):
+                step()
+            seconds[name].append((time.perf_counter() - begin) / steps)
+    tokens = config.data.micro_batch_size * config.model.seq_length
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {rounds} rounds of {steps} steps")
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(times, seconds["megalite"])]
+        print(
+            f"{name:20} {tokens / statistics.median(times):7.0f} tokens/s | first loss {first[name]:.5f} | "
+            f"megalite is {statistics.median(ratios):.3f} times as fast [{min(ratios):.3f} .. {max(ratios):.3f}]"
+        )
+
+
+def profile(layout: str) -> None:
+    """Run a few steps of a layout under torch's profiler in this rank and print where the time goes (rank 0)."""
+    launch = detect(os.environ)
+    sizes = {"tp2": {"tensor_model_parallel_size": 2}, "pp2": {"pipeline_model_parallel_size": 2, "global_batch_size": 32}}
+    config = from_flat({**SHAPE, "global_batch_size": 4, **sizes[layout]})
+    context, _ = build_context(config, launch)
+    step, _ = our_step(config, context)
+    step()
+    tokens, times = config.data.global_batch_size * config.model.seq_length, []
+    for _ in range(3):
+        begin = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - begin)
+    with torch.profiler.profile() as trace:
+        step()
+    if context.rank == 0:
+        print(f"{layout}: {tokens / statistics.median(times):.0f} tokens/s")
+        print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=48))
+    context.destroy()
+
+
+def main() -> None:
+    """Read the flags and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="times that each side is measured")
+    parser.add_argument("--steps", type=int, default=2, help="steps in a measurement")
+    parser.add_argument("--no-clip", action="store_true", help="no gradient clipping on any side")
+    parser.add_argument("--profile", choices=["tp2", "pp2"], help="profile two ranks of this layout")
+    parser.add_argument("--layers", type=int, default=8, help="a smaller model, to try the script")
+    args = parser.parse_args()
+    if args.profile and "RANK" not in os.environ:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        os.execvpe(sys.executable, [*launcher, *sys.argv], {**os.environ, "OMP_NUM_THREADS": "1"})
+    if args.profile:
+        profile(args.profile)
+        return
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    clip = 0.0 if args.no_clip else 1.0
+    compare(
+        from_flat({**SHAPE, "num_layers": args.layers, "global_batch_size": 4, "clip_grad": clip}), args.rounds, args.steps
+    )
+
+
+if __name__ == "__main__":
+    main()
