@@ -21,9 +21,16 @@ def main() -> None:
     config = parse_and_check(sys.argv[1:], __doc__)
 
     from megalite.training.build import build_gpt
-    from megalite.training.pretrain import pretrain
+    from megalite.training.pretrain import explain, pretrain
 
-    pretrain(config, detect(os.environ), build_model=build_gpt)
+    launch = detect(os.environ)
+    try:
+        pretrain(config, launch, build_model=build_gpt)
+    except Exception as error:
+        explanation = explain(error)
+        if explanation is None:
+            raise
+        sys.exit(f"pretrain_gpt.py: rank {launch.rank}: {explanation}")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,10 @@ def plain_step(config: RunConfig, weights: dict[str, torch.Tensor], fused: bool)
 
 
 def compare(config: RunConfig, rounds: int, steps: int) -> None:
-    """Time the sides in turn, `rounds` times `steps` steps each, and print medians and ratios."""
+    """Time the sides in turn, `rounds` times `steps` steps each, and print medians and ratios (above 1: ours is faster).
+
+    CPU time beside wall time, since other work on the machine stretches the latter.
+    """
     context = ParallelContext.single()
     ours, model = our_step(config, context)
     weights = {name: p.detach().clone() for name, p in model.parameters_by_name.items()}
@@ -149,18 +152,20 @@ def compare(config: RunConfig, rounds: int, steps: int) -> None:
     seconds = {name: [] for name in sides}
     for _ in range(rounds):
         for name, step in sides.items():
-            begin = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(steps):
                 step()
-            seconds[name].append((time.perf_counter() - begin) / steps)
+            seconds[name].append(((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps))
     tokens = config.data.micro_batch_size * config.model.seq_length
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {rounds} rounds of {steps} steps")
     for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds["megalite"])]
-        print(
-            f"{name:20} {tokens / statistics.median(times):7.0f} tokens/s | first loss {first[name]:.5f} | "
-            f"megalite is {statistics.median(ratios):.3f} times as fast [{min(ratios):.3f} .. {max(ratios):.3f}]"
-        )
+        walls = [wall for wall, _ in times]
+        line = f"{name:20} {tokens / statistics.median(walls):6.0f} tokens/s | first loss {first[name]:.5f}"
+        if name != "megalite":
+            for kind, which in (("wall", 0), ("CPU", 1)):
+                ratios = [theirs[which] / ours[which] for theirs, ours in zip(times, seconds["megalite"])]
+                line += f" | its {kind} time / ours {statistics.median(ratios):.3f} [{min(ratios):.3f} .. {max(ratios):.3f}]"
+        print(line)
 
 
 def profile(layout: str) -> None:

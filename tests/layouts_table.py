@@ -3,6 +3,8 @@
     OMP_NUM_THREADS=1 python -m tests.layouts_table
 """
 
+from contextlib import closing
+
 from tests import oracle
 from tests.layouts import LAYOUTS
 from tests.pool import RankPool
@@ -12,7 +14,7 @@ from tests.test_layouts import expected, largest_difference, losses_of, train_on
 def main() -> None:
     """Run each layout once, one step, and print a line of Markdown for it."""
     print("| layout | dp | tp | pp | flags | loss | gradients |\n|---|---|---|---|---|---|---|")
-    with RankPool(max_ranks=8) as pool:
+    with closing(RankPool(max_ranks=8)) as pool:
         for layout in LAYOUTS:
             params, loss, gradients, _ = expected(layout.shape)
             results = pool.run(train_on_rank, layout.world_size, layout, params, {}, 1)

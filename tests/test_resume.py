@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megalite import cli, validate
+from megalite.training.pretrain import pretrain
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = """
     --mock-data --vocab-size 131 --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32
@@ -19,92 +22,104 @@ MODEL = """
 EIGHT_RANKS = "--tp 2 --pp 2 --sp".split()
 
 
-def command(ranks: int, *flags: str) -> list[str]:
-    """pretrain_gpt.py on this many ranks; one rank needs no launcher."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*launcher, str(ROOT / "pretrain_gpt.py"), *MODEL, *map(str, flags)]
+def pretrain_on_rank(launch, flags: list[str]) -> None:
+    """What pretrain_gpt.py does, on a rank of the pool."""
+    config = cli.read([*MODEL, *flags])
+    assert validate.check(config, launch.world_size) == []
+    pretrain(validate.resolve(config, launch.world_size), launch)
 
 
-def train(ranks: int, *flags: str) -> str:
-    """Run to the end; the console's text. Fails with the output when the run fails."""
-    done = subprocess.run(command(ranks, *flags), capture_output=True, text=True, timeout=180, env=environment())
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def train(pool, ranks: int, *flags) -> None:
+    """Run to the end on this many ranks."""
+    pool.run(pretrain_on_rank, ranks, list(map(str, flags)), timeout=120)
 
 
-def environment() -> dict:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(*flags) -> subprocess.Popen:
+    """pretrain_gpt.py as a process of its own, to be stopped."""
+    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *MODEL, *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def curve(path: Path) -> list[tuple]:
-    """What must not change: everything but times."""
+def curve(*paths: Path) -> list[dict]:
+    """What must not change: everything but times. Of an iteration that was run twice, the later line."""
     timing = ("step_seconds", "tokens_per_second")
-    return [tuple((k, v) for k, v in line.items() if k not in timing) for line in lines(path)]
+    found = {}
+    for path in paths:
+        for line in path.read_text().splitlines():
+            entry = {key: value for key, value in json.loads(line).items() if key not in timing}
+            found[entry["iteration"], "loss" in entry] = entry
+    return [found[key] for key in sorted(found)]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
+def undisturbed(pool, tmp_path_factory) -> Path:
     """Metrics of a run of one process with dropout that nobody stops."""
     path = tmp_path_factory.mktemp("undisturbed") / "metrics.jsonl"
-    train(1, "--metrics-file", path)
+    train(pool, 1, "--metrics-file", path)
     return path
 
 
-def test_exit_interval_and_resume_to_the_bit(tmp_path, undisturbed):
-    flags = ["--save", tmp_path / "c", "--load", tmp_path / "c", "--metrics-file", tmp_path / "m.jsonl"]
-    first = train(1, *flags, "--exit-interval", "5")
-    assert "starting from scratch" in first and "stopped at iteration 5: --exit-interval 5" in first
-    assert "resumed from" in train(1, *flags)
+def resumable(folder: Path) -> list:
+    """The flags of a run that goes on where it stopped."""
+    return ["--save", folder / "c", "--load", folder / "c", "--metrics-file", folder / "m.jsonl"]
+
+
+def test_exit_interval_and_resume_to_the_bit(pool, tmp_path, undisturbed):
+    train(pool, 1, *resumable(tmp_path), "--exit-interval", "5")
+    assert [path.name for path in (tmp_path / "c").glob("iter_*")] == ["iter_0000005"]
+    train(pool, 1, *resumable(tmp_path))
+    assert (tmp_path / "m.jsonl").read_text().count('"loss"') == 12
     assert curve(tmp_path / "m.jsonl") == curve(undisturbed)
 
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
-def test_a_signal_saves_and_the_run_goes_on_to_the_bit(tmp_path, undisturbed, which):
-    flags = ["--save", tmp_path / "c", "--load", tmp_path / "c", "--metrics-file", tmp_path / "m.jsonl"]
-    run = subprocess.Popen(command(1, *flags), stdout=subprocess.PIPE, text=True, env=environment())
+def test_a_signal_saves_and_the_run_goes_on_to_the_bit(pool, tmp_path, undisturbed, which):
+    run = start(*resumable(tmp_path))
     wait_for(lambda: (tmp_path / "m.jsonl").exists() and (tmp_path / "m.jsonl").read_text().count("\n") >= 2)
     run.send_signal(which)
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 0 and f": {which.name}" in output
     assert len(list((tmp_path / "c").glob("iter_*"))) == 1
-    train(1, *flags)
+    train(pool, 1, *resumable(tmp_path))
     assert curve(tmp_path / "m.jsonl") == curve(undisturbed)
 
 
-def test_killed_runs_lose_nothing_that_was_saved(tmp_path, undisturbed):
+def test_killed_runs_lose_nothing_that_was_saved(pool, tmp_path, undisturbed):
     """SIGKILL at moments that may lie inside a save: each next run starts from a whole checkpoint and ends the same."""
-    flags = ["--save", tmp_path / "c", "--load", tmp_path / "c", "--save-interval", "1"]
-    for attempt in range(4):
-        path = tmp_path / f"{attempt}.jsonl"
-        run = subprocess.Popen(command(1, *flags, "--metrics-file", path), stdout=subprocess.DEVNULL, env=environment())
-        wait_for(lambda: (path.exists() and path.stat().st_size > 0) or run.poll() is not None)
-        time.sleep(0.003 * attempt)
-        run.kill()
-        run.wait()
-    train(1, *flags, "--metrics-file", tmp_path / "last.jsonl")
-    latest = {}
-    for path in [*(tmp_path / f"{attempt}.jsonl" for attempt in range(4)), tmp_path / "last.jsonl"]:
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            latest[entry["iteration"], "loss" in entry] = {k: v for k, v in entry.items() if "second" not in k}
-    wanted = {(dict(line)["iteration"], "loss" in dict(line)): dict(line) for line in curve(undisturbed)}
-    assert latest == wanted
+    flags, attempts = resumable(tmp_path)[:4], [tmp_path / f"{attempt}.jsonl" for attempt in range(3)]
+    for attempt, metrics in enumerate(attempts):
+        kill_after_first_line([*flags, "--save-interval", "1", "--metrics-file", metrics], metrics, 0.004 * attempt)
+    train(pool, 1, *flags, "--metrics-file", tmp_path / "last.jsonl")
+    assert curve(*attempts, tmp_path / "last.jsonl") == curve(undisturbed)
 
 
-def test_eight_ranks_stop_and_resume_to_the_bit(tmp_path):
+def kill_after_first_line(flags: list, metrics: Path, delay: float) -> None:
+    """Start a run and kill it `delay` seconds after it has reported an iteration."""
+    run = start(*flags)
+    wait_for(lambda: (metrics.exists() and metrics.stat().st_size > 0) or run.poll() is not None)
+    time.sleep(delay)
+    run.kill()
+    run.communicate()
+
+
+def test_eight_ranks_stop_and_resume_to_the_bit(pool, tmp_path):
     """dp=2 x tp=2 x pp=2 with sequence parallelism, dropout and bf16: undisturbed, and stopped in the middle."""
     layout = [*EIGHT_RANKS, "--bf16", "--recompute-granularity", "selective"]
-    train(8, *layout, "--metrics-file", tmp_path / "whole.jsonl")
-    flags = [*layout, "--save", tmp_path / "c", "--load", tmp_path / "c", "--metrics-file", tmp_path / "parts.jsonl"]
-    train(8, *flags, "--exit-interval", "7")
-    train(8, *flags)
-    assert curve(tmp_path / "parts.jsonl") == curve(tmp_path / "whole.jsonl")
+    train(pool, 8, *layout, "--metrics-file", tmp_path / "whole.jsonl")
+    train(pool, 8, *layout, *resumable(tmp_path), "--exit-interval", "7")
+    train(pool, 8, *layout, *resumable(tmp_path))
+    assert curve(tmp_path / "m.jsonl") == curve(tmp_path / "whole.jsonl")
+
+
+def test_resuming_in_another_layout_continues_the_same_curve(pool, tmp_path):
+    """Weights, optimizer and data position are read into any layout: 8 ranks, one process, pp=2 make one run."""
+    exact = "--precision fp64 --hidden-dropout 0 --attention-dropout 0".split()
+    train(pool, 1, *exact, "--metrics-file", tmp_path / "whole.jsonl")
+    train(pool, 8, *EIGHT_RANKS, *exact, *resumable(tmp_path), "--exit-interval", "4")
+    train(pool, 1, *exact, *resumable(tmp_path), "--exit-interval", "8")
+    train(pool, 2, "--pp", "2", *exact, *resumable(tmp_path))
+    for one, other in zip(curve(tmp_path / "whole.jsonl"), curve(tmp_path / "m.jsonl"), strict=True):
+        assert one == pytest.approx(other, rel=1e-9)
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:

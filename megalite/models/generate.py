@@ -26,7 +26,7 @@ def choose(
     return order.gather(-1, place).squeeze(-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: GPT,
     prompt: torch.Tensor,
@@ -38,9 +38,15 @@ def generate(
 ) -> Iterator[torch.Tensor]:
     """Yield the next token [b] after prompt [b, s], again and again, each from all that came before it.
 
-    Every token costs a forward pass over the text so far, or over its last `positions` tokens: nothing is cached.
-    Raises ValueError when the model is spread over several ranks or the prompt is empty.
+    Every token costs a forward pass over the text so far, or over its last `positions` tokens: nothing is cached. Puts
+    the model in evaluation mode. Raises ValueError, when the first token is asked for, if the model is spread over
+    several ranks, the prompt is empty, or a setting makes no sense.
     """
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+        raise ValueError(
+            f"temperature {temperature:g}, top_k {top_k}, top_p {top_p:g}: temperature and top_k must be at least 0 "
+            "(0 = the most likely token; no limit), top_p above 0 and at most 1"
+        )
     if model.context.world_size != 1:
         raise ValueError(f"sampling runs in one process; this model is spread over {model.context.world_size} ranks")
     if prompt.shape[1] == 0:

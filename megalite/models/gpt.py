@@ -40,13 +40,13 @@ class GPT(nn.Module):
         layers: range,
         dtype: torch.dtype = torch.float32,
         sequence_parallel: bool = False,
-        recompute_config: RecomputeConfig = RecomputeConfig(),
+        recompute_config: RecomputeConfig | None = None,
         seed: int = 1234,
     ):
         super().__init__()
         self.config, self.context, self.rng, self.dtype = model, context, rng, dtype
         self.sequence_parallel = sequence_parallel and context.tensor.size > 1
-        self.recompute_config = recompute_config
+        self.recompute_config = recompute_config = recompute_config or RecomputeConfig()
         first, last = context.is_first_stage, context.is_last_stage
         if first:
             self.embedding = Embedding(model, context, dtype, sequence_parallel)

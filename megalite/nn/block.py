@@ -25,7 +25,7 @@ class HiddenDropout(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer layer of GPT-2/3 or Llama shape. Hidden states [s, b, h] ([s/t, b, h] under sequence parallelism)."""
+    """A transformer layer of GPT or Llama shape: hidden states [s, b, h] ([s/t, b, h] with sequence parallelism)."""
 
     def __init__(
         self, model: ModelConfig, recompute_config: RecomputeConfig, context: ParallelContext, rng: RngTracker, dtype,

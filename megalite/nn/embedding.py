@@ -17,7 +17,7 @@ def padded_vocabulary(vocab_size: int, divisible_by: int, tensor: int) -> int:
 
 
 def vocabulary_parameter(model: ModelConfig, context: ParallelContext, dtype, tied_copy: bool = False) -> nn.Parameter:
-    """This rank's rows [v_padded / t, h] of a [v, h] weight. The box leaves padding out; a rank may hold padding only."""
+    """This rank's rows [v_padded / t, h] of a [v, h] weight. The box leaves padding out; it may be empty."""
     rows = padded_vocabulary(model.vocab_size, model.make_vocab_size_divisible_by, context.tensor.size)
     rows //= context.tensor.size
     start = min(rows * context.tensor.rank, model.vocab_size)

@@ -43,8 +43,8 @@ def _runs(shape: tuple[int, ...], box: Box) -> tuple[np.ndarray, int]:
 def normal(seed: int, name: str, shape: tuple[int, ...], box: Box) -> np.ndarray:
     """The box of a tensor of standard normals with this global shape: float64, shape box.shape.
 
-    The box must not be empty. Element e of the flattened global tensor is number e % 4 of counter e // 4, so any box can
-    be made without the rest.
+    The box must not be empty. Element e of the flattened global tensor is number e % 4 of counter e // 4, so any box
+    can be made without the rest.
     """
     key = key_of(seed, "init", name)
     starts, length = _runs(shape, box)

@@ -41,7 +41,7 @@ def vocab_parallel_cross_entropy(
 ) -> torch.Tensor:
     """-log softmax(logits)[label] for every token: logits [s, b, v/t], labels [s, b] -> losses [s, b].
 
-    Computed in fp32 for half precisions, in the logits' own dtype otherwise (those are overwritten). `weight` is the spec
-    of the output weight: its box says which entries these logits are for; padding counts for nothing.
+    Computed in fp32 for half precisions, in the logits' own dtype otherwise; the logits may be overwritten. `weight` is
+    the spec of the output weight: its box says which entries these logits are for; padding counts for nothing.
     """
     return _VocabParallelCrossEntropy.apply(logits, labels, weight.box.offset[0], weight.box.shape[0], group)

@@ -48,9 +48,9 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, iteration: int) -> tuple[float, float]:
-        """Finish iteration `iteration` (counted from 1). Collective. Returns (gradient norm before clipping, learning rate).
+        """Finish iteration `iteration`, counted from 1. Returns (gradient norm before clipping, learning rate).
 
-        Raises NonFiniteGradient, on every rank and before any weight is changed.
+        Collective over all ranks. Raises NonFiniteGradient, on every rank and before any weight is changed.
         """
         self.gradients.reduce()
         norm = self.gradients.norm()
@@ -84,7 +84,7 @@ class Optimizer:
                     state[kind] = torch.zeros_like(master)
                 yield kind, name, state[kind]
             if self.config.optimizer == "adam":
-                state.setdefault("step", torch.zeros((), device=master.device))
+                state.setdefault("step", _step_count(0, master))
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -103,10 +103,15 @@ class Optimizer:
         """Set the count of steps taken, for every parameter."""
         if self.config.optimizer == "adam":
             for master in self.master.values():
-                self.torch.state[master]["step"] = torch.tensor(float(steps), device=master.device)
+                self.torch.state[master]["step"] = _step_count(steps, master)
 
     @torch.no_grad()
     def refresh_master(self) -> None:
         """Take the master weights from the parameters (after loading weights without the optimizer's state)."""
         for name, parameter in self.parameters.items():
             self.master[name].copy_(parameter)
+
+
+def _step_count(steps: int, like: torch.Tensor) -> torch.Tensor:
+    """Adam's count of steps for a parameter, as torch's fused implementation keeps it."""
+    return torch.tensor(steps, dtype=torch.float32, device=like.device)

@@ -11,10 +11,14 @@ from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import AXES, Coordinates, ParallelLayout
 
 
+class DeviceError(ValueError):
+    """A device or backend that this machine does not have: says what it has."""
+
+
 def choose_device(wanted: str, launch: LaunchInfo) -> tuple[torch.device, str]:
     """(device, reason). "auto" takes a GPU when this node has one for each local rank, else the CPU.
 
-    Raises ValueError when "cuda" is asked for and cannot be had.
+    Raises DeviceError when "cuda" is asked for and cannot be had.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu":
@@ -22,7 +26,7 @@ def choose_device(wanted: str, launch: LaunchInfo) -> tuple[torch.device, str]:
     enough = gpus >= launch.local_world_size
     found = f"{gpus} GPU(s) on this node for {launch.local_world_size} local rank(s)"
     if wanted == "cuda" and not enough:
-        raise ValueError(f"--device cuda: {found}; start fewer ranks per node, or use --device cpu")
+        raise DeviceError(f"--device cuda: {found}; start fewer ranks per node, or use --device cpu")
     if enough:
         return torch.device("cuda", launch.local_rank), found
     return torch.device("cpu"), found

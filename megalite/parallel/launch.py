@@ -40,7 +40,7 @@ def tasks_on_node(tasks_per_node: str, node: int) -> int:
     for part in tasks_per_node.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if not match:
-            raise ValueError(f"cannot read SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r}: expected a form such as 4(x2),2")
+            raise ValueError(f"cannot read SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r}: expected a form like 4(x2),2")
         tasks, nodes = int(match[1]), int(match[2] or 1)
         if place < nodes:
             return tasks

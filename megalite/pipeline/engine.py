@@ -121,11 +121,21 @@ class PipelineEngine:
             run.loss = loss if run.loss is None else run.loss + loss
         else:
             output = self.stage(x)
+            self._check_shape(output)
             run.outgoing[key] = output.detach()
             # The edge is enough for the backward: the hidden states themselves are freed once they are sent.
             kept.output = get_gradient_edge(output) if torch.is_grad_enabled() else None
         if torch.is_grad_enabled():
             run.in_flight[i] = kept
+
+    def _check_shape(self, output: torch.Tensor) -> None:
+        # The next stage receives into a tensor of this shape; gloo takes a smaller message without a word.
+        expected = self.stage.hidden_shape(self.micro_batch_size)
+        if tuple(output.shape) != expected:
+            raise ValueError(
+                f"a stage made hidden states {tuple(output.shape)}, the next expects {expected}: "
+                f"every microbatch needs {self.micro_batch_size} rows of --seq-length tokens"
+            )
 
     def _backward(self, run: _Run, action: Action) -> None:
         kept = run.in_flight.pop(action.microbatch)

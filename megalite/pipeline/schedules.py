@@ -5,6 +5,7 @@ A schedule is, for each stage, the order of its forwards and backwards. `program
 new function of a few lines that returns actions.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 FORWARD, BACKWARD = "F", "B"
@@ -53,7 +54,7 @@ def forward_only(stages: int, stage: int, microbatches: int) -> list[Action]:
     return [Action(FORWARD, i) for i in range(microbatches)]
 
 
-def schedule_named(name: str):
+def schedule_named(name: str) -> Callable[[int, int, int], list[Action]]:
     """The schedule function of a --pipeline-schedule value. Raises ValueError for an unknown name."""
     known = {"1f1b": one_forward_one_backward, "gpipe": gpipe}
     if name not in known:

@@ -2,6 +2,7 @@
 
 import torch
 
+from megalite.data.indexed import DatasetError
 from megalite.data.sampler import BatchLoader
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import ParallelContext
@@ -23,7 +24,7 @@ class GlobalBatches:
         """The microbatches of the global batch that starts at sample `consumed`, and what makes the loss a global mean:
         1 / (unmasked tokens in all of it). Middle stages have nothing to read; all but the last have weight 0.
 
-        Collective over data ranks of the last stage. Raises ValueError when every token of the batch is masked.
+        Collective over data ranks of the last stage. Raises DatasetError when every token of the batch is masked.
         """
         batches = self.read(consumed)
         if not self.context.is_last_stage:
@@ -31,7 +32,7 @@ class GlobalBatches:
         tokens = torch.tensor(unmasked(batches), dtype=torch.float64, device=self.context.device)
         all_reduce(tokens, self.context.data)
         if tokens.item() == 0:
-            raise ValueError(f"every token of the global batch at sample {consumed} is masked out of the loss")
+            raise DatasetError(f"every token of the global batch at sample {consumed} is masked out of the loss")
         return batches, 1.0 / tokens.item()
 
     def read(self, consumed: int) -> list[Microbatch]:

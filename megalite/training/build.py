@@ -8,7 +8,7 @@ import torch
 from megalite.config import RunConfig
 from megalite.models.gpt import GPT
 from megalite.optim.optimizer import Optimizer
-from megalite.parallel.context import ParallelContext, choose_device
+from megalite.parallel.context import DeviceError, ParallelContext, choose_device
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rng import RngTracker
@@ -21,7 +21,7 @@ TIED_WEIGHT = "embedding.word_embeddings.weight"
 def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContext, str]:
     """Meet the other ranks. Returns the context and one line that says which device and backend, and why.
 
-    Collective. Raises ValueError when the device asked for cannot be had.
+    Collective. Raises DeviceError when the device or backend asked for cannot be had.
     """
     parallel = config.parallel
     layout = ParallelLayout.for_world(
@@ -31,6 +31,8 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
     backend = parallel.distributed_backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type != "cuda":
+        raise DeviceError(f"--distributed-backend nccl works between GPUs: {why}; use --distributed-backend gloo")
     if device.type == "cpu" and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Otherwise every rank would start as many threads as the node has cores.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world_size))

@@ -1,23 +1,42 @@
 """pretrain(): the main job, composed of the library's rooms."""
 
+import re
 import resource
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
 
-from megalite.checkpoint.folder import latest_iteration
+from megalite.checkpoint.folder import CheckpointError, latest_iteration
 from megalite.config import RunConfig, to_yaml
 from megalite.data.build import build_datasets
-from megalite.data.tokenizers import build_tokenizer
+from megalite.data.indexed import DatasetError
+from megalite.data.tokenizers import TokenizerError, build_tokenizer
+from megalite.optim.optimizer import NonFiniteGradient
 from megalite.parallel.collectives import gather_objects
-from megalite.parallel.context import ParallelContext
+from megalite.parallel.context import DeviceError, ParallelContext
 from megalite.parallel.launch import LaunchInfo
 from megalite.training.batches import GlobalBatches
 from megalite.training.build import Parts, build_context, build_gpt, build_parts
 from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
 from megalite.training.state import Progress, load_state
+
+EXPECTED_ERRORS = (CheckpointError, DatasetError, DeviceError, NonFiniteGradient, OSError, TokenizerError)
+"""What the data, the disk or the machine bring about: their messages say what to do, a traceback adds nothing."""
+
+
+def explain(error: Exception) -> str | None:
+    """What to tell the user in place of a traceback; None when the error is unexpected, and the traceback is needed."""
+    if isinstance(error, EXPECTED_ERRORS):
+        return str(error)
+    # gloo raises plain RuntimeErrors that begin with its source file.
+    if type(error).__module__ == "torch.distributed" or "gloo/transport" in str(error):
+        calls = [frame.name for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+        reason = re.sub(r"^\[.*?\.cc:\d+\] |\. This is .*", "", str(error).splitlines()[0])
+        return f"lost contact with other ranks in {' > '.join(calls[-2:])} ({reason}): see what they say"
+    return None
 
 
 def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = build_gpt) -> None:

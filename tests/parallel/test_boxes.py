@@ -1,0 +1,44 @@
+"""Boxes, against sets of indices."""
+
+from itertools import product
+
+from megalite.parallel.boxes import Box, split
+
+
+def indices(box: Box) -> set:
+    return set(product(*(range(o, o + n) for o, n in zip(box.offset, box.shape))))
+
+
+def boxes_in(*shape: int) -> list[Box]:
+    """Every box inside a tensor of this shape, empty ones too."""
+    ranges = [[(o, n) for o in range(length) for n in range(length - o + 1)] for length in shape]
+    return [Box(tuple(o for o, _ in choice), tuple(n for _, n in choice)) for choice in product(*ranges)]
+
+
+def test_intersection_is_that_of_the_indices():
+    boxes = boxes_in(3, 3)
+    for a, b in product(boxes, boxes):
+        common = a.intersect(b)
+        assert (set() if common is None else indices(common)) == indices(a) & indices(b)
+        assert common is None or common.numel == len(indices(a) & indices(b)) > 0
+        assert common == b.intersect(a)
+
+
+def test_slices_are_relative_to_the_outer_box():
+    outer, inner = Box((2, 10), (4, 5)), Box((3, 12), (2, 1))
+    assert inner.slices_in(outer) == (slice(1, 3), slice(2, 3))
+    assert outer.slices_in(outer) == (slice(0, 4), slice(0, 5))
+
+
+def test_whole():
+    box = Box.whole((2, 3, 4))
+    assert box == Box((0, 0, 0), (2, 3, 4)) and box.numel == 24
+    assert Box.whole(()) == Box((), ()) and Box.whole(()).numel == 1
+
+
+def test_split_covers_everything_in_order():
+    for length, parts in product(range(20), range(1, 9)):
+        pieces = [split(length, parts, i) for i in range(parts)]
+        assert [i for start, size in pieces for i in range(start, start + size)] == list(range(length))
+        sizes = [size for _, size in pieces]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] == -(-length // parts)

@@ -1,0 +1,119 @@
+"""Who launched us: the variables of torchrun, of srun, and of neither, as those programs set them."""
+
+import pytest
+
+from megalite.parallel.launch import LaunchInfo, detect, first_host, tasks_on_node
+
+TORCHRUN = {
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
+    "MASTER_ADDR": "node1", "MASTER_PORT": "29500",
+}  # fmt: skip
+BATCH_SHELL = {
+    "SLURM_JOB_ID": "1234", "SLURM_NTASKS": "10", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+    "SLURM_JOB_NODELIST": "gpu[03-05]", "SLURM_TASKS_PER_NODE": "4(x2),2",
+}  # fmt: skip
+SRUN = BATCH_SHELL | {
+    "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "10", "SLURM_STEP_NODELIST": "gpu[03-05]",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),2", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
+}  # fmt: skip
+ALONE = LaunchInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, init_method="", source="none")
+
+
+def test_torchrun():
+    assert detect(TORCHRUN) == LaunchInfo(5, 8, 1, 4, "env://", "torchrun")
+
+
+def test_rank_and_world_size_by_hand_mean_one_node():
+    given = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    assert detect(given) == LaunchInfo(1, 2, 1, 2, "env://", "torchrun")
+
+
+def test_srun():
+    port = 10_000 + (1234 * 31 + 2) % 20_000
+    assert detect(SRUN) == LaunchInfo(9, 10, 1, 2, f"tcp://gpu03:{port}", "srun")
+    first = detect(SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"})
+    assert first == LaunchInfo(0, 10, 0, 4, f"tcp://gpu03:{port}", "srun")
+
+
+def test_steps_of_a_job_meet_at_ports_of_their_own():
+    methods = {detect(SRUN | {"SLURM_STEP_ID": str(i)}).init_method for i in range(30)}
+    assert len(methods) == 30
+    assert all(10_000 <= int(method.rsplit(":", 1)[1]) < 32_768 for method in methods)
+
+
+def test_srun_takes_a_given_meeting_point():
+    assert detect(SRUN | {"MASTER_ADDR": "ib0", "MASTER_PORT": "77"}).init_method == "tcp://ib0:77"
+
+
+def test_a_step_smaller_than_its_allocation():
+    step = {
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "gpu05", "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_PROCID": "1", "SLURM_NODEID": "0",
+    }  # fmt: skip
+    launch = detect(SRUN | step)
+    assert (launch.rank, launch.world_size, launch.local_world_size) == (1, 2, 2)
+    assert launch.init_method.startswith("tcp://gpu05:")
+
+
+def test_torchrun_inside_a_slurm_step_is_torchrun():
+    assert detect(SRUN | TORCHRUN).source == "torchrun"
+
+
+@pytest.mark.parametrize("environ", [{}, BATCH_SHELL, BATCH_SHELL | {"SLURM_STEP_ID": "-5"}], ids=["none", "batch", "-5"])
+def test_a_shell_that_is_no_step_is_a_single_process(environ):
+    assert detect(environ) == ALONE
+
+
+@pytest.mark.parametrize(
+    ("environ", "missing"),
+    [(TORCHRUN, name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    + [(SRUN, name) for name in ("SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_missing_variable_is_named(environ, missing):
+    with pytest.raises(ValueError, match=missing):
+        detect({name: value for name, value in environ.items() if name != missing})
+
+
+def test_a_variable_that_is_no_number_is_shown():
+    with pytest.raises(ValueError, match="WORLD_SIZE='many'"):
+        detect(TORCHRUN | {"WORLD_SIZE": "many"})
+
+
+def test_one_rank_needs_no_meeting_point():
+    assert detect({"RANK": "0", "WORLD_SIZE": "1"}).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("node7", "node7"),
+        ("node7,node8", "node7"),
+        ("gpu[003-006,9],login", "gpu003"),
+        ("login,gpu[1-2]", "login"),
+        ("gpu-a[9,12]", "gpu-a9"),
+        ("n[1-2]-ib,m3", "n1-ib"),
+        ("rack[1-2]n[05,7-9]", "rack1n05"),
+        ("host.example.org", "host.example.org"),
+        (" n[10] ", "n10"),
+    ],
+)
+def test_first_host(nodelist, host):
+    assert first_host(nodelist) == host
+
+
+@pytest.mark.parametrize("nodelist", ["", ",a", "gpu[", "gpu[]", "gpu[a-b]", "gpu]1", "a b"])
+def test_no_node_list(nodelist):
+    with pytest.raises(ValueError, match="cannot read the SLURM node list"):
+        first_host(nodelist)
+
+
+def test_tasks_on_node():
+    assert [tasks_on_node("4(x2),2", node) for node in range(3)] == [4, 4, 2]
+    assert [tasks_on_node("3,1,2(x3)", node) for node in range(5)] == [3, 1, 2, 2, 2]
+    assert tasks_on_node("8", 0) == 8
+    with pytest.raises(ValueError, match="no node number 3"):
+        tasks_on_node("4(x2),2", 3)
+    for text in ("", "4(2)", "x"):
+        with pytest.raises(ValueError, match="cannot read SLURM_STEP_TASKS_PER_NODE"):
+            tasks_on_node(text, 0)

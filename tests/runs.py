@@ -1,0 +1,246 @@
+"""Small runs of the whole program, and what can be seen of them: lines, files, memory, order, exits."""
+
+import io
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalite import cli, validate
+from megalite.checkpoint.folder import list_iterations
+from megalite.checkpoint.load import Checkpoint
+from megalite.config import RunConfig, from_flat, to_yaml
+from megalite.parallel.collectives import all_reduce
+from megalite.parallel.context import DeviceError
+from megalite.parallel.launch import LaunchInfo
+from megalite.training.batches import GlobalBatches
+from megalite.training.build import build_context, build_gpt, build_parts
+from megalite.training.pretrain import pretrain
+from tests.pool import RankPool
+
+ALONE = LaunchInfo(0, 1, 0, 1, "", "none")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its user sees it afterwards."""
+
+    console: str
+    """What was printed, without the configuration and without times."""
+    folder: Path
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return [line.strip() for line in self.console.splitlines()]
+
+    @cached_property
+    def metrics(self) -> list[dict]:
+        """Lines of the metrics file; times only as the number of tokens that they stand for."""
+        path = self.folder / "metrics.jsonl"
+        entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for entry in entries:
+            if "loss" in entry:
+                entry["tokens"] = round(entry.pop("tokens_per_second") * entry.pop("step_seconds"))
+        return entries
+
+    @cached_property
+    def files(self) -> set[str]:
+        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
+
+    def column(self, name: str) -> list:
+        """The values of one quantity, in the order of the metrics file."""
+        return [entry[name] for entry in self.metrics if name in entry]
+
+    @property
+    def losses(self) -> list[float]:
+        return self.column("loss")
+
+    @property
+    def iterations(self) -> list[int]:
+        """The iterations that were trained."""
+        return [entry["iteration"] for entry in self.metrics if "loss" in entry]
+
+    @property
+    def validated(self) -> list[int]:
+        """The iterations with an evaluation."""
+        return [entry["iteration"] for entry in self.metrics if "validation_loss" in entry]
+
+    @property
+    def saved(self) -> list[int]:
+        return list_iterations(self.folder / "saved")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the saved weights."""
+        return Checkpoint.open(self.folder / "saved").dtype("final_norm.weight")
+
+
+TIMES = re.compile(r" \| [\d,]+ tokens/s.*| in [\d.]+ s$|, peak [a-zA-Z ]+[\d,]+ MiB", re.MULTILINE)
+
+
+@contextmanager
+def working_in(folder: Path):
+    """Make a folder and stay in it."""
+    before = os.getcwd()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def console_of(launch: LaunchInfo, config: RunConfig, folder: Path, build_model: Callable = build_gpt) -> str:
+    """Run the training of one rank in a folder; what it printed, without the configuration and without times."""
+    with working_in(folder), redirect_stdout(io.StringIO()) as printed:
+        pretrain(config, launch, build_model)
+    return TIMES.sub("", printed.getvalue().removeprefix(to_yaml(config)))
+
+
+class Bench:
+    """Makes observations, each once. Runs have folders of their own, beside ../bytes, ../pieces and ../trained."""
+
+    def __init__(self, folder: Path, pool: RankPool):
+        self.folder, self.pool = folder, pool
+        self._made: dict[tuple, Any] = {}
+
+    def observe(self, how: Callable, flags: dict, ranks: int) -> Any:
+        """`how(bench, flags, ranks)`."""
+        key = (how, ranks, *sorted(flags.items()))
+        if key not in self._made:
+            self._made[key] = how(self, flags, ranks)
+        return self._made[key]
+
+    def new_folder(self) -> Path:
+        """A folder for one run."""
+        return self.folder / f"run-{len(self._made)}"
+
+
+def sound(flags: dict, ranks: int, folder: Path) -> RunConfig:
+    """The configuration as the main program makes it, with everything checked."""
+    with working_in(folder):
+        problems = validate.check(from_flat(flags), ranks)
+        assert not problems, problems
+        return validate.resolve(from_flat(flags), ranks)
+
+
+def training(bench: Bench, flags: dict, ranks: int) -> Run:
+    """A run of the whole program."""
+    folder = bench.new_folder()
+    config = sound(flags, ranks, folder)
+    if ranks == 1:
+        return Run(console_of(ALONE, config, folder), folder)
+    return Run(bench.pool.run(console_of, ranks, config, folder)[0], folder)
+
+
+def kept_for_backward(bench: Bench, flags: dict, ranks: int) -> dict:
+    """What one microbatch leaves in memory after its forward, and the gradient that comes of it."""
+    config = sound(flags, ranks, bench.new_folder())
+    context, _ = build_context(config, ALONE)
+    parts = build_parts(config, context)
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    rows = torch.arange(config.model.seq_length + 1).expand(config.data.global_batch_size, -1).numpy()
+    batches, weight = GlobalBatches(rows, context, 1, 1).at(0)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        parts.engine.train_step(batches, weight)
+    return {"bytes": sum(kept.values()), "gradient": parts.optimizer.gradients.flat.clone()}
+
+
+def passes_of_rank(launch: LaunchInfo, config: RunConfig) -> str:
+    """F and B in the order in which a stage's forwards and backwards come."""
+    context, _ = build_context(config, launch)
+    parts = build_parts(config, context)
+    order = []
+    parts.model.register_forward_pre_hook(lambda *_: order.append("F"))
+    norm = next(p for name, p in parts.model.named_parameters() if name.endswith("attention_norm.weight"))
+    norm.register_post_accumulate_grad_hook(lambda _: order.append("B"))
+    rows = torch.zeros(config.data.global_batch_size, config.model.seq_length + 1, dtype=torch.int64).numpy()
+    data = GlobalBatches(rows, context, config.data.micro_batch_size, config.data.global_batch_size)
+    parts.engine.train_step(*data.at(0))
+    return "".join(order)
+
+
+def order_of_passes(bench: Bench, flags: dict, ranks: int) -> list[str]:
+    """Each rank's order of passes."""
+    return bench.pool.run(passes_of_rank, ranks, sound(flags, ranks, bench.new_folder()))
+
+
+def late_rank(launch: LaunchInfo, config: RunConfig, seconds: float) -> str:
+    """Rank 1 comes late to an all-reduce: what the rank that waits for it is told."""
+    context, _ = build_context(config, launch)
+    total = torch.ones(1)
+    all_reduce(total, context.world)
+    if launch.rank == 1:
+        time.sleep(seconds)
+    try:
+        all_reduce(total, context.world)
+    except RuntimeError as error:
+        return str(error)
+    return f"total {total.item():g}"
+
+
+def waiting_for_late_rank(bench: Bench, flags: dict, ranks: int) -> str:
+    return bench.pool.run(late_rank, ranks, sound(flags, ranks, bench.new_folder()), 1.8)[0]
+
+
+class Ended(BaseException):
+    """In place of the end of the process."""
+
+
+def signalled(bench: Bench, flags: dict, ranks: int) -> str:
+    """A run that gets SIGUSR1 in its first forward: what it printed, or that it ended at once."""
+
+    def build_model(*args):
+        model = build_gpt(*args)
+        model.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGUSR1))
+        return model
+
+    def end(number, frame):
+        raise Ended
+
+    before = signal.signal(signal.SIGUSR1, end)
+    folder = bench.new_folder()
+    try:
+        return console_of(ALONE, sound(flags, ranks, folder), folder, build_model)
+    except Ended:
+        return "ended at once"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def refusal_or_start(bench: Bench, flags: dict, ranks: int) -> str:
+    """What is said of the device: why the configuration is refused, by the checks or for this machine; else where it
+    runs."""
+    problems = validate.check(from_flat(flags), ranks)
+    if problems:
+        return "; ".join(problem.message for problem in problems)
+    try:
+        return build_context(sound(flags, ranks, bench.new_folder()), ALONE)[1]
+    except DeviceError as error:
+        return str(error)
+
+
+def check_only(bench: Bench, flags: dict, ranks: int) -> tuple[int | None, str]:
+    """(exit status, what is printed) of the main program's reading of flags; status None: it would go on to train."""
+    file = bench.folder / "flags.yaml"
+    file.write_text(to_yaml(from_flat(flags)))
+    with redirect_stdout(io.StringIO()) as printed:
+        try:
+            cli.parse_and_check(["--config", str(file)], launch=ALONE)
+        except SystemExit as end:
+            return end.code, printed.getvalue()
+    return None, printed.getvalue()

@@ -1,0 +1,422 @@
+"""Every flag changes what it is for: a flag has an entry in FLAGS, or the test fails.
+
+An entry has a base and a value; the program runs with the base, and with the value besides. The checks compare what a
+user sees of the two: the metrics file and the console without times, and the files written; or, where that is not the
+point of a flag, memory, order or exit.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import cos, pi
+from typing import Any
+
+import pytest
+import torch
+
+from megalite.config import options
+from megalite.data.preprocess import PreprocessConfig, preprocess
+from megalite.data.tokenizers import train_sentencepiece
+from tests import runs
+from tests.runs import Bench, Run
+
+# What must be different -----------------------------------------------------------------------------------------------
+
+Check = Callable[[Any, Any], None]
+"""Asserts on what was observed without and with the flag."""
+
+
+def near(value):
+    """Equal but for rounding in fp32."""
+    return pytest.approx(value, rel=1e-5)
+
+
+def losses_from(step: int) -> Check:
+    """Training is the same up to its step number `step`, whose loss is the first that differs."""
+
+    def check(before: Run, after: Run):
+        assert after.losses[: step - 1] == near(before.losses[: step - 1])
+        assert after.losses[step - 1] != near(before.losses[step - 1])
+
+    return check
+
+
+def rates(*expected: float) -> Check:
+    """The learning rates are these; losses differ right after the first rate that does."""
+
+    def check(before: Run, after: Run):
+        assert after.column("learning_rate") == pytest.approx(expected, abs=1e-12)
+        different = [a != near(b) for a, b in zip(after.column("learning_rate"), before.column("learning_rate"))]
+        losses_from(different.index(True) + 2)(before, after)
+
+    return check
+
+
+def prints(*texts: str) -> Check:
+    """These lines are on the console, and were not."""
+
+    def check(before: Run, after: Run):
+        for text in texts:
+            assert text in after.lines
+            assert text not in before.lines
+
+    return check
+
+
+def leaves_out(text: str) -> Check:
+    """No line with this text is printed any more."""
+
+    def check(before: Run, after: Run):
+        assert text in before.console
+        assert text not in after.console
+
+    return check
+
+
+def more_parameters(number: int) -> Check:
+    """The whole model has this many parameters more."""
+
+    def check(before: Run, after: Run):
+        numbers = [int(re.search(r"([\d,]+) parameters", r.console)[1].replace(",", "")) for r in (before, after)]
+        assert numbers[1] - numbers[0] == number
+
+    return check
+
+
+def becomes(attribute: str, value: Any) -> Check:
+    """An attribute of the run has this value, and had another."""
+
+    def check(before: Run, after: Run):
+        assert getattr(after, attribute) == value != getattr(before, attribute)
+
+    return check
+
+
+def column(name: str, *values: float) -> Check:
+    """The metrics have these values, and had others."""
+
+    def check(before: Run, after: Run):
+        assert after.column(name) == list(values) != before.column(name)
+
+    return check
+
+
+def same_losses(before: Run, after: Run) -> None:
+    assert after.losses == near(before.losses)
+
+
+def other_rounding(before: Run, after: Run) -> None:
+    assert after.losses != before.losses
+    assert after.losses == pytest.approx(before.losses, rel=0.01)
+
+
+def same_dry_loss(before: Run, after: Run) -> None:
+    assert before.lines[-1].endswith("nothing was saved") and after.lines[-1] == before.lines[-1]
+
+
+def same_first_norm(before: Run, after: Run) -> None:
+    assert after.column("grad_norm")[0] == near(before.column("grad_norm")[0])
+
+
+def other_validation(before: Run, after: Run) -> None:
+    assert after.validated == before.validated
+    assert after.column("validation_loss")[0] != near(before.column("validation_loss")[0])
+
+
+def goes_on_from(iteration: int) -> Check:
+    """The run is the rest of the other one, from an iteration on, to the bit."""
+
+    def check(before: Run, after: Run):
+        assert before.iterations[0] <= iteration < after.iterations[0]
+        assert after.metrics == [entry for entry in before.metrics if entry["iteration"] > iteration]
+
+    return check
+
+
+def reports(*iterations: int) -> Check:
+    """The console has a line for these iterations."""
+
+    def check(before: Run, after: Run):
+        shown = [[int(n) for n in re.findall(r"iteration +(\d+)/\d+", run.console)] for run in (before, after)]
+        assert shown[1] == list(iterations) != shown[0]
+
+    return check
+
+
+def stops_at(iteration: int, reason: str) -> Check:
+    def check(before: Run, after: Run):
+        assert after.iterations[-1] == iteration < before.iterations[-1]
+        assert f"stopped at iteration {iteration}: {reason}" in after.lines
+
+    return check
+
+
+def less_is_kept(before: dict, after: dict) -> None:
+    """Fewer bytes are kept for the backward, and the gradient is the same to the bit."""
+    assert after["bytes"] < before["bytes"]
+    assert torch.equal(after["gradient"], before["gradient"])
+
+
+def more_is_kept(before: dict, after: dict) -> None:
+    less_is_kept(after, before)
+
+
+def from_to(before: Any, after: Any) -> Check:
+    """The observation was exactly this, and is exactly that."""
+
+    def check(was: Any, now: Any):
+        assert (was, now) == (before, after)
+
+    return check
+
+
+def shape(name: str, *sizes: int) -> Check:
+    """A dry run tells this shape of a parameter."""
+    return prints(f"{name} {list(sizes)}")
+
+
+def says(*words: str) -> Check:
+    """One of these is said, and none was."""
+
+    def check(before: Any, after: Any):
+        before, after = (getattr(seen, "console", str(seen)) for seen in (before, after))
+        assert any(word in after for word in words), after
+        assert not any(word in before for word in words), before
+
+    return check
+
+
+# The flags ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One value of a flag, and what it does."""
+
+    value: Any
+    checks: tuple[Check, ...]
+    base: dict = field(default_factory=dict)
+    """Flags of both runs, beside BASE."""
+    also: dict = field(default_factory=dict)
+    """Flags that go with the value, of the second run only."""
+    ranks: int = 1
+    observe: Callable[[Bench, dict, int], Any] = runs.training
+
+
+def effect(value: Any, *checks: Check, **rest) -> Effect:
+    """An effect that is seen in a training run, or as `observe` says."""
+    return Effect(value, checks, **rest)
+
+
+def dry(value: Any, *checks: Check, base: dict | None = None, **rest) -> Effect:
+    """An effect that is seen in a dry run."""
+    return Effect(value, checks, base={"dry_run": True, **(base or {})}, **rest)
+
+
+LAYERS, HIDDEN, VOCABULARY = 2, 16, 61
+BASE = dict(
+    num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=4, seq_length=16, vocab_size=VOCABULARY,
+    init_method_std=0.1, attention_dropout=0.0, hidden_dropout=0.0, mock_data=True, global_batch_size=4,
+    train_iters=4, lr=0.05, eval_interval=2, eval_iters=1, log_interval=1, metrics_file="metrics.jsonl", device="cpu",
+)  # fmt: skip
+ROPE = {"position_embedding_type": "rope"}
+DEEP = {"num_layers": 4, "attention_dropout": 0.1}
+FULL = {**DEEP, "recompute_granularity": "full"}
+SGD = {"optimizer": "sgd"}
+SAVES = {"save": "saved"}
+REAL = dict(mock_data=False, vocab_size=None, data_path="../bytes_text_document", tokenizer_type="ByteTokenizer")
+PIECES = dict(
+    data_path="../pieces_text_document", tokenizer_type="SentencePieceTokenizer", tokenizer_model="../pieces.model"
+)
+LONGER = dict(train_iters=8, hidden_dropout=0.1)
+"""A run that ../trained was saved by, at iterations 2 and 4."""
+RESUMED = {**LONGER, "load": "../trained"}
+TENSORS = {"tensor_model_parallel_size": 2}
+STAGES = {"pipeline_model_parallel_size": 2}
+ENDLESS = {"train_iters": 8, "eval_interval": 0}
+WARMED_UP = (0.025, 0.05, 0.025, 0.0)
+"""Two iterations up to 0.05, then half a cosine of two iterations down to 0."""
+
+
+def half_cosine(high: float, low: float = 0.0) -> tuple[float, ...]:
+    """The rates of the 4 iterations of BASE."""
+    return tuple(low + (high - low) * (1 + cos(pi * i / 4)) / 2 for i in (1, 2, 3, 4))
+
+
+FLAGS: dict[str, list[Effect]] = {
+    # model
+    "num_layers": [dry(3, shape("layers.2.attention.qkv.weight", 4, 3, 4, 16))],
+    "hidden_size": [dry(32, shape("final_norm.weight", 32))],
+    "num_attention_heads": [dry(2, shape("layers.0.attention.qkv.weight", 2, 3, 8, 16))],
+    "ffn_hidden_size": [dry(24, shape("layers.0.mlp.down.weight", 16, 24))],
+    "kv_channels": [dry(6, shape("layers.0.attention.qkv.weight", 4, 3, 6, 16))],
+    "num_query_groups": [dry(2, shape("layers.0.attention.qkv.weight", 2, 4, 4, 16))],
+    "seq_length": [effect(8, column("tokens", 32, 32, 32, 32))],
+    "max_position_embeddings": [dry(32, shape("embedding.position_embeddings.weight", 32, 16))],
+    "position_embedding_type": [
+        effect("rope", losses_from(1), more_parameters(-16 * HIDDEN)),
+        effect("none", losses_from(1), more_parameters(-16 * HIDDEN)),
+        effect("none", losses_from(1), base=ROPE),
+    ],
+    "rotary_base": [effect(10.0, losses_from(1), base=ROPE)],
+    "normalization": [effect("RMSNorm", losses_from(1), more_parameters(-(2 * LAYERS + 1) * HIDDEN))],
+    "norm_epsilon": [effect(0.1, losses_from(1))],
+    "swiglu": [dry(True, shape("layers.0.mlp.up.weight", 2, 64, 16))],
+    "disable_bias_linear": [dry(True, leaves_out("layers.0.attention.qkv.bias"), leaves_out("layers.1.mlp.down.bias"))],
+    "untie_embeddings_and_output_weights": [dry(True, shape("output.weight", 128, 16))],
+    "vocab_size": [effect(100, losses_from(1), more_parameters((100 - VOCABULARY) * HIDDEN))],
+    "make_vocab_size_divisible_by": [dry(32, shape("embedding.word_embeddings.weight", 64, 16), same_dry_loss)],
+    "attention_dropout": [effect(0.5, losses_from(1))],
+    "hidden_dropout": [effect(0.5, losses_from(1))],
+    "init_method_std": [effect(0.2, losses_from(1))],
+    # recompute
+    "recompute_granularity": [
+        effect("selective", less_is_kept, base=DEEP, observe=runs.kept_for_backward),
+        effect("full", less_is_kept, base=DEEP, observe=runs.kept_for_backward),
+    ],
+    "recompute_activations": [effect(True, less_is_kept, base=DEEP, observe=runs.kept_for_backward)],
+    "recompute_method": [effect("block", more_is_kept, base=FULL, observe=runs.kept_for_backward)],
+    "recompute_num_layers": [effect(2, less_is_kept, base=FULL, observe=runs.kept_for_backward)],
+    # optimizer
+    "optimizer": [effect("sgd", same_first_norm, losses_from(2))],
+    "precision": [
+        effect("bf16", becomes("dtype", torch.bfloat16), other_rounding, base=SAVES),
+        effect("fp64", becomes("dtype", torch.float64), other_rounding, base=SAVES),
+    ],
+    "bf16": [effect(True, becomes("dtype", torch.bfloat16), other_rounding, base=SAVES)],
+    "lr": [effect(0.02, rates(*half_cosine(0.02)))],
+    "min_lr": [effect(0.01, rates(*half_cosine(0.05, 0.01)))],
+    "lr_decay_style": [
+        effect("linear", rates(0.0375, 0.025, 0.0125, 0.0)),
+        effect("constant", rates(0.05, 0.05, 0.05, 0.05)),
+    ],
+    "lr_decay_iters": [effect(2, rates(0.025, 0.0, 0.0, 0.0))],
+    "lr_warmup_iters": [effect(2, rates(*WARMED_UP))],
+    "lr_warmup_fraction": [effect(0.5, rates(*WARMED_UP))],
+    "weight_decay": [effect(1.0, losses_from(2))],
+    # Adam's first step does not depend on the betas: they cancel in its bias correction.
+    "adam_beta1": [effect(0.5, losses_from(3))],
+    "adam_beta2": [effect(0.5, losses_from(3))],
+    "adam_eps": [effect(0.1, losses_from(2))],
+    "sgd_momentum": [effect(0.0, losses_from(3), base=SGD)],
+    "clip_grad": [effect(0.1, same_first_norm, losses_from(2), base=SGD)],
+    # data
+    "data_path": [effect("../other_text_document", losses_from(1), base=REAL)],
+    "mock_data": [effect(True, losses_from(1), base={**REAL, "vocab_size": 257}, also={"data_path": None})],
+    "split": [effect("50,25,25", same_losses, other_validation, base={**REAL, "split": "50,50,0"})],
+    "tokenizer_type": [effect("SentencePieceTokenizer", more_parameters(43 * HIDDEN), base=REAL, also=PIECES)],
+    "tokenizer_model": [
+        effect(
+            "../more.model", more_parameters(20 * HIDDEN), base=REAL | PIECES, also={"data_path": "../more_text_document"}
+        )
+    ],
+    "micro_batch_size": [
+        dry(2, prints("dry run: 2 microbatches"), same_dry_loss),
+        dry(2, says("sends [16, 2, 16] to the next stage"), base=STAGES, ranks=2),
+    ],
+    "global_batch_size": [effect(8, column("consumed_samples", 8, 16, 24, 32), losses_from(1))],
+    "eod_mask_loss": [effect(True, losses_from(1), base=REAL)],
+    # parallel
+    "tensor_model_parallel_size": [dry(2, shape("layers.0.mlp.up.weight", 32, 16), same_dry_loss, ranks=2)],
+    "pipeline_model_parallel_size": [
+        dry(2, prints("rank 1 (stage 1, data 0, tensor 0): layers 1-1"), same_dry_loss, ranks=2)
+    ],
+    "sequence_parallel": [
+        dry(True, says("sends [8, 1, 16] to the next stage"), same_dry_loss, base=TENSORS | STAGES, ranks=4)
+    ],
+    "pipeline_schedule": [
+        effect(
+            "gpipe", from_to(["FFBFBFBB", "FBFBFBFB"], ["FFFFBBBB", "FFFFBBBB"]),
+            base=STAGES, ranks=2, observe=runs.order_of_passes,
+        )
+    ],
+    "world_size": [
+        effect(8, says("(0, 'The configuration is sound.", "8 = tensor 1 x pipeline 1 x data 8"), observe=runs.check_only,
+               base={"global_batch_size": 16})
+    ],
+    "device": [
+        effect("auto", says("on cpu (0 GPU(s) on this node", "on cuda")),
+        effect("cuda", says("--device cuda: 0 GPU(s) on this node", "cuda"), observe=runs.refusal_or_start),
+    ],
+    "distributed_backend": [
+        effect("nccl", says("nccl works on GPUs only"), observe=runs.refusal_or_start),
+    ],
+    "distributed_timeout_minutes": [
+        effect(0.02, says("Timed out waiting 1200ms"), ranks=2, observe=runs.waiting_for_late_rank)
+    ],
+    # checkpoint
+    "save": [effect("saved", becomes("saved", [4]))],
+    "save_interval": [effect(2, becomes("saved", [2, 4]), base=SAVES)],
+    "keep_last": [effect(1, becomes("saved", [4]), base={**SAVES, "save_interval": 1})],
+    "load": [effect("../trained", goes_on_from(4), base=LONGER)],
+    "ckpt_step": [effect(2, becomes("iterations", [3, 4, 5, 6, 7, 8]), base=RESUMED)],
+    "finetune": [
+        effect(True, losses_from(1), becomes("iterations", [1, 2, 3, 4, 5, 6, 7, 8]), base=RESUMED),
+    ],
+    "no_load_optim": [effect(True, losses_from(2), base=RESUMED)],
+    "no_load_rng": [effect(True, losses_from(1), base=RESUMED)],
+    # training
+    "train_iters": [effect(5, becomes("iterations", [1, 2, 3, 4, 5]))],
+    "train_samples": [effect(24, column("consumed_samples", 4, 8, 12, 16, 20, 24), also={"train_iters": None})],
+    "eval_interval": [effect(1, becomes("validated", [1, 2, 3, 4])), effect(0, becomes("validated", []))],
+    "eval_iters": [effect(2, other_validation), effect(0, becomes("validated", []))],
+    "log_interval": [effect(3, reports(3, 4))],
+    "metrics_file": [effect("metrics.jsonl", becomes("files", {"metrics.jsonl"}), base={"metrics_file": None})],
+    "exit_interval": [effect(3, stops_at(3, "--exit-interval 3"))],
+    "exit_duration_in_mins": [effect(1e-6, stops_at(1, "--exit-duration-in-mins 1e-06 are over"))],
+    "exit_signal_handler": [effect(False, says("ended at once"), observe=runs.signalled)],
+    "seed": [effect(7, losses_from(1))],
+    "dry_run": [effect(True, says("nothing was saved"), becomes("files", set()))],
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, pool) -> Bench:
+    """Two corpora, data made of them by two tokenizers, and a checkpoint."""
+    folder = tmp_path_factory.mktemp("flags")
+    draw = random.Random(1)
+    words = ["".join(draw.choices("aeioulmnrst", k=draw.randint(2, 8))) for _ in range(120)]
+    texts = {name: [" ".join(draw.choices(words, k=draw.randint(3, 30))) for _ in range(60)] for name in ("a", "b")}
+    for name, lines in texts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    for name, size in (("pieces", 300), ("more", 320)):
+        (folder / f"{name}.model").write_bytes(train_sentencepiece(texts["a"], size))
+    for prefix, source, model in (("bytes", "a", 0), ("other", "b", 0), ("pieces", "a", 1), ("more", "a", 1)):
+        tokenizer = dict(tokenizer_type="ByteTokenizer")
+        if model:
+            tokenizer = dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(folder / f"{prefix}.model"))
+        made = str(folder / prefix)
+        preprocess(PreprocessConfig((str(folder / f"{source}.jsonl"),), made, append_eod=True, workers=1, **tokenizer))
+    bench = Bench(folder, pool)
+    bench.observe(runs.training, {**BASE, **LONGER, "save": "../trained", "save_interval": 2, "exit_interval": 4}, 1)
+    return bench
+
+
+def test_every_flag_and_every_choice_has_an_entry():
+    assert set(FLAGS) == set(options())
+    for key, option in options().items():
+        if option.choices:
+            assert {option.default, *(e.value for e in FLAGS[key])} == set(option.choices), key
+
+
+@pytest.mark.parametrize(
+    ("key", "effect"), [pytest.param(key, e, id=f"{key}={e.value}") for key, es in FLAGS.items() for e in es]
+)
+def test_each_flag_does_what_it_is_for(bench, key, effect):
+    base = {**BASE, **effect.base}
+    before = bench.observe(effect.observe, base, effect.ranks)
+    after = bench.observe(effect.observe, {**base, key: effect.value, **effect.also}, effect.ranks)
+    for check in effect.checks:
+        check(before, after)
+    assert any(fails(check, before) for check in effect.checks), "the checks would accept a flag that does nothing"
+
+
+def fails(check: Check, observation: Any) -> bool:
+    """Whether the check notices that nothing changed."""
+    try:
+        check(observation, observation)
+    except (AssertionError, ValueError):
+        return True
+    return False

@@ -1,0 +1,100 @@
+"""The package as it is installed: what it holds, what it needs, and that it builds without a compiler."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+SOURCES = sorted((ROOT / "megalite").rglob("*.py"))
+PROGRAMS = ["pretrain_gpt.py", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tools").glob("*.py")))]
+
+
+def requirements(name: str) -> set[str]:
+    """Names of the distributions in a list of pyproject.toml (tomllib is not in Python 3.10)."""
+    body = re.search(rf"^{name} = \[(.*?)\]$", PYPROJECT, re.M | re.S).group(1)
+    return set(re.findall(r'"([\w-]+)', body))
+
+
+def third_party_imports(path: Path, everywhere: bool) -> set[str]:
+    """Distributions that a module imports from outside: at its top level, or everywhere in it."""
+    tree = ast.parse(path.read_text())
+    names = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return {"pyyaml" if name == "yaml" else name for name in names - sys.stdlib_module_names - {"megalite"}}
+
+
+def test_what_loading_megalite_needs_is_required():
+    needed = set().union(*(third_party_imports(path, everywhere=False) for path in SOURCES))
+    assert needed <= requirements("dependencies")
+
+
+def test_whatever_else_is_imported_has_an_extra():
+    used = set().union(*(third_party_imports(path, everywhere=True) for path in SOURCES))
+    assert used <= requirements("dependencies") | requirements("tokenizers") | requirements("plot")
+
+
+def test_nothing_is_required_that_is_not_used():
+    used = set().union(*(third_party_imports(path, everywhere=True) for path in SOURCES))
+    assert requirements("dependencies") <= used
+
+
+def test_torch_is_pinned_in_one_place():
+    names = subprocess.run(
+        ["grep", "-rlE", "torch==[0-9]", ".", "--exclude-dir=.venv", "--exclude-dir=.git", "--exclude-dir=runs"],
+        cwd=ROOT, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    assert names == ["./constraints.txt"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """megalite's wheel, built where there is no compiler."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT / "megalite", source / "megalite", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    run = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source],
+        env=os.environ | {"CC": "false", "CXX": "false"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    return zipfile.ZipFile(next(out.glob("megalite-*.whl")))
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert held == {str(path.relative_to(ROOT)) for path in SOURCES}
+
+
+def test_wheel_has_version_and_license(wheel):
+    from megalite import __version__
+
+    assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
+    metadata = next(name for name in wheel.namelist() if name.endswith("METADATA"))
+    assert f"\nVersion: {__version__}\n" in wheel.read(metadata).decode()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_needs_no_torch(program):
+    code = (
+        "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
+        "sys.argv = [sys.argv[1], '--help']; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, program],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, "False\n")
+    assert "usage" in run.stdout

