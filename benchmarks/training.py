@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=1 python benchmarks/training.py             # the paired comparison
     python benchmarks/training.py --profile tp2                 # where the time of two ranks goes (tp2 or pp2)
 
-Shape: GPT of 8 layers, hidden 512, 8 heads, sequence 256, vocabulary 8192, untied, microbatch 4, fp32, AdamW. Both sides
-start from the same weights and see the same tokens; their losses are compared before their times are. A step is one
-microbatch forward and backward, gradient clipping (both or, with --no-clip, neither) and the optimizer.
+Shape: GPT of 8 layers, hidden 512, 8 heads, sequence 256, vocabulary 8192, untied, microbatch 4, fp32, AdamW. Both
+sides start from the same weights and see the same tokens; their losses are compared before their times are. A step is
+one microbatch forward and backward, gradient clipping (both or, with --no-clip, neither) and the optimizer.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def plain_step(config: RunConfig, weights: dict[str, torch.Tensor], fused: bool)
 
 
 def compare(config: RunConfig, rounds: int, steps: int) -> None:
-    """Time the sides in turn, `rounds` times `steps` steps each, and print medians and ratios (above 1: ours is faster).
+    """Time the sides in turn, `rounds` times `steps` steps each; print medians and ratios (above 1: ours is faster).
 
     CPU time beside wall time, since other work on the machine stretches the latter.
     """
@@ -164,14 +164,18 @@ def compare(config: RunConfig, rounds: int, steps: int) -> None:
         if name != "megalite":
             for kind, which in (("wall", 0), ("CPU", 1)):
                 ratios = [theirs[which] / ours[which] for theirs, ours in zip(times, seconds["megalite"])]
-                line += f" | its {kind} time / ours {statistics.median(ratios):.3f} [{min(ratios):.3f} .. {max(ratios):.3f}]"
+                spread = f"[{min(ratios):.3f} .. {max(ratios):.3f}]"
+                line += f" | its {kind} time / ours {statistics.median(ratios):.3f} {spread}"
         print(line)
 
 
 def profile(layout: str) -> None:
     """Run a few steps of a layout under torch's profiler in this rank and print where the time goes (rank 0)."""
     launch = detect(os.environ)
-    sizes = {"tp2": {"tensor_model_parallel_size": 2}, "pp2": {"pipeline_model_parallel_size": 2, "global_batch_size": 32}}
+    sizes = {
+        "tp2": {"tensor_model_parallel_size": 2},
+        "pp2": {"pipeline_model_parallel_size": 2, "global_batch_size": 32},
+    }
     config = from_flat({**SHAPE, "global_batch_size": 4, **sizes[layout]})
     context, _ = build_context(config, launch)
     step, _ = our_step(config, context)
@@ -207,7 +211,9 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     clip = 0.0 if args.no_clip else 1.0
     compare(
-        from_flat({**SHAPE, "num_layers": args.layers, "global_batch_size": 4, "clip_grad": clip}), args.rounds, args.steps
+        from_flat({**SHAPE, "num_layers": args.layers, "global_batch_size": 4, "clip_grad": clip}),
+        args.rounds,
+        args.steps,
     )
 
 

@@ -7,6 +7,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, here and in the r
 
 import pytest
 
+pytest.register_assert_rewrite("tests.checks")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of pure tests run first, then those that use torch, then those that start ranks."""

@@ -1,6 +1,6 @@
 """Prints the table of docs/layouts.md: every layout with its largest difference from the oracle.
 
-    OMP_NUM_THREADS=1 python -m tests.layouts_table
+OMP_NUM_THREADS=1 python -m tests.layouts_table
 """
 
 from contextlib import closing
@@ -22,9 +22,8 @@ def main() -> None:
             boxes = [box for result in results for box in result[2]]
             worst = largest_difference(boxes, gradients, oracle.parameter_shapes(layout.shape))
             flags = " ".join(f"{name}={value}" for name, value in layout.flags.items())
-            print(
-                f"| {layout.name} | {layout.dp} | {layout.tp} | {layout.pp} | {flags} | {difference:.0e} | {worst:.0e} |"
-            )
+            sizes = f"{layout.dp} | {layout.tp} | {layout.pp}"
+            print(f"| {layout.name} | {sizes} | {flags} | {difference:.0e} | {worst:.0e} |")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import re
 import signal
 import time
@@ -19,6 +20,8 @@ from megalite import cli, validate
 from megalite.checkpoint.folder import list_iterations
 from megalite.checkpoint.load import Checkpoint
 from megalite.config import RunConfig, from_flat, to_yaml
+from megalite.data.preprocess import PreprocessConfig, preprocess
+from megalite.data.tokenizers import train_sentencepiece
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import DeviceError
 from megalite.parallel.launch import LaunchInfo
@@ -120,6 +123,22 @@ class Bench:
             self._made[key] = how(self, flags, ranks)
         return self._made[key]
 
+    def make_data(self) -> None:
+        """Two corpora; the first as bytes and as pieces of two tokenizers, the other as bytes."""
+        draw = random.Random(1)
+        words = ["".join(draw.choices("aeioulmnrst", k=draw.randint(2, 8))) for _ in range(120)]
+        texts = {name: [" ".join(draw.choices(words, k=draw.randint(3, 30))) for _ in range(60)] for name in ("a", "b")}
+        for name, lines in texts.items():
+            rows = [json.dumps({"text": line}) for line in lines]
+            (self.folder / f"{name}.jsonl").write_text("\n".join(rows))
+        for name, size in (("pieces", 300), ("more", 320)):
+            (self.folder / f"{name}.model").write_bytes(train_sentencepiece(texts["a"], size))
+        for name, source in (("bytes", "a"), ("other", "b"), ("pieces", "a"), ("more", "a")):
+            model = self.folder / f"{name}.model"
+            tokenizer = ("SentencePieceTokenizer", str(model)) if model.exists() else ("ByteTokenizer", None)
+            jsonl = (str(self.folder / f"{source}.jsonl"),)
+            preprocess(PreprocessConfig(jsonl, str(self.folder / name), *tokenizer, append_eod=True, workers=1))
+
     def new_folder(self) -> Path:
         """A folder for one run."""
         return self.folder / f"run-{len(self._made)}"
@@ -194,7 +213,7 @@ def late_rank(launch: LaunchInfo, config: RunConfig, seconds: float) -> str:
 
 
 def waiting_for_late_rank(bench: Bench, flags: dict, ranks: int) -> str:
-    return bench.pool.run(late_rank, ranks, sound(flags, ranks, bench.new_folder()), 1.8)[0]
+    return bench.pool.run(late_rank, ranks, sound(flags, ranks, bench.new_folder()), 1.5)[0]
 
 
 class Ended(BaseException):
@@ -234,13 +253,14 @@ def refusal_or_start(bench: Bench, flags: dict, ranks: int) -> str:
         return str(error)
 
 
-def check_only(bench: Bench, flags: dict, ranks: int) -> tuple[int | None, str]:
-    """(exit status, what is printed) of the main program's reading of flags; status None: it would go on to train."""
+def check_only(bench: Bench, flags: dict, ranks: int) -> str:
+    """The status with which the main program ends after reading its flags (None: it goes on), and what it printed."""
     file = bench.folder / "flags.yaml"
     file.write_text(to_yaml(from_flat(flags)))
+    status = None
     with redirect_stdout(io.StringIO()) as printed:
         try:
             cli.parse_and_check(["--config", str(file)], launch=ALONE)
         except SystemExit as end:
-            return end.code, printed.getvalue()
-    return None, printed.getvalue()
+            status = end.code
+    return f"status {status}: {printed.getvalue()}"

@@ -5,9 +5,6 @@ user sees of the two: the metrics file and the console without times, and the fi
 point of a flag, memory, order or exit.
 """
 
-import json
-import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import cos, pi
@@ -17,178 +14,31 @@ import pytest
 import torch
 
 from megalite.config import options
-from megalite.data.preprocess import PreprocessConfig, preprocess
-from megalite.data.tokenizers import train_sentencepiece
 from tests import runs
-from tests.runs import Bench, Run
-
-# What must be different -----------------------------------------------------------------------------------------------
-
-Check = Callable[[Any, Any], None]
-"""Asserts on what was observed without and with the flag."""
-
-
-def near(value):
-    """Equal but for rounding in fp32."""
-    return pytest.approx(value, rel=1e-5)
-
-
-def losses_from(step: int) -> Check:
-    """Training is the same up to its step number `step`, whose loss is the first that differs."""
-
-    def check(before: Run, after: Run):
-        assert after.losses[: step - 1] == near(before.losses[: step - 1])
-        assert after.losses[step - 1] != near(before.losses[step - 1])
-
-    return check
-
-
-def rates(*expected: float) -> Check:
-    """The learning rates are these; losses differ right after the first rate that does."""
-
-    def check(before: Run, after: Run):
-        assert after.column("learning_rate") == pytest.approx(expected, abs=1e-12)
-        different = [a != near(b) for a, b in zip(after.column("learning_rate"), before.column("learning_rate"))]
-        losses_from(different.index(True) + 2)(before, after)
-
-    return check
-
-
-def prints(*texts: str) -> Check:
-    """These lines are on the console, and were not."""
-
-    def check(before: Run, after: Run):
-        for text in texts:
-            assert text in after.lines
-            assert text not in before.lines
-
-    return check
-
-
-def leaves_out(text: str) -> Check:
-    """No line with this text is printed any more."""
-
-    def check(before: Run, after: Run):
-        assert text in before.console
-        assert text not in after.console
-
-    return check
-
-
-def more_parameters(number: int) -> Check:
-    """The whole model has this many parameters more."""
-
-    def check(before: Run, after: Run):
-        numbers = [int(re.search(r"([\d,]+) parameters", r.console)[1].replace(",", "")) for r in (before, after)]
-        assert numbers[1] - numbers[0] == number
-
-    return check
-
-
-def becomes(attribute: str, value: Any) -> Check:
-    """An attribute of the run has this value, and had another."""
-
-    def check(before: Run, after: Run):
-        assert getattr(after, attribute) == value != getattr(before, attribute)
-
-    return check
-
-
-def column(name: str, *values: float) -> Check:
-    """The metrics have these values, and had others."""
-
-    def check(before: Run, after: Run):
-        assert after.column(name) == list(values) != before.column(name)
-
-    return check
-
-
-def same_losses(before: Run, after: Run) -> None:
-    assert after.losses == near(before.losses)
-
-
-def other_rounding(before: Run, after: Run) -> None:
-    assert after.losses != before.losses
-    assert after.losses == pytest.approx(before.losses, rel=0.01)
-
-
-def same_dry_loss(before: Run, after: Run) -> None:
-    assert before.lines[-1].endswith("nothing was saved") and after.lines[-1] == before.lines[-1]
-
-
-def same_first_norm(before: Run, after: Run) -> None:
-    assert after.column("grad_norm")[0] == near(before.column("grad_norm")[0])
-
-
-def other_validation(before: Run, after: Run) -> None:
-    assert after.validated == before.validated
-    assert after.column("validation_loss")[0] != near(before.column("validation_loss")[0])
-
-
-def goes_on_from(iteration: int) -> Check:
-    """The run is the rest of the other one, from an iteration on, to the bit."""
-
-    def check(before: Run, after: Run):
-        assert before.iterations[0] <= iteration < after.iterations[0]
-        assert after.metrics == [entry for entry in before.metrics if entry["iteration"] > iteration]
-
-    return check
-
-
-def reports(*iterations: int) -> Check:
-    """The console has a line for these iterations."""
-
-    def check(before: Run, after: Run):
-        shown = [[int(n) for n in re.findall(r"iteration +(\d+)/\d+", run.console)] for run in (before, after)]
-        assert shown[1] == list(iterations) != shown[0]
-
-    return check
-
-
-def stops_at(iteration: int, reason: str) -> Check:
-    def check(before: Run, after: Run):
-        assert after.iterations[-1] == iteration < before.iterations[-1]
-        assert f"stopped at iteration {iteration}: {reason}" in after.lines
-
-    return check
-
-
-def less_is_kept(before: dict, after: dict) -> None:
-    """Fewer bytes are kept for the backward, and the gradient is the same to the bit."""
-    assert after["bytes"] < before["bytes"]
-    assert torch.equal(after["gradient"], before["gradient"])
-
-
-def more_is_kept(before: dict, after: dict) -> None:
-    less_is_kept(after, before)
-
-
-def from_to(before: Any, after: Any) -> Check:
-    """The observation was exactly this, and is exactly that."""
-
-    def check(was: Any, now: Any):
-        assert (was, now) == (before, after)
-
-    return check
-
-
-def shape(name: str, *sizes: int) -> Check:
-    """A dry run tells this shape of a parameter."""
-    return prints(f"{name} {list(sizes)}")
-
-
-def says(*words: str) -> Check:
-    """One of these is said, and none was."""
-
-    def check(before: Any, after: Any):
-        before, after = (getattr(seen, "console", str(seen)) for seen in (before, after))
-        assert any(word in after for word in words), after
-        assert not any(word in before for word in words), before
-
-    return check
-
-
-# The flags ------------------------------------------------------------------------------------------------------------
+from tests.checks import (
+    Check,
+    becomes,
+    column,
+    from_to,
+    goes_on_from,
+    leaves_out,
+    less_is_kept,
+    losses_from,
+    more_is_kept,
+    more_parameters,
+    other_rounding,
+    other_validation,
+    prints,
+    rates,
+    reports,
+    same_dry_loss,
+    same_first_norm,
+    same_losses,
+    says,
+    shape,
+    stops_at,
+)
+from tests.runs import Bench
 
 
 @dataclass(frozen=True)
@@ -230,12 +80,12 @@ REAL = dict(mock_data=False, vocab_size=None, data_path="../bytes_text_document"
 PIECES = dict(
     data_path="../pieces_text_document", tokenizer_type="SentencePieceTokenizer", tokenizer_model="../pieces.model"
 )
+MORE_PIECES = "../more_text_document"
 LONGER = dict(train_iters=8, hidden_dropout=0.1)
 """A run that ../trained was saved by, at iterations 2 and 4."""
 RESUMED = {**LONGER, "load": "../trained"}
 TENSORS = {"tensor_model_parallel_size": 2}
 STAGES = {"pipeline_model_parallel_size": 2}
-ENDLESS = {"train_iters": 8, "eval_interval": 0}
 WARMED_UP = (0.025, 0.05, 0.025, 0.0)
 """Two iterations up to 0.05, then half a cosine of two iterations down to 0."""
 
@@ -306,11 +156,14 @@ FLAGS: dict[str, list[Effect]] = {
     "data_path": [effect("../other_text_document", losses_from(1), base=REAL)],
     "mock_data": [effect(True, losses_from(1), base={**REAL, "vocab_size": 257}, also={"data_path": None})],
     "split": [effect("50,25,25", same_losses, other_validation, base={**REAL, "split": "50,50,0"})],
-    "tokenizer_type": [effect("SentencePieceTokenizer", more_parameters(43 * HIDDEN), base=REAL, also=PIECES)],
-    "tokenizer_model": [
+    "tokenizer_type": [
+        effect("SentencePieceTokenizer", more_parameters(43 * HIDDEN), base=REAL, also=PIECES),
         effect(
-            "../more.model", more_parameters(20 * HIDDEN), base=REAL | PIECES, also={"data_path": "../more_text_document"}
-        )
+            "ByteTokenizer", more_parameters(-43 * HIDDEN), base=REAL | PIECES, also=REAL | {"tokenizer_model": None}
+        ),
+    ],
+    "tokenizer_model": [
+        effect("../more.model", more_parameters(20 * HIDDEN), base=REAL | PIECES, also={"data_path": MORE_PIECES})
     ],
     "micro_batch_size": [
         dry(2, prints("dry run: 2 microbatches"), same_dry_loss),
@@ -328,23 +181,38 @@ FLAGS: dict[str, list[Effect]] = {
     ],
     "pipeline_schedule": [
         effect(
-            "gpipe", from_to(["FFBFBFBB", "FBFBFBFB"], ["FFFFBBBB", "FFFFBBBB"]),
-            base=STAGES, ranks=2, observe=runs.order_of_passes,
+            "gpipe",
+            from_to(["FFBFBFBB", "FBFBFBFB"], ["FFFFBBBB", "FFFFBBBB"]),
+            base=STAGES,
+            ranks=2,
+            observe=runs.order_of_passes,
         )
     ],
     "world_size": [
-        effect(8, says("(0, 'The configuration is sound.", "8 = tensor 1 x pipeline 1 x data 8"), observe=runs.check_only,
-               base={"global_batch_size": 16})
+        effect(
+            8,
+            says("status 0", instead_of="status None"),
+            says("8 = tensor 1 x pipeline 1 x data 8"),
+            base={"global_batch_size": 16},
+            observe=runs.check_only,
+        )
     ],
     "device": [
         effect("auto", says("on cpu (0 GPU(s) on this node", "on cuda")),
-        effect("cuda", says("--device cuda: 0 GPU(s) on this node", "cuda"), observe=runs.refusal_or_start),
+        effect("cpu", says("on cpu (asked for with --device cpu)"), base={"device": "auto"}),
+        effect("cuda", says("--device cuda: 0 GPU(s) on this node", "on cuda"), observe=runs.refusal_or_start),
     ],
     "distributed_backend": [
         effect("nccl", says("nccl works on GPUs only"), observe=runs.refusal_or_start),
+        effect("gloo", says("on cpu"), base={"distributed_backend": "nccl"}, observe=runs.refusal_or_start),
     ],
     "distributed_timeout_minutes": [
-        effect(0.02, says("Timed out waiting 1200ms"), ranks=2, observe=runs.waiting_for_late_rank)
+        effect(
+            0.02,
+            says("Timed out waiting 1200ms", instead_of="total 4"),
+            ranks=2,
+            observe=runs.waiting_for_late_rank,
+        )
     ],
     # checkpoint
     "save": [effect("saved", becomes("saved", [4]))],
@@ -353,20 +221,29 @@ FLAGS: dict[str, list[Effect]] = {
     "load": [effect("../trained", goes_on_from(4), base=LONGER)],
     "ckpt_step": [effect(2, becomes("iterations", [3, 4, 5, 6, 7, 8]), base=RESUMED)],
     "finetune": [
-        effect(True, losses_from(1), becomes("iterations", [1, 2, 3, 4, 5, 6, 7, 8]), base=RESUMED),
+        effect(True, becomes("iterations", [1, 2, 3, 4, 5, 6, 7, 8]), base=RESUMED),
+        effect(True, losses_from(1), base=LONGER, also={"load": "../trained"}),
     ],
     "no_load_optim": [effect(True, losses_from(2), base=RESUMED)],
     "no_load_rng": [effect(True, losses_from(1), base=RESUMED)],
     # training
     "train_iters": [effect(5, becomes("iterations", [1, 2, 3, 4, 5]))],
     "train_samples": [effect(24, column("consumed_samples", 4, 8, 12, 16, 20, 24), also={"train_iters": None})],
-    "eval_interval": [effect(1, becomes("validated", [1, 2, 3, 4])), effect(0, becomes("validated", []))],
-    "eval_iters": [effect(2, other_validation), effect(0, becomes("validated", []))],
+    "eval_interval": [
+        effect(1, becomes("validated", [1, 2, 3, 4])),
+        effect(0, becomes("validated", []), also={"eval_iters": 100}),
+    ],
+    "eval_iters": [
+        effect(2, other_validation),
+        effect(0, becomes("validated", []), also={"eval_interval": 1000}),
+    ],
     "log_interval": [effect(3, reports(3, 4))],
     "metrics_file": [effect("metrics.jsonl", becomes("files", {"metrics.jsonl"}), base={"metrics_file": None})],
     "exit_interval": [effect(3, stops_at(3, "--exit-interval 3"))],
     "exit_duration_in_mins": [effect(1e-6, stops_at(1, "--exit-duration-in-mins 1e-06 are over"))],
-    "exit_signal_handler": [effect(False, says("ended at once"), observe=runs.signalled)],
+    "exit_signal_handler": [
+        effect(False, says("ended at once", instead_of="stopped at iteration 1: SIGUSR1"), observe=runs.signalled)
+    ],
     "seed": [effect(7, losses_from(1))],
     "dry_run": [effect(True, says("nothing was saved"), becomes("files", set()))],
 }
@@ -374,22 +251,9 @@ FLAGS: dict[str, list[Effect]] = {
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, pool) -> Bench:
-    """Two corpora, data made of them by two tokenizers, and a checkpoint."""
-    folder = tmp_path_factory.mktemp("flags")
-    draw = random.Random(1)
-    words = ["".join(draw.choices("aeioulmnrst", k=draw.randint(2, 8))) for _ in range(120)]
-    texts = {name: [" ".join(draw.choices(words, k=draw.randint(3, 30))) for _ in range(60)] for name in ("a", "b")}
-    for name, lines in texts.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    for name, size in (("pieces", 300), ("more", 320)):
-        (folder / f"{name}.model").write_bytes(train_sentencepiece(texts["a"], size))
-    for prefix, source, model in (("bytes", "a", 0), ("other", "b", 0), ("pieces", "a", 1), ("more", "a", 1)):
-        tokenizer = dict(tokenizer_type="ByteTokenizer")
-        if model:
-            tokenizer = dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(folder / f"{prefix}.model"))
-        made = str(folder / prefix)
-        preprocess(PreprocessConfig((str(folder / f"{source}.jsonl"),), made, append_eod=True, workers=1, **tokenizer))
-    bench = Bench(folder, pool)
+    """A folder with data and a checkpoint."""
+    bench = Bench(tmp_path_factory.mktemp("flags"), pool)
+    bench.make_data()
     bench.observe(runs.training, {**BASE, **LONGER, "save": "../trained", "save_interval": 2, "exit_interval": 4}, 1)
     return bench
 
@@ -398,7 +262,7 @@ def test_every_flag_and_every_choice_has_an_entry():
     assert set(FLAGS) == set(options())
     for key, option in options().items():
         if option.choices:
-            assert {option.default, *(e.value for e in FLAGS[key])} == set(option.choices), key
+            assert {option.default, *(e.value for e in FLAGS[key])} - {None} == set(option.choices), key
 
 
 @pytest.mark.parametrize(
@@ -420,3 +284,9 @@ def fails(check: Check, observation: Any) -> bool:
     except (AssertionError, ValueError):
         return True
     return False
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
+def test_nccl_on_a_machine_without_gpus_is_told_before_the_ranks_meet(bench):
+    said = runs.refusal_or_start(bench, {**BASE, "device": "auto", "distributed_backend": "nccl"}, 1)
+    assert "nccl works between GPUs" in said and "--distributed-backend gloo" in said

@@ -105,11 +105,12 @@ def validate(schedules: list[list[Action]], microbatches: int, backward: bool = 
         for i in range(microbatches if backward else 0):
             if place[Action(BACKWARD, i)] < place[Action(FORWARD, i)]:
                 raise ScheduleError(f"stage {stage} runs the backward of microbatch {i} before its forward")
-    _simulate([program(actions, stage, len(schedules)) for stage, actions in enumerate(schedules)])
+    validate_messages([program(actions, stage, len(schedules)) for stage, actions in enumerate(schedules)])
 
 
-def _simulate(programs: list[list[Step]]) -> None:
-    """Run all programs with blocking messages; raise ScheduleError when none can go on or two do not match."""
+def validate_messages(programs: list[list[Step]]) -> None:
+    """Go through all stages' programs with messages that block until met; raise ScheduleError when no stage can go on,
+    or when two stages do not post the same messages in the same order."""
     at = [0] * len(programs)
     waiting: list[list[Message]] = [list(steps[0].messages) if steps else [] for steps in programs]
 

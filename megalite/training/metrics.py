@@ -6,18 +6,24 @@ from pathlib import Path
 
 
 class MetricsFile:
-    """Appends JSON lines as they happen, with full float precision. With no path it does nothing."""
+    """Appends JSON lines as they happen, with full float precision. With no path it does nothing.
+
+    Raises OSError, with the path, when the file cannot be written.
+    """
 
     def __init__(self, path: str | None):
         self._file = None
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", encoding="utf-8", buffering=1)
+            self._file = open(path, "ab", buffering=0)
 
     def write(self, **values) -> None:
         """Append one object. Values are numbers; a line is complete before the next step starts."""
         if self._file:
-            self._file.write(json.dumps(values) + "\n")
+            try:
+                self._file.write(json.dumps(values).encode() + b"\n")
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self._file.name) from None
 
     def close(self) -> None:
         """Close the file."""

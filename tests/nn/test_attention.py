@@ -1,0 +1,93 @@
+"""The attention core with its scores formed, and rotary positions."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from megalite.nn.attention import explicit_attention
+from megalite.nn.rope import rotary_table, rotate
+
+
+def heads(count: int, seed: int, dtype=torch.float64, s: int = 7, d: int = 4) -> torch.Tensor:
+    return torch.randn(2, count, s, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def keep(weights):
+    return weights
+
+
+@pytest.mark.parametrize("groups", [6, 3, 1])
+def test_explicit_scores_are_torchs_fused_attention(groups):
+    """Values and gradients, multi-head and grouped-query."""
+    inputs = [heads(6, 1), heads(groups, 2), heads(groups, 3)]
+    results = []
+    for core in (
+        lambda q, k, v: explicit_attention(q, k, v, keep),
+        lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+    ):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y = core(*leaves)
+        y.backward(heads(6, 4))
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
+
+
+def test_a_token_does_not_see_what_comes_after_it():
+    q, k, v = heads(4, 1), heads(2, 2), heads(2, 3)
+    before = explicit_attention(q, k, v, keep)
+    for x in (q, k, v):
+        x[:, :, 4:] = 100.0
+    assert torch.equal(explicit_attention(q, k, v, keep)[:, :, :4], before[:, :, :4])
+    assert torch.equal(before[:, :, 0], heads(2, 3)[:, :, 0].repeat_interleave(2, dim=1))
+
+
+def test_dropout_is_applied_to_weights_that_sum_to_one():
+    seen = []
+
+    def drop(weights):
+        seen.append(weights)
+        return weights * torch.tensor([0.0, 2.0]).repeat(4)[:7]
+
+    q, k, v = heads(2, 1), heads(2, 2), heads(2, 3)
+    dropped = explicit_attention(q, k, v, drop)
+    (weights,) = seen
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 7, dtype=torch.float64))
+    assert not weights.triu(1).any()
+    torch.testing.assert_close(dropped, 2 * weights[..., 1::2] @ v[..., 1::2, :])
+
+
+def test_softmax_of_bf16_is_taken_in_fp32():
+    """The weights are those of the bf16 scores, rounded once."""
+    q, k = heads(1, 1, torch.bfloat16), heads(1, 2, torch.bfloat16)
+    identity = torch.eye(7, dtype=torch.bfloat16).expand(2, 1, 7, 7)
+    scores = (q @ k.transpose(-1, -2)) / 2
+    scores = scores.float().masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), float("-inf"))
+    assert torch.equal(explicit_attention(q, k, identity, keep), scores.softmax(-1).bfloat16())
+
+
+def test_rotation_is_multiplication_by_a_complex_phase():
+    """Components i and i + d/2 are one complex number that turns by position * base^(-2i/d)."""
+    s, d, base = 9, 6, 100.0
+    x = torch.randn(s, 2, 3, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    turns = torch.arange(s).double()[:, None] * base ** (-2 * torch.arange(d // 2).double() / d)
+    phase = torch.polar(torch.ones_like(turns), turns)[:, None, None]
+    expected = torch.view_as_complex(torch.stack(x.chunk(2, dim=-1), dim=-1)) * phase
+    got = rotate(x, rotary_table(s, d, base, torch.float64, "cpu"))
+    torch.testing.assert_close(got, torch.cat([expected.real, expected.imag], dim=-1))
+
+
+def test_scores_of_rotated_vectors_depend_on_the_distance_only():
+    q, k = (torch.randn(8, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (1, 2))
+    table = rotary_table(50, 8, 10000.0, torch.float64, "cpu")
+    q, k = (rotate(x.expand(50, 1, 1, 8), table).squeeze() for x in (q, k))
+    scores = q @ k.t()
+    for distance in (0, 1, 20):
+        along = scores.diagonal(-distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along))
+
+
+def test_angles_are_exact_at_far_positions():
+    """Angles in fp32 would be off by up to 2^-24 * 10^5 = 6e-3 there."""
+    cos, _ = rotary_table(100_001, 4, 10000.0, torch.float32, "cpu")
+    expected = torch.tensor([100_000.0, 1000.0], dtype=torch.float64).cos().float().repeat(2)
+    torch.testing.assert_close(cos[100_000, 0, 0], expected, rtol=0, atol=1e-7)

@@ -1,0 +1,116 @@
+"""The engine on real ranks: what it runs, what it keeps, and what it frees."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from megalite.pipeline.engine import Microbatch
+from megalite.pipeline.schedules import forward_only, schedule_named
+from tests.layouts import Layout
+from tests.tiny import build
+
+
+def events_of_a_step(launch, stages: int, flags: dict) -> str:
+    """The forwards and backwards that a stage goes through in a training step and an evaluation, as they happen."""
+    tiny = build(Layout("pipeline", pp=stages), launch, **flags)
+    events = []
+
+    def seen(module, inputs, output):
+        events.append("F")
+        if output.requires_grad:
+            output.register_hook(lambda gradient: events.append("B"))
+
+    tiny.parts.model.register_forward_hook(seen)
+    tiny.gradient()
+    events.append(" ")
+    tiny.parts.engine.evaluate(*tiny.data.at(0))
+    return "".join(events)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize(("stages", "rows"), [(1, 2), (2, 1), (4, 1), (4, 4), (4, 8)])
+def test_the_schedule_is_what_runs(pool, stages, rows, schedule):
+    """With 8, 4, 2 and 1 microbatches: fewer than stages, too. An evaluation runs forwards only."""
+    flags = {"micro_batch_size": rows, "pipeline_schedule": schedule}
+    for stage, events in enumerate(pool.run(events_of_a_step, stages, stages, flags)):
+        trained, evaluated = (
+            "".join(action.kind for action in plan(stages, stage, 8 // rows))
+            for plan in (schedule_named(schedule), forward_only)
+        )
+        assert events == f"{trained} {evaluated}"
+
+
+def outputs_alive(launch) -> list[int]:
+    """On each forward of a stage under GPipe: how many of its earlier outputs are still in memory."""
+    tiny = build(Layout("pipeline", pp=3), launch, pipeline_schedule="gpipe")
+    outputs, alive = [], []
+
+    def before(module, inputs):
+        alive.append(sum(not output.expired() for output in outputs))
+
+    def after(module, inputs, output):
+        outputs.append(StorageWeakRef(output.untyped_storage()))
+
+    tiny.parts.model.register_forward_pre_hook(before)
+    tiny.parts.model.register_forward_hook(after)
+    tiny.gradient()
+    return alive
+
+
+def test_a_sent_output_is_freed_before_its_backward(pool):
+    """All 8 microbatches are in flight; of their outputs, only the one on its way is held."""
+    first, middle, _ = pool.run(outputs_alive, 3)
+    assert first == middle == [0] + [1] * 7
+
+
+def losses(launch, stages: int, rows: int):
+    tiny = build(Layout("pipeline", pp=stages), launch, micro_batch_size=rows)
+    engine, gradients = tiny.parts.engine, tiny.parts.optimizer.gradients
+    trained = tiny.gradient()
+    gradients.zero()
+    evaluated = engine.evaluate(*tiny.data.at(0))
+    untouched = not gradients.flat.any() and all(p.grad is None for p in tiny.parts.model.parameters())
+    return trained.item(), evaluated.item(), evaluated.requires_grad, untouched
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_evaluation_gives_the_loss_without_gradients(pool, stages):
+    rows = [1, 4, 8]
+    results = {b: pool.run(losses, stages, stages, b) for b in rows}
+    for result in (rank for b in rows for rank in results[b]):
+        assert result[1] == pytest.approx(result[0], rel=1e-14)
+        assert result[2:] == (False, True)
+    # Any number of microbatches gives the same loss; stages before the last have none.
+    last = [results[b][-1][0] for b in rows]
+    assert last == pytest.approx([last[0]] * 3, rel=1e-12) and last[0] > 1
+    assert all(result[0] == 0 for b in rows for result in results[b][:-1])
+
+
+def microbatches_of_a_wrong_shape(launch) -> list[str]:
+    """What the first stage says; the second is never asked to receive."""
+    tiny = build(Layout("pipeline", pp=2), launch, micro_batch_size=2)
+    said = []
+    for shape in ((1, 16), (2, 8)) if tiny.context.is_first_stage else ():
+        with pytest.raises(ValueError, match="hidden states") as error:
+            tiny.parts.engine.train_step([Microbatch(tokens=torch.zeros(shape, dtype=torch.long))], 1.0)
+        said.append(str(error.value))
+    return said
+
+
+def test_a_microbatch_of_a_wrong_shape_is_not_sent(pool):
+    """gloo would take the smaller message, and leave the rest of the receiver's tensor as it was."""
+    rows, tokens = pool.run(microbatches_of_a_wrong_shape, 2)[0]
+    assert "(16, 1, 32), the next expects (16, 2, 32)" in rows
+    assert "(8, 2, 32), the next expects (16, 2, 32)" in tokens
+
+
+def test_microbatches_accumulate_to_the_gradient_of_their_batch():
+    tiny = build(micro_batch_size=1), build(micro_batch_size=8)
+    whole, parts = (one.gradient() for one in tiny)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
+    flat = [one.parts.optimizer.gradients.flat for one in tiny]
+    torch.testing.assert_close(flat[0], flat[1], rtol=1e-10, atol=1e-14)
+
+
+def test_no_microbatches_have_no_loss():
+    assert build().parts.engine.train_step([], 1.0).item() == 0
