@@ -57,8 +57,15 @@ def _offers(config: RunConfig, world_size: int, rule: Rule, finding: Finding, be
 
 
 def _typed(candidate: dict[str, Any]) -> str:
-    """A change as one would type it."""
-    return " ".join(f"start {v} ranks" if k == "world_size" else options()[k].setting(v) for k, v in candidate.items())
+    """A change as one would type it; a switch's default is typed, since a YAML file may say otherwise."""
+
+    def typed(key: str, value: Any) -> str:
+        if key == "world_size":
+            return f"start {value} ranks"
+        option = options()[key]
+        return f"leave out {option.flag}" if value == option.default and option.kind is not bool else option.setting(value)
+
+    return " ".join(typed(key, value) for key, value in candidate.items())
 
 
 def resolve(config: RunConfig, world_size: int) -> RunConfig:

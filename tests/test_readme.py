@@ -13,6 +13,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+BY_HAND = re.search(r"^## The same by hand$(.*?)^## ", README, re.M | re.S).group(1)
 SMALLER = {"train_iters": 4, "lr_warmup_iters": 1, "eval_interval": 2, "eval_iters": 1, "log_interval": 1}
 
 
@@ -33,8 +34,7 @@ def smaller(script: str) -> str:
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory) -> tuple[Path, str]:
     """Runs the bash blocks of the walk-through in a folder of its own: (the folder, what they printed)."""
-    section = re.search(r"^## The same by hand$(.*?)^## ", README, re.M | re.S).group(1)
-    blocks = re.findall(r"^```bash\n(.*?)^```$", section, re.M | re.S)
+    blocks = re.findall(r"^```bash\n(.*?)^```$", BY_HAND, re.M | re.S)
     assert len(blocks) == 5
     folder = tmp_path_factory.mktemp("by-hand")
     for name in ("pretrain_gpt.py", "tools"):
@@ -74,7 +74,7 @@ def test_shown_problems_are_the_real_ones():
 
 def test_the_plot_and_the_walk_through_use_the_config_s_numbers():
     half = yaml.safe_load((ROOT / "examples/quickstart/gpt.yaml").read_text())["train_iters"] // 2
-    assert re.findall(r"(?:--exit-interval|--resumed-at) (\d+)", README) == [str(half), str(half)]
+    assert re.findall(r"(?:--exit-interval|--resumed-at) (\d+)", BY_HAND) == [str(half), str(half)]
 
 
 @pytest.mark.parametrize("page", ["README.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/*.md")))])

@@ -79,7 +79,7 @@ def fixed(config: RunConfig, world_size: int, problem: validate.Problem) -> list
             results.append((offer, config, int(ranks[1])))
         elif left_out := re.fullmatch(r"leave out (--\S+)", offer):
             key = next(o.key for o in options().values() if left_out[1] in (o.flag, *o.aliases))
-            results.append((offer, with_values(config, {key: None}), world_size))
+            results.append((offer, with_values(config, {key: options()[key].default}), world_size))
         elif re.match(r"--[a-z0-9-]+($| [^A-Z ]*$| \S+ --)", offer) and " of " not in offer:
             _, values, problems = cli.read_flags(offer.split())
             assert not problems, offer

@@ -45,17 +45,18 @@ class Phases:
             status = run_command(command)
             if status:
                 self.console.print(f"status {status}. `make quickstart` again goes on from here.", style="bold red")
-                sys.exit(status if status > 0 else 128 - status)
+                sys.exit(status)
         self.times[title] = time.monotonic() - began
         self.console.print(f"{self.times[title]:.1f} s", style="bold")
 
 
 def run_command(command: str) -> int:
-    """Run a shell command; returns its status. Ctrl-C reaches it as well, and is left to it: training saves first."""
+    """Run a shell command; returns its status as a shell would. Ctrl-C is left to the command: training saves first."""
     process = subprocess.Popen(command, shell=True)
     while True:
         try:
-            return process.wait()
+            status = process.wait()
+            return status if status >= 0 else 128 - status
         except KeyboardInterrupt:
             pass
 
