@@ -57,15 +57,18 @@ def _offers(config: RunConfig, world_size: int, rule: Rule, finding: Finding, be
 
 
 def _typed(candidate: dict[str, Any]) -> str:
-    """A change as one would type it; a switch's default is typed, since a YAML file may say otherwise."""
-
-    def typed(key: str, value: Any) -> str:
-        if key == "world_size":
-            return f"start {value} ranks"
-        option = options()[key]
-        return f"leave out {option.flag}" if value == option.default and option.kind is not bool else option.setting(value)
-
-    return " ".join(typed(key, value) for key, value in candidate.items())
+    """A change as one would type it: `start 8 ranks --tp 2`, or `leave out --split` where that does it. A switch is
+    always typed, since a YAML file may have set it."""
+    typed, left_out = [], []
+    for key, value in candidate.items():
+        option = options().get(key)
+        if option is None:
+            typed.append(f"start {value} ranks")
+        elif value == option.default and option.kind is not bool and len(candidate) == 1:
+            left_out.append(f"leave out {option.flag}")
+        else:
+            typed.append(option.setting(value))
+    return " ".join([*typed, *left_out])
 
 
 def resolve(config: RunConfig, world_size: int) -> RunConfig:

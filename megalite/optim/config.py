@@ -27,7 +27,7 @@ class OptimizerConfig:
     lr_warmup_fraction: float | None = None
     """Warm-up as a fraction of the decay iterations, in place of --lr-warmup-iters."""
     weight_decay: float = 0.01
-    """Decoupled weight decay; biases and norms are left out."""
+    """Weight decay; biases and norms are left out. Decoupled in adam (AdamW), added to the gradient in sgd."""
     adam_beta1: float = 0.9
     """Decay of Adam's running mean of gradients."""
     adam_beta2: float = 0.999
