@@ -43,6 +43,7 @@ test-all: install
 
 lint: install
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 
 clean:

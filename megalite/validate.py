@@ -59,16 +59,16 @@ def _offers(config: RunConfig, world_size: int, rule: Rule, finding: Finding, be
 def _typed(candidate: dict[str, Any]) -> str:
     """A change as one would type it: `start 8 ranks --tp 2`, or `leave out --split` where that does it. A switch is
     always typed, since a YAML file may have set it."""
-    typed, left_out = [], []
+    typed = []
     for key, value in candidate.items():
-        option = options().get(key)
-        if option is None:
+        option = options()[key]
+        if key == "world_size":
             typed.append(f"start {value} ranks")
         elif value == option.default and option.kind is not bool and len(candidate) == 1:
-            left_out.append(f"leave out {option.flag}")
+            typed.append(f"leave out {option.flag}")
         else:
             typed.append(option.setting(value))
-    return " ".join([*typed, *left_out])
+    return " ".join(typed)
 
 
 def resolve(config: RunConfig, world_size: int) -> RunConfig:

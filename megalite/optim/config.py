@@ -38,6 +38,7 @@ class OptimizerConfig:
     """Momentum of SGD."""
     clip_grad: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0 = off."""
+
     @property
     def dtype(self) -> str:
         """Name of the torch dtype of the working weights."""

@@ -32,9 +32,7 @@ class Optimizer:
         self.config, self.train_iters, self.parameters = config, train_iters, parameters
         self.gradients = GradientBuffer(parameters, context, tied)
         self.keeps_master = any(p.dtype == torch.bfloat16 for p in parameters.values())
-        self.master = {
-            name: p.detach().float() if self.keeps_master else p.detach() for name, p in parameters.items()
-        }
+        self.master = {name: p.detach().float() if self.keeps_master else p.detach() for name, p in parameters.items()}
         decayed = [self.master[name] for name, p in parameters.items() if p.spec.weight_decay]
         others = [self.master[name] for name, p in parameters.items() if not p.spec.weight_decay]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

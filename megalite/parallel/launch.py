@@ -77,9 +77,10 @@ def detect(environ: Mapping[str, str]) -> LaunchInfo:
         local_world = tasks_on_node(tasks, _integer(environ, "SLURM_NODEID")) if tasks else world
         host = environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"])
         # One port per job step, outside the range that systems hand out for outgoing connections.
-        port = environ.get("MASTER_PORT") or 10_000 + (
-            _integer(environ, "SLURM_JOB_ID") * 31 + _integer(environ, "SLURM_STEP_ID")
-        ) % 20_000
+        port = (
+            environ.get("MASTER_PORT")
+            or 10_000 + (_integer(environ, "SLURM_JOB_ID") * 31 + _integer(environ, "SLURM_STEP_ID")) % 20_000
+        )
         return LaunchInfo(
             _integer(environ, "SLURM_PROCID"),
             world,

@@ -12,9 +12,15 @@ from megalite.parallel.boxes import Box, split
 
 NAME = "layers.0.mlp.up.weight"
 GOLDEN = [
-    0.4805452540288086, 0.5477232524597453, -0.822850921834477,
-    -1.106232560403001, -2.4649778402122364, 0.12629059376250143,
-    -1.014899644421915, 0.9166765977587561, 0.0692303149068604,
+    0.4805452540288086,
+    0.5477232524597453,
+    -0.822850921834477,
+    -1.106232560403001,
+    -2.4649778402122364,
+    0.12629059376250143,
+    -1.014899644421915,
+    0.9166765977587561,
+    0.0692303149068604,
 ]
 """Of seed 1234. A change of these means that no run can be repeated from its configuration any more."""
 
@@ -48,9 +54,7 @@ def test_every_box_is_a_slice_of_the_whole(shape):
 def test_large_boxes_are_made_in_pieces_that_fit_together():
     """Runs longer than the internal block, and more runs than fit in one."""
     long, tall = (2, 600_000), (300_000, 3)
-    np.testing.assert_array_equal(
-        normal(3, NAME, long, Box((1, 5), (1, 599_990))), whole(3, NAME, long)[1:, 5:599_995]
-    )
+    np.testing.assert_array_equal(normal(3, NAME, long, Box((1, 5), (1, 599_990))), whole(3, NAME, long)[1:, 5:599_995])
     np.testing.assert_array_equal(normal(3, NAME, tall, Box((7, 1), (299_000, 2))), whole(3, NAME, tall)[7:299_007, 1:])
 
 
