@@ -65,7 +65,7 @@ def sample(options: Options) -> None:
     from megalite.models.gpt import GPT
     from megalite.parallel.context import ParallelContext, choose_device
     from megalite.parallel.launch import LaunchInfo
-    from megalite.parallel.rng import RngTracker
+    from megalite.parallel.rng import CountedRng
     from megalite.training.state import load_weights
 
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
@@ -77,7 +77,7 @@ def sample(options: Options) -> None:
         device, _ = choose_device(options.device, LaunchInfo(0, 1, 0, 1, "", "none"))
         context = ParallelContext.single(device)
         dtype = getattr(torch, config.optimizer.dtype)
-        model = GPT(config.model, context, RngTracker.for_rank(0, context), range(config.model.num_layers), dtype)
+        model = GPT(config.model, context, CountedRng.for_seed(0), range(config.model.num_layers), dtype)
         load_weights(checkpoint, model)
         print(f"iteration {checkpoint.iteration} of {options.load}, on {device}", file=sys.stderr)
     ids = list(tokenizer.encode_batch([options.prompt])[0]) or [tokenizer.eod]

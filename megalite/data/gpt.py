@@ -12,7 +12,7 @@ from math import isqrt
 import numpy as np
 
 from megalite.data.indexed import DatasetError, TokenStream
-from megalite.parallel.philox import counters, key_of, philox4x32
+from megalite.kernels.philox import counters, key_of, philox4x32
 
 SPLITS = ("train", "valid", "test")
 MASK = 0xFFFFFFFFFFFFFFFF

@@ -4,7 +4,7 @@ from math import gcd
 
 import numpy as np
 
-from megalite.parallel.philox import counters, key_of, philox4x32
+from megalite.kernels.philox import counters, key_of, philox4x32
 
 REPEAT_PROBABILITY = 0.75
 """Probability that a token follows from the one before it."""

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from megalite.nn.block import Block, HiddenDropout
+from megalite.nn.block import Block
 from megalite.nn.config import ModelConfig, RecomputeConfig
+from megalite.nn.dropout import EMBEDDING, HiddenDropout
 from megalite.nn.embedding import Embedding, VocabularyWeight
 from megalite.nn.init import initialize
 from megalite.nn.linear import column_parallel_linear
@@ -14,7 +15,7 @@ from megalite.nn.parameter import name_parameters
 from megalite.nn.recompute import recompute
 from megalite.nn.rope import rotary_table
 from megalite.parallel.context import ParallelContext
-from megalite.parallel.rng import RngTracker
+from megalite.parallel.rng import Rng
 
 
 class TiedCopy(nn.Module):
@@ -36,7 +37,7 @@ class GPT(nn.Module):
         self,
         model: ModelConfig,
         context: ParallelContext,
-        rng: RngTracker,
+        rng: Rng,
         layers: range,
         dtype: torch.dtype = torch.float32,
         sequence_parallel: bool = False,
@@ -50,11 +51,13 @@ class GPT(nn.Module):
         first, last = context.is_first_stage, context.is_last_stage
         if first:
             self.embedding = Embedding(model, context, dtype, sequence_parallel)
-            self.embedding_dropout = HiddenDropout(model.hidden_dropout, rng, context, sequence_parallel)
+            self.embedding_dropout = HiddenDropout(
+                model.hidden_dropout, rng, 0, EMBEDDING, context, sequence_parallel
+            )
         elif last and model.tied:
             self.embedding = TiedCopy(model, context, dtype)
         self.layers = nn.ModuleDict(
-            {str(i): Block(model, recompute_config, context, rng, dtype, sequence_parallel) for i in layers}
+            {str(i): Block(model, recompute_config, context, rng, i, dtype, sequence_parallel) for i in layers}
         )
         if last:
             self.final_norm = Norm(model, context, dtype, sequence_parallel)
@@ -70,20 +73,25 @@ class GPT(nn.Module):
         return length, microbatch, self.config.hidden_size
 
     def forward(
-        self, x: torch.Tensor, labels: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        samples: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One stage's share of the forward pass.
 
         x: token ids [b, s] on the first stage, hidden states from the previous stage on the others. Gives hidden
         states, except on the last stage: there the sum over unmasked tokens of the cross-entropy of `labels` [b, s]
         under `loss_mask` [b, s], or without labels the logits of the vocabulary this rank holds, [s, b, v/t].
+        `samples` [b] are the rows' numbers in the whole run, which dropout of the layout-independent scheme needs.
         """
         if self.context.is_first_stage:
             length = x.shape[1]
-            x = self.embedding_dropout(self.embedding(x))
+            x = self.embedding_dropout(self.embedding(x), samples)
         else:
             length = x.shape[0] * (self.context.tensor.size if self.sequence_parallel else 1)
-        x = self._run_layers(x, self._rotary(length))
+        x = self._run_layers(x, self._rotary(length), samples)
         if not self.context.is_last_stage:
             return x
         weight = self.embedding.word_embeddings.weight if self.config.tied else self.output.weight
@@ -103,7 +111,7 @@ class GPT(nn.Module):
             self._rotary_table = rotary_table(length, model.head_size, model.rotary_base, self.dtype, device)
         return self._rotary_table
 
-    def _run_layers(self, x: torch.Tensor, rotary) -> torch.Tensor:
+    def _run_layers(self, x: torch.Tensor, rotary, samples) -> torch.Tensor:
         """This stage's layers, in groups that are recomputed as a whole where the configuration says so."""
         layers, config = list(self.layers.values()), self.recompute_config
         full = config.granularity == "full" and torch.is_grad_enabled()
@@ -114,7 +122,7 @@ class GPT(nn.Module):
 
             def run(x, group=group):
                 for layer in group:
-                    x = layer(x, rotary)
+                    x = layer(x, rotary, samples)
                 return x
 
             x = recompute(run, self.rng, x) if whole or (full and index < n) else run(x)

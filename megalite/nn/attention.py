@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from megalite.nn.config import ModelConfig, RecomputeConfig
+from megalite.nn.dropout import AttentionDropout
 from megalite.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.nn.recompute import recompute
 from megalite.nn.rope import rotate
 from megalite.parallel.context import ParallelContext
-from megalite.parallel.rng import TENSOR, RngTracker, dropout
+from megalite.parallel.rng import Rng
 
 
 def explicit_attention(q, k, v, drop) -> torch.Tensor:
@@ -32,13 +33,13 @@ class Attention(nn.Module):
     [q + 2, d, h] of qkv: its q query heads, then its key, then its value; so a rank's share is one box."""
 
     def __init__(
-        self, model: ModelConfig, recompute_config: RecomputeConfig, context: ParallelContext, rng: RngTracker, dtype,
-        sequence_parallel: bool,
+        self, model: ModelConfig, recompute_config: RecomputeConfig, context: ParallelContext, rng: Rng, layer: int,
+        dtype: torch.dtype, sequence_parallel: bool,
     ):  # fmt: skip
         super().__init__()
         self.queries_per_group = model.num_attention_heads // model.query_groups
         self.head_size = model.head_size
-        self.dropout, self.rng = model.attention_dropout, rng
+        self.dropout, self.rng = AttentionDropout(model.attention_dropout, rng, layer, context), rng
         self.recompute = recompute_config.granularity == "selective"
         std, bias = model.init_method_std, not model.disable_bias_linear
         features = (model.query_groups, self.queries_per_group + 2, model.head_size)
@@ -48,7 +49,12 @@ class Attention(nn.Module):
             context, dtype, sequence_parallel,
         )  # fmt: skip
 
-    def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        samples: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[s, b, h] -> [s, b, h] without the output bias; `rotary` is the table of `nn.rope`, or None."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.queries_per_group + 2, self.head_size))
         q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=-2)
@@ -57,14 +63,14 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, heads, s, d]
         if self.recompute and torch.is_grad_enabled():
-            y = recompute(self._core, self.rng, q, k, v)
+            y = recompute(self._core, self.rng, q, k, v, samples)
         else:
-            y = self._core(q, k, v)
+            y = self._core(q, k, v, samples)
         return self.output(y.permute(2, 0, 1, 3).flatten(2))
 
-    def _core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The attention core. torch's fused attention draws dropout from a generator that cannot be replayed per rank,
-        so with dropout the scores are formed."""
-        if self.training and self.dropout > 0:
-            return explicit_attention(q, k, v, lambda w: dropout(w, self.dropout, self.rng[TENSOR]))
+    def _core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, samples: torch.Tensor | None) -> torch.Tensor:
+        """The attention core. torch's fused attention draws dropout in an order of its own, so with dropout the scores
+        are formed."""
+        if self.training and self.dropout.p > 0:
+            return explicit_attention(q, k, v, lambda weights: self.dropout(weights, samples))
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])

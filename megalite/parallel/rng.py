@@ -1,10 +1,12 @@
-"""Random streams of a rank: named generators that can be saved, restored and replayed."""
+"""Random numbers of a rank: counted ones that no layout can change, or named streams in Megatron-LM's manner."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
+from megalite.kernels.philox import key_of
 from megalite.parallel.context import ParallelContext
 
 REPLICATED = "replicated"
@@ -61,3 +63,31 @@ def dropout(x: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tens
     # torch's dropout takes no generator. The scale stays out of the mask: in bf16, 1 / 0.9 would be 0.16% too small.
     keep = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
     return x * keep * (1 / (1 - p))
+
+
+@dataclass(frozen=True)
+class CountedRng:
+    """The layout-independent scheme: no streams, no state. What is drawn depends on the key and on where it goes."""
+
+    key: tuple[int, int]
+    """Philox key of the dropout masks of a run."""
+
+    @classmethod
+    def for_seed(cls, seed: int) -> "CountedRng":
+        """The scheme of a run, the same on every rank."""
+        return cls(key_of(seed, "dropout"))
+
+    def states(self) -> dict[str, torch.Tensor]:
+        """Nothing: there is no state."""
+        return {}
+
+    def restore(self, states: dict[str, torch.Tensor]) -> None:
+        """Nothing to do."""
+
+    def replay(self, states: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
+        """A block in which nothing changes: counted numbers come out the same every time."""
+        return nullcontext()
+
+
+Rng = RngTracker | CountedRng
+"""Where dropout's random numbers come from."""

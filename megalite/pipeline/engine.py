@@ -14,7 +14,7 @@ from megalite.pipeline.schedules import FORWARD, Action, Message, forward_only, 
 
 @dataclass
 class Microbatch:
-    """What a stage is given of one microbatch. Middle stages are given nothing."""
+    """What a stage is given of one microbatch. Middle stages are given no tokens."""
 
     tokens: torch.Tensor | None = None
     """[b, s] token ids, on the first stage."""
@@ -22,6 +22,8 @@ class Microbatch:
     """[b, s] token ids, on the last stage."""
     loss_mask: torch.Tensor | None = None
     """[b, s] of 0 and 1, on the last stage."""
+    samples: torch.Tensor | None = None
+    """[b] numbers of the sequences in the whole run, on every stage; dropout depends on them."""
 
 
 @dataclass
@@ -116,11 +118,11 @@ class PipelineEngine:
         if not self.context.is_first_stage:
             x = kept.received = run.incoming.pop(key).requires_grad_(torch.is_grad_enabled())
         if self.context.is_last_stage:
-            kept.output = self.stage(x, batch.labels, batch.loss_mask) * run.loss_weight
+            kept.output = self.stage(x, batch.labels, batch.loss_mask, batch.samples) * run.loss_weight
             loss = kept.output.detach()
             run.loss = loss if run.loss is None else run.loss + loss
         else:
-            output = self.stage(x)
+            output = self.stage(x, samples=batch.samples)
             self._check_shape(output)
             run.outgoing[key] = output.detach()
             # The edge is enough for the backward: the hidden states themselves are freed once they are sent.

@@ -3,7 +3,7 @@
 import torch
 
 from megalite.data.indexed import DatasetError
-from megalite.data.sampler import BatchLoader
+from megalite.data.sampler import BatchLoader, first_sample
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import ParallelContext
 from megalite.pipeline.engine import Microbatch
@@ -37,18 +37,19 @@ class GlobalBatches:
 
     def read(self, consumed: int) -> list[Microbatch]:
         """This rank's microbatches of the global batch that starts at sample `consumed`."""
-        if not (self.context.is_first_stage or self.context.is_last_stage):
-            return [Microbatch() for _ in range(self.microbatches)]
-        return [self._microbatch(self.loader.batch(consumed, i)) for i in range(self.microbatches)]
+        return [self._microbatch(consumed, i) for i in range(self.microbatches)]
 
-    def _microbatch(self, arrays: dict) -> Microbatch:
-        def to_device(name):
-            return torch.from_numpy(arrays[name]).to(self.context.device)
-
-        context = self.context
-        batch = Microbatch(tokens=to_device("tokens") if context.is_first_stage else None)
-        if context.is_last_stage:
-            batch.labels, batch.loss_mask = to_device("labels"), to_device("loss_mask")
+    def _microbatch(self, consumed: int, i: int) -> Microbatch:
+        context, loader = self.context, self.loader
+        first = first_sample(consumed, i, loader.micro_batch_size, loader.data_size, loader.data_rank)
+        batch = Microbatch(samples=torch.arange(first, first + loader.micro_batch_size, device=context.device))
+        if context.is_first_stage or context.is_last_stage:
+            arrays = {name: torch.from_numpy(array) for name, array in loader.batch(consumed, i).items()}
+            if context.is_first_stage:
+                batch.tokens = arrays["tokens"].to(context.device)
+            if context.is_last_stage:
+                batch.labels = arrays["labels"].to(context.device)
+                batch.loss_mask = arrays["loss_mask"].to(context.device)
         return batch
 
 

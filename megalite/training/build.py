@@ -11,7 +11,7 @@ from megalite.optim.optimizer import Optimizer
 from megalite.parallel.context import DeviceError, ParallelContext, choose_device
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import ParallelLayout
-from megalite.parallel.rng import RngTracker
+from megalite.parallel.rng import CountedRng, Rng, RngTracker
 from megalite.pipeline.engine import PipelineEngine
 from megalite.pipeline.partition import output_cost, partition
 
@@ -46,12 +46,12 @@ class Parts:
     """The parts of a run that hold a model: built together, since each needs the one before."""
 
     model: GPT
-    rng: RngTracker
+    rng: Rng
     engine: PipelineEngine
     optimizer: Optimizer
 
 
-def build_gpt(config: RunConfig, context: ParallelContext, rng: RngTracker) -> GPT:
+def build_gpt(config: RunConfig, context: ParallelContext, rng: Rng) -> GPT:
     """This rank's stage of the GPT, with its initial weights."""
     model = config.model
     last_cost = output_cost(model.vocab_size, model.hidden_size, model.ffn, model.swiglu)
@@ -64,7 +64,8 @@ def build_gpt(config: RunConfig, context: ParallelContext, rng: RngTracker) -> G
 
 def build_parts(config: RunConfig, context: ParallelContext, build_model=build_gpt) -> Parts:
     """Model, engine and optimizer of a resolved configuration."""
-    rng = RngTracker.for_rank(config.training.seed, context)
+    seed = config.training.seed
+    rng = CountedRng.for_seed(seed) if config.training.rng_scheme == "global" else RngTracker.for_rank(seed, context)
     model = build_model(config, context, rng)
     engine = PipelineEngine(model, context, config.data.micro_batch_size, config.parallel.pipeline_schedule)
     tied = TIED_WEIGHT if config.model.tied else None

@@ -1,6 +1,7 @@
 """Length, evaluation and reporting of a run. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -27,5 +28,8 @@ class TrainingConfig:
     """Save and exit on SIGTERM, SIGINT and SIGUSR1; with --no-exit-signal-handler they end the run at once."""
     seed: int = 1234
     """Seed of the initial weights, the data order and dropout."""
+    rng_scheme: Literal["global", "megatron"] = "global"
+    """global: dropout masks depend on seed, sample, layer and element only, so no layout changes them; megatron: streams
+    per rank, seeded by Megatron-LM's rule, whose masks differ between layouts."""
     dry_run: bool = False
     """Build everything, run one forward and backward, print shapes and memory per stage, write nothing, exit."""

@@ -10,7 +10,7 @@ from megalite.data.config import DataConfig
 from megalite.data.gpt import GPTDataset, Permutation, parse_split, split_documents
 from megalite.data.indexed import DatasetError, IndexedDataset, IndexedWriter
 from megalite.nn.config import ModelConfig
-from megalite.parallel.philox import counters, key_of, philox4x32
+from megalite.kernels.philox import counters, key_of, philox4x32
 
 
 def permutation(n, seed=0):

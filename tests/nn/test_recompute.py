@@ -76,7 +76,7 @@ def work_and_memory(flags: dict) -> tuple[int, int]:
 
     batches, weight = tiny.data.at(0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(batches[0].tokens, batches[0].labels, batches[0].loss_mask)
+        loss = model(batches[0].tokens, batches[0].labels, batches[0].loss_mask, batches[0].samples)
     (loss * weight).backward()
     return len(runs), sum(saved.values())
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megalite.parallel.philox import BLOCK, counters, key_of, philox4x32
+from megalite.kernels.philox import BLOCK, counters, key_of, philox4x32
 
 
 @pytest.mark.parametrize(

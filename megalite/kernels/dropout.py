@@ -1,0 +1,105 @@
+"""Dropout that no layout can change: an element is dropped or kept according to where it is, by Philox 4x32-10.
+
+The format, fixed for good (docs/randomness.md): a tensor is rows of columns. The 32-bit word of element (row, column) of
+sample i at place (layer, site) is word `column // 64 % 4` of the Philox counter
+
+    (column // 256 * 64 + column % 64,  row,  i mod 2^32,  i // 2^32 + 2^16 * (8 * layer + site) mod 2^32)
+
+under the key of the seed; the element is dropped when the word is below round(p * 2^32). 64 neighbouring columns use the
+same word of 64 neighbouring counters, so that a vector unit never has to interleave the four words (a planar layout).
+
+This is the reference in plain PyTorch, on any device. Nothing is kept for the backward but the coordinates.
+"""
+
+import torch
+
+from megalite.kernels.philox import KEY_STEPS, MASK, MULTIPLIERS, ROUNDS
+
+_BLOCK = 1 << 14
+"""Counters made at a time: their int64 words stay in a core's cache."""
+
+
+def place(layer: int, site: int) -> int:
+    """The number of a dropout site in the counter: 8 * layer + site. Raises ValueError outside 0 <= site < 8."""
+    if not 0 <= site < 8 or not 0 <= layer < 8192:
+        raise ValueError(f"dropout has sites 0..7 of layers 0..8191, not site {site} of layer {layer}")
+    return 8 * layer + site
+
+
+def _philox(x0: torch.Tensor, x1: torch.Tensor, x2: torch.Tensor, x3: torch.Tensor, key: tuple[int, int]):
+    """Philox 4x32-10 (Salmon et al. 2011) on int64 tensors that hold 32-bit words and broadcast: four words."""
+    for i in range(ROUNDS):
+        k0, k1 = ((k + i * step) & MASK for k, step in zip(key, KEY_STEPS))
+        # The products wrap around 64 bits; an arithmetic shift and a mask still give their high words.
+        p0, p1 = x0 * MULTIPLIERS[0], x2 * MULTIPLIERS[1]
+        x0 = (p1 >> 32).bitwise_and_(MASK) ^ (x1 ^ k0)
+        x2 = (p0 >> 32).bitwise_and_(MASK) ^ (x3 ^ k1)
+        x1, x3 = p1.bitwise_and_(MASK), p0.bitwise_and_(MASK)
+    return x0, x1, x2, x3
+
+
+def keep_mask(
+    rows: torch.Tensor, samples: torch.Tensor, columns: int, place: int, key: tuple[int, int], p: float
+) -> torch.Tensor:
+    """Which elements are kept: bool [..., columns], for row numbers and sample numbers that broadcast to [...]."""
+    rows, samples = torch.broadcast_tensors(rows, samples)
+    shape, rows, samples = rows.shape, rows.reshape(-1, 1), samples.reshape(-1, 1)
+    counters = -(-columns // 256) * 64
+    x0 = torch.arange(counters, device=rows.device)
+    x2, x3 = samples & MASK, (samples >> 32) + (place << 16 & MASK)
+    threshold = round(p * 2**32)
+    keep = torch.empty((rows.shape[0], counters // 64, 4, 64), dtype=torch.bool, device=rows.device)
+    step = max(1, _BLOCK // counters)
+    for i in range(0, rows.shape[0], step):
+        part = slice(i, i + step)
+        for w, word in enumerate(_philox(x0, rows[part], x2[part], x3[part], key)):
+            torch.ge(word.expand(-1, counters).view(-1, counters // 64, 64), threshold, out=keep[part, :, w])
+    return keep.view(rows.shape[0], -1)[:, :columns].reshape(*shape, columns)
+
+
+def _scaled(x: torch.Tensor, keep: torch.Tensor, p: float) -> torch.Tensor:
+    # One rounding: in bf16, 1 / 0.9 itself would be 0.16% too small.
+    return torch.where(keep, x * (1 / (1 - p)), 0)
+
+
+@torch.library.custom_op("megalite::bias_dropout_add", mutates_args=())
+def bias_dropout_add(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    rows: torch.Tensor,
+    samples: torch.Tensor,
+    place: int,
+    key0: int,
+    key1: int,
+    p: float,
+) -> torch.Tensor:
+    """residual + dropout(x + bias): x and residual [..., columns], bias [columns]; bias and residual may be None.
+
+    `rows` and `samples` (int64, broadcasting to [...]) say which row of which sample each row of x is in the whole model.
+    """
+    y = x if bias is None else x + bias
+    y = _scaled(y, keep_mask(rows, samples, x.shape[-1], place, (key0, key1), p), p)
+    return y if residual is None else y.add_(residual)
+
+
+@bias_dropout_add.register_fake
+def _(x, bias, residual, rows, samples, place, key0, key1, p):
+    return torch.empty_like(x)
+
+
+def _save(ctx, inputs, output):
+    _, bias, residual, rows, samples, ctx.place, ctx.key0, ctx.key1, ctx.p = inputs
+    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+    ctx.save_for_backward(rows, samples)
+
+
+def _backward(ctx, grad):
+    rows, samples = ctx.saved_tensors
+    keep = keep_mask(rows, samples, grad.shape[-1], ctx.place, (ctx.key0, ctx.key1), ctx.p)
+    grad_x = _scaled(grad, keep, ctx.p)
+    grad_bias = grad_x.flatten(0, -2).sum(dim=0) if ctx.has_bias else None
+    return grad_x, grad_bias, grad if ctx.has_residual else None, None, None, None, None, None, None
+
+
+bias_dropout_add.register_autograd(_backward, setup_context=_save)
