@@ -82,8 +82,9 @@ PIECES = dict(
 )
 MORE_PIECES = "../more_text_document"
 LONGER = dict(train_iters=8, hidden_dropout=0.1)
-"""A run that ../trained was saved by, at iterations 2 and 4."""
+"""A run that ../trained was saved by, at iterations 2 and 4; ../trained-with-streams too, under the other scheme."""
 RESUMED = {**LONGER, "load": "../trained"}
+STREAMS = {"rng_scheme": "megatron"}
 TENSORS = {"tensor_model_parallel_size": 2}
 STAGES = {"pipeline_model_parallel_size": 2}
 WARMED_UP = (0.025, 0.05, 0.025, 0.0)
@@ -225,7 +226,7 @@ FLAGS: dict[str, list[Effect]] = {
         effect(True, losses_from(1), base=LONGER, also={"load": "../trained"}),
     ],
     "no_load_optim": [effect(True, losses_from(2), base=RESUMED)],
-    "no_load_rng": [effect(True, losses_from(1), base=RESUMED)],
+    "no_load_rng": [effect(True, losses_from(1), base={**RESUMED, **STREAMS, "load": "../trained-with-streams"})],
     # training
     "train_iters": [effect(5, becomes("iterations", [1, 2, 3, 4, 5]))],
     "train_samples": [effect(24, column("consumed_samples", 4, 8, 12, 16, 20, 24), also={"train_iters": None})],
@@ -245,16 +246,22 @@ FLAGS: dict[str, list[Effect]] = {
         effect(False, says("ended at once", instead_of="stopped at iteration 1: SIGUSR1"), observe=runs.signalled)
     ],
     "seed": [effect(7, losses_from(1))],
+    "rng_scheme": [
+        effect("megatron", losses_from(1), base={"hidden_dropout": 0.1}),
+        effect("global", losses_from(1), base={"hidden_dropout": 0.1, **STREAMS}),
+    ],
     "dry_run": [effect(True, says("nothing was saved"), becomes("files", set()))],
 }
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, pool) -> Bench:
-    """A folder with data and a checkpoint."""
+    """A folder with data and checkpoints."""
     bench = Bench(tmp_path_factory.mktemp("flags"), pool)
     bench.make_data()
-    bench.observe(runs.training, {**BASE, **LONGER, "save": "../trained", "save_interval": 2, "exit_interval": 4}, 1)
+    stopped = {**BASE, **LONGER, "save_interval": 2, "exit_interval": 4}
+    bench.observe(runs.training, {**stopped, "save": "../trained"}, 1)
+    bench.observe(runs.training, {**stopped, **STREAMS, "save": "../trained-with-streams"}, 1)
     return bench
 
 

@@ -1,7 +1,6 @@
-"""Every layout against the oracle: the loss, every gradient, and five optimizer steps."""
+"""Every layout against the oracle, and with dropout against one process: the loss, every gradient, and five steps."""
 
 from functools import cache
-from math import sqrt
 
 import pytest
 import torch
@@ -9,10 +8,15 @@ import torch
 from megalite.optim.schedule import learning_rate
 from megalite.training.batches import GlobalBatches
 from megalite.training.build import build_context, build_parts
+from megalite.training.verify import Rounding
 from tests import oracle
 from tests.layouts import GLOBAL_BATCH, LAYOUTS, Layout, configuration
 
 STEPS = 5
+DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
+WEIGHTS_WITHIN = STEPS * 1e-8
+"""Adam divides by the root of a mean of squares: where the gradient is mathematically zero (the key bias), rounding
+noise of 1e-15 times the largest gradient (about 10) moves a weight by up to noise / epsilon * lr = 1e-8 a step."""
 MASKED = 3
 """The token whose positions are left out of the loss: microbatches then differ in their number of tokens."""
 
@@ -70,10 +74,11 @@ def train_on_rank(launch, layout: Layout, params, flags: dict, steps: int):
         loss = parts.engine.train_step(*data.at(step * GLOBAL_BATCH))
         losses.append(loss.item())
         if step == 0:
-            parts.optimizer.gradients.reduce()
+            buffer = parts.optimizer.gradients
+            before = buffer.flat.clone()
+            buffer.reduce()
             gradients = boxes(parts, lambda p: p.main_grad)
-            parts.optimizer.gradients.zero()
-            parts.engine.train_step(*data.at(0))
+            buffer.flat.copy_(before)  # the optimizer's step reduces as well
         norms.append(parts.optimizer.step(step + 1)[0])
     return losses, norms, gradients, boxes(parts, lambda p: p)
 
@@ -130,33 +135,34 @@ def test_layouts_equal_the_oracle(pool, layout, record_property):
     assert losses == pytest.approx(trained.losses, rel=1e-9)
     for result in results:
         assert result[1] == pytest.approx(trained.grad_norms, rel=1e-9)
-    # Adam divides by the root of a mean of squares: where the gradient is mathematically zero (the key bias), rounding
-    # noise of 1e-15 times the largest gradient (about 10) moves a weight by up to noise / epsilon * lr = 1e-8 a step.
-    assert largest_difference([box for r in results for box in r[3]], trained.params, shapes) < STEPS * 1e-8
+    assert largest_difference([box for r in results for box in r[3]], trained.params, shapes) < WEIGHTS_WITHIN
 
 
-def rounding_bound(precision: str, shape: oracle.Shape) -> float:
-    """How far two correct computations in this precision may lie apart, relative to the largest entry.
-
-    n roundings in a row, each of relative size u at most and as good as random, add up to about sqrt(n) u, and exceed
-    4 sqrt(n) u with a probability below 1e-3 (Higham and Mary 2019, theorem 2.4); two computations, twice that.
-    A gradient's path goes through 4 products and about 6 other operations a layer, forward and backward. In fp32 each
-    step of a product's sum rounds, over the longest one in the model; in bf16 products are summed in fp32 and only each
-    operation's result rounds.
-    """
-    products, others = 2 * (4 * shape.layers + 1), 2 * 6 * shape.layers
-    if precision == "bf16":
-        return 2 * 4 * sqrt(products + others) * 2.0**-8
-    longest = max(shape.vocab, shape.ffn, shape.hidden, GLOBAL_BATCH * shape.seq)
-    return 2 * 4 * sqrt(products * longest + others) * 2.0**-24
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layouts_equal_one_process_with_dropout(pool, layout, record_property):
+    """As above, with dropout at every place: what is dropped must not depend on how the model and the samples lie.
+    The one process takes a sample at a time, the layouts two unless they say otherwise."""
+    params, loss_without, _, _ = expected(layout.shape)
+    losses, norms, gradients, weights = one_process(pool, layout.shape, STEPS, **DROPOUT)
+    flags = {**DROPOUT, "micro_batch_size": layout.flags.get("micro_batch_size", 2)}
+    results = pool.run(train_on_rank, layout.world_size, layout, params, flags, STEPS)
+    shapes = oracle.parameter_shapes(layout.shape)
+    difference = largest_difference([box for r in results for box in r[2]], gradients, shapes)
+    record_property("gradient_difference", difference)
+    assert losses_of(results, layout) == pytest.approx(losses, rel=1e-9)
+    assert losses[0] != pytest.approx(loss_without, rel=1e-3), "nothing was dropped"
+    assert difference < 1e-9
+    for result in results:
+        assert result[1] == pytest.approx(norms, rel=1e-9)
+    assert largest_difference([box for r in results for box in r[3]], weights, shapes) < WEIGHTS_WITHIN
 
 
 @cache
-def one_process(pool, shape: oracle.Shape, precision: str):
-    """First loss and gradients of a single process in this precision."""
+def one_process(pool, shape: oracle.Shape, steps: int, **flags):
+    """Losses, norms, first gradients by name and final weights by name of a single process, a sample at a time."""
     layout = Layout("single", shape=shape)
-    results = pool.run(train_on_rank, 1, layout, expected(shape)[0], {"precision": precision}, 1)
-    return results[0][0][0], {name: values for name, _, values in results[0][2]}
+    losses, norms, *tensors = pool.run(train_on_rank, 1, layout, expected(shape)[0], flags, steps)[0]
+    return losses, norms, *({name: values for name, _, values in boxes} for boxes in tensors)
 
 
 LOW_PRECISION = ["tp4", "pp4", "dp2 x tp2 x pp2 +sp", "llama dp2 x tp2 x pp2 +sp", "full uniform"]
@@ -167,12 +173,13 @@ LOW_PRECISION = ["tp4", "pp4", "dp2 x tp2 x pp2 +sp", "llama dp2 x tp2 x pp2 +sp
 def test_layouts_equal_one_process_in_low_precision(pool, layout, precision, record_property):
     """Loss and every gradient within what rounding alone explains."""
     params = expected(layout.shape)[0]
-    loss, gradients = one_process(pool, layout.shape, precision)
+    (loss,), _, gradients, _ = one_process(pool, layout.shape, 1, precision=precision)
     results = pool.run(train_on_rank, layout.world_size, layout, params, {"precision": precision}, 1)
     difference = largest_difference(
         [box for r in results for box in r[2]], gradients, oracle.parameter_shapes(layout.shape)
     )
-    bound = rounding_bound(precision, layout.shape)
+    rounding = Rounding(configuration(layout).model, precision, GLOBAL_BATCH * layout.shape.seq)
+    bound = rounding.gradient("embedding")  # the longest way
     record_property("gradient_difference", difference)
     print(precision, layout.name, difference, bound)
     assert losses_of(results, layout)[0] == pytest.approx(loss, rel=bound)

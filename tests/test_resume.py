@@ -1,11 +1,13 @@
 """Stopping and resuming: to the bit in the same layout, whatever ends the run; to rounding in another one."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -22,16 +24,18 @@ MODEL = """
 EIGHT_RANKS = "--tp 2 --pp 2 --sp".split()
 
 
-def pretrain_on_rank(launch, flags: list[str]) -> None:
-    """What pretrain_gpt.py does, on a rank of the pool."""
+def pretrain_on_rank(launch, flags: list[str]) -> str:
+    """What pretrain_gpt.py does, on a rank of the pool; what it printed."""
     config = cli.read([*MODEL, *flags])
     assert validate.check(config, launch.world_size) == []
-    pretrain(validate.resolve(config, launch.world_size), launch)
+    with redirect_stdout(io.StringIO()) as printed:
+        pretrain(validate.resolve(config, launch.world_size), launch)
+    return printed.getvalue()
 
 
-def train(pool, ranks: int, *flags) -> None:
-    """Run to the end on this many ranks."""
-    pool.run(pretrain_on_rank, ranks, list(map(str, flags)), timeout=120)
+def train(pool, ranks: int, *flags) -> str:
+    """Run to the end on this many ranks; what rank 0 printed."""
+    return pool.run(pretrain_on_rank, ranks, list(map(str, flags)), timeout=120)[0]
 
 
 def start(*flags) -> subprocess.Popen:
@@ -102,9 +106,10 @@ def kill_after_first_line(flags: list, metrics: Path, delay: float) -> None:
     run.communicate()
 
 
-def test_eight_ranks_stop_and_resume_to_the_bit(pool, tmp_path):
+@pytest.mark.parametrize("scheme", ["global", "megatron"])
+def test_eight_ranks_stop_and_resume_to_the_bit(pool, tmp_path, scheme):
     """dp=2 x tp=2 x pp=2 with sequence parallelism, dropout and bf16: undisturbed, and stopped in the middle."""
-    layout = [*EIGHT_RANKS, "--bf16", "--recompute-granularity", "selective"]
+    layout = [*EIGHT_RANKS, "--bf16", "--recompute-granularity", "selective", "--rng-scheme", scheme]
     train(pool, 8, *layout, "--metrics-file", tmp_path / "whole.jsonl")
     train(pool, 8, *layout, *resumable(tmp_path), "--exit-interval", "7")
     train(pool, 8, *layout, *resumable(tmp_path))
@@ -112,14 +117,28 @@ def test_eight_ranks_stop_and_resume_to_the_bit(pool, tmp_path):
 
 
 def test_resuming_in_another_layout_continues_the_same_curve(pool, tmp_path):
-    """Weights, optimizer and data position are read into any layout: 8 ranks, one process, pp=2 make one run."""
-    exact = "--precision fp64 --hidden-dropout 0 --attention-dropout 0".split()
+    """Weights, optimizer and data position are read into any layout, and dropout drops the same: 8 ranks, one process,
+    pp=2 make one run."""
+    exact = ["--precision", "fp64"]
     train(pool, 1, *exact, "--metrics-file", tmp_path / "whole.jsonl")
     train(pool, 8, *EIGHT_RANKS, *exact, *resumable(tmp_path), "--exit-interval", "4")
-    train(pool, 1, *exact, *resumable(tmp_path), "--exit-interval", "8")
+    said = train(pool, 1, *exact, *resumable(tmp_path), "--exit-interval", "8")
     train(pool, 2, "--pp", "2", *exact, *resumable(tmp_path))
     for one, other in zip(curve(tmp_path / "whole.jsonl"), curve(tmp_path / "m.jsonl"), strict=True):
         assert one == pytest.approx(other, rel=1e-9)
+    assert "at iteration 4" in said and "drop" not in said.partition("resumed from")[2]
+
+
+def test_a_change_of_masks_is_said(pool, tmp_path):
+    """Streams that cannot go on, since the layout or the scheme is another one."""
+    streams = ["--rng-scheme", "megatron"]
+    train(pool, 1, *streams, *resumable(tmp_path), "--exit-interval", "2")
+    said = train(pool, 2, "--pp", "2", *streams, *resumable(tmp_path), "--exit-interval", "4")
+    assert "the layout is another one: dropout's random streams start from the seed" in said
+    said = train(pool, 2, "--pp", "2", *resumable(tmp_path), "--exit-interval", "6")
+    assert "made with --rng-scheme megatron, this run has global" in said
+    said = train(pool, 2, "--pp", "2", *streams, *resumable(tmp_path), "--exit-interval", "8")
+    assert "made with --rng-scheme global, this run has megatron" in said
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:

@@ -64,6 +64,12 @@ CASES = {
     "idle step": (dict(ckpt_step=0), 1, "--ckpt-step 0 without --load"),
     "idle finetune": (dict(finetune=True), 1, "--finetune without --load"),
     "idle no-load": (dict(no_load_optim=True), 1, "--no-load-optim without --load"),
+    "idle no-load of streams": (
+        dict(no_load_rng=True, load="unmade", save="unmade"),
+        1,
+        "--no-load-rng --rng-scheme global",
+    ),
+    "idle scheme": (dict(rng_scheme="megatron", hidden_dropout=0.0, attention_dropout=0.0), 1, "megatron dropout"),
     "idle model": (dict(tokenizer_model="x.model"), 1, "--tokenizer-model x.model"),
     "idle split": (dict(split="1,1,1"), 1, "--split 1,1,1 --mock-data"),
     "idle evaluations": (dict(eval_iters=20, eval_interval=0), 1, "--eval-iters 20 --eval-interval 0"),

@@ -22,4 +22,4 @@ class CheckpointConfig:
     no_load_optim: bool = False
     """Do not load the optimizer's state."""
     no_load_rng: bool = False
-    """Do not load the random state; dropout streams start from the seed."""
+    """With --rng-scheme megatron, do not load the random state: dropout's streams start from the seed."""

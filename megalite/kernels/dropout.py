@@ -1,12 +1,13 @@
 """Dropout that no layout can change: an element is dropped or kept according to where it is, by Philox 4x32-10.
 
-The format, fixed for good (docs/randomness.md): a tensor is rows of columns. The 32-bit word of element (row, column) of
-sample i at place (layer, site) is word `column // 64 % 4` of the Philox counter
+The format, fixed for good (docs/randomness.md): a tensor is rows of columns. The 32-bit word of element (row, column)
+of sample i at place (layer, site) is word `column // 64 % 4` of the Philox counter
 
     (column // 256 * 64 + column % 64,  row,  i mod 2^32,  i // 2^32 + 2^16 * (8 * layer + site) mod 2^32)
 
-under the key of the seed; the element is dropped when the word is below round(p * 2^32). 64 neighbouring columns use the
-same word of 64 neighbouring counters, so that a vector unit never has to interleave the four words (a planar layout).
+under the key of the seed; the element is dropped when the word is below round(p * 2^32). 64 neighbouring columns use
+the same word of 64 neighbouring counters, so that a vector unit never has to interleave the four words (a planar
+layout).
 
 This is the reference in plain PyTorch, on any device. Nothing is kept for the backward but the coordinates.
 """
@@ -54,12 +55,7 @@ def keep_mask(
         part = slice(i, i + step)
         for w, word in enumerate(_philox(x0, rows[part], x2[part], x3[part], key)):
             torch.ge(word.expand(-1, counters).view(-1, counters // 64, 64), threshold, out=keep[part, :, w])
-    return keep.view(rows.shape[0], -1)[:, :columns].reshape(*shape, columns)
-
-
-def _scaled(x: torch.Tensor, keep: torch.Tensor, p: float) -> torch.Tensor:
-    # One rounding: in bf16, 1 / 0.9 itself would be 0.16% too small.
-    return torch.where(keep, x * (1 / (1 - p)), 0)
+    return keep.view(rows.shape[0], 4 * counters)[:, :columns].reshape(*shape, columns)
 
 
 @torch.library.custom_op("megalite::bias_dropout_add", mutates_args=())
@@ -76,16 +72,18 @@ def bias_dropout_add(
 ) -> torch.Tensor:
     """residual + dropout(x + bias): x and residual [..., columns], bias [columns]; bias and residual may be None.
 
-    `rows` and `samples` (int64, broadcasting to [...]) say which row of which sample each row of x is in the whole model.
+    `rows` and `samples` (int64, broadcasting to [...]) say which row of which sample each row of x is in the whole
+    model. The result is contiguous.
     """
     y = x if bias is None else x + bias
-    y = _scaled(y, keep_mask(rows, samples, x.shape[-1], place, (key0, key1), p), p)
+    keep = keep_mask(rows, samples, x.shape[-1], place, (key0, key1), p)
+    y = torch.where(keep, y * (1 / (1 - p)), 0)  # one rounding: in bf16, 1 / 0.9 itself would be 0.16% too small
     return y if residual is None else y.add_(residual)
 
 
 @bias_dropout_add.register_fake
 def _(x, bias, residual, rows, samples, place, key0, key1, p):
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
@@ -96,8 +94,8 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad):
     rows, samples = ctx.saved_tensors
-    keep = keep_mask(rows, samples, grad.shape[-1], ctx.place, (ctx.key0, ctx.key1), ctx.p)
-    grad_x = _scaled(grad, keep, ctx.p)
+    # Dropout is linear: the gradient of what goes in is what comes out, dropped alike.
+    grad_x = bias_dropout_add(grad, None, None, rows, samples, ctx.place, ctx.key0, ctx.key1, ctx.p)
     grad_bias = grad_x.flatten(0, -2).sum(dim=0) if ctx.has_bias else None
     return grad_x, grad_bias, grad if ctx.has_residual else None, None, None, None, None, None, None
 

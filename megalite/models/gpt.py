@@ -51,9 +51,7 @@ class GPT(nn.Module):
         first, last = context.is_first_stage, context.is_last_stage
         if first:
             self.embedding = Embedding(model, context, dtype, sequence_parallel)
-            self.embedding_dropout = HiddenDropout(
-                model.hidden_dropout, rng, 0, EMBEDDING, context, sequence_parallel
-            )
+            self.embedding_dropout = HiddenDropout(model.hidden_dropout, rng, 0, EMBEDDING, context, sequence_parallel)
         elif last and model.tied:
             self.embedding = TiedCopy(model, context, dtype)
         self.layers = nn.ModuleDict(

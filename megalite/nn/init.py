@@ -5,8 +5,8 @@ import math
 import numpy as np
 import torch
 
-from megalite.parallel.boxes import Box
 from megalite.kernels.philox import key_of, philox4x32
+from megalite.parallel.boxes import Box
 
 _BLOCK = 1 << 16
 """Counters (of 4 normals each) made at a time: they stay in the processor's cache."""

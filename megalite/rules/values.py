@@ -88,6 +88,18 @@ EFFECTS = (
         "--load FOLDER",
     ),
     _Effect(
+        ("no_load_rng",),
+        lambda c: c.training.rng_scheme == "megatron" or c.checkpoint.load is None,
+        "with --rng-scheme global, which has no random state",
+        {"rng_scheme": "megatron"},
+    ),
+    _Effect(
+        ("rng_scheme",),
+        lambda c: c.model.attention_dropout > 0 or c.model.hidden_dropout > 0,
+        "without dropout",
+        {"hidden_dropout": 0.1},
+    ),
+    _Effect(
         ("tokenizer_model",),
         lambda c: c.data.tokenizer_type == "SentencePieceTokenizer",
         "without --tokenizer-type SentencePieceTokenizer",

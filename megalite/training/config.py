@@ -29,7 +29,9 @@ class TrainingConfig:
     seed: int = 1234
     """Seed of the initial weights, the data order and dropout."""
     rng_scheme: Literal["global", "megatron"] = "global"
-    """global: dropout masks depend on seed, sample, layer and element only, so no layout changes them; megatron: streams
-    per rank, seeded by Megatron-LM's rule, whose masks differ between layouts."""
+    """global: dropout masks depend on seed, sample, layer and element only, so no layout changes them; megatron:
+    streams per rank, seeded by Megatron-LM's rule, whose masks differ between layouts."""
+    check_replicas: int | None = None
+    """Every so many iterations, compare parameters that several ranks hold, to the bit; stop where they differ."""
     dry_run: bool = False
     """Build everything, run one forward and backward, print shapes and memory per stage, write nothing, exit."""

@@ -12,6 +12,7 @@ from megalite.parallel.context import ParallelContext
 from megalite.training.batches import GlobalBatches, unmasked
 from megalite.training.build import Parts
 from megalite.training.metrics import MetricsFile, training_line
+from megalite.training.replicas import check_replicas
 from megalite.training.signals import StopSignals
 from megalite.training.state import Progress, save_state
 
@@ -40,6 +41,8 @@ class Trainer:
             while self.progress.iteration < training.train_iters and not reason:
                 iteration = self.progress.iteration + 1
                 reason = self._step(iteration, signals, start)
+                if self._divides(training.check_replicas, iteration):
+                    check_replicas(self.parts.model.parameters_by_name, self.context, iteration)
                 # An evaluation that belongs to this iteration is not left out because the run stops after it.
                 if self._divides(training.eval_interval, iteration) or iteration == training.train_iters:
                     self._evaluate(iteration)

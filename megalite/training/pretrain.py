@@ -21,9 +21,18 @@ from megalite.training.batches import GlobalBatches
 from megalite.training.build import Parts, build_context, build_gpt, build_parts
 from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
+from megalite.training.replicas import ReplicasDiffer
 from megalite.training.state import Progress, load_state
 
-EXPECTED_ERRORS = (CheckpointError, DatasetError, DeviceError, NonFiniteGradient, OSError, TokenizerError)
+EXPECTED_ERRORS = (
+    CheckpointError,
+    DatasetError,
+    DeviceError,
+    NonFiniteGradient,
+    OSError,
+    ReplicasDiffer,
+    TokenizerError,
+)
 """What the data, the disk or the machine bring about: their messages say what to do, a traceback adds nothing."""
 
 

@@ -64,6 +64,7 @@ def save_state(parts: Parts, progress: Progress, config: RunConfig, context: Par
         "optimizer_steps": parts.optimizer.steps,
         "data_fingerprint": progress.data_fingerprint,
         "seed": config.training.seed,
+        "rng_scheme": config.training.rng_scheme,
         "layout": _layout(context),
         "megalite": __version__,
         "torch": torch.__version__,
@@ -115,8 +116,8 @@ def _read(checkpoint: Checkpoint, pieces: list[Piece]) -> None:
 def load_state(parts: Parts, config: RunConfig, context: ParallelContext) -> Progress:
     """Continue from --load: weights, optimizer, random streams and position in the data, as the flags say.
 
-    Any layout reads any layout's checkpoint. Random streams belong to ranks, so under another layout they start from
-    the seed; a note says so. Raises CheckpointError when something wanted is not there.
+    Any layout reads any layout's checkpoint. The streams of --rng-scheme megatron belong to ranks, so under another
+    layout they start from the seed; a note says so. Raises CheckpointError when something wanted is not there.
     """
     options = config.checkpoint
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
@@ -140,7 +141,16 @@ def load_state(parts: Parts, config: RunConfig, context: ParallelContext) -> Pro
 
 
 def _restore_streams(checkpoint, parts: Parts, config: RunConfig, context: ParallelContext, progress: Progress) -> None:
-    if config.checkpoint.no_load_rng:
+    """Put the random streams where the checkpoint's run had them, if both runs have streams and the layout is its."""
+    scheme = config.training.rng_scheme
+    stored = checkpoint.state.get("rng_scheme", "megatron")  # the only one before it was noted down
+    if stored != scheme:
+        progress.notes.append(
+            f"the checkpoint was made with --rng-scheme {stored}, this run has {scheme}: from here on, dropout drops "
+            "other elements than the run that made it would have dropped"
+        )
+        return
+    if scheme == "global" or config.checkpoint.no_load_rng:
         return
     if checkpoint.state["layout"] != _layout(context):
         progress.notes.append("the layout is another one: dropout's random streams start from the seed")

@@ -9,8 +9,8 @@ from megalite.data.build import build_datasets
 from megalite.data.config import DataConfig
 from megalite.data.gpt import GPTDataset, Permutation, parse_split, split_documents
 from megalite.data.indexed import DatasetError, IndexedDataset, IndexedWriter
-from megalite.nn.config import ModelConfig
 from megalite.kernels.philox import counters, key_of, philox4x32
+from megalite.nn.config import ModelConfig
 
 
 def permutation(n, seed=0):

@@ -22,39 +22,45 @@ MODES = {
 LAYERS = 4
 
 
+SCHEMES = pytest.mark.parametrize("scheme", ["global", "megatron"])
+
+
 def gradients(launch, layout: Layout, flags: dict):
-    """Two steps' loss, gradients, and state of the random streams after them."""
+    """Two steps' gradients; then their losses, and the states of the random streams after each, if there are any."""
     tiny = build(layout, launch, **{**DROPOUT, **flags})
-    results = []
+    gradients, others = [], []
     for consumed in (0, 8):
-        results.append(tiny.gradient(consumed))
-        results.append(tiny.parts.optimizer.gradients.flat.clone())
-        results += tiny.parts.rng.states().values()
-    return results
+        others.append(tiny.gradient(consumed))
+        others += tiny.parts.rng.states().values()
+        gradients.append(tiny.parts.optimizer.gradients.flat.clone())
+    return gradients + others
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
+@SCHEMES
 @pytest.mark.parametrize(
     "layout",
     [Layout("gpt"), Layout("llama tp2", tp=2, shape=LLAMA), Layout("tp2+sp x pp2", tp=2, pp=2, flags=sp())],
     ids=lambda layout: layout.name,
 )
-def test_gradients_are_the_same_to_the_bit(pool, layout):
-    plain = pool.run(gradients, layout.world_size, layout, {})
-    assert not torch.equal(plain[0][1], plain[0][5]), "two steps that drop the same and read the same prove little"
+def test_gradients_are_the_same_to_the_bit(pool, layout, scheme):
+    plain = pool.run(gradients, layout.world_size, layout, {"rng_scheme": scheme})
+    assert not torch.equal(plain[0][0], plain[0][1]), "two steps that drop the same and read the same prove little"
     for name, flags in MODES.items():
-        results = pool.run(gradients, layout.world_size, layout, flags)
+        results = pool.run(gradients, layout.world_size, layout, {"rng_scheme": scheme, **flags})
         for rank, (got, expected) in enumerate(zip(results, plain)):
             assert equal(got, expected), f"{name}, rank {rank}"
 
 
-def test_dropout_takes_part_in_it(pool):
-    """So that equality above means something: other streams give other gradients."""
+@SCHEMES
+@pytest.mark.parametrize("site", ["hidden_dropout", "attention_dropout"])
+def test_dropout_takes_part_in_it(pool, scheme, site):
+    """So that equality above means something: without one kind of dropout there are other gradients."""
     with_dropout, without = (
-        pool.run(gradients, 1, Layout("gpt"), {"hidden_dropout": p, "attention_dropout": p})[0][1] for p in (0.3, 0.0)
+        pool.run(gradients, 1, Layout("gpt"), {"rng_scheme": scheme, site: p})[0][0] for p in (0.3, 0.0)
     )
     assert (with_dropout - without).norm() > 0.1 * without.norm()
 

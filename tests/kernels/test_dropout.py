@@ -1,0 +1,258 @@
+"""Dropout by counters: the format, the operator, and masks that have nothing to do with each other."""
+
+from functools import cache
+from itertools import combinations
+from math import sqrt
+
+import numpy as np
+import pytest
+import torch
+
+from megalite.kernels.dropout import bias_dropout_add, keep_mask, place
+from megalite.kernels.philox import key_of, philox4x32
+
+KEY = key_of(1234, "dropout")
+
+
+def mask(rows, samples, columns: int, place: int = 25, p: float = 0.1, key=KEY) -> torch.Tensor:
+    """keep_mask for any sequences of rows and of samples: [samples, rows, columns]."""
+    rows, samples = torch.tensor(list(rows)), torch.tensor(list(samples))
+    return keep_mask(rows, samples[:, None], columns, place, key, p)
+
+
+def word_by_the_format(row: int, column: int, sample: int, layer: int, site: int, key=KEY) -> int:
+    """The word of one element as docs/randomness.md has it, in NumPy's Philox, which passes the published answers."""
+    counter = [
+        column // 256 * 64 + column % 64,
+        row,
+        sample % 2**32,
+        (sample // 2**32 + 2**16 * (8 * layer + site)) % 2**32,
+    ]
+    return int(philox4x32(np.array(counter, np.uint32), key)[column // 64 % 4])
+
+
+# The format
+
+
+@pytest.mark.parametrize(("layer", "site"), [(0, 0), (0, 3), (7, 2), (8191, 7)])
+@pytest.mark.parametrize("sample", [0, 77, 2**32 - 1, 2**32 + 5, 2**48 - 1])
+def test_the_mask_is_the_one_of_the_format(layer, site, sample):
+    rows, columns = [0, 1, 4095, 2**32 - 1], [0, 1, 63, 64, 127, 128, 192, 255, 256, 300, 1023]
+    kept = mask(rows, [sample], max(columns) + 1, place(layer, site), 0.5)[0]
+    for i, row in enumerate(rows):
+        for column in columns:
+            assert kept[i, column] == (word_by_the_format(row, column, sample, layer, site) >= 2**31), (row, column)
+
+
+def test_the_first_bits_of_a_mask_stay_what_they_are():
+    """Sample 0, row 0 of the embedding's dropout at seed 1234 and p = 1/2; and of a far place."""
+    near = mask([0], [0], 32, place(0, 3), 0.5).int().flatten().tolist()
+    assert "".join(map(str, near)) == "10101101101100011111011010001001"
+    far = mask([70_000], [2**40 + 3], 600, place(95, 1), 0.5).int().flatten()[-32:].tolist()
+    assert "".join(map(str, far)) == "00110011000000100010100001000001"
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 200, 256, 257, 515])
+def test_a_part_has_what_the_whole_has(columns):
+    """Rows that a rank holds of a sequence, its heads, a microbatch, fewer columns: each is cut out of one mask."""
+    rows, samples = range(40), range(2**32 - 3, 2**32 + 3)
+    whole = mask(rows, samples, 515)
+    for part in (slice(0, 10), slice(10, 40), slice(39, 40), slice(3, None, 7)):
+        assert torch.equal(mask(rows[part], samples[1:4], columns), whole[1:4, part, :columns])
+        assert torch.equal(mask(rows[part], samples[5:], columns), whole[5:, part, :columns])
+
+
+def test_rows_and_samples_may_lie_in_any_dimensions():
+    whole = mask(range(12), range(5), 70)
+    s_b = keep_mask(torch.arange(12)[:, None], torch.arange(5), 70, 25, KEY, 0.1)
+    assert torch.equal(s_b, whole.transpose(0, 1))
+    b_n_s = keep_mask(torch.arange(12).view(3, 4), torch.arange(5)[:, None, None], 70, 25, KEY, 0.1)
+    assert torch.equal(b_n_s, whole.view(5, 3, 4, 70))
+    assert keep_mask(torch.arange(0)[:, None], torch.arange(5), 70, 25, KEY, 0.1).shape == (0, 5, 70)
+
+
+def test_places_are_numbered_and_limited():
+    assert [place(0, 0), place(0, 7), place(3, 1), place(8191, 7)] == [0, 7, 25, 2**16 - 1]
+    for layer, site in ((-1, 0), (8192, 0), (0, -1), (0, 8)):
+        with pytest.raises(ValueError, match=f"site {site} of layer {layer}"):
+            place(layer, site)
+
+
+# The operator
+
+
+def arguments(bias: bool, residual: bool, dtype=torch.float64, shape=(6, 3, 70), p=0.3) -> tuple:
+    """Arguments of bias_dropout_add for x [s, b, h]."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    rows, samples = torch.arange(shape[0])[:, None], torch.arange(9, 9 + shape[1])
+    x, b, r = draw(*shape), draw(shape[-1]), draw(*shape)
+    return x, b if bias else None, r if residual else None, rows, samples, 25, *KEY, p
+
+
+BOTH = pytest.mark.parametrize(
+    ("bias", "residual"), [(True, True), (True, False), (False, True), (False, False)], ids=["b+r", "b", "r", "none"]
+)
+
+
+@BOTH
+def test_the_operator_is_a_composition(bias, residual):
+    x, b, r, rows, samples, *rest = arguments(bias, residual)
+    keep = keep_mask(rows, samples, x.shape[-1], rest[0], KEY, rest[-1])
+    expected = (x + (b if bias else 0)) * keep / (1 - rest[-1]) + (r if residual else 0)
+    torch.testing.assert_close(bias_dropout_add(x, b, r, rows, samples, *rest), expected)
+
+
+@BOTH
+def test_the_operator_passes_opcheck(bias, residual):
+    torch.library.opcheck(bias_dropout_add, arguments(bias, residual, torch.float32))
+
+
+def test_the_operator_passes_opcheck_without_gradients():
+    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments(True, True, torch.bfloat16)]
+    torch.library.opcheck(bias_dropout_add, tuple(detached))
+
+
+@BOTH
+def test_the_gradient_is_the_derivative(bias, residual):
+    args = arguments(bias, residual, shape=(2, 3, 5))
+    assert torch.autograd.gradcheck(bias_dropout_add, args)
+    assert torch.autograd.gradgradcheck(bias_dropout_add, args)
+
+
+def test_the_inputs_stay_and_may_be_of_any_strides():
+    x, b, r, *rest = arguments(True, True)
+    before = [t.detach().clone() for t in (x, b, r)]
+    expected = bias_dropout_add(x, b, r, *rest)
+    for t, was in zip((x, b, r), before):
+        assert torch.equal(t, was)
+    strided = x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    assert not strided.is_contiguous()
+    assert torch.equal(bias_dropout_add(strided, b, r, *rest), expected)
+    torch.library.opcheck(bias_dropout_add, (strided, None, None, *rest), test_utils="test_faketensor")
+
+
+def test_it_compiles_whole():
+    torch._dynamo.reset()
+    args = arguments(True, True)
+
+    def step(*args):
+        return bias_dropout_add(*args).square().mean()
+
+    eager, compiled = (
+        torch.autograd.grad(f(*args), args[:3])
+        for f in (step, torch.compile(step, backend="aot_eager", fullgraph=True))
+    )
+    for a, b in zip(eager, compiled):
+        torch.testing.assert_close(a, b)
+
+
+def test_nothing_is_kept_for_the_backward_but_coordinates():
+    args, kept = arguments(True, True, shape=(8, 4, 300)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        bias_dropout_add(*args).sum().backward()
+    assert sorted(kept) == [4, 8]  # the samples, the rows
+
+
+def test_bf16_is_rounded_once_where_there_is_nothing_to_add():
+    """Were 1 / 0.9 rounded to bf16 first, everything that stays would be 0.16% too small."""
+    x = torch.linspace(1, 2, 1000).bfloat16()[None, None]
+    y = bias_dropout_add(x, None, None, torch.arange(1)[:, None], torch.arange(1), 25, *KEY, 0.1)
+    kept = y != 0
+    assert 850 < kept.sum() < 950
+    assert torch.equal(y[kept], (x[kept].float() / 0.9).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("p", "kept"), [(0.0, 1.0), (1e-12, 1.0), (2**-20, 1 - 2**-20), (1 - 2**-20, 2**-20), (1 - 1e-12, 0.0)]
+)
+def test_probabilities_near_0_and_1(p, kept):
+    keep = mask(range(1024), range(1), 1024, p=p)
+    assert abs(keep.double().mean().item() - kept) <= 5 * sqrt(kept * (1 - kept) / keep.numel())
+
+
+# Statistics: all bounds are 5 standard deviations, over a million elements
+
+N = 1024
+CORRELATION = 5 / N
+CHI_SQUARE = 31.8
+"""Exceeded with the probability of 5 standard deviations, 6e-7, by a chi-square of 3 degrees of freedom."""
+
+
+@cache
+def million(first_row=0, sample=5, layer=3, site=1, seed=1234, p=0.3) -> torch.Tensor:
+    """Dropped elements of 1024 rows of 1024 columns, as float64."""
+    rows = range(first_row, first_row + N)
+    return (~mask(rows, [sample], N, place(layer, site), p, key_of(seed, "dropout"))[0]).double()
+
+
+def assert_unrelated(a: torch.Tensor, b: torch.Tensor, p: float = 0.3) -> None:
+    """The correlation is that of independent numbers, and so are the counts of each of the four joint outcomes."""
+    a, b = a.flatten(), b.flatten()
+    n, both = a.numel(), (a @ b).item()
+    first, second = a.sum().item(), b.sum().item()
+    counts = (both, first - both, second - both, n - first - second + both)
+    shares = (p * p, p * (1 - p), p * (1 - p), (1 - p) ** 2)
+    assert sum((count - n * share) ** 2 / (n * share) for count, share in zip(counts, shares)) < CHI_SQUARE
+    correlation = (both / n - first * second / n**2) / (p * (1 - p))
+    assert abs(correlation) < CORRELATION * N / sqrt(n)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+def test_the_rate_is_p(p):
+    dropped = million(p=p)
+    for part in (dropped, dropped[:, ::64], dropped[::8], dropped[:, 192:256]):
+        assert abs(part.mean().item() - p) < 5 * sqrt(p * (1 - p) / part.numel())
+    for sums in (dropped.sum(0), dropped.sum(1)):
+        assert (sums - N * p).abs().max() < 6 * sqrt(N * p * (1 - p))  # the worst of 1024 rows
+
+
+OTHERS = {
+    "here": {},
+    "another site": {"site": 2},
+    "attention's site": {"site": 0},
+    "the next layer": {"layer": 4},
+    "the site before in the numbering": {"site": 0, "layer": 4},
+    "the next sample": {"sample": 6},
+    "the next epoch": {"sample": 5 + 300},
+    "2^32 samples later": {"sample": 5 + 2**32},
+    "another seed": {"seed": 1235},
+    "rows further on": {"first_row": N},
+}
+
+
+@pytest.mark.parametrize(("one", "other"), [*combinations(OTHERS, 2)])
+def test_masks_of_different_things_are_unrelated(one, other):
+    assert_unrelated(million(**OTHERS[one]), million(**OTHERS[other]))
+
+
+@pytest.mark.parametrize("distance", [1, 2, 63, 64, 65, 128, 192, 256, 512])
+def test_elements_of_one_mask_are_unrelated(distance):
+    """At any distance in rows or columns: 64 columns on is another word of the same counter, 256 on another counter."""
+    dropped = million()
+    assert_unrelated(dropped[:, distance:], dropped[:, :-distance])
+    assert_unrelated(dropped[distance:], dropped[:-distance])
+    assert_unrelated(dropped[distance:, distance:], dropped[:-distance, :-distance])
+
+
+@pytest.mark.parametrize("along", ["rows", "columns"])
+def test_runs_are_as_long_as_chance_makes_them(along):
+    """The test of Wald and Wolfowitz: the number of runs of equal elements."""
+    bits = (million() if along == "columns" else million().t()).flatten()
+    n, ones = bits.numel(), bits.sum().item()
+    runs = 1 + (bits[1:] != bits[:-1]).sum().item()
+    expected = 1 + 2 * ones * (n - ones) / n
+    assert abs(runs - expected) < 5 * sqrt((expected - 1) * (expected - 2) / (n - 1))
+
+
+def test_the_assertion_notices_what_is_related():
+    """So that the bounds above mean something."""
+    a, b = million(), million(site=2)
+    mixed = torch.where(torch.rand(N, N, generator=torch.Generator().manual_seed(1)) < 0.02, a, b)
+    with pytest.raises(AssertionError):
+        assert_unrelated(a, mixed)
+    with pytest.raises(AssertionError):
+        assert_unrelated(a, million(site=2, p=0.31))

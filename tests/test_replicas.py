@@ -1,0 +1,88 @@
+"""--check-replicas: a single flipped bit in one rank's copy of a parameter stops the run and is named."""
+
+import pytest
+import torch
+
+from megalite import cli, validate
+from megalite.training.build import build_gpt
+from megalite.training.pretrain import pretrain
+from megalite.training.replicas import ReplicasDiffer, check_replicas
+from tests.layouts import Layout, sp
+from tests.tiny import build
+
+RUN = """
+    --mock-data --vocab-size 131 --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --tp 2 --pp 2
+    --sp --global-batch-size 4 --train-iters 4 --eval-interval 0 --device cpu --check-replicas 2
+""".split()
+
+
+def flip_bit(parameter: torch.Tensor) -> None:
+    """Flip the lowest bit of one element."""
+    with torch.no_grad():
+        parameter.view(-1)[:1].view(torch.uint8)[0] ^= 1
+
+
+def checked(launch, layout: Layout, rank: int, name: str) -> str:
+    """What the check says after two steps, with a bit flipped in one rank's parameter ("": nothing is flipped)."""
+    tiny = build(layout, launch, precision="fp32")
+    tiny.train(2)
+    parameters = tiny.parts.model.parameters_by_name
+    if launch.rank == rank and name:
+        flip_bit(parameters[name])
+    try:
+        check_replicas(parameters, tiny.context, 7)
+    except ReplicasDiffer as error:
+        return str(error)
+    return ""
+
+
+LAYOUT = Layout("2x2x2", dp=2, tp=2, pp=2, flags=sp())
+
+
+@pytest.mark.parametrize(
+    ("rank", "name", "holders"),
+    [
+        (1, "layers.0.mlp_norm.weight", "rank 1 differ(s) from the other 3 of ranks [0, 1, 2, 3]"),
+        (6, "layers.3.mlp.down.bias", "rank 6 differ(s) from the other 3 of ranks [4, 5, 6, 7]"),
+        (7, "embedding.word_embeddings.weight", "rank 7 differ(s) from the other 3 of ranks [1, 3, 5, 7]"),
+        (2, "layers.1.attention.qkv.weight", "ranks [0, 2] do not agree"),
+    ],
+    ids=["tp and dp replicas", "a bias", "tied embedding", "dp replicas only"],
+)
+def test_a_flipped_bit_is_found(pool, rank, name, holders):
+    messages = pool.run(checked, 8, LAYOUT, rank, name)
+    assert len(set(messages)) == 1, "every rank stops with the same words"
+    assert f"{name} at" in messages[0] and holders in messages[0]
+    assert "after iteration 7, replicas of 1 parameter part" in messages[0]
+
+
+def test_sound_replicas_pass(pool):
+    assert set(pool.run(checked, 8, LAYOUT, 0, "")) == {""}
+    assert set(pool.run(checked, 4, Layout("padding", tp=4), 0, "")) == {""}
+
+
+def run_with_fault(launch, folder: str) -> str:
+    """A run whose rank 5 is hit by a bit flip while it trains; what ends it."""
+
+    def faulty(config, context, rng):
+        model = build_gpt(config, context, rng)
+        if launch.rank == 5:
+
+            def flip_once(module, inputs):
+                flip_bit(module.final_norm.weight)
+                hook.remove()
+
+            hook = model.register_forward_pre_hook(flip_once)
+        return model
+
+    config = cli.read([*RUN, "--save", folder, "--save-interval", "2"])
+    assert validate.check(config, launch.world_size) == []
+    with pytest.raises(ReplicasDiffer) as caught:
+        pretrain(validate.resolve(config, launch.world_size), launch, faulty)
+    return str(caught.value)
+
+
+def test_a_run_stops_before_it_saves(pool, tmp_path):
+    messages = pool.run(run_with_fault, 8, str(tmp_path / "c"))
+    assert "after iteration 2" in messages[0] and "final_norm.weight" in messages[0] and "rank 5" in messages[0]
+    assert not list(tmp_path.glob("c/iter_*"))
