@@ -1,5 +1,6 @@
 """Every layout against the oracle: the loss, every gradient, and five optimizer steps."""
 
+from dataclasses import replace
 from functools import cache
 from math import sqrt
 
@@ -10,7 +11,7 @@ from megalite.optim.schedule import learning_rate
 from megalite.training.batches import GlobalBatches
 from megalite.training.build import build_context, build_parts
 from tests import oracle
-from tests.layouts import GLOBAL_BATCH, LAYOUTS, Layout, configuration
+from tests.layouts import GLOBAL_BATCH, GPT2, LAYOUTS, LLAMA, Layout, configuration
 
 STEPS = 5
 MASKED = 3
@@ -144,11 +145,15 @@ def rounding_bound(precision: str, shape: oracle.Shape) -> float:
     step of a product's sum rounds, over the longest one in the model; in bf16 products are summed in fp32 and only each
     operation's result rounds.
     """
-    products, others = 2 * (4 * shape.layers + 1), 2 * 6 * shape.layers
     if precision == "bf16":
-        return 2 * 4 * sqrt(products + others) * 2.0**-8
+        return 2 * 4 * sqrt(roundings(shape)) * 2.0**-8
     longest = max(shape.vocab, shape.ffn, shape.hidden, GLOBAL_BATCH * shape.seq)
-    return 2 * 4 * sqrt(products * longest + others) * 2.0**-24
+    return 2 * 4 * sqrt(roundings(shape, longest)) * 2.0**-24
+
+
+def roundings(shape: oracle.Shape, longest_sum: int = 1) -> int:
+    """Roundings on the path of a gradient, forward and backward; each product rounds along its sum of `longest_sum`."""
+    return 2 * (4 * shape.layers + 1) * longest_sum + 2 * 6 * shape.layers
 
 
 @cache
@@ -177,3 +182,23 @@ def test_layouts_equal_one_process_in_low_precision(pool, layout, precision, rec
     print(precision, layout.name, difference, bound)
     assert losses_of(results, layout)[0] == pytest.approx(loss, rel=bound)
     assert difference < bound
+
+
+LONG = {"gpt2": replace(GPT2, seq=256, positions=256), "llama": replace(LLAMA, seq=256, positions=256)}
+
+
+@pytest.mark.parametrize("shape", LONG.values(), ids=LONG)
+def test_bf16_gradients_of_many_tokens_equal_the_oracle(pool, shape):
+    """Each tensor against the fp64 oracle on its own scale, over 2048 tokens of which many are the same: sums that are
+    kept in bf16 would have stopped growing. The oracle starts from the same bf16 weights."""
+    params = {name: value.bfloat16().double() for name, value in expected(shape)[0].items()}
+    _, gradients = oracle.loss_and_gradients(params, shape, *batch_for_oracle(shape, 0))
+    layout = Layout("single", shape=shape, flags={"micro_batch_size": 8})
+    results = pool.run(train_on_rank, 1, layout, params, {"precision": "bf16"}, 1)
+    largest = max(gradient.norm().item() for gradient in gradients.values())
+    for name, _, values in results[0][2]:
+        # Where a gradient is mathematically zero (the key bias), all of it is rounding: relative to the largest.
+        error = (values.double() - gradients[name]).norm().item() / max(gradients[name].norm().item(), 0.05 * largest)
+        # The norm of a tensor's error grows with the root mean square of a rounding, u / sqrt(3); twice, for what the
+        # layers amplify.
+        assert error < 2 * sqrt(roundings(shape) / 3) * 2.0**-8, (name, error)

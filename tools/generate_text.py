@@ -105,7 +105,15 @@ def main() -> None:
     if problems := options.problems():
         print("\n".join(f"generate_text.py: {problem}" for problem in problems), file=sys.stderr)
         raise SystemExit(2)
-    sample(options)
+    from megalite.checkpoint.folder import CheckpointError
+    from megalite.data.tokenizers import TokenizerError
+    from megalite.parallel.context import DeviceError
+
+    try:
+        sample(options)
+    except (CheckpointError, TokenizerError, DeviceError, OSError) as error:
+        print(f"generate_text.py: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

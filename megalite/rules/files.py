@@ -45,6 +45,8 @@ def data_fills_splits(config: RunConfig, world_size: int) -> Iterator[Finding]:
         tokens = peek.split_tokens(d.split)
     except (DatasetError, OSError):
         return
+    if not tokens:
+        return  # only reading the whole index would tell; building the dataset does
     for split in ("train", "valid") if evaluates else ("train",):
         if tokens[split] >= needed:
             continue

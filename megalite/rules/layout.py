@@ -138,12 +138,18 @@ def _ranks(count: int) -> str:
 
 
 def backend_fits_device(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """NCCL talks between GPUs only."""
+    """NCCL talks between GPUs only, gloo between CPUs."""
     if config.parallel.device == "cpu" and config.parallel.distributed_backend == "nccl":
         yield Finding(
             "--distributed-backend nccl works on GPUs only, but --device is cpu",
             ("device", "distributed_backend"),
             ({"distributed_backend": "gloo"}, {"device": "cuda"}),
+        )
+    if config.parallel.device == "cuda" and config.parallel.distributed_backend == "gloo":
+        yield Finding(
+            "--distributed-backend gloo cannot send tensors of GPUs between stages, but --device is cuda",
+            ("device", "distributed_backend"),
+            ({"distributed_backend": "nccl"}, {"device": "cpu"}),
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from megalite.config import RunConfig
+from megalite.data.indexed import DatasetError
 from megalite.models.flops import flops_per_sequence
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import ParallelContext
@@ -35,19 +36,17 @@ class Trainer:
         """Train; returns why it stopped. The state is saved at the end when --save is given. Collective."""
         training, options = self.config.training, self.config.checkpoint
         signals, start, reason = StopSignals(training.exit_signal_handler), time.monotonic(), ""
-        saved = self.progress.iteration  # what was loaded need not be saved again
         try:
             while self.progress.iteration < training.train_iters and not reason:
                 iteration = self.progress.iteration + 1
                 reason = self._step(iteration, signals, start)
-                # An evaluation that belongs to this iteration is not left out because the run stops after it.
+                done = bool(reason) or iteration == training.train_iters
+                # Saved before it is evaluated: who sends a signal may not wait for an evaluation. That belongs to this
+                # iteration all the same, and is not left out because the run stops.
+                if options.save and (done or self._divides(options.save_interval, iteration)):
+                    self._save()
                 if self._divides(training.eval_interval, iteration) or iteration == training.train_iters:
                     self._evaluate(iteration)
-                if options.save and self._divides(options.save_interval, iteration):
-                    self._save()
-                    saved = iteration
-            if options.save and saved != self.progress.iteration:
-                self._save()
         finally:
             signals.uninstall()
         return reason or f"all {training.train_iters} iterations are done"
@@ -66,7 +65,7 @@ class Trainer:
         minutes = self.config.training.exit_duration_in_mins
         late = minutes is not None and time.monotonic() - start >= 60 * minutes
         # One small all-reduce: the loss, and whether any rank wants to stop.
-        loss, signalled, late = self._sum_over_ranks(self._once(loss), signals.received is not None, late)
+        loss, signalled, late = self._sum_over_ranks(self._counted_once(loss), signals.received is not None, late)
         self.progress.iteration = iteration
         self.progress.consumed_samples += batch_size
         self._report(iteration, loss, norm, rate, time.perf_counter() - began)
@@ -78,7 +77,7 @@ class Trainer:
             return f"--exit-interval {self.config.training.exit_interval}"
         return ""
 
-    def _once(self, value: float) -> float:
+    def _counted_once(self, value: float) -> float:
         """A quantity of the last stage, so that its sum over all ranks counts each data replica once: its tensor ranks
         all hold the same."""
         return float(value) if self.context.is_last_stage and self.context.tensor.rank == 0 else 0.0
@@ -118,7 +117,9 @@ class Trainer:
             total += float(self.parts.engine.evaluate(batches, 1.0))
             tokens += unmasked(batches) if self.context.is_last_stage else 0.0
         model.train()
-        total, tokens = self._sum_over_ranks(self._once(total), self._once(tokens))
+        total, tokens = self._sum_over_ranks(self._counted_once(total), self._counted_once(tokens))
+        if tokens == 0:
+            raise DatasetError(f"all tokens of the {self.config.training.eval_iters} validation batches are masked")
         self.metrics.write(iteration=iteration, validation_loss=total / tokens)
         if self.context.rank == 0:
             print(f"iteration {iteration} | validation loss {total / tokens:.4f}", flush=True)
