@@ -78,6 +78,10 @@ def _train(config: RunConfig, context: ParallelContext, parts: Parts, progress: 
     metrics = MetricsFile(config.training.metrics_file if context.rank == 0 else None)
     try:
         trainer = Trainer(config, context, parts, progress, batches["train"], batches.get("valid"), metrics)
+        if progress.iteration >= config.training.train_iters:
+            say(f"nothing to do: the checkpoint is at iteration {progress.iteration} of {config.training.train_iters}")
+            return
+        _try_to_write(config, context)
         say(f"training from iteration {progress.iteration} to {config.training.train_iters}")
         reason = trainer.run()
         say(f"stopped at iteration {progress.iteration}: {reason}")
@@ -85,6 +89,16 @@ def _train(config: RunConfig, context: ParallelContext, parts: Parts, progress: 
             say("no checkpoint was written: --save is not set")
     finally:
         metrics.close()
+
+
+def _try_to_write(config: RunConfig, context: ParallelContext) -> None:
+    """Write and remove a file in --save, before hours of work end in a folder that takes none. Raises OSError."""
+    if config.checkpoint.save is not None and context.rank == 0:
+        folder = Path(config.checkpoint.save)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".can-be-written"
+        probe.write_text("yes")
+        probe.unlink()
 
 
 def _datasets(config: RunConfig) -> dict:

@@ -140,6 +140,14 @@ def load_state(parts: Parts, config: RunConfig, context: ParallelContext) -> Pro
         state = checkpoint.state
         progress = Progress(state["iteration"], state["consumed_samples"], state["data_fingerprint"])
         progress.notes.append(f"resumed from {checkpoint.folder} at iteration {progress.iteration}")
+        batch = config.data.global_batch_size
+        if config.training.train_samples and progress.consumed_samples != progress.iteration * batch:
+            done = progress.iteration + (config.training.train_samples - progress.consumed_samples) // batch
+            raise CheckpointError(
+                f"{checkpoint.folder} has used {progress.consumed_samples} samples in {progress.iteration} iterations, "
+                f"not --global-batch-size {batch} in each, so --train-samples {config.training.train_samples} is no "
+                f"whole number of iterations: use --train-iters {done} in its place"
+            )
         progress.notes += _changes(checkpoint, config)
         _restore_streams(checkpoint, parts, config, context, progress)
     return progress
