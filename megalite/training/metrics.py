@@ -23,7 +23,7 @@ class MetricsFile:
         size = self._file.seek(0, 2)
         start = max(0, size - (1 << 16))
         self._file.seek(start)
-        tail = self._file.read()
+        tail = self._file.read(size - start)
         if tail and not tail.endswith(b"\n"):
             self._file.truncate(start + tail.rfind(b"\n") + 1)
 
