@@ -26,6 +26,17 @@ CONFIG_HELP = (
 )
 
 
+ELSEWHERE = {
+    "--group-query-attention": "leave it out: --num-query-groups alone turns grouped queries on",
+    "--fp16": "--bf16: fp16 is not there yet",
+    "--use-distributed-optimizer": "leave it out: ZeRO is not there yet",
+    "--tensorboard-dir": "--metrics-file FILE: TensorBoard is not there yet",
+    "--wandb-project": "--metrics-file FILE: Weights & Biases is not there yet",
+    "--context-parallel-size": "--sequence-parallel and --recompute-granularity: context parallelism is not there yet",
+}
+"""Flags of Megatron-LM that have no counterpart of a similar name here, and what to do instead."""
+
+
 @dataclass(frozen=True)
 class _CommandLine(RunConfig):
     """RunConfig and the flags that are not part of it, for the help."""
@@ -66,7 +77,9 @@ def parse_and_check(argv: list[str] | None = None, description: str = "", launch
     world_size = config.parallel.world_size or launch.world_size
     problems = validate.check(config, world_size)
     if problems:
-        refuse(problems, quiet)
+        # Rank 0 speaks for all; but it cannot see a file that is missing on another node only.
+        of_this_node = launch.local_rank == 0 and all(validate.concerns_files(p) for p in problems)
+        refuse(problems, quiet and not of_this_node, launch.rank)
     resolved = validate.resolve(config, world_size)
     if config.parallel.world_size is None:
         return resolved
@@ -136,6 +149,8 @@ def _unknown_flag(token: str, flag: str, switches: dict, valued: dict) -> Proble
         return Problem(f"{token}: {flag} takes no value", " or ".join(switches[flag][0].switches))
     if not flag.startswith("-"):
         return Problem(f"unexpected {token!r}: values follow a flag, and switches take none", "remove it")
+    if flag in ELSEWHERE:
+        return Problem(f"unknown flag {flag}", ELSEWHERE[flag])
     match = nearest(flag, [*switches, *valued])
     return Problem(f"unknown flag {flag}", f"{match}" if match else "remove it (--help lists the flags)")
 
@@ -165,10 +180,11 @@ def read_yaml(file: str) -> tuple[dict[str, Any], list[Problem]]:
     return values, [Problem(f"{file}: {p.message}", p.fix, p.flags) for p in (*repeated, *problems)]
 
 
-def refuse(problems: list[Problem], quiet: bool = False) -> NoReturn:
+def refuse(problems: list[Problem], quiet: bool = False, rank: int = 0) -> NoReturn:
     """Print every problem with its fix to stderr, unless quiet, and exit with status 2."""
     if not quiet:
-        print(report(problems, os.path.basename(sys.argv[0])), file=sys.stderr)
+        program = os.path.basename(sys.argv[0]) + (f": rank {rank} on {os.uname().nodename}" if rank else "")
+        print(report(problems, program), file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -166,7 +166,7 @@ def from_flat(flat: dict[str, Any], base: RunConfig | None = None) -> RunConfig:
 def read_flat(flat: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """(values by key, problems): what `from_flat` does up to the point where it raises."""
     by_name = {name: option for option in options().values() for name in option.names}
-    values, problems = {}, []
+    values, problems, spelt = {}, [], {}
     for name, value in flat.items():
         option = by_name.get(str(name).replace("-", "_"))
         if option is None:
@@ -174,11 +174,11 @@ def read_flat(flat: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
             problems.append(Problem(f"unknown key {name!r}", f"write {match}" if match else "remove it"))
         elif option.key in values:
             problems.append(
-                Problem(f"{option.key} is given twice, also as {name!r}", "keep one of them", (option.key,))
+                Problem(f"{spelt[option.key]!r} and {name!r} are the same", "keep one of them", (option.key,))
             )
         else:
             try:
-                values[option.key] = option.accept(value)
+                values[option.key], spelt[option.key] = option.accept(value), name
             except ValueError:
                 shown = f"{name}: {value!r} is not {option.expected}"
                 problems.append(Problem(shown, f"for example {name}: {example(option)}", (option.key,)))

@@ -35,6 +35,11 @@ def check(config: RunConfig, world_size: int) -> list[Problem]:
     return problems
 
 
+def concerns_files(problem: Problem) -> bool:
+    """Whether a problem may come from the files of one node, so that other nodes need not have it."""
+    return bool({"data_path", "tokenizer_model", "load", "save", "metrics_file"}.intersection(problem.flags))
+
+
 def failures(config: RunConfig, world_size: int) -> set[tuple[str, tuple[str, ...]]]:
     """(rule, flags) of every finding of the rules that read no file."""
     return {(rule.__name__, finding.flags) for rule in PURE_RULES for finding in rule(config, world_size)}

@@ -1,6 +1,8 @@
 """Every layout against the oracle, and with dropout against one process: the loss, every gradient, and five steps."""
 
+from dataclasses import replace
 from functools import cache
+from math import sqrt
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from megalite.training.batches import GlobalBatches
 from megalite.training.build import build_context, build_parts
 from megalite.training.verify import Rounding
 from tests import oracle
-from tests.layouts import GLOBAL_BATCH, LAYOUTS, Layout, configuration
+from tests.layouts import GLOBAL_BATCH, GPT2, LAYOUTS, LLAMA, Layout, configuration
 
 STEPS = 5
 DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
@@ -184,3 +186,24 @@ def test_layouts_equal_one_process_in_low_precision(pool, layout, precision, rec
     print(precision, layout.name, difference, bound)
     assert losses_of(results, layout)[0] == pytest.approx(loss, rel=bound)
     assert difference < bound
+
+
+LONG = {"gpt2": replace(GPT2, seq=256, positions=256), "llama": replace(LLAMA, seq=256, positions=256)}
+
+
+@pytest.mark.parametrize("shape", LONG.values(), ids=LONG)
+def test_bf16_gradients_of_many_tokens_equal_the_oracle(pool, shape):
+    """Each tensor against the fp64 oracle on its own scale, over 2048 tokens of which many are the same: sums that are
+    kept in bf16 would have stopped growing. The oracle starts from the same bf16 weights."""
+    params = {name: value.bfloat16().double() for name, value in expected(shape)[0].items()}
+    _, gradients = oracle.loss_and_gradients(params, shape, *batch_for_oracle(shape, 0))
+    layout = Layout("single", shape=shape, flags={"micro_batch_size": 8})
+    results = pool.run(train_on_rank, 1, layout, params, {"precision": "bf16"}, 1)
+    largest = max(gradient.norm().item() for gradient in gradients.values())
+    for name, _, values in results[0][2]:
+        # Where a gradient is mathematically zero (the key bias), all of it is rounding: relative to the largest.
+        error = (values.double() - gradients[name]).norm().item() / max(gradients[name].norm().item(), 0.05 * largest)
+        # As Rounding has it, but for the norm of a tensor's error, which grows with the root mean square of a rounding,
+        # u / sqrt(3); twice, for what the layers amplify.
+        roundings = 2 * (4 * shape.layers + 1) + 2 * 6 * shape.layers
+        assert error < 2 * sqrt(roundings / 3) * 2.0**-8, (name, error)

@@ -53,4 +53,4 @@ def context_of(layout: ParallelLayout, rank: int = 0) -> ParallelContext:
     place = layout.coordinates(rank)
     groups = {axis: Group(tuple(range(size)), getattr(place, axis)) for axis, size in vars(layout).items()}
     world = Group(tuple(range(layout.world_size)), rank)
-    return ParallelContext(layout, place, torch.device("cpu"), world, embedding=None, **groups)
+    return ParallelContext(layout, place, torch.device("cpu"), world, control=world, embedding=None, **groups)

@@ -7,10 +7,11 @@ Example: python tools/generate_text.py --load checkpoints --prompt "My fellow ci
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ class Options:
     """Seed of the draws."""
     ckpt_step: int | None = None
     """Iteration to load. Unset: the latest."""
-    tokenizer_type: str | None = None
+    tokenizer_type: Literal["SentencePieceTokenizer", "ByteTokenizer"] | None = None
     """Tokenizer, where the checkpoint's configuration names none."""
     tokenizer_model: str | None = None
     """Its model file. Unset: the one named in the checkpoint's configuration."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes a GPU when there is one."""
 
     def problems(self) -> list[str]:
         """Everything wrong with these values, each with what would work."""
@@ -47,7 +48,7 @@ class Options:
             (self.temperature < 0, f"--temperature {self.temperature}: use 0 (most likely token) or more"),
             (self.top_k < 0, f"--top-k {self.top_k}: use 0 (all) or more"),
             (not 0 < self.top_p <= 1, f"--top-p {self.top_p}: use a share above 0 and up to 1"),
-            (self.device not in ("auto", "cpu", "cuda"), f"--device {self.device}: use auto, cpu or cuda"),
+            (not self.prompt.isprintable() and "\udc80" <= max(self.prompt) <= "\udcff", "--prompt: not UTF-8 text"),
             (not Path(self.load).is_dir(), f"--load {self.load}: there is no such folder"),
         ]
         return [text for wrong, text in checks if wrong]
@@ -60,7 +61,7 @@ def sample(options: Options) -> None:
 
     from megalite.checkpoint.load import Checkpoint
     from megalite.config import from_flat
-    from megalite.data.tokenizers import build_tokenizer
+    from megalite.data.tokenizers import TokenizerError, build_tokenizer
     from megalite.models.generate import generate
     from megalite.models.gpt import GPT
     from megalite.parallel.context import ParallelContext, choose_device
@@ -73,7 +74,14 @@ def sample(options: Options) -> None:
         kind = options.tokenizer_type or config.data.tokenizer_type
         if kind is None:
             raise SystemExit("the checkpoint's configuration names no tokenizer: give --tokenizer-type (and its model)")
-        tokenizer = build_tokenizer(kind, options.tokenizer_model or config.data.tokenizer_model)
+        # The configured model file belongs to the configured kind of tokenizer.
+        configured = config.data.tokenizer_model if kind == config.data.tokenizer_type else None
+        tokenizer = build_tokenizer(kind, options.tokenizer_model or configured)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise TokenizerError(
+                f"the tokenizer has {tokenizer.vocab_size} entries, the model in {options.load} only "
+                f"{config.model.vocab_size}: give the one it was trained with, with --tokenizer-model"
+            )
         device, _ = choose_device(options.device, LaunchInfo(0, 1, 0, 1, "", "none"))
         context = ParallelContext.single(device)
         dtype = getattr(torch, config.optimizer.dtype)
@@ -105,7 +113,15 @@ def main() -> None:
     if problems := options.problems():
         print("\n".join(f"generate_text.py: {problem}" for problem in problems), file=sys.stderr)
         raise SystemExit(2)
-    sample(options)
+    from megalite.checkpoint.folder import CheckpointError
+    from megalite.data.tokenizers import TokenizerError
+    from megalite.parallel.context import DeviceError
+
+    try:
+        sample(options)
+    except (CheckpointError, TokenizerError, DeviceError, OSError) as error:
+        print(f"generate_text.py: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ writes data/corpus_text_document.bin, .idx and .json; `--data-path data/corpus_t
 """
 
 import sys
+from pathlib import Path
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
 from megalite.data.indexed import DatasetError
 from megalite.data.preprocess import PreprocessConfig, find_problems, preprocess, show_progress

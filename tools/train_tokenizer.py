@@ -14,6 +14,8 @@ from pathlib import Path
 
 import tyro
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
+
 from megalite.data.indexed import DatasetError
 from megalite.data.preprocess import BadLineError, parse_block, read_blocks
 from megalite.data.tokenizers import TokenizerError, train_sentencepiece

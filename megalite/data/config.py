@@ -23,4 +23,4 @@ class DataConfig:
     global_batch_size: int | None = None
     """Sequences in one optimizer step over all ranks. Unset: --micro-batch-size * data-parallel size."""
     eod_mask_loss: bool = False
-    """Leave the end-of-document tokens out of the loss (needs a tokenizer)."""
+    """Leave positions whose input is the end-of-document token out of the loss (needs a tokenizer)."""

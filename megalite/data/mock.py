@@ -51,4 +51,4 @@ class MockDataset:
 
     def fingerprint(self) -> str:
         """Tells this data from other mock data."""
-        return f"mock v={self.vocab_size} s={self.seq_length} seed={self.seed} split={self.split}"
+        return f"mock v={self.vocab_size} split={self.split}"

@@ -45,6 +45,11 @@ class GPT(nn.Module):
         seed: int = 1234,
     ):
         super().__init__()
+        if model.vocab_size is None or (model.hidden_size % model.num_attention_heads and model.kv_channels is None):
+            raise ValueError(
+                f"a GPT needs a vocab_size (it is {model.vocab_size}) and a hidden_size {model.hidden_size} that its "
+                f"{model.num_attention_heads} heads divide, or kv_channels"
+            )
         self.config, self.context, self.rng, self.dtype = model, context, rng, dtype
         self.sequence_parallel = sequence_parallel and context.tensor.size > 1
         self.recompute_config = recompute_config = recompute_config or RecomputeConfig()

@@ -11,6 +11,15 @@ ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP, EMBEDDING = range(4)
 """Sites within a layer (the embedding counts as layer 0): part of the format of kernels.dropout."""
 
 
+def _needed(samples: torch.Tensor | None) -> torch.Tensor:
+    if samples is None:
+        raise ValueError(
+            "dropout that no layout changes depends on the samples: give the model the rows' numbers, samples=[b], "
+            "or use RngTracker's streams, evaluation mode, or a dropout of 0"
+        )
+    return samples
+
+
 class HiddenDropout(nn.Module):
     """residual + dropout(x + bias) on hidden states [s, b, h], or on this rank's part [s/t, b, h] of the sequence."""
 
@@ -30,6 +39,7 @@ class HiddenDropout(nn.Module):
     ) -> torch.Tensor:
         """`samples` [b]: global numbers of the rows, for the layout-independent scheme. No dropout in evaluation."""
         if self.training and self.p > 0 and not isinstance(self.rng, RngTracker):
+            samples = _needed(samples)
             length = x.shape[0]
             rows = torch.arange(self.part * length, (self.part + 1) * length, device=x.device).unsqueeze(1)
             return bias_dropout_add(x, bias, residual, rows, samples, self.place, *self.rng.key, self.p)
@@ -51,6 +61,7 @@ class AttentionDropout(nn.Module):
         """`samples` [b]: global numbers of the rows of the microbatch."""
         if isinstance(self.rng, RngTracker):
             return dropout(weights, self.p, self.rng[TENSOR])
+        samples = _needed(samples)
         _, heads, queries, _ = weights.shape
         first = self.part * heads * queries
         rows = torch.arange(first, first + heads * queries, device=weights.device).view(heads, queries)

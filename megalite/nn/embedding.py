@@ -28,6 +28,28 @@ def vocabulary_parameter(model: ModelConfig, context: ParallelContext, dtype, ti
     return make_parameter((rows, model.hidden_size), spec, dtype, context.device)
 
 
+class _Lookup(torch.autograd.Function):
+    """Rows of a weight [v, h] by ids. Its gradient is summed in fp32 at least: torch's own sums bf16 in bf16 on the
+    CPU, where a frequent token's gradient stops growing."""
+
+    @staticmethod
+    def forward(ctx, ids, weight):
+        ctx.save_for_backward(ids)
+        ctx.weight = weight
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (ids,) = ctx.saved_tensors
+        main = getattr(ctx.weight, "main_grad", None)
+        dtype = torch.float32 if ctx.weight.dtype == torch.bfloat16 else ctx.weight.dtype
+        total = torch.ops.aten.embedding_dense_backward(grad.to(dtype), ids, ctx.weight.shape[0], -1, False)
+        if main is None:
+            return None, total.to(ctx.weight.dtype)
+        main.add_(total)
+        return None, None
+
+
 class VocabularyWeight(nn.Module):
     """A [v, h] weight split by rows: of the word embedding, of its tied copy, or of an output layer."""
 
@@ -66,11 +88,11 @@ class Embedding(nn.Module):
         tokens = tokens.t()
         length = tokens.shape[0]
         if self.group.size == 1:
-            x = nn.functional.embedding(tokens, weight)
+            x = _Lookup.apply(tokens, weight)
         else:
             local = tokens - weight.spec.box.offset[0]
             elsewhere = (local < 0) | (local >= weight.spec.box.shape[0])
-            x = nn.functional.embedding(local.masked_fill(elsewhere, 0), weight)
+            x = _Lookup.apply(local.masked_fill(elsewhere, 0), weight)
             x = x.masked_fill(elsewhere.unsqueeze(-1), 0.0)
             reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_tensor_region
             x = reduce(x, self.group)

@@ -32,4 +32,8 @@ class Norm(nn.Module):
         """[s, b, h] -> [s, b, h]."""
         if self.bias is None:
             return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        if x.dtype == torch.bfloat16 and not x.is_cuda:
+            # torch's CPU kernel sums the gradients of weight and bias over the tokens in bf16, and loses most of them.
+            weight, bias = self.weight.float(), self.bias.float()
+            return nn.functional.layer_norm(x.float(), weight.shape, weight, bias, self.epsilon).to(x.dtype)
         return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)

@@ -10,6 +10,9 @@ from megalite.parallel.collectives import Group
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import AXES, Coordinates, ParallelLayout
 
+PATIENCE_HOURS = 2
+"""Ranks that wait for the slowest disk wait longer than a collective may take: a checkpoint must not time out."""
+
 
 class DeviceError(ValueError):
     """A device or backend that this machine does not have: says what it has."""
@@ -43,6 +46,8 @@ class ParallelContext:
     tensor: Group
     data: Group
     pipeline: Group
+    control: Group
+    """All ranks, for small objects and for waiting on each other's files: gloo, and patient."""
     embedding: Group | None
     """First and last stage of this pipeline, on those two only; None elsewhere and with one stage."""
 
@@ -70,7 +75,9 @@ class ParallelContext:
     def single(cls, device: str | torch.device = "cpu") -> "ParallelContext":
         """A context of one rank, without any process group."""
         alone = Group((0,), 0)
-        return cls(ParallelLayout(), Coordinates(0, 0, 0), torch.device(device), alone, alone, alone, alone, None)
+        return cls(
+            ParallelLayout(), Coordinates(0, 0, 0), torch.device(device), alone, alone, alone, alone, alone, None
+        )
 
     @classmethod
     def create(
@@ -94,14 +101,22 @@ class ParallelContext:
             torch.cuda.set_device(device)
         timeout = timedelta(minutes=timeout_minutes)
         dist.init_process_group(
-            backend, init_method=launch.init_method, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+            backend,
+            init_method=launch.init_method,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+            # NCCL then connects every group now: the first use of a pipeline's group, where only some ranks have
+            # something to send, would be too late.
+            device_id=device if device.type == "cuda" else None,
         )
 
-        def mine(groups, name):
+        def mine(groups, name, timeout=timeout, backend=None):
             """new_group is collective: every rank makes every group, in the same order, and keeps its own."""
             found = None
             for ranks in groups:
-                handle = dist.new_group(ranks, timeout=timeout, group_desc=name) if len(ranks) > 1 else None
+                alone = len(ranks) == 1
+                handle = None if alone else dist.new_group(ranks, timeout, backend=backend, group_desc=name)
                 if launch.rank in ranks:
                     found = Group(ranks, ranks.index(launch.rank), handle)
             return found
@@ -109,8 +124,10 @@ class ParallelContext:
         everyone = tuple(range(layout.world_size))
         axes = {axis: mine(layout.groups(axis), axis) for axis in AXES}
         embedding = mine(layout.embedding_groups(), "embedding")
+        control = mine([everyone], "control", timedelta(hours=PATIENCE_HOURS), "gloo")
         world = Group(everyone, launch.rank, dist.group.WORLD)
-        return cls(layout, layout.coordinates(launch.rank), device, world, embedding=embedding, **axes)
+        here = layout.coordinates(launch.rank)
+        return cls(layout, here, device, world, control=control, embedding=embedding, **axes)
 
     def destroy(self) -> None:
         """Leave all groups. The context is of no use afterwards."""

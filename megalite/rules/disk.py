@@ -49,11 +49,14 @@ class DatasetPeek:
         return peek
 
     def split_tokens(self, split: str) -> dict[str, int]:
-        """Tokens of each split, of a dataset whose sequences lie one after another (as preprocessing writes them).
-        Raises DatasetError for a split that cannot be read."""
+        """Tokens of each split, of a dataset whose sequences lie one after another (as preprocessing writes them); {}
+        where they do not, and only reading all of the index would tell. Raises DatasetError for an unreadable split."""
         from megalite.data.gpt import split_documents
 
         with open(self.prefix + ".idx", "rb") as file:
+            starts = [self._document_start(file, document) for document in (0, self.documents)]
+            if starts != [0, self.bin_size]:
+                return {}
             return {
                 name: (self._document_start(file, last) - self._document_start(file, first)) // self.itemsize
                 for name, (first, last) in split_documents(split, self.documents).items()

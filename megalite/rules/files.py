@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megalite.checkpoint.folder import CheckpointError, latest_iteration
-from megalite.config import RunConfig
+from megalite.checkpoint.folder import CheckpointError, checkpoint_folder, latest_iteration
+from megalite.config import RunConfig, from_flat
 from megalite.data.config import DataConfig
 from megalite.rules.disk import DatasetPeek, neighbours, same_place, stored_iterations
 from megalite.rules.finding import Finding, Rule
@@ -45,6 +45,8 @@ def data_fills_splits(config: RunConfig, world_size: int) -> Iterator[Finding]:
         tokens = peek.split_tokens(d.split)
     except (DatasetError, OSError):
         return
+    if not tokens:
+        return  # only reading the whole index would tell; building the dataset does
     for split in ("train", "valid") if evaluates else ("train",):
         if tokens[split] >= needed:
             continue
@@ -181,13 +183,58 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
         )
 
 
+SAME_MODEL = (
+    "num_layers", "hidden_size", "num_attention_heads", "query_groups", "head_size", "ffn", "swiglu", "vocab_size",
+    "position_embedding_type", "rotary_base", "normalization", "norm_epsilon", "disable_bias_linear",
+    "untie_embeddings_and_output_weights",
+)  # fmt: skip
+"""What makes a model the same model: fields and properties of ModelConfig, the latter named by their fields below."""
+FIELD_OF = {"query_groups": "num_query_groups", "head_size": "kv_channels", "ffn": "ffn_hidden_size"}
+
+
+def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """The checkpoint holds this model, not one with other layers, widths, norms or positions."""
+    c = config.checkpoint
+    if c.load is None:
+        return
+    try:
+        iteration = c.ckpt_step if c.ckpt_step is not None else latest_iteration(c.load)
+        folder = checkpoint_folder(c.load, iteration) if iteration is not None else None
+        stored = read_config(folder).model if folder is not None else None
+    except (CheckpointError, OSError, ValueError):
+        return  # loading says what is wrong with it
+    if stored is None:
+        return
+    names = list(SAME_MODEL)
+    if stored.position_embedding_type == "learned_absolute":
+        names.append("positions")
+    for name in names:
+        there, here = getattr(stored, name), getattr(config.model, name)
+        if there != here and not (name == "vocab_size" and here is None):
+            key = FIELD_OF.get(name, "max_position_embeddings" if name == "positions" else name)
+            yield Finding(
+                f"the model in {folder} has {key} {there}, this run has {here}", (key, "load"), ({key: there},)
+            )
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration that a checkpoint was made with. Raises OSError or ValueError when it cannot be read."""
+    import yaml
+
+    try:
+        return from_flat(yaml.safe_load((folder / "config.yaml").read_text()))
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
 def checkpoints_stay_apart(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """A run does not start anew in a folder that holds another run's checkpoints."""
     c = config.checkpoint
     if c.save is None or config.training.dry_run or not (stored := stored_iterations(c.save)):
         return
     if c.finetune or not same_place(c.save, c.load):
-        resume = [] if c.finetune else [{"load": c.save}]
+        # A fine-tuning that was stopped goes on as any run: from its own folder, without --finetune.
+        resume = [{"load": c.save, "finetune": False}] if c.finetune else [{"load": c.save}]
         yield Finding(
             f"--save {c.save} holds checkpoints of another run, the last of iteration {stored[-1]}, "
             "which this run does not go on from",
@@ -218,6 +265,7 @@ FILE_RULES: tuple[Rule, ...] = (
     tokenizer_made_data,
     ids_fit_file,
     checkpoint_is_there,
+    checkpoint_fits_model,
     checkpoints_stay_apart,
     results_can_be_written,
 )

@@ -138,12 +138,28 @@ def _ranks(count: int) -> str:
 
 
 def backend_fits_device(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """NCCL talks between GPUs only."""
+    """NCCL talks between GPUs only, gloo between CPUs."""
     if config.parallel.device == "cpu" and config.parallel.distributed_backend == "nccl":
         yield Finding(
             "--distributed-backend nccl works on GPUs only, but --device is cpu",
             ("device", "distributed_backend"),
             ({"distributed_backend": "gloo"}, {"device": "cuda"}),
+        )
+    if config.parallel.device == "cuda" and config.parallel.distributed_backend == "gloo":
+        yield Finding(
+            "--distributed-backend gloo cannot send tensors of GPUs between stages, but --device is cuda",
+            ("device", "distributed_backend"),
+            ({"distributed_backend": "nccl"}, {"device": "cpu"}),
+        )
+
+
+def replicas_exist(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """--check-replicas compares ranks."""
+    if config.training.check_replicas is not None and world_size == 1:
+        yield Finding(
+            f"--check-replicas {config.training.check_replicas} has no effect with one rank",
+            ("check_replicas",),
+            ({"check_replicas": None}, {"world_size": 2}),
         )
 
 
@@ -163,4 +179,5 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     stages_hold_layers,
     ranks_fill_layout,
     backend_fits_device,
+    replicas_exist,
 )

@@ -21,6 +21,8 @@ def out_of_range(config: RunConfig) -> list[Problem]:
     problems = []
     for key, value in to_flat(config).items():
         option = options()[key]
+        if value == "":
+            problems.append(Problem(f"{option.flag} is empty", f"leave out {option.flag}, or give a value", (key,)))
         if option.kind not in (int, float) or value is None:
             continue
         if option.kind is int:
@@ -53,6 +55,18 @@ class _Effect:
 
 
 EFFECTS = (
+    _Effect(
+        ("pipeline_schedule",),
+        lambda c: c.parallel.pipeline_model_parallel_size > 1,
+        "with one pipeline stage",
+        {"pipeline_model_parallel_size": 2},
+    ),
+    _Effect(
+        ("no_load_optim", "no_load_rng"),
+        lambda c: not c.checkpoint.finetune,
+        "with --finetune, which loads neither",
+        "",
+    ),
     _Effect(
         ("rotary_base",),
         lambda c: c.model.position_embedding_type == "rope",

@@ -33,9 +33,11 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         raise DeviceError(f"--distributed-backend nccl works between GPUs: {why}; use --distributed-backend gloo")
+    if backend == "gloo" and device.type == "cuda" and launch.world_size > 1:
+        raise DeviceError("--distributed-backend gloo cannot send tensors of GPUs between stages; use nccl")
     if device.type == "cpu" and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Otherwise every rank would start as many threads as the node has cores.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
     context = ParallelContext.create(layout, launch, device, backend, parallel.distributed_timeout_minutes)
     via = f"{backend}, launched by {launch.source}" if launch.world_size > 1 else "one process, no launcher"
     return context, f"{launch.world_size} rank(s) on {device.type} ({why}); {via}; layout {layout}"
@@ -55,7 +57,9 @@ def build_gpt(config: RunConfig, context: ParallelContext, rng: Rng) -> GPT:
     """This rank's stage of the GPT, with its initial weights."""
     model = config.model
     last_cost = output_cost(model.vocab_size, model.hidden_size, model.ffn, model.swiglu)
-    layers = partition(model.num_layers, context.pipeline.size, last_cost=last_cost)[context.pipeline.rank]
+    # The embedding is a look-up and weighs nothing beside a layer.
+    stages = partition(model.num_layers, context.pipeline.size, first_cost=0.0, last_cost=last_cost)
+    layers = stages[context.pipeline.rank]
     return GPT(
         model, context, rng, layers, getattr(torch, config.optimizer.dtype), config.parallel.sequence_parallel,
         config.recompute, config.training.seed,

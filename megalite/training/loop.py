@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from megalite.config import RunConfig
+from megalite.data.indexed import DatasetError
 from megalite.models.flops import flops_per_sequence
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import ParallelContext
@@ -43,12 +44,15 @@ class Trainer:
                 reason = self._step(iteration, signals, start)
                 if self._divides(training.check_replicas, iteration):
                     check_replicas(self.parts.model.parameters_by_name, self.context, iteration)
-                # An evaluation that belongs to this iteration is not left out because the run stops after it.
-                if self._divides(training.eval_interval, iteration) or iteration == training.train_iters:
-                    self._evaluate(iteration)
-                if options.save and self._divides(options.save_interval, iteration):
+                    if self.context.rank == 0:
+                        print(f"iteration {iteration} | replicas are equal to the bit", flush=True)
+                done = bool(reason) or iteration == training.train_iters
+                if options.save and (done or self._divides(options.save_interval, iteration)):
                     self._save()
                     saved = iteration
+                # Saved before it is evaluated, and an evaluation is given up at a signal: who sends one may not wait.
+                if self._divides(training.eval_interval, iteration) or iteration == training.train_iters:
+                    reason = self._evaluate(iteration, signals) or reason
             if options.save and saved != self.progress.iteration:
                 self._save()
         finally:
@@ -69,19 +73,23 @@ class Trainer:
         minutes = self.config.training.exit_duration_in_mins
         late = minutes is not None and time.monotonic() - start >= 60 * minutes
         # One small all-reduce: the loss, and whether any rank wants to stop.
-        loss, signalled, late = self._sum_over_ranks(self._once(loss), signals.received is not None, late)
+        loss, signalled, late = self._sum_over_ranks(self._counted_once(loss), signals.received is not None, late)
         self.progress.iteration = iteration
         self.progress.consumed_samples += batch_size
         self._report(iteration, loss, norm, rate, time.perf_counter() - began)
         if signalled:
-            return f"{signals.received.name if signals.received else 'a signal to another rank'}"
+            return self._signal_name(signals)
         if late:
             return f"--exit-duration-in-mins {minutes:g} are over"
         if self._divides(self.config.training.exit_interval, iteration):
             return f"--exit-interval {self.config.training.exit_interval}"
         return ""
 
-    def _once(self, value: float) -> float:
+    @staticmethod
+    def _signal_name(signals: StopSignals) -> str:
+        return signals.received.name if signals.received else "a signal to another rank"
+
+    def _counted_once(self, value: float) -> float:
         """A quantity of the last stage, so that its sum over all ranks counts each data replica once: its tensor ranks
         all hold the same."""
         return float(value) if self.context.is_last_stage and self.context.tensor.rank == 0 else 0.0
@@ -110,21 +118,33 @@ class Trainer:
             flops = flops_per_sequence(self.config.model) * self.config.data.global_batch_size
             print(training_line(line, training.train_iters, flops, self.step_seconds), flush=True)
 
-    def _evaluate(self, iteration: int) -> None:
-        """Mean loss over the tokens of --eval-iters batches: always the same ones, so that losses can be compared."""
+    def _evaluate(self, iteration: int, signals: StopSignals) -> str:
+        """Mean loss over the tokens of --eval-iters batches: always the same ones, so that losses can be compared.
+
+        Given up when any rank has caught a signal; returns that reason to stop, or an empty string.
+        """
         if self.validation_data is None:
-            return
+            return ""
         model, total, tokens = self.parts.model, 0.0, 0.0
         model.eval()
+        reason = ""
         for i in range(self.config.training.eval_iters):
+            if self._sum_over_ranks(signals.received is not None)[0]:
+                reason = self._signal_name(signals)
+                break
             batches = self.validation_data.read(i * self.config.data.global_batch_size)
             total += float(self.parts.engine.evaluate(batches, 1.0))
             tokens += unmasked(batches) if self.context.is_last_stage else 0.0
         model.train()
-        total, tokens = self._sum_over_ranks(self._once(total), self._once(tokens))
+        if reason:
+            return reason
+        total, tokens = self._sum_over_ranks(self._counted_once(total), self._counted_once(tokens))
+        if tokens == 0:
+            raise DatasetError(f"all tokens of the {self.config.training.eval_iters} validation batches are masked")
         self.metrics.write(iteration=iteration, validation_loss=total / tokens)
         if self.context.rank == 0:
             print(f"iteration {iteration} | validation loss {total / tokens:.4f}", flush=True)
+        return ""
 
     def _save(self) -> None:
         began = time.perf_counter()

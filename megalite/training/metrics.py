@@ -15,7 +15,17 @@ class MetricsFile:
         self._file = None
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab", buffering=0)
+            self._file = open(path, "ab+", buffering=0)
+            self._drop_torn_line()
+
+    def _drop_torn_line(self) -> None:
+        """Cut off a last line without an end, left by a full disk or a power failure: it would spoil the next one."""
+        size = self._file.seek(0, 2)
+        start = max(0, size - (1 << 16))
+        self._file.seek(start)
+        tail = self._file.read(size - start)
+        if tail and not tail.endswith(b"\n"):
+            self._file.truncate(start + tail.rfind(b"\n") + 1)
 
     def write(self, **values) -> None:
         """Append one object. Values are numbers; a line is complete before the next step starts."""

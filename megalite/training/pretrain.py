@@ -5,6 +5,7 @@ import resource
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -86,11 +87,27 @@ def _train(config: RunConfig, context: ParallelContext, parts: Parts, progress: 
     metrics = MetricsFile(config.training.metrics_file if context.rank == 0 else None)
     try:
         trainer = Trainer(config, context, parts, progress, batches["train"], batches.get("valid"), metrics)
+        if progress.iteration >= config.training.train_iters:
+            say(f"nothing to do: the checkpoint is at iteration {progress.iteration} of {config.training.train_iters}")
+            return
+        _try_to_write(config, context)
         say(f"training from iteration {progress.iteration} to {config.training.train_iters}")
         reason = trainer.run()
         say(f"stopped at iteration {progress.iteration}: {reason}")
+        if config.checkpoint.save is None:
+            say("no checkpoint was written: --save is not set")
     finally:
         metrics.close()
+
+
+def _try_to_write(config: RunConfig, context: ParallelContext) -> None:
+    """Write and remove a file in --save, before hours of work end in a folder that takes none. Raises OSError."""
+    if config.checkpoint.save is not None and context.rank == 0:
+        folder = Path(config.checkpoint.save)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".can-be-written"
+        probe.write_text("yes")
+        probe.unlink()
 
 
 def _datasets(config: RunConfig) -> dict:
@@ -110,7 +127,8 @@ def _starting_point(config: RunConfig, parts: Parts, context: ParallelContext) -
     if options.load is None:
         return Progress()
     # A job script names the same folder for --save and --load: its first run finds nothing there yet.
-    if options.load == options.save and options.ckpt_step is None and latest_iteration(options.load) is None:
+    same = options.save is not None and Path(options.load).resolve() == Path(options.save).resolve()
+    if same and options.ckpt_step is None and latest_iteration(options.load) is None:
         return Progress(notes=[f"no checkpoint in {options.load} yet: starting from scratch"])
     return load_state(parts, config, context)
 
@@ -119,7 +137,7 @@ def _model_line(parts: Parts, context: ParallelContext) -> str:
     """Parameters of the whole model and of each stage; collective over the world."""
     held = sum(p.spec.box.numel for p in parts.model.parameters() if p.spec.tensor_sharded or context.tensor.rank == 0)
     copies = sum(p.spec.box.numel for p in parts.model.parameters() if p.spec.tied_copy)
-    ranks = gather_objects((context.coordinates, held, copies), context.world)
+    ranks = gather_objects((context.coordinates, held, copies), context.control)
     stages = [0] * context.pipeline.size
     for at, count, _ in ranks:
         stages[at.pipeline] += count if at.data == 0 else 0
@@ -132,6 +150,8 @@ def _dry_run(parts: Parts, context: ParallelContext, batches: GlobalBatches, say
     """One global batch forward and backward; prints loss, time, memory and shapes of every stage. Changes nothing."""
     began = time.perf_counter()
     loss = float(parts.engine.train_step(*batches.at(0)))
+    for _ in parts.optimizer.state():
+        pass  # the first real step would allocate these: they belong to the peak
     seconds = time.perf_counter() - began
     if context.device.type == "cuda":
         peak, kind = torch.cuda.max_memory_allocated(context.device), "GPU memory"
@@ -145,7 +165,7 @@ def _dry_run(parts: Parts, context: ParallelContext, batches: GlobalBatches, say
         "loss": loss,
         "parameters": {name: list(p.shape) for name, p in parts.model.named_parameters()},
     }
-    ranks = gather_objects(mine, context.world)
+    ranks = gather_objects(mine, context.control)
     say(f"dry run: {batches.microbatches} microbatches in {seconds:.2f} s")
     for rank, told in enumerate(ranks):
         at = context.layout.coordinates(rank)

@@ -13,11 +13,14 @@ class StopSignals:
 
     def __init__(self, enabled: bool = True):
         self.received: signal.Signals | None = None
+        """The last one caught."""
+        self._interrupted = False
         self._before = {number: signal.signal(number, self._remember) for number in self.CAUGHT} if enabled else {}
 
     def _remember(self, number: int, frame) -> None:
-        if self.received == signal.SIGINT and number == signal.SIGINT:
+        if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
         self.received = signal.Signals(number)
 
     def uninstall(self) -> None:

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import yaml
 
 from megalite import __version__
 from megalite.checkpoint.folder import CheckpointError
 from megalite.checkpoint.format import Piece
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
-from megalite.config import RunConfig, to_yaml
+from megalite.config import RunConfig, from_flat, to_flat, to_yaml
 from megalite.parallel.context import ParallelContext
 from megalite.training.build import Parts
 
@@ -66,13 +67,14 @@ def save_state(parts: Parts, progress: Progress, config: RunConfig, context: Par
         "seed": config.training.seed,
         "rng_scheme": config.training.rng_scheme,
         "layout": _layout(context),
+        "device": context.device.type,
         "megalite": __version__,
         "torch": torch.__version__,
     }
     streams = {RNG + name: value for name, value in parts.rng.states().items()}
     checkpoint = config.checkpoint
     write(
-        checkpoint.save, progress.iteration, _owned(parts, context), streams, state, to_yaml(config), context.world,
+        checkpoint.save, progress.iteration, _owned(parts, context), streams, state, to_yaml(config), context.control,
         checkpoint.keep_last,
     )  # fmt: skip
 
@@ -107,6 +109,14 @@ def _load_optimizer(checkpoint: Checkpoint, parts: Parts, config: RunConfig) -> 
     parts.optimizer.set_steps(checkpoint.state["optimizer_steps"])
 
 
+def _load_master(checkpoint: Checkpoint, parts: Parts) -> None:
+    """The master weights of a bf16 model from the best that is stored, which may be finer than bf16."""
+    if parts.optimizer.keeps_master:
+        parameters = parts.optimizer.parameters
+        masters = parts.optimizer.master.items()
+        _read(checkpoint, [_piece(parameters[name], _best_source(checkpoint, name), m) for name, m in masters])
+
+
 def _read(checkpoint: Checkpoint, pieces: list[Piece]) -> None:
     checkpoint.check(pieces)
     for piece in pieces:
@@ -123,7 +133,7 @@ def load_state(parts: Parts, config: RunConfig, context: ParallelContext) -> Pro
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
         load_weights(checkpoint, parts.model)
         if options.finetune or options.no_load_optim:
-            parts.optimizer.refresh_master()
+            _load_master(checkpoint, parts)
         else:
             _load_optimizer(checkpoint, parts, config)
         if options.finetune:
@@ -131,13 +141,40 @@ def load_state(parts: Parts, config: RunConfig, context: ParallelContext) -> Pro
         state = checkpoint.state
         progress = Progress(state["iteration"], state["consumed_samples"], state["data_fingerprint"])
         progress.notes.append(f"resumed from {checkpoint.folder} at iteration {progress.iteration}")
-        if state["seed"] != config.training.seed:
-            progress.notes.append(
-                f"the checkpoint was made with --seed {state['seed']}, this run has {config.training.seed}: the order "
-                "of the data is another one, and samples may come again"
+        batch = config.data.global_batch_size
+        if config.training.train_samples and progress.consumed_samples != progress.iteration * batch:
+            done = progress.iteration + (config.training.train_samples - progress.consumed_samples) // batch
+            raise CheckpointError(
+                f"{checkpoint.folder} has used {progress.consumed_samples} samples in {progress.iteration} iterations, "
+                f"not --global-batch-size {batch} in each, so --train-samples {config.training.train_samples} is no "
+                f"whole number of iterations: use --train-iters {done} in its place"
             )
+        progress.notes += _changes(checkpoint, config)
         _restore_streams(checkpoint, parts, config, context, progress)
     return progress
+
+
+MAY_DIFFER = {
+    "save", "save_interval", "keep_last", "load", "ckpt_step", "no_load_optim", "no_load_rng", "metrics_file",
+    "dry_run", "log_interval", "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "world_size", "device",
+    "distributed_backend", "distributed_timeout_minutes", "check_replicas",
+}  # fmt: skip
+"""Fields that change nothing of what is computed."""
+ORDER_OF_DATA = {"seed", "seq_length", "split", "data_path"}
+"""Fields that say which tokens sample number n has."""
+
+
+def _changes(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
+    """A note for what the checkpoint was made with and this run is not, since the numbers will go on differently."""
+    before, now = to_flat(from_flat(yaml.safe_load(checkpoint.config_yaml))), to_flat(config)
+    changed = {key for key in now if key not in MAY_DIFFER and before[key] != now[key]}
+    notes = []
+    if changed:
+        words = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in now if key in changed)
+        notes.append(f"changed since the checkpoint was made: {words}")
+    if changed & ORDER_OF_DATA:
+        notes.append("the order of the data is another one: samples may come again, or never")
+    return notes
 
 
 def _restore_streams(checkpoint, parts: Parts, config: RunConfig, context: ParallelContext, progress: Progress) -> None:
@@ -152,8 +189,8 @@ def _restore_streams(checkpoint, parts: Parts, config: RunConfig, context: Paral
         return
     if scheme == "global" or config.checkpoint.no_load_rng:
         return
-    if checkpoint.state["layout"] != _layout(context):
-        progress.notes.append("the layout is another one: dropout's random streams start from the seed")
+    if (checkpoint.state["layout"], checkpoint.state["device"]) != (_layout(context), context.device.type):
+        progress.notes.append("layout or device are other ones: dropout's random streams start from the seed")
         return
     private = checkpoint.private(context.rank, context.world_size)
     parts.rng.restore({name.removeprefix(RNG): value for name, value in private.items() if name.startswith(RNG)})
