@@ -33,6 +33,7 @@ CASES = {
     "stages": (dict(num_layers=4, pipeline_model_parallel_size=5), 5, "--pp 5 --num-layers 4"),
     "ranks": (dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 6, "6 ranks --tp 2 --pp 2"),
     "one rank": (dict(tensor_model_parallel_size=4), 1, "1 rank cannot"),
+    "replicas": (dict(check_replicas=5), 1, "--check-replicas 5 one rank"),
     "backend": (dict(device="cpu", distributed_backend="nccl"), 1, "nccl cpu"),
     "batch": (dict(global_batch_size=18, micro_batch_size=4), 3, "18 4 3 12"),
     "recompute forms": (dict(recompute_granularity="full", recompute_activations=True), 1, "selective full"),
