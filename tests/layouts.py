@@ -69,6 +69,21 @@ LAYOUTS = [
 GLOBAL_BATCH = 8
 
 
+def product() -> list[Layout]:
+    """Every combination of sizes up to 8 ranks with sequence parallelism, recomputation, schedule and shape."""
+    sizes = [(tp, pp, dp) for tp in (1, 2, 4) for pp in (1, 2, 4) for dp in (1, 2) if tp * pp * dp <= 8]
+    recomputes = [{}, {"recompute_granularity": "selective"}, FULL]
+    return [
+        Layout(f"{name} dp{dp} tp{tp} pp{pp} {flags}", tp, pp, dp, shape, flags)
+        for tp, pp, dp in sizes
+        for name, shape in (("gpt2", GPT2), ("llama", LLAMA))
+        for recompute in recomputes
+        for split in ({}, sp()) if tp > 1 or not split
+        for schedule in ({}, {"pipeline_schedule": "gpipe"}) if pp > 1 or not schedule
+        for flags in [recompute | split | schedule]
+    ]  # fmt: skip
+
+
 def configuration(layout: Layout, **flags) -> RunConfig:
     """The run configuration of a layout: its shape and flags, no dropout, then `flags`."""
     s = layout.shape

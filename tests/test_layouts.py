@@ -12,7 +12,7 @@ from megalite.training.batches import GlobalBatches
 from megalite.training.build import build_context, build_parts
 from megalite.training.verify import Rounding
 from tests import oracle
-from tests.layouts import GLOBAL_BATCH, GPT2, LAYOUTS, LLAMA, Layout, configuration
+from tests.layouts import GLOBAL_BATCH, GPT2, LAYOUTS, LLAMA, Layout, configuration, product
 
 STEPS = 5
 DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
@@ -140,7 +140,11 @@ def test_layouts_equal_the_oracle(pool, layout, record_property):
     assert largest_difference([box for r in results for box in r[3]], trained.params, shapes) < WEIGHTS_WITHIN
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "layout",
+    [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in product())],
+    ids=lambda layout: layout.name,
+)
 def test_layouts_equal_one_process_with_dropout(pool, layout, record_property):
     """As above, with dropout at every place: what is dropped must not depend on how the model and the samples lie.
     The one process takes a sample at a time, the layouts two unless they say otherwise."""
