@@ -12,7 +12,7 @@ from tests.tiny import build
 
 RUN = """
     --mock-data --vocab-size 131 --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --tp 2 --pp 2
-    --sp --global-batch-size 4 --train-iters 4 --eval-interval 0 --device cpu --check-replicas 2
+    --sp --global-batch-size 4 --train-iters 4 --eval-interval 0 --device cpu --check-replicas 3
 """.split()
 
 
@@ -24,13 +24,14 @@ def flip_bit(parameter: torch.Tensor) -> None:
 
 def checked(launch, layout: Layout, rank: int, name: str) -> str:
     """What the check says after two steps, with a bit flipped in one rank's parameter ("": nothing is flipped)."""
-    tiny = build(layout, launch, precision="fp32")
+    tiny = build(layout, launch, precision="bf16")
     tiny.train(2)
-    parameters = tiny.parts.model.parameters_by_name
+    tensors = dict(tiny.parts.model.parameters_by_name)
+    tensors |= {f"optimizer.{kind}.{name}": tensor for kind, name, tensor in tiny.parts.optimizer.state()}
     if launch.rank == rank and name:
-        flip_bit(parameters[name])
+        flip_bit(tensors[name])
     try:
-        check_replicas(parameters, tiny.context, 7)
+        check_replicas(tiny.parts, tiny.context, 7)
     except ReplicasDiffer as error:
         return str(error)
     return ""
@@ -46,14 +47,16 @@ LAYOUT = Layout("2x2x2", dp=2, tp=2, pp=2, flags=sp())
         (6, "layers.3.mlp.down.bias", "rank 6 differ(s) from the other 3 of ranks [4, 5, 6, 7]"),
         (7, "embedding.word_embeddings.weight", "rank 7 differ(s) from the other 3 of ranks [1, 3, 5, 7]"),
         (2, "layers.1.attention.qkv.weight", "ranks [0, 2] do not agree"),
+        (5, "optimizer.master.final_norm.weight", "rank 5 differ(s) from the other 3 of ranks [4, 5, 6, 7]"),
+        (3, "optimizer.exp_avg_sq.layers.0.mlp.up.bias", "ranks [1, 3] do not agree"),
     ],
-    ids=["tp and dp replicas", "a bias", "tied embedding", "dp replicas only"],
+    ids=["tp and dp replicas", "a bias", "tied embedding", "dp replicas only", "a master weight", "a moment"],
 )
 def test_a_flipped_bit_is_found(pool, rank, name, holders):
     messages = pool.run(checked, 8, LAYOUT, rank, name)
-    assert len(set(messages)) == 1, "every rank stops with the same words"
+    assert set(messages[1:]) == {"after iteration 7, replicas are not equal: see rank 0's message"}
     assert f"{name} at" in messages[0] and holders in messages[0]
-    assert "after iteration 7, replicas of 1 parameter part" in messages[0]
+    assert "after iteration 7, replicas of 1 tensor part" in messages[0]
 
 
 def test_sound_replicas_pass(pool):
@@ -75,7 +78,7 @@ def run_with_fault(launch, folder: str) -> str:
             hook = model.register_forward_pre_hook(flip_once)
         return model
 
-    config = cli.read([*RUN, "--save", folder, "--save-interval", "2"])
+    config = cli.read([*RUN, "--save", folder, "--save-interval", "2"])  # the check is due at 3
     assert validate.check(config, launch.world_size) == []
     with pytest.raises(ReplicasDiffer) as caught:
         pretrain(validate.resolve(config, launch.world_size), launch, faulty)

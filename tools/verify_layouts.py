@@ -49,28 +49,33 @@ def main() -> int:
 def verify(planned: Plan, launch: LaunchInfo, folder: Path) -> int:
     """Run both layouts and print the report; the exit status. Under a launcher all ranks but the first only record."""
     from megalite.training.pretrain import explain
-    from megalite.training.record import RanksFailed, record, record_on_ranks
+    from megalite.training.record import RanksFailed, discard_record, record, record_on_ranks
     from megalite.training.verify import Rounding, compare, report
 
     chosen, reference = (folder / name for name in ("chosen", "reference"))
-    for place in (chosen, reference):
-        place.mkdir(parents=True, exist_ok=True)
+    model, data = planned.chosen.model, planned.chosen.data
+    rounding = Rounding(model, planned.chosen.optimizer.precision, data.global_batch_size * model.seq_length)
     try:
+        for place in (chosen, reference):
+            place.mkdir(parents=True, exist_ok=True)
+            discard_record(place, launch.rank)
         planned = on_one_kind_of_device(planned, launch)
         if launch.source != "none":
             record(launch, planned.chosen, chosen)
             if launch.rank != 0:
                 return 0
         else:
+            for rank in range(planned.ranks):
+                discard_record(chosen, rank)
             record_on_ranks(planned.chosen, planned.ranks, chosen)
+        for rank in range(planned.reference_ranks):
+            discard_record(reference, rank)
         record_on_ranks(planned.reference, planned.reference_ranks, reference)
+        found = compare(reference, planned.reference_ranks, chosen, planned.ranks, rounding)
     except Exception as error:  # never status 1, which says that numbers differ
         explanation = str(error) if isinstance(error, RanksFailed) else explain(error) or traceback.format_exc()
         print(f"verify_layouts.py: {explanation}", file=sys.stderr)
         return 2
-    model, data = planned.chosen.model, planned.chosen.data
-    rounding = Rounding(model, planned.chosen.optimizer.precision, data.global_batch_size * model.seq_length)
-    found = compare(reference, planned.reference_ranks, chosen, planned.ranks, rounding)
     print(heading(planned), report(found), found.verdict, sep="\n\n")
     return 0 if found.first is None else 1
 
@@ -102,7 +107,8 @@ def heading(planned: Plan) -> str:
             f"reference: {layout(planned.reference, planned.reference_ranks)}",
             f"model:     {m.num_layers} layers, hidden {m.hidden_size}, {m.num_attention_heads} heads in "
             f"{m.query_groups} groups, MLP {m.ffn}, vocabulary {m.vocab_size}, {c.optimizer.precision}, {dropout}",
-            f"data:      {c.data.data_path or 'made up'}, {c.data.global_batch_size} samples of {m.seq_length} tokens, "
+            f"data:      {c.data.data_path or 'made up (real data with --data-path)'}, "
+            f"{c.data.global_batch_size} samples of {m.seq_length} tokens, "
             f"{c.data.micro_batch_size} a microbatch",
         )
     )

@@ -17,7 +17,9 @@ import torch
 from megalite.kernels.philox import KEY_STEPS, MASK, MULTIPLIERS, ROUNDS
 
 _BLOCK = 1 << 14
-"""Counters made at a time: their int64 words stay in a core's cache."""
+"""Counters made at a time on the CPU: their int64 words stay in a core's cache."""
+_LARGE_BLOCK = 1 << 22
+"""On other devices, where starting an operation costs more than memory traffic."""
 
 
 def place(layer: int, site: int) -> int:
@@ -50,7 +52,7 @@ def keep_mask(
     x2, x3 = samples & MASK, (samples >> 32) + (place << 16 & MASK)
     threshold = round(p * 2**32)
     keep = torch.empty((rows.shape[0], counters // 64, 4, 64), dtype=torch.bool, device=rows.device)
-    step = max(1, _BLOCK // counters)
+    step = max(1, (_BLOCK if rows.device.type == "cpu" else _LARGE_BLOCK) // max(counters, 1))
     for i in range(0, rows.shape[0], step):
         part = slice(i, i + step)
         for w, word in enumerate(_philox(x0, rows[part], x2[part], x3[part], key)):

@@ -32,6 +32,8 @@ class Trainer:
     """Rank 0's writes; the others' have no path."""
     step_seconds: float | None = None
     """Running mean of the time of a step, for the time left."""
+    replicas_equal_at: int | None = None
+    """The iteration after which replicas were last found equal."""
 
     def run(self) -> str:
         """Train; returns why it stopped. The state is saved at the end when --save is given. Collective."""
@@ -43,9 +45,7 @@ class Trainer:
                 iteration = self.progress.iteration + 1
                 reason = self._step(iteration, signals, start)
                 if self._divides(training.check_replicas, iteration):
-                    check_replicas(self.parts.model.parameters_by_name, self.context, iteration)
-                    if self.context.rank == 0:
-                        print(f"iteration {iteration} | replicas are equal to the bit", flush=True)
+                    self._check_replicas()
                 done = bool(reason) or iteration == training.train_iters
                 if options.save and (done or self._divides(options.save_interval, iteration)):
                     self._save()
@@ -146,7 +146,16 @@ class Trainer:
             print(f"iteration {iteration} | validation loss {total / tokens:.4f}", flush=True)
         return ""
 
+    def _check_replicas(self) -> None:
+        if self.replicas_equal_at != self.progress.iteration:
+            check_replicas(self.parts, self.context, self.progress.iteration)
+            self.replicas_equal_at = self.progress.iteration
+            if self.context.rank == 0:
+                print(f"iteration {self.progress.iteration} | replicas are equal to the bit", flush=True)
+
     def _save(self) -> None:
+        if self.config.training.check_replicas:
+            self._check_replicas()  # what is saved must not be what the check would have refused
         began = time.perf_counter()
         save_state(self.parts, self.progress, self.config, self.context)
         if self.context.rank == 0:

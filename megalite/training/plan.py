@@ -1,5 +1,6 @@
 """What tools/verify_layouts.py compares: one step in two layouts, shrunk if asked. Imports no torch."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,12 +42,17 @@ def plan(argv: list[str], launch: LaunchInfo) -> Plan:
             problems.append(Problem(f"under {launch.source}, ranks need a place to leave their records", fix))
     if problems:
         raise ConfigError(problems)
-    config = _one_step(with_values(RunConfig(), values | flags), "data_path" in flags, shrinks)
+    asked = with_values(RunConfig(), values | flags)
+    config = _one_step(asked, "data_path" in flags, shrinks)
     p = config.parallel
-    fitting = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    fitting = asked.parallel.world_size or p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    if config.data.mock_data and config.model.vocab_size is None:
+        message = "data is made up here, so the size of the tokenizer's vocabulary is not known"
+        raise ConfigError([Problem(message, "--vocab-size N, or --shrink, or --data-path PREFIX", ("vocab_size",))])
     ranks = numbers.get("--ranks", fitting) if launch.source == "none" else launch.world_size
     if problems := [*validate.check(config, ranks), *_masks_differ(config)]:
-        raise ConfigError(problems)
+        fixes = [re.sub(r"start (\d+) ranks", r"--ranks \1", p.fix) for p in problems]
+        raise ConfigError([replace(p, fix=fix) for p, fix in zip(problems, fixes)])
     chosen = validate.resolve(config, ranks)
     tensor, pipeline, data = (numbers.get(f"--reference-{axis}", 1) for axis in ("tp", "pp", "dp"))
     chosen = shrunk(chosen, ranks, data) if shrinks else chosen
@@ -64,8 +70,10 @@ def _own_flags(argv: list[str]) -> tuple[bool, str | None, dict[str, int], list[
         word = words.pop(0)
         name, joined, text = word.partition("=")
         flag = name.replace("_", "-")
-        if flag == "--shrink" and not joined:
+        if flag == "--shrink":
             shrinks = True
+            if joined:
+                problems.append(Problem(f"{word}: --shrink takes no value", "--shrink"))
             continue
         if flag not in OWN_NUMBERS and flag != "--work-folder":
             rest.append(word)
@@ -98,7 +106,7 @@ def _one_step(config: RunConfig, real_data: bool, shrinks: bool) -> RunConfig:
     optimizer = OptimizerConfig(
         precision=config.optimizer.precision, bf16=config.optimizer.bf16, lr_decay_style="constant"
     )
-    parallel = replace(config.parallel, world_size=None)
+    parallel = replace(config.parallel, world_size=None)  # it is the number of ranks here
     return RunConfig(model, parallel, config.recompute, optimizer, data, training=training)
 
 

@@ -7,6 +7,7 @@ computes of it is a box, as with parameters, so that steps in any two layouts ca
 import inspect
 import json
 import multiprocessing
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -178,7 +179,8 @@ def record_on_ranks(config: RunConfig, world_size: int, folder: str | Path) -> N
     """`record` on processes of this machine, one for each rank. Raises RanksFailed when one of them fails."""
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload([__name__, "torch._dynamo"])
-    meet = f"file://{Path(folder).resolve()}/meet"
+    # A place of its own for each time: what a killed run left there would mislead the next one.
+    meet = f"file://{tempfile.mkdtemp(dir=Path(folder).resolve(), prefix='meet-')}/ranks"
     launches = [LaunchInfo(rank, world_size, rank, world_size, meet, "verify") for rank in range(world_size)]
     ranks = [fork.Process(target=record, args=(launch, config, folder), daemon=True) for launch in launches]
     for rank in ranks:
@@ -195,6 +197,11 @@ def record_on_ranks(config: RunConfig, world_size: int, folder: str | Path) -> N
         for rank in ranks:
             rank.kill()
             rank.join()
+
+
+def discard_record(folder: str | Path, rank: int) -> None:
+    """Forget what an earlier run recorded on this rank: it must not be taken for this one's."""
+    Path(_file_of(folder, rank)).unlink(missing_ok=True)
 
 
 def _file_of(folder: str | Path, rank: int) -> Path:

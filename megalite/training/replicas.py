@@ -7,6 +7,7 @@ import torch
 
 from megalite.parallel.collectives import gather_objects
 from megalite.parallel.context import ParallelContext
+from megalite.training.build import Parts
 
 
 class ReplicasDiffer(RuntimeError):
@@ -19,15 +20,23 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def check_replicas(parameters: dict[str, torch.nn.Parameter], context: ParallelContext, iteration: int) -> None:
-    """Compare hashes of all parameters among the ranks that hold the same box of them: data replicas, tensor ranks of
-    what is not split, first and last stage of a tied embedding. Collective over the world.
+def check_replicas(parts: Parts, context: ParallelContext, iteration: int) -> None:
+    """Compare hashes of all parameters, and of the optimizer's master weights and moments, among the ranks that hold
+    the same box of them: data replicas, tensor ranks of what is not split, first and last stage of a tied embedding.
+    Collective over the world.
 
-    Raises ReplicasDiffer on every rank, naming parameters and ranks; with more than two replicas the odd ones out.
+    Raises ReplicasDiffer on every rank; rank 0's names tensors and ranks, with more than two replicas the odd ones out.
     """
-    mine = {(name, p.spec.box.offset): _digest(p.spec.real(p)) for name, p in parameters.items() if p.spec.box.numel}
+    parameters = parts.model.parameters_by_name
+    tensors = [(name, name, parameter) for name, parameter in parameters.items()]
+    tensors += [(f"optimizer.{kind}.{name}", name, tensor) for kind, name, tensor in parts.optimizer.state()]
+    mine = {}
+    for title, name, tensor in tensors:
+        spec = parameters[name].spec
+        if spec.box.numel:
+            mine[title, spec.box.offset] = _digest(spec.real(tensor))
     held = defaultdict(dict)
-    for rank, digests in enumerate(gather_objects(mine, context.world)):
+    for rank, digests in enumerate(gather_objects(mine, context.control)):
         for part, digest in digests.items():
             held[part][rank] = digest
     problems = []
@@ -43,12 +52,14 @@ def check_replicas(parameters: dict[str, torch.nn.Parameter], context: ParallelC
             )
         else:
             problems.append(f"{name} at {offset}: ranks {list(by_rank)} do not agree")
+    if problems and context.rank > 0:
+        raise ReplicasDiffer(f"after iteration {iteration}, replicas are not equal: see rank 0's message")
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise ReplicasDiffer(
-            f"after iteration {iteration}, replicas of {len(problems)} parameter part(s) are not equal to the bit:\n  "
+            f"after iteration {iteration}, replicas of {len(problems)} tensor part(s) are not equal to the bit:\n  "
             f"{shown}\nSuspect the memory of those ranks' devices, or code that changes weights on some ranks only. "
-            "Nothing was saved since: resume from a checkpoint that passed the check."
+            "Every checkpoint was checked before it was saved: resume from the last one."
         )
 
 
