@@ -7,6 +7,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -298,8 +299,13 @@ def tool(*arguments, program=TOOL, **variables) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_recipe_is_verified(recipe):
-    done = tool("--config", recipe, "--shrink")
+    """In its own layout with two data replicas, and with dropout, whatever the recipe has."""
+    flags = yaml.safe_load(recipe.read_text())
+    sizes = (flags.get(f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline"))
+    ranks = 2 * prod(sizes)
+    done = tool("--config", recipe, "--shrink", "--ranks", ranks, "--hidden-dropout", 0.1, "--attention-dropout", 0.1)
     assert done.returncode == 0, done.stderr
+    assert f"dp=2 x tp=2 x pp=2 on {ranks} rank(s)" in done.stdout or "quickstart" not in str(recipe)
     assert done.stdout.splitlines()[-1].startswith("same numbers: largest difference")
 
 
