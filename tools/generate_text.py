@@ -88,7 +88,7 @@ def sample(options: Options) -> None:
         model = GPT(config.model, context, CountedRng.for_seed(0), range(config.model.num_layers), dtype)
         load_weights(checkpoint, model)
         print(f"iteration {checkpoint.iteration} of {options.load}, on {device}", file=sys.stderr)
-    ids = list(tokenizer.encode_batch([options.prompt])[0]) or [tokenizer.eod]
+    ids = tokenizer.encode_batch([options.prompt]).ids.tolist() or [tokenizer.eod]
     prompt = torch.tensor([ids], device=device)
     shown = tokenizer.decode(ids) if options.prompt else ""
     print(shown, end="", flush=True)

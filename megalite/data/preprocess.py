@@ -203,19 +203,18 @@ def encode_block(block: Block, config: PreprocessConfig, tokenizer: Tokenizer) -
     per_key = []
     for texts in parse_block(block, config.json_keys):
         try:
-            ids = tokenizer.encode_batch(texts)
+            ids, lengths = tokenizer.encode_batch(texts)
         except UnicodeEncodeError:
             number = next(i for i, text in enumerate(texts) if any("\ud800" <= c <= "\udfff" for c in text))
             raise _bad_line(block, block.first_line + number, "half of a surrogate pair, no Unicode text") from None
-        lengths = np.array([len(document) for document in ids], "<i4") + np.int32(config.append_eod)
-        flat = np.empty(int(lengths.sum()), dtype)
+        lengths = (lengths + config.append_eod).astype("<i4")
         if config.append_eod:
+            flat = np.full(int(lengths.sum(dtype=np.int64)), tokenizer.eod, dtype)
             inside = np.ones(len(flat), bool)
             inside[np.cumsum(lengths) - 1] = False
-            flat[inside] = np.concatenate(ids)
-            flat[~inside] = tokenizer.eod
+            flat[inside] = ids
         else:
-            flat[:] = np.concatenate(ids)
+            flat = ids.astype(dtype)
         per_key.append((flat.tobytes(), lengths.tobytes()))
     return EncodedBlock(len(block.data), per_key)
 

@@ -4,13 +4,32 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 
 class TokenizerError(ValueError):
     """A tokenizer that cannot be built, trained or asked this: says what to do."""
+
+
+class Encoded(NamedTuple):
+    """The ids of several texts, one after another."""
+
+    ids: np.ndarray
+    """Ids of all texts, integers [sum of lengths]."""
+    lengths: np.ndarray
+    """int64 [texts]: ids of each text."""
+
+    def split(self) -> list[np.ndarray]:
+        """The ids of each text."""
+        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+
+
+def encoded(ids: Sequence[np.ndarray]) -> Encoded:
+    """The ids of each text, gathered."""
+    lengths = np.array([len(text) for text in ids], np.int64)
+    return Encoded(np.concatenate([np.empty(0, np.int32), *ids]), lengths)
 
 
 class Tokenizer(Protocol):
@@ -25,8 +44,8 @@ class Tokenizer(Protocol):
     def eod(self) -> int:
         """Id of the end-of-document token. Raises TokenizerError when there is none."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32, without the end-of-document token.
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """Ids of each text, without the end-of-document token.
 
         Raises UnicodeEncodeError for a text with lone surrogates, which is no Unicode text.
         """
@@ -42,9 +61,9 @@ class ByteTokenizer:
     eod = 256
     sha256 = hashlib.sha256(b"ByteTokenizer").hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The bytes of each text, int32."""
-        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """The bytes of each text."""
+        return encoded([np.frombuffer(text.encode(), np.uint8) for text in texts])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these bytes; broken UTF-8 becomes the replacement character."""
@@ -81,10 +100,10 @@ class SentencePieceTokenizer:
             )
         return eos
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32."""
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """Ids of each text."""
         data = [text.encode() for text in texts]
-        return [np.array(ids, np.int32) for ids in self._processor.encode(data, num_threads=1)]
+        return encoded([np.array(ids, np.int32) for ids in self._processor.encode(data, num_threads=1)])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids; control pieces give none."""
