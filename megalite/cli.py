@@ -32,6 +32,7 @@ ELSEWHERE = {
     "--use-distributed-optimizer": "leave it out: ZeRO is not there yet",
     "--tensorboard-dir": "--metrics-file FILE: TensorBoard is not there yet",
     "--wandb-project": "--metrics-file FILE: Weights & Biases is not there yet",
+    "--test-data-path": "leave it out: nothing evaluates a test split yet",
     "--context-parallel-size": "--sequence-parallel and --recompute-granularity: context parallelism is not there yet",
 }
 """Flags of Megatron-LM that have no counterpart of a similar name here, and what to do instead."""
@@ -118,9 +119,10 @@ def read_flags(argv: list[str]) -> tuple[str | None, dict[str, Any], list[Proble
         if flag in switches and not joined:
             values[switches[flag][0].key] = switches[flag][1]
         elif flag in valued:
-            if not joined and rest and not rest[0].startswith("--"):
-                joined, text = " ", rest.pop(0)
-            _read_value(valued[flag], name, text if joined else None, values, problems)
+            option, words = valued[flag], [text] if joined else []
+            while not joined and rest and not rest[0].startswith("--") and (option.kind is tuple or not words):
+                words.append(rest.pop(0))
+            _read_value(option, name, words, values, problems)
         else:
             problems.append(_unknown_flag(token, flag, switches, valued))
             if flag.startswith("-") and not joined and rest and not rest[0].startswith("-"):
@@ -128,19 +130,19 @@ def read_flags(argv: list[str]) -> tuple[str | None, dict[str, Any], list[Proble
     return values.pop("config", None), values, problems
 
 
-def _read_value(option: Option, name: str, text: str | None, values: dict, problems: list[Problem]) -> None:
-    """Put the value of one flag into `values`, or a problem into `problems`."""
+def _read_value(option: Option, name: str, words: list[str], values: dict, problems: list[Problem]) -> None:
+    """Put the value of one flag, written as these words, into `values`, or a problem into `problems`."""
     fix = f"for example {name} {example(option)}"
-    if text is None:
+    if not words:
         problems.append(
             Problem(f"{name} needs a value: {option.expected.replace('null', 'unset')}", fix, (option.key,))
         )
         return
     try:
-        values[option.key] = option.from_text(text)
+        values[option.key] = option.from_words(words)
     except ValueError:
         expected = option.expected.replace("null", "unset")
-        problems.append(Problem(f"{name}: {text!r} is not {expected}", fix, (option.key,)))
+        problems.append(Problem(f"{name}: {' '.join(words)!r} is not {expected}", fix, (option.key,)))
 
 
 def _unknown_flag(token: str, flag: str, switches: dict, valued: dict) -> Problem:
@@ -234,13 +236,20 @@ def _help_registry() -> tyro.constructors.ConstructorRegistry:
         if type(None) not in arms:
             return None
         kind = next(arm for arm in arms if arm is not type(None))
-        choices = getattr(kind, "__args__", ())
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
-            metavar="{" + ",".join(choices) + "}" if choices else kind.__name__.upper(),
+            metavar=_metavar(kind),
             instance_from_str=lambda words: words[0],
             is_instance=lambda value: True,
             str_from_instance=lambda value: ["unset" if value is None else str(value)],
         )
 
     return registry
+
+
+def _metavar(kind: Any) -> str:
+    """How the value of a type is shown: INT, {1f1b,gpipe}, or STR ... for several words."""
+    if getattr(kind, "__origin__", None) is tuple:
+        return "STR ..."
+    choices = getattr(kind, "__args__", ())
+    return "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()

@@ -61,7 +61,7 @@ class Option:
     section: str
     """Field of RunConfig that holds it: parallel."""
     kind: type
-    """bool, int, float or str."""
+    """bool, int, float, str, or tuple for several words of text."""
     optional: bool
     """Whether None, "unset", is a value."""
     choices: tuple[str, ...]
@@ -90,7 +90,7 @@ class Option:
     @property
     def expected(self) -> str:
         """The values it takes, in words."""
-        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "text"}
         words = "one of " + ", ".join(self.choices) if self.choices else kinds[self.kind]
         return words + (", or null" if self.optional else "")
 
@@ -101,26 +101,36 @@ class Option:
         flag = min((self.flag, *self.aliases), key=len)
         if value is None:
             return f"leave out {flag}"
+        if self.kind is tuple:
+            return f"{flag} {' '.join(value)}"
         return f"{flag} {value:g}" if isinstance(value, float) and float(f"{value:g}") == value else f"{flag} {value}"
 
     def accept(self, value: Any) -> Any:
         """The value as this option's type. Raises ValueError for another type or an unknown choice.
 
-        A float may be written as text, since YAML 1.1 reads 1e-5 as text.
+        A float may be written as text, since YAML 1.1 reads 1e-5 as text; a tuple as one text, or as a list of texts
+        and numbers.
         """
         if value is None and self.optional:
             return None
+        if self.kind is tuple:
+            words = (value,) if type(value) is str else value
+            if not isinstance(words, (list, tuple)) or not words or not {type(w) for w in words} <= {str, int, float}:
+                raise ValueError(f"{value!r} is not {self.expected}")
+            return tuple(map(str, words))
         if self.kind is float and type(value) in (int, str):
             return float(value)
         if type(value) is not self.kind or (self.choices and value not in self.choices):
             raise ValueError(f"{value!r} is not {self.expected}")
         return value
 
-    def from_text(self, text: str) -> Any:
-        """The value written as `text` on a command line; `unset` is None. Raises ValueError."""
-        if self.optional and text == "unset":
+    def from_words(self, words: list[str]) -> Any:
+        """The value written as these words on a command line; `unset` is None. Raises ValueError."""
+        if self.optional and words == ["unset"]:
             return None
-        return self.accept(int(text) if self.kind is int else text)
+        if self.kind is tuple:
+            return self.accept(words)
+        return self.accept(int(words[0]) if self.kind is int else words[0])
 
 
 @cache
@@ -146,7 +156,8 @@ def _option(section: str, entry: dataclasses.Field, hint: Any) -> Option:
     if optional:
         (kind,) = (arm for arm in get_args(kind) if arm is not type(None))
     choices = get_args(kind) if get_origin(kind) is Literal else ()
-    return Option(entry.name, section, str if choices else kind, optional, choices, entry.default, aliases)
+    kind = str if choices else get_origin(kind) or kind
+    return Option(entry.name, section, kind, optional, choices, entry.default, aliases)
 
 
 def to_flat(config: RunConfig) -> dict[str, Any]:
@@ -198,7 +209,8 @@ def to_yaml(config: RunConfig) -> str:
     """The whole configuration as a YAML file that --config reads back to the same values."""
     import yaml
 
-    return yaml.safe_dump(to_flat(config), sort_keys=False)
+    flat = {key: list(value) if isinstance(value, tuple) else value for key, value in to_flat(config).items()}
+    return yaml.safe_dump(flat, sort_keys=False)
 
 
 def nearest(name: str, names) -> str | None:
@@ -210,4 +222,4 @@ def example(option: Option) -> str:
     """A value that the option takes: its default where it has one."""
     if option.default is not None and option.default is not dataclasses.MISSING:
         return str(option.default).lower() if option.kind is bool else str(option.default)
-    return option.choices[0] if option.choices else {int: "1", float: "1.0", str: "NAME"}[option.kind]
+    return option.choices[0] if option.choices else {int: "1", float: "1.0", str: "NAME", tuple: "NAME"}[option.kind]

@@ -9,8 +9,9 @@ Whatever would be silently ignored is a problem.
 from typing import Any
 
 from megalite.config import Problem, RunConfig, options, with_values
-from megalite.rules.files import FILE_RULES, build_tokenizer
-from megalite.rules.finding import Finding, Rule, global_batch, iterations
+from megalite.rules.data import build_tokenizer
+from megalite.rules.files import FILE_RULES
+from megalite.rules.finding import PATHS, Finding, Rule, global_batch, iterations
 from megalite.rules.layout import LAYOUT_RULES
 from megalite.rules.run import RUN_RULES
 from megalite.rules.values import nothing_is_ignored, out_of_range
@@ -37,7 +38,11 @@ def check(config: RunConfig, world_size: int) -> list[Problem]:
 
 def concerns_files(problem: Problem) -> bool:
     """Whether a problem may come from the files of one node, so that other nodes need not have it."""
-    return bool({"data_path", "tokenizer_model", "load", "save", "metrics_file"}.intersection(problem.flags))
+    return bool(
+        {*PATHS, "tokenizer_model", "vocab_file", "merge_file", "load", "save", "metrics_file"}.intersection(
+            problem.flags
+        )
+    )
 
 
 def failures(config: RunConfig, world_size: int) -> set[tuple[str, tuple[str, ...]]]:

@@ -253,6 +253,13 @@ def refusal_or_start(bench: Bench, flags: dict, ranks: int) -> str:
         return str(error)
 
 
+def refusal_or_run(bench: Bench, flags: dict, ranks: int) -> str:
+    """Why the checks refuse the configuration, else what the training prints."""
+    with working_in(bench.new_folder()):
+        problems = validate.check(from_flat(flags), ranks)
+    return "; ".join(p.message for p in problems) if problems else training(bench, flags, ranks).console
+
+
 def check_only(bench: Bench, flags: dict, ranks: int) -> str:
     """The status with which the main program ends after reading its flags (None: it goes on), and what it printed."""
     file = bench.folder / "flags.yaml"

@@ -34,7 +34,7 @@ def another_value(option):
         return not option.default
     if option.choices:
         return next(choice for choice in option.choices if choice != option.default)
-    return {int: 7, float: 0.25, str: "somewhere"}[option.kind]
+    return {int: 7, float: 0.25, str: "somewhere", tuple: ("0.3", "some where", "0.7", "-else")}[option.kind]
 
 
 # Flags --------------------------------------------------------------------------------------------------------------
@@ -51,6 +51,8 @@ def test_each_flag_sets_its_field_and_no_other(key):
         if option.kind is bool:
             off = spelling.replace("--no", "-") if key.startswith("no_") else "--no-" + spelling[2:]
             argvs = [[spelling if value else off]]
+        elif option.kind is tuple:
+            argvs = [[spelling, *value], [spelling, *value, "--seed", "1234"]]
         else:
             argvs = [[spelling, str(value)], [f"{spelling}={value}"]]
         for argv in argvs:

@@ -80,6 +80,7 @@ REAL = dict(mock_data=False, vocab_size=None, data_path="../bytes_text_document"
 PIECES = dict(
     data_path="../pieces_text_document", tokenizer_type="SentencePieceTokenizer", tokenizer_model="../pieces.model"
 )
+MEGATRON = {**REAL, "sample_order": "megatron"}
 MORE_PIECES = "../more_text_document"
 LONGER = dict(train_iters=8, hidden_dropout=0.1)
 """A run that ../trained was saved by, at iterations 2 and 4; ../trained-with-streams too, under the other scheme."""
@@ -154,7 +155,13 @@ FLAGS: dict[str, list[Effect]] = {
     "sgd_momentum": [effect(0.0, losses_from(3), base=SGD)],
     "clip_grad": [effect(0.1, same_first_norm, losses_from(2), base=SGD)],
     # data
-    "data_path": [effect("../other_text_document", losses_from(1), base=REAL)],
+    "data_path": [
+        effect("../other_text_document", losses_from(1), base=REAL),
+        effect(("1", "../bytes_text_document", "1", "../other_text_document"), losses_from(1), base=REAL),
+    ],
+    "train_data_path": [effect("../other_text_document", losses_from(1), other_validation, base=REAL)],
+    "valid_data_path": [effect("../other_text_document", same_losses, other_validation, base=REAL)],
+    "sample_order": [effect("megatron", losses_from(1), base=REAL), effect("counted", losses_from(1), base=MEGATRON)],
     "mock_data": [effect(True, losses_from(1), base={**REAL, "vocab_size": 257}, also={"data_path": None})],
     "split": [effect("50,25,25", same_losses, other_validation, base={**REAL, "split": "50,50,0"})],
     "tokenizer_type": [
@@ -226,6 +233,14 @@ FLAGS: dict[str, list[Effect]] = {
         effect(True, losses_from(1), base=LONGER, also={"load": "../trained"}),
     ],
     "no_load_optim": [effect(True, losses_from(2), base=RESUMED)],
+    "allow_data_change": [
+        effect(
+            True,
+            says("the training data changes here: seed 1234 -> 7", instead_of="the training data is not what"),
+            base={**RESUMED, "seed": 7},
+            observe=runs.refusal_or_run,
+        )
+    ],
     "no_load_rng": [effect(True, losses_from(1), base={**RESUMED, **STREAMS, "load": "../trained-with-streams"})],
     # training
     "train_iters": [effect(5, becomes("iterations", [1, 2, 3, 4, 5]))],

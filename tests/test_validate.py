@@ -72,6 +72,8 @@ CASES = {
     ),
     "idle scheme": (dict(rng_scheme="megatron", hidden_dropout=0.0, attention_dropout=0.0), 1, "megatron dropout"),
     "idle model": (dict(tokenizer_model="x.model"), 1, "--tokenizer-model x.model"),
+    "idle order": (dict(sample_order="megatron"), 1, "--sample-order megatron --mock-data"),
+    "idle change of data": (dict(allow_data_change=True), 1, "--allow-data-change without --load"),
     "idle split": (dict(split="1,1,1"), 1, "--split 1,1,1 --mock-data"),
     "idle evaluations": (dict(eval_iters=20, eval_interval=0), 1, "--eval-iters 20 --eval-interval 0"),
     "idle evaluation interval": (dict(eval_iters=0, eval_interval=20), 1, "--eval-interval 20 --eval-iters 0"),
@@ -117,7 +119,12 @@ def test_every_rule_has_a_case():
     seen = set()
     for changes, world_size, _ in CASES.values():
         seen |= {name for name, _ in validate.failures(from_flat(SOUND | changes), world_size)}
-    elsewhere = {"vocabulary_is_known", "tokenizer_is_whole", "split_is_readable"}  # they need files; below
+    elsewhere = {
+        "vocabulary_is_known",
+        "tokenizer_is_whole",
+        "split_is_readable",
+        "megatron_order_is_possible",
+    }  # they need files; below
     assert {rule.__name__ for rule in validate.PURE_RULES} <= seen | elsewhere
 
 
@@ -168,11 +175,11 @@ def test_all_problems_at_once():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with a dataset `corpus` of 20 documents of 100 bytes, in which the test runs."""
+    """A folder with a dataset `corpus` of 20 documents of 100 bytes, and `longer` of 200, in which the test runs."""
     monkeypatch.chdir(tmp_path)
-    write_dataset(
-        "corpus", 20, DatasetInfo("ByteTokenizer", 257, 256, build_tokenizer("ByteTokenizer").sha256, 20, 2000)
-    )
+    for name, documents in (("corpus", 20), ("longer", 200)):
+        sha256, tokens = build_tokenizer("ByteTokenizer").sha256, 100 * documents
+        write_dataset(name, documents, DatasetInfo("ByteTokenizer", 257, 256, sha256, documents, tokens))
     return tmp_path
 
 
@@ -210,6 +217,22 @@ FILE_CASES = {
     "no such data": (dict(data_path="corpsu"), "corpsu.bin corpsu.idx", 1),
     "suffix in prefix": (dict(data_path="corpus.bin"), "corpus.bin.idx", 1),
     "no vocabulary": (dict(tokenizer_type=None), "--vocab-size --tokenizer-type", 0),
+    "no such source": (dict(data_path=["1", "corpus", "2", "corpsu"]), "corpsu.bin corpsu.idx", 0),
+    "no blend": (dict(data_path=["corpus", "corpus"]), "--data-path 'corpus' weight", 0),
+    "twice in a blend": (dict(data_path=["1", "corpus", "2", "corpus"]), "corpus twice", 0),
+    "blend in the order of megatron": (
+        dict(data_path=["1", "corpus", "2", "longer"], sample_order="megatron"),
+        "--sample-order --data-path 2",
+        1,
+    ),
+    "no data to evaluate": (dict(data_path=None, train_data_path="corpus", split="969,30,1"), "valid", 1),
+    "little data to evaluate": (dict(valid_data_path="corpus", data_path="longer", seq_length=2500), "valid 2000", 2),
+    "idle path": (
+        dict(train_data_path="corpus", valid_data_path="corpus", split="969,30,1"),
+        "--data-path corpus --train-data-path",
+        1,
+    ),
+    "idle validation": (dict(valid_data_path="corpus", eval_iters=0, eval_interval=0), "--valid-data-path", 1),
     "malformed split": (dict(split="a,b"), "--split a,b", 1),
     "no share to train": (dict(split="0,1,0"), "0,1,0", 1),
     "no share to evaluate": (dict(split="1,0,0"), "1,0,0 valid 0", 2),
@@ -354,6 +377,7 @@ def test_checks_import_no_torch(folder):
 def test_no_configuration_crashes_a_rule_and_every_offer_repairs_its_problem():
     draw = random.Random(0)
     pool = {int: [1, 2, 3, 4, 6, 8, 12, 0, 512, 7], float: [0.0, 0.1, 0.5, 1.0], str: ["9,1", "x"], bool: [True, False]}
+    pool[tuple] = [["x"], ["1", "x", "2", "y"], ["x", "y"]]
     drawable = [option for option in options().values() if option.key not in ("save", "metrics_file")]
     for _ in range(100):
         picked = draw.sample(drawable, draw.randint(1, 12))

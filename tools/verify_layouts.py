@@ -107,7 +107,7 @@ def heading(planned: Plan) -> str:
             f"reference: {layout(planned.reference, planned.reference_ranks)}",
             f"model:     {m.num_layers} layers, hidden {m.hidden_size}, {m.num_attention_heads} heads in "
             f"{m.query_groups} groups, MLP {m.ffn}, vocabulary {m.vocab_size}, {c.optimizer.precision}, {dropout}",
-            f"data:      {c.data.data_path or 'made up (real data with --data-path)'}, "
+            f"data:      {' '.join(c.data.data_path or ()) or 'made up (real data with --data-path)'}, "
             f"{c.data.global_batch_size} samples of {m.seq_length} tokens, "
             f"{c.data.micro_batch_size} a microbatch",
         )

@@ -23,3 +23,6 @@ class CheckpointConfig:
     """Do not load the optimizer's state."""
     no_load_rng: bool = False
     """With --rng-scheme megatron, do not load the random state: dropout's streams start from the seed."""
+    allow_data_change: bool = False
+    """Go on with other training data, weights or order than the checkpoint's run had; known sources go on where they
+    were."""

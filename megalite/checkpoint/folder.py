@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 INDEX_FILE = "index.json"
+STATE_FILE = "state.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 

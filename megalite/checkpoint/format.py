@@ -18,7 +18,6 @@ from megalite.checkpoint.folder import INDEX_FILE, CheckpointError
 from megalite.parallel.boxes import Box
 
 FORMAT_VERSION = 1
-STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
 
 SHOWN_PROBLEMS = 20

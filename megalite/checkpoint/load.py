@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from megalite.checkpoint.folder import (
     INDEX_FILE,
     LATEST_FILE,
+    STATE_FILE,
     CheckpointError,
     checkpoint_folder,
     iteration_folder,
@@ -23,7 +24,6 @@ from megalite.checkpoint.format import (
     PRIVATE_PREFIX,
     SAFETENSORS_DTYPES,
     SHOWN_PROBLEMS,
-    STATE_FILE,
     Index,
     Piece,
     StoredBox,

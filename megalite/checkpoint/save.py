@@ -12,6 +12,7 @@ import torch
 from megalite.checkpoint.folder import (
     INDEX_FILE,
     LATEST_FILE,
+    STATE_FILE,
     CheckpointError,
     iteration_folder,
     list_iterations,
@@ -20,7 +21,6 @@ from megalite.checkpoint.folder import (
 from megalite.checkpoint.format import (
     CONFIG_FILE,
     PRIVATE_PREFIX,
-    STATE_FILE,
     Index,
     Piece,
     StoredBox,

@@ -1,36 +1,82 @@
 """From the configuration to datasets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
+from megalite.data.blend import BlendedDataset
 from megalite.data.config import DataConfig
 from megalite.data.gpt import GPTDataset, split_documents
 from megalite.data.indexed import DatasetError, IndexedDataset
+from megalite.data.megatron_order import MegatronOrderDataset
 from megalite.data.mock import MockDataset
+from megalite.data.sources import DataState, Source, UsedSource, parse_sources
 from megalite.nn.config import ModelConfig
 
+MOCK = Source(1.0, "--mock-data")
 
-def build_datasets(
-    data: DataConfig, model: ModelConfig, seed: int, wanted: Sequence[str]
-) -> dict[str, GPTDataset | MockDataset]:
-    """The wanted splits ("train", "valid", "test") of the configured data, by name.
 
+def build_sources(
+    data: DataConfig, model: ModelConfig, seed: int, samples: Mapping[str, int]
+) -> dict[str, list[tuple[Source, GPTDataset | MegatronOrderDataset | MockDataset]]]:
+    """The datasets of each wanted split ("train", "valid", "test"), with their weights.
+
+    samples: how many samples of each wanted split the run will ask for; only --sample-order megatron depends on it.
     Raises DatasetError when there is no data, a file is unusable, or a wanted split is empty or shorter than a sample.
     """
     if data.mock_data:
         if model.vocab_size is None:
             raise DatasetError("--mock-data needs --vocab-size")
-        return {split: MockDataset(model.vocab_size, model.seq_length, seed, split) for split in wanted}
-    if data.data_path is None:
-        raise DatasetError("no data: give --data-path PREFIX, or --mock-data with --vocab-size")
-    indexed = IndexedDataset(data.data_path)
-    documents = split_documents(data.split, indexed.num_documents)
-    datasets = {}
-    for split in wanted:
-        first, last = documents[split]
-        if first == last:
-            raise DatasetError(
-                f"split '{split}' is empty: --split {data.split} gives it none of the {indexed.num_documents} "
-                f"documents of {data.data_path}. Give it a larger share, or ask for no {split} samples"
-            )
-        datasets[split] = GPTDataset(indexed.tokens(first, last), model.seq_length, seed, split, model.vocab_size)
-    return datasets
+        return {split: [(MOCK, MockDataset(model.vocab_size, model.seq_length, seed, split))] for split in samples}
+    built = {}
+    for split, number in samples.items():
+        flag, words = data.words_of(split)
+        if words is None:
+            raise DatasetError(f"no data for {split} samples: give {flag} PREFIX, or --mock-data with --vocab-size")
+        whole = flag != "--data-path"
+        built[split] = [
+            (source, _dataset(data, model, seed, split, source.prefix, number, whole))
+            for source in parse_sources(words, flag)
+        ]
+    return built
+
+
+def _dataset(data: DataConfig, model: ModelConfig, seed: int, split: str, prefix: str, samples: int, whole: bool):
+    """The samples of one split of one source; of all its documents when the source is for this split alone."""
+    indexed, s, v = IndexedDataset(prefix), model.seq_length, model.vocab_size
+    if data.sample_order == "megatron":
+        shares = ("1,0,0", "0,1,0", "0,0,1")[("train", "valid", "test").index(split)] if whole else data.split
+        return MegatronOrderDataset(indexed, shares, split, s, seed, samples, v)
+    first, last = _documents(data, indexed, split, whole)
+    if first == last:
+        raise DatasetError(
+            f"split '{split}' is empty: --split {data.split} gives it none of the {indexed.num_documents} documents of "
+            f"{prefix}. Give it a larger share, or ask for no {split} samples"
+        )
+    return GPTDataset(indexed.tokens(first, last), s, seed, split, v)
+
+
+def _documents(data: DataConfig, indexed: IndexedDataset, split: str, whole: bool) -> tuple[int, int]:
+    """[first, last) document of a split."""
+    return (0, indexed.num_documents) if whole else split_documents(data.split, indexed.num_documents)[split]
+
+
+def data_state(data: DataConfig, model: ModelConfig, seed: int) -> DataState:
+    """The state of a run that starts with the configured training data. Opens the files; builds no order."""
+    order = {"seed": seed, "seq_length": model.seq_length, "sample_order": data.sample_order}
+    if data.mock_data:
+        mock = MockDataset(model.vocab_size, model.seq_length, seed, "train")
+        return DataState(order, (UsedSource(MOCK.prefix, 1.0, mock.fingerprint(), 0),))
+    flag, words = data.words_of("train")
+    used = []
+    for source in parse_sources(words, flag):
+        indexed = IndexedDataset(source.prefix)
+        documents = _documents(data, indexed, "train", whole=flag != "--data-path")
+        used.append(UsedSource(source.prefix, source.weight, indexed.tokens(*documents).fingerprint(), 0))
+    return DataState(order, tuple(used))
+
+
+def blended(sources: list[tuple[Source, object]], state: DataState | None = None) -> BlendedDataset:
+    """One dataset of weighted sources, each going on where `state` says. None: from their first samples."""
+    datasets, weights = [dataset for _, dataset in sources], [source.weight for source, _ in sources]
+    if state is None:
+        return BlendedDataset(datasets, weights)
+    return BlendedDataset(datasets, weights, state.start, [source.consumed for source in state.sources])

@@ -8,8 +8,16 @@ from typing import Literal
 class DataConfig:
     """Where the tokens come from and how they are grouped into batches."""
 
-    data_path: str | None = None
-    """Prefix of an indexed dataset, PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes it."""
+    data_path: tuple[str, ...] | None = None
+    """Prefix of an indexed dataset, PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes it; or several with
+    weights, 0.3 PREFIX 0.7 PREFIX, to blend. --split divides each."""
+    train_data_path: tuple[str, ...] | None = None
+    """The same for training alone, all of its documents, in place of --data-path."""
+    valid_data_path: tuple[str, ...] | None = None
+    """The same for validation alone."""
+    sample_order: Literal["counted", "megatron"] = "counted"
+    """counted: windows over all tokens, in an order that only the seed decides. megatron: the samples and the order of
+    Megatron-core's GPTDataset, which depend on the number of iterations too."""
     mock_data: bool = False
     """Tokens made up on the spot, with structure that can be learned, in place of --data-path. Needs --vocab-size."""
     split: str = "969,30,1"
@@ -24,3 +32,8 @@ class DataConfig:
     """Sequences in one optimizer step over all ranks. Unset: --micro-batch-size * data-parallel size."""
     eod_mask_loss: bool = False
     """Leave positions whose input is the end-of-document token out of the loss (needs a tokenizer)."""
+
+    def words_of(self, split: str) -> tuple[str, tuple[str, ...] | None]:
+        """(flag, its value) that says what "train", "valid" or "test" samples are made of."""
+        own = {"train": self.train_data_path, "valid": self.valid_data_path}.get(split)
+        return (f"--{split}-data-path", own) if own else ("--data-path", self.data_path)

@@ -6,6 +6,7 @@ the cuts between windows move, and visits its windows in a random order of its o
 """
 
 from fractions import Fraction
+from functools import lru_cache
 from itertools import pairwise
 from math import isqrt
 
@@ -92,14 +93,12 @@ class GPTDataset:
         self.windows_per_epoch = max(1, (len(stream) - seq_length) // seq_length)
         """W, samples in one epoch."""
         self._offsets = min(seq_length, len(stream) - seq_length)
-        self._epoch: tuple[int, int, Permutation] | None = None
+        self._order = lru_cache(16)(self._order)  # safe to be asked by several threads
 
     def window(self, i: int) -> int:
         """Position in the stream at which sample i starts."""
         epoch, index = divmod(int(i), self.windows_per_epoch)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, *self._order(epoch))
-        _, offset, permutation = self._epoch
+        offset, permutation = self._order(epoch)
         return offset + permutation(index) * self.seq_length
 
     def _order(self, epoch: int) -> tuple[int, Permutation]:
@@ -114,7 +113,7 @@ class GPTDataset:
             raise IndexError(f"sample {i}: samples count from 0")
         start = self.window(i)
         sample = self.stream.read(start, start + self.seq_length + 1).astype(np.int64)
-        if self.vocab_size is not None and not 0 <= (worst := _worst(sample, self.vocab_size)) < self.vocab_size:
+        if self.vocab_size is not None and not 0 <= (worst := worst_id(sample)) < self.vocab_size:
             raise DatasetError(
                 f"split '{self.split_name}', token {start} and after: id {worst}, but the vocabulary has "
                 f"{self.vocab_size} entries. The data was made with another tokenizer, or --vocab-size is too small"
@@ -126,10 +125,11 @@ class GPTDataset:
         return self.stream.fingerprint()
 
 
-def _worst(sample: np.ndarray, vocab_size: int) -> int:
-    """The largest id, or the smallest when that is negative."""
-    lowest, highest = int(sample.min()), int(sample.max())
-    return lowest if lowest < 0 and highest < vocab_size else highest
+def worst_id(sample: np.ndarray) -> int:
+    """The largest id of an int64 array, or the smallest when that is negative."""
+    # Read as unsigned numbers, negative ids are the largest: one pass finds either.
+    highest = int(sample.view(np.uint64).max())
+    return highest if highest < 1 << 63 else int(sample.min())
 
 
 def parse_split(text: str) -> list[Fraction]:

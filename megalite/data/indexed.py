@@ -32,6 +32,10 @@ DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 
 """Dtype code in the .idx file -> NumPy dtype of the .bin file."""
 CHUNK = 1 << 20
 """Index entries looked at or copied at a time: memory stays small however many sequences there are."""
+SAMPLED = 256
+"""Places of the index that are looked at when a dataset is opened."""
+BLOCK, BLOCKS = 1 << 14, 64
+"""Bytes in a block, and blocks of each file, that the fingerprint is made of."""
 
 
 class DatasetError(ValueError):
@@ -72,9 +76,11 @@ def dataset_path(prefix: str | Path, suffix: str) -> Path:
 
 
 class IndexedDataset:
-    """An indexed dataset opened for reading through memory maps: opening costs a pass over the index, no memory.
+    """An indexed dataset opened for reading through memory maps, in an instant whatever its size.
 
-    Raises DatasetError when a file is missing, is no MMIDIDX v1 file, is cut short, or does not fit its partner.
+    Opening checks the header, the sizes of both files, the ends of the index, and SAMPLED places between them; `verify`
+    checks every entry. Raises DatasetError when a file is missing, is no MMIDIDX v1 file, is cut short, or does not fit
+    its partner.
     """
 
     def __init__(self, prefix: str | Path):
@@ -87,12 +93,16 @@ class IndexedDataset:
                     "tools/preprocess_data.py, without the suffix"
                 )
         self._read_index()
-        self._check_documents()
-        self.contiguous = self._check_sequences()
+        self._check_ends()
+        self.contiguous = self._check_sample()
         """Whether the sequences lie one after another in the .bin file, without gaps."""
         self.ids = _map(self.bin_path, self.dtype, 0, self.bin_path.stat().st_size // self.dtype.itemsize)
         """All of the .bin file."""
-        self._digest: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences; where these are not contiguous, the index is read to count them."""
+        return len(self.ids) if self.contiguous else int(self.lengths.sum(dtype=np.int64))
 
     def _read_index(self) -> None:
         path, size = self.index_path, self.index_path.stat().st_size
@@ -122,7 +132,7 @@ class IndexedDataset:
         self.document_indices = _map(path, "<i8", HEADER.size + 12 * sequences, boundaries)
         """int64 [documents + 1]: first sequence of each document, then the number of sequences."""
 
-    def _check_documents(self) -> None:
+    def _check_ends(self) -> None:
         bounds = self.document_indices
         if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != len(self.lengths):
             found = f"{bounds[0]} to {bounds[-1]}" if len(bounds) else "nothing"
@@ -130,35 +140,64 @@ class IndexedDataset:
                 f"{self.index_path}: document boundaries run from {found}, not from 0 to {len(self.lengths)}, "
                 f"the number of sequences. {_REMAKE}"
             )
-        for start in range(0, len(bounds), CHUNK):
-            if (np.diff(bounds[start : start + CHUNK + 1]) < 0).any():
-                raise DatasetError(f"{self.index_path}: document boundaries go backwards. {_REMAKE}")
 
-    def _check_sequences(self) -> bool:
-        """Whether the sequences are contiguous. Raises DatasetError when one does not lie in the .bin file."""
-        itemsize, size = self.dtype.itemsize, self.bin_path.stat().st_size
-        expected, contiguous, self.num_tokens = 0, True, 0
-        for start in range(0, len(self.lengths), CHUNK):
-            lengths = self.lengths[start : start + CHUNK].astype(np.int64)
-            offsets = self.offsets[start : start + CHUNK]
-            ends = offsets + lengths * itemsize
-            bad = (lengths < 0) | (offsets < 0) | (offsets % itemsize != 0) | (ends > size)
-            if bad.any():
-                i = int(bad.argmax())
-                raise DatasetError(
-                    f"{self.bin_path}: sequence {start + i} of {lengths[i]} tokens should lie at bytes {offsets[i]} "
-                    f"to {ends[i]}, but the file has {size}. It is damaged, cut short or belongs to another .idx. "
-                    f"{_REMAKE}"
-                )
-            contiguous &= offsets[0] == expected and bool((offsets[1:] == ends[:-1]).all())
-            expected = int(ends[-1])
-            self.num_tokens += int(lengths.sum())
-        if contiguous and expected != size:
+    def _check_sample(self) -> bool:
+        """Check evenly spaced entries and their neighbours. Whether all of these are contiguous, and the ends are those
+        of the .bin file: a file with gaps or shared sequences has them all over, not in one place."""
+        self._check_boundaries(_spread(len(self.document_indices)))
+        contiguous = self._check_sequences(_spread(len(self.lengths)))
+        size = self.bin_path.stat().st_size
+        if not len(self.lengths):
+            return size == 0
+        last = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+        if contiguous and self.offsets[0] == 0 and last != size:
             raise DatasetError(
-                f"{self.bin_path}: {size} bytes, but {self.index_path} tells of {expected}. "
+                f"{self.bin_path}: {size} bytes, but {self.index_path} tells of {last}. "
                 f"The two files do not belong together. {_REMAKE}"
             )
-        return bool(contiguous)
+        return contiguous and bool(self.offsets[0] == 0)
+
+    def _check_boundaries(self, places: np.ndarray) -> None:
+        bounds = self.document_indices
+        places = places[places + 1 < len(bounds)]
+        backwards = bounds[places] > bounds[places + 1]
+        if backwards.any():
+            i = int(places[backwards.argmax()])
+            raise DatasetError(f"{self.index_path}: document boundaries go backwards after document {i}. {_REMAKE}")
+
+    def _check_sequences(self, places: np.ndarray) -> bool:
+        """Whether each of these sequences ends where the next one starts. Raises DatasetError for one that does not lie
+        in the .bin file."""
+        itemsize, size = self.dtype.itemsize, self.bin_path.stat().st_size
+        lengths, offsets = self.lengths[places].astype(np.int64), self.offsets[places]
+        ends = offsets + lengths * itemsize
+        bad = (lengths < 0) | (offsets < 0) | (offsets % itemsize != 0) | (ends > size)
+        if bad.any():
+            i = int(bad.argmax())
+            raise DatasetError(
+                f"{self.bin_path}: sequence {places[i]} of {lengths[i]} tokens should lie at bytes {offsets[i]} "
+                f"to {ends[i]}, but the file has {size}. It is damaged, cut short or belongs to another .idx. {_REMAKE}"
+            )
+        followed = places + 1 < len(self.lengths)
+        return bool((self.offsets[places[followed] + 1] == ends[followed]).all())
+
+    def verify(self) -> bool:
+        """Check every entry of the index, in bounded memory. Returns whether the sequences are contiguous.
+
+        Raises DatasetError at the first entry that cannot be, or when the files turn out to be what opening them, which
+        looks at a sample, did not take them for.
+        """
+        for start in range(0, len(self.document_indices), CHUNK):
+            self._check_boundaries(np.arange(start, min(start + CHUNK, len(self.document_indices))))
+        contiguous = True
+        for start in range(0, len(self.lengths), CHUNK):
+            contiguous &= self._check_sequences(np.arange(start, min(start + CHUNK, len(self.lengths))))
+        if self.contiguous and not contiguous:
+            raise DatasetError(
+                f"{self.index_path}: its sequences do not all lie one after another, though a sample of them does. "
+                f"{_REMAKE}"
+            )
+        return contiguous
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -184,17 +223,20 @@ class IndexedDataset:
         return TokenStream(self, first_document, last_document)
 
     def fingerprint(self) -> str:
-        """A digest of the index, the size of the .bin file, and its first and last 64 KiB: cheap at any size."""
-        if self._digest is None:
-            digest = hashlib.sha256(str(self.bin_path.stat().st_size).encode())
-            with self.index_path.open("rb") as file:
-                for block in _blocks(file):
-                    digest.update(block)
-            ends = 65536 // self.dtype.itemsize
-            digest.update(self.ids[:ends].tobytes())
-            digest.update(self.ids[-ends:].tobytes())
-            self._digest = digest.hexdigest()
-        return self._digest
+        """A digest of both files' sizes and of evenly spaced blocks of them: cheap at any size.
+
+        Small files are read whole. In large ones, a change that leaves the sizes and all of these blocks as they were
+        is not seen.
+        """
+        digest = hashlib.sha256()
+        for path in (self.index_path, self.bin_path):
+            size = path.stat().st_size
+            digest.update(str(size).encode())
+            with path.open("rb") as file:
+                for place in _spread(-(-size // BLOCK), BLOCKS):
+                    file.seek(int(place) * BLOCK)
+                    digest.update(file.read(BLOCK))
+        return digest.hexdigest()
 
 
 class TokenStream:
@@ -232,6 +274,13 @@ class TokenStream:
     def fingerprint(self) -> str:
         """Tells this stream from others: the dataset's fingerprint and the documents taken from it."""
         return "{}[{}:{}]".format(self._dataset.fingerprint(), *self._documents)
+
+
+def _spread(count: int, places: int = SAMPLED) -> np.ndarray:
+    """At most `places` evenly spaced numbers of 0 .. count - 1, the first and the last among them."""
+    if count <= places:
+        return np.arange(count)
+    return np.arange(places) * (count - 1) // (places - 1)
 
 
 _REMAKE = "Make it again with tools/preprocess_data.py"

@@ -9,6 +9,8 @@ from megalite.config import RunConfig
 
 EXAMPLES = {"vocab_size": 8192, "train_iters": 1000}
 """Values offered for fields that have no default but are needed."""
+PATHS = ("data_path", "train_data_path", "valid_data_path")
+"""Fields that name datasets."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,9 @@ def iterations(config: RunConfig, world_size: int) -> int | None:
     """Iterations to train for, from samples if need be."""
     samples = config.training.train_samples
     return config.training.train_iters or (samples // global_batch(config, world_size) if samples else None)
+
+
+def wanted_splits(config: RunConfig) -> tuple[str, ...]:
+    """The splits that the run reads."""
+    evaluates = config.training.eval_interval and config.training.eval_iters
+    return ("train", "valid") if evaluates else ("train",)

@@ -7,6 +7,7 @@ from megalite.nn.config import ModelConfig
 from megalite.pipeline.partition import output_cost, partition
 from megalite.rules.finding import (
     EXAMPLES,
+    PATHS,
     Finding,
     Rule,
     data_parallel_size,
@@ -14,6 +15,7 @@ from megalite.rules.finding import (
     global_batch,
     iterations,
     multiples,
+    wanted_splits,
 )
 
 
@@ -122,33 +124,63 @@ def batch_divides(config: RunConfig, world_size: int) -> Iterator[Finding]:
 
 
 def data_has_one_source(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """data_path or mock_data, not both, not neither."""
-    d, vocab = (
-        config.data,
-        {} if config.model.vocab_size else {"vocab_size": EXAMPLES["vocab_size"]},
-    )
-    if d.data_path is None and not d.mock_data:
+    """Paths or mock_data, not both, not neither; every split that is wanted has its data, as weights and prefixes."""
+    from megalite.data.indexed import DatasetError
+    from megalite.data.sources import parse_sources
+
+    d, vocab = config.data, {} if config.model.vocab_size else {"vocab_size": EXAMPLES["vocab_size"]}
+    paths = [key for key in PATHS if getattr(d, key) is not None]
+    if not paths and not d.mock_data:
         yield Finding(
             "there is no data: neither --data-path nor --mock-data is given",
             ("data_path", "mock_data"),
             ("--data-path PREFIX of a dataset made by tools/preprocess_data.py", {"mock_data": True, **vocab}),
         )
-    if d.data_path is not None and d.mock_data:
-        yield Finding(
-            f"--data-path {d.data_path} and --mock-data are both given",
-            ("data_path", "mock_data"),
-            ({"mock_data": False}, {"data_path": None}),
-        )
+    elif d.mock_data:
+        for key in paths:
+            shown = f"--{key.replace('_', '-')} {' '.join(getattr(d, key))}"
+            alone = [{"mock_data": False}] if paths == [key] else []
+            yield Finding(f"{shown} and --mock-data are both given", (key, "mock_data"), (*alone, {key: None}))
+    else:
+        for split in wanted_splits(config):
+            if d.words_of(split)[1] is None:
+                quiet = [{"eval_interval": 0, "eval_iters": 0}] if split == "valid" else []
+                yield Finding(
+                    f"no data for {split} samples: neither --{split}-data-path nor --data-path is given",
+                    (f"{split}_data_path", "data_path"),
+                    (f"--{split}-data-path PREFIX", *quiet),
+                )
+    for key in paths:
+        try:
+            parse_sources(getattr(d, key), "--" + key.replace("_", "-"))
+        except DatasetError as error:
+            yield Finding(str(error), (key,), ("one PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...",))
+
+
+def megatron_order_is_possible(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """--sample-order megatron is that of one dataset."""
+    d = config.data
+    if d.sample_order != "megatron":
+        return
+    for key in PATHS:
+        if len(getattr(d, key) or ()) > 1:
+            yield Finding(
+                f"--sample-order megatron reproduces the order of one dataset, but --{key.replace('_', '-')} blends "
+                f"{len(getattr(d, key)) // 2}",
+                ("sample_order", key),
+                ({"sample_order": "counted"}, "one PREFIX"),
+            )
 
 
 def vocabulary_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """A vocabulary size, given or from the tokenizer; the made-up tokens need it given."""
     m, d = config.model, config.data
-    if m.vocab_size is None and d.mock_data and d.data_path is None:
+    paths = any(getattr(d, key) is not None for key in PATHS)
+    if m.vocab_size is None and d.mock_data and not paths:
         yield Finding(
             "--mock-data needs --vocab-size", ("vocab_size", "mock_data"), ({"vocab_size": EXAMPLES["vocab_size"]},)
         )
-    elif m.vocab_size is None and d.tokenizer_type is None and d.data_path is not None:
+    elif m.vocab_size is None and d.tokenizer_type is None and paths:
         yield Finding(
             "the vocabulary size is not known: neither --vocab-size nor --tokenizer-type is given",
             ("vocab_size", "tokenizer_type"),
@@ -192,6 +224,7 @@ RUN_RULES: tuple[Rule, ...] = (
     learning_rate_falls,
     length_is_known,
     data_has_one_source,
+    megatron_order_is_possible,
     vocabulary_is_known,
     tokenizer_is_whole,
     split_is_readable,

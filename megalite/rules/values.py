@@ -62,9 +62,9 @@ EFFECTS = (
         {"pipeline_model_parallel_size": 2},
     ),
     _Effect(
-        ("no_load_optim", "no_load_rng"),
+        ("no_load_optim", "no_load_rng", "allow_data_change"),
         lambda c: not c.checkpoint.finetune,
-        "with --finetune, which loads neither",
+        "with --finetune, which loads the weights alone",
         "",
     ),
     _Effect(
@@ -96,7 +96,7 @@ EFFECTS = (
     ),
     _Effect(("save_interval", "keep_last"), lambda c: c.checkpoint.save is not None, "without --save", "--save FOLDER"),
     _Effect(
-        ("ckpt_step", "finetune", "no_load_optim", "no_load_rng"),
+        ("ckpt_step", "finetune", "no_load_optim", "no_load_rng", "allow_data_change"),
         lambda c: c.checkpoint.load is not None,
         "without --load",
         "--load FOLDER",
@@ -125,6 +125,19 @@ EFFECTS = (
         "without a tokenizer that tells which token ends a document",
         "--tokenizer-type and --tokenizer-model of the data",
     ),
+    _Effect(
+        ("data_path", "split"),
+        lambda c: c.data.mock_data or not (c.data.train_data_path and c.data.valid_data_path),
+        "with --train-data-path and --valid-data-path, which name all that is read",
+        "",
+    ),
+    _Effect(
+        ("valid_data_path",),
+        lambda c: c.data.mock_data or (c.training.eval_interval > 0 and c.training.eval_iters > 0),
+        "without evaluation",
+        {"eval_interval": 1000, "eval_iters": 100},
+    ),
+    _Effect(("sample_order",), lambda c: not c.data.mock_data, "with --mock-data", ""),
     _Effect(("split", "eod_mask_loss"), lambda c: not c.data.mock_data, "with --mock-data, which has no documents", ""),
     _Effect(
         ("eval_interval",),

@@ -43,7 +43,7 @@ def plan(argv: list[str], launch: LaunchInfo) -> Plan:
     if problems:
         raise ConfigError(problems)
     asked = with_values(RunConfig(), values | flags)
-    config = _one_step(asked, "data_path" in flags, shrinks)
+    config = _one_step(asked, not {"data_path", "train_data_path"}.isdisjoint(flags), shrinks)
     p = config.parallel
     fitting = asked.parallel.world_size or p.tensor_model_parallel_size * p.pipeline_model_parallel_size
     if config.data.mock_data and config.model.vocab_size is None:
@@ -100,6 +100,8 @@ def _one_step(config: RunConfig, real_data: bool, shrinks: bool) -> RunConfig:
         )
         if model.vocab_size is None and shrinks:  # it was the tokenizer's
             model = replace(model, vocab_size=1000)
+    else:
+        data = replace(data, valid_data_path=None)  # nothing is evaluated
     training = TrainingConfig(
         train_iters=1, eval_interval=0, eval_iters=0, seed=config.training.seed, rng_scheme=config.training.rng_scheme
     )
@@ -144,7 +146,7 @@ def shrunk(config: RunConfig, world_size: int, other_replicas: int = 1) -> RunCo
     # One more than there are stages, so that the pipeline's steady state is seen.
     fitting = (m for m in range(stages + 1, most) if m * replicas % other_replicas == 0)
     microbatches = next(fitting, most)
-    if d.data_path is not None:  # ids must go on to fit
+    if not d.mock_data:  # ids must go on to fit
         model = replace(model, vocab_size=config.model.vocab_size)
     full = config.recompute.granularity == "full"
     together = min(config.recompute.recompute_num_layers, model.num_layers // stages) if full else 1

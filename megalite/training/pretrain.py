@@ -11,7 +11,7 @@ import torch
 
 from megalite.checkpoint.folder import CheckpointError, latest_iteration
 from megalite.config import RunConfig, to_yaml
-from megalite.data.build import build_datasets
+from megalite.data.build import blended, build_sources, data_state
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError, build_tokenizer
 from megalite.optim.optimizer import NonFiniteGradient
@@ -23,7 +23,7 @@ from megalite.training.build import Parts, build_context, build_gpt, build_parts
 from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
 from megalite.training.replicas import ReplicasDiffer
-from megalite.training.state import Progress, load_state
+from megalite.training.state import Progress, load_state, settle_data
 
 EXPECTED_ERRORS = (
     CheckpointError,
@@ -64,16 +64,15 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
 
         say(to_yaml(config).rstrip())
         say(description)
-        datasets = _datasets(config)
+        sources = build_sources(config.data, config.model, config.training.seed, _samples_wanted(config))
         parts = build_parts(config, context, build_model)
         say(_model_line(parts, context))
         progress = _starting_point(config, parts, context)
-        fingerprint = datasets["train"].fingerprint()
-        if progress.data_fingerprint not in ("", fingerprint):
-            progress.notes.append("the training data is not what the checkpoint was made with")
-        progress.data_fingerprint = fingerprint
+        now = data_state(config.data, config.model, config.training.seed)
+        settle_data(progress, now, config.checkpoint.allow_data_change)
         for note in progress.notes:
             say(note)
+        datasets = {split: blended(its, progress.data if split == "train" else None) for split, its in sources.items()}
         batches = {name: _batches(config, context, dataset) for name, dataset in datasets.items()}
         if config.training.dry_run:
             _dry_run(parts, context, batches["train"], say)
@@ -110,10 +109,14 @@ def _try_to_write(config: RunConfig, context: ParallelContext) -> None:
         probe.unlink()
 
 
-def _datasets(config: RunConfig) -> dict:
-    evaluates = config.training.eval_interval and config.training.eval_iters
-    wanted = ("train", "valid") if evaluates else ("train",)
-    return build_datasets(config.data, config.model, config.training.seed, wanted)
+def _samples_wanted(config: RunConfig) -> dict[str, int]:
+    """How many samples of each split the run reads; of validation, as many as Megatron-LM would ask for."""
+    training, batch = config.training, config.data.global_batch_size
+    samples = {"train": training.train_iters * batch}
+    if training.eval_interval and training.eval_iters:
+        evaluations = training.train_iters // training.eval_interval + 1
+        samples["valid"] = evaluations * training.eval_iters * batch
+    return samples
 
 
 def _batches(config: RunConfig, context: ParallelContext, dataset) -> GlobalBatches:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megalite.config import RunConfig
-from megalite.data.build import build_datasets
+from megalite.data.build import blended, build_sources
 from megalite.data.tokenizers import build_tokenizer
 from megalite.nn.attention import Attention
 from megalite.nn.dropout import HiddenDropout
@@ -163,7 +163,8 @@ def _stir(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
 
 def _batches(config: RunConfig, context) -> GlobalBatches:
     data = config.data
-    dataset, masked = build_datasets(data, config.model, config.training.seed, ["train"])["train"], None
+    sources = build_sources(data, config.model, config.training.seed, {"train": data.global_batch_size})
+    dataset, masked = blended(sources["train"]), None
     if data.mock_data:
         dataset, masked = PaddedSamples(dataset, config.model.seq_length), PADDING
     elif data.eod_mask_loss:

@@ -1,7 +1,7 @@
 """What a training run must keep to go on to the bit, as pieces of a checkpoint."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import yaml
@@ -12,6 +12,7 @@ from megalite.checkpoint.format import Piece
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
 from megalite.config import RunConfig, from_flat, to_flat, to_yaml
+from megalite.data.sources import DataState
 from megalite.parallel.context import ParallelContext
 from megalite.training.build import Parts
 
@@ -27,8 +28,8 @@ class Progress:
     """Optimizer steps done."""
     consumed_samples: int = 0
     """Training sequences used, which is also the position in the data."""
-    data_fingerprint: str = ""
-    """Identifies the training data, so that going on with other data can be noticed."""
+    data: DataState | None = None
+    """The training data and what was used of each source. None: not known yet."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the log should know about how this state came about."""
 
@@ -63,7 +64,7 @@ def save_state(parts: Parts, progress: Progress, config: RunConfig, context: Par
         "consumed_samples": progress.consumed_samples,
         "optimizer": config.optimizer.optimizer,
         "optimizer_steps": parts.optimizer.steps,
-        "data_fingerprint": progress.data_fingerprint,
+        "data": progress.data.to_json() if progress.data else None,
         "seed": config.training.seed,
         "rng_scheme": config.training.rng_scheme,
         "layout": _layout(context),
@@ -139,7 +140,8 @@ def load_state(parts: Parts, config: RunConfig, context: ParallelContext) -> Pro
         if options.finetune:
             return Progress(notes=[f"weights from {checkpoint.folder}; everything else starts anew (--finetune)"])
         state = checkpoint.state
-        progress = Progress(state["iteration"], state["consumed_samples"], state["data_fingerprint"])
+        data = DataState.from_json(state["data"]) if state.get("data") else None  # older checkpoints do not tell
+        progress = Progress(state["iteration"], state["consumed_samples"], data)
         progress.notes.append(f"resumed from {checkpoint.folder} at iteration {progress.iteration}")
         batch = config.data.global_batch_size
         if config.training.train_samples and progress.consumed_samples != progress.iteration * batch:
@@ -154,14 +156,38 @@ def load_state(parts: Parts, config: RunConfig, context: ParallelContext) -> Pro
     return progress
 
 
+def settle_data(progress: Progress, now: DataState, allow_change: bool) -> None:
+    """Let the run go on with the data `now` from where `progress` stands. A change is noted, and kept in the state.
+
+    Raises CheckpointError when the data is not the checkpoint's and --allow-data-change is not given.
+    """
+    if progress.data is None:
+        if progress.consumed_samples:
+            progress.notes.append("the checkpoint does not tell which data it was made with: it is not compared")
+        progress.data = replace(now, start=0)
+        return
+    differences = progress.data.differences(now)
+    if not differences:
+        progress.data = progress.data.at_places_of(now)
+    elif allow_change:
+        progress.data = progress.data.followed_by(now, progress.consumed_samples)
+        used = ", ".join(f"{source.prefix} from sample {source.consumed}" for source in progress.data.sources)
+        progress.notes.append(f"the training data changes here: {'; '.join(differences)}; now {used}")
+    else:
+        raise CheckpointError(data_changed(differences))
+
+
+def data_changed(differences: list[str]) -> str:
+    """What is said when the data is not the checkpoint's."""
+    return f"the training data is not what the checkpoint was made with: {'; '.join(differences)}"
+
+
 MAY_DIFFER = {
     "save", "save_interval", "keep_last", "load", "ckpt_step", "no_load_optim", "no_load_rng", "metrics_file",
     "dry_run", "log_interval", "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "world_size", "device",
-    "distributed_backend", "distributed_timeout_minutes", "check_replicas",
+    "distributed_backend", "distributed_timeout_minutes", "check_replicas", "allow_data_change",
 }  # fmt: skip
 """Fields that change nothing of what is computed."""
-ORDER_OF_DATA = {"seed", "seq_length", "split", "data_path"}
-"""Fields that say which tokens sample number n has."""
 
 
 def _changes(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
@@ -172,8 +198,6 @@ def _changes(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     if changed:
         words = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in now if key in changed)
         notes.append(f"changed since the checkpoint was made: {words}")
-    if changed & ORDER_OF_DATA:
-        notes.append("the order of the data is another one: samples may come again, or never")
     return notes
 
 

