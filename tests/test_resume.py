@@ -10,9 +10,12 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megalite import cli, validate
+from megalite.data.blend import Blend
+from megalite.data.indexed import IndexedWriter
 from megalite.training.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,3 +162,36 @@ def wait_for(condition, seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.002)
+
+
+def blend(folder: Path, **weights: float) -> list[str]:
+    """--data-path with these sources of 4,000 tokens, made if they are not there."""
+    for name in weights:
+        if not (folder / f"{name}.idx").exists():
+            with IndexedWriter(folder / name, np.uint16) as writer:
+                writer.add_document(np.random.default_rng(ord(name)).integers(0, 131, 4000))
+                writer.finish()
+    return ["--no-mock-data", "--data-path", *(w for name in weights for w in (str(weights[name]), str(folder / name)))]
+
+
+def test_a_blend_may_change_in_the_middle(tmp_path):
+    """What each source gave is kept, so that it goes on from there; --allow-data-change is asked for."""
+    quiet = ["--eval-interval", "0", "--eval-iters", "0", "--split", "1", "--exit-interval", "4"]
+    config = [*MODEL, *quiet, "--save", str(tmp_path / "run")]
+
+    def say(*flags: str) -> str:
+        """What pretrain_gpt.py says."""
+        command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *config, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return done.stdout + done.stderr
+
+    say(*blend(tmp_path, a=3, b=1))
+    again = [*blend(tmp_path, b=1, c=1), "--load", str(tmp_path / "run")]
+    refused = say(*again)
+    assert "the training data is not what" in refused and "c is new, or has other contents" in refused
+    assert "a is no longer used" in refused and "fix: --allow-data-change" in refused
+    said = say(*again, "--allow-data-change")
+    assert "the training data changes here" in said and "b from sample 8" in said and "c from sample 0" in said
+    state = json.loads((tmp_path / "run" / "iter_0000008" / "state.json").read_text())["data"]
+    assert [(s["consumed"], s["weight"]) for s in state["sources"]] == [(8, 1), (0, 1)] and state["start"] == 32
+    assert [s["consumed"] for s in state["before"][0]["sources"]] == Blend([3, 1]).counts(32).tolist() == [24, 8]
