@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megalite.checkpoint.folder import CheckpointError, checkpoint_folder, latest_iteration
-from megalite.config import RunConfig, from_flat
+from megalite.config import RunConfig, from_flat, options
 from megalite.data.config import DataConfig
 from megalite.rules.disk import DatasetPeek, neighbours, same_place, stored_iterations
 from megalite.rules.finding import Finding, Rule
@@ -85,12 +85,12 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
             ("vocab_size", "tokenizer_type", "tokenizer_model"),
             ({"vocab_size": tokenizer.vocab_size}, {"vocab_size": None}),
         )
-    if d.eod_mask_loss:
+    for key in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
         try:
-            _ = tokenizer.eod
+            _ = tokenizer.eod if getattr(d, key) else None
         except TokenizerError as error:
-            found = f"--eod-mask-loss needs an end-of-document token: {error}"
-            yield Finding(found, ("eod_mask_loss", "tokenizer_model"), ({"eod_mask_loss": False},))
+            found = f"{options()[key].flag} needs an end-of-document token: {error}"
+            yield Finding(found, (key, "tokenizer_model"), ({key: False},))
 
 
 def tokenizer_made_data(config: RunConfig, world_size: int) -> Iterator[Finding]:

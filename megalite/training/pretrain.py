@@ -13,12 +13,12 @@ from megalite.checkpoint.folder import CheckpointError, latest_iteration
 from megalite.config import RunConfig, to_yaml
 from megalite.data.build import build_datasets
 from megalite.data.indexed import DatasetError
-from megalite.data.tokenizers import TokenizerError, build_tokenizer
+from megalite.data.tokenizers import TokenizerError
 from megalite.optim.optimizer import NonFiniteGradient
 from megalite.parallel.collectives import gather_objects
 from megalite.parallel.context import DeviceError, ParallelContext
 from megalite.parallel.launch import LaunchInfo
-from megalite.training.batches import GlobalBatches
+from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import Parts, build_context, build_gpt, build_parts
 from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
@@ -74,7 +74,7 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
         progress.data_fingerprint = fingerprint
         for note in progress.notes:
             say(note)
-        batches = {name: _batches(config, context, dataset) for name, dataset in datasets.items()}
+        batches = {name: build_batches(config, dataset, parts.model) for name, dataset in datasets.items()}
         if config.training.dry_run:
             _dry_run(parts, context, batches["train"], say)
             return
@@ -116,12 +116,6 @@ def _datasets(config: RunConfig) -> dict:
     return build_datasets(config.data, config.model, config.training.seed, wanted)
 
 
-def _batches(config: RunConfig, context: ParallelContext, dataset) -> GlobalBatches:
-    data = config.data
-    masked = build_tokenizer(data.tokenizer_type, data.tokenizer_model).eod if data.eod_mask_loss else None
-    return GlobalBatches(dataset, context, data.micro_batch_size, data.global_batch_size, masked)
-
-
 def _starting_point(config: RunConfig, parts: Parts, context: ParallelContext) -> Progress:
     options = config.checkpoint
     if options.load is None:
@@ -149,7 +143,7 @@ def _model_line(parts: Parts, context: ParallelContext) -> str:
 def _dry_run(parts: Parts, context: ParallelContext, batches: GlobalBatches, say) -> None:
     """One global batch forward and backward; prints loss, time, memory and shapes of every stage. Changes nothing."""
     began = time.perf_counter()
-    loss = float(parts.engine.train_step(*batches.at(0)))
+    loss = parts.engine.train_step(*batches.at(0)).sum().item()
     for _ in parts.optimizer.state():
         pass  # the first real step would allocate these: they belong to the peak
     seconds = time.perf_counter() - began
