@@ -26,7 +26,7 @@ from megalite.config import RunConfig, from_flat  # noqa: E402
 from megalite.data.mock import MockDataset  # noqa: E402
 from megalite.parallel.context import ParallelContext  # noqa: E402
 from megalite.parallel.launch import detect  # noqa: E402
-from megalite.training.batches import GlobalBatches  # noqa: E402
+from megalite.training.batches import build_batches  # noqa: E402
 from megalite.training.build import build_context, build_parts  # noqa: E402
 
 SHAPE = dict(
@@ -96,7 +96,7 @@ def our_step(config: RunConfig, context: ParallelContext):
     """(step function that returns the loss, the model) of megalite."""
     parts = build_parts(config, context)
     dataset = MockDataset(config.model.vocab_size, config.model.seq_length, 1, "train")
-    data = GlobalBatches(dataset, context, config.data.micro_batch_size, config.data.global_batch_size)
+    data = build_batches(config, dataset, parts.model)
     taken = 0
 
     def step() -> float:
@@ -105,7 +105,7 @@ def our_step(config: RunConfig, context: ParallelContext):
         loss = parts.engine.train_step(*data.at(taken * config.data.global_batch_size))
         taken += 1
         parts.optimizer.step(taken)
-        return float(loss)
+        return loss.item()
 
     return step, parts.model
 

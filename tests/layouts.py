@@ -27,6 +27,11 @@ class Layout:
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
 
+    @property
+    def packing(self) -> tuple[str, ...]:
+        """Its flags that change the numbers: how documents in a row are kept apart."""
+        return tuple(key for key in PACKED if key in self.flags)
+
 
 def sp(**flags) -> dict:
     """The flags, with sequence parallelism."""
@@ -34,6 +39,8 @@ def sp(**flags) -> dict:
 
 
 FULL = {"recompute_granularity": "full"}
+SELECTIVE = {"recompute_granularity": "selective"}
+PACKED = {"reset_position_ids": True, "reset_attention_mask": True}
 
 LAYOUTS = [
     Layout("single"),
@@ -58,12 +65,19 @@ LAYOUTS = [
     Layout("llama tp4+sp", tp=4, shape=LLAMA, flags=sp()),
     Layout("llama dp2 x tp2 x pp2 +sp", dp=2, tp=2, pp=2, shape=LLAMA, flags=sp()),
     Layout("llama tied pp3", pp=3, shape=replace(LLAMA, tied=True)),
-    Layout("selective", tp=2, flags={"recompute_granularity": "selective"}),
+    Layout("selective", tp=2, flags=SELECTIVE),
     Layout("full uniform", tp=2, pp=2, flags=sp(**FULL)),
     Layout("full uniform by 2", tp=2, flags={**FULL, "recompute_num_layers": 2}),
     Layout("full block", pp=2, shape=LLAMA, flags={**FULL, "recompute_method": "block"}),
     Layout("gpipe pp2", pp=2, flags={"pipeline_schedule": "gpipe"}),
     Layout("gpipe dp2 x tp2 x pp2 +sp", dp=2, tp=2, pp=2, flags=sp(pipeline_schedule="gpipe")),
+    Layout("packed documents", flags=PACKED),
+    Layout("packed documents tp2 x pp2", tp=2, pp=2, flags={**PACKED, **FULL}),
+    Layout("packed documents tp2+sp", tp=2, flags=sp(**PACKED, **SELECTIVE)),
+    Layout("packed llama pp4", pp=4, shape=LLAMA, flags={**PACKED, "micro_batch_size": 2}),
+    Layout("packed llama dp2 x tp2 x pp2 +sp", dp=2, tp=2, pp=2, shape=LLAMA, flags=sp(**PACKED, **FULL)),
+    Layout("masks of documents pp3", pp=3, flags={"reset_attention_mask": True}),
+    Layout("positions of documents pp3", pp=3, shape=LLAMA, flags={"reset_position_ids": True}),
 ]
 
 GLOBAL_BATCH = 8
@@ -72,7 +86,7 @@ GLOBAL_BATCH = 8
 def product() -> list[Layout]:
     """Every combination of sizes up to 8 ranks with sequence parallelism, recomputation, schedule and shape."""
     sizes = [(tp, pp, dp) for tp in (1, 2, 4) for pp in (1, 2, 4) for dp in (1, 2) if tp * pp * dp <= 8]
-    recomputes = [{}, {"recompute_granularity": "selective"}, FULL]
+    recomputes = [{}, SELECTIVE, FULL]
     return [
         Layout(f"{name} dp{dp} tp{tp} pp{pp} {flags}", tp, pp, dp, shape, flags)
         for tp, pp, dp in sizes

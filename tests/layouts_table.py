@@ -16,7 +16,7 @@ def main() -> None:
     print("| layout | dp | tp | pp | flags | loss | gradients |\n|---|---|---|---|---|---|---|")
     with closing(RankPool(max_ranks=8)) as pool:
         for layout in LAYOUTS:
-            params, loss, gradients, _ = expected(layout.shape)
+            params, loss, gradients, _ = expected(layout.shape, layout.packing)
             results = pool.run(train_on_rank, layout.world_size, layout, params, {}, 1)
             difference = abs(losses_of(results, layout)[0] - loss) / loss
             boxes = [box for result in results for box in result[2]]

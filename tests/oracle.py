@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 Parameters = dict[str, Tensor]
-Batch = tuple[Tensor, Tensor, Tensor]
-"""tokens, labels and loss mask, each [r, s]."""
+Batch = tuple[Tensor | None, ...]
+"""tokens, labels and loss mask; then, where documents in a row are kept apart, positions and segments. Each [r, s]."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,36 @@ def random_parameters(shape: Shape, seed: int = 0, std: float = 0.2, dtype: torc
     return parameters
 
 
-def logits(params: Parameters, shape: Shape, tokens: Tensor) -> Tensor:
-    """Scores of the next token [r, s, v] for tokens [r, s]."""
+def documents(tokens: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    """Position of each token of [r, s] in its document, and the number of its document in the row, token by token. The
+    token `end` is a document's last."""
+    positions, segments = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    for row in range(tokens.shape[0]):
+        position = segment = 0
+        for i in range(tokens.shape[1]):
+            positions[row, i], segments[row, i] = position, segment
+            position += 1
+            if tokens[row, i] == end:
+                position, segment = 0, segment + 1
+    return positions, segments
+
+
+def logits(
+    params: Parameters, shape: Shape, tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None
+) -> Tensor:
+    """Scores of the next token [r, s, v] for tokens [r, s]. A token is at its place in `positions`, unset: in its row;
+    it sees those before it with its number in `segments`, unset: all of them."""
+    if positions is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    if segments is None:
+        segments = torch.zeros_like(tokens)
     word_embeddings = params["embedding.word_embeddings.weight"]
     x = word_embeddings[tokens]
     if shape.position_embedding_type == "learned_absolute":
-        x = x + params["embedding.position_embeddings.weight"][: tokens.shape[1]]
+        x = x + params["embedding.position_embeddings.weight"][positions]
     for i in range(shape.layers):
-        x = x + attention(params, f"layers.{i}.attention", shape, norm(params, f"layers.{i}.attention_norm", shape, x))
+        name = f"layers.{i}.attention"
+        x = x + attention(params, name, shape, norm(params, f"{name}_norm", shape, x), positions, segments)
         x = x + mlp(params, f"layers.{i}.mlp", shape, norm(params, f"layers.{i}.mlp_norm", shape, x))
     x = norm(params, "final_norm", shape, x)
     return x @ (word_embeddings if shape.tied else params["output.weight"]).T
@@ -112,26 +134,27 @@ def linear(params: Parameters, name: str, shape: Shape, x: Tensor) -> Tensor:
     return y + params[f"{name}.bias"] if shape.bias else y
 
 
-def attention(params: Parameters, name: str, shape: Shape, x: Tensor) -> Tensor:
+def attention(params: Parameters, name: str, shape: Shape, x: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
     """Causal self-attention of x [r, s, h]; each key/value head serves the q query heads of its group."""
     rows, s, _ = x.shape
     qkv = linear(params, f"{name}.qkv", shape, x)  # [r, s, g, q+2, d]
     query, key, value = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
     if shape.position_embedding_type == "rope":
-        query, key = rotate(query, shape.rotary_base), rotate(key, shape.rotary_base)
+        query, key = rotate(query, shape.rotary_base, positions), rotate(key, shape.rotary_base, positions)
     scores = torch.einsum("rigqd,rjgd->rgqij", query, key) / sqrt(shape.head_size)
     future = torch.ones(s, s, dtype=torch.bool, device=x.device).triu(diagonal=1)
-    weights = softmax(scores.masked_fill(future, -torch.inf))
+    elsewhere = segments[:, :, None] != segments[:, None, :]
+    weights = softmax(scores.masked_fill((future | elsewhere)[:, None, None], -torch.inf))
     context = torch.einsum("rgqij,rjgd->rigqd", weights, value).reshape(rows, s, shape.heads * shape.head_size)
     return linear(params, f"{name}.output", shape, context)
 
 
-def rotate(x: Tensor, base: float) -> Tensor:
+def rotate(x: Tensor, base: float, positions: Tensor) -> Tensor:
     """Rotary embedding of x [r, s, ..., d]: the plane of components i and i + d/2 turns by position * base^(-2i/d)."""
-    s, d = x.shape[1], x.shape[-1]
+    d = x.shape[-1]
     frequencies = base ** (-torch.arange(0, d, 2, dtype=x.dtype, device=x.device) / d)
-    angles = torch.outer(torch.arange(s, dtype=x.dtype, device=x.device), frequencies)
-    angles = angles.reshape(1, s, *[1] * (x.dim() - 3), d // 2)
+    angles = positions.to(x.dtype)[:, :, None] * frequencies
+    angles = angles.reshape(*positions.shape, *[1] * (x.dim() - 3), d // 2)
     cos, sin = angles.cos(), angles.sin()
     first, second = x[..., : d // 2], x[..., d // 2 :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -154,9 +177,17 @@ def mlp(params: Parameters, name: str, shape: Shape, x: Tensor) -> Tensor:
     return linear(params, f"{name}.down", shape, y)
 
 
-def loss(params: Parameters, shape: Shape, tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+def loss(
+    params: Parameters,
+    shape: Shape,
+    tokens: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> Tensor:
     """Mean cross entropy over all unmasked tokens of all rows given. Each tensor is [r, s]; a mask of 0 leaves out."""
-    scores = logits(params, shape, tokens)
+    scores = logits(params, shape, tokens, positions, segments)
     shifted = scores - scores.amax(-1, keepdim=True).detach()
     log_probability = shifted - shifted.exp().sum(-1, keepdim=True).log()
     losses = -log_probability.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -164,12 +195,10 @@ def loss(params: Parameters, shape: Shape, tokens: Tensor, labels: Tensor, loss_
     return (losses * mask).sum() / mask.sum()
 
 
-def loss_and_gradients(
-    params: Parameters, shape: Shape, tokens: Tensor, labels: Tensor, loss_mask: Tensor
-) -> tuple[float, Parameters]:
+def loss_and_gradients(params: Parameters, shape: Shape, *batch: Tensor | None) -> tuple[float, Parameters]:
     """The loss, and its gradient with respect to every parameter by name. `params` are left as they are."""
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-    value = loss(leaves, shape, tokens, labels, loss_mask)
+    value = loss(leaves, shape, *batch)
     gradients = torch.autograd.grad(value, list(leaves.values()))
     return value.item(), dict(zip(leaves, gradients, strict=True))
 

@@ -21,11 +21,12 @@ from megalite.checkpoint.folder import list_iterations
 from megalite.checkpoint.load import Checkpoint
 from megalite.config import RunConfig, from_flat, to_yaml
 from megalite.data.preprocess import PreprocessConfig, preprocess
+from megalite.data.sampler import BatchLoader
 from megalite.data.tokenizers import train_sentencepiece
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import DeviceError
 from megalite.parallel.launch import LaunchInfo
-from megalite.training.batches import GlobalBatches
+from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import build_context, build_gpt, build_parts
 from megalite.training.pretrain import pretrain
 from tests.pool import RankPool
@@ -52,6 +53,7 @@ class Run:
         entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         for entry in entries:
             if "loss" in entry:
+                entry.pop("data_seconds")
                 entry["tokens"] = round(entry.pop("tokens_per_second") * entry.pop("step_seconds"))
         return entries
 
@@ -173,9 +175,9 @@ def kept_for_backward(bench: Bench, flags: dict, ranks: int) -> dict:
         return tensor
 
     rows = torch.arange(config.model.seq_length + 1).expand(config.data.global_batch_size, -1).numpy()
-    batches, weight = GlobalBatches(rows, context, 1, 1).at(0)
+    batches, weights = GlobalBatches(BatchLoader(rows, 1, 1, 0), parts.model, 1).at(0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        parts.engine.train_step(batches, weight)
+        parts.engine.train_step(batches, weights)
     return {"bytes": sum(kept.values()), "gradient": parts.optimizer.gradients.flat.clone()}
 
 
@@ -188,8 +190,7 @@ def passes_of_rank(launch: LaunchInfo, config: RunConfig) -> str:
     norm = next(p for name, p in parts.model.named_parameters() if name.endswith("attention_norm.weight"))
     norm.register_post_accumulate_grad_hook(lambda _: order.append("B"))
     rows = torch.zeros(config.data.global_batch_size, config.model.seq_length + 1, dtype=torch.int64).numpy()
-    data = GlobalBatches(rows, context, config.data.micro_batch_size, config.data.global_batch_size)
-    parts.engine.train_step(*data.at(0))
+    parts.engine.train_step(*build_batches(config, rows, parts.model).at(0))
     return "".join(order)
 
 

@@ -179,6 +179,11 @@ FLAGS: dict[str, list[Effect]] = {
     ],
     "global_batch_size": [effect(8, column("consumed_samples", 8, 16, 24, 32), losses_from(1))],
     "eod_mask_loss": [effect(True, losses_from(1), base=REAL)],
+    "reset_position_ids": [
+        effect(True, losses_from(1), base=REAL),
+        effect(True, losses_from(1), base={**REAL, **ROPE}),
+    ],
+    "reset_attention_mask": [effect(True, losses_from(1), base=REAL)],
     # parallel
     "tensor_model_parallel_size": [dry(2, shape("layers.0.mlp.up.weight", 32, 16), same_dry_loss, ranks=2)],
     "pipeline_model_parallel_size": [

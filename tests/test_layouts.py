@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megalite.optim.schedule import learning_rate
-from megalite.training.batches import GlobalBatches
+from megalite.training.batches import build_batches
 from megalite.training.build import build_context, build_parts
 from megalite.training.verify import Rounding
 from tests import oracle
@@ -20,7 +20,8 @@ WEIGHTS_WITHIN = STEPS * 1e-8
 """Adam divides by the root of a mean of squares: where the gradient is mathematically zero (the key bias), rounding
 noise of 1e-15 times the largest gradient (about 10) moves a weight by up to noise / epsilon * lr = 1e-8 a step."""
 MASKED = 3
-"""The token whose positions are left out of the loss: microbatches then differ in their number of tokens."""
+"""The token whose positions are left out of the loss: microbatches then differ in their number of tokens. It ends
+documents where they are kept apart: of many rows, several."""
 
 
 class Samples:
@@ -40,9 +41,13 @@ def samples_of(shape: oracle.Shape) -> Samples:
     return Samples(shape, STEPS * GLOBAL_BATCH)
 
 
-def batch_for_oracle(shape: oracle.Shape, step: int):
+def batch_for_oracle(shape: oracle.Shape, step: int, packing: tuple[str, ...] = ()) -> oracle.Batch:
     rows = samples_of(shape).rows[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]
-    return rows[:, :-1], rows[:, 1:], (rows[:, :-1] != MASKED).double()
+    tokens = rows[:, :-1]
+    positions, segments = oracle.documents(tokens, MASKED)
+    positions = positions if "reset_position_ids" in packing else None
+    segments = segments if "reset_attention_mask" in packing else None
+    return tokens, rows[:, 1:], (tokens != MASKED).double(), positions, segments
 
 
 def set_parameters(parts, params) -> None:
@@ -64,12 +69,12 @@ def boxes(parts, tensor_of) -> list:
 
 def train_on_rank(launch, layout: Layout, params, flags: dict, steps: int):
     """Run `steps` steps on one rank; losses, norms, boxes of the first gradient (before clipping) and final weights."""
-    config = configuration(layout, **flags)
+    config = configuration(layout, **flags, eod_mask_loss=True)
     context, _ = build_context(config, launch)
     parts = build_parts(config, context)
     if params is not None:
         set_parameters(parts, params)
-    data = GlobalBatches(samples_of(layout.shape), context, config.data.micro_batch_size, GLOBAL_BATCH, MASKED)
+    data = build_batches(config, samples_of(layout.shape), parts.model, eod=MASKED)
     losses, norms, gradients = [], [], None
     for step in range(steps):
         parts.optimizer.gradients.zero()
@@ -86,13 +91,13 @@ def train_on_rank(launch, layout: Layout, params, flags: dict, steps: int):
 
 
 @cache
-def expected(shape: oracle.Shape):
+def expected(shape: oracle.Shape, packing: tuple[str, ...] = ()):
     """Parameters, first loss, first gradients and five steps of the oracle, in float64."""
     params = oracle.random_parameters(shape, seed=1)
-    loss, gradients = oracle.loss_and_gradients(params, shape, *batch_for_oracle(shape, 0))
+    loss, gradients = oracle.loss_and_gradients(params, shape, *batch_for_oracle(shape, 0, packing))
     config = configuration(Layout("any", shape=shape))
     rates = [learning_rate(i + 1, config.optimizer, STEPS) for i in range(STEPS)]
-    batches = [batch_for_oracle(shape, step) for step in range(STEPS)]
+    batches = [batch_for_oracle(shape, step, packing) for step in range(STEPS)]
     trained = oracle.train(params, shape, batches, rates, weight_decay=0.1, max_norm=0.5)
     return params, loss, gradients, trained
 
@@ -124,7 +129,7 @@ def losses_of(results: list, layout: Layout) -> list[float]:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_layouts_equal_the_oracle(pool, layout, record_property):
     """Loss and every gradient to 1e-9 in float64, then the losses, norms and weights of five steps of AdamW."""
-    params, loss, gradients, trained = expected(layout.shape)
+    params, loss, gradients, trained = expected(layout.shape, layout.packing)
     results = pool.run(train_on_rank, layout.world_size, layout, params, {}, STEPS)
     shapes = oracle.parameter_shapes(layout.shape)
     losses = losses_of(results, layout)
@@ -148,8 +153,8 @@ def test_layouts_equal_the_oracle(pool, layout, record_property):
 def test_layouts_equal_one_process_with_dropout(pool, layout, record_property):
     """As above, with dropout at every place: what is dropped must not depend on how the model and the samples lie.
     The one process takes a sample at a time, the layouts two unless they say otherwise."""
-    params, loss_without, _, _ = expected(layout.shape)
-    losses, norms, gradients, weights = one_process(pool, layout.shape, STEPS, **DROPOUT)
+    params, loss_without, _, _ = expected(layout.shape, layout.packing)
+    losses, norms, gradients, weights = one_process(pool, layout.shape, layout.packing, STEPS, **DROPOUT)
     flags = {**DROPOUT, "micro_batch_size": layout.flags.get("micro_batch_size", 2)}
     results = pool.run(train_on_rank, layout.world_size, layout, params, flags, STEPS)
     shapes = oracle.parameter_shapes(layout.shape)
@@ -164,14 +169,17 @@ def test_layouts_equal_one_process_with_dropout(pool, layout, record_property):
 
 
 @cache
-def one_process(pool, shape: oracle.Shape, steps: int, **flags):
+def one_process(pool, shape: oracle.Shape, packing: tuple[str, ...], steps: int, **flags):
     """Losses, norms, first gradients by name and final weights by name of a single process, a sample at a time."""
-    layout = Layout("single", shape=shape)
+    layout = Layout("single", shape=shape, flags=dict.fromkeys(packing, True))
     losses, norms, *tensors = pool.run(train_on_rank, 1, layout, expected(shape)[0], flags, steps)[0]
     return losses, norms, *({name: values for name, _, values in boxes} for boxes in tensors)
 
 
-LOW_PRECISION = ["tp4", "pp4", "dp2 x tp2 x pp2 +sp", "llama dp2 x tp2 x pp2 +sp", "full uniform"]
+LOW_PRECISION = [
+    "tp4", "pp4", "dp2 x tp2 x pp2 +sp", "llama dp2 x tp2 x pp2 +sp", "full uniform", "packed documents tp2+sp",
+    "packed llama dp2 x tp2 x pp2 +sp",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -179,7 +187,7 @@ LOW_PRECISION = ["tp4", "pp4", "dp2 x tp2 x pp2 +sp", "llama dp2 x tp2 x pp2 +sp
 def test_layouts_equal_one_process_in_low_precision(pool, layout, precision, record_property):
     """Loss and every gradient within what rounding alone explains."""
     params = expected(layout.shape)[0]
-    (loss,), _, gradients, _ = one_process(pool, layout.shape, 1, precision=precision)
+    (loss,), _, gradients, _ = one_process(pool, layout.shape, layout.packing, 1, precision=precision)
     results = pool.run(train_on_rank, layout.world_size, layout, params, {"precision": precision}, 1)
     difference = largest_difference(
         [box for r in results for box in r[2]], gradients, oracle.parameter_shapes(layout.shape)

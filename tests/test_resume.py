@@ -49,7 +49,7 @@ def start(*flags) -> subprocess.Popen:
 
 def curve(*paths: Path) -> list[dict]:
     """What must not change: everything but times. Of an iteration that was run twice, the later line."""
-    timing = ("step_seconds", "tokens_per_second")
+    timing = ("step_seconds", "tokens_per_second", "data_seconds")
     found = {}
     for path in paths:
         for line in path.read_text().splitlines():

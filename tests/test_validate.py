@@ -243,6 +243,13 @@ FILE_CASES = {
     "no model named": (dict(tokenizer_type="SentencePieceTokenizer"), "--tokenizer-model", 0),
     "idle model": (dict(tokenizer_model="x.model"), "--tokenizer-model x.model", 1),
     "idle mask": (dict(eod_mask_loss=True, tokenizer_type=None, vocab_size=257), "--eod-mask-loss", 1),
+    "idle positions": (dict(reset_position_ids=True, tokenizer_type=None, vocab_size=257), "--reset-position-ids", 1),
+    "idle segments": (dict(reset_attention_mask=True, tokenizer_type=None, vocab_size=257), "-attention-mask", 1),
+    "positions of no use": (
+        dict(reset_position_ids=True, position_embedding_type="none"),
+        "--reset-position-ids --position-embedding-type none",
+        2,
+    ),
 }
 
 
@@ -252,8 +259,24 @@ def test_a_file_rule_alone(case, folder):
     assert_one_problem(real(**changes), 1, words, offers)
 
 
-def test_masking_mock_data_is_idle():
-    assert_one_problem(from_flat(SOUND | dict(eod_mask_loss=True, tokenizer_type="ByteTokenizer")), 1, "--mock-data")
+@pytest.mark.parametrize("key", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])
+def test_documents_of_mock_data_are_idle(key):
+    config = from_flat(SOUND | {key: True, "tokenizer_type": "ByteTokenizer"})
+    assert_one_problem(config, 1, f"{options()[key].flag} --mock-data")
+
+
+@pytest.mark.parametrize("key", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])
+def test_a_tokenizer_that_ends_no_document(key, folder):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog " * 3] * 50), model_prefix="endless",
+        vocab_size=29, eos_id=-1, minloglevel=3,
+    )  # fmt: skip
+    config = real(tokenizer_type="SentencePieceTokenizer", tokenizer_model="endless.model", data_path="endless")
+    write_dataset("endless", 20, None)
+    assert validate.check(config, 1) == []
+    assert_one_problem(with_values(config, {key: True}), 1, f"{options()[key].flag} end-of-document")
 
 
 def test_damaged_data(folder):

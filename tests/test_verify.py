@@ -17,16 +17,26 @@ import yaml
 
 from megalite import validate
 from megalite.config import ConfigError, from_flat
+from megalite.data.mock import MockDataset
 from megalite.data.sampler import BatchLoader
+from megalite.models.gpt import GPT
 from megalite.nn import linear
 from megalite.parallel.boxes import Box
 from megalite.parallel.launch import LaunchInfo
 from megalite.training import build
 from megalite.training.build import build_gpt
 from megalite.training.plan import plan, shrunk
-from megalite.training.record import ACTIVATION, ACTIVATION_GRADIENT, GRADIENT, LOSS, record
+from megalite.training.record import (
+    ACTIVATION,
+    ACTIVATION_GRADIENT,
+    END,
+    GRADIENT,
+    LOSS,
+    MadeUpDocuments,
+    record,
+)
 from megalite.training.verify import Comparison, Rounding, compare, report
-from tests.layouts import GLOBAL_BATCH, LAYOUTS, Layout, configuration
+from tests.layouts import GLOBAL_BATCH, LAYOUTS, PACKED, Layout, configuration
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools/verify_layouts.py"
@@ -48,7 +58,7 @@ def verify(pool, tmp_path_factory):
     def run(layout: Layout, function=record, *more, **flags) -> Comparison:
         folder, config = tmp_path_factory.mktemp("chosen"), configuration(layout, **flags)
         pool.run(function, layout.world_size, config, folder, *more)
-        data = {key: layout.flags[key] for key in ("micro_batch_size",) if key in layout.flags}
+        data = {key: layout.flags[key] for key in ("micro_batch_size", *layout.packing) if key in layout.flags}
         reference = one_process(layout.shape, tuple((flags | data).items()))
         rounding = Rounding(config.model, config.optimizer.precision, GLOBAL_BATCH * config.model.seq_length)
         return compare(reference, 1, folder, layout.world_size, rounding)
@@ -58,7 +68,7 @@ def verify(pool, tmp_path_factory):
 
 SOUND = [
     "dp2 x tp2 x pp2 +sp", "uneven pp3", "microbatch of 2", "a rank of padding only", "llama dp2 x tp2 x pp2 +sp",
-    "selective", "full uniform", "full uniform by 2",
+    "selective", "full uniform", "full uniform by 2", "packed documents tp2+sp", "packed llama pp4",
 ]  # fmt: skip
 
 
@@ -146,6 +156,21 @@ def record_with_nan(launch, config, folder):
     record(launch, config, folder, build_model)
 
 
+class FarSighted(GPT):
+    """A stage that is not told where documents end."""
+
+    @property
+    def inputs(self):
+        return super().inputs - {"segments"}
+
+
+def second_stage_sees_other_documents(config, context, rng):
+    model = build_gpt(config, context, rng)
+    if context.coordinates.pipeline == 1:
+        model.__class__ = FarSighted
+    return model
+
+
 def poison(config, context, rng):
     model = build_gpt(config, context, rng)
     with torch.no_grad():
@@ -162,6 +187,13 @@ FAULTS = [
     (Layout("dp2 x pp2", dp=2, pp=2), (record_with_swapped_microbatches,), ACTIVATION, "embedding", [1]),
     (Layout("tp2", tp=2), (record_without_loss_mask,), LOSS, "loss", [0, 1]),
     (Layout("tp2", tp=2), (record_without_backward_sum,), ACTIVATION_GRADIENT, "final_norm", [0, 1]),
+    (
+        Layout("pp4", pp=4, flags=PACKED),
+        (record, second_stage_sees_other_documents),
+        ACTIVATION,
+        "layers.1.attention",
+        [1],
+    ),
     (Layout("dp2", dp=2), (record_with_nan,), ACTIVATION, "layers.3.mlp.up", [1]),
 ]
 
@@ -289,7 +321,13 @@ def test_plan_keeps_what_the_step_depends_on_and_nothing_that_writes():
     assert reference.optimizer.precision == "bf16" and not reference.parallel.sequence_parallel
 
 
-# The tool.
+def test_documents_are_kept_apart_in_made_up_data_too():
+    """As the configuration has it for the real data, whose tokenizer is not needed for that."""
+    made = plan("--reset-attention-mask --tokenizer-type ByteTokenizer --vocab-size 512 --shrink --pp 2".split(), ALONE)
+    for config in (made.chosen, made.reference):
+        assert config.data.mock_data and config.data.reset_attention_mask and not config.data.reset_position_ids
+    rows = MadeUpDocuments(MockDataset(512, 32, 1, "train"), 32)
+    assert all(1 <= np.count_nonzero(rows[i][:-1] == END) < 32 and (rows[i][:16] == END).any() for i in range(20))
 
 
 def tool(*arguments, program=TOOL, **variables) -> subprocess.CompletedProcess:

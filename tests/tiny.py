@@ -10,7 +10,7 @@ from megalite.parallel.collectives import Group
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import ParallelLayout
-from megalite.training.batches import GlobalBatches
+from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import Parts, build_context, build_parts
 from tests.layouts import Layout, configuration
 
@@ -40,12 +40,13 @@ class Tiny:
 
 
 def build(layout: Layout = SINGLE, launch: LaunchInfo = ONE_PROCESS, **flags) -> Tiny:
-    """The model of `layout` on this rank, in fp64 without dropout unless flags say otherwise."""
+    """The model of `layout` on this rank, in fp64 without dropout unless flags say otherwise. Token 0 ends documents,
+    where that matters."""
     config = configuration(layout, **flags)
     context, _ = build_context(config, launch)
     dataset = MockDataset(config.model.vocab_size, config.model.seq_length, seed=5, split="train")
-    data = GlobalBatches(dataset, context, config.data.micro_batch_size, config.data.global_batch_size)
-    return Tiny(config, context, build_parts(config, context), data)
+    parts = build_parts(config, context)
+    return Tiny(config, context, parts, build_batches(config, dataset, parts.model, eod=0))
 
 
 def context_of(layout: ParallelLayout, rank: int = 0) -> ParallelContext:

@@ -109,7 +109,9 @@ def heading(planned: Plan) -> str:
             f"{m.query_groups} groups, MLP {m.ffn}, vocabulary {m.vocab_size}, {c.optimizer.precision}, {dropout}",
             f"data:      {' '.join(c.data.data_path or ()) or 'made up (real data with --data-path)'}, "
             f"{c.data.global_batch_size} samples of {m.seq_length} tokens, "
-            f"{c.data.micro_batch_size} a microbatch",
+            f"{c.data.micro_batch_size} a microbatch"
+            + (", positions from 0 in each document" if c.data.reset_position_ids else "")
+            + (", attention within documents" if c.data.reset_attention_mask else ""),
         )
     )
 

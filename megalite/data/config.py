@@ -32,6 +32,15 @@ class DataConfig:
     """Sequences in one optimizer step over all ranks. Unset: --micro-batch-size * data-parallel size."""
     eod_mask_loss: bool = False
     """Leave positions whose input is the end-of-document token out of the loss (needs a tokenizer)."""
+    reset_position_ids: bool = False
+    """Count positions anew after each end-of-document token in a sequence (needs a tokenizer)."""
+    reset_attention_mask: bool = False
+    """Attend only within a document; the end-of-document token belongs to the one it ends (needs a tokenizer)."""
+
+    @property
+    def eod_matters(self) -> bool:
+        """Whether batches depend on which token ends a document."""
+        return self.eod_mask_loss or self.reset_position_ids or self.reset_attention_mask
 
     def words_of(self, split: str) -> tuple[str, tuple[str, ...] | None]:
         """(flag, its value) that says what "train", "valid" or "test" samples are made of."""

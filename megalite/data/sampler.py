@@ -20,29 +20,51 @@ class BatchLoader:
         dataset: `dataset[i]` gives int64 [s + 1] for any i >= 0.
         micro_batch_size: b, rows in a microbatch.
         data_size, data_rank: the data-parallel size and this rank's place in it.
-        masked_token: positions whose input is this token are left out of the loss (--eod-mask-loss: the end of a
-            document says nothing about how the next one begins). None: every position counts.
+        eod: the token that ends a document, which the following need.
+        eod_mask_loss: leave positions whose input is that token out of the loss: the end of a document says nothing
+            about how the next one begins.
+        reset_position_ids, reset_attention_mask: give `positions` and `segments` of `documents` as well.
     """
 
-    def __init__(self, dataset, micro_batch_size: int, data_size: int, data_rank: int, masked_token: int | None = None):
+    def __init__(
+        self, dataset, micro_batch_size: int, data_size: int, data_rank: int, *, eod: int | None = None,
+        eod_mask_loss: bool = False, reset_position_ids: bool = False, reset_attention_mask: bool = False,
+    ):  # fmt: skip
         if micro_batch_size < 1 or not 0 <= data_rank < data_size:
             raise ValueError(
                 f"no batches of {micro_batch_size} samples for data-parallel rank {data_rank} of {data_size}"
             )
+        if eod is None and (eod_mask_loss or reset_position_ids or reset_attention_mask):
+            raise ValueError("masks and positions of documents need to know the token that ends one: give eod")
         self.dataset = dataset
         self.micro_batch_size, self.data_size, self.data_rank = micro_batch_size, data_size, data_rank
-        self.masked_token = masked_token
+        self.eod, self.eod_mask_loss = eod, eod_mask_loss
+        self.fields = {"tokens", "labels", "loss_mask"}
+        self.fields |= {"positions"} if reset_position_ids else set()
+        self.fields |= {"segments"} if reset_attention_mask else set()
 
     def batch(self, consumed: int, microbatch: int) -> dict[str, np.ndarray]:
         """Microbatch number `microbatch` of the step before which `consumed` samples were used.
 
-        tokens, labels: int64 [b, s], labels one token ahead; loss_mask: float32 [b, s], 1 where the label counts.
+        tokens, labels: int64 [b, s], labels one token ahead; loss_mask: float32 [b, s], 1 where the label counts; and
+        where asked for, positions and segments: int64 [b, s]. The names are those in `fields`.
         """
         first = first_sample(consumed, microbatch, self.micro_batch_size, self.data_size, self.data_rank)
         samples = np.stack([self.dataset[first + j] for j in range(self.micro_batch_size)])
         tokens, labels = np.ascontiguousarray(samples[:, :-1]), np.ascontiguousarray(samples[:, 1:])
-        if self.masked_token is None:
-            loss_mask = np.ones(tokens.shape, np.float32)
-        else:
-            loss_mask = (tokens != self.masked_token).astype(np.float32)
-        return {"tokens": tokens, "labels": labels, "loss_mask": loss_mask}
+        counted = tokens != self.eod if self.eod_mask_loss else np.ones(tokens.shape)
+        arrays = {"tokens": tokens, "labels": labels, "loss_mask": counted.astype(np.float32)}
+        if self.fields & {"positions", "segments"}:
+            arrays["positions"], arrays["segments"] = documents(tokens, self.eod)
+        return {name: arrays[name] for name in self.fields}
+
+
+def documents(tokens: np.ndarray, eod: int) -> tuple[np.ndarray, np.ndarray]:
+    """Position of each token of [b, s] in its document, and which document of the row it is in, from 0: int64 [b, s].
+
+    The token `eod` is the last of the document that it ends; the next one is at position 0.
+    """
+    first = np.zeros(tokens.shape, np.int64)  # 1 where a document begins within the row
+    first[:, 1:] = tokens[:, :-1] == eod
+    column = np.arange(tokens.shape[1])
+    return column - np.maximum.accumulate(first * column, axis=1), np.cumsum(first, axis=1)

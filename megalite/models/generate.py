@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from megalite.models.batch import Microbatch
 from megalite.models.gpt import GPT
 
 
@@ -55,7 +56,7 @@ def generate(
     generator = torch.Generator(prompt.device).manual_seed(seed)
     text = prompt
     for _ in range(max_new_tokens):
-        logits = model(text[:, -model.config.positions :])[-1, :, : model.config.vocab_size]
+        logits = model(None, Microbatch(text[:, -model.config.positions :]))[-1, :, : model.config.vocab_size]
         token = choose(logits, temperature, top_k, top_p, generator)
         yield token
         text = torch.cat([text, token.unsqueeze(1)], dim=1)

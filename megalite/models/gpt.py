@@ -1,8 +1,12 @@
 """GPT: the part of it that one rank holds, as one module."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
+from megalite.models.batch import Microbatch
+from megalite.nn.attention import attention_mask
 from megalite.nn.block import Block
 from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.nn.dropout import EMBEDDING, HiddenDropout
@@ -13,7 +17,7 @@ from megalite.nn.loss import vocab_parallel_cross_entropy
 from megalite.nn.norm import Norm
 from megalite.nn.parameter import name_parameters
 from megalite.nn.recompute import recompute
-from megalite.nn.rope import rotary_table
+from megalite.nn.rope import rotary_table, table_at
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.rng import Rng
 
@@ -32,6 +36,9 @@ class GPT(nn.Module):
     Parameter names count layers in the whole model, so they are the same in every layout. All stages of one model are
     made with the same configuration; `layers` is this stage's range.
     """
+
+    loss_names: ClassVar[tuple[str, ...]] = ("loss",)
+    """Terms of the loss, whose sum is trained: what the last stage returns sums of, in this order."""
 
     def __init__(
         self,
@@ -59,9 +66,8 @@ class GPT(nn.Module):
             self.embedding_dropout = HiddenDropout(model.hidden_dropout, rng, 0, EMBEDDING, context, sequence_parallel)
         elif last and model.tied:
             self.embedding = TiedCopy(model, context, dtype)
-        self.layers = nn.ModuleDict(
-            {str(i): Block(model, recompute_config, context, rng, i, dtype, sequence_parallel) for i in layers}
-        )
+        parts = (model, recompute_config, context, rng)
+        self.layers = nn.ModuleDict({str(i): Block(*parts, i, dtype, sequence_parallel, causal=True) for i in layers})
         if last:
             self.final_norm = Norm(model, context, dtype, sequence_parallel)
             if not model.tied:
@@ -75,46 +81,60 @@ class GPT(nn.Module):
         length = self.config.seq_length // (self.context.tensor.size if self.sequence_parallel else 1)
         return length, microbatch, self.config.hidden_size
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        loss_mask: torch.Tensor | None = None,
-        samples: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    @property
+    def inputs(self) -> set[str]:
+        """Fields of a microbatch that this stage reads from the data, where the data has them."""
+        rope = self.config.position_embedding_type == "rope"
+        learned = self.config.position_embedding_type == "learned_absolute"
+        fields = {"segments"}
+        if rope or (learned and self.context.is_first_stage):
+            fields |= {"positions"}
+        if self.context.is_first_stage:
+            fields |= {"tokens"}
+        if self.context.is_last_stage:
+            fields |= {"labels", "loss_mask"}
+        return fields
+
+    @staticmethod
+    def loss_counts(batch: Microbatch) -> torch.Tensor:
+        """How many items each term of the loss is a sum over, fp64 [1]: the unmasked tokens. For the last stage."""
+        return batch.loss_mask.sum(dtype=torch.float64).unsqueeze(0)
+
+    def forward(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
         """One stage's share of the forward pass.
 
-        x: token ids [b, s] on the first stage, hidden states from the previous stage on the others. Gives hidden
-        states, except on the last stage: there the sum over unmasked tokens of the cross-entropy of `labels` [b, s]
-        under `loss_mask` [b, s], or without labels the logits of the vocabulary this rank holds, [s, b, v/t].
-        `samples` [b] are the rows' numbers in the whole run, which dropout of the layout-independent scheme needs.
+        x: hidden states from the previous stage; None on the first stage, which starts from the batch's tokens. Gives
+        hidden states, except on the last stage: there the sum over unmasked tokens of the labels' cross-entropy, [1],
+        or without labels the logits of the vocabulary this rank holds, [s, b, v/t].
         """
         if self.context.is_first_stage:
-            length = x.shape[1]
-            x = self.embedding_dropout(self.embedding(x), samples)
+            length = batch.tokens.shape[1]
+            x = self.embedding_dropout(self.embedding(batch.tokens, batch.positions), batch.samples)
         else:
             length = x.shape[0] * (self.context.tensor.size if self.sequence_parallel else 1)
-        x = self._run_layers(x, self._rotary(length), samples)
+        mask = None if batch.segments is None else attention_mask(batch.segments, causal=True)
+        x = self._run_layers(x, self._rotary(length, batch.positions), mask, batch.samples)
         if not self.context.is_last_stage:
             return x
         weight = self.embedding.word_embeddings.weight if self.config.tied else self.output.weight
         logits = column_parallel_linear(self.final_norm(x), weight, None, self.context.tensor, self.sequence_parallel)
-        if labels is None:
+        if batch.labels is None:
             return logits
-        losses = vocab_parallel_cross_entropy(logits, labels.t(), weight.spec, self.context.tensor)
-        return (losses * loss_mask.t()).sum()
+        losses = vocab_parallel_cross_entropy(logits, batch.labels.t(), weight.spec, self.context.tensor)
+        return (losses * batch.loss_mask.t()).sum().unsqueeze(0)
 
-    def _rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The rotary table of the whole sequence, made at its first use for a length; None with other positions."""
+    def _rotary(self, length: int, positions: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The rotary table of the whole sequence, made at its first use for a length, or its rows for each token's
+        position; None with other kinds of positions."""
         model = self.config
         if model.position_embedding_type != "rope":
             return None
         if self._rotary_table is None or self._rotary_table[0].shape[0] != length:
             device = self.context.device
             self._rotary_table = rotary_table(length, model.head_size, model.rotary_base, self.dtype, device)
-        return self._rotary_table
+        return self._rotary_table if positions is None else table_at(self._rotary_table, positions)
 
-    def _run_layers(self, x: torch.Tensor, rotary, samples) -> torch.Tensor:
+    def _run_layers(self, x: torch.Tensor, rotary, mask, samples) -> torch.Tensor:
         """This stage's layers, in groups that are recomputed as a whole where the configuration says so."""
         layers, config = list(self.layers.values()), self.recompute_config
         full = config.granularity == "full" and torch.is_grad_enabled()
@@ -125,7 +145,7 @@ class GPT(nn.Module):
 
             def run(x, group=group):
                 for layer in group:
-                    x = layer(x, rotary, samples)
+                    x = layer(x, rotary, mask, samples)
                 return x
 
             x = recompute(run, self.rng, x) if whole or (full and index < n) else run(x)

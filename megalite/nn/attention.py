@@ -1,4 +1,4 @@
-"""Causal self-attention, multi-head or grouped-query (Ainslie et al. 2023), heads split over tensor-parallel ranks."""
+"""Self-attention, multi-head or grouped-query (Ainslie et al. 2023), heads split over tensor-parallel ranks."""
 
 import math
 
@@ -14,16 +14,27 @@ from megalite.parallel.context import ParallelContext
 from megalite.parallel.rng import Rng
 
 
-def explicit_attention(q, k, v, drop) -> torch.Tensor:
-    """Causal attention with the scores formed: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d].
+def attention_mask(segments: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Which tokens a token sees, bool [b, 1, s, s], query before key: those of its own segment (segments [b, s]), and
+    of these, when causal, none that comes after it. It always sees itself."""
+    mask = segments[:, None, :, None] == segments[:, None, None, :]
+    return mask.tril_() if causal else mask
 
-    The softmax is taken in fp32 for half precisions. `drop` is applied to the attention weights.
+
+def explicit_attention(q, k, v, drop, causal: bool, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention with the scores formed: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d].
+
+    A token sees what `mask` says, or without one every token, when causal only those up to itself. The softmax is taken
+    in fp32 for half precisions. `drop` is applied to the attention weights.
     """
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    scores = scores.masked_fill(future, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
     softmax_dtype = torch.float32 if scores.dtype in (torch.bfloat16, torch.float16) else scores.dtype
     return drop(scores.softmax(dim=-1, dtype=softmax_dtype).to(q.dtype)) @ v
 
@@ -34,9 +45,10 @@ class Attention(nn.Module):
 
     def __init__(
         self, model: ModelConfig, recompute_config: RecomputeConfig, context: ParallelContext, rng: Rng, layer: int,
-        dtype: torch.dtype, sequence_parallel: bool,
+        dtype: torch.dtype, sequence_parallel: bool, causal: bool,
     ):  # fmt: skip
         super().__init__()
+        self.causal = causal
         self.queries_per_group = model.num_attention_heads // model.query_groups
         self.head_size = model.head_size
         self.dropout, self.rng = AttentionDropout(model.attention_dropout, rng, layer, context), rng
@@ -53,9 +65,11 @@ class Attention(nn.Module):
         self,
         x: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        mask: torch.Tensor | None = None,
         samples: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[s, b, h] -> [s, b, h] without the output bias; `rotary` is the table of `nn.rope`, or None."""
+        """[s, b, h] -> [s, b, h] without the output bias; `rotary` is the table of `nn.rope`, or None; `mask` that of
+        `attention_mask`, or None where a row is one segment."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.queries_per_group + 2, self.head_size))
         q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=-2)
         q, k, v = (part.flatten(2, 3) for part in (q, k, v))  # [s, b, heads held here, d]
@@ -63,14 +77,16 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, heads, s, d]
         if self.recompute and torch.is_grad_enabled():
-            y = recompute(self._core, self.rng, q, k, v, samples)
+            y = recompute(self._core, self.rng, q, k, v, mask, samples)
         else:
-            y = self._core(q, k, v, samples)
+            y = self._core(q, k, v, mask, samples)
         return self.output(y.permute(2, 0, 1, 3).flatten(2))
 
-    def _core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, samples: torch.Tensor | None) -> torch.Tensor:
+    def _core(self, q, k, v, mask: torch.Tensor | None, samples: torch.Tensor | None) -> torch.Tensor:
         """The attention core. torch's fused attention draws dropout in an order of its own, so with dropout the scores
         are formed."""
         if self.training and self.dropout.p > 0:
-            return explicit_attention(q, k, v, lambda weights: self.dropout(weights, samples))
-        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            return explicit_attention(q, k, v, lambda weights: self.dropout(weights, samples), self.causal, mask)
+        return nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=self.causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )

@@ -17,11 +17,11 @@ class Block(nn.Module):
 
     def __init__(
         self, model: ModelConfig, recompute_config: RecomputeConfig, context: ParallelContext, rng: Rng, layer: int,
-        dtype: torch.dtype, sequence_parallel: bool,
+        dtype: torch.dtype, sequence_parallel: bool, causal: bool,
     ):  # fmt: skip
         super().__init__()
         self.attention_norm = Norm(model, context, dtype, sequence_parallel)
-        self.attention = Attention(model, recompute_config, context, rng, layer, dtype, sequence_parallel)
+        self.attention = Attention(model, recompute_config, context, rng, layer, dtype, sequence_parallel, causal)
         self.attention_dropout = HiddenDropout(
             model.hidden_dropout, rng, layer, AFTER_ATTENTION, context, sequence_parallel
         )
@@ -33,10 +33,11 @@ class Block(nn.Module):
         self,
         x: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        mask: torch.Tensor | None = None,
         samples: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One layer. `rotary` is the table of `nn.rope`, or None; `samples` [b] are the rows' global sample numbers."""
-        y = self.attention(self.attention_norm(x), rotary, samples)
+        """One layer. `rotary` and `mask` are for the attention; `samples` [b] are the rows' global sample numbers."""
+        y = self.attention(self.attention_norm(x), rotary, mask, samples)
         x = self.attention_dropout(y, samples, self.attention.output.bias, x)
         y = self.mlp(self.mlp_norm(x))
         return self.mlp_dropout(y, samples, self.mlp.down.bias, x)

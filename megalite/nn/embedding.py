@@ -82,8 +82,9 @@ class Embedding(nn.Module):
         if model.position_embedding_type == "learned_absolute":
             self.position_embeddings = PositionEmbedding(model, context, dtype, self.sequence_parallel)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Look up and sum over ranks: ids that another rank holds contribute zeros here."""
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Look up and sum over ranks: ids that another rank holds contribute zeros here. `positions` [b, s] choose rows
+        of the learned table; None: 0 to s - 1."""
         weight = self.word_embeddings.weight
         tokens = tokens.t()
         length = tokens.shape[0]
@@ -98,6 +99,9 @@ class Embedding(nn.Module):
             x = reduce(x, self.group)
         if self.position_embeddings is not None:
             start = x.shape[0] * self.group.rank if self.sequence_parallel else 0
-            positions = self.position_embeddings.weight[:length][start : start + x.shape[0]]
-            x = x + positions.unsqueeze(1)
+            table, here = self.position_embeddings.weight, slice(start, start + x.shape[0])
+            if positions is None:
+                x = x + table[:length][here].unsqueeze(1)
+            else:
+                x = x + _Lookup.apply(positions.t()[here], table)
         return x

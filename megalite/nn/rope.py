@@ -12,8 +12,14 @@ def rotary_table(length: int, head_size: int, base: float, dtype, device) -> tup
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def table_at(table: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of a rotary table for positions [b, s] of its length or less: cos and sin, each [s, b, 1, d]."""
+    cos, sin = (part[positions.t(), 0] for part in table)
+    return cos, sin
+
+
 def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate queries or keys [s, b, n, d] by their positions."""
+    """Rotate queries or keys [s, b, n, d] by their positions: a table [s, 1, 1, d], or [s, b, 1, d] of each row's."""
     cos, sin = table
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,29 +1,16 @@
 """The engine: runs one stage's program of forwards, backwards and messages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megalite.models.gpt import GPT
+from megalite.models.batch import Microbatch
 from megalite.parallel.collectives import Transfer, exchange
 from megalite.parallel.context import ParallelContext
 from megalite.pipeline.schedules import FORWARD, Action, Message, forward_only, program, schedule_named
-
-
-@dataclass
-class Microbatch:
-    """What a stage is given of one microbatch. Middle stages are given no tokens."""
-
-    tokens: torch.Tensor | None = None
-    """[b, s] token ids, on the first stage."""
-    labels: torch.Tensor | None = None
-    """[b, s] token ids, on the last stage."""
-    loss_mask: torch.Tensor | None = None
-    """[b, s] of 0 and 1, on the last stage."""
-    samples: torch.Tensor | None = None
-    """[b] numbers of the sequences in the whole run, on every stage; dropout depends on them."""
 
 
 @dataclass
@@ -41,7 +28,10 @@ class _Run:
     """The state of one pass over the microbatches."""
 
     microbatches: list[Microbatch]
-    loss_weight: float
+    loss_weights: torch.Tensor
+    """[k], of the terms of the loss."""
+    losses: torch.Tensor
+    """[k], weighted, of the microbatches so far; zeros before the last stage."""
     in_flight: dict[int, _InFlight] = field(default_factory=dict)
     outgoing: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     """Computed, not yet posted."""
@@ -49,39 +39,44 @@ class _Run:
     """Arrived, not yet used."""
     sending: list = field(default_factory=list)
     """(handles, tensors) of messages on their way; the tensors must live until the handles are done."""
-    loss: torch.Tensor | None = None
 
 
 class PipelineEngine:
-    """Runs a schedule on this rank's stage. With one stage it is plain gradient accumulation."""
+    """Runs a schedule on this rank's stage. With one stage it is plain gradient accumulation.
 
-    def __init__(self, stage: GPT, context: ParallelContext, micro_batch_size: int, schedule: str = "1f1b"):
+    A stage is a module, called as `stage(x, batch)` with hidden states (None on the first stage) and a Microbatch. It
+    gives hidden states of shape `stage.hidden_shape(b)` and dtype `stage.dtype`; the last stage gives the sums of the k
+    terms of the loss over this microbatch, [k].
+    """
+
+    def __init__(self, stage: nn.Module, context: ParallelContext, micro_batch_size: int, schedule: str = "1f1b"):
         self.stage, self.context = stage, context
         self.micro_batch_size = micro_batch_size
         self.schedule: Callable = schedule_named(schedule)
 
-    def train_step(self, microbatches: list[Microbatch], loss_weight: float) -> torch.Tensor:
-        """Forward and backward of all microbatches; gradients of `loss_weight * sum of token losses` are accumulated.
+    def train_step(self, microbatches: list[Microbatch], loss_weights: torch.Tensor | Sequence[float]) -> torch.Tensor:
+        """Forward and backward of all microbatches; gradients of `(sums * loss_weights).sum()` are accumulated.
 
-        Returns that loss, a 0-d tensor that is zero on all but the last stage. `loss_weight` is 1 / number of unmasked
-        tokens in the global batch, which makes the loss a global mean.
+        Returns the k weighted terms of the loss, [k], which are zeros on all but the last stage. A term's weight is
+        1 / number of items (for a GPT, unmasked tokens) in the global batch, which makes it a global mean.
         """
-        return self._run(self.schedule, microbatches, loss_weight)
+        return self._run(self.schedule, microbatches, loss_weights)
 
     @torch.no_grad()
-    def evaluate(self, microbatches: list[Microbatch], loss_weight: float) -> torch.Tensor:
-        """The same loss without gradients."""
-        return self._run(forward_only, microbatches, loss_weight)
+    def evaluate(self, microbatches: list[Microbatch], loss_weights: torch.Tensor | Sequence[float]) -> torch.Tensor:
+        """The same terms without gradients."""
+        return self._run(forward_only, microbatches, loss_weights)
 
-    def _run(self, schedule: Callable, microbatches: list[Microbatch], loss_weight: float) -> torch.Tensor:
+    def _run(self, schedule: Callable, microbatches: list[Microbatch], loss_weights) -> torch.Tensor:
         pipeline = self.context.pipeline
-        run = _Run(microbatches, loss_weight)
+        weights = torch.as_tensor(loss_weights, dtype=torch.float64, device=self.context.device)
+        run = _Run(microbatches, weights, torch.zeros(len(weights), device=self.context.device))
         for step in program(schedule(pipeline.size, pipeline.rank, len(microbatches)), pipeline.rank, pipeline.size):
             self._post(run, step.messages)
             if step.action is not None:
                 (self._forward if step.action.kind == FORWARD else self._backward)(run, step.action)
         self._finish_sending(run)
-        return run.loss if run.loss is not None else torch.zeros((), device=self.context.device)
+        return run.losses
 
     def _post(self, run: _Run, messages: tuple[Message, ...]) -> None:
         """Post a step's messages together and wait for those that arrive here. Sends go on during the computation that
@@ -113,16 +108,18 @@ class PipelineEngine:
 
     def _forward(self, run: _Run, action: Action) -> None:
         i, key = action.microbatch, tuple(action)
-        batch, kept = run.microbatches[i], _InFlight()
-        x = batch.tokens
+        kept = _InFlight()
         if not self.context.is_first_stage:
-            x = kept.received = run.incoming.pop(key).requires_grad_(torch.is_grad_enabled())
+            kept.received = run.incoming.pop(key).requires_grad_(torch.is_grad_enabled())
+        output = self.stage(kept.received, run.microbatches[i])
         if self.context.is_last_stage:
-            kept.output = self.stage(x, batch.labels, batch.loss_mask, batch.samples) * run.loss_weight
-            loss = kept.output.detach()
-            run.loss = loss if run.loss is None else run.loss + loss
+            if output.shape != run.loss_weights.shape:
+                shapes = f"{tuple(output.shape)}, the weights {tuple(run.loss_weights.shape)}"
+                raise ValueError(f"the last stage's sums of loss terms have shape {shapes}: one weight for each term")
+            losses = output * run.loss_weights.to(output.dtype)
+            run.losses = run.losses + losses.detach()
+            kept.output = losses.sum()
         else:
-            output = self.stage(x, samples=batch.samples)
             self._check_shape(output)
             run.outgoing[key] = output.detach()
             # The edge is enough for the backward: the hidden states themselves are freed once they are sent.

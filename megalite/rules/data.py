@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 
-from megalite.config import RunConfig
+from megalite.config import RunConfig, options
 from megalite.data.config import DataConfig
 from megalite.rules.disk import neighbours
 from megalite.rules.finding import PATHS, Finding, Rule, wanted_splits
@@ -116,12 +116,12 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
             ("vocab_size", "tokenizer_type", "tokenizer_model"),
             ({"vocab_size": tokenizer.vocab_size}, {"vocab_size": None}),
         )
-    if d.eod_mask_loss:
+    for key in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
         try:
-            _ = tokenizer.eod
+            _ = tokenizer.eod if getattr(d, key) else None
         except TokenizerError as error:
-            found = f"--eod-mask-loss needs an end-of-document token: {error}"
-            yield Finding(found, ("eod_mask_loss", "tokenizer_model"), ({"eod_mask_loss": False},))
+            found = f"{options()[key].flag} needs an end-of-document token: {error}"
+            yield Finding(found, (key, "tokenizer_model"), ({key: False},))
 
 
 def tokenizer_made_data(config: RunConfig, world_size: int) -> Iterator[Finding]:

@@ -120,7 +120,7 @@ EFFECTS = (
         {"tokenizer_type": "SentencePieceTokenizer"},
     ),
     _Effect(
-        ("eod_mask_loss",),
+        ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"),
         lambda c: c.data.tokenizer_type is not None,
         "without a tokenizer that tells which token ends a document",
         "--tokenizer-type and --tokenizer-model of the data",
@@ -138,7 +138,18 @@ EFFECTS = (
         {"eval_interval": 1000, "eval_iters": 100},
     ),
     _Effect(("sample_order",), lambda c: not c.data.mock_data, "with --mock-data", ""),
-    _Effect(("split", "eod_mask_loss"), lambda c: not c.data.mock_data, "with --mock-data, which has no documents", ""),
+    _Effect(
+        ("split", "eod_mask_loss", "reset_position_ids", "reset_attention_mask"),
+        lambda c: not c.data.mock_data,
+        "with --mock-data, which has no documents",
+        "",
+    ),
+    _Effect(
+        ("reset_position_ids",),
+        lambda c: c.model.position_embedding_type != "none",
+        "with --position-embedding-type none",
+        {"position_embedding_type": "learned_absolute"},
+    ),
     _Effect(
         ("eval_interval",),
         lambda c: c.training.eval_iters > 0 or c.training.eval_interval == 0,

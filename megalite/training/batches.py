@@ -1,58 +1,91 @@
-"""From a dataset to the microbatches a stage needs, and the number of tokens the loss is a mean over."""
+"""From a dataset to the microbatches a stage needs, and the number of items that the loss is a mean over."""
 
+import numpy as np
 import torch
 
+from megalite.config import RunConfig
 from megalite.data.indexed import DatasetError
 from megalite.data.sampler import BatchLoader, first_sample
+from megalite.data.tokenizers import build_tokenizer
+from megalite.models.batch import Microbatch
 from megalite.parallel.collectives import all_reduce
-from megalite.parallel.context import ParallelContext
-from megalite.pipeline.engine import Microbatch
+from megalite.training.prefetch import Prefetcher
 
 
 class GlobalBatches:
-    """Global batches by their first sample. Only the first and the last stage read tokens."""
+    """Global batches by their first sample. A stage of the model reads what its `inputs` name, if the loader has it."""
 
-    def __init__(
-        self, dataset, context: ParallelContext, micro_batch_size: int, global_batch_size: int, masked_token=None
-    ):
-        layout = context.layout
-        self.context = context
-        self.microbatches = global_batch_size // (micro_batch_size * layout.data)
-        self.loader = BatchLoader(dataset, micro_batch_size, layout.data, context.coordinates.data, masked_token)
+    def __init__(self, loader: BatchLoader, model, global_batch_size: int):
+        self.loader, self.model, self.context = loader, model, model.context
+        self.microbatches = global_batch_size // (loader.micro_batch_size * loader.data_size)
+        self.fields = model.inputs & loader.fields
+        self._arrays = Prefetcher(self._read_arrays)
 
-    def at(self, consumed: int) -> tuple[list[Microbatch], float]:
-        """The microbatches of the global batch that starts at sample `consumed`, and what makes the loss a global mean:
-        1 / (unmasked tokens in all of it). Middle stages have nothing to read; all but the last have weight 0.
+    @property
+    def waited(self) -> float:
+        """Seconds that the last `at` waited for its samples."""
+        return self._arrays.waited
 
-        Collective over data ranks of the last stage. Raises DatasetError when every token of the batch is masked.
+    def at(self, consumed: int, then: int | None = None) -> tuple[list[Microbatch], torch.Tensor]:
+        """The microbatches of the global batch that starts at sample `consumed`, and what makes each of the k terms of
+        the loss a global mean: 1 / (items that it counts in all of the batch), fp64 [k]. A term that counts nothing has
+        weight 0, and so have all terms before the last stage. The samples of the batch that starts at sample `then` are
+        read meanwhile, on another thread.
+
+        Collective over data ranks of the last stage. Raises DatasetError when no term counts anything.
         """
-        batches = self.read(consumed)
+        batches = self._microbatches(consumed, self._arrays.get(consumed, then))
+        counts = self.counts(batches)
         if not self.context.is_last_stage:
-            return batches, 0.0
-        tokens = torch.tensor(unmasked(batches), dtype=torch.float64, device=self.context.device)
-        all_reduce(tokens, self.context.data)
-        if tokens.item() == 0:
+            return batches, counts
+        all_reduce(counts, self.context.data)
+        if not counts.any():
             raise DatasetError(f"every token of the global batch at sample {consumed} is masked out of the loss")
-        return batches, 1.0 / tokens.item()
+        return batches, torch.where(counts > 0, 1.0 / counts, 0.0)
 
     def read(self, consumed: int) -> list[Microbatch]:
         """This rank's microbatches of the global batch that starts at sample `consumed`."""
-        return [self._microbatch(consumed, i) for i in range(self.microbatches)]
+        return self._microbatches(consumed, self._read_arrays(consumed))
 
-    def _microbatch(self, consumed: int, i: int) -> Microbatch:
-        context, loader = self.context, self.loader
-        first = first_sample(consumed, i, loader.micro_batch_size, loader.data_size, loader.data_rank)
-        batch = Microbatch(samples=torch.arange(first, first + loader.micro_batch_size, device=context.device))
-        if context.is_first_stage or context.is_last_stage:
-            arrays = {name: torch.from_numpy(array) for name, array in loader.batch(consumed, i).items()}
-            if context.is_first_stage:
-                batch.tokens = arrays["tokens"].to(context.device)
-            if context.is_last_stage:
-                batch.labels = arrays["labels"].to(context.device)
-                batch.loss_mask = arrays["loss_mask"].to(context.device)
-        return batch
+    def close(self) -> None:
+        """End the reading thread."""
+        self._arrays.close()
+
+    def counts(self, batches: list[Microbatch]) -> torch.Tensor:
+        """How many items each of the k terms of the loss counts in these microbatches, fp64 [k]: zeros before the last
+        stage."""
+        counts = torch.zeros(len(self.model.loss_names), dtype=torch.float64, device=self.context.device)
+        for batch in batches if self.context.is_last_stage else []:
+            counts += self.model.loss_counts(batch)
+        return counts
+
+    def _read_arrays(self, consumed: int) -> list[dict[str, np.ndarray]]:
+        """What the stage needs of each microbatch; nothing is read where it needs nothing."""
+        return [self.loader.batch(consumed, i) if self.fields else {} for i in range(self.microbatches)]
+
+    def _microbatches(self, consumed: int, arrays: list[dict[str, np.ndarray]]) -> list[Microbatch]:
+        device, loader, batches = self.context.device, self.loader, []
+        for i, read in enumerate(arrays):
+            first = first_sample(consumed, i, loader.micro_batch_size, loader.data_size, loader.data_rank)
+            batch = Microbatch(samples=torch.arange(first, first + loader.micro_batch_size, device=device))
+            for name in self.fields:
+                setattr(batch, name, torch.from_numpy(read[name]).to(device))
+            batches.append(batch)
+        return batches
 
 
-def unmasked(batches: list[Microbatch]) -> float:
-    """Number of tokens these microbatches count in the loss (on the last stage)."""
-    return sum(batch.loss_mask.sum(dtype=torch.float64).item() for batch in batches)
+def build_batches(config: RunConfig, dataset, model, eod: int | None = None) -> GlobalBatches:
+    """The global batches of a resolved configuration for one stage of a model.
+
+    `eod` is the token that ends documents; None: the tokenizer's, if the configuration needs one. Raises TokenizerError
+    when there is none.
+    """
+    data, context = config.data, model.context
+    if eod is None and data.eod_matters:
+        eod = build_tokenizer(data.tokenizer_type, data.tokenizer_model).eod
+    loader = BatchLoader(
+        dataset, data.micro_batch_size, context.layout.data, context.coordinates.data, eod=eod,
+        eod_mask_loss=data.eod_mask_loss, reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+    )  # fmt: skip
+    return GlobalBatches(loader, model, data.global_batch_size)

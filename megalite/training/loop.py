@@ -10,9 +10,9 @@ from megalite.data.indexed import DatasetError
 from megalite.models.flops import flops_per_sequence
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import ParallelContext
-from megalite.training.batches import GlobalBatches, unmasked
+from megalite.training.batches import GlobalBatches
 from megalite.training.build import Parts
-from megalite.training.metrics import MetricsFile, training_line
+from megalite.training.metrics import MetricsFile, by_name, in_words, training_line
 from megalite.training.replicas import check_replicas
 from megalite.training.signals import StopSignals
 from megalite.training.state import Progress, save_state
@@ -57,6 +57,7 @@ class Trainer:
                 self._save()
         finally:
             signals.uninstall()
+            self.train_data.close()
         return reason or f"all {training.train_iters} iterations are done"
 
     @staticmethod
@@ -68,15 +69,17 @@ class Trainer:
         began = time.perf_counter()
         optimizer, batch_size = self.parts.optimizer, self.config.data.global_batch_size
         optimizer.gradients.zero()
-        loss = self.parts.engine.train_step(*self.train_data.at(self.progress.consumed_samples))
+        consumed = self.progress.consumed_samples
+        then = consumed + batch_size if iteration < self.config.training.train_iters else None
+        losses = self.parts.engine.train_step(*self.train_data.at(consumed, then))
         norm, rate = optimizer.step(iteration)
         minutes = self.config.training.exit_duration_in_mins
         late = minutes is not None and time.monotonic() - start >= 60 * minutes
-        # One small all-reduce: the loss, and whether any rank wants to stop.
-        loss, signalled, late = self._sum_over_ranks(self._counted_once(loss), signals.received is not None, late)
+        # One small all-reduce: the terms of the loss, and whether any rank wants to stop.
+        *losses, signalled, late = self._sum_over_ranks(*self._counted_once(losses), signals.received is not None, late)
         self.progress.iteration = iteration
         self.progress.consumed_samples += batch_size
-        self._report(iteration, loss, norm, rate, time.perf_counter() - began)
+        self._report(iteration, by_name(self.parts.model.loss_names, losses), norm, rate, time.perf_counter() - began)
         if signalled:
             return self._signal_name(signals)
         if late:
@@ -89,10 +92,10 @@ class Trainer:
     def _signal_name(signals: StopSignals) -> str:
         return signals.received.name if signals.received else "a signal to another rank"
 
-    def _counted_once(self, value: float) -> float:
-        """A quantity of the last stage, so that its sum over all ranks counts each data replica once: its tensor ranks
-        all hold the same."""
-        return float(value) if self.context.is_last_stage and self.context.tensor.rank == 0 else 0.0
+    def _counted_once(self, values: torch.Tensor) -> list[float]:
+        """Quantities of the last stage, so that their sum over all ranks counts each data replica once: its tensor
+        ranks all hold the same."""
+        return values.tolist() if self.context.is_last_stage and self.context.tensor.rank == 0 else [0.0] * len(values)
 
     def _sum_over_ranks(self, *values: float) -> list[float]:
         """The sums over all ranks. Collective over the world."""
@@ -100,15 +103,16 @@ class Trainer:
         all_reduce(total, self.context.world)
         return total.tolist()
 
-    def _report(self, iteration: int, loss: float, norm: float, rate: float, seconds: float) -> None:
+    def _report(self, iteration: int, losses: dict[str, float], norm: float, rate: float, seconds: float) -> None:
         tokens = self.config.data.global_batch_size * self.config.model.seq_length
         line = {
             "iteration": iteration,
-            "loss": loss,
+            **losses,
             "grad_norm": norm,
             "learning_rate": rate,
             "consumed_samples": self.progress.consumed_samples,
             "step_seconds": seconds,
+            "data_seconds": self.train_data.waited,
             "tokens_per_second": tokens / seconds,
         }
         self.metrics.write(**line)
@@ -116,7 +120,7 @@ class Trainer:
         self.step_seconds = seconds if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * seconds
         if self.context.rank == 0 and (iteration % training.log_interval == 0 or iteration == training.train_iters):
             flops = flops_per_sequence(self.config.model) * self.config.data.global_batch_size
-            print(training_line(line, training.train_iters, flops, self.step_seconds), flush=True)
+            print(training_line(line, losses, training.train_iters, flops, self.step_seconds), flush=True)
 
     def _evaluate(self, iteration: int, signals: StopSignals) -> str:
         """Mean loss over the tokens of --eval-iters batches: always the same ones, so that losses can be compared.
@@ -125,7 +129,8 @@ class Trainer:
         """
         if self.validation_data is None:
             return ""
-        model, total, tokens = self.parts.model, 0.0, 0.0
+        model = self.parts.model
+        totals, counts = torch.zeros(2, len(model.loss_names), dtype=torch.float64, device=self.context.device)
         model.eval()
         reason = ""
         for i in range(self.config.training.eval_iters):
@@ -133,17 +138,20 @@ class Trainer:
                 reason = self._signal_name(signals)
                 break
             batches = self.validation_data.read(i * self.config.data.global_batch_size)
-            total += float(self.parts.engine.evaluate(batches, 1.0))
-            tokens += unmasked(batches) if self.context.is_last_stage else 0.0
+            totals += self.parts.engine.evaluate(batches, torch.ones_like(totals))
+            counts += self.validation_data.counts(batches)
         model.train()
         if reason:
             return reason
-        total, tokens = self._sum_over_ranks(self._counted_once(total), self._counted_once(tokens))
-        if tokens == 0:
+        sums = self._sum_over_ranks(*self._counted_once(totals), *self._counted_once(counts))
+        totals, counts = sums[: len(totals)], sums[len(totals) :]
+        if not any(counts):
             raise DatasetError(f"all tokens of the {self.config.training.eval_iters} validation batches are masked")
-        self.metrics.write(iteration=iteration, validation_loss=total / tokens)
+        means = [total / count if count else 0.0 for total, count in zip(totals, counts)]
+        losses = {f"validation_{name}": value for name, value in by_name(model.loss_names, means).items()}
+        self.metrics.write(iteration=iteration, **losses)
         if self.context.rank == 0:
-            print(f"iteration {iteration} | validation loss {total / tokens:.4f}", flush=True)
+            print(f"iteration {iteration} | {in_words(losses)}", flush=True)
         return ""
 
     def _check_replicas(self) -> None:

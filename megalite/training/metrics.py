@@ -1,6 +1,7 @@
 """What a run says about itself: a line on the console, and one JSON object a line in the metrics file."""
 
 import json
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,13 +42,26 @@ class MetricsFile:
             self._file.close()
 
 
-def training_line(metrics: dict, train_iters: int, flops: float, average_seconds: float) -> str:
-    """One line for the console. `flops` are model FLOPs of a step over all ranks; `average_seconds` a recent step's."""
-    iteration = metrics["iteration"]
+def by_name(names: Sequence[str], terms: Sequence[float]) -> dict[str, float]:
+    """The terms of a loss by their names, after their sum under the name `loss`, which a single term may have."""
+    return {"loss": sum(terms), **dict(zip(names, terms))}
+
+
+def in_words(losses: dict[str, float]) -> str:
+    """Losses by name, for the console."""
+    return " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in losses.items())
+
+
+def training_line(
+    metrics: dict, losses: dict[str, float], train_iters: int, flops: float, average_seconds: float
+) -> str:
+    """One line for the console. `losses` are those of `by_name`; `flops` are model FLOPs of a step over all ranks;
+    `average_seconds` a recent step's."""
+    iteration, seconds = metrics["iteration"], metrics["step_seconds"]
     left = timedelta(seconds=round((train_iters - iteration) * average_seconds))
     return (
-        f"iteration {iteration:>{len(str(train_iters))}}/{train_iters} | loss {metrics['loss']:.4f} | "
+        f"iteration {iteration:>{len(str(train_iters))}}/{train_iters} | {in_words(losses)} | "
         f"lr {metrics['learning_rate']:.3e} | grad norm {metrics['grad_norm']:.3f} | "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s | {flops / metrics['step_seconds'] / 1e12:.3f} TFLOP/s | "
-        f"left {left}"
+        f"{metrics['tokens_per_second']:,.0f} tokens/s | {flops / seconds / 1e12:.3f} TFLOP/s | "
+        f"data {metrics['data_seconds'] / seconds:.1%} | left {left}"
     )

@@ -59,7 +59,8 @@ def plan(argv: list[str], launch: LaunchInfo) -> Plan:
     reference, reference_ranks = _reference(chosen, tensor, pipeline, data)
     if problems := validate.check(reference, reference_ranks):
         raise ConfigError([Problem(f"reference layout: {p.message}", p.fix, p.flags) for p in problems])
-    return Plan(chosen, ranks, validate.resolve(reference, reference_ranks), reference_ranks, folder)
+    reference = validate.resolve(reference, reference_ranks)
+    return Plan(_packed(chosen, asked), ranks, _packed(reference, asked), reference_ranks, folder)
 
 
 def _own_flags(argv: list[str]) -> tuple[bool, str | None, dict[str, int], list[str], list[Problem]]:
@@ -110,6 +111,12 @@ def _one_step(config: RunConfig, real_data: bool, shrinks: bool) -> RunConfig:
     )
     parallel = replace(config.parallel, world_size=None)  # it is the number of ranks here
     return RunConfig(model, parallel, config.recompute, optimizer, data, training=training)
+
+
+def _packed(config: RunConfig, asked: RunConfig) -> RunConfig:
+    """With documents kept apart as asked: in made-up data too, whose documents need no tokenizer here."""
+    kept = {key: getattr(asked.data, key) for key in ("reset_position_ids", "reset_attention_mask")}
+    return replace(config, data=replace(config.data, **kept))
 
 
 def _masks_differ(config: RunConfig) -> list[Problem]:

@@ -13,12 +13,12 @@ from megalite.checkpoint.folder import CheckpointError, latest_iteration
 from megalite.config import RunConfig, to_yaml
 from megalite.data.build import blended, build_sources, data_state
 from megalite.data.indexed import DatasetError
-from megalite.data.tokenizers import TokenizerError, build_tokenizer
+from megalite.data.tokenizers import TokenizerError
 from megalite.optim.optimizer import NonFiniteGradient
 from megalite.parallel.collectives import gather_objects
 from megalite.parallel.context import DeviceError, ParallelContext
 from megalite.parallel.launch import LaunchInfo
-from megalite.training.batches import GlobalBatches
+from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import Parts, build_context, build_gpt, build_parts
 from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
@@ -73,9 +73,9 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
         for note in progress.notes:
             say(note)
         datasets = {split: blended(its, progress.data if split == "train" else None) for split, its in sources.items()}
-        batches = {name: _batches(config, context, dataset) for name, dataset in datasets.items()}
+        batches = {name: build_batches(config, dataset, parts.model) for name, dataset in datasets.items()}
         if config.training.dry_run:
-            _dry_run(parts, context, batches["train"], say)
+            _dry_run(parts, context, batches["train"], progress.consumed_samples, say)
             return
         _train(config, context, parts, progress, batches, say)
     finally:
@@ -119,12 +119,6 @@ def _samples_wanted(config: RunConfig) -> dict[str, int]:
     return samples
 
 
-def _batches(config: RunConfig, context: ParallelContext, dataset) -> GlobalBatches:
-    data = config.data
-    masked = build_tokenizer(data.tokenizer_type, data.tokenizer_model).eod if data.eod_mask_loss else None
-    return GlobalBatches(dataset, context, data.micro_batch_size, data.global_batch_size, masked)
-
-
 def _starting_point(config: RunConfig, parts: Parts, context: ParallelContext) -> Progress:
     options = config.checkpoint
     if options.load is None:
@@ -149,10 +143,10 @@ def _model_line(parts: Parts, context: ParallelContext) -> str:
     return f"{total:,} parameters" + (f"; by stage {by_stage}" if context.pipeline.size > 1 else "")
 
 
-def _dry_run(parts: Parts, context: ParallelContext, batches: GlobalBatches, say) -> None:
+def _dry_run(parts: Parts, context: ParallelContext, batches: GlobalBatches, consumed: int, say) -> None:
     """One global batch forward and backward; prints loss, time, memory and shapes of every stage. Changes nothing."""
     began = time.perf_counter()
-    loss = float(parts.engine.train_step(*batches.at(0)))
+    loss = parts.engine.train_step(*batches.at(consumed)).sum().item()
     for _ in parts.optimizer.state():
         pass  # the first real step would allocate these: they belong to the peak
     seconds = time.perf_counter() - began

@@ -4,12 +4,11 @@ An activation has a global name and a global shape too: [samples of the global b
 computes of it is a box, as with parameters, so that steps in any two layouts can be compared.
 """
 
-import inspect
 import json
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -21,7 +20,6 @@ from safetensors.torch import save_file
 
 from megalite.config import RunConfig
 from megalite.data.build import blended, build_sources
-from megalite.data.tokenizers import build_tokenizer
 from megalite.nn.attention import Attention
 from megalite.nn.dropout import HiddenDropout
 from megalite.nn.embedding import Embedding
@@ -32,14 +30,14 @@ from megalite.nn.norm import Norm
 from megalite.parallel.boxes import Box
 from megalite.parallel.collectives import barrier
 from megalite.parallel.launch import LaunchInfo
-from megalite.training.batches import GlobalBatches
+from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import build_context, build_gpt, build_parts
 
 ACTIVATION, LOSS, ACTIVATION_GRADIENT, GRADIENT = "activation", "loss", "gradient of activation", "gradient"
 RECORDED_MODULES = (Attention, ColumnParallelLinear, Embedding, HiddenDropout, MLP, Norm)
 """Modules whose outputs are hidden states [s, b, h], or [s, b, f/t] of a column-parallel layer."""
-PADDING = 0
-"""The token that made-up samples end in; its positions are left out of the loss."""
+END = 0
+"""The token that made-up documents end in; its positions are left out of the loss."""
 
 
 class RanksFailed(RuntimeError):
@@ -60,9 +58,9 @@ class Part:
     """Of shape box.shape."""
 
 
-class PaddedSamples:
-    """Made-up samples of different lengths: microbatches then differ in their number of unmasked tokens, and so a loss
-    mask that is forgotten, or a mean of means, shows."""
+class MadeUpDocuments:
+    """Made-up samples of at least two documents, padded: microbatches then differ in their number of unmasked tokens,
+    and so a loss mask that is forgotten, or a mean of means, shows; and documents that are not kept apart show."""
 
     def __init__(self, samples, seq_length: int):
         self.samples, self.spread = samples, max(1, seq_length // 2)
@@ -70,7 +68,8 @@ class PaddedSamples:
     def __getitem__(self, i: int) -> np.ndarray:
         """Sample i, int64 [s + 1]."""
         row = self.samples[i].copy()
-        row[len(row) - 7 * i % self.spread :] = PADDING
+        row[len(row) - 7 * i % self.spread :] = END
+        row[5 * i % self.spread] = END
         return row
 
 
@@ -84,21 +83,21 @@ class Recorder:
         self.parts: list[Part] = []
         self.model, self.batch_size = model, batch_size
         self._samples: torch.Tensor | None = None
-        self._signature = inspect.signature(model.forward)
-        model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        model.register_forward_pre_hook(self._enter)
         model.register_forward_hook(self._leave)
         for name, module in model.named_modules():
             if isinstance(module, RECORDED_MODULES):
                 module.register_forward_hook(partial(self._output, name))
 
-    def _enter(self, model, args, kwargs) -> None:
-        self._samples = self._signature.bind(*args, **kwargs).arguments["samples"]
+    def _enter(self, model, args) -> None:
+        self._samples = args[1].samples
 
     def _leave(self, model, args, output) -> None:
-        if model.context.is_last_stage:  # the sum of the microbatch's token losses
-            rows = len(self._samples)
-            box = Box((int(self._samples[0]) // rows,), (1,))
-            self.parts.append(Part(LOSS, LOSS, (self.batch_size // rows,), box, output.detach().reshape(1).cpu()))
+        if model.context.is_last_stage:  # the microbatch's sums of each term of the loss
+            rows, terms = len(self._samples), len(output)
+            box = Box((int(self._samples[0]) // rows, 0), (1, terms))
+            shape = (self.batch_size // rows, terms)
+            self.parts.append(Part(LOSS, LOSS, shape, box, output.detach().unsqueeze(0).cpu()))
         self._samples = None
 
     def _output(self, place: str, module, args, output) -> None:
@@ -136,11 +135,11 @@ def record(launch: LaunchInfo, config: RunConfig, folder: str | Path, build_mode
         parts = build_parts(config, context, build_model)
         _stir(parts.model.parameters_by_name, config.training.seed)
         recorder = Recorder(parts.model, config.data.global_batch_size)
-        batches, loss_weight = _batches(config, context).at(0)
+        batches, loss_weights = _batches(config, parts.model).at(0)
         parts.optimizer.gradients.zero()
-        parts.engine.train_step(batches, loss_weight)
+        parts.engine.train_step(batches, loss_weights)
         parts.optimizer.gradients.reduce()
-        found = [_weighted(part, loss_weight) if part.kind == LOSS else part for part in recorder.parts]
+        found = [_weighted(part, loss_weights.cpu()) if part.kind == LOSS else part for part in recorder.parts]
         for name, parameter in parts.model.parameters_by_name.items():
             spec = parameter.spec
             values = spec.real(parameter.main_grad).to("cpu", copy=True).contiguous()
@@ -161,19 +160,18 @@ def _stir(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
                 spec.real(parameter).add_(torch.from_numpy(values * 0.1).to(parameter))
 
 
-def _batches(config: RunConfig, context) -> GlobalBatches:
+def _batches(config: RunConfig, model) -> GlobalBatches:
     data = config.data
     sources = build_sources(data, config.model, config.training.seed, {"train": data.global_batch_size})
-    dataset, masked = blended(sources["train"]), None
-    if data.mock_data:
-        dataset, masked = PaddedSamples(dataset, config.model.seq_length), PADDING
-    elif data.eod_mask_loss:
-        masked = build_tokenizer(data.tokenizer_type, data.tokenizer_model).eod
-    return GlobalBatches(dataset, context, data.micro_batch_size, data.global_batch_size, masked)
+    dataset = blended(sources["train"])
+    if not data.mock_data:
+        return build_batches(config, dataset, model)
+    config = replace(config, data=replace(data, eod_mask_loss=True))
+    return build_batches(config, MadeUpDocuments(dataset, config.model.seq_length), model, END)
 
 
-def _weighted(part: Part, loss_weight: float) -> Part:
-    return Part(part.kind, part.place, part.global_shape, part.box, part.values.double() * loss_weight)
+def _weighted(part: Part, loss_weights: torch.Tensor) -> Part:
+    return Part(part.kind, part.place, part.global_shape, part.box, part.values.double() * loss_weights)
 
 
 def record_on_ranks(config: RunConfig, world_size: int, folder: str | Path) -> None:

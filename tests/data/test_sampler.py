@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megalite.data.mock import MockDataset
-from megalite.data.sampler import BatchLoader, first_sample
+from megalite.data.sampler import BatchLoader, documents, first_sample
 
 
 class Numbered:
@@ -53,8 +53,45 @@ def test_types_and_masks():
         "loss_mask": ("float32", (3, 16)),
     }
     assert all(value.flags.c_contiguous for value in batch.values()) and batch["loss_mask"].all()
-    batch = BatchLoader(Numbered(), 2, 1, 0, masked_token=2).batch(0, 0)
+    batch = BatchLoader(Numbered(), 2, 1, 0, eod=2, eod_mask_loss=True).batch(0, 0)
     assert batch["loss_mask"].tolist() == [[1, 1, 0, 1], [1, 0, 1, 1]]
+
+
+END = 9
+ROWS = {
+    # tokens: (positions, segments)
+    (5, 6, END, 7, 8, END): ([0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 1, 1]),
+    (END, 5, END, END, 6, 7): ([0, 0, 1, 0, 0, 1], [0, 1, 1, 2, 3, 3]),
+    (END,) * 6: ([0] * 6, [0, 1, 2, 3, 4, 5]),
+    (5, 6, 7, 8, 5, 6): ([0, 1, 2, 3, 4, 5], [0] * 6),
+}
+
+
+def test_positions_start_anew_after_the_end_of_a_document():
+    """The token that ends a document belongs to it; the first document of a row may have begun before the row."""
+    positions, segments = documents(np.array(list(ROWS)), END)
+    assert positions.tolist() == [row[0] for row in ROWS.values()]
+    assert segments.tolist() == [row[1] for row in ROWS.values()]
+    assert positions.dtype == segments.dtype == np.int64
+
+
+@pytest.mark.parametrize("asked", [(), ("positions",), ("segments",), ("positions", "segments")])
+def test_what_is_asked_for_comes_with_the_batch(asked):
+    rows = np.array([(*row, 1) for row in ROWS])
+    loader = BatchLoader(
+        rows, 2, 1, 0, eod=END, reset_position_ids="positions" in asked, reset_attention_mask="segments" in asked
+    )
+    batch = loader.batch(0, 1)
+    assert set(batch) == loader.fields == {"tokens", "labels", "loss_mask", *asked}
+    for place, name in enumerate(("positions", "segments")):
+        assert name not in asked or batch[name].tolist() == [row[place] for row in list(ROWS.values())[2:]]
+    assert batch["loss_mask"].all(), "nothing is masked unless that is asked for"
+
+
+@pytest.mark.parametrize("flag", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])
+def test_documents_without_an_end_are_refused(flag):
+    with pytest.raises(ValueError, match="give eod"):
+        BatchLoader(Numbered(), 1, 1, 0, **{flag: True})
 
 
 @pytest.mark.parametrize(("micro_batch_size", "data_size", "data_rank"), [(0, 1, 0), (1, 2, 2), (1, 2, -1)])

@@ -5,6 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
+from megalite.models.batch import Microbatch
 from megalite.models.generate import choose, generate
 from megalite.parallel.layout import ParallelLayout
 from tests.layouts import LLAMA, Layout
@@ -35,7 +36,7 @@ def test_greedy_takes_the_most_likely_token_again_and_again(model):
     text = PROMPT
     with torch.no_grad():
         for _ in range(8):
-            logits = model(text)[-1, :, :257]
+            logits = model(None, Microbatch(text))[-1, :, :257]
             text = torch.cat([text, logits.argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(sample(model, temperature=0), text[:, 3:])
 
@@ -96,7 +97,7 @@ def test_text_longer_than_the_positions_slides_on():
     tokens = sample(model, count=20, temperature=0)
     text = torch.cat([PROMPT, tokens], dim=1)
     with torch.no_grad():
-        last = model(text[:, -17:-1])[-1, :, :257].argmax(-1)
+        last = model(None, Microbatch(text[:, -17:-1]))[-1, :, :257].argmax(-1)
     assert torch.equal(tokens[:, -1], last)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megalite.nn.attention import explicit_attention
-from megalite.nn.rope import rotary_table, rotate
+from megalite.nn.attention import attention_mask, explicit_attention
+from megalite.nn.rope import rotary_table, rotate, table_at
 
 
 def heads(count: int, seed: int, dtype=torch.float64, s: int = 7, d: int = 4) -> torch.Tensor:
@@ -16,14 +16,37 @@ def keep(weights):
     return weights
 
 
+SEGMENTS = torch.tensor([[0, 0, 1, 1, 1, 2, 3], [5, 5, 5, 5, 5, 4, 4]])
+KINDS = {
+    # (causal, segments): what torch's function is told
+    "causal": (True, None, {"is_causal": True}),
+    "causal segments": (True, SEGMENTS, {"attn_mask": attention_mask(SEGMENTS, True)}),
+    "segments": (False, SEGMENTS, {"attn_mask": attention_mask(SEGMENTS, False)}),
+    "everything": (False, None, {}),
+}
+
+
+def test_a_token_sees_its_own_segment():
+    both, causal = attention_mask(SEGMENTS, False), attention_mask(SEGMENTS, True)
+    assert both.shape == causal.shape == (2, 1, 7, 7)
+    for row in range(2):
+        for i in range(7):
+            for j in range(7):
+                together = bool(SEGMENTS[row, i] == SEGMENTS[row, j])
+                assert both[row, 0, i, j] == together and causal[row, 0, i, j] == (together and j <= i)
+
+
 @pytest.mark.parametrize("groups", [6, 3, 1])
-def test_explicit_scores_are_torchs_fused_attention(groups):
+@pytest.mark.parametrize("kind", KINDS)
+def test_explicit_scores_are_torchs_fused_attention(kind, groups):
     """Values and gradients, multi-head and grouped-query."""
+    causal, segments, told = KINDS[kind]
+    mask = None if segments is None else attention_mask(segments, causal)
     inputs = [heads(6, 1), heads(groups, 2), heads(groups, 3)]
     results = []
     for core in (
-        lambda q, k, v: explicit_attention(q, k, v, keep),
-        lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        lambda q, k, v: explicit_attention(q, k, v, keep, causal, mask),
+        lambda q, k, v: scaled_dot_product_attention(q, k, v, enable_gqa=True, **told),
     ):
         leaves = [x.clone().requires_grad_() for x in inputs]
         y = core(*leaves)
@@ -34,10 +57,10 @@ def test_explicit_scores_are_torchs_fused_attention(groups):
 
 def test_a_token_does_not_see_what_comes_after_it():
     q, k, v = heads(4, 1), heads(2, 2), heads(2, 3)
-    before = explicit_attention(q, k, v, keep)
+    before = explicit_attention(q, k, v, keep, True)
     for x in (q, k, v):
         x[:, :, 4:] = 100.0
-    assert torch.equal(explicit_attention(q, k, v, keep)[:, :, :4], before[:, :, :4])
+    assert torch.equal(explicit_attention(q, k, v, keep, True)[:, :, :4], before[:, :, :4])
     assert torch.equal(before[:, :, 0], heads(2, 3)[:, :, 0].repeat_interleave(2, dim=1))
 
 
@@ -49,7 +72,7 @@ def test_dropout_is_applied_to_weights_that_sum_to_one():
         return weights * torch.tensor([0.0, 2.0]).repeat(4)[:7]
 
     q, k, v = heads(2, 1), heads(2, 2), heads(2, 3)
-    dropped = explicit_attention(q, k, v, drop)
+    dropped = explicit_attention(q, k, v, drop, True)
     (weights,) = seen
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 7, dtype=torch.float64))
     assert not weights.triu(1).any()
@@ -62,7 +85,7 @@ def test_softmax_of_bf16_is_taken_in_fp32():
     identity = torch.eye(7, dtype=torch.bfloat16).expand(2, 1, 7, 7)
     scores = (q @ k.transpose(-1, -2)) / 2
     scores = scores.float().masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), float("-inf"))
-    assert torch.equal(explicit_attention(q, k, identity, keep), scores.softmax(-1).bfloat16())
+    assert torch.equal(explicit_attention(q, k, identity, keep, True), scores.softmax(-1).bfloat16())
 
 
 def test_rotation_is_multiplication_by_a_complex_phase():
@@ -84,6 +107,14 @@ def test_scores_of_rotated_vectors_depend_on_the_distance_only():
     for distance in (0, 1, 20):
         along = scores.diagonal(-distance)
         torch.testing.assert_close(along, along[:1].expand_as(along))
+
+
+def test_a_table_is_looked_up_for_each_row():
+    table = rotary_table(5, 4, 100.0, torch.float64, "cpu")
+    positions = torch.tensor([[0, 1, 2, 0], [4, 0, 0, 1], [0, 1, 2, 3]])
+    for whole, rows in zip(table, table_at(table, positions)):
+        assert rows.shape == (4, 3, 1, 4)
+        assert all(torch.equal(rows[i, b, 0], whole[positions[b, i], 0, 0]) for b in range(3) for i in range(4))
 
 
 def test_angles_are_exact_at_far_positions():

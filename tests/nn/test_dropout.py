@@ -6,8 +6,10 @@ import torch
 from megalite.nn.dropout import AFTER_MLP, AttentionDropout, HiddenDropout
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rng import CountedRng, RngTracker
-from megalite.training.batches import GlobalBatches
-from tests.tiny import build, context_of
+from megalite.training.batches import build_batches
+from megalite.training.build import build_gpt
+from tests.layouts import configuration
+from tests.tiny import SINGLE, build, context_of
 
 SEQUENCE, BATCH, HIDDEN, HEADS = 8, 3, 40, 4
 SAMPLES = torch.arange(70, 70 + BATCH)
@@ -73,9 +75,10 @@ def test_samples_are_numbered_through_the_whole_run(data, micro_batch_size):
         def __getitem__(self, i):
             return rows[i % len(rows)].numpy()
 
-    seen = {}
+    seen, layout = {}, ParallelLayout(data=data)
     for rank in range(data):
-        batches = GlobalBatches(Epochs(), context_of(ParallelLayout(data=data), rank), micro_batch_size, 8)
+        config, context = configuration(SINGLE, micro_batch_size=micro_batch_size), context_of(layout, rank)
+        batches = build_batches(config, Epochs(), build_gpt(config, context, CountedRng.for_seed(0)))
         for consumed in (0, 8):
             for batch in batches.read(consumed):
                 seen |= dict(zip(batch.samples.tolist(), batch.tokens[:, 0].tolist()))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megalite.pipeline.engine import Microbatch
+from megalite.models.batch import Microbatch
 from megalite.pipeline.schedules import forward_only, schedule_named
 from tests.layouts import Layout
 from tests.tiny import build
@@ -92,7 +92,7 @@ def microbatches_of_a_wrong_shape(launch) -> list[str]:
     said = []
     for shape in ((1, 16), (2, 8)) if tiny.context.is_first_stage else ():
         with pytest.raises(ValueError, match="hidden states") as error:
-            tiny.parts.engine.train_step([Microbatch(tokens=torch.zeros(shape, dtype=torch.long))], 1.0)
+            tiny.parts.engine.train_step([Microbatch(tokens=torch.zeros(shape, dtype=torch.long))], [1.0])
         said.append(str(error.value))
     return said
 
@@ -113,4 +113,4 @@ def test_microbatches_accumulate_to_the_gradient_of_their_batch():
 
 
 def test_no_microbatches_have_no_loss():
-    assert build().parts.engine.train_step([], 1.0).item() == 0
+    assert build().parts.engine.train_step([], [1.0]).tolist() == [0]

@@ -1,0 +1,25 @@
+"""What a stage of a model is given of one microbatch."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Microbatch:
+    """Tensors of one microbatch, whole rows of whole sequences. Each stage is given what its `inputs` name; the rest is
+    None."""
+
+    tokens: torch.Tensor | None = None
+    """[b, s] token ids."""
+    labels: torch.Tensor | None = None
+    """[b, s] token ids that the model should predict."""
+    loss_mask: torch.Tensor | None = None
+    """[b, s] of 0 and 1: which labels count."""
+    samples: torch.Tensor | None = None
+    """[b] numbers of the sequences in the whole run, on every stage; dropout depends on them."""
+    positions: torch.Tensor | None = None
+    """[b, s] int64, position of each token in its document, below s. None: in its row, 0 to s - 1."""
+    segments: torch.Tensor | None = None
+    """[b, s] int64, which document of its row a token belongs to: it attends to tokens of that one only. None: a row is
+    one document."""
