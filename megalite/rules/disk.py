@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import BinaryIO
 
+MAKE_DATA = "make it with tools/preprocess_data.py"
 SHOWN_NAMES = 5
 """Names listed when a file is not there."""
 

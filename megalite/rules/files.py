@@ -1,4 +1,4 @@
-"""Rules that look at files: data, tokenizer, checkpoints, places to write. Imports no torch."""
+"""Rules that look at files: data, checkpoints, places to write. Imports no torch."""
 
 import os
 from collections.abc import Iterator
@@ -6,11 +6,9 @@ from pathlib import Path
 
 from megalite.checkpoint.folder import CheckpointError, checkpoint_folder, latest_iteration
 from megalite.config import RunConfig, from_flat
-from megalite.data.config import DataConfig
-from megalite.rules.disk import DatasetPeek, neighbours, same_place, stored_iterations
+from megalite.rules.disk import MAKE_DATA, DatasetPeek, neighbours, same_place, stored_iterations
 from megalite.rules.finding import Finding, Rule
-
-MAKE_DATA = "make it with tools/preprocess_data.py"
+from megalite.rules.tokenizer import TOKENIZER_FILE_RULES
 
 
 def data_files_are_sound(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -63,92 +61,6 @@ def data_fills_splits(config: RunConfig, world_size: int) -> Iterator[Finding]:
 
 def _fills(tokens: dict[str, int], needed: int, evaluates: bool) -> bool:
     return tokens["train"] >= needed and (tokens["valid"] >= needed or not evaluates)
-
-
-def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """The tokenizer can be built, fits the vocabulary, and knows the end of a document if that is asked for."""
-    from megalite.data.tokenizers import TokenizerError
-
-    m, d = config.model, config.data
-    try:
-        tokenizer = build_tokenizer(d)
-    except (TokenizerError, OSError) as error:
-        beside = neighbours(d.tokenizer_model or "", ".model")
-        offers = (*({"tokenizer_model": p + ".model"} for p in beside), "--tokenizer-model FILE.model")
-        yield Finding(str(error), ("tokenizer_type", "tokenizer_model"), offers)
-        return
-    if tokenizer is None:
-        return
-    if m.vocab_size is not None and m.vocab_size < tokenizer.vocab_size:
-        yield Finding(
-            f"--vocab-size {m.vocab_size} is less than the {tokenizer.vocab_size} entries of the tokenizer",
-            ("vocab_size", "tokenizer_type", "tokenizer_model"),
-            ({"vocab_size": tokenizer.vocab_size}, {"vocab_size": None}),
-        )
-    if d.eod_mask_loss:
-        try:
-            _ = tokenizer.eod
-        except TokenizerError as error:
-            found = f"--eod-mask-loss needs an end-of-document token: {error}"
-            yield Finding(found, ("eod_mask_loss", "tokenizer_model"), ({"eod_mask_loss": False},))
-
-
-def tokenizer_made_data(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """The tokenizer is the one that PREFIX.json says the data was made with; the data's ids fit the vocabulary."""
-    from megalite.data.indexed import DatasetError, DatasetInfo
-    from megalite.data.tokenizers import TokenizerError
-
-    d, vocab_size = config.data, config.model.vocab_size
-    if d.data_path is None or d.mock_data:
-        return
-    try:
-        info, tokenizer = DatasetInfo.read(d.data_path), build_tokenizer(d)
-    except DatasetError as error:
-        yield Finding(str(error), ("data_path",), (MAKE_DATA,))
-        return
-    except (TokenizerError, OSError):
-        return
-    given = f"--tokenizer-type {d.tokenizer_type}"
-    if info and tokenizer and info.tokenizer_type != d.tokenizer_type:
-        yield Finding(
-            f"{given}, but {d.data_path} was made with {info.tokenizer_type}",
-            ("tokenizer_type", "data_path"),
-            (f"--tokenizer-type {info.tokenizer_type}, with its own --tokenizer-model if it has one",),
-        )
-    elif info and tokenizer and (info.tokenizer_sha256, info.vocab_size) != (tokenizer.sha256, tokenizer.vocab_size):
-        yield Finding(
-            f"--tokenizer-model {d.tokenizer_model} ({tokenizer.vocab_size} entries) is not the one that "
-            f"{d.data_path} was made with ({info.vocab_size} entries, sha256 {info.tokenizer_sha256[:12]})",
-            ("tokenizer_model", "data_path"),
-            ("give the model the data was made with, or make the data again with this one",),
-        )
-    elif info and not tokenizer and vocab_size and vocab_size < info.vocab_size:
-        yield Finding(
-            f"--vocab-size {vocab_size} is less than the {info.vocab_size} entries that {d.data_path} was made with",
-            ("vocab_size", "data_path"),
-            ({"vocab_size": info.vocab_size},),
-        )
-
-
-def ids_fit_file(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """The numbers in the .bin file are wide enough for the tokenizer's ids."""
-    from megalite.data.indexed import DatasetError
-    from megalite.data.tokenizers import TokenizerError
-
-    d = config.data
-    if d.data_path is None or d.mock_data or d.tokenizer_type is None:
-        return
-    try:
-        peek, tokenizer = DatasetPeek.open(d.data_path), build_tokenizer(d)
-    except (DatasetError, TokenizerError, OSError):
-        return
-    if tokenizer is not None and tokenizer.vocab_size > peek.largest_id + 1:
-        yield Finding(
-            f"{d.data_path} holds ids up to {peek.largest_id}, too few for the {tokenizer.vocab_size} entries "
-            "of the tokenizer: it was made with another one",
-            ("data_path", "tokenizer_type", "tokenizer_model"),
-            ("give the model the data was made with, or make the data again with this one",),
-        )
 
 
 def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -261,23 +173,9 @@ def results_can_be_written(config: RunConfig, world_size: int) -> Iterator[Findi
 FILE_RULES: tuple[Rule, ...] = (
     data_files_are_sound,
     data_fills_splits,
-    tokenizer_fits,
-    tokenizer_made_data,
-    ids_fit_file,
+    *TOKENIZER_FILE_RULES,
     checkpoint_is_there,
     checkpoint_fits_model,
     checkpoints_stay_apart,
     results_can_be_written,
 )
-
-
-def build_tokenizer(data: DataConfig):
-    """The configured tokenizer, None when none is or its model is not named. Raises TokenizerError, OSError."""
-    from megalite.data.tokenizers import build_tokenizer
-
-    unnamed = data.tokenizer_type == "SentencePieceTokenizer" and data.tokenizer_model is None
-    if data.tokenizer_type is None or unnamed:
-        return None
-    return build_tokenizer(
-        data.tokenizer_type, data.tokenizer_model if data.tokenizer_type != "ByteTokenizer" else None
-    )

@@ -13,7 +13,7 @@ from megalite.checkpoint.folder import CheckpointError, latest_iteration
 from megalite.config import RunConfig, to_yaml
 from megalite.data.build import build_datasets
 from megalite.data.indexed import DatasetError
-from megalite.data.tokenizers import TokenizerError, build_tokenizer
+from megalite.data.tokenizers import TokenizerError, configured_tokenizer
 from megalite.optim.optimizer import NonFiniteGradient
 from megalite.parallel.collectives import gather_objects
 from megalite.parallel.context import DeviceError, ParallelContext
@@ -118,7 +118,7 @@ def _datasets(config: RunConfig) -> dict:
 
 def _batches(config: RunConfig, context: ParallelContext, dataset) -> GlobalBatches:
     data = config.data
-    masked = build_tokenizer(data.tokenizer_type, data.tokenizer_model).eod if data.eod_mask_loss else None
+    masked = configured_tokenizer(data, config.model.vocab_size).eod if data.eod_mask_loss else None
     return GlobalBatches(dataset, context, data.micro_batch_size, data.global_batch_size, masked)
 
 

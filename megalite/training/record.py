@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from megalite.config import RunConfig
 from megalite.data.build import build_datasets
-from megalite.data.tokenizers import build_tokenizer
+from megalite.data.tokenizers import configured_tokenizer
 from megalite.nn.attention import Attention
 from megalite.nn.dropout import HiddenDropout
 from megalite.nn.embedding import Embedding
@@ -167,7 +167,7 @@ def _batches(config: RunConfig, context) -> GlobalBatches:
     if data.mock_data:
         dataset, masked = PaddedSamples(dataset, config.model.seq_length), PADDING
     elif data.eod_mask_loss:
-        masked = build_tokenizer(data.tokenizer_type, data.tokenizer_model).eod
+        masked = configured_tokenizer(data, config.model.vocab_size).eod
     return GlobalBatches(dataset, context, data.micro_batch_size, data.global_batch_size, masked)
 
 

@@ -1,144 +1,31 @@
-"""Tokenizers behind one small interface, and training a SentencePiece model. Libraries are imported where used."""
+"""Training tokenizers: the same result for the same texts. Libraries are imported where used."""
 
-import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple, Protocol
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
-import numpy as np
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be built, trained or asked this: says what to do."""
+from megalite.data.tokenizers.base import TokenizerError, library
+from megalite.data.tokenizers.huggingface import BERT_SPECIAL, END_OF_TEXT
 
 
-class Encoded(NamedTuple):
-    """The ids of several texts, one after another."""
-
-    ids: np.ndarray
-    """Ids of all texts, integers [sum of lengths]."""
-    lengths: np.ndarray
-    """int64 [texts]: ids of each text."""
-
-    def split(self) -> list[np.ndarray]:
-        """The ids of each text."""
-        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
-
-
-def encoded(ids: Sequence[np.ndarray]) -> Encoded:
-    """The ids of each text, gathered."""
-    lengths = np.array([len(text) for text in ids], np.int64)
-    return Encoded(np.concatenate([np.empty(0, np.int32), *ids]), lengths)
-
-
-class Tokenizer(Protocol):
-    """What megalite asks of a tokenizer."""
-
-    vocab_size: int
-    """Every id is below this."""
-    sha256: str
-    """Digest of what makes the ids; equal digests give equal ids."""
-
-    @property
-    def eod(self) -> int:
-        """Id of the end-of-document token. Raises TokenizerError when there is none."""
-
-    def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """Ids of each text, without the end-of-document token.
-
-        Raises UnicodeEncodeError for a text with lone surrogates, which is no Unicode text.
-        """
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of these ids; an end-of-document token gives none."""
-
-
-class ByteTokenizer:
-    """UTF-8 bytes as ids 0 to 255, and 256 for the end of a document."""
-
-    vocab_size = 257
-    eod = 256
-    sha256 = hashlib.sha256(b"ByteTokenizer").hexdigest()
-
-    def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """The bytes of each text."""
-        return encoded([np.frombuffer(text.encode(), np.uint8) for text in texts])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of these bytes; broken UTF-8 becomes the replacement character."""
-        return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
-
-
-class SentencePieceTokenizer:
-    """A SentencePiece model; its end-of-sentence piece ends documents.
-
-    Raises TokenizerError when the library or the file is missing, or the file is no model.
-    """
-
-    def __init__(self, path: str | Path):
-        sentencepiece = _import_sentencepiece()
-        path = Path(path)
-        if not path.is_file():
-            raise TokenizerError(f"--tokenizer-model {path}: no such file. tools/train_tokenizer.py makes one")
-        data = path.read_bytes()
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except RuntimeError:
-            raise TokenizerError(f"--tokenizer-model {path}: not a SentencePiece model") from None
-        self._path = path
-        self.vocab_size = self._processor.get_piece_size()
-        self.sha256 = hashlib.sha256(data).hexdigest()
-
-    @property
-    def eod(self) -> int:
-        """Id of the end-of-sentence piece. Raises TokenizerError when the model was trained without one."""
-        eos = self._processor.eos_id()
-        if eos < 0:
-            raise TokenizerError(
-                f"{self._path}: the model has no end-of-sentence piece to end documents with; train it with an eos_id"
-            )
-        return eos
-
-    def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """Ids of each text."""
-        data = [text.encode() for text in texts]
-        return encoded([np.array(ids, np.int32) for ids in self._processor.encode(data, num_threads=1)])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of these ids; control pieces give none."""
-        return self._processor.decode([int(i) for i in ids])
-
-
-def build_tokenizer(tokenizer_type: str, tokenizer_model: str | None = None) -> Tokenizer:
-    """The tokenizer of --tokenizer-type and --tokenizer-model. Raises TokenizerError when they do not fit together."""
-    if tokenizer_type == "ByteTokenizer":
-        if tokenizer_model is not None:
-            raise TokenizerError(f"--tokenizer-model {tokenizer_model}: ByteTokenizer has no model; leave the flag out")
-        return ByteTokenizer()
-    if tokenizer_type == "SentencePieceTokenizer":
-        if tokenizer_model is None:
-            raise TokenizerError("--tokenizer-type SentencePieceTokenizer needs --tokenizer-model FILE.model")
-        return SentencePieceTokenizer(tokenizer_model)
-    raise TokenizerError(f"--tokenizer-type {tokenizer_type}: known are SentencePieceTokenizer and ByteTokenizer")
-
-
-def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Train a SentencePiece BPE model: the content of a .model file, the same for the same texts.
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: Literal["bpe", "unigram"] = "bpe") -> bytes:
+    """Train a SentencePiece model: the content of a .model file, the same for the same texts.
 
     Decoding gives back the text that was encoded, white space and line breaks included: nothing is normalised, and
     what the vocabulary lacks is spelt in bytes. (One exception: U+2581, SentencePiece's own sign for a space, comes
     back as a space.) Ids: 0 unknown, 1 begin, 2 end of document, 3 padding, then 256 bytes, then pieces.
     Raises TokenizerError when the texts do not give this many pieces, or are empty.
     """
-    sentencepiece = _import_sentencepiece()
+    sentencepiece = library("sentencepiece", "SentencePieceTokenizer")
     lines = _Lines(texts)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=model,
-            model_type="bpe",
+            model_type=model_type,
             vocab_size=vocab_size,
             byte_fallback=True,
             normalization_rule_name="identity",
@@ -163,6 +50,74 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
+def train_bpe(texts: Iterable[str], vocab_size: int) -> tuple[bytes, bytes]:
+    """Train a byte-level BPE: the contents of GPT-2's vocab.json and merges.txt, for GPT2BPETokenizer.
+
+    Ids: 0 <|endoftext|>, then 256 bytes, then pieces. Raises TokenizerError when the texts do not give this many
+    pieces.
+    """
+    tokenizers = library("tokenizers", "byte-level BPE")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    vocabulary = _in_order(tokenizer, vocab_size)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    lines = ["#version: 0.2", *(" ".join(pair) if isinstance(pair, list) else pair for pair in merges)]
+    return json.dumps(vocabulary, ensure_ascii=False).encode(), ("\n".join(lines) + "\n").encode()
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = False) -> bytes:
+    """Train BERT's WordPiece: the content of a vocab.txt, for BertWordPieceCase or, with lowercase, ...LowerCase.
+
+    The texts are gone through twice. Ids: 0 [PAD], [UNK], [CLS], [SEP], [MASK], then single characters, then pieces.
+    Raises TokenizerError when the texts do not give this many pieces, or have more characters than that.
+    """
+    tokenizers = library("tokenizers", "WordPiece")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    letters = _letters(texts, tokenizer)
+    first = [*BERT_SPECIAL, *(letter for letter in letters if letter not in BERT_SPECIAL)]
+    if len(first) >= vocab_size:
+        raise TokenizerError(
+            f"--vocab-size {vocab_size} does not fit this text: special tokens and characters are {len(first)} already"
+        )
+    # The library numbers the letters in the order of a hash table, another one in each process, and breaks ties by
+    # number: given to it as special tokens, they have a fixed order.
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=first, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return "".join(piece + "\n" for piece in _in_order(tokenizer, vocab_size)).encode()
+
+
+def _letters(texts: Iterable[str], tokenizer) -> list[str]:
+    """Characters of the texts as pieces: those of all positions, then, with ##, those that continue a word."""
+    letters, pairs = set(), set()
+    for text in texts:
+        normal = tokenizer.normalizer.normalize_str(text)
+        letters.update(normal)
+        pairs.update(itertools.pairwise(normal))
+    continuing = {b for a, b in pairs if len(tokenizer.pre_tokenizer.pre_tokenize_str(a + b)) == 1 and a.strip()}
+    words = sorted(c for c in letters if tokenizer.pre_tokenizer.pre_tokenize_str(c))
+    return [*words, *("##" + c for c in sorted(continuing.intersection(words)))]
+
+
+def _in_order(tokenizer, vocab_size: int) -> dict[str, int]:
+    """The vocabulary by id. Raises TokenizerError unless it has this size."""
+    vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]))
+    if len(vocabulary) != vocab_size:
+        raise TokenizerError(
+            f"--vocab-size {vocab_size} does not fit this text: it gives {len(vocabulary)} pieces, special tokens "
+            "and single characters among them"
+        )
+    return vocabulary
+
+
 class _Lines:
     """The lines of texts. Remembers the error that ends them early, since SentencePiece drops it."""
 
@@ -184,13 +139,3 @@ class _Lines:
     def reraise(self) -> None:
         if self._error is not None:
             raise self._error
-
-
-def _import_sentencepiece():
-    try:
-        import sentencepiece
-    except ImportError:
-        raise TokenizerError(
-            "SentencePieceTokenizer needs the sentencepiece library: pip install sentencepiece"
-        ) from None
-    return sentencepiece
