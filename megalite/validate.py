@@ -9,11 +9,11 @@ Whatever would be silently ignored is a problem.
 from typing import Any
 
 from megalite.config import Problem, RunConfig, options, with_values
-from megalite.rules.data import build_tokenizer
 from megalite.rules.files import FILE_RULES
 from megalite.rules.finding import PATHS, Finding, Rule, global_batch, iterations
 from megalite.rules.layout import LAYOUT_RULES
 from megalite.rules.run import RUN_RULES
+from megalite.rules.tokenizer import build_tokenizer
 from megalite.rules.values import nothing_is_ignored, out_of_range
 
 PURE_RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *RUN_RULES, nothing_is_ignored)
@@ -38,11 +38,8 @@ def check(config: RunConfig, world_size: int) -> list[Problem]:
 
 def concerns_files(problem: Problem) -> bool:
     """Whether a problem may come from the files of one node, so that other nodes need not have it."""
-    return bool(
-        {*PATHS, "tokenizer_model", "vocab_file", "merge_file", "load", "save", "metrics_file"}.intersection(
-            problem.flags
-        )
-    )
+    named = {*PATHS, "tokenizer_model", "vocab_file", "merge_file", "load", "save", "metrics_file"}
+    return bool(named.intersection(problem.flags))
 
 
 def failures(config: RunConfig, world_size: int) -> set[tuple[str, tuple[str, ...]]]:
@@ -95,7 +92,7 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
         "kv_channels": m.head_size,
         "num_query_groups": m.query_groups,
         "max_position_embeddings": m.positions,
-        "vocab_size": m.vocab_size or getattr(build_tokenizer(config.data), "vocab_size", None),
+        "vocab_size": m.vocab_size or getattr(build_tokenizer(config), "vocab_size", None),
         "recompute_granularity": config.recompute.granularity,
         "recompute_activations": False,
         "precision": "bf16" if o.bf16 else o.precision,

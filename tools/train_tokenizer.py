@@ -1,9 +1,9 @@
-"""Train a SentencePiece BPE tokenizer on text.
+"""Train a tokenizer on text: SentencePiece (BPE or unigram), GPT-2's byte-level BPE, BERT's WordPiece.
 
     python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8000 --output-prefix data/tokenizer
 
 writes data/tokenizer.model, the same for the same input. Files ending in .jsonl or .json hold one JSON object a line;
-any other file is taken as plain text. Decoding gives back exactly the text that was encoded.
+any other file is taken as plain text.
 """
 
 import os
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -18,21 +19,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from megalite.data.indexed import DatasetError
 from megalite.data.preprocess import BadLineError, parse_block, read_blocks
-from megalite.data.tokenizers import TokenizerError, train_sentencepiece
+from megalite.data.tokenizers import TokenizerError, train_bpe, train_sentencepiece, train_wordpiece
+
+OUTPUTS = {
+    "sentencepiece-bpe": (".model",),
+    "sentencepiece-unigram": (".model",),
+    "bpe": ("-vocab.json", "-merges.txt"),
+    "wordpiece": ("-vocab.txt",),
+}
+"""What each kind writes, after the prefix."""
+LEAST = {"sentencepiece-bpe": 260, "sentencepiece-unigram": 260, "bpe": 257, "wordpiece": 5}
+"""Entries that each kind has before it has learned anything: bytes and special pieces."""
 
 
 @dataclass(frozen=True)
 class TrainTokenizerConfig:
-    """Train a SentencePiece BPE tokenizer."""
+    """Train a tokenizer."""
 
     input: tuple[str, ...]
     """Files to learn from: JSONL (.jsonl, .json) or plain text."""
     output_prefix: str
-    """The model is written to OUTPUT_PREFIX.model."""
+    """Written: OUTPUT_PREFIX.model (SentencePiece), OUTPUT_PREFIX-vocab.json and -merges.txt (bpe), or
+    OUTPUT_PREFIX-vocab.txt (wordpiece)."""
     vocab_size: int
-    """Entries of the vocabulary, 260 for bytes and special pieces among them."""
+    """Entries of the vocabulary, bytes and special pieces among them."""
+    kind: Literal["sentencepiece-bpe", "sentencepiece-unigram", "bpe", "wordpiece"] = "sentencepiece-bpe"
+    """For --tokenizer-type SentencePieceTokenizer (the first two), GPT2BPETokenizer (bpe) or BertWordPieceCase
+    (wordpiece; with --lowercase BertWordPieceLowerCase)."""
+    lowercase: bool = False
+    """Learn from lower-cased text without accents (wordpiece only)."""
     json_key: str = "text"
     """Key of the JSON objects whose text is wanted."""
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The files to write."""
+        return [Path(self.output_prefix + suffix) for suffix in OUTPUTS[self.kind]]
 
 
 def find_problems(config: TrainTokenizerConfig) -> list[str]:
@@ -40,14 +62,27 @@ def find_problems(config: TrainTokenizerConfig) -> list[str]:
     problems = [f"--input {path}: no such file" for path in config.input if not Path(path).is_file()]
     if not config.input:
         problems.append("--input: give at least one file")
-    if config.vocab_size <= 260:
-        problems.append(f"--vocab-size {config.vocab_size}: must be above 260, the bytes and special pieces")
-    model = Path(f"{config.output_prefix}.model")
-    if not model.parent.is_dir():
-        problems.append(f"--output-prefix {config.output_prefix}: make the folder first: mkdir -p {model.parent}")
-    if model.exists():
-        problems.append(f"--output-prefix {config.output_prefix}: {model} exists; delete it or choose another prefix")
+    least = LEAST[config.kind]
+    if config.vocab_size <= least:
+        problems.append(f"--vocab-size {config.vocab_size}: must be above {least}, the bytes and special pieces")
+    if config.lowercase and config.kind != "wordpiece":
+        problems.append(f"--lowercase: --kind {config.kind} keeps text as it is; only wordpiece can lower it")
+    folder = Path(config.output_prefix).parent
+    if not folder.is_dir():
+        problems.append(f"--output-prefix {config.output_prefix}: make the folder first: mkdir -p {folder}")
+    for path in filter(Path.exists, config.outputs):
+        problems.append(f"--output-prefix {config.output_prefix}: {path} exists; delete it or choose another prefix")
     return problems
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Every text of the input; may be gone through several times. Raises BadLineError on the way."""
+
+    config: TrainTokenizerConfig
+
+    def __iter__(self) -> Iterator[str]:
+        return read_texts(self.config)
 
 
 def read_texts(config: TrainTokenizerConfig) -> Iterator[str]:
@@ -64,6 +99,25 @@ def read_texts(config: TrainTokenizerConfig) -> Iterator[str]:
                 raise BadLineError(f"{path}, line {line}: not UTF-8: {error.reason}") from None
 
 
+def train(config: TrainTokenizerConfig) -> tuple[bytes, ...]:
+    """The contents of the outputs. Raises TokenizerError, DatasetError."""
+    texts = Texts(config)
+    if config.kind == "bpe":
+        return train_bpe(texts, config.vocab_size)
+    if config.kind == "wordpiece":
+        return (train_wordpiece(texts, config.vocab_size, config.lowercase),)
+    return (train_sentencepiece(texts, config.vocab_size, config.kind.removeprefix("sentencepiece-")),)
+
+
+def write(contents: tuple[bytes, ...], paths: list[Path]) -> None:
+    """Write each file whole or not at all, under a name of its own until all are."""
+    partial = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in paths]
+    for path, content in zip(partial, contents):
+        path.write_bytes(content)
+    for source, path in zip(partial, paths):
+        source.rename(path)
+
+
 def main() -> int:
     """Exit status 0, 1 when the data is at fault, 2 when the arguments are."""
     config = tyro.cli(TrainTokenizerConfig, description=__doc__)
@@ -73,14 +127,12 @@ def main() -> int:
     if problems:
         return 2
     try:
-        model = train_sentencepiece(read_texts(config), config.vocab_size)
+        contents = train(config)
     except (DatasetError, TokenizerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    path, partial = Path(f"{config.output_prefix}.model"), Path(f"{config.output_prefix}.model.{os.getpid()}.partial")
-    partial.write_bytes(model)
-    partial.rename(path)
-    print(f"{path}: {config.vocab_size} pieces")
+    write(contents, config.outputs)
+    print(f"{' and '.join(map(str, config.outputs))}: {config.vocab_size} pieces")
     return 0
 
 

@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 
+MAKE_DATA = "make it with tools/preprocess_data.py"
 SHOWN_NAMES = 5
 """Names listed when a file is not there."""
 

@@ -10,6 +10,7 @@ from megalite.config import RunConfig, from_flat
 from megalite.rules.data import DATA_RULES
 from megalite.rules.disk import neighbours, same_place, stored_iterations
 from megalite.rules.finding import PATHS, Finding, Rule
+from megalite.rules.tokenizer import TOKENIZER_FILE_RULES
 
 
 def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -148,6 +149,7 @@ def results_can_be_written(config: RunConfig, world_size: int) -> Iterator[Findi
 
 FILE_RULES: tuple[Rule, ...] = (
     *DATA_RULES,
+    *TOKENIZER_FILE_RULES,
     checkpoint_is_there,
     checkpoint_fits_model,
     data_is_the_checkpoints,

@@ -17,6 +17,7 @@ from megalite.rules.finding import (
     multiples,
     wanted_splits,
 )
+from megalite.rules.tokenizer import tokenizer_is_whole
 
 
 def recompute_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -184,23 +185,13 @@ def vocabulary_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]
         yield Finding(
             "the vocabulary size is not known: neither --vocab-size nor --tokenizer-type is given",
             ("vocab_size", "tokenizer_type"),
-            ("--tokenizer-type and --tokenizer-model of the data", {"vocab_size": EXAMPLES["vocab_size"]}),
+            ("--tokenizer-type of the data, and its files", {"vocab_size": EXAMPLES["vocab_size"]}),
         )
     if m.vocab_size == 1 and d.mock_data:
         yield Finding(
             "--mock-data cannot be learned with --vocab-size 1",
             ("vocab_size", "mock_data"),
             ({"vocab_size": EXAMPLES["vocab_size"]},),
-        )
-
-
-def tokenizer_is_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """SentencePiece needs its model."""
-    if config.data.tokenizer_type == "SentencePieceTokenizer" and config.data.tokenizer_model is None:
-        yield Finding(
-            "--tokenizer-type SentencePieceTokenizer needs --tokenizer-model",
-            ("tokenizer_type", "tokenizer_model"),
-            ("--tokenizer-model FILE.model",),
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalite.config import Problem, RunConfig, options, to_flat
+from megalite.data.config import TOKENIZER_FILES
 from megalite.rules.finding import EXAMPLES, Finding
 
 MAY_BE_ZERO = {"lr_warmup_iters", "eval_interval", "eval_iters", "seed", "ckpt_step"}
@@ -113,17 +114,25 @@ EFFECTS = (
         "without dropout",
         {"hidden_dropout": 0.1},
     ),
-    _Effect(
-        ("tokenizer_model",),
-        lambda c: c.data.tokenizer_type == "SentencePieceTokenizer",
-        "without --tokenizer-type SentencePieceTokenizer",
-        {"tokenizer_type": "SentencePieceTokenizer"},
+    *(
+        _Effect(
+            (field,),
+            lambda c, field=field: field in TOKENIZER_FILES.get(c.data.tokenizer_type, ()),
+            "without a --tokenizer-type that reads it "
+            f"({', '.join(kind for kind, files in TOKENIZER_FILES.items() if field in files)})",
+            {"tokenizer_type": kind},
+        )
+        for field, kind in (
+            ("tokenizer_model", "SentencePieceTokenizer"),
+            ("vocab_file", "BertWordPieceLowerCase"),
+            ("merge_file", "GPT2BPETokenizer"),
+        )
     ),
     _Effect(
         ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"),
         lambda c: c.data.tokenizer_type is not None,
         "without a tokenizer that tells which token ends a document",
-        "--tokenizer-type and --tokenizer-model of the data",
+        "--tokenizer-type of the data, and its files",
     ),
     _Effect(
         ("data_path", "split"),

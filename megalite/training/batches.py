@@ -6,7 +6,7 @@ import torch
 from megalite.config import RunConfig
 from megalite.data.indexed import DatasetError
 from megalite.data.sampler import BatchLoader, first_sample
-from megalite.data.tokenizers import build_tokenizer
+from megalite.data.tokenizers import configured_tokenizer
 from megalite.models.batch import Microbatch
 from megalite.parallel.collectives import all_reduce
 from megalite.training.prefetch import Prefetcher
@@ -82,7 +82,7 @@ def build_batches(config: RunConfig, dataset, model, eod: int | None = None) -> 
     """
     data, context = config.data, model.context
     if eod is None and data.eod_matters:
-        eod = build_tokenizer(data.tokenizer_type, data.tokenizer_model).eod
+        eod = configured_tokenizer(data, config.model.vocab_size).eod
     loader = BatchLoader(
         dataset, data.micro_batch_size, context.layout.data, context.coordinates.data, eod=eod,
         eod_mask_loss=data.eod_mask_loss, reset_position_ids=data.reset_position_ids,

@@ -1,12 +1,29 @@
 """Tokenizers give back the text they were given, and say what is wrong with a model."""
 
 import io
+import json
+import random
+import subprocess
 import sys
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from megalite.data.tokenizers import ByteTokenizer, TokenizerError, build_tokenizer, train_sentencepiece
+from megalite.data.tokenizers import (
+    TOKENIZER_FILES,
+    ByteTokenizer,
+    CheckedTokenizer,
+    TokenizerError,
+    TokenizerType,
+    build_tokenizer,
+    train_bpe,
+    train_sentencepiece,
+    train_wordpiece,
+)
+from megalite.data.tokenizers.build import KINDS
+from tests.data.tokenizer_files import SENTENCES, make_files
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
@@ -17,20 +34,31 @@ TEXTS = [
     "\n\n\n",
     "naïve café — 你好 😀 \u200b \x00\x01\x7f",
     "</s> <s> <unk> <pad> <0x0A>",
+    "a<|endoftext|>b <|user|> <|endofprompt|> [MASK][SEP] <|endof",
+    "e\u0301 \u0e33 \u2028 \u00a0 \u3000\u200d \U0001f469\u200d\U0001f680 \r\n\r\n \t\t  x",
     "a" * 5000,
 ]
 
 
 @pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
-    path.write_bytes(train_sentencepiece(TEXTS[:2] * 3, 320))
-    return path
+def files(tmp_path_factory):
+    return make_files(tmp_path_factory.mktemp("tokenizers"))
 
 
-@pytest.mark.parametrize("kind", ["ByteTokenizer", "SentencePieceTokenizer"])
-def test_decoding_gives_back_the_text(kind, model_path):
-    tokenizer = build_tokenizer(kind, str(model_path) if kind == "SentencePieceTokenizer" else None)
+@pytest.fixture(scope="module")
+def model_path(files):
+    return Path(files["SentencePieceTokenizer"]["tokenizer_model"])
+
+
+EXACT = ["ByteTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokenizer"]
+"""Kinds that give back any text."""
+FAST = EXACT[1:]
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_decoding_gives_back_the_text(kind, files):
+    tokenizer = build_tokenizer(kind, **files[kind])
+    assert (tokenizer.backend, tokenizer.why) == ("reference", "")
     ids = tokenizer.encode_batch(TEXTS).split()
     assert [tokenizer.decode(document) for document in ids] == TEXTS
     assert all(document.dtype == np.int32 for document in ids)
@@ -38,18 +66,33 @@ def test_decoding_gives_back_the_text(kind, model_path):
     assert flat.min() >= 0 and flat.max() < tokenizer.vocab_size
     assert tokenizer.eod < tokenizer.vocab_size and tokenizer.eod not in flat
     assert tokenizer.decode([*ids[0].tolist(), tokenizer.eod]) == TEXTS[0]
-    assert tokenizer.encode_batch([]).split() == []
-    with pytest.raises(UnicodeEncodeError):
-        tokenizer.encode_batch(["half \ud800"])
+    assert tokenizer.check(TEXTS) is None
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_what_holds_for_every_kind(files, backend):
+    assert set(files) == set(get_args(TokenizerType)) == set(TOKENIZER_FILES) == set(KINDS)
+    for kind, given in files.items():
+        tokenizer = build_tokenizer(kind, **given, backend=backend)
+        assert tokenizer.encode_batch([]).split() == []
+        assert [len(ids) for ids in tokenizer.encode_batch(["", ""]).split()] == [0, 0]
+        assert 0 <= tokenizer.eod < tokenizer.vocab_size and tokenizer.decode([tokenizer.eod]) == ""
+        assert tokenizer.sha256 == build_tokenizer(kind, **given).sha256
+        assert tokenizer.backend == ("fast" if backend == "auto" and kind in FAST else "reference"), tokenizer.why
+        assert bool(tokenizer.why) == (backend == "auto" and kind not in FAST)
+        with pytest.raises(UnicodeEncodeError):
+            tokenizer.encode_batch(["1 2", "half \ud800"])
+    digests = [build_tokenizer(kind, **given).sha256 for kind, given in files.items()]
+    assert len(set(digests)) == len(digests)
 
 
 def test_training_is_deterministic_and_has_the_ids_it_promises(model_path):
-    again = train_sentencepiece(TEXTS[:2] * 3, 320)
+    again = train_sentencepiece(SENTENCES, 330)
     assert again == model_path.read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=again)
     assert (processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id()) == (0, 1, 2, 3)
     tokenizer = build_tokenizer("SentencePieceTokenizer", str(model_path))
-    assert (tokenizer.vocab_size, tokenizer.eod) == (320, 2)
+    assert (tokenizer.vocab_size, tokenizer.eod) == (330, 2)
 
 
 def test_digests_tell_models_apart(model_path, tmp_path):
@@ -79,7 +122,7 @@ def test_unusable_models(tmp_path, model_path):
         ("SentencePieceTokenizer", str(tmp_path / "none.model"), "no such file"),
         ("SentencePieceTokenizer", str(tmp_path / "bad.model"), "not a SentencePiece model"),
         ("ByteTokenizer", str(model_path), "leave the flag out"),
-        ("WordTokenizer", None, "known are"),
+        ("WordTokenizer", None, "known are SentencePieceTokenizer, GPT2BPETokenizer"),
     ):
         with pytest.raises(TokenizerError, match=message):
             build_tokenizer(kind, model)
@@ -112,3 +155,213 @@ def broken_source():
 def test_training_errors(texts, vocab_size, error, message):
     with pytest.raises(error, match=message):
         train_sentencepiece(texts, vocab_size)
+
+
+# The fast backend -----------------------------------------------------------------------------------------------------
+
+
+def random_texts(seed: int, count: int) -> list[str]:
+    """Texts of random characters of many kinds, words of the sentences and special tokens."""
+    draw = random.Random(seed)
+    ranges = [(0, 0x7F), (0x80, 0x24F), (0x300, 0x36F), (0x590, 0x6FF), (0xE00, 0xE7F), (0x2000, 0x206F),
+              (0x3040, 0x30FF), (0x4E00, 0x4FFF), (0xAC00, 0xACFF), (0xE000, 0xE010), (0xFF00, 0xFFEF),
+              (0x1F300, 0x1F6FF), (0x10FFF0, 0x10FFFF)]  # fmt: skip
+    words = [
+        *" ".join(SENTENCES[:3]).split(" "),
+        "<s>",
+        "</s>",
+        "<|endoftext|>",
+        "[MASK]",
+        "<0x0A>",
+        "  ",
+        "\r\n",
+        "'ll",
+    ]
+
+    def piece() -> str:
+        if draw.random() < 0.5:
+            return draw.choice(words) + draw.choice(["", " "])
+        return "".join(chr(draw.randint(*draw.choice(ranges))) for _ in range(draw.randint(1, 8)))
+
+    return ["".join(piece() for _ in range(draw.randint(0, 30))) for _ in range(count)]
+
+
+FAST_FILES = [*((kind, None) for kind in FAST), ("TikTokenizer", "r50k_base"), ("TikTokenizer", "o200k_base")]
+
+
+@pytest.mark.parametrize(("kind", "encoding"), FAST_FILES)
+def test_both_backends_give_the_same_ids(kind, encoding, files, model_path):
+    pytest.importorskip("gigatoken")
+    given = {"tokenizer_model": str(model_path.with_name(f"{encoding}.tiktoken"))} if encoding else files[kind]
+    fast, reference = (build_tokenizer(kind, **given, backend=backend) for backend in ("fast", "reference"))
+    assert (fast.backend, fast.vocab_size, fast.eod) == ("fast", reference.vocab_size, reference.eod)
+    texts = [*TEXTS, *random_texts(1, 1000)]
+    got, expected = fast.encode_batch(texts), reference.encode_batch(texts)
+    assert np.array_equal(got.lengths, expected.lengths) and np.array_equal(got.ids, expected.ids)
+    fast.check(texts)
+    assert [fast.decode(ids) for ids in got.split()] == [reference.decode(ids) for ids in got.split()]
+
+
+def test_a_difference_is_shown(files):
+    """Two models that share a vocabulary but not their merges differ somewhere, and check says where."""
+    pytest.importorskip("gigatoken")
+    good = files["GPT2BPETokenizer"]
+    merges = Path(good["merge_file"])
+    lines = merges.read_text(encoding="utf-8").splitlines()
+    other = merges.with_name("other.txt")
+    other.write_text("\n".join([lines[0], *lines[:0:-1]]), encoding="utf-8")
+    tokenizer = build_tokenizer("GPT2BPETokenizer", **good)
+    tokenizer.load_fast = build_tokenizer("GPT2BPETokenizer", **good | {"merge_file": str(other)}).load_fast
+    with pytest.raises(TokenizerError, match=r"gigatoken: \[.*reference: \[.*--tokenizer-backend reference"):
+        CheckedTokenizer(tokenizer)
+
+
+def test_backends_that_cannot_be(files, model_path, monkeypatch):
+    unigram = str(model_path.with_name("unigram.model"))
+    pytest.importorskip("gigatoken")
+    for kind, given, words in (
+        ("SentencePieceTokenizer", {"tokenizer_model": unigram}, "unigram"),
+        ("ByteTokenizer", {}, "no such kind"),
+        ("BertWordPieceCase", files["BertWordPieceCase"], "no such kind"),
+    ):
+        with pytest.raises(TokenizerError, match=f"--tokenizer-backend fast, {kind}: .*{words}"):
+            build_tokenizer(kind, **given, backend="fast")
+        assert words in build_tokenizer(kind, **given, backend="auto").why
+    with pytest.raises(TokenizerError, match="--tokenizer-backend slow: known are auto, reference, fast"):
+        build_tokenizer("ByteTokenizer", backend="slow")
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    auto = build_tokenizer("GPT2BPETokenizer", **files["GPT2BPETokenizer"], backend="auto")
+    assert auto.backend == "reference" and "pip install gigatoken" in auto.why
+
+
+# Kinds ----------------------------------------------------------------------------------------------------------------
+
+
+def test_gpt2_numbers_its_files_as_they_say(files):
+    tokenizer = build_tokenizer("GPT2BPETokenizer", **files["GPT2BPETokenizer"])
+    vocabulary = json.loads(Path(files["GPT2BPETokenizer"]["vocab_file"]).read_text(encoding="utf-8"))
+    assert tokenizer.vocab_size == len(vocabulary) == 330 and tokenizer.eod == vocabulary["<|endoftext|>"] == 0
+    assert tokenizer.encode_batch(["!"]).ids.tolist() == [vocabulary["!"]]
+
+
+@pytest.mark.parametrize("kind", ["BertWordPieceLowerCase", "BertWordPieceCase"])
+def test_bert_agrees_with_transformers(kind, files):
+    transformers = pytest.importorskip("transformers")
+    path = files[kind]["vocab_file"]
+    tokenizer = build_tokenizer(kind, **files[kind])
+    pieces = Path(path).read_text(encoding="utf-8").splitlines()
+    peer = transformers.BertTokenizer(
+        vocab={piece: number for number, piece in enumerate(pieces)}, do_lower_case=tokenizer.lowercase
+    )
+    texts = [text for text in random_texts(2, 300) if "[MASK]" not in text] + SENTENCES[:3]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts).split()):
+        assert ids.tolist() == peer.encode(text, add_special_tokens=False), text
+    assert tokenizer.special == {token: pieces.index(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
+    assert tokenizer.eod == tokenizer.special["[SEP]"]
+    assert tokenizer.starts_word.tolist() == [not piece.startswith("##") for piece in pieces]
+    assert not tokenizer.starts_word.all()
+    marked = tokenizer.encode_batch(["[MASK] [SEP]"]).ids
+    assert not {tokenizer.special["[MASK]"], tokenizer.special["[SEP]"]} & set(marked.tolist())
+
+
+def test_bert_keeps_or_drops_case_and_accents(files):
+    text = "Citizens café the"
+    lower, cased = (build_tokenizer(kind, **files[kind]) for kind in ("BertWordPieceLowerCase", "BertWordPieceCase"))
+    assert lower.decode(lower.encode_batch([text]).ids) == "citizens cafe the"
+    assert np.array_equal(lower.encode_batch([text]).ids, lower.encode_batch([text.upper()]).ids)
+    assert not np.array_equal(cased.encode_batch(["the"]).ids, cased.encode_batch(["The"]).ids)
+
+
+def test_the_end_of_document_of_a_tokenizer_json(files, tmp_path):
+    source = Path(files["HuggingFaceTokenizer"]["tokenizer_model"])
+    content = (source / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(source))
+    vocabulary = {t["content"]: t["id"] for t in json.loads(content)["added_tokens"]}
+    assert tokenizer.eod == vocabulary["<|user|>"]  # tokenizer_config.json says so
+    alone = tmp_path / "tokenizer.json"
+    alone.write_text(content, encoding="utf-8")
+    unnamed = build_tokenizer("HuggingFaceTokenizer", str(alone))
+    assert unnamed.eod == vocabulary["<|endoftext|>"] and unnamed.sha256 == tokenizer.sha256
+    long = "the state of the Union " * 10
+    assert unnamed.decode(unnamed.encode_batch([long]).ids) == long  # neither cut to 8 ids nor put in a template
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<none>"}))
+    with pytest.raises(TokenizerError, match="no token ends documents: <none>"):
+        _ = unnamed.eod
+
+
+def test_null_tokenizer():
+    tokenizer = build_tokenizer("NullTokenizer", vocab_size=50)
+    assert (tokenizer.vocab_size, tokenizer.eod) == (50, 49)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(["0 7  48\n3", ""]).split()] == [[0, 7, 48, 3], []]
+    assert tokenizer.decode([0, 7, 49]) == "0 7"
+    for text in ("1 50", "1 -1", "1 x", "1.5", "\u0661", "9" * 5000):
+        with pytest.raises(TokenizerError, match="no id from 0 to 49"):
+            tokenizer.encode_batch([text])
+
+
+def test_every_wrong_flag_is_told_at_once(files, tmp_path):
+    absent = str(tmp_path / "absent")
+    with pytest.raises(TokenizerError) as raised:
+        build_tokenizer("GPT2BPETokenizer", tokenizer_model="x", vocab_file=absent)
+    for part in ("--tokenizer-model x: GPT2BPETokenizer does not read it", f"{absent}: no such", "needs --merge-file"):
+        assert part in str(raised.value)
+    with pytest.raises(TokenizerError, match="NullTokenizer needs --vocab-size"):
+        build_tokenizer("NullTokenizer")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "content", "message"),
+    [
+        ("GPT2BPETokenizer", "a.json", b"[", "no byte-level BPE vocabulary"),
+        ("GPT2BPETokenizer", "a.json", b'{"a": 0}', "no byte-level BPE vocabulary|255 of the 256 bytes"),
+        ("BertWordPieceCase", "a.txt", b"[PAD]\n[UNK]\nthe\n", r"lacks \[CLS\] \[SEP\] \[MASK\]"),
+        ("BertWordPieceCase", "a.txt", b"\xff\n", "not UTF-8"),
+        ("HuggingFaceTokenizer", "tokenizer.json", b"{}", "no tokenizer.json"),
+        ("TikTokenizer", "mine.tiktoken", b"", "must have r50k_base, cl100k_base, o200k_base in it"),
+        ("TikTokenizer", "r50k_base.tiktoken", b"not ranks", "not a file of ranks"),
+        ("TikTokenizer", "r50k_base.tiktoken", b"YQ== 0\n", "not a file of ranks"),
+    ],
+)
+def test_files_that_are_no_tokenizer(kind, name, content, message, files, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    field = TOKENIZER_FILES[kind][0]
+    with pytest.raises(TokenizerError, match=message) as raised:
+        build_tokenizer(kind, **files[kind] | {field: str(path)})
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "library"),
+    [("GPT2BPETokenizer", "tokenizers"), ("BertWordPieceCase", "tokenizers"), ("TikTokenizer", "tiktoken")],
+)
+def test_other_missing_libraries(kind, library, files, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(TokenizerError, match=f"{kind} needs the {library} library: pip install {library}"):
+        build_tokenizer(kind, **files[kind])
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def test_training_in_other_processes_gives_the_same(tmp_path):
+    """Hash tables have another order in each process; the vocabularies must not."""
+    code = (
+        "import hashlib, random; from megalite.data.tokenizers import train_bpe, train_wordpiece;"
+        "draw = random.Random(1);"
+        "texts = [''.join(draw.choices('abcdefghijABCé,.!你好 ', k=40)) for _ in range(300)];"
+        "results = [*train_bpe(texts, 400), train_wordpiece(texts, 200), train_wordpiece(texts, 200, True)];"
+        "print([hashlib.sha256(result).hexdigest() for result in results])"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(3)]
+    assert runs[0].stdout and len({run.stdout for run in runs}) == 1, runs[0].stderr
+
+
+@pytest.mark.parametrize("train", [train_bpe, train_wordpiece])
+def test_training_errors_of_other_kinds(train):
+    with pytest.raises(TokenizerError, match="--vocab-size 5000 does not fit this text: it gives"):
+        train(SENTENCES, 5000)
+    with pytest.raises(TokenizerError, match="--vocab-size 20 does not fit this text"):
+        train(SENTENCES, 20)
+    with pytest.raises(OSError, match="disk on fire"):
+        train(broken_source(), 300)
