@@ -1,27 +1,28 @@
-"""From JSONL to indexed datasets: several processes encode blocks of lines, this one reads and writes them in order."""
+"""From text to indexed datasets: processes encode blocks of lines, this one writes them in order and can be resumed."""
 
-import json
-import multiprocessing
 import os
-import signal
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
+from megalite.data.config import TokenizerType
+from megalite.data.encode import EncodedBlock, Encoder, TextReader
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedWriter, dataset_path
+from megalite.data.inputs import STDIN, Block, expand, kind_of, read_blocks, shard_ranges, sizes_of
+from megalite.data.journal import Journal
 from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer
+from megalite.data.workers import encoded_blocks
 
-BLOCK_BYTES = 1 << 20
-"""Whole lines of about this size are encoded at a time."""
-BLOCKS_AHEAD = 4
-"""Blocks per worker that may be read before the oldest is written: what bounds memory."""
+COMMIT_SECONDS, COMMIT_TOKENS = 5.0, 1 << 25
+"""How often an output is put on the disk, to go on from there."""
+SHOWN_BAD_LINES = 10
 
 
 class BadLineError(DatasetError):
@@ -30,77 +31,185 @@ class BadLineError(DatasetError):
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """Turn JSONL into indexed datasets: one PREFIX_KEY_document.bin, .idx and .json for each JSON key."""
+    """Turn text into indexed datasets: one PREFIX_KEY_document.bin, .idx and .json for each JSON key."""
 
     input: tuple[str, ...]
-    """JSONL files, one JSON object a line, taken in this order."""
+    """JSONL files (.gz, .xz and .zst too), .txt files of one document each, .parquet files, folders of these, patterns
+    such as 'data/*.jsonl', or - for JSON lines on standard input. Taken in this order."""
     output_prefix: str
     """Path and beginning of the output files' names."""
-    tokenizer_type: Literal["SentencePieceTokenizer", "ByteTokenizer"]
+    tokenizer_type: TokenizerType
     """Kind of tokenizer."""
     tokenizer_model: str | None = None
-    """Model file of the tokenizer (SentencePieceTokenizer)."""
+    """Model file of the tokenizer (SentencePieceTokenizer, HuggingFaceTokenizer, TikTokenizer)."""
+    vocab_file: str | None = None
+    """Vocabulary of the tokenizer (GPT2BPETokenizer, BertWordPiece*)."""
+    merge_file: str | None = None
+    """Merges of the tokenizer (GPT2BPETokenizer)."""
+    vocab_size: int | None = None
+    """Ids, and one that ends documents (NullTokenizer)."""
+    tokenizer_backend: Literal["auto", "reference", "fast"] = "auto"
+    """fast: gigatoken encodes, and the reference library a sample of every block, to compare. auto: fast if it can."""
     json_keys: tuple[str, ...] = ("text",)
-    """Keys of the JSON objects whose text is wanted."""
+    """Keys of the JSON objects, or columns, whose text is wanted."""
     append_eod: bool = False
     """End every document with the tokenizer's end-of-document token."""
+    split_sentences: bool = False
+    """Make each sentence a sequence of its own, in PREFIX_KEY_sentence."""
+    language: str = "en"
+    """Language that sentences are split by (--split-sentences), as ISO 639 names it."""
+    max_bad_lines: int = 0
+    """Lines that are no documents to leave out before giving up; they are listed in OUTPUT_PREFIX.bad_lines.tsv."""
+    shard: str | None = None
+    """Part I of N, as I/N with I from 0: only this part of the input, into OUTPUT_PREFIX_000I-of-000N. See
+    tools/merge_datasets.py."""
+    partitions: int = 1
+    """Parts to make at once on this machine, each by its share of --workers, and to merge."""
     workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     """Processes that encode; 1 encodes in the main process. Default: one per core."""
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """(I, N) of --shard; (0, 1) without it."""
+        return tuple(map(int, self.shard.split("/"))) if self.shard else (0, 1)
+
+    @property
+    def stem(self) -> str:
+        """The output prefix, with the shard in its name."""
+        shard, shards = self.place
+        return f"{self.output_prefix}_{shard:04d}-of-{shards:04d}" if self.shard else self.output_prefix
+
     def prefix(self, key: str) -> str:
         """Prefix of the dataset made from a JSON key."""
-        return f"{self.output_prefix}_{key}_document"
+        return f"{self.stem}_{key}_{'sentence' if self.split_sentences else 'document'}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the output grows."""
+        return Path(f"{self.stem}.partial")
 
 
 def find_problems(config: PreprocessConfig) -> list[str]:
     """Everything that is wrong with the arguments, a line each, with what would work. Empty: good to start."""
-    problems = [] if config.input else ["--input: give at least one JSONL file"]
-    for path in map(Path, config.input):
-        if not path.exists():
-            problems.append(f"--input {path}: no such file")
-        elif not path.is_file():
-            problems.append(f"--input {path}: not a file; name the JSONL files in it")
-        elif not os.access(path, os.R_OK):
-            problems.append(f"--input {path}: not readable")
+    files, problems = expand(config.input)
     if config.workers < 1:
         problems.append(f"--workers {config.workers}: needs at least 1")
+    if config.max_bad_lines < 0:
+        problems.append(f"--max-bad-lines {config.max_bad_lines}: needs at least 0")
     if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
         problems.append(f"--json-keys {' '.join(config.json_keys)}: needs at least one key, and each once")
-    for key in dict.fromkeys(config.json_keys):
-        folder = dataset_path(config.prefix(key), ".idx").parent
-        if not folder.is_dir():
-            problems.append(f"--output-prefix {config.output_prefix}: make the folder first: mkdir -p {folder}")
-        elif not os.access(folder, os.W_OK):
-            problems.append(f"--output-prefix {config.output_prefix}: the folder {folder} is not writable")
-        problems += [
-            f"--output-prefix {config.output_prefix}: {path} exists; delete it or choose another prefix"
-            for path in (dataset_path(config.prefix(key), suffix) for suffix in (".bin", ".idx", ".json"))
-            if path.exists()
-        ]
+    if len(config.json_keys) > 1 and any(kind_of(path) == "text" for path in files):
+        problems.append(f"--json-keys {' '.join(config.json_keys)}: .txt files have no keys; give one")
+    problems += _shard_problems(config, files) + _output_problems(config)
     try:
-        tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
+        tokenizer = tokenizer_of(config)
         if config.append_eod:
             tokenizer.eod  # noqa: B018 - raises when there is none
-    except TokenizerError as error:
+    except (TokenizerError, OSError) as error:
         problems.append(str(error))
+    if config.split_sentences:
+        try:
+            _sentence_splitter(config.language)
+        except DatasetError as error:
+            problems.append(str(error))
+    elif config.language != "en":
+        problems.append(f"--language {config.language} has no effect without --split-sentences")
     return problems
 
 
-class Progress(NamedTuple):
-    """How far a run has come."""
+def _shard_problems(config: PreprocessConfig, files: list[str]) -> list[str]:
+    problems = []
+    if config.shard is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", config.shard)
+        if not match or int(match[1]) >= int(match[2]):
+            return [f"--shard {config.shard}: needs I/N with I from 0 to N - 1, such as 0/8"]
+    if config.partitions < 1:
+        problems.append(f"--partitions {config.partitions}: needs at least 1")
+    split = config.partitions > 1 or config.shard is not None
+    if config.partitions > 1 and config.shard is not None:
+        problems.append(f"--partitions {config.partitions} and --shard {config.shard}: give one of them")
+    if split and STDIN in files:
+        problems.append("--input -: standard input cannot be split; leave out --shard and --partitions")
+    return problems
 
-    bytes_done: int
+
+def _output_problems(config: PreprocessConfig) -> list[str]:
+    problems = []
+    folder = dataset_path(config.output_prefix, ".idx").parent
+    if not folder.is_dir():
+        problems.append(f"--output-prefix {config.output_prefix}: make the folder first: mkdir -p {folder}")
+    elif not os.access(folder, os.W_OK):
+        problems.append(f"--output-prefix {config.output_prefix}: the folder {folder} is not writable")
+    if config.shard is not None and not re.fullmatch(r"\d+/\d+", config.shard):
+        return problems
+    if not config.folder.exists():  # otherwise a run that was interrupted while it gave files their names goes on
+        problems += [
+            f"--output-prefix {config.output_prefix}: {path} exists; delete it or choose another prefix"
+            for key in dict.fromkeys(config.json_keys)
+            for path in (dataset_path(config.prefix(key), suffix) for suffix in (".bin", ".idx", ".json"))
+            if path.exists()
+        ]
+    return problems
+
+
+def tokenizer_of(config: PreprocessConfig) -> Tokenizer:
+    """The tokenizer that encodes. Raises TokenizerError."""
+    return build_tokenizer(
+        config.tokenizer_type, config.tokenizer_model, config.vocab_file, config.merge_file, config.vocab_size,
+        config.tokenizer_backend,
+    )  # fmt: skip
+
+
+def _sentence_splitter(language: str) -> Callable[[str], list[str]]:
+    """A function from a text to its sentences. Raises DatasetError when the library is missing."""
+    try:
+        import sentencex
+    except ImportError:
+        raise DatasetError("--split-sentences needs the sentencex library: pip install sentencex") from None
+    return lambda text: sentencex.segment(language, text)
+
+
+def build_encoder(config: PreprocessConfig) -> Encoder:
+    """What encodes blocks under this configuration. Raises TokenizerError, DatasetError."""
+    split = _sentence_splitter(config.language) if config.split_sentences else None
+    return Encoder(tokenizer_of(config), config.json_keys, config.append_eod, split)
+
+
+@dataclass
+class Progress:
+    """How far a run has come, and where its time went."""
+
     bytes_total: int
-    documents: int
-    tokens: int
-    seconds: float
+    bytes_done: int = 0
+    documents: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    bytes_now: int = 0
+    """Of those done, the ones of this run; the others are an interrupted one's."""
+    tokens_now: int = 0
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "parse", "encode", "write"), 0.0))
+    """Seconds of all processes by what they were spent on."""
+    bad_lines: int = 0
+
+    @classmethod
+    def total(cls, parts: list["Progress"]) -> "Progress":
+        """Of several runs at once, together."""
+        summed = ("bytes_total", "bytes_done", "documents", "tokens", "bytes_now", "tokens_now", "bad_lines")
+        spent = {name: sum(part.spent[name] for part in parts) for name in parts[0].spent}
+        totals = {name: sum(getattr(part, name) for part in parts) for name in summed}
+        return cls(**totals, seconds=max(part.seconds for part in parts), spent=spent)
 
     def __str__(self) -> str:
-        megabytes = self.bytes_done / 1e6
+        rate = self.bytes_now / 1e6 / max(self.seconds, 1e-9)
         return (
-            f"{megabytes:,.1f} of {self.bytes_total / 1e6:,.1f} MB, {self.documents:,} documents, "
-            f"{self.tokens:,} tokens, {megabytes / max(self.seconds, 1e-9):,.1f} MB/s"
+            f"{self.bytes_done / 1e6:,.1f} of {self.bytes_total / 1e6:,.1f} MB, {self.documents:,} documents, "
+            f"{self.tokens:,} tokens, {rate:,.1f} MB/s, {self.tokens_now / max(self.seconds, 1e-9):,.0f} tokens/s"
         )
+
+    def where(self) -> str:
+        """Where the time went, in a line."""
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.spent.items())
+        return f"{self.seconds:.2f} s; seconds of all processes: {parts}"
 
 
 def preprocess(
@@ -108,195 +217,176 @@ def preprocess(
 ) -> list[DatasetInfo]:
     """Write the datasets of every key and return their descriptions; `report` is called after every block.
 
-    Nothing has its final name before everything is written, so a run that is stopped leaves no dataset.
-    Raises BadLineError at the first line that is no document, DatasetError when an output exists already.
+    Nothing has its final name before everything is written. What an interrupted run of the same job wrote is kept.
+    Raises BadLineError at a line that is no document and one too many, DatasetError when an output exists, an input
+    cannot be read, or another job's output is in the way, TokenizerError when the fast tokenizer is wrong.
     """
-    tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size < 65500 else "<i4")
-    total = sum(Path(path).stat().st_size for path in config.input)
-    started, done = time.perf_counter(), 0
-    with ExitStack() as stack:
-        writers = [stack.enter_context(IndexedWriter(config.prefix(key), dtype)) for key in config.json_keys]
-        for encoded in stack.enter_context(_encoded_blocks(config, read_blocks(config.input), tokenizer)):
-            for writer, (data, lengths) in zip(writers, encoded.per_key, strict=True):
-                writer.add_documents(data, np.frombuffer(lengths, "<i4"))
-            done += encoded.input_bytes
-            tokens = sum(writer.tokens for writer in writers)
-            report(Progress(done, total, writers[0].documents, tokens, time.perf_counter() - started))
-        if not writers[0].documents:
-            raise DatasetError(f"{', '.join(config.input)}: no documents; every input is empty")
-        infos = [_describe(config, tokenizer, writer) for writer in writers]
-        for writer, info in zip(writers, infos, strict=True):
-            writer.finish(info)
-    return infos
+    if config.partitions > 1:
+        from megalite.data.partitions import preprocess_in_partitions
 
-
-def _describe(config: PreprocessConfig, tokenizer: Tokenizer, writer: IndexedWriter) -> DatasetInfo:
+        return preprocess_in_partitions(config, report)
+    files, problems = expand(config.input)
+    if problems:
+        raise DatasetError("; ".join(problems))
+    tokenizer = tokenizer_of(config)
+    journal = Journal(config.folder, job_of(config, files, tokenizer))
     try:
-        eod = tokenizer.eod
-    except TokenizerError:
-        eod = None
-    size, digest = tokenizer.vocab_size, tokenizer.sha256
-    return DatasetInfo(config.tokenizer_type, size, eod, digest, writer.documents, writer.tokens)
-
-
-class Block(NamedTuple):
-    """Whole lines of a file."""
-
-    path: str
-    first_line: int
-    """Number of the first line, counted from 1."""
-    data: bytes
-
-
-class EncodedBlock(NamedTuple):
-    """The documents of a block: for each JSON key the ids, ready to be written, and int32 lengths, both as bytes."""
-
-    input_bytes: int
-    per_key: list[tuple[bytes, bytes]]
-
-
-def read_blocks(paths: Iterable[str]) -> Iterator[Block]:
-    """The files in blocks of whole lines, about BLOCK_BYTES each."""
-    for path in paths:
-        line = 1
-        with open(path, "rb") as file:
-            while data := file.read(BLOCK_BYTES):
-                if not data.endswith(b"\n"):
-                    data += file.readline()
-                yield Block(str(path), line, data)
-                line += data.count(b"\n")
-
-
-def parse_block(block: Block, keys: tuple[str, ...]) -> list[list[str]]:
-    """The texts in the JSON lines of a block: for each key, one per line. Raises BadLineError."""
-    texts = [[] for _ in keys]
-    for number, line in enumerate(block.data.removesuffix(b"\n").split(b"\n"), block.first_line):
-        try:
-            document = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise _bad_line(
-                block, number, f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}"
-            ) from None
-        except json.JSONDecodeError as error:
-            reason = f"invalid JSON: {error.msg} at column {error.colno}" if line.strip() else "the line is empty"
-            raise _bad_line(block, number, reason) from None
-        except (ValueError, RecursionError) as error:
-            raise _bad_line(block, number, f"JSON that cannot be read: {error}") from None
-        if not isinstance(document, dict):
-            raise _bad_line(block, number, f"a JSON object is needed, not {type(document).__name__}")
-        for key, column in zip(keys, texts, strict=True):
-            if not isinstance(text := document.get(key), str):
-                found = f"{key!r} is {type(text).__name__}, not text" if key in document else f"no key {key!r}"
-                raise _bad_line(block, number, f"{found}; keys here: {', '.join(document) or 'none'}")
-            column.append(text)
-    return texts
-
-
-def _bad_line(block: Block, number: int, reason: str) -> BadLineError:
-    return BadLineError(f"{block.path}, line {number}: {reason}")
-
-
-def encode_block(block: Block, config: PreprocessConfig, tokenizer: Tokenizer) -> EncodedBlock:
-    """Parse and encode one block. Raises BadLineError."""
-    dtype = "<u2" if tokenizer.vocab_size < 65500 else "<i4"
-    per_key = []
-    for texts in parse_block(block, config.json_keys):
-        try:
-            ids, lengths = tokenizer.encode_batch(texts)
-        except UnicodeEncodeError:
-            number = next(i for i, text in enumerate(texts) if any("\ud800" <= c <= "\udfff" for c in text))
-            raise _bad_line(block, block.first_line + number, "half of a surrogate pair, no Unicode text") from None
-        lengths = (lengths + config.append_eod).astype("<i4")
-        if config.append_eod:
-            flat = np.full(int(lengths.sum(dtype=np.int64)), tokenizer.eod, dtype)
-            inside = np.ones(len(flat), bool)
-            inside[np.cumsum(lengths) - 1] = False
-            flat[inside] = ids
-        else:
-            flat = ids.astype(dtype)
-        per_key.append((flat.tobytes(), lengths.tobytes()))
-    return EncodedBlock(len(block.data), per_key)
-
-
-@contextmanager
-def _encoded_blocks(config: PreprocessConfig, blocks: Iterator[Block], tokenizer: Tokenizer):
-    """The encoded blocks, in the order of the blocks, made here or by worker processes."""
-    if config.workers == 1:
-        yield (encode_block(block, config, tokenizer) for block in blocks)
-        return
-    context = multiprocessing.get_context("spawn")
-    connections: dict[Connection, multiprocessing.Process] = {}
-    try:
-        for _ in range(config.workers):
-            ours, theirs = context.Pipe()
-            connections[ours] = context.Process(target=_serve, args=(theirs, config), daemon=True)
-            connections[ours].start()
-            theirs.close()
-        yield _in_order(connections, blocks)
+        if journal.state is None or not journal.state.get("renames"):
+            with ExitStack() as stack:
+                _Run(config, files, tokenizer, journal, stack).to_the_end(report)
     finally:
-        for connection, process in connections.items():
-            connection.close()
-            process.terminate()
-            process.join()
+        if journal.state is None:
+            _remove_if_empty(config.folder)
+        journal.close()
+    journal.end(journal.state["renames"])
+    return [DatasetInfo.read(config.prefix(key)) for key in config.json_keys]
 
 
-def _serve(connection: Connection, config: PreprocessConfig) -> None:
-    """A worker: encode what comes until the other end is closed, which it is also when the main process is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
-    try:
-        while True:
-            number, block = connection.recv()
-            try:
-                connection.send((number, encode_block(block, config, tokenizer)))
-            except BadLineError as error:
-                connection.send((number, error))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder from which nothing can go on."""
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
 
 
-def _in_order(workers: dict[Connection, multiprocessing.Process], blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
-    """Hand each idle worker the next block, and yield results in the order of the blocks.
-
-    A worker has one block at a time, so neither end of a pipe waits for the other to read.
-    """
-    numbered = enumerate(blocks)
-    idle, busy = list(workers), set()
-    finished: dict[int, EncodedBlock | BadLineError] = {}
-    written = taken = 0
-    while True:
-        while idle and taken < written + BLOCKS_AHEAD * len(workers) and (job := next(numbered, None)):
-            connection = idle.pop()
-            with _explaining_death(workers[connection]):
-                connection.send(job)
-            busy.add(connection)
-            taken += 1
-        if not busy:
-            return
-        for connection in wait(busy):
-            with _explaining_death(workers[connection]):
-                number, finished[number] = connection.recv()
-            busy.remove(connection)
-            idle.append(connection)
-        while written in finished:
-            result = finished.pop(written)
-            if isinstance(result, BadLineError):
-                raise result
-            yield result
-            written += 1
+def job_of(config: PreprocessConfig, files: list[str], tokenizer: Tokenizer) -> dict:
+    """What decides the bytes of the output, to tell whether an interrupted run was this one."""
+    stats = [os.stat(path) for path in files if path != STDIN]
+    return {
+        "input": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats)] if stats else list(files),
+        "tokenizer": [config.tokenizer_type, tokenizer.vocab_size, tokenizer.sha256],
+        "json keys": list(config.json_keys),
+        "append eod": config.append_eod,
+        "sentences": config.language if config.split_sentences else None,
+        "max bad lines": config.max_bad_lines,
+        "shard": config.shard,
+        "partitions": config.partitions,
+    }
 
 
-@contextmanager
-def _explaining_death(worker: multiprocessing.Process):
-    try:
-        yield
-    except (EOFError, OSError):
-        worker.join(timeout=10)
-        raise DatasetError(
-            f"a worker process died (exit code {worker.exitcode}); its message, if any, is above. "
-            "If memory ran out (exit code -9), use fewer --workers"
-        ) from None
+class _Run:
+    """The making of one output, from its beginning or from what the journal says."""
+
+    def __init__(
+        self, config: PreprocessConfig, files: list[str], tokenizer: Tokenizer, journal: Journal, stack: ExitStack
+    ):
+        self.config, self.files, self.tokenizer, self.journal, self.stack = config, files, tokenizer, journal, stack
+        state = journal.state or {
+            "after": [0, 0],
+            "line": 1,
+            "bad": 0,
+            "bad_bytes": 0,
+            "writers": [None] * len(config.json_keys),
+        }
+        if journal.state and STDIN in files:
+            raise DatasetError(f"standard input cannot be taken up again: delete {journal.folder} to start anew")
+        dtype = np.dtype("<u2" if tokenizer.vocab_size < 65500 else "<i4")
+        self.writers = [
+            stack.enter_context(IndexedWriter(config.prefix(key), dtype, journal.folder, kept))
+            for key, kept in zip(config.json_keys, state["writers"], strict=True)
+        ]
+        self.after, self.line, self.bad = tuple(state["after"]), state["line"], state["bad"]
+        self.bad_file = stack.enter_context(open(journal.folder / "bad_lines.tsv", "r+b" if journal.state else "w+b"))
+        self.bad_file.truncate(state["bad_bytes"])
+        self.bad_file.seek(state["bad_bytes"])
+        self.ranges = shard_ranges(files, *config.place)
+        sizes = sizes_of(files)
+        total = sum(min(stop, sizes[number]) - start for number, start, stop in self.ranges)
+        self.progress = Progress(total, bytes_done=self._bytes_before(self.after, sizes), bad_lines=self.bad)
+        self._committed = time.monotonic(), 0
+
+    def _bytes_before(self, after: tuple[int, int], sizes: list[int]) -> int:
+        return sum(
+            min(stop, sizes[number]) - start if number < after[0] else max(0, min(after[1], sizes[number]) - start)
+            for number, start, stop in self.ranges
+            if number <= after[0]
+        )
+
+    def to_the_end(self, report: Callable[[Progress], None]) -> None:
+        """Encode and write what is left, and leave complete files and their renames to the journal."""
+        began, progress = time.perf_counter(), self.progress
+        blocks = read_blocks(self.files, self.ranges, self.config.json_keys, self.after)
+        encoded = self.stack.enter_context(encoded_blocks(self.config.workers, build_encoder, self.config, blocks))
+        for block, result in encoded:
+            self._write(block, result)
+            progress.seconds = time.perf_counter() - began
+            report(progress)
+        if not self.writers[0].documents and not self.config.shard:
+            raise DatasetError(f"{', '.join(self.config.input)}: no documents")
+        self._commit()
+        renames = [rename for writer in self.writers for rename in writer.seal(self._describe(writer))]
+        if self.bad:
+            renames.append((self.journal.folder / "bad_lines.tsv", f"{self.config.stem}.bad_lines.tsv"))
+        self.journal.commit({"renames": [[str(source), str(final)] for source, final in renames]})
+        progress.seconds = time.perf_counter() - began
+        report(progress)
+
+    def _write(self, block: Block, result: EncodedBlock) -> None:
+        began, progress = time.perf_counter(), self.progress
+        self._note_bad_lines(block, result)
+        before = sum(writer.tokens for writer in self.writers)
+        for writer, lines in zip(self.writers, result.per_key, strict=True):
+            counts = np.frombuffer(lines.sequences, "<i4") if self.config.split_sentences else None
+            writer.add_documents(lines.ids, np.frombuffer(lines.lengths, "<i4"), counts)
+        last_of_file = self.after[0] != block.file
+        self.line = (1 if last_of_file else self.line) + result.lines
+        self.after = block.file, block.stop
+        tokens = sum(writer.tokens for writer in self.writers)
+        progress.bytes_done += block.stop - block.start
+        progress.bytes_now += block.stop - block.start
+        progress.documents, progress.tokens = self.writers[0].documents, tokens
+        progress.tokens_now += tokens - before
+        when, written = self._committed
+        if time.monotonic() - when > COMMIT_SECONDS or progress.tokens_now - written > COMMIT_TOKENS:
+            self._commit()
+        for name, seconds in zip(("read", "parse", "encode"), result.seconds):
+            progress.spent[name] += seconds
+        progress.spent["write"] += time.perf_counter() - began
+
+    def _note_bad_lines(self, block: Block, result: EncodedBlock) -> None:
+        first = 1 if self.after[0] != block.file else self.line
+        for offset, reason in result.bad:
+            text = f"{block.path}, line {first + offset}: {reason}"
+            self.bad += 1
+            if self.bad > self.config.max_bad_lines:
+                most = self.config.max_bad_lines
+                more = f" This is bad line {self.bad}." if most else ""
+                raise BadLineError(f"{text}.{more} --max-bad-lines N leaves out up to N such lines (now {most})")
+            self.bad_file.write(f"{block.path}\t{first + offset}\t{reason}\n".encode(errors="replace"))
+            if self.bad <= SHOWN_BAD_LINES:
+                print(f"left out: {text}", file=sys.stderr)
+        self.progress.bad_lines = self.bad
+
+    def _commit(self) -> None:
+        self.bad_file.flush()
+        os.fsync(self.bad_file.fileno())
+        writers = [writer.state() for writer in self.writers]
+        state = {"after": self.after, "line": self.line, "bad": self.bad, "bad_bytes": self.bad_file.tell()}
+        self.journal.commit({**state, "writers": writers})
+        self._committed = time.monotonic(), self.progress.tokens_now
+
+    def _describe(self, writer: IndexedWriter) -> DatasetInfo:
+        try:
+            eod = self.tokenizer.eod
+        except TokenizerError:
+            eod = None
+        size, digest = self.tokenizer.vocab_size, self.tokenizer.sha256
+        return DatasetInfo(self.config.tokenizer_type, size, eod, digest, writer.documents, writer.tokens)
+
+
+def read_texts(inputs: tuple[str, ...], key: str) -> Iterator[str]:
+    """Every text of the inputs, for those who learn from it. Raises BadLineError at a line that is no document."""
+    files, problems = expand(inputs)
+    if problems:
+        raise DatasetError("; ".join(problems))
+    reader, file, line = TextReader((key,)), -1, 1
+    for block in read_blocks(files, shard_ranges(files, 0, 1), (key,)):
+        line = 1 if block.file != file else line
+        lines, texts, bad = reader.parse(block.read(), block.is_text)
+        if bad:
+            raise BadLineError(f"{block.path}, line {line + bad[0][0]}: {bad[0][1]}")
+        yield from texts[0]
+        file, line = block.file, line + lines
 
 
 @contextmanager

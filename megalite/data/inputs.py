@@ -1,0 +1,228 @@
+"""Input of preprocessing in blocks of JSON lines: JSONL, plain or compressed, text, Parquet, standard input.
+
+A block of a plain file is a range of bytes, which whoever encodes it reads; blocks of everything else carry lines.
+"""
+
+import glob
+import importlib.util
+import io
+import lzma
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from megalite.data.indexed import DatasetError
+
+BLOCK_BYTES = 1 << 20
+"""Whole lines of about this size are encoded at a time."""
+STDIN = "-"
+COMPRESSED = (".gz", ".xz", ".zst")
+LIBRARIES = {".zst": "zstandard", ".parquet": "pyarrow"}
+"""Libraries that not every installation has, by the suffix of the files that need them."""
+JSONL_SUFFIXES = (".jsonl", ".json")
+
+
+class Block(NamedTuple):
+    """Whole lines of one file, or one text file."""
+
+    file: int
+    """Place of the file in the list of inputs."""
+    path: str
+    start: int
+    """Byte, of the uncompressed lines, at which the block starts."""
+    stop: int
+    """Byte at which it ends."""
+    data: bytes | None
+    """The lines; None: bytes [start, stop) of the file."""
+    is_text: bool
+    """Whether this is one document as it stands, not JSON lines."""
+
+    def read(self) -> bytes:
+        """The bytes of the block."""
+        if self.data is not None:
+            return self.data
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.stop - self.start)
+
+
+def kind_of(path: str) -> str:
+    """ "stdin", "text", "parquet", "compressed" or "plain"."""
+    suffix = Path(path).suffix
+    if path == STDIN:
+        return "stdin"
+    return {".txt": "text", ".parquet": "parquet"}.get(suffix) or ("compressed" if suffix in COMPRESSED else "plain")
+
+
+def expand(inputs: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """(files, problems): files as they are, patterns and folders as the files in them, sorted by name."""
+    files, problems = [], [] if inputs else ["--input: give at least one file, folder or pattern"]
+    for name in inputs:
+        if name == STDIN or os.path.isfile(name):
+            found = [name]
+        elif os.path.isdir(name):
+            found = sorted(str(path) for path in Path(name).iterdir() if path.is_file() and _is_input(path.name))
+            if not found:
+                problems.append(f"--input {name}: a folder without .jsonl, .json, .txt or .parquet files")
+        elif glob.has_magic(name):
+            found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+            if not found:
+                problems.append(f"--input {name}: no file has such a name")
+        else:
+            found = []
+            problems.append(f"--input {name}: {'not a file' if os.path.exists(name) else 'no such file'}")
+        files += found
+    problems += [f"--input {path}: not readable" for path in files if path != STDIN and not os.access(path, os.R_OK)]
+    problems += [f"--input {path}: given twice" for path in sorted({p for p in files if files.count(p) > 1})]
+    for suffix in sorted({Path(path).suffix for path in files} & LIBRARIES.keys()):
+        if importlib.util.find_spec(LIBRARIES[suffix]) is None:
+            problems.append(
+                f"--input: {suffix} files need the {LIBRARIES[suffix]} library: pip install {LIBRARIES[suffix]}"
+            )
+    return files, problems
+
+
+def _is_input(name: str) -> bool:
+    plain = Path(name).stem if Path(name).suffix in COMPRESSED else name
+    return Path(plain).suffix in (*JSONL_SUFFIXES, ".txt", ".parquet") and not name.startswith(".")
+
+
+def sizes_of(files: list[str]) -> list[int]:
+    """Bytes of each file; 0 for standard input."""
+    return [0 if path == STDIN else os.path.getsize(path) for path in files]
+
+
+def shard_ranges(files: list[str], shard: int, shards: int) -> list[tuple[int, int, int]]:
+    """(file, start, stop) of the bytes in shard number `shard` of `shards` equal ones of all files together.
+
+    Plain files are cut at line ends; other files belong whole to the shard that their first byte is in.
+    """
+    sizes = sizes_of(files)
+    total, base, ranges = sum(sizes), 0, []
+    low, high = total * shard // shards, total * (shard + 1) // shards
+    for number, (path, size) in enumerate(zip(files, sizes)):
+        first, last = max(low - base, 0), min(high - base, size)
+        if kind_of(path) == "plain":
+            if first < last:
+                start, stop = _line_start(path, first, size), _line_start(path, last, size)
+                if start < stop:
+                    ranges.append((number, start, stop))
+        elif low <= base < high or (size == 0 and shard == 0):
+            ranges.append((number, 0, sys.maxsize))
+        base += size
+    return ranges
+
+
+def _line_start(path: str, target: int, size: int) -> int:
+    """The first byte >= target at which a line starts, or the size."""
+    if target in (0, size):
+        return target
+    with open(path, "rb") as file:
+        file.seek(target - 1)
+        file.readline()
+        return file.tell()
+
+
+def read_blocks(
+    files: list[str], ranges: list[tuple[int, int, int]], keys: tuple[str, ...], after=(0, 0)
+) -> Iterator[Block]:
+    """The blocks of these ranges, from position `after` = (file, byte) on. Raises DatasetError for a damaged file."""
+    for number, first, last in ranges:
+        if number < after[0]:
+            continue
+        start = max(first, after[1]) if number == after[0] else first
+        path, kind = files[number], kind_of(files[number])
+        if kind == "plain":
+            yield from _plain_blocks(number, path, start, last)
+        elif kind == "text":
+            size = os.path.getsize(path)
+            if start < max(size, 1):
+                yield Block(number, path, 0, max(size, 1), None, True)
+        else:
+            with _explaining_damage(path), _opened(path, kind, keys) as file:
+                yield from _streamed_blocks(number, path, file, start)
+
+
+def _plain_blocks(number: int, path: str, start: int, last: int) -> Iterator[Block]:
+    with open(path, "rb") as file:
+        while start < last:
+            stop = start + BLOCK_BYTES
+            if stop < last:
+                file.seek(stop - 1)
+                file.readline()
+                stop = file.tell()
+            yield Block(number, path, start, min(stop, last), None, False)
+            start = stop
+
+
+def _streamed_blocks(number: int, path: str, file: BinaryIO, after: int) -> Iterator[Block]:
+    start = 0
+    while data := file.read(BLOCK_BYTES):
+        if not data.endswith(b"\n"):
+            data += file.readline()
+        if start >= after:
+            yield Block(number, path, start, start + len(data), data, False)
+        start += len(data)
+
+
+@contextmanager
+def _opened(path: str, kind: str, keys: tuple[str, ...]):
+    """The JSON lines of a file that must be read from its beginning, as a binary file."""
+    if kind == "stdin":
+        yield sys.stdin.buffer
+    elif kind == "parquet":
+        yield _ParquetLines(path, keys)
+    else:
+        suffix = Path(path).suffix
+        if suffix == ".zst":
+            import zstandard
+
+            opened = zstandard.open(path, "rb")
+        else:
+            opened = importlib.import_module({".gz": "gzip", ".xz": "lzma"}[suffix]).open(path, "rb")
+        with opened as file:
+            yield io.BufferedReader(file, BLOCK_BYTES)
+
+
+class _ParquetLines:
+    """Rows of a Parquet file as JSON lines, a batch of rows at a time."""
+
+    def __init__(self, path: str, keys: tuple[str, ...]):
+        from pyarrow.parquet import ParquetFile
+
+        file = ParquetFile(path)
+        missing = [key for key in keys if key not in file.schema_arrow.names]
+        if missing:
+            raise DatasetError(f"{path}: no column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}")
+        self._batches = file.iter_batches(batch_size=1000, columns=list(keys))
+
+    def read(self, _: int) -> bytes:
+        """The next batch of rows; empty at the end."""
+        import msgspec
+
+        batch = next(self._batches, None)
+        if batch is None:
+            return b""
+        return b"".join(msgspec.json.encode(row) + b"\n" for row in batch.to_pylist()) or self.read(_)
+
+    def readline(self) -> bytes:
+        """Nothing: batches end with whole lines."""
+        return b""
+
+
+@contextmanager
+def _explaining_damage(path: str):
+    try:
+        yield
+    except DatasetError:
+        raise
+    except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise DatasetError(f"{path}: cannot be read to its end, damaged or cut short ({error})") from None
+    except Exception as error:  # zstandard's and pyarrow's have no common parent
+        if type(error).__module__.split(".")[0] in ("zstd", "zstandard", "pyarrow"):
+            raise DatasetError(f"{path}: cannot be read to its end, damaged or cut short ({error})") from None
+        raise
