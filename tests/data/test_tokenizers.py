@@ -241,7 +241,7 @@ def test_backends_that_cannot_be(files, model_path, monkeypatch):
         {"normalization_rule_name": "identity"},
         {"user_defined_symbols": ["the", "Union"]},
         {"treat_whitespace_as_suffix": True},
-        {"byte_fallback": False},
+        {"byte_fallback": False, "vocab_size": 100},
     ],
     ids=str,
 )
@@ -251,8 +251,8 @@ def test_no_model_gets_other_ids_by_itself(options, tmp_path):
     model = io.BytesIO()
     lines = [line for text in SENTENCES for line in text.split("\n") if line]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=380 if options.get("byte_fallback", True) else 100, hard_vocab_limit=False,
-        minloglevel=3, **{"byte_fallback": True, **options},
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", hard_vocab_limit=False,
+        minloglevel=3, **{"byte_fallback": True, "vocab_size": 380, **options},
     )  # fmt: skip
     path = tmp_path / "t.model"
     path.write_bytes(model.getvalue())
