@@ -14,21 +14,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megalite import cli, validate
 from megalite.checkpoint.folder import list_iterations
 from megalite.checkpoint.load import Checkpoint
 from megalite.config import RunConfig, from_flat, to_yaml
+from megalite.data.indexed import DatasetInfo, IndexedWriter
 from megalite.data.preprocess import PreprocessConfig, preprocess
 from megalite.data.sampler import BatchLoader
-from megalite.data.tokenizers import train_sentencepiece
+from megalite.data.tokenizers import build_tokenizer, train_sentencepiece
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import DeviceError
 from megalite.parallel.launch import LaunchInfo
 from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import build_context, build_gpt, build_parts
 from megalite.training.pretrain import pretrain
+from tests.data.tokenizer_files import make_files
 from tests.pool import RankPool
 
 ALONE = LaunchInfo(0, 1, 0, 1, "", "none")
@@ -126,7 +129,8 @@ class Bench:
         return self._made[key]
 
     def make_data(self) -> None:
-        """Two corpora; the first as bytes and as pieces of two tokenizers, the other as bytes."""
+        """Two corpora; the first as bytes and as pieces of two tokenizers, the other as bytes. Beside them the files of
+        every kind of tokenizer, and numbers below 97 that any of them might have made."""
         draw = random.Random(1)
         words = ["".join(draw.choices("aeioulmnrst", k=draw.randint(2, 8))) for _ in range(120)]
         texts = {name: [" ".join(draw.choices(words, k=draw.randint(3, 30))) for _ in range(60)] for name in ("a", "b")}
@@ -140,6 +144,15 @@ class Bench:
             tokenizer = ("SentencePieceTokenizer", str(model)) if model.exists() else ("ByteTokenizer", None)
             jsonl = (str(self.folder / f"{source}.jsonl"),)
             preprocess(PreprocessConfig(jsonl, str(self.folder / name), *tokenizer, append_eod=True, workers=1))
+        bpe = build_tokenizer("GPT2BPETokenizer", **make_files(self.folder)["GPT2BPETokenizer"])
+        merges = (self.folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        (self.folder / "other.txt").write_text("\n".join(merges[:-1]), encoding="utf-8")
+        made = DatasetInfo("GPT2BPETokenizer", bpe.vocab_size, bpe.eod, bpe.sha256, 60, 6000)
+        for name, info in (("plain", None), ("merged", made)):
+            with IndexedWriter(str(self.folder / name), np.uint16) as writer:
+                for number in range(60):
+                    writer.add_document(np.arange(100, dtype=np.uint16) * number % 97)
+                writer.finish(info)
 
     def new_folder(self) -> Path:
         """A folder for one run."""
@@ -259,6 +272,12 @@ def refusal_or_run(bench: Bench, flags: dict, ranks: int) -> str:
     with working_in(bench.new_folder()):
         problems = validate.check(from_flat(flags), ranks)
     return "; ".join(p.message for p in problems) if problems else training(bench, flags, ranks).console
+
+
+def complaints(bench: Bench, flags: dict, ranks: int) -> str:
+    """What the checks say against the flags, in a folder as of a run."""
+    with working_in(bench.new_folder()):
+        return "; ".join(problem.message for problem in validate.check(from_flat(flags), ranks))
 
 
 def check_only(bench: Bench, flags: dict, ranks: int) -> str:

@@ -81,6 +81,10 @@ PIECES = dict(
     data_path="../pieces_text_document", tokenizer_type="SentencePieceTokenizer", tokenizer_model="../pieces.model"
 )
 MEGATRON = {**REAL, "sample_order": "megatron"}
+PLAIN = REAL | {"data_path": "../plain"}
+"""Numbers that any tokenizer might have made; bytes are 257 entries."""
+BPE = dict(tokenizer_type="GPT2BPETokenizer", vocab_file="../vocab.json", merge_file="../merges.txt")
+BERT = dict(tokenizer_type="BertWordPieceCase", vocab_file="../cased.txt")
 MORE_PIECES = "../more_text_document"
 LONGER = dict(train_iters=8, hidden_dropout=0.1)
 """A run that ../trained was saved by, at iterations 2 and 4; ../trained-with-streams too, under the other scheme."""
@@ -169,6 +173,27 @@ FLAGS: dict[str, list[Effect]] = {
         effect(
             "ByteTokenizer", more_parameters(-43 * HIDDEN), base=REAL | PIECES, also=REAL | {"tokenizer_model": None}
         ),
+        *(
+            effect(also["tokenizer_type"], more_parameters((size - 257) * HIDDEN), base=PLAIN, also=also)
+            for size, also in (
+                (330, BPE),
+                (120, BERT | {"tokenizer_type": "BertWordPieceLowerCase", "vocab_file": "../uncased.txt"}),
+                (130, BERT),
+                (332, {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "../hf"}),
+                (50257, {"tokenizer_type": "TikTokenizer", "tokenizer_model": "../r50k_base.tiktoken"}),
+                (100, {"tokenizer_type": "NullTokenizer", "vocab_size": 100}),
+            )
+        ),
+    ],
+    "vocab_file": [effect("../uncased.txt", more_parameters(-10 * HIDDEN), base=PLAIN | BERT)],
+    # Other merges make other ids of a text: a run, which reads ids, tells them apart by the data's description.
+    "merge_file": [
+        effect(
+            "../other.txt",
+            says("--merge-file ../other.txt (330 entries) is not the one"),
+            base=REAL | BPE | {"data_path": "../merged"},
+            observe=runs.complaints,
+        )
     ],
     "tokenizer_model": [
         effect("../more.model", more_parameters(20 * HIDDEN), base=REAL | PIECES, also={"data_path": MORE_PIECES})

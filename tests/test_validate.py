@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from megalite.config import RunConfig, from_flat, options, to_flat, with_values
 from megalite.data.indexed import DatasetInfo, IndexedWriter
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece
 from megalite.rules.files import FILE_RULES
+from tests.data.tokenizer_files import make_files
 
 SOUND = {"mock_data": True, "vocab_size": 512, "train_iters": 10}
 
@@ -74,6 +76,8 @@ CASES = {
     "idle model": (dict(tokenizer_model="x.model"), 1, "--tokenizer-model x.model"),
     "idle order": (dict(sample_order="megatron"), 1, "--sample-order megatron --mock-data"),
     "idle change of data": (dict(allow_data_change=True), 1, "--allow-data-change without --load"),
+    "idle vocabulary": (dict(vocab_file="x.txt"), 1, "--vocab-file x.txt GPT2BPETokenizer BertWordPieceCase"),
+    "idle merges": (dict(merge_file="x.txt"), 1, "--merge-file x.txt GPT2BPETokenizer"),
     "idle split": (dict(split="1,1,1"), 1, "--split 1,1,1 --mock-data"),
     "idle evaluations": (dict(eval_iters=20, eval_interval=0), 1, "--eval-iters 20 --eval-interval 0"),
     "idle evaluation interval": (dict(eval_iters=0, eval_interval=20), 1, "--eval-interval 20 --eval-iters 0"),
@@ -212,6 +216,11 @@ def test_sound_files(folder):
     assert validate.check(real(save="new", load="new", save_interval=5, metrics_file="m.jsonl"), 1) == []
 
 
+BPE = dict(
+    tokenizer_type="GPT2BPETokenizer", vocab_file="vocab.json", merge_file="merges.txt", data_path="plain"
+)  # of the folder with tokenizers
+HF = dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="hf", data_path="plain")
+
 FILE_CASES = {
     "both sources": (dict(mock_data=True, split="969,30,1", vocab_size=257), "corpus --mock-data", 2),
     "no such data": (dict(data_path="corpsu"), "corpsu.bin corpsu.idx", 1),
@@ -241,6 +250,13 @@ FILE_CASES = {
     "small vocabulary": (dict(vocab_size=200), "200 257", 2),
     "small vocabulary, no tokenizer": (dict(vocab_size=200, tokenizer_type=None), "200 257", 1),
     "no model named": (dict(tokenizer_type="SentencePieceTokenizer"), "--tokenizer-model", 0),
+    "no merges named": (BPE | dict(merge_file=None), "--merge-file", 0),
+    "no size of ids": (dict(tokenizer_type="NullTokenizer", data_path="plain"), "NullTokenizer --vocab-size", 1),
+    "misspelt vocabulary": (BPE | dict(vocab_file="vocba.json"), "--vocab-file vocba.json: no such file", 1),
+    "wrong merges": (BPE | dict(merge_file="vocab.json"), "--merge-file vocab.json: no byte-level BPE", 0),
+    "a folder without tokenizer": (HF | dict(tokenizer_model="."), "tokenizer.json: no such file", 0),
+    "small vocabulary of files": (BPE | dict(vocab_size=329), "329 330", 2),
+    "merges of no use": (HF | dict(merge_file="merges.txt"), "--merge-file merges.txt no effect", 1),
     "idle model": (dict(tokenizer_model="x.model"), "--tokenizer-model x.model", 1),
     "idle mask": (dict(eod_mask_loss=True, tokenizer_type=None, vocab_size=257), "--eod-mask-loss", 1),
     "idle positions": (dict(reset_position_ids=True, tokenizer_type=None, vocab_size=257), "--reset-position-ids", 1),
@@ -253,9 +269,19 @@ FILE_CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """A folder with the files of every kind of tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return folder, make_files(folder)
+
+
 @pytest.mark.parametrize("case", FILE_CASES)
-def test_a_file_rule_alone(case, folder):
+def test_a_file_rule_alone(case, folder, tokenizers):
     changes, words, offers = FILE_CASES[case]
+    if changes.get("data_path") == "plain":
+        shutil.copytree(tokenizers[0], folder, dirs_exist_ok=True)
+        write_dataset("plain", 20, None)
     assert_one_problem(real(**changes), 1, words, offers)
 
 
@@ -277,6 +303,16 @@ def test_a_tokenizer_that_ends_no_document(key, folder):
     write_dataset("endless", 20, None)
     assert validate.check(config, 1) == []
     assert_one_problem(with_values(config, {key: True}), 1, f"{options()[key].flag} end-of-document")
+
+
+def test_every_kind_of_tokenizer_is_sound(folder, tokenizers):
+    write_dataset("plain", 20, None, np.int32)
+    for kind, given in tokenizers[1].items():
+        config = real(data_path="plain", tokenizer_type=kind, eod_mask_loss=True, **given)
+        assert validate.check(config, 1) == [], kind
+        resolved = validate.resolve(config, 1)
+        assert resolved.model.vocab_size == build_tokenizer(kind, **given).vocab_size
+        assert validate.check(resolved, 1) == [], kind
 
 
 def test_damaged_data(folder):

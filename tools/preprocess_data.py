@@ -1,9 +1,11 @@
-"""Turn JSONL into an indexed dataset to train on.
+"""Turn text into an indexed dataset to train on.
 
     python tools/preprocess_data.py --input a.jsonl b.jsonl --output-prefix data/corpus \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model --append-eod --workers 4
 
-writes data/corpus_text_document.bin, .idx and .json; `--data-path data/corpus_text_document` trains on them.
+writes data/corpus_text_document.bin, .idx and .json; `--data-path data/corpus_text_document` trains on them. When it is
+interrupted, the same command goes on from where it was. On a SLURM array, each task takes `--shard $ID/$COUNT`, and
+tools/merge_datasets.py puts the parts together.
 """
 
 import sys
@@ -14,7 +16,15 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
 from megalite.data.indexed import DatasetError
-from megalite.data.preprocess import PreprocessConfig, find_problems, preprocess, show_progress
+from megalite.data.preprocess import (
+    PreprocessConfig,
+    Progress,
+    find_problems,
+    preprocess,
+    show_progress,
+    tokenizer_of,
+)
+from megalite.data.tokenizers import TokenizerError
 
 
 def main() -> int:
@@ -25,14 +35,27 @@ def main() -> int:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         return 2
+    tokenizer = tokenizer_of(config)
+    why = f" ({tokenizer.why})" if tokenizer.why else ""
+    print(f"{config.tokenizer_type}, {tokenizer.vocab_size:,} ids, {tokenizer.backend} backend{why}", file=sys.stderr)
+    last = Progress(0)
+
+    def remember(progress: Progress) -> None:
+        nonlocal last
+        last = progress
+        show(progress)
+
     try:
-        with show_progress() as report:
-            infos = preprocess(config, report)
-    except DatasetError as error:
+        with show_progress() as show:
+            infos = preprocess(config, remember)
+    except (DatasetError, TokenizerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for key, info in zip(config.json_keys, infos, strict=True):
         print(f"{config.prefix(key)}.bin, .idx: {info.documents:,} documents, {info.tokens:,} tokens")
+    if last.bad_lines:
+        print(f"{last.bad_lines:,} bad lines were left out: see {config.stem}.bad_lines.tsv")
+    print(last.where())
     return 0
 
 

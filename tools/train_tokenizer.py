@@ -2,8 +2,8 @@
 
     python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8000 --output-prefix data/tokenizer
 
-writes data/tokenizer.model, the same for the same input. Files ending in .jsonl or .json hold one JSON object a line;
-any other file is taken as plain text.
+writes data/tokenizer.model, the same for the same input. Files are those that tools/preprocess_data.py takes: JSON lines,
+plain or compressed, .txt, .parquet, folders of these.
 """
 
 import os
@@ -18,7 +18,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
 from megalite.data.indexed import DatasetError
-from megalite.data.preprocess import BadLineError, parse_block, read_blocks
+from megalite.data.inputs import expand
+from megalite.data.preprocess import read_texts
 from megalite.data.tokenizers import TokenizerError, train_bpe, train_sentencepiece, train_wordpiece
 
 OUTPUTS = {
@@ -59,9 +60,7 @@ class TrainTokenizerConfig:
 
 def find_problems(config: TrainTokenizerConfig) -> list[str]:
     """Everything that is wrong with the arguments, a line each."""
-    problems = [f"--input {path}: no such file" for path in config.input if not Path(path).is_file()]
-    if not config.input:
-        problems.append("--input: give at least one file")
+    _, problems = expand(config.input)
     least = LEAST[config.kind]
     if config.vocab_size <= least:
         problems.append(f"--vocab-size {config.vocab_size}: must be above {least}, the bytes and special pieces")
@@ -82,21 +81,7 @@ class Texts:
     config: TrainTokenizerConfig
 
     def __iter__(self) -> Iterator[str]:
-        return read_texts(self.config)
-
-
-def read_texts(config: TrainTokenizerConfig) -> Iterator[str]:
-    """Every text of the input. Raises BadLineError."""
-    for path in config.input:
-        for block in read_blocks([path]):
-            if Path(path).suffix in (".jsonl", ".json"):
-                yield from parse_block(block, (config.json_key,))[0]
-                continue
-            try:
-                yield block.data.decode()
-            except UnicodeDecodeError as error:
-                line = block.first_line + block.data.count(b"\n", 0, error.start)
-                raise BadLineError(f"{path}, line {line}: not UTF-8: {error.reason}") from None
+        return read_texts(self.config.input, self.config.json_key)
 
 
 def train(config: TrainTokenizerConfig) -> tuple[bytes, ...]:

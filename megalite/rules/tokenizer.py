@@ -74,10 +74,11 @@ def _similar(config: RunConfig, field: str, path: str) -> Iterator[dict[str, str
     for beside in neighbours(path, suffix):
         changed = replace(config, data=replace(config.data, **{field: beside + suffix}))
         try:
-            build_tokenizer(changed)
+            fits = build_tokenizer(changed) is not None
         except (TokenizerError, OSError):
-            continue
-        yield {field: beside + suffix}
+            fits = False
+        if fits:
+            yield {field: beside + suffix}
 
 
 def tokenizer_made_data(config: RunConfig, world_size: int) -> Iterator[Finding]:

@@ -234,6 +234,34 @@ def test_backends_that_cannot_be(files, model_path, monkeypatch):
     assert auto.backend == "reference" and "pip install gigatoken" in auto.why
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},  # a normaliser that takes letters with their marks
+        {"normalization_rule_name": "identity"},
+        {"user_defined_symbols": ["the", "Union"]},
+        {"treat_whitespace_as_suffix": True},
+        {"byte_fallback": False, "vocab_size": 100},
+    ],
+    ids=str,
+)
+def test_no_model_gets_other_ids_by_itself(options, tmp_path):
+    """Whatever a model was trained with, auto takes the fast backend only where it gives the same ids."""
+    pytest.importorskip("gigatoken")
+    model = io.BytesIO()
+    lines = [line for text in SENTENCES for line in text.split("\n") if line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", hard_vocab_limit=False,
+        minloglevel=3, **{"byte_fallback": True, "vocab_size": 380, **options},
+    )  # fmt: skip
+    path = tmp_path / "t.model"
+    path.write_bytes(model.getvalue())
+    auto = build_tokenizer("SentencePieceTokenizer", str(path), backend="auto")
+    reference = build_tokenizer("SentencePieceTokenizer", str(path))
+    texts = [*TEXTS, *random_texts(3, 500)]
+    assert np.array_equal(auto.encode_batch(texts).ids, reference.encode_batch(texts).ids), auto.why
+
+
 # Kinds ----------------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ PROBE = (
     "The quick  brown fox's 12345 jumps,\r\n\r\n\tover  the lazy dog!!  ",
     "naïve cafe\u0301 — 你好，世界 😀👩‍👩‍👧 \u200b\u00a0\u3000 \x00\x01\x7f İß ﬁ ½",
     "    \n\n  x\n \n  ",
+    "\uff21\u0332 \uff76\u0334 \u2026\u0361",  # marks on letters that a normaliser replaces
     "a" * 300,
     "<|endoftext|></s><s> [MASK]<unk><0x0A>\u2581x",
     "",
