@@ -77,7 +77,7 @@ LAYOUTS = [
     Layout("packed llama pp4", pp=4, shape=LLAMA, flags={**PACKED, "micro_batch_size": 2}),
     Layout("packed llama dp2 x tp2 x pp2 +sp", dp=2, tp=2, pp=2, shape=LLAMA, flags=sp(**PACKED, **FULL)),
     Layout("masks of documents pp3", pp=3, flags={"reset_attention_mask": True}),
-    Layout("positions of documents pp3", pp=3, shape=LLAMA, flags={"reset_position_ids": True}),
+    Layout("llama, positions of documents pp3", pp=3, shape=LLAMA, flags={"reset_position_ids": True}),
 ]
 
 GLOBAL_BATCH = 8

@@ -28,6 +28,8 @@ LLAMA = Shape(
     bias=False,
     tied=False,
 )
+END = 7
+"""The token that ends a document."""
 SHAPES = {
     "gpt2": GPT2,
     "gpt2-untied": dataclasses.replace(GPT2, tied=False),
@@ -233,8 +235,10 @@ def hugging_face(monkeypatch):
 
 
 @pytest.mark.usefixtures("hugging_face")
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_and_gradients_equal_hugging_face(name):
+def test_logits_and_gradients_equal_hugging_face(name, packed):
+    """One text in a row, or several documents, of which Hugging Face is told as places and a mask to add to scores."""
     shape = SHAPES[name]
     make, to_theirs, from_theirs = (
         (gpt2_model, gpt2_from_oracle, oracle_from_gpt2)
@@ -242,7 +246,7 @@ def test_logits_and_gradients_equal_hugging_face(name):
         else (llama_model, llama_from_oracle, oracle_from_llama)
     )
     params = oracle.random_parameters(shape)
-    tokens, labels, mask = batch(shape)
+    tokens, labels, counted = batch(shape)
     bound = tolerance(shape, tokens.numel())
 
     model = make(shape)
@@ -254,13 +258,21 @@ def test_logits_and_gradients_equal_hugging_face(name):
             parameter.copy_(weights[key])
     assert_close(from_theirs(weights, shape), params, bound=0.0)
 
-    their_logits = model(input_ids=tokens, use_cache=False).logits
-    assert_close({"logits": oracle.logits(params, shape, tokens)}, {"logits": their_logits.detach()}, bound)
+    places, told = (), {}
+    if packed:
+        tokens = tokens.clone()
+        tokens[torch.tensor([0, 0, 1, 2]), torch.tensor([3, 6, 0, 8])] = END
+        positions, segments = places = oracle.documents(tokens, END)
+        sees = (segments[:, :, None] == segments[:, None, :]).tril()
+        mask = torch.zeros(sees.shape, dtype=torch.float64).masked_fill(~sees, torch.finfo(torch.float64).min)
+        told = {"position_ids": positions, "attention_mask": mask[:, None]}
+    their_logits = model(input_ids=tokens, use_cache=False, **told).logits
+    assert_close({"logits": oracle.logits(params, shape, tokens, *places)}, {"logits": their_logits.detach()}, bound)
 
     losses = torch.nn.functional.cross_entropy(their_logits.transpose(1, 2), labels, reduction="none")
-    their_loss = losses[mask].mean()
+    their_loss = losses[counted].mean()
     their_loss.backward()
-    value, gradients = oracle.loss_and_gradients(params, shape, tokens, labels, mask)
+    value, gradients = oracle.loss_and_gradients(params, shape, tokens, labels, counted, *places)
     assert value == pytest.approx(their_loss.item(), rel=bound)
     assert_close(gradients, from_theirs({key: p.grad for key, p in parameters.items()}, shape), bound)
 
