@@ -6,13 +6,12 @@ the cuts between windows move, and visits its windows in a random order of its o
 """
 
 from fractions import Fraction
-from functools import lru_cache
 from itertools import pairwise
 from math import isqrt
 
 import numpy as np
 
-from megalite.data.indexed import DatasetError, TokenStream
+from megalite.data.indexed import DatasetError, GatheredStream, TokenStream
 from megalite.kernels.philox import counters, key_of, philox4x32
 
 SPLITS = ("train", "valid", "test")
@@ -70,35 +69,81 @@ def _mix(x):
     return (x ^ (x >> 32)) >> 1
 
 
-class GPTDataset:
-    """Samples of s + 1 tokens from a stream: `dataset[i]` for any i >= 0, epochs roll on.
+class WindowDataset:
+    """Samples of s + 1 tokens, each a window of a stream; a subclass says where sample i starts (`window`).
+
+    Reading has no state that threads could tear: any number may ask at once.
 
     Args:
         stream: the tokens of the split.
         seq_length: s, tokens the model sees; a sample has one more, for the labels.
-        seed, split_name: with the stream and s, all that the order depends on.
+        split_name: for messages.
         vocab_size: when given, ids at or above it are an error.
+    """
+
+    def __init__(self, stream: TokenStream | GatheredStream, seq_length: int, split_name: str, vocab_size: int | None):
+        self.stream, self.seq_length, self.split_name, self.vocab_size = stream, seq_length, split_name, vocab_size
+        self._unsigned = np.dtype(f"u{stream.dtype.itemsize}")
+        self._checks = vocab_size is not None and vocab_size <= np.iinfo(self._unsigned).max
+
+    def window(self, i: int) -> int:
+        """Position in the stream at which sample i starts."""
+        raise NotImplementedError
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Sample i, int64 [s + 1]. Raises IndexError below 0, DatasetError for an id outside the vocabulary."""
+        if i < 0:
+            raise IndexError(f"sample {i}: samples count from 0")
+        start = self.window(i)
+        sample = self.stream.read(start, start + self.seq_length + 1)
+        # Seen as unsigned numbers, negative ids are the largest of all: one maximum finds both kinds.
+        if self._checks and sample.view(self._unsigned).max() >= self.vocab_size:
+            worst = sample.min() if sample.min() < 0 else sample.max()
+            raise DatasetError(
+                f"split '{self.split_name}', token {start} and after: id {worst}, but the vocabulary has "
+                f"{self.vocab_size} entries. The data was made with another tokenizer, or --vocab-size is too small"
+            )
+        return sample.astype(np.int64)
+
+    def fingerprint(self) -> str:
+        """Tells the data that the samples come from; see IndexedDataset.fingerprint."""
+        return self.stream.fingerprint()
+
+
+class GPTDataset(WindowDataset):
+    """Samples of s + 1 tokens from a stream: `dataset[i]` for any i >= 0, epochs roll on.
+
+    Args:
+        stream, seq_length, vocab_size: see WindowDataset.
+        seed, split_name: with the stream and s, all that the order depends on.
 
     Raises DatasetError when the stream has fewer than s + 1 tokens. One with fewer than 2s has one window an epoch.
     """
 
-    def __init__(self, stream: TokenStream, seq_length: int, seed: int, split_name: str, vocab_size: int | None = None):
+    def __init__(
+        self, stream: TokenStream | GatheredStream, seq_length: int, seed: int, split_name: str,
+        vocab_size: int | None = None,
+    ):  # fmt: skip
         if len(stream) < seq_length + 1:
             raise DatasetError(
                 f"split '{split_name}' has {len(stream)} tokens but needs at least seq-length + 1 = {seq_length + 1}. "
                 "Give it a larger share of --split, use more data, or a shorter --seq-length"
             )
-        self.stream, self.seq_length, self.vocab_size = stream, seq_length, vocab_size
-        self.seed, self.split_name = seed, split_name
+        super().__init__(stream, seq_length, split_name, vocab_size)
+        self.seed = seed
         self.windows_per_epoch = max(1, (len(stream) - seq_length) // seq_length)
         """W, samples in one epoch."""
         self._offsets = min(seq_length, len(stream) - seq_length)
-        self._order = lru_cache(16)(self._order)  # safe to be asked by several threads
+        self._epoch: tuple[int, int, Permutation] | None = None
 
     def window(self, i: int) -> int:
         """Position in the stream at which sample i starts."""
-        epoch, index = divmod(int(i), self.windows_per_epoch)
-        offset, permutation = self._order(epoch)
+        number, index = divmod(int(i), self.windows_per_epoch)
+        # One reference, read once and replaced as a whole: another thread may be in another epoch.
+        epoch = self._epoch
+        if epoch is None or epoch[0] != number:
+            self._epoch = epoch = (number, *self._order(number))
+        _, offset, permutation = epoch
         return offset + permutation(index) * self.seq_length
 
     def _order(self, epoch: int) -> tuple[int, Permutation]:
@@ -106,30 +151,6 @@ class GPTDataset:
         key = key_of(self.seed, "gpt windows", self.split_name, epoch)
         numbers = [int(n) for n in philox4x32(counters(0, 5), key).reshape(-1).view("<u8")]
         return numbers[0] % self._offsets, Permutation(self.windows_per_epoch, numbers[1 : 1 + Permutation.ROUNDS])
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        """Sample i, int64 [s + 1]. Raises IndexError below 0, DatasetError for an id outside the vocabulary."""
-        if i < 0:
-            raise IndexError(f"sample {i}: samples count from 0")
-        start = self.window(i)
-        sample = self.stream.read(start, start + self.seq_length + 1).astype(np.int64)
-        if self.vocab_size is not None and not 0 <= (worst := worst_id(sample)) < self.vocab_size:
-            raise DatasetError(
-                f"split '{self.split_name}', token {start} and after: id {worst}, but the vocabulary has "
-                f"{self.vocab_size} entries. The data was made with another tokenizer, or --vocab-size is too small"
-            )
-        return sample
-
-    def fingerprint(self) -> str:
-        """Tells the data that the samples come from; see IndexedDataset.fingerprint."""
-        return self.stream.fingerprint()
-
-
-def worst_id(sample: np.ndarray) -> int:
-    """The largest id of an int64 array, or the smallest when that is negative."""
-    # Read as unsigned numbers, negative ids are the largest: one pass finds either.
-    highest = int(sample.view(np.uint64).max())
-    return highest if highest < 1 << 63 else int(sample.min())
 
 
 def parse_split(text: str) -> list[Fraction]:

@@ -1,120 +1,109 @@
 """The samples of Megatron-core's GPTDataset (0.19), in its order: for runs that must see what another run saw.
 
-What it does: sequences of the .idx file (which it calls documents) are repeated for as many epochs as the samples need,
-shuffled over all epochs, and cut into windows that advance by s tokens; the windows are shuffled too. The last epoch is
-shuffled on its own when the run uses less than 80% of it. All randomness is that of NumPy's RandomState(seed).
+Its rules for one split, whose epoch has T tokens, with E the fewest epochs that give E * T >= samples * s + 1:
 
-So the order depends on the number of samples, and its index arrays grow with the data: 12 bytes a sequence and epoch,
+    split      sequences of the .idx file, which it calls documents; its rounding is that of `split_sequences`
+    sequences  repeated E times and shuffled as one list. When the run uses less than 80% of the last epoch's samples,
+               that epoch is shuffled on its own, and comes last
+    samples    sample k is tokens k * s .. (k + 1) * s of these sequences laid end to end; there are (E * T - 1) // s
+    order      the samples are shuffled too; with the last epoch on its own, those that lie before it and those that
+               reach into it each for themselves
+
+One NumPy RandomState(seed), the same for every split, makes these shuffles one after another. So the order of all
+samples depends on how many a run takes, and what is held in memory grows with the data: 12 bytes a sequence and epoch,
 and 4 bytes a sample, in every process that reads data. The counted order (megalite.data.gpt) has neither.
 """
 
-from fractions import Fraction
+import re
 
 import numpy as np
 
-from megalite.data.gpt import SPLITS, parse_split, worst_id
-from megalite.data.indexed import DatasetError, IndexedDataset
+from megalite.data.gpt import SPLITS, WindowDataset, parse_split
+from megalite.data.indexed import DatasetError, GatheredStream, IndexedDataset
 
 SEPARATE_BELOW = 0.80
 """The last epoch is shuffled on its own when the run uses less than this share of its samples."""
 
 
-class MegatronOrderDataset:
+class MegatronOrderDataset(WindowDataset):
     """Samples of s + 1 tokens: `dataset[i]` for 0 <= i < len(dataset), which is at least `samples`.
+
+    The last partial sample is dropped in every split, which is Megatron-core's default.
 
     Args:
         indexed: the dataset.
         split: shares for train, valid and test, such as 969,30,1, of its sequences.
         split_name: "train", "valid" or "test".
         seq_length: s.
-        seed: of the shuffles, the same for every split.
+        seed: of the shuffles, the same for every split; NumPy's, so below 2^32.
         samples: number of samples that the run asks for; the order depends on it.
         vocab_size: when given, ids at or above it are an error.
 
-    Raises DatasetError when the split has fewer than s + 1 tokens.
+    Raises DatasetError when the split has fewer than s + 1 tokens, and for what Megatron-core could not do.
     """
 
     def __init__(
         self, indexed: IndexedDataset, split: str, split_name: str, seq_length: int, seed: int, samples: int,
         vocab_size: int | None = None,
     ):  # fmt: skip
-        self.indexed, self.seq_length, self.vocab_size, self.split_name = indexed, seq_length, vocab_size, split_name
-        self._first, self._last = split_sequences(split, len(indexed))[split_name]
-        lengths = np.asarray(indexed.lengths[self._first : self._last])
-        per_epoch = int(lengths.sum(dtype=np.int64))
-        if per_epoch < seq_length + 1:
+        if not 0 <= seed < 2**32 or len(indexed) >= 2**31:
             raise DatasetError(
-                f"split '{split_name}' has {per_epoch} tokens but needs at least seq-length + 1 = {seq_length + 1}. "
+                f"--sample-order megatron: takes a --seed below 2^32 and fewer than 2^31 sequences, not {seed} and the "
+                f"{len(indexed)} of {indexed.prefix}"
+            )
+        first, last = split_sequences(split, len(indexed))[split_name]
+        tokens = int(indexed.lengths[first:last].sum(dtype=np.int64))
+        if tokens < seq_length + 1:
+            raise DatasetError(
+                f"split '{split_name}' has {tokens} tokens but needs at least seq-length + 1 = {seq_length + 1}. "
                 "Give it a larger share of --split, use more data, or a shorter --seq-length"
             )
-        epochs = -(-(samples * seq_length + 1) // per_epoch)
-        before_last = ((epochs - 1) * per_epoch - 1) // seq_length  # windows of all epochs but the last
-        apart = epochs > 1 and samples - before_last < int(SEPARATE_BELOW * ((per_epoch - 1) // seq_length))
+        epochs = -(-(samples * seq_length + 1) // tokens)
+        before_last = ((epochs - 1) * tokens - 1) // seq_length  # samples of all epochs but the last
+        apart = epochs > 1 and samples - before_last < int(SEPARATE_BELOW * ((tokens - 1) // seq_length))
         random = np.random.RandomState(seed)
-        self._sequences = _shuffled_sequences(len(lengths), epochs, apart, random)
-        """Number of each sequence in its place, from the first of the split."""
-        self._starts = np.zeros(len(self._sequences) + 1, np.int64)
-        np.cumsum(lengths[self._sequences], out=self._starts[1:])
-        windows = (epochs * per_epoch - 1) // seq_length
-        self._windows = _shuffled_windows(windows, before_last if apart else windows, random)
+        order = np.tile(np.arange(first, last, dtype=np.int32), epochs)
+        _shuffle(order, (epochs - 1) * (last - first) if apart else len(order), random)
+        super().__init__(
+            GatheredStream(indexed, order, f"sequences {first}:{last}"), seq_length, split_name, vocab_size
+        )
+        count = (epochs * tokens - 1) // seq_length
+        self._windows = np.arange(count, dtype=np.uint32 if count < 2**32 - 2 else np.int64)
+        _shuffle(self._windows, before_last if apart else count, random)
 
     def __len__(self) -> int:
         return len(self._windows)
 
-    def __getitem__(self, i: int) -> np.ndarray:
-        """Sample i, int64 [s + 1]. Raises IndexError outside of 0 .. len - 1, DatasetError for an id too large."""
+    def window(self, i: int) -> int:
+        """Token of the shuffled sequences at which sample i starts. Raises IndexError outside of 0 .. len - 1."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i}: split '{self.split_name}' has {len(self)} in the order of megatron")
-        start = int(self._windows[i]) * self.seq_length
-        stop = start + self.seq_length + 1
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        last = int(np.searchsorted(self._starts, stop, side="left"))
-        places = range(first, last)
-        parts = [self.indexed.sequence(self._first + int(self._sequences[place])) for place in places]
-        origin = int(self._starts[first])
-        sample = np.concatenate(parts)[start - origin : stop - origin].astype(np.int64)
-        if self.vocab_size is not None and not 0 <= (worst := worst_id(sample)) < self.vocab_size:
-            raise DatasetError(
-                f"split '{self.split_name}', sample {i}: id {worst}, but the vocabulary has {self.vocab_size} entries. "
-                "The data was made with another tokenizer, or --vocab-size is too small"
-            )
-        return sample
+        return int(self._windows[i]) * self.seq_length
 
-    def fingerprint(self) -> str:
-        """Tells the data that the samples come from; see IndexedDataset.fingerprint."""
-        return f"{self.indexed.fingerprint()}[sequences {self._first}:{self._last}]"
+
+def _shuffle(values: np.ndarray, border: int, random: np.random.RandomState) -> None:
+    """Shuffle what lies before the border in place, then what lies behind it."""
+    random.shuffle(values[:border])
+    random.shuffle(values[border:])
 
 
 def split_sequences(text: str, sequences: int) -> dict[str, tuple[int, int]]:
     """[first, last) sequence of each split, with the rounding of Megatron-core: running float64 sums of the normalised
-    shares, times the number of sequences, to the nearest whole number, halves to even."""
-    parse_split(text)  # raises for what is no split
-    given = [float(Fraction(part.strip())) for part in text.split(",")]
-    shares = np.array(given + [0.0] * (len(SPLITS) - len(given)))
-    bounds, total = [0.0], 0.0
-    for share in shares / shares.sum():
-        total += float(share)
-        bounds.append(total)
-    edges = [round(bound * float(sequences)) for bound in bounds]
+    shares, times the number of sequences, to the nearest whole number, halves to even.
+
+    Raises DatasetError for what is no split, or what Megatron-core would read as other numbers, such as 1e3 or 1/2.
+    """
+    parse_split(text)
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch("[.0-9]+", part) for part in parts):
+        raise DatasetError(
+            f"--split {text}: --sample-order megatron takes plain numbers, such as 969,30,1 or 0.98,0.02"
+        )
+    # Every rounding to float64 is part of the rule: no sum(), which newer Pythons make more exact.
+    shares = [float(part) for part in parts] + [0.0] * (len(SPLITS) - len(parts))
+    whole = shares[0] + shares[1] + shares[2]
+    edges, total = [0], 0.0
+    for share in shares:
+        total += share / whole
+        edges.append(round(total * float(sequences)))
     return {name: (edges[i], edges[i + 1]) for i, name in enumerate(SPLITS)}
-
-
-def _shuffled_sequences(count: int, epochs: int, apart: bool, random: np.random.RandomState) -> np.ndarray:
-    """int32 [epochs * count]: numbers of sequences, shuffled over all epochs; the last one on its own if `apart`."""
-    together = np.tile(np.arange(count, dtype=np.int32), epochs - apart)
-    random.shuffle(together)
-    if not apart:
-        return together
-    last = np.arange(count, dtype=np.int32)
-    random.shuffle(last)
-    return np.concatenate([together, last])
-
-
-def _shuffled_windows(count: int, together: int, random: np.random.RandomState) -> np.ndarray:
-    """Numbers of windows [count]: the first `together` shuffled among themselves, then the others."""
-    dtype = np.uint32 if count < np.iinfo(np.uint32).max - 1 else np.int64
-    first, rest = np.arange(together, dtype=dtype), np.arange(together, count, dtype=dtype)
-    random.shuffle(first)
-    if len(rest):
-        random.shuffle(rest)
-    return np.concatenate([first, rest])

@@ -1,5 +1,6 @@
 """GPT samples: a permutation of windows per epoch, the same whoever asks and however."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, permutations
 
 import numpy as np
@@ -97,6 +98,15 @@ def test_samples_depend_on_the_index_alone(tmp_path):
     dataset = GPTDataset(data.tokens(), 16, 3, "train")
     for i in np.random.default_rng(0).permutation(200):
         np.testing.assert_array_equal(dataset[i], forward[i])
+
+
+def test_threads_in_different_epochs_do_not_disturb_each_other(tmp_path):
+    dataset = GPTDataset(dataset_of(tmp_path / "a", [1000]).tokens(), 16, 3, "train")
+    places = [[epoch * dataset.windows_per_epoch + i % 50 for i in range(2000)] for epoch in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda mine: [dataset.window(i) for i in mine], places))
+    alone = GPTDataset(dataset.stream, 16, 3, "train")
+    assert found == [[alone.window(i) for i in mine] for mine in places]
 
 
 def test_seed_split_and_epoch_change_the_order(tmp_path):

@@ -1,12 +1,14 @@
 """MMIDIDX files: byte for byte, whole or absent, refused when damaged."""
 
 import os
+import re
 import struct
 
 import numpy as np
 import pytest
 
-from megalite.data.indexed import CHUNK, DatasetError, DatasetInfo, IndexedDataset, IndexedWriter
+from megalite.data.indexed import CHUNK, DatasetError, DatasetInfo, GatheredStream, IndexedDataset, IndexedWriter
+from megalite.data.indexed.check import MOST, SAMPLED, spread
 
 INFO = DatasetInfo("ByteTokenizer", 257, 256, "00", 3, 7)
 
@@ -169,6 +171,85 @@ def test_the_fingerprint_tells_data_apart(tmp_path):
         IndexedDataset(put(tmp_path / "d", bin=GOLDEN_BIN[:-1] + b"\1")).tokens(0, 2).fingerprint(),
     }
     assert len(others | {first}) == 4
+
+
+LARGE = 10 * SAMPLED
+
+
+def large(prefix, *damage, info=None):
+    """LARGE documents of one uint16 token, which is their number, then bytes of the .idx file changed."""
+    with IndexedWriter(prefix, "u2") as writer:
+        writer.add_documents(np.arange(LARGE, dtype="<u2").tobytes(), np.ones(LARGE, "i4"))
+        writer.finish(info)
+    data = bytearray(prefix.with_suffix(".idx").read_bytes())
+    for at, form, value in damage:
+        struct.pack_into(form, data, 34 + at, value)
+    prefix.with_suffix(".idx").write_bytes(data)
+    return prefix
+
+
+def test_opening_a_large_file_looks_at_a_sample_and_verify_at_everything(tmp_path):
+    between, looked_at, bound = 5, int(spread(LARGE, SAMPLED)[500]), int(spread(LARGE + 1, SAMPLED)[500])
+    assert between not in spread(LARGE, SAMPLED) and len(spread(LARGE, SAMPLED)) == SAMPLED
+    offset, boundary = 4 * LARGE + 8 * between, 12 * LARGE + 8 * between
+    assert IndexedDataset(large(tmp_path / "sound")).verify() == []
+    for name, at, form, value, message in [
+        ("length", 4 * between, "<i", -1, "sequence 5 of -1 tokens"),
+        ("offset", offset, "<q", 2**63 - 2, "sequence 5 of 1 tokens should lie at bytes 9223372036854775806"),
+        ("gap", offset, "<q", 8, "sequence 5 starts at byte 8, not where the one before ends"),
+        ("boundary", boundary, "<q", 9999, "go backwards .* 9999, then 6 for document 5"),
+    ]:
+        (found, *_) = IndexedDataset(large(tmp_path / name, (at, form, value))).verify()
+        assert re.search(message, found), found
+    for name, at, form, value in [("a", 4 * looked_at, "<i", -1), ("b", 12 * LARGE + 8 * bound, "<q", 9999)]:
+        with pytest.raises(DatasetError, match="-1 tokens|go backwards"):
+            IndexedDataset(large(tmp_path / name, (at, form, value)))
+
+
+def test_verify_lists_problems_up_to_a_limit(tmp_path):
+    between = [i for i in range(50) if not np.isin([i, i - 1], spread(LARGE, SAMPLED)).any()]
+    damage = [(4 * i, "<i", -1) for i in between]
+    two = IndexedDataset(large(tmp_path / "two", *damage[:2])).verify()
+    assert [f"sequence {i} of -1" in text for i, text in zip(between[:2], two, strict=False)] == [True, True]
+    assert len(IndexedDataset(large(tmp_path / "many", *damage)).verify()) == MOST < len(damage)
+
+
+def test_verify_compares_with_the_description(tmp_path):
+    shares = []
+    sound = large(tmp_path / "sound", info=DatasetInfo("ByteTokenizer", LARGE, None, "", LARGE, LARGE))
+    assert IndexedDataset(sound).verify(shares.append) == []
+    assert shares == sorted(shares) and shares[-1] == 1
+    wrong = IndexedDataset(large(tmp_path / "wrong", info=DatasetInfo("ByteTokenizer", 9000, None, "", LARGE, 7)))
+    counts, ids = wrong.verify()
+    assert f"{LARGE} documents and 7 tokens, the files hold {LARGE} and {LARGE}" in counts
+    assert "id 9000 at token 9000" in ids and "9000 entries (1000 such ids" in ids
+    (tmp_path / "sound.json").write_text("{")
+    assert "not a dataset description" in IndexedDataset(sound).verify()[0]
+
+
+def test_the_fingerprint_of_a_large_file_reads_blocks_of_it(tmp_path):
+    def fingerprint(change):
+        ids = np.zeros(1 << 20, "<u2")
+        ids[change] = 1
+        (tmp_path / "a.bin").write_bytes(ids.tobytes())
+        return IndexedDataset(tmp_path / "a").fingerprint()
+
+    with IndexedWriter(tmp_path / "a", "u2") as writer:
+        writer.add_document(np.zeros(1 << 20))
+        writer.finish()
+    base = fingerprint([])
+    assert base.startswith("2:") and fingerprint([0]) != base != fingerprint([-1])
+    assert fingerprint([5000]) == base  # what is not told apart: between the first two blocks of 4 KiB
+
+
+def test_sequences_gathered_in_any_order(tmp_path):
+    data = IndexedDataset(put(tmp_path / "a"))
+    stream = GatheredStream(data, np.array([3, 2, 0, 3, 1, 2]), "some")
+    expected = [65535, 15, 16, 10, 11, 12, 65535, 15, 16, 13]
+    for start in range(11):
+        for stop in range(start, 11):
+            assert stream.read(start, stop).tolist() == expected[start:stop]
+    assert len(stream) == 10 and stream.fingerprint() == data.fingerprint() + "[some]"
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_is_left(tmp_path):

@@ -118,4 +118,9 @@ def test_what_cannot_be_had_is_refused(prefix):
         dataset[0]
     with pytest.raises(IndexError, match="has 62"):
         dataset[len(dataset)]
+    with pytest.raises(DatasetError, match="--seed below 2.32"):
+        MegatronOrderDataset(indexed, "1", "train", 16, 2**32, 5)
+    for text in ("1e3,1", "1/2,1/2"):  # Megatron-core reads the numbers 1, 3, 1 and 1, 2, 1, 2
+        with pytest.raises(DatasetError, match="plain numbers"):
+            split_sequences(text, 5)
     assert split_sequences("1,1", 5) == {"train": (0, 2), "valid": (2, 5), "test": (5, 5)}
