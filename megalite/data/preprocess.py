@@ -258,7 +258,6 @@ def job_of(config: PreprocessConfig, files: list[str], tokenizer: Tokenizer) -> 
         "json keys": list(config.json_keys),
         "append eod": config.append_eod,
         "sentences": config.language if config.split_sentences else None,
-        "max bad lines": config.max_bad_lines,
         "shard": config.shard,
         "partitions": config.partitions,
     }
