@@ -421,6 +421,23 @@ def test_sentences_are_sequences_of_documents(tmp_path):
     assert [n for n in range(len(data)) if data.sequence(n)[-1] == 256] == [1, 2, 5]
 
 
+def test_a_look_into_a_dataset(tmp_path):
+    preprocess(config(tmp_path, write_jsonl(tmp_path / "a.jsonl")))
+    prefix = tmp_path / "out_text_document"
+    done = run_tool("inspect_dataset.py", prefix, "--verify", "--documents", 2, "--tokenizer-type", "ByteTokenizer")
+    assert done.returncode == 0, done.stderr
+    assert "ByteTokenizer, 257 ids, end of document 256" in done.stdout and "400" in done.stdout
+    assert "document 1, 33 tokens: Document 1: né" in done.stdout
+    assert "verified: all 400 sequences and 400 documents" in done.stdout
+    assert "68 111 99" in run_tool("inspect_dataset.py", prefix).stdout
+    index = bytearray((tmp_path / "out_text_document.idx").read_bytes())
+    index[34 + 4 * 17] += 1  # one length among many
+    (tmp_path / "out_text_document.idx").write_bytes(index)
+    done = run_tool("inspect_dataset.py", prefix, "--verify")
+    assert done.returncode == 1 and "error: " in done.stderr
+    assert run_tool("inspect_dataset.py", prefix, "--tokenizer-model", "x").returncode == 2
+
+
 def test_flags_that_do_not_fit_are_told_at_once(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl")
     settings = config(tmp_path, source, "-", partitions=2, language="de", max_bad_lines=-1, vocab_file="v.txt")

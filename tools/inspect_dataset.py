@@ -1,0 +1,132 @@
+"""Look into an indexed dataset: sizes, lengths, documents.
+
+    python tools/inspect_dataset.py data/corpus_text_document --documents 2 \\
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model
+
+shows the text of its first documents. --verify reads the whole index, and tells whether every entry is sound.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
+
+from megalite.data.config import TokenizerType
+from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
+from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer
+
+SAMPLED = 1 << 20
+"""Sequences whose lengths are looked at: all of them, or evenly spaced ones."""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Look into an indexed dataset."""
+
+    prefix: Annotated[str, tyro.conf.Positional]
+    """Prefix of the .bin and .idx files."""
+    documents: int = 1
+    """First documents to show."""
+    verify: bool = False
+    """Check every entry of the index."""
+    tokens: int = 64
+    """Ids, or so many tokens of text, to show of each document."""
+    tokenizer_type: TokenizerType | None = None
+    """Kind of tokenizer, to show documents as text."""
+    tokenizer_model: str | None = None
+    """Model file of the tokenizer."""
+    vocab_file: str | None = None
+    """Vocabulary of the tokenizer."""
+    merge_file: str | None = None
+    """Merges of the tokenizer."""
+    vocab_size: int | None = None
+    """Ids of NullTokenizer."""
+
+
+def tokenizer_of(config: InspectConfig) -> Tokenizer | None:
+    """The tokenizer, if one is named. Raises TokenizerError."""
+    if config.tokenizer_type is None:
+        if config.tokenizer_model or config.vocab_file or config.merge_file or config.vocab_size:
+            raise TokenizerError("files of a tokenizer are given, but no --tokenizer-type")
+        return None
+    return build_tokenizer(
+        config.tokenizer_type, config.tokenizer_model, config.vocab_file, config.merge_file, config.vocab_size
+    )
+
+
+def sizes(dataset: IndexedDataset, info: DatasetInfo | None) -> dict[str, str]:
+    """What to tell of a dataset, by name."""
+    count = len(dataset)
+    places = np.arange(count) if count <= SAMPLED else np.arange(SAMPLED) * (count - 1) // (SAMPLED - 1)
+    lengths = dataset.lengths[places]
+    told = {
+        "documents": f"{dataset.num_documents:,}",
+        "sequences": f"{count:,}",
+        "tokens": f"{dataset.num_tokens:,}",
+        "stored as": f"{dataset.dtype.name}, {dataset.bin_path.stat().st_size:,} bytes",
+        "contiguous": "yes" if dataset.contiguous else "no: sequences share bytes, or leave gaps",
+    }
+    if count:
+        of = "" if count <= SAMPLED else f" (of {SAMPLED:,} evenly spaced ones)"
+        low, middle, high = int(lengths.min()), float(np.median(lengths)), int(lengths.max())
+        told["tokens in a sequence"] = f"{low:,} to {high:,}, median {middle:g}, mean {lengths.mean():.1f}{of}"
+    if info is None:
+        told["made by"] = "not known: there is no .json beside it"
+    else:
+        end = "none" if info.eod is None else info.eod
+        told["made by"] = f"{info.tokenizer_type}, {info.vocab_size:,} ids, end of document {end}"
+        told["tokenizer's sha256"] = info.tokenizer_sha256
+    return told
+
+
+def show(config: InspectConfig, dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
+    """Print what is asked for."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=config.prefix, show_header=False)
+    for name, value in sizes(dataset, DatasetInfo.read(config.prefix)).items():
+        table.add_row(name, value)
+    console = Console(soft_wrap=True)
+    console.print(table)
+    for number in range(min(config.documents, dataset.num_documents)):
+        stream = dataset.tokens(number, number + 1)
+        ids = [int(i) for i in stream.read(0, min(config.tokens, len(stream)))]
+        text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
+        more = " ..." if len(stream) > len(ids) else ""
+        console.print(f"document {number}, {len(stream):,} tokens: {text}{more}", markup=False, highlight=False)
+
+
+def main() -> int:
+    """Exit status 0, 1 when the dataset is damaged, 2 when the arguments are at fault."""
+    config = tyro.cli(InspectConfig, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        tokenizer = tokenizer_of(config)
+    except TokenizerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        dataset = IndexedDataset(config.prefix)
+        show(config, dataset, tokenizer)
+        if config.verify:
+            dataset.verify()
+            info, found = DatasetInfo.read(config.prefix), (dataset.num_documents, dataset.num_tokens)
+            if info is not None and (info.documents, info.tokens) != found:
+                raise DatasetError(
+                    f"{config.prefix}.json tells of {info.documents:,} documents and {info.tokens:,} tokens, the index "
+                    f"has {found[0]:,} and {found[1]:,}: the files do not belong together, or are damaged"
+                )
+            print(f"verified: all {len(dataset):,} sequences and {dataset.num_documents:,} documents are sound")
+    except (DatasetError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
