@@ -6,7 +6,8 @@ import struct
 import numpy as np
 import pytest
 
-from megalite.data.indexed import CHUNK, DatasetError, DatasetInfo, IndexedDataset, IndexedWriter
+from megalite.data.indexed import CHUNK, DatasetError, DatasetInfo, IndexedDataset
+from megalite.data.indexed_writer import IndexedWriter
 
 INFO = DatasetInfo("ByteTokenizer", 257, 256, "00", 3, 7)
 

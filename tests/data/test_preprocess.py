@@ -18,7 +18,8 @@ from megalite.data import inputs as module
 from megalite.data.encode import TextReader
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
 from megalite.data.inputs import read_blocks, shard_ranges
-from megalite.data.preprocess import BadLineError, PreprocessConfig, find_problems, preprocess, read_texts
+from megalite.data.preprocess import BadLineError, preprocess, read_texts
+from megalite.data.preprocess_config import PreprocessConfig, find_problems
 from megalite.data.tokenizers import ByteTokenizer, train_sentencepiece
 
 ROOT = Path(__file__).parents[2]
@@ -440,9 +441,17 @@ def test_a_look_into_a_dataset(tmp_path):
 
 def test_flags_that_do_not_fit_are_told_at_once(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl")
-    settings = config(tmp_path, source, "-", partitions=2, language="de", max_bad_lines=-1, vocab_file="v.txt")
+    settings = config(
+        tmp_path, source, "-", partitions=2, language="de", max_bad_lines=-1, vocab_file="v.txt", vocab_size=9
+    )
     problems = "\n".join(find_problems(settings))
-    for part in ("cannot be split", "--language de has no effect", "--max-bad-lines -1", "--vocab-file"):
+    for part in (
+        "cannot be split",
+        "--language de has no effect",
+        "--max-bad-lines -1",
+        "--vocab-file",
+        "--vocab-size 9",
+    ):
         assert part in problems
     assert any("--shard 3/3" in problem for problem in find_problems(config(tmp_path, source, shard="3/3")))
 
