@@ -21,8 +21,10 @@ from megalite import cli, validate
 from megalite.checkpoint.folder import list_iterations
 from megalite.checkpoint.load import Checkpoint
 from megalite.config import RunConfig, from_flat, to_yaml
-from megalite.data.indexed import DatasetInfo, IndexedWriter
-from megalite.data.preprocess import PreprocessConfig, preprocess
+from megalite.data.indexed import DatasetInfo
+from megalite.data.indexed_writer import IndexedWriter
+from megalite.data.preprocess import preprocess
+from megalite.data.preprocess_config import PreprocessConfig
 from megalite.data.sampler import BatchLoader
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece
 from megalite.parallel.collectives import all_reduce

@@ -15,7 +15,7 @@ import pytest
 
 from megalite import cli, validate
 from megalite.data.blend import Blend
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.training.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,8 @@ import pytest
 
 from megalite import cli, validate
 from megalite.config import RunConfig, from_flat, options, to_flat, with_values
-from megalite.data.indexed import DatasetInfo, IndexedWriter
+from megalite.data.indexed import DatasetInfo
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece
 from megalite.rules.files import FILE_RULES
 from tests.data.tokenizer_files import make_files

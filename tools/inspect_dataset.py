@@ -1,11 +1,10 @@
-"""Look into an indexed dataset: what it holds, whether it is sound, and some of its documents.
+"""Look into an indexed dataset: sizes, lengths, documents.
 
-    python tools/inspect_dataset.py data/corpus_text_document --documents 3
-    python tools/inspect_dataset.py data/corpus_text_document --verify
-    python tools/inspect_dataset.py data/corpus_text_document --documents 3 --random \\
+    python tools/inspect_dataset.py data/corpus_text_document --documents 2 \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model
 
-Opening a dataset checks a sample of its index. --verify checks every entry, and every id against PREFIX.json.
+shows the text of its first documents, --random that of some others. --verify reads both files from end to end and tells
+every entry of the index that cannot be, and ids that are not below the vocabulary of the .json.
 """
 
 import random
@@ -16,153 +15,134 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
+from megalite.data.config import TokenizerType
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
-from megalite.data.tokenizers import Tokenizer, TokenizerError, TokenizerType, build_tokenizer
+from megalite.data.indexed_verify import verify
+from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer
 
-MEASURED, SPACED = 1_000_000, 10_000
-"""Documents whose lengths are looked at: all up to the first number, of more than that the second, evenly spaced."""
+SAMPLED = 1 << 20
+"""Sequences whose lengths are looked at: all of them, or evenly spaced ones."""
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """What to look at."""
+    """Look into an indexed dataset."""
 
     prefix: Annotated[str, tyro.conf.Positional]
     """Prefix of the .bin and .idx files."""
-    verify: bool = False
-    """Check every entry of the index, and every id: reads both files from end to end."""
-    documents: int = 0
+    documents: int = 1
     """Documents to show, the first ones."""
     random: bool = False
-    """Show random documents, others in every run, in place of the first."""
-    ids: int = 64
-    """Tokens to show of each document, from its beginning."""
+    """Show random documents, others every time."""
+    verify: bool = False
+    """Check every entry of the index, and every id."""
+    tokens: int = 64
+    """Ids, or so many tokens of text, to show of each document."""
     tokenizer_type: TokenizerType | None = None
-    """Tokenizer to show text with, beside ids."""
+    """Kind of tokenizer, to show documents as text."""
     tokenizer_model: str | None = None
-    """File of the tokenizer, for the types that have one."""
+    """Model file of the tokenizer."""
     vocab_file: str | None = None
-    """Vocabulary of the tokenizer, for the types that have one."""
+    """Vocabulary of the tokenizer."""
     merge_file: str | None = None
-    """Merges of the tokenizer (GPT2BPETokenizer)."""
+    """Merges of the tokenizer."""
+    vocab_size: int | None = None
+    """Ids of NullTokenizer."""
 
 
-def find_problems(config: InspectConfig) -> list[str]:
-    """Everything that is wrong with the arguments, a line each."""
-    problems = [f"--{name} {n}: needs at least {least}" for name, n, least in
-                (("documents", config.documents, 0), ("ids", config.ids, 1)) if n < least]  # fmt: skip
-    if config.random and not config.documents:
-        problems.append("--random chooses which documents to show: give --documents N")
-    if config.tokenizer_type == "NullTokenizer":
-        problems.append("--tokenizer-type NullTokenizer has no text but the ids, which are shown anyway: leave it out")
-    return problems
-
-
-def named_tokenizer(config: InspectConfig) -> Tokenizer | None:
-    """The tokenizer asked for. Raises TokenizerError."""
-    files = {name: getattr(config, name) for name in ("tokenizer_model", "vocab_file", "merge_file")}
-    if config.tokenizer_type in (None, "NullTokenizer"):
-        if any(files.values()):
-            raise TokenizerError("the tokenizer's files say nothing without --tokenizer-type")
+def tokenizer_of(config: InspectConfig) -> Tokenizer | None:
+    """The tokenizer, if one is named. Raises TokenizerError."""
+    if config.tokenizer_type is None:
+        if config.tokenizer_model or config.vocab_file or config.merge_file or config.vocab_size:
+            raise TokenizerError("files of a tokenizer are given, but no --tokenizer-type")
         return None
-    return build_tokenizer(config.tokenizer_type, **files)
-
-
-def table_of(data: IndexedDataset, info: DatasetInfo | None) -> Table:
-    """Counts, sizes, document lengths, and the description."""
-    table = Table("what", "how much", title=escape(data.prefix), title_justify="left")
-    table.columns[1].overflow = "fold"
-    for name, count in (("documents", data.num_documents), ("sequences", len(data)), ("tokens", data.num_tokens)):
-        table.add_row(name, f"{count:,}")
-    table.add_row("ids stored as", data.dtype.name)
-    table.add_row("bytes, .bin", f"{data.bin_path.stat().st_size:,}")
-    table.add_row("bytes, .idx", f"{data.index_path.stat().st_size:,}")
-    table.add_row(
-        "one after another", "yes" if data.contiguous else "no: gaps, or sequences shared or in another order"
+    return build_tokenizer(
+        config.tokenizer_type, config.tokenizer_model, config.vocab_file, config.merge_file, config.vocab_size
     )
-    table.add_row("fingerprint", data.fingerprint())
-    table.add_section()
-    lengths = document_lengths(data)
-    of = "all" if len(lengths) == data.num_documents else f"{len(lengths):,} evenly spaced"
-    for name, measure in (("least", np.min), ("median", np.median), ("mean", np.mean), ("most", np.max)):
-        if len(lengths):
-            table.add_row(f"tokens a document, {name} of {of}", f"{measure(lengths):,.10g}")
-    table.add_section()
-    for name, value in vars(info).items() if info else [(".json", "none: not said which tokenizer made it")]:
-        table.add_row(name.replace("_", " ") + (", .json" if info else ""), escape(str(value)))
-    return table
 
 
-def document_lengths(data: IndexedDataset) -> np.ndarray:
-    """Tokens of the documents that are looked at, int64."""
-    count = data.num_documents
-    chosen = np.arange(count) if count <= MEASURED else np.arange(SPACED) * (count - 1) // (SPACED - 1)
-    bounds = zip(data.document_indices[chosen].tolist(), data.document_indices[chosen + 1].tolist(), strict=True)
-    return np.array([data.lengths[first:last].sum(dtype=np.int64) for first, last in bounds], np.int64)
+def sizes(dataset: IndexedDataset, info: DatasetInfo | None) -> dict[str, str]:
+    """What to tell of a dataset, by name."""
+    count = len(dataset)
+    places = np.arange(count) if count <= SAMPLED else np.arange(SAMPLED) * (count - 1) // (SAMPLED - 1)
+    lengths = dataset.lengths[places]
+    told = {
+        "documents": f"{dataset.num_documents:,}",
+        "sequences": f"{count:,}",
+        "tokens": f"{dataset.num_tokens:,}",
+        "stored as": f"{dataset.dtype.name}, {dataset.bin_path.stat().st_size:,} bytes",
+        "contiguous": "yes" if dataset.contiguous else "no: sequences share bytes, or leave gaps",
+    }
+    if count:
+        of = "" if count <= SAMPLED else f" (of {SAMPLED:,} evenly spaced ones)"
+        low, middle, high = int(lengths.min()), float(np.median(lengths)), int(lengths.max())
+        told["tokens in a sequence"] = f"{low:,} to {high:,}, median {middle:g}, mean {lengths.mean():.1f}{of}"
+    if info is None:
+        told["made by"] = "not known: there is no .json beside it"
+    else:
+        end = "none" if info.eod is None else info.eod
+        told["made by"] = f"{info.tokenizer_type}, {info.vocab_size:,} ids, end of document {end}"
+        told["tokenizer's sha256"] = info.tokenizer_sha256
+    return told
 
 
-def show_documents(console: Console, data: IndexedDataset, config: InspectConfig, tokenizer: Tokenizer | None) -> None:
-    """The ids of some documents, and their text."""
-    count = min(config.documents, data.num_documents)
-    chosen = sorted(random.sample(range(data.num_documents), count)) if config.random else range(count)
-    for i in chosen:
-        stream = data.tokens(i, i + 1)
-        ids = stream.read(0, min(config.ids, len(stream))).tolist()
-        more = f" ... {len(stream) - len(ids):,} more" if len(stream) > len(ids) else ""
-        console.print(f"\ndocument {i}, {len(stream):,} tokens", style="bold", highlight=False)
-        console.print(" ".join(map(str, ids)) + more, highlight=False)
-        if tokenizer is not None:
-            console.print(repr(text_of(ids, tokenizer)), markup=False, highlight=False)
+def show(config: InspectConfig, dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
+    """Print what is asked for."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=config.prefix, show_header=False)
+    for name, value in sizes(dataset, DatasetInfo.read(config.prefix)).items():
+        table.add_row(name, value)
+    console = Console(soft_wrap=True)
+    console.print(table)
+    every = range(dataset.num_documents)
+    count = min(config.documents, len(every))
+    for number in sorted(random.sample(every, count)) if config.random else every[:count]:
+        stream = dataset.tokens(number, number + 1)
+        ids = [int(i) for i in stream.read(0, min(config.tokens, len(stream)))]
+        if tokenizer is not None and (foreign := [i for i in ids if not 0 <= i < tokenizer.vocab_size]):
+            raise DatasetError(f"document {number}: id {foreign[0]}, but the tokenizer has {tokenizer.vocab_size} ids")
+        text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
+        more = " ..." if len(stream) > len(ids) else ""
+        console.print(f"document {number}, {len(stream):,} tokens: {text}{more}", markup=False, highlight=False)
 
 
-def text_of(ids: list[int], tokenizer: Tokenizer) -> str:
-    """Their text. Raises DatasetError for an id that is not the tokenizer's."""
-    outside = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
-    if outside:
-        raise DatasetError(f"id {outside[0]}: the tokenizer has {tokenizer.vocab_size} entries; it is another one")
-    return tokenizer.decode(ids)
-
-
-def verify(data: IndexedDataset) -> list[str]:
-    """The problems of a full check, with its progress on a terminal's stderr."""
+def checked(dataset: IndexedDataset) -> list[str]:
+    """The problems of a full check; its progress on a terminal's stderr."""
+    from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("checking", total=1.0)
-        return data.verify(lambda share: bar.update(task, completed=share))
+        return verify(dataset, lambda share: bar.update(task, completed=share))
 
 
 def main() -> int:
-    """Exit status 0, 1 when the data is at fault, 2 when the arguments are."""
+    """Exit status 0, 1 when the dataset is damaged, 2 when the arguments are at fault."""
     config = tyro.cli(InspectConfig, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    problems, tokenizer = find_problems(config), None
-    try:
-        tokenizer = named_tokenizer(config)
-    except (TokenizerError, OSError) as error:
-        problems.append(str(error))
-    if problems:
-        print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr)
+    if min(config.documents, config.tokens) < 0:
+        print("error: --documents and --tokens: give numbers of at least 0", file=sys.stderr)
         return 2
-    console = Console(soft_wrap=True)
     try:
-        data = IndexedDataset(config.prefix)
-        console.print(table_of(data, DatasetInfo.read(config.prefix)))
-        show_documents(console, data, config, tokenizer)
-        found = verify(data) if config.verify else []
-    except (DatasetError, OSError) as error:
+        tokenizer = tokenizer_of(config)
+    except (TokenizerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    for problem in found:
+        return 2
+    try:
+        dataset = IndexedDataset(config.prefix)
+        show(config, dataset, tokenizer)
+        problems = checked(dataset) if config.verify else []
+    except (DatasetError, OSError) as error:
+        problems = [str(error)]
+    for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    if config.verify and not found:
-        print(f"\nchecked: every entry of the index{' and every id' if DatasetInfo.read(config.prefix) else ''}")
-    return 1 if found else 0
+    if config.verify and not problems:
+        print(f"verified: all {len(dataset):,} sequences and {dataset.num_documents:,} documents are sound")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

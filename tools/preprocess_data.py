@@ -16,14 +16,9 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
 from megalite.data.indexed import DatasetError
-from megalite.data.preprocess import (
-    PreprocessConfig,
-    Progress,
-    find_problems,
-    preprocess,
-    show_progress,
-    tokenizer_of,
-)
+from megalite.data.preprocess import preprocess
+from megalite.data.preprocess_config import PreprocessConfig, find_problems, tokenizer_of
+from megalite.data.progress import Progress, show_progress
 from megalite.data.tokenizers import TokenizerError
 
 

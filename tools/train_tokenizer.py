@@ -2,8 +2,8 @@
 
     python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8000 --output-prefix data/tokenizer
 
-writes data/tokenizer.model, the same for the same input. Files are those that tools/preprocess_data.py takes: JSON lines,
-plain or compressed, .txt, .parquet, folders of these.
+writes data/tokenizer.model, the same for the same input. Files are those that tools/preprocess_data.py takes: JSON
+lines, plain or compressed, .txt, .parquet, folders of these.
 """
 
 import os
@@ -38,7 +38,7 @@ class TrainTokenizerConfig:
     """Train a tokenizer."""
 
     input: tuple[str, ...]
-    """Files to learn from: JSONL (.jsonl, .json) or plain text."""
+    """Files to learn from, as tools/preprocess_data.py takes them."""
     output_prefix: str
     """Written: OUTPUT_PREFIX.model (SentencePiece), OUTPUT_PREFIX-vocab.json and -merges.txt (bpe), or
     OUTPUT_PREFIX-vocab.txt (wordpiece)."""

@@ -11,7 +11,8 @@ from math import isqrt
 
 import numpy as np
 
-from megalite.data.indexed import DatasetError, GatheredStream, TokenStream
+from megalite.data.indexed import DatasetError
+from megalite.data.streams import GatheredStream, TokenStream
 from megalite.kernels.philox import counters, key_of, philox4x32
 
 SPLITS = ("train", "valid", "test")

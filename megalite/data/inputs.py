@@ -161,11 +161,12 @@ def _plain_blocks(number: int, path: str, start: int, last: int) -> Iterator[Blo
 
 def _streamed_blocks(number: int, path: str, file: BinaryIO, after: int) -> Iterator[Block]:
     start = 0
+    while start < after and (skipped := file.read(min(BLOCK_BYTES, after - start))):
+        start += len(skipped)
     while data := file.read(BLOCK_BYTES):
         if not data.endswith(b"\n"):
             data += file.readline()
-        if start >= after:
-            yield Block(number, path, start, start + len(data), data, False)
+        yield Block(number, path, start, start + len(data), data, False)
         start += len(data)
 
 
@@ -175,7 +176,7 @@ def _opened(path: str, kind: str, keys: tuple[str, ...]):
     if kind == "stdin":
         yield sys.stdin.buffer
     elif kind == "parquet":
-        yield _ParquetLines(path, keys)
+        yield io.BufferedReader(_ParquetLines(path, keys), BLOCK_BYTES)
     else:
         suffix = Path(path).suffix
         if suffix == ".zst":
@@ -188,7 +189,7 @@ def _opened(path: str, kind: str, keys: tuple[str, ...]):
             yield io.BufferedReader(file, BLOCK_BYTES)
 
 
-class _ParquetLines:
+class _ParquetLines(io.RawIOBase):
     """Rows of a Parquet file as JSON lines, a batch of rows at a time."""
 
     def __init__(self, path: str, keys: tuple[str, ...]):
@@ -199,19 +200,24 @@ class _ParquetLines:
         if missing:
             raise DatasetError(f"{path}: no column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}")
         self._batches = file.iter_batches(batch_size=1000, columns=list(keys))
+        self._left = b""
 
-    def read(self, _: int) -> bytes:
-        """The next batch of rows; empty at the end."""
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer) -> int:
+        """Fill the buffer with what is left of a batch, or with the next one."""
         import msgspec
 
-        batch = next(self._batches, None)
-        if batch is None:
-            return b""
-        return b"".join(msgspec.json.encode(row) + b"\n" for row in batch.to_pylist()) or self.read(_)
-
-    def readline(self) -> bytes:
-        """Nothing: batches end with whole lines."""
-        return b""
+        while not self._left:
+            batch = next(self._batches, None)
+            if batch is None:
+                return 0
+            self._left = b"".join(msgspec.json.encode(row) + b"\n" for row in batch.to_pylist())
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
 
 
 @contextmanager

@@ -19,7 +19,8 @@ import re
 import numpy as np
 
 from megalite.data.gpt import SPLITS, WindowDataset, parse_split
-from megalite.data.indexed import DatasetError, GatheredStream, IndexedDataset
+from megalite.data.indexed import DatasetError, IndexedDataset
+from megalite.data.streams import GatheredStream
 
 SEPARATE_BELOW = 0.80
 """The last epoch is shuffled on its own when the run uses less than this share of its samples."""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset, IndexedWriter, dataset_path
+from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset, dataset_path
+from megalite.data.indexed_writer import IndexedWriter
 
 SHARD = re.compile(r"_(\d{4,})-of-(\d{4,})")
 

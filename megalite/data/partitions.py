@@ -8,9 +8,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from megalite.data.indexed import DatasetError, DatasetInfo, dataset_path
+from megalite.data.inputs import expand
 from megalite.data.journal import Journal
 from megalite.data.merge import merge
-from megalite.data.preprocess import BadLineError, PreprocessConfig, Progress, expand, job_of, preprocess, tokenizer_of
+from megalite.data.preprocess import BadLineError, job_of, preprocess
+from megalite.data.preprocess_config import PreprocessConfig, tokenizer_of
+from megalite.data.progress import Progress
 
 
 def preprocess_in_partitions(config: PreprocessConfig, report: Callable[[Progress], None]) -> list[DatasetInfo]:

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.data.indexed import DatasetError, IndexedDataset, IndexedWriter
+from megalite.data.indexed import DatasetError, IndexedDataset
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.megatron_order import MegatronOrderDataset, split_sequences
 from tests.data.megatron_samples import DOCUMENTS, digest
 

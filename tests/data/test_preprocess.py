@@ -1,34 +1,30 @@
 """Preprocessing: the same bytes from any number of workers, whole files or none, and errors that name file and line."""
 
+import gzip
+import importlib.util
 import json
+import lzma
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megalite.data import preprocess as module
+from megalite.data import inputs as module
+from megalite.data.encode import TextReader
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
-from megalite.data.preprocess import (
-    BadLineError,
-    Block,
-    PreprocessConfig,
-    find_problems,
-    parse_block,
-    preprocess,
-    read_blocks,
-)
+from megalite.data.inputs import read_blocks, shard_ranges
+from megalite.data.preprocess import BadLineError, preprocess, read_texts
+from megalite.data.preprocess_config import PreprocessConfig, find_problems
 from megalite.data.tokenizers import ByteTokenizer, train_sentencepiece
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-DOCUMENTS = [{"id": i, "text": f"Document {i}: né\n" * (i % 7), "title": f"t{i}"} for i in range(400)]
+DOCUMENTS = [{"id": i, "text": f"Document {i}: né\n" * (1 + i % 7), "title": f"t{i}"} for i in range(400)]
 
 
 def write_jsonl(path, documents=DOCUMENTS):
@@ -41,6 +37,15 @@ def write_jsonl(path, documents=DOCUMENTS):
 def config(tmp_path, *inputs, name="out", **changes):
     settings = {"tokenizer_type": "ByteTokenizer", "append_eod": True, "workers": 1, **changes}
     return PreprocessConfig(inputs, str(tmp_path / name), **settings)
+
+
+def blocks_of(*files):
+    return read_blocks(list(files), shard_ranges(list(files), 0, 1), ("text",))
+
+
+def content(tmp_path, name, kind="document"):
+    """The bytes of a dataset."""
+    return [(tmp_path / f"{name}_text_{kind}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")]
 
 
 def run_tool(tool, *arguments):
@@ -69,8 +74,8 @@ def test_documents_come_back(tmp_path, monkeypatch, append_eod):
 
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
     """Blocks are as large as they are in earnest: 5 MB make 5 of them."""
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i} " * (i % 1000)} for i in range(3500)])
-    assert len(list(read_blocks([source]))) >= 5
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i} " * (1 + i % 1000)} for i in range(3500)])
+    assert len(list(blocks_of(source))) >= 5
     for workers in (1, 3):
         preprocess(config(tmp_path, source, name=f"w{workers}", workers=workers))
     for suffix in (".bin", ".idx", ".json"):
@@ -86,17 +91,19 @@ def test_ids_are_stored_in_two_bytes_where_they_fit(tmp_path, monkeypatch, vocab
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 10_000])
-def test_blocks_are_whole_lines_with_the_right_numbers(tmp_path, monkeypatch, size):
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_blocks_are_whole_lines_from_any_place_on(tmp_path, monkeypatch, size, suffix):
     monkeypatch.setattr(module, "BLOCK_BYTES", size)
-    data = b"one\ntwo\n\nfour, a long one\r\nlast without an end"
-    (tmp_path / "a").write_bytes(data)
-    blocks = list(read_blocks([str(tmp_path / "a")]))
-    assert b"".join(block.data for block in blocks) == data
-    start = 0
+    data, path = b"one\ntwo\n\nfour, a long one\r\nlast without an end", str(tmp_path / f"a{suffix}")
+    (gzip.open if suffix else open)(path, "wb").write(data)
+    blocks = list(blocks_of(path))
+    assert b"".join(block.read() for block in blocks) == data
     for block in blocks:
-        assert block.first_line == 1 + data[:start].count(b"\n")
-        start += len(block.data)
-        assert block.data.endswith(b"\n") or block is blocks[-1]
+        assert block.read() == data[block.start : block.stop] and (
+            block.stop == len(data) or data[block.stop - 1] == 10
+        )
+        rest = read_blocks([path], shard_ranges([path], 0, 1), ("text",), (0, block.stop))
+        assert b"".join(other.read() for other in rest) == data[block.stop :]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +112,7 @@ def test_blocks_are_whole_lines_with_the_right_numbers(tmp_path, monkeypatch, si
         (b'{"text": "a"', "invalid JSON: Expecting ',' delimiter at column 13"),
         (b"", "the line is empty"),
         (b"  ", "the line is empty"),
+        (b'{"text": ""}', "the text is empty"),
         (b'{"text": "\xff"}', "not UTF-8: byte 0xff at column 11"),
         (b'{"txt": "a", "id": 3}', "no key 'text'; keys here: txt, id"),
         (b"{}", "no key 'text'; keys here: none"),
@@ -113,6 +121,7 @@ def test_blocks_are_whole_lines_with_the_right_numbers(tmp_path, monkeypatch, si
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b"[" * 100_000, "cannot be read"),
         (b"9" * 10_000, "cannot be read"),
+        (b'{"text": null}', "'text' is NoneType, not text"),
     ],
 )
 def test_a_bad_line_stops_with_file_line_and_reason(tmp_path, line, reason):
@@ -135,8 +144,14 @@ def test_the_first_bad_line_is_reported_whichever_worker_is_faster(tmp_path, mon
 
 
 def test_lines_may_end_in_crlf_and_the_last_one_in_nothing():
-    block = Block("a", 1, b'{"text": "x"}\r\n{"text": "y"}')
-    assert parse_block(block, ("text",)) == [["x", "y"]]
+    assert TextReader(("text",)).parse(b'{"text": "x"}\r\n{"text": "y"}', False) == (2, [["x", "y"]], [])
+
+
+def test_two_objects_on_a_line_and_one_on_two_are_bad_lines():
+    """The fast parser takes both; that the number of lines is right does not hide them."""
+    lines, texts, bad = TextReader(("text",)).parse(b'{"text":"a"}{"text":"b"}\n{"text":"c"}\n', False)
+    assert (lines, texts, [number for number, _ in bad]) == (2, [["c"]], [0])
+    assert [n for n, _ in TextReader(("text",)).parse(b'{"text":\n"a"}\n', False)[2]] == [0, 1]
 
 
 def test_empty_input_is_an_error(tmp_path):
@@ -147,17 +162,19 @@ def test_empty_input_is_an_error(tmp_path):
 
 def test_all_problems_are_reported_at_once_with_status_2(tmp_path):
     (tmp_path / "old_text_document.idx").touch()
+    (tmp_path / "empty").mkdir()
     result = run_tool(
-        "preprocess_data.py", "--input", tmp_path / "none.jsonl", tmp_path, "--output-prefix", tmp_path / "old",
-        "--tokenizer-type", "SentencePieceTokenizer", "--workers", 0, "--json-keys", "text", "text",
+        "preprocess_data.py", "--input", tmp_path / "none.jsonl", tmp_path / "empty",
+        "--output-prefix", tmp_path / "old", "--tokenizer-type", "SentencePieceTokenizer",
+        "--workers", 0, "--json-keys", "text", "text",
     )  # fmt: skip
     assert result.returncode == 2
     errors = result.stderr.splitlines()
     assert all(error.startswith("error: ") for error in errors)
-    for part in ("none.jsonl: no such file", "not a file", "old_text_document.idx exists", "needs --tokenizer-model",
-                 "--workers 0: needs at least 1", "--json-keys text text"):  # fmt: skip
+    for part in ("none.jsonl: no such file", "a folder without", "old_text_document.idx exists",
+                 "needs --tokenizer-model", "--workers 0: needs at least 1", "--json-keys text text"):  # fmt: skip
         assert sum(part in error for error in errors) == 1, (part, errors)
-    assert os.listdir(tmp_path) == ["old_text_document.idx"]
+    assert sorted(os.listdir(tmp_path)) == ["empty", "old_text_document.idx"]
     problems = find_problems(config(tmp_path / "nowhere", write_jsonl(tmp_path / "a.jsonl")))
     assert problems == [
         f"--output-prefix {tmp_path / 'nowhere' / 'out'}: make the folder first: mkdir -p {tmp_path / 'nowhere'}"
@@ -205,57 +222,238 @@ def test_train_tokenizer_reports_problems(tmp_path):
     result = run_tool(
         "train_tokenizer.py", "--input", tmp_path / "a.txt", "--vocab-size", 300, "--output-prefix", tmp_path / "u"
     )
-    assert result.returncode == 1 and "a.txt, line 2: not UTF-8" in result.stderr
+    assert result.returncode == 1 and "a.txt, line 1: not UTF-8" in result.stderr
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "t.model"]
 
 
-RUN_FROM_PIPE = """
-import sys
-from megalite.data.preprocess import PreprocessConfig, preprocess
+SLOW_RUN = """
+import json, sys, time
+from megalite.data import inputs, preprocess
 if __name__ == "__main__":
-    source, prefix = sys.argv[1:]
-    settings = PreprocessConfig((source,), prefix, "ByteTokenizer", append_eod=True, workers=2)
-    preprocess(settings, lambda progress: print(progress, flush=True))
+    inputs.BLOCK_BYTES, preprocess.COMMIT_SECONDS = 500, -1.0
+    def report(progress):
+        print(progress.documents, flush=True)
+        time.sleep(0.01)
+    preprocess.preprocess(preprocess.PreprocessConfig(**json.loads(sys.argv[1])), report)
 """
 
 
-def test_a_kill_in_the_middle_leaves_no_dataset_and_no_process(tmp_path):
-    """The input is a pipe that never ends, so the kill always comes in the middle."""
-    pipe, script = tmp_path / "pipe", tmp_path / "run.py"
-    os.mkfifo(pipe)
-    script.write_text(RUN_FROM_PIPE)
-    process = subprocess.Popen(
-        [sys.executable, script, pipe, tmp_path / "out"], env=ENVIRONMENT, stdout=subprocess.PIPE
+def start_slowly(tmp_path, **settings):
+    """Preprocessing that commits every block, and takes its time."""
+    (tmp_path / "slow.py").write_text(SLOW_RUN)
+    settings = {
+        "tokenizer_type": "ByteTokenizer",
+        "append_eod": True,
+        "output_prefix": str(tmp_path / "out"),
+        **settings,
+    }
+    command = [sys.executable, tmp_path / "slow.py", json.dumps(settings)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("suffix", "workers", "blocks"), [("", 1, 3), ("", 2, 40), (".gz", 1, 20)])
+def test_a_killed_run_goes_on_where_it_was(tmp_path, suffix, workers, blocks):
+    first, second = (
+        write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:150]),
+        write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[150:]),
     )
-    line = json.dumps({"text": "x" * 10_000}).encode() + b"\n"
-    stop = threading.Event()
-
-    def feed():
-        try:
-            with pipe.open("wb") as writer:
-                while not stop.is_set():
-                    writer.write(line)
-                    stop.wait(0.001)
-        except BrokenPipeError:
-            pass  # the reader was killed, as intended
-
-    feeder = threading.Thread(target=feed)
-    feeder.start()
-    assert b"documents" in process.stdout.readline()
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    stop.set()
-    feeder.join()
-    assert list(tmp_path.glob(".out_text_document.bin.*.partial")) and not list(tmp_path.glob("out*"))
-    assert len(children) >= 2
+    (tmp_path / "b.jsonl").write_text((tmp_path / "b.jsonl").read_text() + "bad\n")
+    if suffix:
+        for path in (first, second):
+            gzip.open(path + suffix, "wb").write(Path(path).read_bytes())
+    files = [first + suffix, second + suffix]
+    process = start_slowly(tmp_path, input=files, workers=workers, max_bad_lines=2)
+    for _ in range(blocks):
+        assert process.stdout.readline()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= (workers if workers > 1 else 0)
+    process.kill()
+    process.communicate()
+    assert not list(tmp_path.glob("out_text*")) and (tmp_path / "out.partial" / "journal.json").exists()
     deadline = time.monotonic() + 20
-    while any(is_running(pid) for pid in children):
+    while any(is_running(int(pid)) for pid in children):
         assert time.monotonic() < deadline, "workers outlive the process that started them"
         time.sleep(0.02)
-    settings = config(tmp_path, write_jsonl(tmp_path / "a.jsonl"))
-    assert find_problems(settings) == [] and preprocess(settings)[0].documents == len(DOCUMENTS)
+    other = config(tmp_path, *files, append_eod=False, max_bad_lines=2)
+    with pytest.raises(DatasetError, match="which was another job: append eod was true, is false.* delete"):
+        preprocess(other)
+    reports = []
+    settings = config(tmp_path, *files, max_bad_lines=2)
+    assert find_problems(settings) == []
+    preprocess(settings, lambda progress: reports.append((progress.bytes_now, progress.bytes_done)))
+    assert 0 < reports[-1][0] < reports[-1][1]  # the first part was kept
+    preprocess(config(tmp_path, *files, name="undisturbed", max_bad_lines=2))
+    assert content(tmp_path, "out") == content(tmp_path, "undisturbed")
+    assert (
+        tmp_path / "out.bad_lines.tsv"
+    ).read_text() == f"{files[1]}\t251\tinvalid JSON: Expecting value at column 1\n"
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_two_at_once_and_changed_input_are_refused(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl")
+    process = start_slowly(tmp_path, input=[source])
+    assert process.stdout.readline()
+    with pytest.raises(DatasetError, match="another process is writing this output"):
+        preprocess(config(tmp_path, source))
+    process.kill()
+    process.communicate()
+    write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:-1])
+    with pytest.raises(DatasetError, match="another job: input was"):
+        preprocess(config(tmp_path, source))
+
+
+def test_every_kind_of_input_gives_the_same_dataset(tmp_path):
+    plain = write_jsonl(tmp_path / "a.jsonl")
+    preprocess(config(tmp_path, plain, name="plain"))
+    wanted = content(tmp_path, "plain")
+    data = Path(plain).read_bytes()
+    gzip.open(tmp_path / "a.jsonl.gz", "wb").write(data)
+    lzma.open(tmp_path / "a.jsonl.xz", "wb").write(data)
+    inputs = {
+        "gz": ["a.jsonl.gz"],
+        "xz": ["a.jsonl.xz"],
+        "pattern": ["*.jsonl"],
+        "folder": ["folder"],
+        "text": ["texts"],
+    }
+    if importlib.util.find_spec("zstandard"):
+        import zstandard
+
+        (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(data))
+        inputs["zst"] = ["a.jsonl.zst"]
+    if importlib.util.find_spec("pyarrow"):
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(DOCUMENTS), tmp_path / "a.parquet", row_group_size=150)
+        inputs["parquet"] = ["a.parquet"]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "1.jsonl").write_bytes(b"".join(data.splitlines(True)[:100]))
+    gzip.open(tmp_path / "folder" / "2.jsonl.gz", "wb").write(b"".join(data.splitlines(True)[100:]))
+    (tmp_path / "texts").mkdir()
+    for number, document in enumerate(DOCUMENTS):
+        (tmp_path / "texts" / f"{number:03}.txt").write_text(document["text"])
+    for name, paths in inputs.items():
+        preprocess(config(tmp_path, *(str(tmp_path / path) for path in paths), name=name))
+        assert content(tmp_path, name) == wanted, name
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/preprocess_data.py", "--input", "-", "--output-prefix", tmp_path / "stdin",
+         "--tokenizer-type", "ByteTokenizer", "--append-eod"],
+        input=data, env=ENVIRONMENT, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path, "stdin") == wanted
+    assert list(read_texts((str(tmp_path / "texts"),), "text")) == [document["text"] for document in DOCUMENTS]
+
+
+def test_damaged_files_and_missing_columns_are_errors(tmp_path):
+    whole = gzip.compress(json.dumps({"text": "x" * 9999}).encode() * 9)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[:-20])
+    with pytest.raises(DatasetError, match=r"a\.jsonl\.gz: cannot be read to its end"):
+        preprocess(config(tmp_path, str(tmp_path / "a.jsonl.gz")))
+    if importlib.util.find_spec("pyarrow"):
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist([{"body": "x"}]), tmp_path / "a.parquet")
+        with pytest.raises(DatasetError, match="no column text; it has body"):
+            preprocess(config(tmp_path, str(tmp_path / "a.parquet")))
+
+
+def test_bad_lines_are_left_out_up_to_a_number(tmp_path, capsys):
+    lines = [b'{"text": "a"}', b"", b'{"text": ""}', b"{}", b'{"text": "b"}', b"\xff", b'{"text": "c"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), max_bad_lines=4))
+    data = IndexedDataset(tmp_path / "out_text_document")
+    assert [data.sequence(i).tolist() for i in range(3)] == [[97, 256], [98, 256], [99, 256]] and len(data) == 3
+    rows = [line.split("\t") for line in (tmp_path / "out.bad_lines.tsv").read_text().splitlines()]
+    assert [row[1] for row in rows] == ["2", "3", "4", "6"] and "no key 'text'" in rows[2][2]
+    assert capsys.readouterr().err.count("left out: ") == 4
+    with pytest.raises(BadLineError, match="line 6: not UTF-8.* This is bad line 4. --max-bad-lines N .*now 3"):
+        preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), name="fewer", max_bad_lines=3))
+
+
+@pytest.mark.parametrize("shards", [1, 3, 7])
+def test_shards_and_partitions_make_the_whole(tmp_path, shards):
+    first, second = (
+        write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:150]),
+        write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[150:]),
+    )
+    gzip.open(tmp_path / "c.jsonl.gz", "wb").write(Path(first).read_bytes())
+    files = (first, second, str(tmp_path / "c.jsonl.gz"))
+    preprocess(config(tmp_path, *files, name="whole"))
+    for number in range(shards):
+        preprocess(config(tmp_path, *files, name="part", shard=f"{number}/{shards}"))
+    pattern = str(tmp_path / f"part_*-of-{shards:04d}_text_document.idx")
+    done = run_tool("merge_datasets.py", "--input", pattern, "--output-prefix", tmp_path / "merged_text_document")
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path, "merged") == content(tmp_path, "whole")
+    if shards == 3:
+        preprocess(config(tmp_path, *files, name="parts", partitions=3))
+        assert content(tmp_path, "parts") == content(tmp_path, "whole") and not (tmp_path / "parts.partial").exists()
+        (tmp_path / "part_0001-of-0003_text_document.idx").unlink()
+        done = run_tool("merge_datasets.py", "--input", pattern, "--output-prefix", tmp_path / "again")
+        assert done.returncode == 2 and "of 3 shards" in done.stderr and " 1 are missing" in done.stderr
+
+
+def test_merging_what_does_not_belong_together_is_refused(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "t.model").write_bytes(train_sentencepiece((d["text"] for d in DOCUMENTS), 300))
+    spm = dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "t.model"))
+    preprocess(config(tmp_path, source, name="bytes"))
+    preprocess(config(tmp_path, source, name="pieces", **spm))
+    names = [tmp_path / f"{name}_text_document" for name in ("bytes", "pieces", "none")]
+    done = run_tool("merge_datasets.py", "--input", *names, "--output-prefix", tmp_path / "merged")
+    assert done.returncode == 1
+    assert (
+        "pieces_text_document was made with another tokenizer" in done.stderr
+        and "none_text_document.idx: no such" in done.stderr
+    )
+
+
+def test_sentences_are_sequences_of_documents(tmp_path):
+    pytest.importorskip("sentencex")
+    texts = ["Mr. Smith went home. He slept.", "One sentence", "He came.  She left!\n\nWho knows?"]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    preprocess(config(tmp_path, source, split_sentences=True))
+    data = IndexedDataset(tmp_path / "out_text_sentence")
+    found = [bytes(i for i in data.sequence(n) if i < 256).decode() for n in range(len(data))]
+    assert found == ["Mr. Smith went home.", "He slept.", "One sentence", "He came.", "She left!", "Who knows?"]
+    assert data.document_indices.tolist() == [0, 2, 3, 6]
+    assert [n for n in range(len(data)) if data.sequence(n)[-1] == 256] == [1, 2, 5]
+
+
+def test_a_look_into_a_dataset(tmp_path):
+    preprocess(config(tmp_path, write_jsonl(tmp_path / "a.jsonl")))
+    prefix = tmp_path / "out_text_document"
+    done = run_tool("inspect_dataset.py", prefix, "--verify", "--documents", 2, "--tokenizer-type", "ByteTokenizer")
+    assert done.returncode == 0, done.stderr
+    assert "ByteTokenizer, 257 ids, end of document 256" in done.stdout and "400" in done.stdout
+    assert "document 1, 33 tokens: Document 1: né" in done.stdout
+    assert "verified: all 400 sequences and 400 documents" in done.stdout
+    assert "68 111 99" in run_tool("inspect_dataset.py", prefix).stdout
+    index = bytearray((tmp_path / "out_text_document.idx").read_bytes())
+    index[34 + 4 * 17] += 1  # one length among many
+    (tmp_path / "out_text_document.idx").write_bytes(index)
+    done = run_tool("inspect_dataset.py", prefix, "--verify")
+    assert done.returncode == 1 and "error: " in done.stderr
+    assert run_tool("inspect_dataset.py", prefix, "--tokenizer-model", "x").returncode == 2
+
+
+def test_flags_that_do_not_fit_are_told_at_once(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl")
+    settings = config(
+        tmp_path, source, "-", partitions=2, language="de", max_bad_lines=-1, vocab_file="v.txt", vocab_size=9
+    )
+    problems = "\n".join(find_problems(settings))
+    for part in (
+        "cannot be split",
+        "--language de has no effect",
+        "--max-bad-lines -1",
+        "--vocab-file",
+        "--vocab-size 9",
+    ):
+        assert part in problems
+    assert any("--shard 3/3" in problem for problem in find_problems(config(tmp_path, source, shard="3/3")))
 
 
 def is_running(pid):

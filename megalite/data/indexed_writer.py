@@ -1,4 +1,4 @@
-"""Writing indexed datasets."""
+"""Writing indexed datasets (the format is in indexed.py): whole or not at all, and resumable in a folder."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megalite.data.indexed.format import (
+from megalite.data.indexed import (
     CHUNK,
     DTYPES,
     HEADER,
@@ -19,9 +19,9 @@ from megalite.data.indexed.format import (
     VERSION,
     DatasetError,
     DatasetInfo,
+    IndexedDataset,
     dataset_path,
 )
-from megalite.data.indexed.reader import IndexedDataset
 
 
 class IndexedWriter:
