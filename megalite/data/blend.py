@@ -31,35 +31,39 @@ class Blend:
 
     def counts(self, n: int) -> np.ndarray:
         """int64 [k]: samples of each source among the first n, 0 <= n <= 2^50."""
-        last, counts = self._last
-        if not last <= n <= last + 2 * len(counts):
-            if not 0 <= n <= MOST:
-                raise ValueError(f"sample {n} of a blend: needs 0 to {MOST}")
-            counts = self._at_most(n)
-        counts = counts.copy()
-        for _ in range(n - int(counts.sum())):
-            counts[self._next(counts)] += 1
-        self._last = n, counts
-        return counts.copy()
+        return self._counts(n).copy()
 
     def __getitem__(self, i: int) -> tuple[int, int]:
         """(source, number of the sample within the source) of sample i >= 0."""
-        counts = self.counts(i)
-        source = self._next(counts)
+        counts = self._counts(i)
+        source = int((self.shares / (2 * counts + 1)).argmax())
+        after = counts.copy()
+        after[source] += 1
+        self._last = i + 1, after
         return source, int(counts[source])
 
-    def _next(self, counts: np.ndarray) -> int:
-        return int(np.argmax(self.shares / (2 * counts + 1)))
+    def _counts(self, n: int) -> np.ndarray:
+        last, counts = self._last
+        return counts if last == n else self._search(n)
 
-    def _at_most(self, n: int) -> np.ndarray:
-        """Counts that no source's count among the first n is below, with a sum at most a few k below n.
+    def _search(self, n: int) -> np.ndarray:
+        """The counts after n samples, without those before.
 
-        The counts of Webster's method are w x rounded, for some x. Rounding moves the sum of k numbers by at most
-        k / 2, so x >= n - k / 2, and a count is at least w (n - k / 2) - 1 / 2. One more is taken off for float64's
-        rounding.
+        Sample c of a source is a seat worth w / (2 c + 1), and the blend takes seats from the worthiest down. The
+        counts are w x rounded, for some x. Rounding moves the sum of k numbers by at most k / 2, so x is within k / 2
+        of n, and a count within 1 / 2 of w (n - k / 2) .. w (n + k / 2); one more on either side is for float64's
+        rounding. All seats below are taken, and of those between, the worthiest, of equals the first.
         """
-        least = np.floor(self.shares * (n - len(self.shares) / 2) - 1.5)
-        return np.maximum(least, 0).astype(np.int64)
+        if not 0 <= n <= MOST:
+            raise ValueError(f"sample {n} of a blend: needs 0 to {MOST}")
+        k = len(self.shares)
+        fewest = np.maximum(np.floor(self.shares * (n - k / 2) - 1.5), 0).astype(np.int64)
+        between = np.ceil(self.shares * (n + k / 2) + 1.5).astype(np.int64) - fewest
+        sources = np.repeat(np.arange(k), between)
+        seats = np.arange(len(sources)) - np.repeat(np.cumsum(between) - between - fewest, between)
+        worth = self.shares[sources] / (2 * seats + 1)
+        taken = np.argsort(-worth, kind="stable")[: n - int(fewest.sum())]
+        return fewest + np.bincount(sources[taken], minlength=k)
 
 
 class BlendedDataset:

@@ -31,7 +31,7 @@ class MegatronOrderDataset:
         samples: number of samples that the run asks for; the order depends on it.
         vocab_size: when given, ids at or above it are an error.
 
-    Raises DatasetError when the split has fewer than s + 1 tokens.
+    Raises DatasetError when the split has fewer than s + 1 tokens, or the seed is none of NumPy's.
     """
 
     def __init__(
@@ -39,6 +39,10 @@ class MegatronOrderDataset:
         vocab_size: int | None = None,
     ):  # fmt: skip
         self.indexed, self.seq_length, self.vocab_size, self.split_name = indexed, seq_length, vocab_size, split_name
+        if not 0 <= seed < 2**32:
+            raise DatasetError(
+                f"--sample-order megatron needs a --seed below 2^32, as NumPy's RandomState does, not {seed}"
+            )
         self._first, self._last = split_sequences(split, len(indexed))[split_name]
         lengths = np.asarray(indexed.lengths[self._first : self._last])
         per_epoch = int(lengths.sum(dtype=np.int64))

@@ -119,4 +119,6 @@ def test_what_cannot_be_had_is_refused(prefix):
         dataset[0]
     with pytest.raises(IndexError, match="has 62"):
         dataset[len(dataset)]
+    with pytest.raises(DatasetError, match="--seed below 2.32"):
+        MegatronOrderDataset(indexed, "1", "train", 16, 2**32, 5)
     assert split_sequences("1,1", 5) == {"train": (0, 2), "valid": (2, 5), "test": (5, 5)}
