@@ -72,12 +72,12 @@ class SentenceRuns:
         self.max_tokens, self.seed, self.split_name = max_tokens, seed, split_name
         self._edges = indexed.document_indices[first : last + 1]
         self._unit = indexed.dtype.itemsize
-        self._origin, self._offsets = int(self._edges[0]), indexed.offsets
+        self._offsets = indexed.offsets
         if not indexed.contiguous:
-            lengths = indexed.lengths[self._origin : int(self._edges[-1])]
+            lengths = indexed.lengths[self._edges[0] : self._edges[-1]]
             self._offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]) * self._unit
-            self._edges, self._origin = self._edges - self._origin, 0
-        self._sequences = int(self._edges[-1])
+            self._edges = self._edges - self._edges[0]
+        self._origin, self._sequences = int(self._offsets[self._edges[0]]), int(self._edges[-1])
         if across:
             self._edges = self._edges[[0, -1]]
         self.documents = len(self._edges) - 1
@@ -117,7 +117,7 @@ class SentenceRuns:
         """First token of a sequence, or after the last one the number of tokens."""
         if sequence == self._sequences:
             return len(self.stream)
-        return (int(self._offsets[sequence]) - int(self._offsets[self._origin])) // self._unit
+        return (int(self._offsets[sequence]) - self._origin) // self._unit
 
     def _edge(self, document: int) -> int:
         """First token of a document, or after the last one the number of tokens."""

@@ -216,9 +216,11 @@ def test_half_of_the_next_sentences_are_of_another_document(tmp_path):
     assert all(abs(count - mean) <= 5 * sqrt(mean) for count in seconds.values()) and len(seconds) == 60
 
 
-def test_exchanged_parts_lose_little(tmp_path):
-    """A next-sentence sample loses at most two sentences' tokens, when it is one of an exchange."""
-    data = dataset_of(tmp_path / "a", CORPORA["articles"])
+@pytest.mark.parametrize("longest", [1, 11])
+def test_exchanged_parts_lose_little(tmp_path, longest):
+    """An exchange loses at most two sentences' tokens a sample: both runs are cut at about the same share."""
+    sizes = random.integers(1, longest + 1, (60, 12)) if longest > 1 else [[1] * n for n in range(20, 80)]
+    data = dataset_of(tmp_path / "a", [list(map(int, lengths)) for lengths in sizes])
     dataset = bert(data, bert_pair="nsp", short_seq_prob=0.0)
     for epoch in range(3):
         seen, exchanged = set(), 0
@@ -246,7 +248,7 @@ def test_parts_too_long_together_are_trimmed_to_fit(tmp_path):
     assert len({start for _, start in trimmed}) == 7, "B, the last 20 tokens, begins at 9 to 15"
 
 
-def test_one_sample_in_ten_is_short(tmp_path):
+def test_samples_are_short_as_often_as_asked(tmp_path):
     """Runs have 29 tokens, all of them, and a target of 2 to 29: 28 targets, one of which shortens nothing."""
     data = dataset_of(tmp_path / "a", [[3, 4, 5, 6, 11] * 20])
     dataset, draws = bert(data, short_seq_prob=0.3), 4000
@@ -260,6 +262,9 @@ def test_one_sample_in_ten_is_short(tmp_path):
     assert starts[False] == 0, "a short sample begins with a sentence"
     dataset = bert(data, short_seq_prob=0.0)
     assert {len(places(dataset[i])) for i in range(100)} == {29}
+    dataset, draws = bert(dataset_of(tmp_path / "b", [[1] * 300]), 6, short_seq_prob=1.0), 1000
+    lengths = Counter(len(places(dataset[i])) for i in range(draws))
+    assert set(lengths) == {2, 3} and near(lengths[2], draws, 1 / 2), "targets of 2 and 3 for runs of 3"
 
 
 def test_short_samples_leave_out_little_and_something_else_in_every_epoch(tmp_path):
