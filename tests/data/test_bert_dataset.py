@@ -20,7 +20,8 @@ import pytest
 
 from megalite.data.bert import BertDataset, BertLoader
 from megalite.data.bert_config import BertDataConfig
-from megalite.data.indexed import HEADER, DatasetError, IndexedDataset, IndexedWriter
+from megalite.data.indexed import HEADER, DatasetError, IndexedDataset
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.masking import SpecialIds
 from megalite.data.sampler import first_sample
 
