@@ -19,14 +19,13 @@ from megalite.parallel.launch import detect
 
 def main() -> None:
     """Read and check the configuration, and only then load torch and train."""
-    config = parse_and_check(sys.argv[1:], __doc__)
+    config = parse_and_check(sys.argv[1:], __doc__, architecture="gpt")
 
-    from megalite.training.build import build_gpt
     from megalite.training.pretrain import explain, pretrain
 
     launch = detect(os.environ)
     try:
-        pretrain(config, launch, build_model=build_gpt)
+        pretrain(config, launch)
     except Exception as error:
         explanation = explain(error)
         if explanation is None:

@@ -7,13 +7,16 @@ together, in the same words, and knows that the opposite of --no-load-optim is -
 import os
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, NoReturn
 
 import tyro
 
 from megalite import validate
 from megalite.config import ConfigError, Option, Problem, RunConfig, example, nearest, options, read_flat, with_values
+from megalite.data.bert_config import BertDataConfig
+from megalite.models.presets import preset
+from megalite.nn.config import ModelConfig
 
 PAGE_WIDTH = 100
 """Columns that problems are wrapped to."""
@@ -32,6 +35,8 @@ ELSEWHERE = {
     "--use-distributed-optimizer": "leave it out: ZeRO is not there yet",
     "--tensorboard-dir": "--metrics-file FILE: TensorBoard is not there yet",
     "--wandb-project": "--metrics-file FILE: Weights & Biases is not there yet",
+    "--bert-no-binary-head": "--bert-pair none",
+    "--apply-residual-connection-post-layernorm": "--norm-placement post: that form itself is not there",
     "--test-data-path": "leave it out: nothing evaluates a test split yet",
     "--context-parallel-size": "--sequence-parallel and --recompute-granularity: context parallelism is not there yet",
 }
@@ -45,21 +50,33 @@ class _CommandLine(RunConfig):
     config: Annotated[str | None, tyro.conf.arg(metavar="FILE.yaml", help=CONFIG_HELP)] = None
 
 
-def parse(argv: list[str] | None = None, description: str = "", quiet: bool = False) -> RunConfig:
+@dataclass(frozen=True)
+class _GPTCommandLine(_CommandLine):
+    """The same without the flags that a GPT has no use for."""
+
+    bert: tyro.conf.Suppress[BertDataConfig] = field(default_factory=BertDataConfig)
+
+
+def parse(
+    argv: list[str] | None = None, description: str = "", quiet: bool = False, architecture: str | None = None
+) -> RunConfig:
     """Read flags and the --config file. --help prints the help and exits 0; mistakes are all printed, then exit 2.
 
     argv: without the program's name; None: sys.argv[1:]. quiet: print nothing (for every rank but the first).
+    architecture: the only one that the program trains.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
-        show_help(description, quiet)
+        show_help(description, quiet, architecture)
     try:
-        return read(argv)
+        return read(argv, architecture)
     except ConfigError as error:
         refuse(error.problems, quiet)
 
 
-def parse_and_check(argv: list[str] | None = None, description: str = "", launch=None) -> RunConfig:
+def parse_and_check(
+    argv: list[str] | None = None, description: str = "", launch=None, architecture: str | None = None
+) -> RunConfig:
     """`parse`, then every check for this world size, then the configuration with all its defaults filled in.
 
     Problems are printed by rank 0 only and end every rank with status 2. With --world-size the configuration is checked
@@ -74,7 +91,7 @@ def parse_and_check(argv: list[str] | None = None, description: str = "", launch
         except ValueError as error:
             refuse([Problem(str(error), "start with torchrun or srun, or with none of their variables set")])
     quiet = launch.rank != 0
-    config = parse(argv, description, quiet)
+    config = parse(argv, description, quiet, architecture)
     world_size = config.parallel.world_size or launch.world_size
     problems = validate.check(config, world_size)
     if problems:
@@ -91,16 +108,30 @@ def parse_and_check(argv: list[str] | None = None, description: str = "", launch
     raise SystemExit(0)
 
 
-def read(argv: list[str]) -> RunConfig:
-    """The configuration that a command line asks for. Raises ConfigError with every mistake in it and in its file."""
+def read(argv: list[str], architecture: str | None = None) -> RunConfig:
+    """The configuration that a command line asks for. Raises ConfigError with every mistake in it and in its file, and
+    when it is not of the architecture that is given."""
     file, flags, problems = read_flags(argv)
     values = {}
     if file is not None:
         values, in_file = read_yaml(file)
         problems = [*in_file, *problems]
+    given = values | flags
+    config = assemble({} if architecture is None else {"architecture": architecture}, given)
+    asked = config.model.architecture
+    if architecture not in (None, asked):
+        cause = "--preset " + config.model.preset if config.model.preset else "--architecture " + asked
+        message = f"{cause} is a model that this program does not train"
+        problems.append(Problem(message, f"python pretrain_{asked}.py", ("architecture", "preset")))
     if problems:
         raise ConfigError(problems)
-    return with_values(RunConfig(), values | flags)
+    return config
+
+
+def assemble(defaults: dict[str, Any], given: dict[str, Any]) -> RunConfig:
+    """The configuration with the values `given` by key, over those of the preset among them, over `defaults`."""
+    name = given.get("preset")
+    return with_values(RunConfig(), defaults | (preset(name) if name else {}) | given)
 
 
 def read_flags(argv: list[str]) -> tuple[str | None, dict[str, Any], list[Problem]]:
@@ -213,14 +244,19 @@ def _wrap(prefix: str, text: str) -> list[str]:
     )
 
 
-def show_help(description: str, quiet: bool = False) -> NoReturn:
-    """Print the description as it stands and the flags, unless quiet, and exit with status 0."""
+def show_help(description: str, quiet: bool = False, architecture: str | None = None) -> NoReturn:
+    """Print the description as it stands and the flags, unless quiet, and exit with status 0. architecture: that of the
+    program, which has no use for another's flags."""
     marks = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     registry = _help_registry()
     try:
         if not quiet:
             print(description.strip(), end="\n\n")  # tyro would join its lines
-        tyro.cli(_CommandLine, description="", args=["-h"], config=marks, registry=registry, console_outputs=not quiet)
+        shown = (_GPTCommandLine if architecture == "gpt" else _CommandLine)(model=ModelConfig(architecture or "gpt"))
+        tyro.cli(
+            type(shown), default=shown, description="", args=["-h"], config=marks, registry=registry,
+            console_outputs=not quiet,
+        )  # fmt: skip
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; the flush at exit must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megalite.checkpoint.config import CheckpointConfig
+from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import DataConfig
 from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.optim.config import OptimizerConfig
@@ -28,8 +29,24 @@ class RunConfig:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    bert: BertDataConfig = field(default_factory=BertDataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @property
+    def is_bert(self) -> bool:
+        """Whether the model is a BERT; else it is a GPT."""
+        return self.model.architecture == "bert"
+
+    @property
+    def pair_head(self) -> bool:
+        """Whether the model has a pooler and a head for pairs of segments."""
+        return self.is_bert and self.bert.bert_pair != "none"
+
+    @property
+    def predicted(self) -> float:
+        """Share of a sequence's tokens that the output layer is computed for."""
+        return self.bert.mask_prob if self.is_bert else 1.0
 
 
 @dataclass(frozen=True)

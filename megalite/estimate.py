@@ -7,8 +7,7 @@ activations by the formulas of Korthikanti et al. 2022; not what the allocator, 
 from dataclasses import dataclass
 
 from megalite.config import RunConfig
-from megalite.nn.config import ModelConfig
-from megalite.pipeline.partition import output_cost, partition
+from megalite.pipeline.partition import layers_of_stages
 from megalite.rules.finding import data_parallel_size
 
 
@@ -30,10 +29,10 @@ class StageEstimate:
         return self.state_bytes + self.activation_bytes
 
 
-def model_parameters(model: ModelConfig) -> int:
+def model_parameters(config: RunConfig) -> int:
     """Parameters of the whole model, without vocabulary padding."""
-    rows = model.vocab_size or 0
-    return _parameters(model, model.num_layers, 1, rows, True, True)
+    rows = config.model.vocab_size or 0
+    return _parameters(config, config.model.num_layers, 1, rows, True, True)
 
 
 def estimate_stages(config: RunConfig, world_size: int) -> list[StageEstimate]:
@@ -42,13 +41,12 @@ def estimate_stages(config: RunConfig, world_size: int) -> list[StageEstimate]:
     t = config.parallel.tensor_model_parallel_size
     block = m.make_vocab_size_divisible_by * t
     rows = -(-m.vocab_size // block) * block
-    parts = partition(m.num_layers, p, last_cost=output_cost(m.vocab_size, m.hidden_size, m.ffn, m.swiglu))
     stages = []
-    for stage, layers in enumerate(parts):
-        parameters = _parameters(m, len(layers), t, rows, stage == 0, stage == p - 1)
+    for stage, layers in enumerate(layers_of_stages(m, p, config.predicted)):
+        parameters = _parameters(config, len(layers), t, rows, stage == 0, stage == p - 1)
         activations = _activation_bytes(config, len(layers), microbatches_in_flight(config, world_size, stage))
         if stage == p - 1:
-            logits = m.seq_length * config.data.micro_batch_size * rows // t
+            logits = config.predicted * m.seq_length * config.data.micro_batch_size * rows // t
             activations += 2 * max(4, _element_bytes(config)) * logits
         stages.append(StageEstimate(layers, parameters, parameters * _bytes_per_parameter(config), activations))
     return stages
@@ -66,8 +64,9 @@ def microbatches_in_flight(config: RunConfig, world_size: int, stage: int) -> in
     return m if config.parallel.pipeline_schedule == "gpipe" else min(p - stage, m)
 
 
-def _parameters(m: ModelConfig, layers: int, t: int, rows: int, first: bool, last: bool) -> int:
+def _parameters(config: RunConfig, layers: int, t: int, rows: int, first: bool, last: bool) -> int:
     """Parameters of one of t tensor-parallel ranks of a stage, with `rows` rows in the whole word embedding."""
+    m = config.model
     h, f, qkv = m.hidden_size, m.ffn, (m.num_attention_heads + 2 * m.query_groups) * m.head_size
     up = 2 * f if m.swiglu else f
     norm = h if m.normalization == "RMSNorm" else 2 * h
@@ -81,7 +80,18 @@ def _parameters(m: ModelConfig, layers: int, t: int, rows: int, first: bool, las
     total += tables * (rows // t) * h
     if first and m.position_embedding_type == "learned_absolute":
         total += m.positions * h
-    return total + (norm if last else 0)
+    total += norm if (first if m.post_norm else last) else 0
+    return total + (_bert_parameters(config, rows // t, norm, first, last) if config.is_bert else 0)
+
+
+def _bert_parameters(config: RunConfig, rows: int, norm: int, first: bool, last: bool) -> int:
+    """What a BERT has beside a GPT's parameters, with `rows` entries of the output layer's bias."""
+    h, bias = config.model.hidden_size, int(not config.model.disable_bias_linear)
+    total = 2 * h if first else 0  # token types
+    if last:
+        total += h * h + norm + bias * (h + rows)
+        total += h * h + 2 * h + bias * (h + 2) if config.pair_head else 0
+    return total
 
 
 def _element_bytes(config: RunConfig) -> int:
@@ -127,7 +137,7 @@ def summary(config: RunConfig, world_size: int) -> str:
     bubble = (p.pipeline_model_parallel_size - 1) / steps
     rows = (
         ("ranks", layout),
-        ("parameters", f"{_short(model_parameters(m))}; {_short(stage.parameters)} on a rank of stage {fullest}"),
+        ("parameters", f"{_short(model_parameters(config))}; {_short(stage.parameters)} on a rank of stage {fullest}"),
         ("layers", f"{' + '.join(str(len(s.layers)) for s in stages)} ({p.pipeline_schedule})"),
         ("global batch", f"{batch} sequences of {m.seq_length} tokens, {config.data.micro_batch_size} a microbatch"),
         ("microbatches", f"{steps} for each data-parallel rank; pipeline bubble {bubble:.1%} of the ideal time"),

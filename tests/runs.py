@@ -31,7 +31,7 @@ from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import DeviceError
 from megalite.parallel.launch import LaunchInfo
 from megalite.training.batches import GlobalBatches, build_batches
-from megalite.training.build import build_context, build_gpt, build_parts
+from megalite.training.build import build_context, build_model, build_parts
 from megalite.training.pretrain import pretrain
 from tests.data.tokenizer_files import make_files
 from tests.pool import RankPool
@@ -109,7 +109,7 @@ def working_in(folder: Path):
         os.chdir(before)
 
 
-def console_of(launch: LaunchInfo, config: RunConfig, folder: Path, build_model: Callable = build_gpt) -> str:
+def console_of(launch: LaunchInfo, config: RunConfig, folder: Path, build_model: Callable = build_model) -> str:
     """Run the training of one rank in a folder; what it printed, without the configuration and without times."""
     with working_in(folder), redirect_stdout(io.StringIO()) as printed:
         pretrain(config, launch, build_model)
@@ -239,8 +239,8 @@ class Ended(BaseException):
 def signalled(bench: Bench, flags: dict, ranks: int) -> str:
     """A run that gets SIGUSR1 in its first forward: what it printed, or that it ended at once."""
 
-    def build_model(*args):
-        model = build_gpt(*args)
+    def build_signalling(*args):
+        model = build_model(*args)
         model.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGUSR1))
         return model
 
@@ -250,7 +250,7 @@ def signalled(bench: Bench, flags: dict, ranks: int) -> str:
     before = signal.signal(signal.SIGUSR1, end)
     folder = bench.new_folder()
     try:
-        return console_of(ALONE, sound(flags, ranks, folder), folder, build_model)
+        return console_of(ALONE, sound(flags, ranks, folder), folder, build_signalling)
     except Ended:
         return "ended at once"
     finally:

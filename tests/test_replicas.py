@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megalite import cli, validate
-from megalite.training.build import build_gpt
+from megalite.training.build import build_model
 from megalite.training.pretrain import pretrain
 from megalite.training.replicas import ReplicasDiffer, check_replicas
 from tests.layouts import Layout, sp
@@ -68,7 +68,7 @@ def run_with_fault(launch, folder: str) -> str:
     """A run whose rank 5 is hit by a bit flip while it trains; what ends it."""
 
     def faulty(config, context, rng):
-        model = build_gpt(config, context, rng)
+        model = build_model(config, context, rng)
         if launch.rank == 5:
 
             def flip_once(module, inputs):

@@ -8,7 +8,7 @@ import torch
 from megalite.data.indexed import DatasetError
 from megalite.models.gpt import GPT
 from megalite.training.batches import build_batches
-from megalite.training.build import build_gpt, build_parts
+from megalite.training.build import build_model, build_parts
 from tests import runs
 from tests.layouts import Layout, configuration
 from tests.tiny import build
@@ -35,7 +35,7 @@ class EvenAndOdd(GPT):
 
 
 def even_and_odd(config, context, rng):
-    model = build_gpt(config, context, rng)
+    model = build_model(config, context, rng)
     model.__class__ = EvenAndOdd
     return model
 

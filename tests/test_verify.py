@@ -24,7 +24,7 @@ from megalite.nn import linear
 from megalite.parallel.boxes import Box
 from megalite.parallel.launch import LaunchInfo
 from megalite.training import build
-from megalite.training.build import build_gpt
+from megalite.training.build import build_model
 from megalite.training.plan import plan, shrunk
 from megalite.training.record import (
     ACTIVATION,
@@ -89,7 +89,7 @@ def test_sound_layouts_have_the_same_numbers(verify, layout, precision):
 
 def norm_gradient_is_not_summed(config, context, rng):
     """A norm behind sequence parallelism whose gradient is left partial."""
-    model = build_gpt(config, context, rng)
+    model = build_model(config, context, rng)
     for name in {"layers.1.mlp_norm.weight"} & set(model.parameters_by_name):
         weight = model.parameters_by_name[name]
         weight.spec = replace(weight.spec, sequence_partial=False)
@@ -98,7 +98,7 @@ def norm_gradient_is_not_summed(config, context, rng):
 
 def bias_has_the_slice_of_rank_0(config, context, rng):
     """Every tensor rank gets the first part of a bias that is split."""
-    model = build_gpt(config, context, rng)
+    model = build_model(config, context, rng)
     for name in {"layers.2.attention.qkv.bias"} & set(model.parameters_by_name):
         bias = model.parameters_by_name[name]
         bias.spec = replace(bias.spec, box=Box((0, 0, 0), bias.spec.box.shape))
@@ -152,7 +152,7 @@ def record_without_backward_sum(launch, config, folder):
 
 def record_with_nan(launch, config, folder):
     """A weight of one rank is not a number."""
-    build_model = poison if launch.rank == 1 else build_gpt
+    build_model = poison if launch.rank == 1 else build_model
     record(launch, config, folder, build_model)
 
 
@@ -165,14 +165,14 @@ class FarSighted(GPT):
 
 
 def second_stage_sees_other_documents(config, context, rng):
-    model = build_gpt(config, context, rng)
+    model = build_model(config, context, rng)
     if context.coordinates.pipeline == 1:
         model.__class__ = FarSighted
     return model
 
 
 def poison(config, context, rng):
-    model = build_gpt(config, context, rng)
+    model = build_model(config, context, rng)
     with torch.no_grad():
         model.parameters_by_name["layers.3.mlp.up.weight"][0, 0] = float("nan")
     return model

@@ -2,30 +2,36 @@
 
 from collections.abc import Mapping
 
+from megalite.config import RunConfig
+from megalite.data.bert import BertDataset
 from megalite.data.blend import BlendedDataset
-from megalite.data.config import DataConfig
 from megalite.data.gpt import GPTDataset, split_documents
 from megalite.data.indexed import DatasetError, IndexedDataset
+from megalite.data.masking import SpecialIds
 from megalite.data.megatron_order import MegatronOrderDataset
-from megalite.data.mock import MockDataset
+from megalite.data.mock import MockDataset, MockSentences
 from megalite.data.sources import DataState, Source, UsedSource, parse_sources
-from megalite.nn.config import ModelConfig
+from megalite.data.tokenizers import Tokenizer, TokenizerError, configured_tokenizer
 
 MOCK = Source(1.0, "--mock-data")
+FRAMES = (("[CLS]", "[SEP]", "[MASK]", "[PAD]"), ("<s>", "</s>", "<mask>", "<pad>"))
+"""Names of the tokens that frame and mask BERT's samples: BERT's and RoBERTa's."""
+
+Dataset = GPTDataset | MegatronOrderDataset | MockDataset | BertDataset
 
 
-def build_sources(
-    data: DataConfig, model: ModelConfig, seed: int, samples: Mapping[str, int]
-) -> dict[str, list[tuple[Source, GPTDataset | MegatronOrderDataset | MockDataset]]]:
+def build_sources(config: RunConfig, samples: Mapping[str, int]) -> dict[str, list[tuple[Source, Dataset]]]:
     """The datasets of each wanted split ("train", "valid", "test"), with their weights.
 
     samples: how many samples of each wanted split the run will ask for; only --sample-order megatron depends on it.
-    Raises DatasetError when there is no data, a file is unusable, or a wanted split is empty or shorter than a sample.
+    Raises DatasetError when there is no data, a file is unusable, or a wanted split is empty or shorter than a sample;
+    TokenizerError when a BERT's tokenizer lacks a token that it needs.
     """
+    data = config.data
     if data.mock_data:
-        if model.vocab_size is None:
+        if config.model.vocab_size is None:
             raise DatasetError("--mock-data needs --vocab-size")
-        return {split: [(MOCK, MockDataset(model.vocab_size, model.seq_length, seed, split))] for split in samples}
+        return {split: [(MOCK, _mock(config, split))] for split in samples}
     built = {}
     for split, number in samples.items():
         flag, words = data.words_of(split)
@@ -33,43 +39,71 @@ def build_sources(
             raise DatasetError(f"no data for {split} samples: give {flag} PREFIX, or --mock-data with --vocab-size")
         whole = flag != "--data-path"
         built[split] = [
-            (source, _dataset(data, model, seed, split, source.prefix, number, whole))
-            for source in parse_sources(words, flag)
+            (source, _dataset(config, split, source.prefix, number, whole)) for source in parse_sources(words, flag)
         ]
     return built
 
 
-def _dataset(data: DataConfig, model: ModelConfig, seed: int, split: str, prefix: str, samples: int, whole: bool):
+def _mock(config: RunConfig, split: str) -> MockDataset | BertDataset:
+    model, seed = config.model, config.training.seed
+    if not config.is_bert:
+        return MockDataset(model.vocab_size, model.seq_length, seed, split)
+    made, starts_word = MockSentences(model.vocab_size, seed, split), [True] * model.vocab_size
+    return BertDataset(
+        made, (0, made.num_documents), model.seq_length, seed, split, made.special, model.vocab_size, starts_word,
+        config.bert,
+    )  # fmt: skip
+
+
+def _dataset(config: RunConfig, split: str, prefix: str, samples: int, whole: bool) -> Dataset:
     """The samples of one split of one source; of all its documents when the source is for this split alone."""
-    indexed, s, v = IndexedDataset(prefix), model.seq_length, model.vocab_size
+    data, s, v, seed = config.data, config.model.seq_length, config.model.vocab_size, config.training.seed
+    indexed = IndexedDataset(prefix)
     if data.sample_order == "megatron":
         shares = ("1,0,0", "0,1,0", "0,0,1")[("train", "valid", "test").index(split)] if whole else data.split
         return MegatronOrderDataset(indexed, shares, split, s, seed, samples, v)
-    first, last = _documents(data, indexed, split, whole)
+    first, last = documents = _documents(config, indexed, split, whole)
     if first == last:
         raise DatasetError(
             f"split '{split}' is empty: --split {data.split} gives it none of the {indexed.num_documents} documents of "
             f"{prefix}. Give it a larger share, or ask for no {split} samples"
         )
+    if config.is_bert:
+        tokenizer = configured_tokenizer(data, v)
+        starts_word = getattr(tokenizer, "starts_word", None)
+        return BertDataset(indexed, documents, s, seed, split, special_ids(tokenizer), v, starts_word, config.bert)
     return GPTDataset(indexed.tokens(first, last), s, seed, split, v)
 
 
-def _documents(data: DataConfig, indexed: IndexedDataset, split: str, whole: bool) -> tuple[int, int]:
+def special_ids(tokenizer: Tokenizer) -> SpecialIds:
+    """The ids that frame and mask BERT's samples. Raises TokenizerError when the vocabulary lacks one."""
+    found = [tokenizer.ids_of(names) for names in FRAMES] if hasattr(tokenizer, "ids_of") else []
+    whole = [ids for ids in found if None not in ids]
+    if not whole:
+        raise TokenizerError(
+            f"BERT needs a vocabulary with {' '.join(FRAMES[0])} (or {' '.join(FRAMES[1])}), which this tokenizer has "
+            "not: use --tokenizer-type BertWordPieceLowerCase or BertWordPieceCase with a vocab.txt"
+        )
+    return SpecialIds(*whole[0])
+
+
+def _documents(config: RunConfig, indexed: IndexedDataset, split: str, whole: bool) -> tuple[int, int]:
     """[first, last) document of a split."""
-    return (0, indexed.num_documents) if whole else split_documents(data.split, indexed.num_documents)[split]
+    number = indexed.num_documents
+    return (0, number) if whole else split_documents(config.data.split, number)[split]
 
 
-def data_state(data: DataConfig, model: ModelConfig, seed: int) -> DataState:
+def data_state(config: RunConfig) -> DataState:
     """The state of a run that starts with the configured training data. Opens the files; builds no order."""
-    order = {"seed": seed, "seq_length": model.seq_length, "sample_order": data.sample_order}
+    data, order = config.data, {"seed": config.training.seed, "seq_length": config.model.seq_length}
+    order |= vars(config.bert) if config.is_bert else {"sample_order": data.sample_order}
     if data.mock_data:
-        mock = MockDataset(model.vocab_size, model.seq_length, seed, "train")
-        return DataState(order, (UsedSource(MOCK.prefix, 1.0, mock.fingerprint(), 0),))
+        return DataState(order, (UsedSource(MOCK.prefix, 1.0, _mock(config, "train").fingerprint(), 0),))
     flag, words = data.words_of("train")
     used = []
     for source in parse_sources(words, flag):
         indexed = IndexedDataset(source.prefix)
-        documents = _documents(data, indexed, "train", whole=flag != "--data-path")
+        documents = _documents(config, indexed, "train", whole=flag != "--data-path")
         used.append(UsedSource(source.prefix, source.weight, indexed.tokens(*documents).fingerprint(), 0))
     return DataState(order, tuple(used))
 

@@ -4,6 +4,8 @@ from math import gcd
 
 import numpy as np
 
+from megalite.data.masking import SpecialIds
+from megalite.data.streams import TokenStream
 from megalite.kernels.philox import counters, key_of, philox4x32
 
 REPEAT_PROBABILITY = 0.75
@@ -52,3 +54,41 @@ class MockDataset:
     def fingerprint(self) -> str:
         """Tells this data from other mock data."""
         return f"mock v={self.vocab_size} split={self.split}"
+
+
+class MockSentences:
+    """A small indexed dataset of made-up documents and sentences, in memory: what BertDataset reads of one.
+
+    256 documents of 1 to 256 tokens, in sentences of about 12, by the rule of MockDataset; ids below 4 are special.
+    Raises ValueError when the vocabulary has less than 2 others.
+    """
+
+    special = SpecialIds(pad=0, cls=1, sep=2, mask=3)
+    dtype = np.dtype("<i4")
+    contiguous = True
+    num_documents = MOST_TOKENS = 256
+
+    def __init__(self, vocab_size: int, seed: int, split: str):
+        rows = MockDataset(vocab_size - 4, self.MOST_TOKENS - 1, seed, split)
+        self.vocab_size, self.split = vocab_size, split
+        shape = (self.num_documents, self.MOST_TOKENS)
+        words = philox4x32(counters(0, shape[0] * shape[1]), key_of(seed, "mock sentences", split)).reshape(*shape, 4)
+        sizes = 1 + words[:, 0, 0] % self.MOST_TOKENS
+        within = np.arange(self.MOST_TOKENS) < sizes[:, None]
+        begins = words[:, :, 1] % 12 == 0
+        begins[:, 0] = True
+        first = np.flatnonzero(begins[within])  # tokens that begin a sentence
+        self.ids = np.concatenate([4 + rows[i][: sizes[i]] for i in range(len(sizes))]).astype(self.dtype)
+        self.offsets = first * self.dtype.itemsize
+        self.lengths = np.diff(first, append=len(self.ids)).astype(np.int32)
+        self.document_indices = np.searchsorted(first, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))
+
+    def tokens(self, first_document: int, last_document: int) -> TokenStream:
+        """The tokens of documents [first, last) as one stream."""
+        edges = np.append(self.offsets // self.dtype.itemsize, len(self.ids))
+        start, stop = (int(edges[self.document_indices[i]]) for i in (first_document, last_document))
+        return TokenStream(self, start, stop, f"{first_document}:{last_document}")
+
+    def fingerprint(self) -> str:
+        """Tells this data from other mock data."""
+        return f"mock sentences v={self.vocab_size} split={self.split}"

@@ -22,4 +22,10 @@ class Microbatch:
     """[b, s] int64, position of each token in its document, below s. None: in its row, 0 to s - 1."""
     segments: torch.Tensor | None = None
     """[b, s] int64, which document of its row a token belongs to: it attends to tokens of that one only. None: a row is
-    one document."""
+    one document. For BERT: 1, and 0 for padding."""
+    token_types: torch.Tensor | None = None
+    """[b, s] int64, 0 for the first segment of a pair, 1 for the second."""
+    pair_label: torch.Tensor | None = None
+    """[b] int64, 1 for a pair that is no pair (nsp), or is swapped (sop)."""
+    pair_mask: torch.Tensor | None = None
+    """[b] of 0 and 1: which rows hold a pair."""

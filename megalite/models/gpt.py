@@ -3,101 +3,23 @@
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from megalite.models.batch import Microbatch
+from megalite.models.stage import Stage
 from megalite.nn.attention import attention_mask
-from megalite.nn.block import Block
-from megalite.nn.config import ModelConfig, RecomputeConfig
-from megalite.nn.dropout import EMBEDDING, HiddenDropout
-from megalite.nn.embedding import Embedding, VocabularyWeight
-from megalite.nn.init import initialize
 from megalite.nn.linear import column_parallel_linear
 from megalite.nn.loss import vocab_parallel_cross_entropy
-from megalite.nn.norm import Norm
-from megalite.nn.parameter import name_parameters
-from megalite.nn.recompute import recompute
-from megalite.nn.rope import rotary_table, table_at
-from megalite.parallel.context import ParallelContext
-from megalite.parallel.rng import Rng
 
 
-class TiedCopy(nn.Module):
-    """The last stage's copy of the word embedding, under the name of the original."""
+class GPT(Stage):
+    """One pipeline stage of a GPT: embedding on the first, layers, final norm and output layer on the last."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, dtype):
-        super().__init__()
-        self.word_embeddings = VocabularyWeight(model, context, dtype, tied_copy=True)
-
-
-class GPT(nn.Module):
-    """One pipeline stage of a GPT: embedding on the first, layers, final norm and output layer on the last.
-
-    Parameter names count layers in the whole model, so they are the same in every layout. All stages of one model are
-    made with the same configuration; `layers` is this stage's range.
-    """
-
-    loss_names: ClassVar[tuple[str, ...]] = ("loss",)
-    """Terms of the loss, whose sum is trained: what the last stage returns sums of, in this order."""
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        context: ParallelContext,
-        rng: Rng,
-        layers: range,
-        dtype: torch.dtype = torch.float32,
-        sequence_parallel: bool = False,
-        recompute_config: RecomputeConfig | None = None,
-        seed: int = 1234,
-    ):
-        super().__init__()
-        if model.vocab_size is None or (model.hidden_size % model.num_attention_heads and model.kv_channels is None):
-            raise ValueError(
-                f"a GPT needs a vocab_size (it is {model.vocab_size}) and a hidden_size {model.hidden_size} that its "
-                f"{model.num_attention_heads} heads divide, or kv_channels"
-            )
-        self.config, self.context, self.rng, self.dtype = model, context, rng, dtype
-        self.sequence_parallel = sequence_parallel and context.tensor.size > 1
-        self.recompute_config = recompute_config = recompute_config or RecomputeConfig()
-        first, last = context.is_first_stage, context.is_last_stage
-        if first:
-            self.embedding = Embedding(model, context, dtype, sequence_parallel)
-            self.embedding_dropout = HiddenDropout(model.hidden_dropout, rng, 0, EMBEDDING, context, sequence_parallel)
-        elif last and model.tied:
-            self.embedding = TiedCopy(model, context, dtype)
-        parts = (model, recompute_config, context, rng)
-        self.layers = nn.ModuleDict({str(i): Block(*parts, i, dtype, sequence_parallel, causal=True) for i in layers})
-        if last:
-            self.final_norm = Norm(model, context, dtype, sequence_parallel)
-            if not model.tied:
-                self.output = VocabularyWeight(model, context, dtype)
-        self.parameters_by_name = name_parameters(self)
-        initialize(self.parameters_by_name, seed)
-        self._rotary_table = None
-
-    def hidden_shape(self, microbatch: int) -> tuple[int, int, int]:
-        """Shape of what passes between stages: [s, b, h], or [s/t, b, h] under sequence parallelism."""
-        length = self.config.seq_length // (self.context.tensor.size if self.sequence_parallel else 1)
-        return length, microbatch, self.config.hidden_size
-
-    @property
-    def inputs(self) -> set[str]:
-        """Fields of a microbatch that this stage reads from the data, where the data has them."""
-        rope = self.config.position_embedding_type == "rope"
-        learned = self.config.position_embedding_type == "learned_absolute"
-        fields = {"segments"}
-        if rope or (learned and self.context.is_first_stage):
-            fields |= {"positions"}
-        if self.context.is_first_stage:
-            fields |= {"tokens"}
-        if self.context.is_last_stage:
-            fields |= {"labels", "loss_mask"}
-        return fields
+    causal: ClassVar[bool] = True
+    loss_names = ("loss",)
 
     @staticmethod
     def loss_counts(batch: Microbatch) -> torch.Tensor:
-        """How many items each term of the loss is a sum over, fp64 [1]: the unmasked tokens. For the last stage."""
+        """The number of unmasked tokens, fp64 [1]."""
         return batch.loss_mask.sum(dtype=torch.float64).unsqueeze(0)
 
     def forward(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
@@ -107,46 +29,13 @@ class GPT(nn.Module):
         hidden states, except on the last stage: there the sum over unmasked tokens of the labels' cross-entropy, [1],
         or without labels the logits of the vocabulary this rank holds, [s, b, v/t].
         """
-        if self.context.is_first_stage:
-            length = batch.tokens.shape[1]
-            x = self.embedding_dropout(self.embedding(batch.tokens, batch.positions), batch.samples)
-        else:
-            length = x.shape[0] * (self.context.tensor.size if self.sequence_parallel else 1)
         mask = None if batch.segments is None else attention_mask(batch.segments, causal=True)
-        x = self._run_layers(x, self._rotary(length, batch.positions), mask, batch.samples)
+        x = self.hidden(x, batch, mask)
         if not self.context.is_last_stage:
             return x
-        weight = self.embedding.word_embeddings.weight if self.config.tied else self.output.weight
-        logits = column_parallel_linear(self.final_norm(x), weight, None, self.context.tensor, self.sequence_parallel)
+        weight = self.output_weight
+        logits = column_parallel_linear(x, weight, None, self.context.tensor, self.sequence_parallel)
         if batch.labels is None:
             return logits
         losses = vocab_parallel_cross_entropy(logits, batch.labels.t(), weight.spec, self.context.tensor)
         return (losses * batch.loss_mask.t()).sum().unsqueeze(0)
-
-    def _rotary(self, length: int, positions: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The rotary table of the whole sequence, made at its first use for a length, or its rows for each token's
-        position; None with other kinds of positions."""
-        model = self.config
-        if model.position_embedding_type != "rope":
-            return None
-        if self._rotary_table is None or self._rotary_table[0].shape[0] != length:
-            device = self.context.device
-            self._rotary_table = rotary_table(length, model.head_size, model.rotary_base, self.dtype, device)
-        return self._rotary_table if positions is None else table_at(self._rotary_table, positions)
-
-    def _run_layers(self, x: torch.Tensor, rotary, mask, samples) -> torch.Tensor:
-        """This stage's layers, in groups that are recomputed as a whole where the configuration says so."""
-        layers, config = list(self.layers.values()), self.recompute_config
-        full = config.granularity == "full" and torch.is_grad_enabled()
-        n = config.recompute_num_layers
-        whole = full and config.recompute_method == "uniform"
-        groups = [layers[i : i + n] for i in range(0, len(layers), n)] if whole else [[layer] for layer in layers]
-        for index, group in enumerate(groups):
-
-            def run(x, group=group):
-                for layer in group:
-                    x = layer(x, rotary, mask, samples)
-                return x
-
-            x = recompute(run, self.rng, x) if whole or (full and index < n) else run(x)
-        return x

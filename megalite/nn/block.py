@@ -1,4 +1,8 @@
-"""One transformer layer, pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+"""One transformer layer.
+
+Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). Post-norm (Vaswani et al. 2017, section 3.1): norm(x +
+attention(x)), then norm(x + mlp(x)).
+"""
 
 import torch
 from torch import nn
@@ -13,13 +17,14 @@ from megalite.parallel.rng import Rng
 
 
 class Block(nn.Module):
-    """A transformer layer of GPT or Llama shape: hidden states [s, b, h] ([s/t, b, h] with sequence parallelism)."""
+    """A transformer layer: hidden states [s, b, h] ([s/t, b, h] with sequence parallelism)."""
 
     def __init__(
         self, model: ModelConfig, recompute_config: RecomputeConfig, context: ParallelContext, rng: Rng, layer: int,
         dtype: torch.dtype, sequence_parallel: bool, causal: bool,
     ):  # fmt: skip
         super().__init__()
+        self.post_norm = model.post_norm
         self.attention_norm = Norm(model, context, dtype, sequence_parallel)
         self.attention = Attention(model, recompute_config, context, rng, layer, dtype, sequence_parallel, causal)
         self.attention_dropout = HiddenDropout(
@@ -37,7 +42,9 @@ class Block(nn.Module):
         samples: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One layer. `rotary` and `mask` are for the attention; `samples` [b] are the rows' global sample numbers."""
-        y = self.attention(self.attention_norm(x), rotary, mask, samples)
+        y = self.attention(x if self.post_norm else self.attention_norm(x), rotary, mask, samples)
         x = self.attention_dropout(y, samples, self.attention.output.bias, x)
-        y = self.mlp(self.mlp_norm(x))
-        return self.mlp_dropout(y, samples, self.mlp.down.bias, x)
+        x = self.attention_norm(x) if self.post_norm else x
+        y = self.mlp(x if self.post_norm else self.mlp_norm(x))
+        x = self.mlp_dropout(y, samples, self.mlp.down.bias, x)
+        return self.mlp_norm(x) if self.post_norm else x

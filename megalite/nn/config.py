@@ -3,12 +3,21 @@
 from dataclasses import dataclass
 from typing import Literal
 
+PresetName = Literal[
+    "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "bert-base", "bert-large", "megatron-bert-1.3b", "megatron-bert-3.9b"
+]
+"""Published models that a configuration can start from."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of the transformer. Defaults give a GPT-2; `--swiglu --normalization RMSNorm
     --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights` a Llama."""
 
+    architecture: Literal["gpt", "bert"] = "gpt"
+    """Which model. pretrain_gpt.py and pretrain_bert.py know theirs; tools/verify_layouts.py takes either."""
+    preset: PresetName | None = None
+    """Shape of a published model. What is given beside it, on the command line or in the file, wins."""
     num_layers: int = 12
     """Transformer layers in the whole model, L."""
     hidden_size: int = 768
@@ -33,8 +42,13 @@ class ModelConfig:
     """Normalisation before attention, before the MLP and before the output layer."""
     norm_epsilon: float = 1e-5
     """Added to the variance before the square root in the normalisation."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """pre: normalise what goes into attention and MLP, and what leaves the last layer (as GPT-2 and Megatron-LM).
+    post: normalise the sum after each of them, and the embedding (as in BERT's paper; for BERT only)."""
     swiglu: bool = False
-    """Gated MLP, silu(gate) * up, in place of GELU (the tanh form, as in GPT-2)."""
+    """Gated MLP, silu(gate) * up, in place of GELU."""
+    gelu: Literal["tanh", "erf"] = "tanh"
+    """GELU by its tanh approximation (as GPT-2 and Megatron-LM) or exactly (as BERT)."""
     disable_bias_linear: bool = False
     """No biases in the linear layers."""
     untie_embeddings_and_output_weights: bool = False
@@ -50,6 +64,11 @@ class ModelConfig:
     """Probability of dropping an element of the embedding and of what each sublayer adds, 0 = off."""
     init_method_std: float = 0.02
     """Standard deviation of the initial weights; output projections of attention and MLP use this / sqrt(2L)."""
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether norms come after the residual sums."""
+        return self.norm_placement == "post"
 
     @property
     def ffn(self) -> int:

@@ -34,7 +34,7 @@ def _weight_gradient(weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) 
 
 
 def _bias_gradient(grad: torch.Tensor, bias_shape: tuple[int, ...]) -> torch.Tensor:
-    return grad.sum(dim=(0, 1)).view(bias_shape)
+    return grad.sum(dim=tuple(range(grad.dim() - 1))).view(bias_shape)
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -93,7 +93,7 @@ class _RowParallel(torch.autograd.Function):
 def column_parallel_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group, sequence_parallel: bool
 ) -> torch.Tensor:
-    """x W^T + b with W's leading dims split over the group: [s, b, h] -> [s, b, f/t].
+    """x W^T + b with W's leading dims split over the group: [..., h] -> [..., f/t].
 
     `weight` is [..., h] and `bias` [...], flattened to f/t rows. With `sequence_parallel`, x is [s/t, b, h].
     The backward overlaps its all-reduce (reduce-scatter) with the weight-gradient product.
@@ -125,6 +125,25 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, h] (or [s/t, b, h] under sequence parallelism) -> [s, b, f/t]."""
         return column_parallel_linear(x, self.weight, self.bias, self.group, self.sequence_parallel)
+
+
+class ReplicatedLinear(nn.Module):
+    """A linear layer that every tensor-parallel rank holds whole, and computes alike, for whole rows."""
+
+    def __init__(self, in_features, out_features, std, bias, context: ParallelContext, dtype):
+        super().__init__()
+        self.alone = Group((context.rank,), 0)
+
+        def parameter(shape, init, std=0.0, weight_decay=True):
+            spec = ParameterSpec(shape, Box.whole(shape), False, init, std, weight_decay)
+            return make_parameter(shape, spec, dtype, context.device)
+
+        self.weight = parameter((out_features, in_features), "normal", std)
+        self.bias = parameter((out_features,), "zeros", weight_decay=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., h] -> [..., f]."""
+        return column_parallel_linear(x, self.weight, self.bias, self.alone, sequence_parallel=False)
 
 
 class RowParallelLinear(nn.Module):

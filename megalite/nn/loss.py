@@ -39,9 +39,26 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 def vocab_parallel_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, weight: ParameterSpec, group: Group
 ) -> torch.Tensor:
-    """-log softmax(logits)[label] for every token: logits [s, b, v/t], labels [s, b] -> losses [s, b].
+    """-log softmax(logits)[label] for every token: logits [..., v/t], labels [...] -> losses [...].
 
     Computed in fp32 for half precisions, in the logits' own dtype otherwise; the logits may be overwritten. `weight` is
     the spec of the output weight: its box says which entries these logits are for; padding counts for nothing.
     """
     return _VocabParallelCrossEntropy.apply(logits, labels, weight.box.offset[0], weight.box.shape[0], group)
+
+
+@torch.no_grad()
+def vocab_parallel_argmax(logits: torch.Tensor, weight: ParameterSpec, group: Group) -> torch.Tensor:
+    """The entry with the largest logit, the first of several: logits [..., v/t] -> int64 [...]. `weight` as above."""
+    start, valid = weight.box.offset[0], weight.box.shape[0]
+    if valid == 0:  # a rank of padding only
+        top = torch.full_like(logits[..., 0], float("-inf"))
+        entry = torch.full(top.shape, weight.global_shape[0], device=logits.device)
+    else:
+        top, entry = logits[..., :valid].max(dim=-1)
+        entry += start
+    best = top.clone(memory_format=torch.contiguous_format)
+    all_reduce(best, group, op="max")
+    entry = torch.where(top == best, entry, weight.global_shape[0]).contiguous()
+    all_reduce(entry, group, op="min")
+    return entry

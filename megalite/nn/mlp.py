@@ -1,4 +1,4 @@
-"""The MLP of a block: GELU (Hendrycks and Gimpel 2016, the tanh form) or SwiGLU (Shazeer 2020)."""
+"""The MLP of a block: GELU (Hendrycks and Gimpel 2016) or SwiGLU (Shazeer 2020)."""
 
 import math
 
@@ -10,12 +10,17 @@ from megalite.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.parallel.context import ParallelContext
 
 
+def gelu(x: torch.Tensor, form: str) -> torch.Tensor:
+    """x Phi(x), exactly ("erf") or by its "tanh" approximation."""
+    return nn.functional.gelu(x, approximate="none" if form == "erf" else form)
+
+
 class MLP(nn.Module):
     """down(gelu(up(x))), or down(silu(gate) * up) with gate and up as one weight [2, f, h]; f split over ranks."""
 
     def __init__(self, model: ModelConfig, context: ParallelContext, dtype, sequence_parallel: bool):
         super().__init__()
-        self.swiglu = model.swiglu
+        self.swiglu, self.gelu = model.swiglu, model.gelu
         features, split_dim = ((2, model.ffn), 1) if model.swiglu else ((model.ffn,), 0)
         std, bias = model.init_method_std, not model.disable_bias_linear
         self.up = ColumnParallelLinear(
@@ -31,4 +36,4 @@ class MLP(nn.Module):
         if self.swiglu:
             gate, up = x.chunk(2, dim=-1)
             return self.down(nn.functional.silu(gate) * up)
-        return self.down(nn.functional.gelu(x, approximate="tanh"))
+        return self.down(gelu(x, self.gelu))

@@ -1,5 +1,7 @@
 """Which layers each pipeline stage holds. Pure, no torch."""
 
+from megalite.nn.config import ModelConfig
+
 
 def output_cost(vocab_size: int, hidden_size: int, ffn_size: int, swiglu: bool) -> float:
     """Work of the output layer and loss in units of one transformer layer: their ratio of weights."""
@@ -29,3 +31,12 @@ def partition(num_layers: int, stages: int, first_cost: float = 0.0, last_cost: 
             load[lightest] += 1
     starts = [sum(counts[:stage]) for stage in range(stages)]
     return [range(start, start + count) for start, count in zip(starts, counts)]
+
+
+def layers_of_stages(model: ModelConfig, stages: int, predicted: float) -> list[range]:
+    """The layers of each stage of a model whose output layer is computed for this share of the tokens.
+
+    The embedding is a look-up and weighs nothing beside a layer. Raises ValueError with more stages than layers.
+    """
+    last_cost = predicted * output_cost(model.vocab_size, model.hidden_size, model.ffn, model.swiglu)
+    return partition(model.num_layers, stages, first_cost=0.0, last_cost=last_cost)

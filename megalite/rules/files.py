@@ -94,7 +94,7 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
         stored = json.loads((folder / STATE_FILE).read_text()).get("data") if folder is not None else None
         if stored is None:
             return
-        now = data_state(config.data, config.model, config.training.seed)
+        now = data_state(config)
         differences = DataState.from_json(stored).differences(now)
     except (CheckpointError, DatasetError, OSError, ValueError, KeyError, TypeError):
         return  # other rules, or loading, say what is wrong

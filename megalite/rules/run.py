@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 
 from megalite.config import RunConfig
-from megalite.nn.config import ModelConfig
-from megalite.pipeline.partition import output_cost, partition
+from megalite.pipeline.partition import layers_of_stages
 from megalite.rules.finding import (
     EXAMPLES,
     PATHS,
@@ -30,7 +29,7 @@ def recompute_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
             ({"recompute_activations": False}, {"recompute_granularity": "selective"}),
         )
     elif r.granularity == "full" and p <= m.num_layers:
-        most = _largest_stage(m, p)
+        most = _largest_stage(config)
         if r.recompute_num_layers > most:
             yield Finding(
                 f"--recompute-num-layers {r.recompute_num_layers} is more than the {most} layers of the largest stage",
@@ -39,12 +38,12 @@ def recompute_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
             )
 
 
-def _largest_stage(model: ModelConfig, stages: int) -> int:
+def _largest_stage(config: RunConfig) -> int:
     """Layers of the fullest stage; the most that it could have while the vocabulary is still to be read from a file."""
+    model, stages = config.model, config.parallel.pipeline_model_parallel_size
     if model.vocab_size is None:
         return model.num_layers // stages if model.num_layers % stages == 0 else model.num_layers - stages + 1
-    last_cost = output_cost(model.vocab_size, model.hidden_size, model.ffn, model.swiglu)
-    return max(map(len, partition(model.num_layers, stages, last_cost=last_cost)))
+    return max(map(len, layers_of_stages(model, stages, config.predicted)))
 
 
 def precision_is_one(config: RunConfig, world_size: int) -> Iterator[Finding]:

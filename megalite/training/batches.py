@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from megalite.config import RunConfig
+from megalite.data.bert import BertLoader
 from megalite.data.indexed import DatasetError
 from megalite.data.sampler import BatchLoader, first_sample
 from megalite.data.tokenizers import configured_tokenizer
@@ -15,7 +16,7 @@ from megalite.training.prefetch import Prefetcher
 class GlobalBatches:
     """Global batches by their first sample. A stage of the model reads what its `inputs` name, if the loader has it."""
 
-    def __init__(self, loader: BatchLoader, model, global_batch_size: int):
+    def __init__(self, loader: BatchLoader | BertLoader, model, global_batch_size: int):
         self.loader, self.model, self.context = loader, model, model.context
         self.microbatches = global_batch_size // (loader.micro_batch_size * loader.data_size)
         self.fields = model.inputs & loader.fields
@@ -40,7 +41,7 @@ class GlobalBatches:
             return batches, counts
         all_reduce(counts, self.context.data)
         if not counts.any():
-            raise DatasetError(f"every token of the global batch at sample {consumed} is masked out of the loss")
+            raise DatasetError(f"the loss counts no token of the global batch at sample {consumed}")
         return batches, torch.where(counts > 0, 1.0 / counts, 0.0)
 
     def read(self, consumed: int) -> list[Microbatch]:
@@ -81,11 +82,13 @@ def build_batches(config: RunConfig, dataset, model, eod: int | None = None) -> 
     when there is none.
     """
     data, context = config.data, model.context
+    share = dataset, data.micro_batch_size, context.layout.data, context.coordinates.data
+    if config.is_bert:
+        return GlobalBatches(BertLoader(*share), model, data.global_batch_size)
     if eod is None and data.eod_matters:
         eod = configured_tokenizer(data, config.model.vocab_size).eod
     loader = BatchLoader(
-        dataset, data.micro_batch_size, context.layout.data, context.coordinates.data, eod=eod,
-        eod_mask_loss=data.eod_mask_loss, reset_position_ids=data.reset_position_ids,
+        *share, eod=eod, eod_mask_loss=data.eod_mask_loss, reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
     )  # fmt: skip
     return GlobalBatches(loader, model, data.global_batch_size)

@@ -1,19 +1,22 @@
 """From a configuration to the parts of a run: device and groups, model, engine, optimizer."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from megalite.config import RunConfig
+from megalite.models.bert import Bert
 from megalite.models.gpt import GPT
+from megalite.models.stage import Stage
 from megalite.optim.optimizer import Optimizer
 from megalite.parallel.context import DeviceError, ParallelContext, choose_device
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rng import CountedRng, Rng, RngTracker
 from megalite.pipeline.engine import PipelineEngine
-from megalite.pipeline.partition import output_cost, partition
+from megalite.pipeline.partition import layers_of_stages
 
 TIED_WEIGHT = "embedding.word_embeddings.weight"
 
@@ -47,26 +50,23 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
 class Parts:
     """The parts of a run that hold a model: built together, since each needs the one before."""
 
-    model: GPT
+    model: Stage
     rng: Rng
     engine: PipelineEngine
     optimizer: Optimizer
 
 
-def build_gpt(config: RunConfig, context: ParallelContext, rng: Rng) -> GPT:
-    """This rank's stage of the GPT, with its initial weights."""
-    model = config.model
-    last_cost = output_cost(model.vocab_size, model.hidden_size, model.ffn, model.swiglu)
-    # The embedding is a look-up and weighs nothing beside a layer.
-    stages = partition(model.num_layers, context.pipeline.size, first_cost=0.0, last_cost=last_cost)
-    layers = stages[context.pipeline.rank]
-    return GPT(
-        model, context, rng, layers, getattr(torch, config.optimizer.dtype), config.parallel.sequence_parallel,
+def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stage:
+    """This rank's stage of the model, a GPT or a BERT, with its initial weights."""
+    layers = layers_of_stages(config.model, context.pipeline.size, config.predicted)[context.pipeline.rank]
+    arguments = (
+        config.model, context, rng, layers, getattr(torch, config.optimizer.dtype), config.parallel.sequence_parallel,
         config.recompute, config.training.seed,
     )  # fmt: skip
+    return Bert(*arguments, pair=config.pair_head) if config.is_bert else GPT(*arguments)
 
 
-def build_parts(config: RunConfig, context: ParallelContext, build_model=build_gpt) -> Parts:
+def build_parts(config: RunConfig, context: ParallelContext, build_model: Callable = build_model) -> Parts:
     """Model, engine and optimizer of a resolved configuration."""
     seed = config.training.seed
     rng = CountedRng.for_seed(seed) if config.training.rng_scheme == "global" else RngTracker.for_rank(seed, context)

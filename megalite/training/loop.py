@@ -119,18 +119,21 @@ class Trainer:
         training = self.config.training
         self.step_seconds = seconds if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * seconds
         if self.context.rank == 0 and (iteration % training.log_interval == 0 or iteration == training.train_iters):
-            flops = flops_per_sequence(self.config.model) * self.config.data.global_batch_size
+            flops = flops_per_sequence(self.config.model, self.config.predicted, heads=self.config.is_bert)
+            flops *= self.config.data.global_batch_size
             print(training_line(line, losses, training.train_iters, flops, self.step_seconds), flush=True)
 
     def _evaluate(self, iteration: int, signals: StopSignals) -> str:
-        """Mean loss over the tokens of --eval-iters batches: always the same ones, so that losses can be compared.
+        """Mean loss and scores over the items of --eval-iters batches: always the same, so that they can be compared.
 
         Given up when any rank has caught a signal; returns that reason to stop, or an empty string.
         """
         if self.validation_data is None:
             return ""
         model = self.parts.model
-        totals, counts = torch.zeros(2, len(model.loss_names), dtype=torch.float64, device=self.context.device)
+        terms, device = len(model.loss_names), self.context.device
+        totals = torch.zeros(terms + len(model.score_names), dtype=torch.float64, device=device)
+        counts = torch.zeros(terms, dtype=torch.float64, device=device)
         model.eval()
         reason = ""
         for i in range(self.config.training.eval_iters):
@@ -146,9 +149,11 @@ class Trainer:
         sums = self._sum_over_ranks(*self._counted_once(totals), *self._counted_once(counts))
         totals, counts = sums[: len(totals)], sums[len(totals) :]
         if not any(counts):
-            raise DatasetError(f"all tokens of the {self.config.training.eval_iters} validation batches are masked")
-        means = [total / count if count else 0.0 for total, count in zip(totals, counts)]
-        losses = {f"validation_{name}": value for name, value in by_name(model.loss_names, means).items()}
+            raise DatasetError(f"the loss counts no token of {self.config.training.eval_iters} validation batches")
+        # A score's items are those of its term.
+        means = [total / count if count else 0.0 for total, count in zip(totals, counts * 2)]
+        named = by_name(model.loss_names, means[:terms]) | dict(zip(model.score_names, means[terms:]))
+        losses = {f"validation_{name}": value for name, value in named.items()}
         self.metrics.write(iteration=iteration, **losses)
         if self.context.rank == 0:
             print(f"iteration {iteration} | {in_words(losses)}", flush=True)

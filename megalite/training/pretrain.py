@@ -19,7 +19,7 @@ from megalite.parallel.collectives import gather_objects
 from megalite.parallel.context import DeviceError, ParallelContext
 from megalite.parallel.launch import LaunchInfo
 from megalite.training.batches import GlobalBatches, build_batches
-from megalite.training.build import Parts, build_context, build_gpt, build_parts
+from megalite.training.build import Parts, build_context, build_model, build_parts
 from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
 from megalite.training.replicas import ReplicasDiffer
@@ -49,7 +49,7 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = build_gpt) -> None:
+def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = build_model) -> None:
     """Run a resolved configuration from start, or from its checkpoint, to the end of the training.
 
     `build_model(config, context, rng)` makes this rank's stage. Raises before training starts when data, device or
@@ -64,11 +64,11 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
 
         say(to_yaml(config).rstrip())
         say(description)
-        sources = build_sources(config.data, config.model, config.training.seed, _samples_wanted(config))
+        sources = build_sources(config, _samples_wanted(config))
         parts = build_parts(config, context, build_model)
         say(_model_line(parts, context))
         progress = _starting_point(config, parts, context)
-        now = data_state(config.data, config.model, config.training.seed)
+        now = data_state(config)
         settle_data(progress, now, config.checkpoint.allow_data_change)
         for note in progress.notes:
             say(note)

@@ -31,7 +31,7 @@ from megalite.parallel.boxes import Box
 from megalite.parallel.collectives import barrier
 from megalite.parallel.launch import LaunchInfo
 from megalite.training.batches import GlobalBatches, build_batches
-from megalite.training.build import build_context, build_gpt, build_parts
+from megalite.training.build import build_context, build_model, build_parts
 
 ACTIVATION, LOSS, ACTIVATION_GRADIENT, GRADIENT = "activation", "loss", "gradient of activation", "gradient"
 RECORDED_MODULES = (Attention, ColumnParallelLinear, Embedding, HiddenDropout, MLP, Norm)
@@ -101,8 +101,8 @@ class Recorder:
         self._samples = None
 
     def _output(self, place: str, module, args, output) -> None:
-        if self._samples is None:
-            return  # recomputed in a backward: recorded before
+        if self._samples is None or output.dim() != 3:
+            return  # recomputed in a backward: recorded before; or of a head, for some tokens only
         first = int(self._samples[0])
         self._keep(ACTIVATION, place, module, first, output)
         if output.requires_grad:
@@ -123,7 +123,7 @@ class Recorder:
         self.parts.append(Part(kind, place, (self.batch_size, length, *features), box, values))
 
 
-def record(launch: LaunchInfo, config: RunConfig, folder: str | Path, build_model: Callable = build_gpt) -> None:
+def record(launch: LaunchInfo, config: RunConfig, folder: str | Path, build_model: Callable = build_model) -> None:
     """Run one step (forward and backward of the first global batch, gradients reduced) as one rank of a resolved
     configuration, and write what it computed to a file of its own in `folder`. Collective over the launcher's ranks.
 
@@ -162,9 +162,8 @@ def _stir(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
 
 def _batches(config: RunConfig, model) -> GlobalBatches:
     data = config.data
-    sources = build_sources(data, config.model, config.training.seed, {"train": data.global_batch_size})
-    dataset = blended(sources["train"])
-    if not data.mock_data:
+    dataset = blended(build_sources(config, {"train": data.global_batch_size})["train"])
+    if not data.mock_data or config.is_bert:  # BERT's made-up samples are of many lengths already
         return build_batches(config, dataset, model)
     config = replace(config, data=replace(data, eod_mask_loss=True))
     return build_batches(config, MadeUpDocuments(dataset, config.model.seq_length), model, END)

@@ -185,7 +185,7 @@ def data_changed(differences: list[str]) -> str:
 MAY_DIFFER = {
     "save", "save_interval", "keep_last", "load", "ckpt_step", "no_load_optim", "no_load_rng", "metrics_file",
     "dry_run", "log_interval", "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "world_size", "device",
-    "distributed_backend", "distributed_timeout_minutes", "check_replicas", "allow_data_change",
+    "distributed_backend", "distributed_timeout_minutes", "check_replicas", "allow_data_change", "preset",
 }  # fmt: skip
 """Fields that change nothing of what is computed."""
 

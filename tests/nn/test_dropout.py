@@ -7,7 +7,7 @@ from megalite.nn.dropout import AFTER_MLP, AttentionDropout, HiddenDropout
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rng import CountedRng, RngTracker
 from megalite.training.batches import build_batches
-from megalite.training.build import build_gpt
+from megalite.training.build import build_model
 from tests.layouts import configuration
 from tests.tiny import SINGLE, build, context_of
 
@@ -78,7 +78,7 @@ def test_samples_are_numbered_through_the_whole_run(data, micro_batch_size):
     seen, layout = {}, ParallelLayout(data=data)
     for rank in range(data):
         config, context = configuration(SINGLE, micro_batch_size=micro_batch_size), context_of(layout, rank)
-        batches = build_batches(config, Epochs(), build_gpt(config, context, CountedRng.for_seed(0)))
+        batches = build_batches(config, Epochs(), build_model(config, context, CountedRng.for_seed(0)))
         for consumed in (0, 8):
             for batch in batches.read(consumed):
                 seen |= dict(zip(batch.samples.tolist(), batch.tokens[:, 0].tolist()))

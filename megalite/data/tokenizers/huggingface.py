@@ -34,6 +34,10 @@ class LibraryTokenizer(ReferenceTokenizer):
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
         self.sha256 = digest(self.kind, *contents)
 
+    def ids_of(self, tokens: Sequence[str]) -> list[int | None]:
+        """Their ids; None for one that is not in the vocabulary."""
+        return [self._vocabulary.get(token) for token in tokens]
+
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Ids of each text; nothing is put around them."""
         refuse_surrogates(texts)

@@ -1,0 +1,132 @@
+"""BERT (Devlin et al. 2018): the part of it that one rank holds, as one module."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from megalite.models.batch import Microbatch
+from megalite.models.stage import Stage
+from megalite.nn.attention import attention_mask
+from megalite.nn.config import ModelConfig
+from megalite.nn.embedding import vocabulary_bias
+from megalite.nn.linear import ReplicatedLinear, column_parallel_linear
+from megalite.nn.loss import vocab_parallel_argmax, vocab_parallel_cross_entropy
+from megalite.nn.mlp import gelu
+from megalite.nn.norm import Norm
+from megalite.parallel.collectives import gather_sequence
+from megalite.parallel.context import ParallelContext
+
+
+class MaskedLanguageHead(nn.Module):
+    """norm(gelu(dense(x))), and the bias of the output layer, which is the word embedding's transpose if tied."""
+
+    def __init__(self, model: ModelConfig, context: ParallelContext, dtype):
+        super().__init__()
+        h, biased, self.gelu = model.hidden_size, not model.disable_bias_linear, model.gelu
+        self.dense = ReplicatedLinear(h, h, model.init_method_std, biased, context, dtype)
+        self.norm = Norm(model, context, dtype, sequence_parallel=False)
+        self.bias = vocabulary_bias(model, context, dtype) if biased else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., h] -> [..., h]: what the output layer takes."""
+        return self.norm(gelu(self.dense(x), self.gelu))
+
+
+class Bert(Stage):
+    """One pipeline stage of a BERT: embedding on the first, layers, final norm and heads on the last.
+
+    pair: give the last stage a pooler and a head that tells two kinds of pairs of segments apart (next-sentence or
+    sentence-order prediction).
+
+    The output layer is computed for the tokens to be predicted only, of whole sequences: under sequence parallelism
+    they are gathered first, so that the heads' work and gradients are the same on every tensor-parallel rank.
+    """
+
+    causal: ClassVar[bool] = False
+    token_types: ClassVar[int] = 2
+
+    def __init__(self, *arguments, pair: bool = True, **options):
+        self.has_pair = pair  # before nn.Module's own: build_heads needs it
+        super().__init__(*arguments, **options)
+        self.loss_names = ("mlm_loss", "pair_loss") if pair else ("loss",)
+        self.score_names = ("mlm_accuracy", "pair_accuracy") if pair else ("mlm_accuracy",)
+
+    def build_heads(self) -> None:
+        """The masked-language-model head, and for pairs the pooler and their head."""
+        model, context = self.config, self.context
+        self.mlm_head = MaskedLanguageHead(model, context, self.dtype)
+        if self.has_pair:
+            h, std, biased = model.hidden_size, model.init_method_std, not model.disable_bias_linear
+            self.pooler = ReplicatedLinear(h, h, std, biased, context, self.dtype)
+            self.pair_head = ReplicatedLinear(h, 2, std, biased, context, self.dtype)
+
+    @property
+    def inputs(self) -> set[str]:
+        """Fields of a microbatch that this stage reads: the padding mask everywhere, token types on the first, what is
+        to be predicted on the last."""
+        fields = super().inputs
+        if self.context.is_first_stage:
+            fields |= {"token_types"}
+        if self.context.is_last_stage and self.has_pair:
+            fields |= {"pair_label", "pair_mask"}
+        return fields
+
+    def loss_counts(self, batch: Microbatch) -> torch.Tensor:
+        """The number of tokens to be predicted, and of pairs, fp64 [2]; or of the tokens alone, fp64 [1]."""
+        masks = (batch.loss_mask, batch.pair_mask) if self.has_pair else (batch.loss_mask,)
+        return torch.stack([mask.sum(dtype=torch.float64) for mask in masks])
+
+    def encode(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
+        """This stage's share of the encoder: hidden states, [s, b, h] of whole sequences after the final norm on the
+        last stage. Tokens see those of their own segment: padding is a segment of its own."""
+        mask = None if batch.segments is None else attention_mask(batch.segments, causal=False)
+        x = self.hidden(x, batch, mask)
+        if self.context.is_last_stage and self.sequence_parallel:
+            x = gather_sequence(x, self.context.tensor, partial_gradients=False)
+        return x
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """tanh(linear(first token)) of what `encode` gives on the last stage: [s, b, h] -> [b, h]."""
+        return self.pooler(x[0]).tanh()
+
+    def forward(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
+        """One stage's share of the forward pass.
+
+        x: hidden states from the previous stage; None on the first stage, which starts from the batch's tokens. Gives
+        hidden states, except on the last stage: there the sums over tokens to be predicted and over pairs of their
+        cross-entropy, [2] ([1] without pairs), in evaluation mode followed by the numbers of right guesses; or without
+        labels the logits of every token, [s, b, v/t].
+        """
+        x = self.encode(x, batch)
+        if not self.context.is_last_stage:
+            return x
+        if batch.labels is None:
+            return self._logits(x)
+        sums = [self._masked_tokens(x, batch), *([self._pairs(x, batch)] if self.has_pair else [])]
+        return torch.cat([torch.stack(part) for part in zip(*sums, strict=True)])
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., h] -> [..., v/t]."""
+        return column_parallel_linear(
+            self.mlm_head(x), self.output_weight, self.mlm_head.bias, self.context.tensor, sequence_parallel=False
+        )
+
+    def _masked_tokens(self, x: torch.Tensor, batch: Microbatch) -> list[torch.Tensor]:
+        """Sum of the losses of the tokens to be predicted and, in evaluation mode, how many are guessed right."""
+        chosen = batch.loss_mask.t() > 0
+        logits, labels = self._logits(x[chosen]), batch.labels.t()[chosen]
+        spec, group = self.output_weight.spec, self.context.tensor
+        # Before the loss, which overwrites the logits.
+        right = [] if self.training else [(vocab_parallel_argmax(logits, spec, group) == labels).sum()]
+        total = vocab_parallel_cross_entropy(logits, labels, spec, group).sum()
+        return [total, *(count.to(total.dtype) for count in right)]
+
+    def _pairs(self, x: torch.Tensor, batch: Microbatch) -> list[torch.Tensor]:
+        """The same for pairs."""
+        logits = self.pair_head(self.pooled(x))
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        losses = nn.functional.cross_entropy(logits, batch.pair_label, reduction="none")
+        total = (losses * batch.pair_mask).sum()
+        right = [] if self.training else [((logits.argmax(dim=-1) == batch.pair_label) * batch.pair_mask).sum()]
+        return [total, *(count.to(total.dtype) for count in right)]
