@@ -13,9 +13,19 @@ from typing import Annotated, Any, NoReturn
 import tyro
 
 from megalite import validate
-from megalite.config import ConfigError, Option, Problem, RunConfig, example, nearest, options, read_flat, with_values
+from megalite.config import (
+    ConfigError,
+    Option,
+    Problem,
+    RunConfig,
+    example,
+    nearest,
+    options,
+    read_flat,
+    with_preset,
+    with_values,
+)
 from megalite.data.bert_config import BertDataConfig
-from megalite.models.presets import preset
 from megalite.nn.config import ModelConfig
 
 PAGE_WIDTH = 100
@@ -116,8 +126,8 @@ def read(argv: list[str], architecture: str | None = None) -> RunConfig:
     if file is not None:
         values, in_file = read_yaml(file)
         problems = [*in_file, *problems]
-    given = values | flags
-    config = assemble({} if architecture is None else {"architecture": architecture}, given)
+    default = {} if architecture is None else {"architecture": architecture}
+    config = with_values(RunConfig(), default | with_preset(values | flags))
     asked = config.model.architecture
     if architecture not in (None, asked):
         cause = "--preset " + config.model.preset if config.model.preset else "--architecture " + asked
@@ -126,12 +136,6 @@ def read(argv: list[str], architecture: str | None = None) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     return config
-
-
-def assemble(defaults: dict[str, Any], given: dict[str, Any]) -> RunConfig:
-    """The configuration with the values `given` by key, over those of the preset among them, over `defaults`."""
-    name = given.get("preset")
-    return with_values(RunConfig(), defaults | (preset(name) if name else {}) | given)
 
 
 def read_flags(argv: list[str]) -> tuple[str | None, dict[str, Any], list[Problem]]:

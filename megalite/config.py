@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from megalite.checkpoint.config import CheckpointConfig
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import DataConfig
+from megalite.models.presets import preset
 from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.optim.config import OptimizerConfig
 from megalite.parallel.config import ParallelConfig
@@ -188,7 +189,13 @@ def from_flat(flat: dict[str, Any], base: RunConfig | None = None) -> RunConfig:
     values, problems = read_flat(flat)
     if problems:
         raise ConfigError(problems)
-    return with_values(base or RunConfig(), values)
+    return with_values(base or RunConfig(), with_preset(values))
+
+
+def with_preset(values: dict[str, Any]) -> dict[str, Any]:
+    """The values by key, and those of the preset among them that they do not name themselves."""
+    name = values.get("preset")
+    return (preset(name) if name else {}) | values
 
 
 def read_flat(flat: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:

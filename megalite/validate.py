@@ -9,6 +9,7 @@ Whatever would be silently ignored is a problem.
 from typing import Any
 
 from megalite.config import Problem, RunConfig, options, with_values
+from megalite.rules.bert import BERT_RULES
 from megalite.rules.files import FILE_RULES
 from megalite.rules.finding import PATHS, Finding, Rule, global_batch, iterations
 from megalite.rules.layout import LAYOUT_RULES
@@ -16,7 +17,7 @@ from megalite.rules.run import RUN_RULES
 from megalite.rules.tokenizer import build_tokenizer
 from megalite.rules.values import nothing_is_ignored, out_of_range
 
-PURE_RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *RUN_RULES, nothing_is_ignored)
+PURE_RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *RUN_RULES, *BERT_RULES, nothing_is_ignored)
 """Every rule that reads no file."""
 OFFERED_PER_FLAG = 2
 """Values offered for one flag in a fix, the nearest first."""

@@ -70,6 +70,15 @@ def more_parameters(number: int) -> Check:
     return check
 
 
+def has(**values: Any) -> Check:
+    """The fields have these values, and had not all of them."""
+
+    def check(before: dict, after: dict):
+        assert {key: after[key] for key in values} == values != {key: before[key] for key in values}
+
+    return check
+
+
 def becomes(attribute: str, value: Any) -> Check:
     """An attribute of the run has this value, and had another."""
 

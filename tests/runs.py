@@ -20,7 +20,7 @@ import torch
 from megalite import cli, validate
 from megalite.checkpoint.folder import list_iterations
 from megalite.checkpoint.load import Checkpoint
-from megalite.config import RunConfig, from_flat, to_yaml
+from megalite.config import RunConfig, from_flat, to_flat, to_yaml
 from megalite.data.indexed import DatasetInfo
 from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.preprocess import preprocess
@@ -280,6 +280,11 @@ def complaints(bench: Bench, flags: dict, ranks: int) -> str:
     """What the checks say against the flags, in a folder as of a run."""
     with working_in(bench.new_folder()):
         return "; ".join(problem.message for problem in validate.check(from_flat(flags), ranks))
+
+
+def of_the_preset(bench: Bench, flags: dict, ranks: int) -> dict:
+    """Every field by its name, of a configuration that names the preset and nothing else."""
+    return to_flat(from_flat({"preset": flags.get("preset")}))
 
 
 def check_only(bench: Bench, flags: dict, ranks: int) -> str:

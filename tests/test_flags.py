@@ -21,6 +21,7 @@ from tests.checks import (
     column,
     from_to,
     goes_on_from,
+    has,
     leaves_out,
     less_is_kept,
     losses_from,
@@ -84,7 +85,14 @@ MEGATRON = {**REAL, "sample_order": "megatron"}
 PLAIN = REAL | {"data_path": "../plain"}
 """Numbers that any tokenizer might have made; bytes are 257 entries."""
 BPE = dict(tokenizer_type="GPT2BPETokenizer", vocab_file="../vocab.json", merge_file="../merges.txt")
-BERT = dict(tokenizer_type="BertWordPieceCase", vocab_file="../cased.txt")
+CASED = dict(tokenizer_type="BertWordPieceCase", vocab_file="../cased.txt")
+BERT = {"architecture": "bert"}
+PRESET_SHAPES = {
+    "gpt2": [(12, 768), (24, 1024), (36, 1280), (48, 1600)],
+    "bert-base": [(12, 768), (24, 1024)],
+    "megatron-bert-1.3b": [(24, 2048), (48, 2560)],
+}
+"""Layers and hidden size, as the papers have them."""
 MORE_PIECES = "../more_text_document"
 LONGER = dict(train_iters=8, hidden_dropout=0.1)
 """A run that ../trained was saved by, at iterations 2 and 4; ../trained-with-streams too, under the other scheme."""
@@ -103,6 +111,16 @@ def half_cosine(high: float, low: float = 0.0) -> tuple[float, ...]:
 
 FLAGS: dict[str, list[Effect]] = {
     # model
+    "architecture": [effect("bert", losses_from(1), says("mlm loss"))],
+    "preset": [
+        Effect(name, (has(preset=name, num_layers=layers, hidden_size=hidden, **family),), observe=runs.of_the_preset)
+        for names, family in (
+            (("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), {"seq_length": 1024, "architecture": "gpt"}),
+            (("bert-base", "bert-large"), {"architecture": "bert", "norm_placement": "post", "gelu": "erf"}),
+            (("megatron-bert-1.3b", "megatron-bert-3.9b"), {"architecture": "bert", "norm_placement": "pre"}),
+        )
+        for name, (layers, hidden) in zip(names, PRESET_SHAPES[names[0]])
+    ],
     "num_layers": [dry(3, shape("layers.2.attention.qkv.weight", 4, 3, 4, 16))],
     "hidden_size": [dry(32, shape("final_norm.weight", 32))],
     "num_attention_heads": [dry(2, shape("layers.0.attention.qkv.weight", 2, 3, 8, 16))],
@@ -118,6 +136,8 @@ FLAGS: dict[str, list[Effect]] = {
     ],
     "rotary_base": [effect(10.0, losses_from(1), base=ROPE)],
     "normalization": [effect("RMSNorm", losses_from(1), more_parameters(-(2 * LAYERS + 1) * HIDDEN))],
+    "norm_placement": [dry("post", prints("embedding_norm.weight [16]"), leaves_out("final_norm.weight"), base=BERT)],
+    "gelu": [effect("erf", losses_from(1), base={"init_method_std": 1.0})],
     "norm_epsilon": [effect(0.1, losses_from(1))],
     "swiglu": [dry(True, shape("layers.0.mlp.up.weight", 2, 64, 16))],
     "disable_bias_linear": [dry(True, leaves_out("layers.0.attention.qkv.bias"), leaves_out("layers.1.mlp.down.bias"))],
@@ -177,15 +197,15 @@ FLAGS: dict[str, list[Effect]] = {
             effect(also["tokenizer_type"], more_parameters((size - 257) * HIDDEN), base=PLAIN, also=also)
             for size, also in (
                 (330, BPE),
-                (120, BERT | {"tokenizer_type": "BertWordPieceLowerCase", "vocab_file": "../uncased.txt"}),
-                (130, BERT),
+                (120, CASED | {"tokenizer_type": "BertWordPieceLowerCase", "vocab_file": "../uncased.txt"}),
+                (130, CASED),
                 (332, {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "../hf"}),
                 (50257, {"tokenizer_type": "TikTokenizer", "tokenizer_model": "../r50k_base.tiktoken"}),
                 (100, {"tokenizer_type": "NullTokenizer", "vocab_size": 100}),
             )
         ),
     ],
-    "vocab_file": [effect("../uncased.txt", more_parameters(-10 * HIDDEN), base=PLAIN | BERT)],
+    "vocab_file": [effect("../uncased.txt", more_parameters(-10 * HIDDEN), base=PLAIN | CASED)],
     # Other merges make other ids of a text: a run, which reads ids, tells them apart by the data's description.
     "merge_file": [
         effect(
@@ -210,6 +230,14 @@ FLAGS: dict[str, list[Effect]] = {
     ],
     "reset_attention_mask": [effect(True, losses_from(1), base=REAL)],
     # parallel
+    "mask_prob": [effect(0.5, losses_from(1), base=BERT)],
+    "short_seq_prob": [effect(1.0, losses_from(1), base=BERT)],
+    "bert_pair": [
+        effect("nsp", losses_from(1), base=BERT),
+        effect("none", losses_from(1), leaves_out("pair loss"), base=BERT),
+    ],
+    "whole_word_mask": [effect(True, losses_from(1), base=BERT)],
+    "max_ngrams": [effect(3, losses_from(1), base=BERT)],
     "tensor_model_parallel_size": [dry(2, shape("layers.0.mlp.up.weight", 32, 16), same_dry_loss, ranks=2)],
     "pipeline_model_parallel_size": [
         dry(2, prints("rank 1 (stage 1, data 0, tensor 0): layers 1-1"), same_dry_loss, ranks=2)

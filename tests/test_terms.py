@@ -80,7 +80,7 @@ def test_a_term_that_counts_nothing_has_no_weight():
     model = even_and_odd(tiny.config, tiny.context, tiny.parts.rng)
     assert build_batches(tiny.config, Rows(lambda i, j: 2 * j), model).at(0)[1].tolist() == [1 / 128, 0.0]
     config = replace(tiny.config, data=replace(tiny.config.data, eod_mask_loss=True))
-    with pytest.raises(DatasetError, match="every token of the global batch at sample 8 is masked"):
+    with pytest.raises(DatasetError, match="the loss counts no token of the global batch at sample 8"):
         build_batches(config, Rows(lambda i, j: 4), model, eod=4).at(8)
 
 

@@ -21,6 +21,8 @@ from tests.data.tokenizer_files import make_files
 
 SOUND = {"mock_data": True, "vocab_size": 512, "train_iters": 10}
 
+BERT = {"architecture": "bert"}
+
 CASES = {
     # what is wrong: (changes of SOUND, ranks, words that the problem must have)
     "heads of hidden": (dict(hidden_size=770), 1, "--hidden-size 770 --num-attention-heads 12"),
@@ -80,6 +82,16 @@ CASES = {
     "idle vocabulary": (dict(vocab_file="x.txt"), 1, "--vocab-file x.txt GPT2BPETokenizer BertWordPieceCase"),
     "idle merges": (dict(merge_file="x.txt"), 1, "--merge-file x.txt GPT2BPETokenizer"),
     "idle split": (dict(split="1,1,1"), 1, "--split 1,1,1 --mock-data"),
+    "post-norm of a GPT": (dict(norm_placement="post"), 1, "--norm-placement post BERT"),
+    "idle masks": (dict(mask_prob=0.2), 1, "--mask-prob 0.2 GPT"),
+    "idle pairs": (dict(bert_pair="none"), 1, "--bert-pair none GPT"),
+    "idle gelu": (dict(swiglu=True, gelu="erf"), 1, "--gelu erf --swiglu"),
+    "idle order of a BERT": (BERT | dict(sample_order="megatron"), 1, "--sample-order megatron BERT"),
+    "idle documents of a BERT": (BERT | dict(eod_mask_loss=True), 1, "--eod-mask-loss BERT"),
+    "no room": (BERT | dict(seq_length=4), 1, "--seq-length 4"),
+    "mock vocabulary of a BERT": (BERT | dict(vocab_size=5), 1, "--vocab-size 5 4 special"),
+    "mask all": (BERT | dict(mask_prob=1.5), 1, "--mask-prob 1.5 at most 1"),
+    "shorten all": (BERT | dict(short_seq_prob=-0.5), 1, "--short-seq-prob -0.5 at least 0"),
     "idle evaluations": (dict(eval_iters=20, eval_interval=0), 1, "--eval-iters 20 --eval-interval 0"),
     "idle evaluation interval": (dict(eval_iters=0, eval_interval=20), 1, "--eval-interval 20 --eval-iters 0"),
 }
@@ -129,6 +141,7 @@ def test_every_rule_has_a_case():
         "tokenizer_is_whole",
         "split_is_readable",
         "megatron_order_is_possible",
+        "tokens_can_be_masked",
     }  # they need files; below
     assert {rule.__name__ for rule in validate.PURE_RULES} <= seen | elsewhere
 

@@ -152,8 +152,7 @@ def record_without_backward_sum(launch, config, folder):
 
 def record_with_nan(launch, config, folder):
     """A weight of one rank is not a number."""
-    build_model = poison if launch.rank == 1 else build_model
-    record(launch, config, folder, build_model)
+    record(launch, config, folder, poison if launch.rank == 1 else build_model)
 
 
 class FarSighted(GPT):

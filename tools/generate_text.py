@@ -59,6 +59,7 @@ def sample(options: Options) -> None:
     import torch
     import yaml
 
+    from megalite.checkpoint.folder import CheckpointError
     from megalite.checkpoint.load import Checkpoint
     from megalite.config import from_flat
     from megalite.data.tokenizers import TokenizerError, build_tokenizer
@@ -71,6 +72,8 @@ def sample(options: Options) -> None:
 
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
         config = from_flat(yaml.safe_load(checkpoint.config_yaml))
+        if config.is_bert:
+            raise CheckpointError(f"{options.load} holds a BERT, which does not generate text; give a GPT's checkpoint")
         kind = options.tokenizer_type or config.data.tokenizer_type
         if kind is None:
             raise SystemExit("the checkpoint's configuration names no tokenizer: give --tokenizer-type (and its model)")

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from megalite.config import RunConfig
 from megalite.data.bert import BertDataset
+from megalite.data.bert_config import BertDataConfig
 from megalite.data.blend import BlendedDataset
+from megalite.data.config import DataConfig
 from megalite.data.gpt import GPTDataset, split_documents
 from megalite.data.indexed import DatasetError, IndexedDataset
 from megalite.data.masking import SpecialIds
@@ -12,6 +13,7 @@ from megalite.data.megatron_order import MegatronOrderDataset
 from megalite.data.mock import MockDataset, MockSentences
 from megalite.data.sources import DataState, Source, UsedSource, parse_sources
 from megalite.data.tokenizers import Tokenizer, TokenizerError, configured_tokenizer
+from megalite.nn.config import ModelConfig
 
 MOCK = Source(1.0, "--mock-data")
 FRAMES = (("[CLS]", "[SEP]", "[MASK]", "[PAD]"), ("<s>", "</s>", "<mask>", "<pad>"))
@@ -20,18 +22,20 @@ FRAMES = (("[CLS]", "[SEP]", "[MASK]", "[PAD]"), ("<s>", "</s>", "<mask>", "<pad
 Dataset = GPTDataset | MegatronOrderDataset | MockDataset | BertDataset
 
 
-def build_sources(config: RunConfig, samples: Mapping[str, int]) -> dict[str, list[tuple[Source, Dataset]]]:
+def build_sources(
+    data: DataConfig, model: ModelConfig, seed: int, samples: Mapping[str, int], bert: BertDataConfig | None = None
+) -> dict[str, list[tuple[Source, Dataset]]]:
     """The datasets of each wanted split ("train", "valid", "test"), with their weights.
 
     samples: how many samples of each wanted split the run will ask for; only --sample-order megatron depends on it.
+    bert: how the samples of a BERT are made.
     Raises DatasetError when there is no data, a file is unusable, or a wanted split is empty or shorter than a sample;
     TokenizerError when a BERT's tokenizer lacks a token that it needs.
     """
-    data = config.data
     if data.mock_data:
-        if config.model.vocab_size is None:
+        if model.vocab_size is None:
             raise DatasetError("--mock-data needs --vocab-size")
-        return {split: [(MOCK, _mock(config, split))] for split in samples}
+        return {split: [(MOCK, _mock(model, seed, split, bert))] for split in samples}
     built = {}
     for split, number in samples.items():
         flag, words = data.words_of(split)
@@ -39,39 +43,38 @@ def build_sources(config: RunConfig, samples: Mapping[str, int]) -> dict[str, li
             raise DatasetError(f"no data for {split} samples: give {flag} PREFIX, or --mock-data with --vocab-size")
         whole = flag != "--data-path"
         built[split] = [
-            (source, _dataset(config, split, source.prefix, number, whole)) for source in parse_sources(words, flag)
+            (source, _dataset(data, model, seed, split, source.prefix, number, whole, bert))
+            for source in parse_sources(words, flag)
         ]
     return built
 
 
-def _mock(config: RunConfig, split: str) -> MockDataset | BertDataset:
-    model, seed = config.model, config.training.seed
-    if not config.is_bert:
+def _mock(model: ModelConfig, seed: int, split: str, bert: BertDataConfig | None) -> MockDataset | BertDataset:
+    if model.architecture != "bert":
         return MockDataset(model.vocab_size, model.seq_length, seed, split)
-    made, starts_word = MockSentences(model.vocab_size, seed, split), [True] * model.vocab_size
-    return BertDataset(
-        made, (0, made.num_documents), model.seq_length, seed, split, made.special, model.vocab_size, starts_word,
-        config.bert,
-    )  # fmt: skip
+    made, s, v = MockSentences(model.vocab_size, seed, split), model.seq_length, model.vocab_size
+    return BertDataset(made, (0, made.num_documents), s, seed, split, made.special, v, made.starts_word, bert)
 
 
-def _dataset(config: RunConfig, split: str, prefix: str, samples: int, whole: bool) -> Dataset:
+def _dataset(
+    data: DataConfig, model: ModelConfig, seed: int, split: str, prefix: str, samples: int, whole: bool,
+    bert: BertDataConfig | None,
+) -> Dataset:  # fmt: skip
     """The samples of one split of one source; of all its documents when the source is for this split alone."""
-    data, s, v, seed = config.data, config.model.seq_length, config.model.vocab_size, config.training.seed
-    indexed = IndexedDataset(prefix)
+    indexed, s, v = IndexedDataset(prefix), model.seq_length, model.vocab_size
     if data.sample_order == "megatron":
         shares = ("1,0,0", "0,1,0", "0,0,1")[("train", "valid", "test").index(split)] if whole else data.split
         return MegatronOrderDataset(indexed, shares, split, s, seed, samples, v)
-    first, last = documents = _documents(config, indexed, split, whole)
+    first, last = documents = _documents(data, indexed, split, whole)
     if first == last:
         raise DatasetError(
             f"split '{split}' is empty: --split {data.split} gives it none of the {indexed.num_documents} documents of "
             f"{prefix}. Give it a larger share, or ask for no {split} samples"
         )
-    if config.is_bert:
+    if model.architecture == "bert":
         tokenizer = configured_tokenizer(data, v)
         starts_word = getattr(tokenizer, "starts_word", None)
-        return BertDataset(indexed, documents, s, seed, split, special_ids(tokenizer), v, starts_word, config.bert)
+        return BertDataset(indexed, documents, s, seed, split, special_ids(tokenizer), v, starts_word, bert)
     return GPTDataset(indexed.tokens(first, last), s, seed, split, v)
 
 
@@ -87,23 +90,22 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(*whole[0])
 
 
-def _documents(config: RunConfig, indexed: IndexedDataset, split: str, whole: bool) -> tuple[int, int]:
+def _documents(data: DataConfig, indexed: IndexedDataset, split: str, whole: bool) -> tuple[int, int]:
     """[first, last) document of a split."""
-    number = indexed.num_documents
-    return (0, number) if whole else split_documents(config.data.split, number)[split]
+    return (0, indexed.num_documents) if whole else split_documents(data.split, indexed.num_documents)[split]
 
 
-def data_state(config: RunConfig) -> DataState:
+def data_state(data: DataConfig, model: ModelConfig, seed: int, bert: BertDataConfig | None = None) -> DataState:
     """The state of a run that starts with the configured training data. Opens the files; builds no order."""
-    data, order = config.data, {"seed": config.training.seed, "seq_length": config.model.seq_length}
-    order |= vars(config.bert) if config.is_bert else {"sample_order": data.sample_order}
+    order = {"seed": seed, "seq_length": model.seq_length}
+    order |= vars(bert or BertDataConfig()) if model.architecture == "bert" else {"sample_order": data.sample_order}
     if data.mock_data:
-        return DataState(order, (UsedSource(MOCK.prefix, 1.0, _mock(config, "train").fingerprint(), 0),))
+        return DataState(order, (UsedSource(MOCK.prefix, 1.0, _mock(model, seed, "train", bert).fingerprint(), 0),))
     flag, words = data.words_of("train")
     used = []
     for source in parse_sources(words, flag):
         indexed = IndexedDataset(source.prefix)
-        documents = _documents(config, indexed, "train", whole=flag != "--data-path")
+        documents = _documents(data, indexed, "train", whole=flag != "--data-path")
         used.append(UsedSource(source.prefix, source.weight, indexed.tokens(*documents).fingerprint(), 0))
     return DataState(order, tuple(used))
 

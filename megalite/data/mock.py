@@ -59,8 +59,8 @@ class MockDataset:
 class MockSentences:
     """A small indexed dataset of made-up documents and sentences, in memory: what BertDataset reads of one.
 
-    256 documents of 1 to 256 tokens, in sentences of about 12, by the rule of MockDataset; ids below 4 are special.
-    Raises ValueError when the vocabulary has less than 2 others.
+    256 documents of 1 to 256 tokens, in sentences of about 12, by the rule of MockDataset; ids below 4 are special, and
+    a third of the others go on with a word. Raises ValueError when the vocabulary has less than 2 others.
     """
 
     special = SpecialIds(pad=0, cls=1, sep=2, mask=3)
@@ -71,6 +71,7 @@ class MockSentences:
     def __init__(self, vocab_size: int, seed: int, split: str):
         rows = MockDataset(vocab_size - 4, self.MOST_TOKENS - 1, seed, split)
         self.vocab_size, self.split = vocab_size, split
+        self.starts_word = np.arange(vocab_size) % 3 > 0
         shape = (self.num_documents, self.MOST_TOKENS)
         words = philox4x32(counters(0, shape[0] * shape[1]), key_of(seed, "mock sentences", split)).reshape(*shape, 4)
         sizes = 1 + words[:, 0, 0] % self.MOST_TOKENS

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 PresetName = Literal[
-    "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "bert-base", "bert-large", "megatron-bert-1.3b", "megatron-bert-3.9b"
+    "gpt2",
+    "gpt2-medium",
+    "gpt2-large",
+    "gpt2-xl",
+    "bert-base",
+    "bert-large",
+    "megatron-bert-1.3b",
+    "megatron-bert-3.9b",
 ]
 """Published models that a configuration can start from."""
 

@@ -55,7 +55,9 @@ def data_files_are_sound(config: RunConfig, world_size: int) -> Iterator[Finding
 
 
 def data_fills_splits(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """Documents and tokens for every split that the run asks for, in every source."""
+    """For a GPT: documents and tokens for every split that the run asks for, in every source."""
+    if config.is_bert:
+        return  # a sample may be shorter
     needed = config.model.seq_length + 1
     for key, prefix, indexed in datasets_of(config):
         for split in wanted_splits(config):
@@ -76,6 +78,45 @@ def data_fills_splits(config: RunConfig, world_size: int) -> Iterator[Finding]:
             )
 
 
+def data_has_sentences(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """For a BERT: documents in every split, two for nsp; and for pairs, documents of more than one sentence."""
+    if not config.is_bert:
+        return
+    pair, least = config.bert.bert_pair, 2 if config.bert.bert_pair == "nsp" else 1
+    for key, prefix, indexed in datasets_of(config):
+        whole = key != "data_path"
+        for split in wanted_splits(config):
+            if config.data.words_of(split)[1] is not getattr(config.data, key):
+                continue
+            first, last = (0, indexed.num_documents) if whole else _split_documents(indexed, config.data.split, split)
+            if last - first < least:
+                quiet = [{"eval_interval": 0, "eval_iters": 0}] if split == "valid" else []
+                yield Finding(
+                    f"{last - first} documents of {prefix} are for {split}, but "
+                    + ("next-sentence prediction takes sentences from another one" if pair == "nsp" else "1 is needed"),
+                    (key, "bert_pair", *(() if whole else ("split",))),
+                    (*([] if whole else [{"split": "50,50,0"}]), *quiet, "more data"),
+                )
+        if pair != "none" and 0 < len(indexed) == indexed.num_documents:
+            yield Finding(
+                f"every document of {prefix} is one sentence: it was made without --split-sentences, and pairs of "
+                "segments would be cut anywhere",
+                (key, "bert_pair"),
+                (f"{MAKE_DATA} --split-sentences", {"bert_pair": "none"}),
+            )
+
+
+def _split_documents(indexed, shares: str, split: str) -> tuple[int, int]:
+    """[first, last) document of a split; those of the training where the shares cannot be read."""
+    from megalite.data.gpt import split_documents
+    from megalite.data.indexed import DatasetError
+
+    try:
+        return split_documents(shares, indexed.num_documents)[split]
+    except DatasetError:
+        return 0, indexed.num_documents
+
+
 def _split_tokens(indexed, split: str) -> dict[str, int]:
     """Tokens of each split; {} for a split that cannot be read."""
     from megalite.data.gpt import split_documents
@@ -93,4 +134,4 @@ def _fills(indexed, split: str, needed: int, wanted: tuple[str, ...]) -> bool:
     return all(tokens[name] >= needed for name in wanted)
 
 
-DATA_RULES: tuple[Rule, ...] = (data_files_are_sound, data_fills_splits)
+DATA_RULES: tuple[Rule, ...] = (data_files_are_sound, data_fills_splits, data_has_sentences)

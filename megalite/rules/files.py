@@ -46,9 +46,9 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
 
 
 SAME_MODEL = (
-    "num_layers", "hidden_size", "num_attention_heads", "query_groups", "head_size", "ffn", "swiglu", "vocab_size",
-    "position_embedding_type", "rotary_base", "normalization", "norm_epsilon", "disable_bias_linear",
-    "untie_embeddings_and_output_weights",
+    "architecture", "num_layers", "hidden_size", "num_attention_heads", "query_groups", "head_size", "ffn", "swiglu",
+    "gelu", "vocab_size", "position_embedding_type", "rotary_base", "normalization", "norm_epsilon", "norm_placement",
+    "disable_bias_linear", "untie_embeddings_and_output_weights",
 )  # fmt: skip
 """What makes a model the same model: fields and properties of ModelConfig, the latter named by their fields below."""
 FIELD_OF = {"query_groups": "num_query_groups", "head_size": "kv_channels", "ffn": "ffn_hidden_size"}
@@ -62,11 +62,19 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
     try:
         iteration = c.ckpt_step if c.ckpt_step is not None else latest_iteration(c.load)
         folder = checkpoint_folder(c.load, iteration) if iteration is not None else None
-        stored = read_config(folder).model if folder is not None else None
+        made_with = read_config(folder) if folder is not None else None
     except (CheckpointError, OSError, ValueError):
         return  # loading says what is wrong with it
-    if stored is None:
+    if made_with is None:
         return
+    if made_with.is_bert and config.is_bert and made_with.pair_head != config.pair_head:
+        there, here = made_with.bert.bert_pair, config.bert.bert_pair
+        heads = "has no pair head" if there == "none" else "has a pair head"
+        yield Finding(
+            f"the model in {folder} {heads} (--bert-pair {there}), this run has --bert-pair {here}",
+            ("bert_pair", "load"), ({"bert_pair": there},),
+        )  # fmt: skip
+    stored = made_with.model
     names = list(SAME_MODEL)
     if stored.position_embedding_type == "learned_absolute":
         names.append("positions")
@@ -94,7 +102,7 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
         stored = json.loads((folder / STATE_FILE).read_text()).get("data") if folder is not None else None
         if stored is None:
             return
-        now = data_state(config)
+        now = data_state(config.data, config.model, config.training.seed, config.bert)
         differences = DataState.from_json(stored).differences(now)
     except (CheckpointError, DatasetError, OSError, ValueError, KeyError, TypeError):
         return  # other rules, or loading, say what is wrong

@@ -58,12 +58,32 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
             ("vocab_size", "tokenizer_type", *_files(config)),
             ({"vocab_size": tokenizer.vocab_size}, {"vocab_size": None}),
         )
+    yield from _masks(config, tokenizer)
     for key in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
         try:
             _ = tokenizer.eod if getattr(d, key) else None
         except TokenizerError as error:
             found = f"{_flag(key)} needs an end-of-document token: {error}"
             yield Finding(found, (key, *_files(config)), ({key: False},))
+
+
+def _masks(config: RunConfig, tokenizer) -> Iterator[Finding]:
+    """A BERT's tokenizer has the tokens that frame and mask samples, and knows words where whole ones are masked."""
+    from megalite.data.build import special_ids
+    from megalite.data.tokenizers import TokenizerError
+
+    if not config.is_bert or config.data.mock_data:
+        return
+    try:
+        special_ids(tokenizer)
+    except TokenizerError as error:
+        yield Finding(str(error), ("architecture", "tokenizer_type", *_files(config)), ("another --tokenizer-type",))
+    if config.bert.whole_word_mask and not hasattr(tokenizer, "starts_word"):
+        yield Finding(
+            f"--whole-word-mask: --tokenizer-type {config.data.tokenizer_type} does not tell which tokens begin a word",
+            ("whole_word_mask", "tokenizer_type"),
+            ({"whole_word_mask": False}, "--tokenizer-type BertWordPieceLowerCase or BertWordPieceCase"),
+        )
 
 
 def _similar(config: RunConfig, field: str, path: str) -> Iterator[dict[str, str]]:

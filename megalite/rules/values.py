@@ -13,8 +13,10 @@ MAY_BE_ZERO = {"lr_warmup_iters", "eval_interval", "eval_iters", "seed", "ckpt_s
 """Whole numbers from 0; all others start at 1."""
 BELOW_ONE = {"attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "lr_warmup_fraction"}
 """Numbers in [0, 1)."""
-FROM_ZERO = {"min_lr", "weight_decay", "clip_grad"}
+FROM_ZERO = {"min_lr", "weight_decay", "clip_grad", "short_seq_prob"}
 """Numbers that may be 0; all others are above it."""
+UP_TO_ONE = {"mask_prob", "short_seq_prob"}
+"""Numbers of at most 1."""
 
 
 def out_of_range(config: RunConfig) -> list[Problem]:
@@ -33,10 +35,9 @@ def out_of_range(config: RunConfig) -> list[Problem]:
             sound, bounds = 0 <= value < 1, "at least 0 and below 1"
         else:
             least = "at least 0" if key in FROM_ZERO else "above 0"
-            sound, bounds = (
-                (value >= 0 if key in FROM_ZERO else value > 0) and math.isfinite(value),
-                f"{least} and finite",
-            )
+            most = "at most 1" if key in UP_TO_ONE else "finite"
+            sound = (value >= 0 if key in FROM_ZERO else value > 0) and math.isfinite(value)
+            sound, bounds = sound and not (key in UP_TO_ONE and value > 1), f"{least} and {most}"
         if not sound:
             usual = EXAMPLES.get(key, option.default)
             problems.append(Problem(f"{option.flag} {value} must be {bounds}", option.setting(usual), (key,)))
@@ -114,6 +115,19 @@ EFFECTS = (
         "without dropout",
         {"hidden_dropout": 0.1},
     ),
+    _Effect(
+        ("mask_prob", "short_seq_prob", "bert_pair", "whole_word_mask", "max_ngrams"),
+        lambda c: c.is_bert,
+        "for a GPT",
+        "",
+    ),
+    _Effect(
+        ("eod_mask_loss", "reset_position_ids", "reset_attention_mask", "sample_order"),
+        lambda c: not c.is_bert,
+        "for a BERT, whose samples are made of sentences",
+        "",
+    ),
+    _Effect(("gelu",), lambda c: c.is_bert or not c.model.swiglu, "with --swiglu", {"swiglu": False}),
     *(
         _Effect(
             (field,),
@@ -130,7 +144,7 @@ EFFECTS = (
     ),
     _Effect(
         ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"),
-        lambda c: c.data.tokenizer_type is not None,
+        lambda c: c.data.tokenizer_type is not None or c.is_bert,
         "without a tokenizer that tells which token ends a document",
         "--tokenizer-type of the data, and its files",
     ),
@@ -146,13 +160,14 @@ EFFECTS = (
         "without evaluation",
         {"eval_interval": 1000, "eval_iters": 100},
     ),
-    _Effect(("sample_order",), lambda c: not c.data.mock_data, "with --mock-data", ""),
+    _Effect(("sample_order",), lambda c: not c.data.mock_data or c.is_bert, "with --mock-data", ""),
     _Effect(
-        ("split", "eod_mask_loss", "reset_position_ids", "reset_attention_mask"),
-        lambda c: not c.data.mock_data,
+        ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"),
+        lambda c: not c.data.mock_data or c.is_bert,
         "with --mock-data, which has no documents",
         "",
     ),
+    _Effect(("split",), lambda c: not c.data.mock_data, "with --mock-data, which is made for each split", ""),
     _Effect(
         ("reset_position_ids",),
         lambda c: c.model.position_embedding_type != "none",

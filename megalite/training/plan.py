@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megalite import cli, validate
-from megalite.config import ConfigError, Problem, RunConfig, with_values
+from megalite.config import ConfigError, Problem, RunConfig, with_preset, with_values
 from megalite.data.config import DataConfig
 from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.optim.config import OptimizerConfig
@@ -42,7 +42,7 @@ def plan(argv: list[str], launch: LaunchInfo) -> Plan:
             problems.append(Problem(f"under {launch.source}, ranks need a place to leave their records", fix))
     if problems:
         raise ConfigError(problems)
-    asked = with_values(RunConfig(), values | flags)
+    asked = with_values(RunConfig(), with_preset(values | flags))
     config = _one_step(asked, not {"data_path", "train_data_path"}.isdisjoint(flags), shrinks)
     p = config.parallel
     fitting = asked.parallel.world_size or p.tensor_model_parallel_size * p.pipeline_model_parallel_size
@@ -110,7 +110,7 @@ def _one_step(config: RunConfig, real_data: bool, shrinks: bool) -> RunConfig:
         precision=config.optimizer.precision, bf16=config.optimizer.bf16, lr_decay_style="constant"
     )
     parallel = replace(config.parallel, world_size=None)  # it is the number of ranks here
-    return RunConfig(model, parallel, config.recompute, optimizer, data, training=training)
+    return RunConfig(model, parallel, config.recompute, optimizer, data, config.bert, training=training)
 
 
 def _packed(config: RunConfig, asked: RunConfig) -> RunConfig:

@@ -64,11 +64,12 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
 
         say(to_yaml(config).rstrip())
         say(description)
-        sources = build_sources(config, _samples_wanted(config))
+        seed = config.training.seed
+        sources = build_sources(config.data, config.model, seed, _samples_wanted(config), config.bert)
         parts = build_parts(config, context, build_model)
         say(_model_line(parts, context))
         progress = _starting_point(config, parts, context)
-        now = data_state(config)
+        now = data_state(config.data, config.model, seed, config.bert)
         settle_data(progress, now, config.checkpoint.allow_data_change)
         for note in progress.notes:
             say(note)

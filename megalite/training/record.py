@@ -162,7 +162,8 @@ def _stir(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
 
 def _batches(config: RunConfig, model) -> GlobalBatches:
     data = config.data
-    dataset = blended(build_sources(config, {"train": data.global_batch_size})["train"])
+    samples = {"train": data.global_batch_size}
+    dataset = blended(build_sources(data, config.model, config.training.seed, samples, config.bert)["train"])
     if not data.mock_data or config.is_bert:  # BERT's made-up samples are of many lengths already
         return build_batches(config, dataset, model)
     config = replace(config, data=replace(data, eod_mask_loss=True))
