@@ -176,8 +176,8 @@ def llama_path(name: str) -> str:
     return LLAMA_PARTS[name]
 
 
-def gpt2_model(shape: Shape) -> torch.nn.Module:
-    """GPT2LMHeadModel of this shape, without dropout."""
+def gpt2_model(shape: Shape, **config) -> torch.nn.Module:
+    """GPT2LMHeadModel of this shape, in evaluation mode."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -193,6 +193,7 @@ def gpt2_model(shape: Shape) -> torch.nn.Module:
         bos_token_id=0,
         eos_token_id=0,
         attn_implementation="eager",
+        **config,
     )
     return GPT2LMHeadModel(config).double().eval()
 
@@ -283,26 +284,30 @@ def test_logits_and_gradients_equal_hugging_face(name, packed):
         GPT2,
         LLAMA,
         dataclasses.replace(LLAMA, position_embedding_type="none", normalization="LayerNorm", bias=True, swiglu=False),
+        dataclasses.replace(GPT2, gelu="erf"),
     ],
-    ids=["gpt2", "llama", "no-positions"],
+    ids=["gpt2", "llama", "no-positions", "erf"],
 )
 def test_gradients_equal_finite_differences(shape):
+    assert_finite_differences(oracle.random_parameters(shape), shape, batch(shape))
+
+
+def assert_finite_differences(params: Parameters, shape: Shape, data: oracle.Batch, **options) -> None:
     """Along one random direction per parameter: (loss(p + eu) - loss(p - eu)) / 2e = <gradient, u>.
 
     With e = 1e-5 the difference of two losses near 4 is rounded to about 1e-15 / 1e-5 = 1e-10, and what central
     differences leave out is about e^2 = 1e-10 times a third derivative of order 1 to 10.
     """
-    params = oracle.random_parameters(shape)
-    data = batch(shape)
-    _, gradients = oracle.loss_and_gradients(params, shape, *data)
+    _, gradients = oracle.loss_and_gradients(params, shape, *data, **options)
     generator = torch.Generator().manual_seed(2)
     e = 1e-5
     for name, value in params.items():
         direction = torch.randn(value.shape, generator=generator, dtype=value.dtype)
         direction /= direction.norm()
-        up, down = (oracle.loss({**params, name: value + sign * e * direction}, shape, *data) for sign in (1, -1))
+        moved = ({**params, name: value + sign * e * direction} for sign in (1, -1))
+        up, down = (oracle.loss(weights, shape, *data, **options).item() for weights in moved)
         expected = (gradients[name] * direction).sum().item()
-        assert (up - down).item() / (2 * e) == pytest.approx(expected, rel=1e-7, abs=1e-9), name
+        assert (up - down) / (2 * e) == pytest.approx(expected, rel=1e-7, abs=1e-9), name
 
 
 def test_masked_tokens_do_not_count():
