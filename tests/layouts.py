@@ -9,6 +9,7 @@ GPT2 = Shape(layers=4, hidden=32, heads=8, groups=8, head_size=4, ffn=128, vocab
 LLAMA = replace(
     GPT2, groups=4, ffn=96, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, bias=False, tied=False
 )
+POST_NORM = {"norm_placement": "post", "gelu": "erf", "norm_epsilon": 1e-12}
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,29 @@ LAYOUTS = [
     Layout("llama, positions of documents pp3", pp=3, shape=LLAMA, flags={"reset_position_ids": True}),
 ]
 
+
+def as_bert(shape: Shape, **fields) -> Shape:
+    """A BERT of otherwise the same shape, with a pair head unless `fields` say otherwise."""
+    return replace(shape, architecture="bert", **({"pair": True} | fields))
+
+
+def _berts() -> list[Layout]:
+    """The layouts above with a BERT, half of them as its paper has it, half as Megatron-LM; a BERT's samples have no
+    documents to keep apart."""
+    plain = [layout for layout in LAYOUTS if not layout.packing]
+    styles = [POST_NORM, {}]
+    return [
+        replace(layout, name=f"bert {layout.name}", shape=as_bert(layout.shape, **styles[i % 2]))
+        for i, layout in enumerate(plain)
+    ]
+
+
+LAYOUTS += [
+    *_berts(),
+    Layout("bert without pairs pp2", pp=2, shape=as_bert(GPT2, pair=False)),
+    Layout("bert without pairs dp2 x tp2 x pp2 +sp", 2, 2, 2, as_bert(GPT2, pair=False, **POST_NORM), sp()),
+]
+
 GLOBAL_BATCH = 8
 
 
@@ -90,7 +114,7 @@ def product() -> list[Layout]:
     return [
         Layout(f"{name} dp{dp} tp{tp} pp{pp} {flags}", tp, pp, dp, shape, flags)
         for tp, pp, dp in sizes
-        for name, shape in (("gpt2", GPT2), ("llama", LLAMA))
+        for name, shape in (("gpt2", GPT2), ("llama", LLAMA), ("bert", as_bert(GPT2, **POST_NORM)))
         for recompute in recomputes
         for split in ({}, sp()) if tp > 1 or not split
         for schedule in ({}, {"pipeline_schedule": "gpipe"}) if pp > 1 or not schedule
@@ -103,7 +127,8 @@ def configuration(layout: Layout, **flags) -> RunConfig:
     s = layout.shape
     return from_flat(
         dict(
-            num_layers=s.layers, hidden_size=s.hidden, num_attention_heads=s.heads, num_query_groups=s.groups,
+            architecture=s.architecture, norm_placement=s.norm_placement, gelu=s.gelu, num_layers=s.layers,
+            hidden_size=s.hidden, num_attention_heads=s.heads, num_query_groups=s.groups,
             kv_channels=s.head_size, ffn_hidden_size=s.ffn, vocab_size=s.vocab, seq_length=s.seq,
             max_position_embeddings=s.positions, position_embedding_type=s.position_embedding_type,
             rotary_base=s.rotary_base, normalization=s.normalization, norm_epsilon=s.norm_epsilon, swiglu=s.swiglu,
@@ -111,6 +136,8 @@ def configuration(layout: Layout, **flags) -> RunConfig:
             attention_dropout=0.0, hidden_dropout=0.0, precision="fp64", device="cpu", mock_data=True,
             tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
             micro_batch_size=1, global_batch_size=GLOBAL_BATCH, train_iters=5, lr=0.01, lr_warmup_iters=2,
-            weight_decay=0.1, clip_grad=0.5,
+            weight_decay=0.1, clip_grad=0.5, bert_pair="sop" if s.pair or s.architecture == "gpt" else "none",
+            # A BERT's samples differ in length, and in how much of them is to be predicted.
+            **(dict(mask_prob=0.3, short_seq_prob=0.4) if s.architecture == "bert" else {}),
         ) | layout.flags | flags
     )  # fmt: skip

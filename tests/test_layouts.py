@@ -1,21 +1,27 @@
-"""Every layout against the oracle, and with dropout against one process: the loss, every gradient, and five steps."""
+"""Every layout against the oracle, without dropout and with it: the loss, every gradient, and five steps."""
 
 from dataclasses import replace
 from functools import cache
 from math import sqrt
 
+import numpy as np
 import pytest
 import torch
 
+from megalite.data.build import blended, build_sources
 from megalite.optim.schedule import learning_rate
 from megalite.training.batches import build_batches
 from megalite.training.build import build_context, build_parts
 from megalite.training.verify import Rounding
 from tests import oracle
-from tests.layouts import GLOBAL_BATCH, GPT2, LAYOUTS, LLAMA, Layout, configuration, product
+from tests.layouts import GLOBAL_BATCH, GPT2, LAYOUTS, LLAMA, Layout, as_bert, configuration, product
 
 STEPS = 5
-DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
+SEED = 11
+DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1, "seed": SEED}
+DROPPED = oracle.Dropout(SEED, attention=0.1, hidden=0.1)
+"""The same for the oracle."""
+BERT_FIELDS = oracle.BertBatch._fields
 WEIGHTS_WITHIN = STEPS * 1e-8
 """Adam divides by the root of a mean of squares: where the gradient is mathematically zero (the key bias), rounding
 noise of 1e-15 times the largest gradient (about 10) moves a weight by up to noise / epsilon * lr = 1e-8 a step."""
@@ -37,12 +43,30 @@ class Samples:
         return self.rows[i % len(self.rows)].numpy()
 
 
-def samples_of(shape: oracle.Shape) -> Samples:
-    return Samples(shape, STEPS * GLOBAL_BATCH)
+class BertSamples:
+    """Samples of made-up sentences; every fourth is no pair."""
+
+    def __init__(self, shape: oracle.Shape):
+        config = configuration(Layout("any", shape=shape))
+        sources = build_sources(config.data, config.model, 7, {"train": STEPS * GLOBAL_BATCH}, config.bert)
+        self.dataset = blended(sources["train"])
+
+    def __getitem__(self, i: int):
+        return self.dataset[i] | ({"pair_mask": np.float32(0)} if i % 4 == 2 else {})
+
+
+@cache
+def samples_of(shape: oracle.Shape) -> Samples | BertSamples:
+    """What a step takes GLOBAL_BATCH samples of."""
+    return BertSamples(shape) if shape.architecture == "bert" else Samples(shape, STEPS * GLOBAL_BATCH)
 
 
 def batch_for_oracle(shape: oracle.Shape, step: int, packing: tuple[str, ...] = ()) -> oracle.Batch:
-    rows = samples_of(shape).rows[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]
+    numbers = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
+    samples = [samples_of(shape)[i] for i in numbers]
+    if shape.architecture == "bert":
+        return oracle.BertBatch(*(torch.from_numpy(np.stack([s[key] for s in samples])) for key in BERT_FIELDS))
+    rows = torch.from_numpy(np.stack(samples))
     tokens = rows[:, :-1]
     positions, segments = oracle.documents(tokens, MASKED)
     positions = positions if "reset_position_ids" in packing else None
@@ -68,7 +92,8 @@ def boxes(parts, tensor_of) -> list:
 
 
 def train_on_rank(launch, layout: Layout, params, flags: dict, steps: int):
-    """Run `steps` steps on one rank; losses, norms, boxes of the first gradient (before clipping) and final weights."""
+    """Run `steps` steps on one rank; terms of the losses, norms, boxes of the first gradient (before clipping) and of
+    the final weights."""
     config = configuration(layout, **flags, eod_mask_loss=True)
     context, _ = build_context(config, launch)
     parts = build_parts(config, context)
@@ -79,7 +104,7 @@ def train_on_rank(launch, layout: Layout, params, flags: dict, steps: int):
     for step in range(steps):
         parts.optimizer.gradients.zero()
         loss = parts.engine.train_step(*data.at(step * GLOBAL_BATCH))
-        losses.append(loss.item())
+        losses.append(loss.tolist())
         if step == 0:
             buffer = parts.optimizer.gradients
             before = buffer.flat.clone()
@@ -91,14 +116,14 @@ def train_on_rank(launch, layout: Layout, params, flags: dict, steps: int):
 
 
 @cache
-def expected(shape: oracle.Shape, packing: tuple[str, ...] = ()):
+def expected(shape: oracle.Shape, packing: tuple[str, ...] = (), dropout: oracle.Dropout | None = None):
     """Parameters, first loss, first gradients and five steps of the oracle, in float64."""
     params = oracle.random_parameters(shape, seed=1)
-    loss, gradients = oracle.loss_and_gradients(params, shape, *batch_for_oracle(shape, 0, packing))
+    loss, gradients = oracle.loss_and_gradients(params, shape, *batch_for_oracle(shape, 0, packing), dropout=dropout)
     config = configuration(Layout("any", shape=shape))
     rates = [learning_rate(i + 1, config.optimizer, STEPS) for i in range(STEPS)]
     batches = [batch_for_oracle(shape, step, packing) for step in range(STEPS)]
-    trained = oracle.train(params, shape, batches, rates, weight_decay=0.1, max_norm=0.5)
+    trained = oracle.train(params, shape, batches, rates, weight_decay=0.1, max_norm=0.5, dropout=dropout)
     return params, loss, gradients, trained
 
 
@@ -120,17 +145,20 @@ def largest_difference(parts: list, wanted: dict, shapes: dict) -> float:
     return worst
 
 
-def losses_of(results: list, layout: Layout) -> list[float]:
-    """The global loss of each step: the sum over data ranks of the last stage's (tensor rank 0's)."""
+def terms_of(results: list, layout: Layout) -> list[list[float]]:
+    """The global terms of each step's loss: sums over data ranks of the last stage's (tensor rank 0's)."""
     last = [r for rank, r in enumerate(results) if rank >= (layout.pp - 1) * layout.dp * layout.tp]
-    return [sum(r[0][step] for r in last[:: layout.tp]) for step in range(len(results[0][0]))]
+    return [[sum(terms) for terms in zip(*(r[0][i] for r in last[:: layout.tp]))] for i in range(len(results[0][0]))]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_layouts_equal_the_oracle(pool, layout, record_property):
+def losses_of(results: list, layout: Layout) -> list[float]:
+    """The global loss of each step."""
+    return [sum(terms) for terms in terms_of(results, layout)]
+
+
+def assert_equal_the_oracle(results: list, layout: Layout, dropout: oracle.Dropout | None, record_property) -> None:
     """Loss and every gradient to 1e-9 in float64, then the losses, norms and weights of five steps of AdamW."""
-    params, loss, gradients, trained = expected(layout.shape, layout.packing)
-    results = pool.run(train_on_rank, layout.world_size, layout, params, {}, STEPS)
+    params, loss, gradients, trained = expected(layout.shape, layout.packing, dropout)
     shapes = oracle.parameter_shapes(layout.shape)
     losses = losses_of(results, layout)
     difference = largest_difference([box for r in results for box in r[2]], gradients, shapes)
@@ -143,6 +171,17 @@ def test_layouts_equal_the_oracle(pool, layout, record_property):
     for result in results:
         assert result[1] == pytest.approx(trained.grad_norms, rel=1e-9)
     assert largest_difference([box for r in results for box in r[3]], trained.params, shapes) < WEIGHTS_WITHIN
+    if layout.shape.pair:
+        batch = batch_for_oracle(layout.shape, 0)
+        terms = [term.item() for term in oracle.bert_terms(params, layout.shape, *batch, dropout=dropout)]
+        assert terms_of(results, layout)[0] == pytest.approx(terms, rel=1e-9)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layouts_equal_the_oracle(pool, layout, record_property):
+    params = expected(layout.shape, layout.packing)[0]
+    results = pool.run(train_on_rank, layout.world_size, layout, params, {}, STEPS)
+    assert_equal_the_oracle(results, layout, None, record_property)
 
 
 @pytest.mark.parametrize(
@@ -150,27 +189,26 @@ def test_layouts_equal_the_oracle(pool, layout, record_property):
     [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in product())],
     ids=lambda layout: layout.name,
 )
-def test_layouts_equal_one_process_with_dropout(pool, layout, record_property):
-    """As above, with dropout at every place: what is dropped must not depend on how the model and the samples lie.
-    The one process takes a sample at a time, the layouts two unless they say otherwise."""
+def test_layouts_equal_the_oracle_with_dropout(pool, layout, record_property):
+    """As above, with dropout at every place: what is dropped must not depend on how the model and the samples lie."""
     params, loss_without, _, _ = expected(layout.shape, layout.packing)
-    losses, norms, gradients, weights = one_process(pool, layout.shape, layout.packing, STEPS, **DROPOUT)
-    flags = {**DROPOUT, "micro_batch_size": layout.flags.get("micro_batch_size", 2)}
-    results = pool.run(train_on_rank, layout.world_size, layout, params, flags, STEPS)
-    shapes = oracle.parameter_shapes(layout.shape)
-    difference = largest_difference([box for r in results for box in r[2]], gradients, shapes)
-    record_property("gradient_difference", difference)
-    assert losses_of(results, layout) == pytest.approx(losses, rel=1e-9)
-    assert losses[0] != pytest.approx(loss_without, rel=1e-3), "nothing was dropped"
-    assert difference < 1e-9
-    for result in results:
-        assert result[1] == pytest.approx(norms, rel=1e-9)
-    assert largest_difference([box for r in results for box in r[3]], weights, shapes) < WEIGHTS_WITHIN
+    results = pool.run(train_on_rank, layout.world_size, layout, params, DROPOUT, STEPS)
+    assert losses_of(results, layout)[0] != pytest.approx(loss_without, rel=1e-3), "nothing was dropped"
+    assert_equal_the_oracle(results, layout, DROPPED, record_property)
+
+
+def test_the_samples_of_a_bert_leave_nothing_untried():
+    """Padding, pairs of both kinds and rows without one, rows that differ in what is to be predicted."""
+    batch = batch_for_oracle(as_bert(GPT2), 0)
+    assert 0 < batch.segments.sum() < batch.segments.numel() and batch.token_types.sum() > 0
+    assert set(batch.pair_label[batch.pair_mask > 0].tolist()) == {0, 1} and 0 in batch.pair_mask.tolist()
+    assert len(set(batch.loss_mask.sum(dim=1).tolist())) > 1
 
 
 @cache
 def one_process(pool, shape: oracle.Shape, packing: tuple[str, ...], steps: int, **flags):
-    """Losses, norms, first gradients by name and final weights by name of a single process, a sample at a time."""
+    """Terms of the losses, norms, first gradients by name and final weights by name of a single process, a sample at a
+    time."""
     layout = Layout("single", shape=shape, flags=dict.fromkeys(packing, True))
     losses, norms, *tensors = pool.run(train_on_rank, 1, layout, expected(shape)[0], flags, steps)[0]
     return losses, norms, *({name: values for name, _, values in boxes} for boxes in tensors)
@@ -178,7 +216,7 @@ def one_process(pool, shape: oracle.Shape, packing: tuple[str, ...], steps: int,
 
 LOW_PRECISION = [
     "tp4", "pp4", "dp2 x tp2 x pp2 +sp", "llama dp2 x tp2 x pp2 +sp", "full uniform", "packed documents tp2+sp",
-    "packed llama dp2 x tp2 x pp2 +sp",
+    "packed llama dp2 x tp2 x pp2 +sp", "bert dp2 x tp2 x pp2 +sp", "bert llama dp2 x tp2 x pp2 +sp",
 ]  # fmt: skip
 
 
@@ -187,7 +225,7 @@ LOW_PRECISION = [
 def test_layouts_equal_one_process_in_low_precision(pool, layout, precision, record_property):
     """Loss and every gradient within what rounding alone explains."""
     params = expected(layout.shape)[0]
-    (loss,), _, gradients, _ = one_process(pool, layout.shape, layout.packing, 1, precision=precision)
+    (terms,), _, gradients, _ = one_process(pool, layout.shape, layout.packing, 1, precision=precision)
     results = pool.run(train_on_rank, layout.world_size, layout, params, {"precision": precision}, 1)
     difference = largest_difference(
         [box for r in results for box in r[2]], gradients, oracle.parameter_shapes(layout.shape)
@@ -196,7 +234,7 @@ def test_layouts_equal_one_process_in_low_precision(pool, layout, precision, rec
     bound = rounding.gradient("embedding")  # the longest way
     record_property("gradient_difference", difference)
     print(precision, layout.name, difference, bound)
-    assert losses_of(results, layout)[0] == pytest.approx(loss, rel=bound)
+    assert losses_of(results, layout)[0] == pytest.approx(sum(terms), rel=bound)
     assert difference < bound
 
 
