@@ -283,6 +283,21 @@ FILE_CASES = {
 }
 
 
+BERT_FILES = BERT | dict(
+    data_path="sentences", tokenizer_type="BertWordPieceCase", vocab_file="cased.txt", split="80,20,0"
+)
+BERT_FILE_CASES = {
+    "one sentence a document": (dict(data_path="plain"), "plain --split-sentences", 1),
+    "one document to evaluate": (dict(bert_pair="nsp", split="95,5,0"), "1 documents sentences valid next-sentence", 2),
+    "nothing to evaluate": (dict(split="100,0,0"), "0 documents sentences valid", 2),
+    "no tokenizer": (dict(tokenizer_type=None, vocab_file=None, vocab_size=130), "no --tokenizer-type frame mask", 0),
+    "no masks": (dict(tokenizer_type="ByteTokenizer", vocab_file=None), "ByteTokenizer no tokens frame mask", 0),
+    "no such tokens": (
+        dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="hf", vocab_file=None), "[MASK] BertWordPiece", 0
+    ),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     """A folder with the files of every kind of tokenizer."""
@@ -297,6 +312,39 @@ def test_a_file_rule_alone(case, folder, tokenizers):
         shutil.copytree(tokenizers[0], folder, dirs_exist_ok=True)
         write_dataset("plain", 20, None)
     assert_one_problem(real(**changes), 1, words, offers)
+
+
+@pytest.mark.parametrize("case", BERT_FILE_CASES)
+def test_a_file_rule_of_a_bert_alone(case, folder, tokenizers):
+    changes, words, offers = BERT_FILE_CASES[case]
+    shutil.copytree(tokenizers[0], folder, dirs_exist_ok=True)
+    write_dataset("plain", 20, None)
+    with IndexedWriter("sentences", np.uint16) as writer:
+        writer.add_documents(*sentences_of(20))
+        writer.finish(None)
+    assert validate.check(real(**BERT_FILES), 1) == []
+    assert_one_problem(real(**BERT_FILES | changes), 1, words, offers)
+
+
+def sentences_of(documents: int) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """Ids, lengths of sentences and sentences of documents: each has two of 5 tokens."""
+    ids = np.arange(10 * documents, dtype=np.uint16) % 97
+    return ids.tobytes(), np.full(2 * documents, 5, np.int32), np.full(documents, 2, np.int32)
+
+
+def test_whole_words_need_to_be_known(folder, tmp_path):
+    """A WordPiece tokenizer.json has the tokens, but does not tell which begin a word."""
+    import tokenizers as library
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]
+    model = library.models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    library.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    with IndexedWriter("sentences", np.uint16) as writer:
+        writer.add_documents(*sentences_of(20))
+        writer.finish(None)
+    hf = dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="tokenizer.json", vocab_file=None, vocab_size=97)
+    assert validate.check(real(**BERT_FILES | hf), 1) == []
+    assert_one_problem(real(**BERT_FILES | hf, whole_word_mask=True), 1, "--whole-word-mask HuggingFaceTokenizer", 1)
 
 
 @pytest.mark.parametrize("key", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])

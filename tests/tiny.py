@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from megalite.config import RunConfig
-from megalite.data.mock import MockDataset
+from megalite.data.build import blended, build_sources
 from megalite.parallel.collectives import Group
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.launch import LaunchInfo
@@ -16,6 +16,8 @@ from tests.layouts import Layout, configuration
 
 ONE_PROCESS = LaunchInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, init_method="", source="tests")
 SINGLE = Layout("single")
+STEPS = 1000
+"""More than any test takes."""
 
 
 @dataclass
@@ -44,7 +46,7 @@ def build(layout: Layout = SINGLE, launch: LaunchInfo = ONE_PROCESS, **flags) ->
     where that matters."""
     config = configuration(layout, **flags)
     context, _ = build_context(config, launch)
-    dataset = MockDataset(config.model.vocab_size, config.model.seq_length, seed=5, split="train")
+    dataset = blended(build_sources(config.data, config.model, 5, {"train": STEPS}, config.bert)["train"])
     parts = build_parts(config, context)
     return Tiny(config, context, parts, build_batches(config, dataset, parts.model, eod=0))
 

