@@ -5,10 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.megalite-installed
 
-.PHONY: help install quickstart test test-all lint clean
+.PHONY: help install quickstart quickstart-bert test test-all lint clean
 
 help:
 	@echo "make quickstart   from raw text to a trained, resumed and sampled GPT, on 8 CPU ranks; results in runs/"
+	@echo "make quickstart-bert  the same for a BERT: pretrained on sentences, resumed, blanks filled in"
 	@echo "make test         the tests"
 	@echo "make test-all     the tests, slow ones too"
 	@echo "make lint         style (ruff) and the borders between packages (import-linter)"
@@ -34,6 +35,9 @@ $(BIN)/pip:
 
 quickstart: install
 	$(BIN)/python examples/quickstart/run.py
+
+quickstart-bert: install
+	$(BIN)/python examples/quickstart/run_bert.py
 
 test: install
 	$(BIN)/python -m pytest -m "not slow" --durations=10

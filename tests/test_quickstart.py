@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from examples.quickstart import run, speeches
+from examples.quickstart import phases, run, run_bert, speeches
 from megalite.cli import read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,21 +30,21 @@ def test_config_is_read_and_is_a_2x2x2_layout():
 def test_finished_runs_are_moved_aside_and_unfinished_ones_are_not():
     console = Console(quiet=True)
     for number in range(3):
-        run.move_finished_run_aside(console)
+        phases.move_finished_run_aside(run.RUN, console)
         (run.RUN / f"result-{number}").touch()
-        run.move_finished_run_aside(console)
+        phases.move_finished_run_aside(run.RUN, console)
         assert (run.RUN / f"result-{number}").exists()
-        run.FINISHED.touch()
+        (run.RUN / phases.FINISHED).touch()
     assert [(Path(f"runs/quickstart-{n + 1}") / f"result-{n}").exists() for n in range(2)] == [True, True]
 
 
 def test_a_failing_command_ends_the_run_with_its_status(capsys):
-    phases = run.Phases(Console(), total=2)
-    phases.run("one", "touch made", done=False)
-    phases.run("two", "touch skipped", done=True)
+    made = phases.Phases(Console(), total=2)
+    made.run("one", "touch made", done=False)
+    made.run("two", "touch skipped", done=True)
     assert Path("made").exists() and not Path("skipped").exists()
     with pytest.raises(SystemExit) as stop:
-        phases.run("three", "exit 7", "touch never")
+        made.run("three", "exit 7", "touch never")
     assert stop.value.code == 7 and not Path("never").exists()
     assert "$ exit 7" in capsys.readouterr().out
 
@@ -55,15 +55,15 @@ def test_loss_table_has_the_mean_since_the_last_evaluation():
     lines[2:2] = [{"iteration": 2, "validation_loss": 6.25}]
     lines.append({"iteration": 4, "validation_loss": 5.125})
     (run.RUN / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    cells = [list(column.cells) for column in run.loss_table({"seq_length": 128}).columns]
+    cells = [list(column.cells) for column in phases.loss_table(phases.read_metrics(run.RUN), 128).columns]
     assert cells == [["2", "4"], ["4,096", "8,192"], ["6.500", "4.500"], ["6.250", "5.125"]]
 
 
 def test_latest_iteration():
-    assert run.latest_iteration() == 0
+    assert phases.latest_iteration(run.RUN) == 0
     (run.RUN / "checkpoints").mkdir(parents=True)
     (run.RUN / "checkpoints/latest_checkpointed_iteration.txt").write_text("120\n")
-    assert run.latest_iteration() == 120
+    assert phases.latest_iteration(run.RUN) == 120
 
 
 def test_speeches_are_shuffled_the_same_way_each_time(tmp_path):
