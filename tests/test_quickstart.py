@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from examples.quickstart import phases, run, run_bert, speeches
+from examples.quickstart import phases, run, speeches
 from megalite.cli import read
 
 ROOT = Path(__file__).resolve().parents[1]

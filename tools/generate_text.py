@@ -13,6 +13,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
+from megalite.data.config import TokenizerType
+
 
 @dataclass(frozen=True)
 class Options:
@@ -34,10 +36,14 @@ class Options:
     """Seed of the draws."""
     ckpt_step: int | None = None
     """Iteration to load. Unset: the latest."""
-    tokenizer_type: Literal["SentencePieceTokenizer", "ByteTokenizer"] | None = None
-    """Tokenizer, where the checkpoint's configuration names none."""
+    tokenizer_type: TokenizerType | None = None
+    """Tokenizer. Unset: the one in the checkpoint's configuration."""
     tokenizer_model: str | None = None
-    """Its model file. Unset: the one named in the checkpoint's configuration."""
+    """Its model file. Unset: the one in the checkpoint's configuration; so for the next two."""
+    vocab_file: str | None = None
+    """Its vocabulary (GPT2BPETokenizer, BertWordPiece*)."""
+    merge_file: str | None = None
+    """Its merges (GPT2BPETokenizer)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU when there is one."""
 
@@ -57,42 +63,18 @@ class Options:
 def sample(options: Options) -> None:
     """Load the model and print the prompt and its continuation as it is drawn."""
     import torch
-    import yaml
 
-    from megalite.checkpoint.folder import CheckpointError
-    from megalite.checkpoint.load import Checkpoint
-    from megalite.config import from_flat
-    from megalite.data.tokenizers import TokenizerError, build_tokenizer
     from megalite.models.generate import generate
-    from megalite.models.gpt import GPT
-    from megalite.parallel.context import ParallelContext, choose_device
-    from megalite.parallel.launch import LaunchInfo
-    from megalite.parallel.rng import CountedRng
-    from megalite.training.state import load_weights
+    from megalite.training.trained import load_trained
 
-    with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
-        config = from_flat(yaml.safe_load(checkpoint.config_yaml))
-        if config.is_bert:
-            raise CheckpointError(f"{options.load} holds a BERT, which does not generate text; give a GPT's checkpoint")
-        kind = options.tokenizer_type or config.data.tokenizer_type
-        if kind is None:
-            raise SystemExit("the checkpoint's configuration names no tokenizer: give --tokenizer-type (and its model)")
-        # The configured model file belongs to the configured kind of tokenizer.
-        configured = config.data.tokenizer_model if kind == config.data.tokenizer_type else None
-        tokenizer = build_tokenizer(kind, options.tokenizer_model or configured)
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise TokenizerError(
-                f"the tokenizer has {tokenizer.vocab_size} entries, the model in {options.load} only "
-                f"{config.model.vocab_size}: give the one it was trained with, with --tokenizer-model"
-            )
-        device, _ = choose_device(options.device, LaunchInfo(0, 1, 0, 1, "", "none"))
-        context = ParallelContext.single(device)
-        dtype = getattr(torch, config.optimizer.dtype)
-        model = GPT(config.model, context, CountedRng.for_seed(0), range(config.model.num_layers), dtype)
-        load_weights(checkpoint, model)
-        print(f"iteration {checkpoint.iteration} of {options.load}, on {device}", file=sys.stderr)
+    trained = load_trained(
+        options.load, "gpt", options.ckpt_step, options.device, tokenizer_type=options.tokenizer_type,
+        tokenizer_model=options.tokenizer_model, vocab_file=options.vocab_file, merge_file=options.merge_file,
+    )  # fmt: skip
+    model, tokenizer = trained.model, trained.tokenizer
+    print(f"iteration {trained.iteration} of {options.load}, on {model.context.device}", file=sys.stderr)
     ids = tokenizer.encode_batch([options.prompt]).ids.tolist() or [tokenizer.eod]
-    prompt = torch.tensor([ids], device=device)
+    prompt = torch.tensor([ids], device=model.context.device)
     shown = tokenizer.decode(ids) if options.prompt else ""
     print(shown, end="", flush=True)
     made = []

@@ -1,0 +1,69 @@
+"""A trained model in one process, whatever the layout that wrote it: for tools that use one."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from megalite.checkpoint.folder import CheckpointError
+from megalite.checkpoint.load import Checkpoint
+from megalite.config import RunConfig, from_flat
+from megalite.data.tokenizers import Tokenizer, TokenizerError, configured_tokenizer
+from megalite.models.stage import Stage
+from megalite.parallel.context import ParallelContext, choose_device
+from megalite.parallel.launch import LaunchInfo
+from megalite.parallel.rng import CountedRng
+from megalite.training.build import build_model
+from megalite.training.state import load_weights
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model and what belongs to it."""
+
+    config: RunConfig
+    """Of the run that made it."""
+    model: Stage
+    """All of it, in evaluation mode."""
+    tokenizer: Tokenizer
+    iteration: int
+
+
+def load_trained(
+    folder: str | Path, architecture: str, step: int | None = None, device: str = "auto", **tokenizer: str | None
+) -> Trained:
+    """The model of a checkpoint, of iteration `step` or the latest, and its tokenizer.
+
+    device: auto, cpu or cuda. tokenizer: tokenizer_type, tokenizer_model, vocab_file and merge_file, in place of what
+    the configuration in the checkpoint says. Raises CheckpointError when there is none of this architecture,
+    TokenizerError, DeviceError.
+    """
+    with Checkpoint.open(folder, step) as checkpoint:
+        config = from_flat(yaml.safe_load(checkpoint.config_yaml))
+        if config.model.architecture != architecture:
+            raise CheckpointError(
+                f"{checkpoint.folder} holds a {config.model.architecture.upper()}, not a {architecture.upper()}"
+            )
+        used = _tokenizer(config, **tokenizer)
+        chosen, _ = choose_device(device, LaunchInfo(0, 1, 0, 1, "", "none"))
+        alone = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
+        model = build_model(alone, ParallelContext.single(chosen), CountedRng.for_seed(0)).eval()
+        load_weights(checkpoint, model)
+        return Trained(config, model, used, checkpoint.iteration)
+
+
+def _tokenizer(config: RunConfig, **given: str | None) -> Tokenizer:
+    """The tokenizer of a configuration; what is given wins, and files belong to the kind that is given with them."""
+    data, kind = config.data, given.get("tokenizer_type")
+    if kind not in (None, data.tokenizer_type):
+        data = replace(data, tokenizer_type=kind, tokenizer_model=None, vocab_file=None, merge_file=None)
+    data = replace(data, **{key: value for key, value in given.items() if value is not None})
+    if data.tokenizer_type is None:
+        raise TokenizerError("the checkpoint's configuration names no tokenizer: give --tokenizer-type and its files")
+    tokenizer = configured_tokenizer(data, config.model.vocab_size)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.model.vocab_size}: give the one "
+            "that it was trained with"
+        )
+    return tokenizer
