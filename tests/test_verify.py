@@ -69,6 +69,7 @@ def verify(pool, tmp_path_factory):
 SOUND = [
     "dp2 x tp2 x pp2 +sp", "uneven pp3", "microbatch of 2", "a rank of padding only", "llama dp2 x tp2 x pp2 +sp",
     "selective", "full uniform", "full uniform by 2", "packed documents tp2+sp", "packed llama pp4",
+    "bert dp2 x tp2 x pp2 +sp", "bert llama tied pp3",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ A laptop:      python tools/verify_layouts.py --config my.yaml --shrink --ranks 
 By flags:      python tools/verify_layouts.py --shrink --tp 2 --pp 2 --sp --ranks 8 --vocab-size 512
 A SLURM job:   srun python tools/verify_layouts.py --config my.yaml --work-folder SHARED
 
-Takes what pretrain_gpt.py takes, and:
+Takes what pretrain_gpt.py takes, or with --architecture bert (or its preset) what pretrain_bert.py takes, and:
   --ranks N                  ranks of the layout, started here unless a launcher has; else tp x pp
   --shrink                   fewer and narrower layers, same structure and layout
   --reference-tp|pp|dp N     the layout to compare with; else one process
