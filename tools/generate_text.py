@@ -89,7 +89,7 @@ def sample(options: Options) -> None:
         context = ParallelContext.single(device)
         dtype = getattr(torch, config.optimizer.dtype)
         model = GPT(config.model, context, CountedRng.for_seed(0), range(config.model.num_layers), dtype)
-        load_weights(checkpoint, model)
+        load_weights(checkpoint, model.parameters_by_name)
         print(f"iteration {checkpoint.iteration} of {options.load}, on {device}", file=sys.stderr)
     ids = tokenizer.encode_batch([options.prompt]).ids.tolist() or [tokenizer.eod]
     prompt = torch.tensor([ids], device=device)
