@@ -80,11 +80,12 @@ def save_state(parts: Parts, progress: Progress, config: RunConfig, context: Par
     )  # fmt: skip
 
 
-def load_weights(checkpoint: Checkpoint, model) -> None:
-    """Read a model's weights into this rank's boxes, whatever the layout that wrote them: from the fp32 master weights
-    where there are any and the model is not bf16 itself. Raises CheckpointError listing all that does not fit."""
+def load_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Read a model's parameters, or some of them, by name into this rank's boxes, whatever the layout that wrote them:
+    from the fp32 master weights where there are any and the model is not bf16 itself. Raises CheckpointError listing
+    all that does not fit."""
     pieces = []
-    for name, parameter in model.parameters_by_name.items():
+    for name, parameter in parameters.items():
         stored = _best_source(checkpoint, name) if parameter.dtype != torch.bfloat16 else name
         pieces.append(_piece(parameter, stored, parameter))
     _read(checkpoint, pieces)
@@ -132,7 +133,7 @@ def load_state(parts: Parts, config: RunConfig, context: ParallelContext) -> Pro
     """
     options = config.checkpoint
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
-        load_weights(checkpoint, parts.model)
+        load_weights(checkpoint, parts.model.parameters_by_name)
         if options.finetune or options.no_load_optim:
             _load_master(checkpoint, parts)
         else:

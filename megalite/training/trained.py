@@ -48,7 +48,7 @@ def load_trained(
         chosen, _ = choose_device(device, LaunchInfo(0, 1, 0, 1, "", "none"))
         alone = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
         model = build_model(alone, ParallelContext.single(chosen), CountedRng.for_seed(0)).eval()
-        load_weights(checkpoint, model)
+        load_weights(checkpoint, model.parameters_by_name)
         return Trained(config, model, used, checkpoint.iteration)
 
 

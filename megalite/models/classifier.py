@@ -1,0 +1,64 @@
+"""A BERT with a head that sorts texts, or pairs of texts, into classes: whole, in one process."""
+
+from dataclasses import replace
+
+import torch
+
+from megalite.models.batch import Microbatch
+from megalite.models.bert import Bert
+from megalite.nn.config import ModelConfig
+from megalite.nn.dropout import EMBEDDING, HiddenDropout
+from megalite.nn.linear import ReplicatedLinear
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.rng import CountedRng
+
+
+class Classifier(Bert):
+    """The encoder and the pooler of a BERT, then dropout and a linear layer, in place of the pretraining heads.
+
+    Args:
+        model: of the encoder.
+        context: one rank, with its device.
+        classes: c, the number of classes.
+        dropout: probability of dropping an element of the pooled output. The encoder keeps that of `model`.
+        freeze_encoder: train pooler and linear layer only; the encoder then runs without dropout.
+        seed: of the initial weights and of dropout.
+    """
+
+    heads = ("pooler", "head_dropout", "classifier")
+    """Modules after the encoder."""
+
+    def __init__(
+        self, model: ModelConfig, context: ParallelContext, classes: int, dropout: float = 0.0,
+        freeze_encoder: bool = False, seed: int = 1234,
+    ):  # fmt: skip
+        self.classes, self.head_dropout_probability = classes, dropout  # before nn.Module's own: build_heads needs them
+        self.freeze_encoder = freeze_encoder
+        # Tied, since then there is no weight of an output layer, which a classifier does not have.
+        model = replace(model, untie_embeddings_and_output_weights=False)
+        super().__init__(model, context, CountedRng.for_seed(seed), range(model.num_layers), seed=seed)
+        for name, parameter in self.parameters_by_name.items():
+            parameter.requires_grad_(not freeze_encoder or name.split(".")[0] in self.heads)
+
+    def build_heads(self) -> None:
+        """Pooler, dropout at a place that no layer uses, and the linear layer."""
+        model, context = self.config, self.context
+        h, std = model.hidden_size, model.init_method_std
+        self.pooler = ReplicatedLinear(h, h, std, not model.disable_bias_linear, context, self.dtype)
+        self.head_dropout = HiddenDropout(
+            self.head_dropout_probability, self.rng, model.num_layers, EMBEDDING, context, sequence_parallel=False
+        )
+        self.classifier = ReplicatedLinear(h, self.classes, std, True, context, self.dtype)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Training mode, of what is trained, or evaluation mode."""
+        super().train(mode)
+        for name, part in self.named_children():
+            part.train(mode and (not self.freeze_encoder or name in self.heads))
+        return self
+
+    def forward(self, batch: Microbatch) -> torch.Tensor:
+        """Logits [b, c] of tokens, token types and segments [b, s]; in training mode `samples` [b] decide what is
+        dropped."""
+        pooled = self.pooled(self.encode(None, batch))
+        return self.classifier(self.head_dropout(pooled.unsqueeze(0), batch.samples).squeeze(0))

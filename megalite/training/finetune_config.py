@@ -1,0 +1,109 @@
+"""How a classifier is trained, and what is kept of it beside its weights. Imports no torch."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from megalite.config import ConfigError, RunConfig, from_flat, to_flat, with_values
+from megalite.data.build import special_ids
+from megalite.data.classification import Columns
+from megalite.data.config import TOKENIZER_FILES
+from megalite.data.indexed import DatasetError
+from megalite.data.masking import SpecialIds
+from megalite.data.tokenizers import Tokenizer, TokenizerError, configured_tokenizer
+
+DESCRIPTION_FILE = "classifier.json"
+WEIGHTS_FILE = "classifier.safetensors"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a classifier is trained. The defaults are in the ranges of BERT's paper."""
+
+    epochs: int = 3
+    """Times that all training examples are used."""
+    batch_size: int = 32
+    """Examples in a step, also in evaluation."""
+    lr: float = 5e-5
+    """Highest learning rate; after the warm-up it falls in a line, to 0 after the last step."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW; biases and norms are left out."""
+    warmup_fraction: float = 0.1
+    """Share of the steps in which the learning rate rises."""
+    dropout: float = 0.1
+    """Probability of dropping an element of the pooled output. The encoder keeps the checkpoint's dropout."""
+    freeze_encoder: bool = False
+    """Train the pooler and the last layer only."""
+    seed: int = 1234
+    """Of the order, of dropout, of the new weights, and of --valid-share."""
+
+    def problems(self) -> list[str]:
+        """Everything wrong with these values, each with what would work."""
+        checks = [
+            (self.epochs < 1, f"--epochs {self.epochs}: use 1 or more"),
+            (self.batch_size < 1, f"--batch-size {self.batch_size}: use 1 or more"),
+            (not 0 < self.lr < float("inf"), f"--lr {self.lr}: use a number above 0, for example 5e-5"),
+            (not 0 <= self.weight_decay < float("inf"), f"--weight-decay {self.weight_decay}: use 0 or more"),
+            (not 0 <= self.warmup_fraction < 1, f"--warmup-fraction {self.warmup_fraction}: use a share below 1"),
+            (not 0 <= self.dropout < 1, f"--dropout {self.dropout}: use a probability below 1"),
+        ]
+        return [text for wrong, text in checks if wrong]
+
+
+@dataclass(frozen=True)
+class ClassifierDescription:
+    """What a classifier is, beside its weights. Kept as JSON, with the tokenizer's file in the same folder."""
+
+    classes: list[str]
+    columns: Columns
+    seq_length: int
+    """Tokens that a row is cut to."""
+    config: RunConfig
+    """Of the run that pretrained the encoder; its data section names the tokenizer."""
+    tokenizer_sha256: str
+
+    def write(self, folder: Path) -> None:
+        """Write the JSON file, and a copy of the tokenizer's file, into a folder."""
+        (field,) = TOKENIZER_FILES[self.config.data.tokenizer_type]
+        source = Path(getattr(self.config.data, field))
+        source = source / "tokenizer.json" if source.is_dir() else source
+        shutil.copyfile(source, folder / source.name)
+        kept = replace(self, config=with_values(self.config, {field: source.name}))
+        text = json.dumps(asdict(kept) | {"config": to_flat(kept.config)}, indent=1, ensure_ascii=False)
+        (folder / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "ClassifierDescription":
+        """What `write` wrote. Raises DatasetError when it is not there or not whole."""
+        path = Path(folder) / DESCRIPTION_FILE
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            config = from_flat(fields.pop("config"))
+            (field,) = TOKENIZER_FILES[config.data.tokenizer_type]
+            config = with_values(config, {field: str(Path(folder) / getattr(config.data, field))})
+            return cls(config=config, columns=Columns(**fields.pop("columns")), **fields)
+        except (OSError, ConfigError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DatasetError(f"{path}: no classifier that tools/finetune_classifier.py saved: {error}") from None
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises TokenizerError when it is not the one that the classifier was trained with."""
+        tokenizer, _ = bert_tokenizer(self.config)
+        if tokenizer.sha256 != self.tokenizer_sha256:
+            raise TokenizerError("the tokenizer's file is not the one that the classifier was trained with")
+        return tokenizer
+
+
+def bert_tokenizer(config: RunConfig) -> tuple[Tokenizer, SpecialIds]:
+    """The tokenizer of a BERT's configuration, and the ids that frame its rows. Raises TokenizerError when it is not
+    named, cannot be built, has no such ids, or is larger than the model's vocabulary."""
+    if config.data.tokenizer_type is None:
+        raise TokenizerError("the checkpoint's configuration names no tokenizer: give --tokenizer-type and its file")
+    tokenizer = configured_tokenizer(config.data, config.model.vocab_size)
+    special = special_ids(tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.model.vocab_size}: give the one "
+            "that it was trained with"
+        )
+    return tokenizer, special
