@@ -1,13 +1,23 @@
 """What the docs show runs, and what they list is all there is."""
 
+import json
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.layouts import LAYOUTS
+from tests.test_readme import environment
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+SMALLER = {
+    "--preset bert-base": "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --save-interval 5",
+    "--nproc-per-node 8": "--nproc-per-node 4", "--vocab-size 4096": "--vocab-size 200",
+    "--train-iters 1000000": "--train-iters 2", "--lr-warmup-iters 10000": "--lr-warmup-iters 1",
+    "--global-batch-size 256": "--global-batch-size 8",
+}  # fmt: skip
+"""What docs/bert.md says, and what is run in its place."""
 
 
 def test_the_library_example_runs():
@@ -17,6 +27,29 @@ def test_the_library_example_runs():
     losses = [float(line.split()[2]) for line in done.stdout.splitlines() if " loss " in line]
     assert len(losses) == 10 and losses[-1] < losses[0]
     assert "(4, 3, 16, 64)" in done.stdout
+
+
+def test_the_commands_of_bert_run(tmp_path):
+    """From text to filled blanks and a classifier, with smaller numbers."""
+    script = "".join(re.findall(r"^```bash\n(.*?)^```$", (DOCS / "bert.md").read_text(), re.M | re.S))
+    for shown, smaller in SMALLER.items():
+        assert script.count(shown) == 1, shown
+        script = script.replace(shown, smaller)
+    for name in ("pretrain_bert.py", "tools"):
+        (tmp_path / name).symlink_to(DOCS.parent / name)
+    draw = random.Random(3)
+    words = ["".join(draw.choices("aeioulmnrst", k=draw.randint(2, 8))) for _ in range(300)]
+    sentences = [" ".join(draw.choices(words, k=9)).capitalize() + "." for _ in range(2000)]
+    texts = [" ".join(sentences[i : i + 20]) for i in range(0, len(sentences), 20)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=environment() | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "saved checkpoints at iteration 2" in run.stdout and "the people of the united [MASK] ." in run.stdout
+    lines = [json.loads(line) for line in (tmp_path / "classes.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and {line["label"] for line in lines} <= {"glad", "sad"}
 
 
 def test_the_table_of_layouts_lists_each_with_a_small_difference():

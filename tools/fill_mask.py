@@ -53,6 +53,7 @@ def fill(options: Options) -> None:
     import torch
 
     from megalite.data.build import special_ids
+    from megalite.data.indexed import DatasetError
     from megalite.models.batch import Microbatch
     from megalite.training.trained import load_trained
 
@@ -68,8 +69,10 @@ def fill(options: Options) -> None:
         for number, part in enumerate(tokenizer.encode_batch(text.split(MASK)).split()):
             row += [special.mask] * (number > 0) + part.tolist()
         rows.append(torch.tensor([[*row, special.sep]], device=model.context.device))
-        if rows[-1].shape[1] > model.config.positions:
-            raise SystemExit(f"--text {text[:40]!r}...: {rows[-1].shape[1]} tokens, at most {model.config.positions}")
+        if (length := rows[-1].shape[1]) > model.config.positions:
+            raise DatasetError(
+                f"--text {text[:40]}...: {length} tokens, the model has {model.config.positions} positions"
+            )
     for text, tokens in zip(options.text, rows, strict=True):
         print(text)
         with torch.no_grad():
@@ -87,12 +90,13 @@ def main() -> None:
         print("\n".join(f"fill_mask.py: {problem}" for problem in problems), file=sys.stderr)
         raise SystemExit(2)
     from megalite.checkpoint.folder import CheckpointError
+    from megalite.data.indexed import DatasetError
     from megalite.data.tokenizers import TokenizerError
     from megalite.parallel.context import DeviceError
 
     try:
         fill(options)
-    except (CheckpointError, TokenizerError, DeviceError, OSError) as error:
+    except (CheckpointError, DatasetError, TokenizerError, DeviceError, OSError) as error:
         print(f"fill_mask.py: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 

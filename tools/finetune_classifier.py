@@ -7,7 +7,7 @@ Example: python tools/finetune_classifier.py --load checkpoints --train train.ts
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -16,7 +16,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
 from megalite.checkpoint.folder import CheckpointError, checkpoint_folder, latest_iteration
-from megalite.config import RunConfig, with_values
+from megalite.config import RunConfig
 from megalite.data.classification import (
     SUFFIXES,
     Columns,
@@ -30,7 +30,7 @@ from megalite.data.classification import (
     unseen_labels,
 )
 from megalite.data.indexed import DatasetError
-from megalite.data.tokenizers import TokenizerError
+from megalite.data.tokenizers import TokenizerError, with_tokenizer
 from megalite.rules.files import read_config
 from megalite.training.finetune_config import ClassifierDescription, FinetuneConfig, bert_tokenizer
 
@@ -169,12 +169,8 @@ def configuration(options: Options) -> RunConfig:
         raise CheckpointError(f"{folder}: its configuration cannot be read: {error}") from None
     if not run.is_bert:
         raise CheckpointError(f"--load {options.load} holds a GPT; give a checkpoint of pretrain_bert.py")
-    names = ("tokenizer_type", "vocab_file", "tokenizer_model")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if given.get("tokenizer_type", run.data.tokenizer_type) != run.data.tokenizer_type:
-        # The configured files belong to the configured kind of tokenizer.
-        given = {"vocab_file": None, "tokenizer_model": None, "merge_file": None} | given
-    return with_values(run, given)
+    given = {name: getattr(options, name) for name in ("tokenizer_type", "vocab_file", "tokenizer_model")}
+    return replace(run, data=with_tokenizer(run.data, given))
 
 
 def length_problems(run: RunConfig, seq_length: int, least: int) -> list[str]:

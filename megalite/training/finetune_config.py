@@ -11,7 +11,7 @@ from megalite.data.classification import Columns
 from megalite.data.config import TOKENIZER_FILES
 from megalite.data.indexed import DatasetError
 from megalite.data.masking import SpecialIds
-from megalite.data.tokenizers import Tokenizer, TokenizerError, configured_tokenizer
+from megalite.data.tokenizers import Tokenizer, TokenizerError, trained_tokenizer
 
 DESCRIPTION_FILE = "classifier.json"
 WEIGHTS_FILE = "classifier.safetensors"
@@ -97,13 +97,5 @@ class ClassifierDescription:
 def bert_tokenizer(config: RunConfig) -> tuple[Tokenizer, SpecialIds]:
     """The tokenizer of a BERT's configuration, and the ids that frame its rows. Raises TokenizerError when it is not
     named, cannot be built, has no such ids, or is larger than the model's vocabulary."""
-    if config.data.tokenizer_type is None:
-        raise TokenizerError("the checkpoint's configuration names no tokenizer: give --tokenizer-type and its file")
-    tokenizer = configured_tokenizer(config.data, config.model.vocab_size)
-    special = special_ids(tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.model.vocab_size}: give the one "
-            "that it was trained with"
-        )
-    return tokenizer, special
+    tokenizer = trained_tokenizer(config.data, config.model.vocab_size)
+    return tokenizer, special_ids(tokenizer)

@@ -8,7 +8,7 @@ import yaml
 from megalite.checkpoint.folder import CheckpointError
 from megalite.checkpoint.load import Checkpoint
 from megalite.config import RunConfig, from_flat
-from megalite.data.tokenizers import Tokenizer, TokenizerError, configured_tokenizer
+from megalite.data.tokenizers import Tokenizer, trained_tokenizer, with_tokenizer
 from megalite.models.stage import Stage
 from megalite.parallel.context import ParallelContext, choose_device
 from megalite.parallel.launch import LaunchInfo
@@ -44,26 +44,9 @@ def load_trained(
             raise CheckpointError(
                 f"{checkpoint.folder} holds a {config.model.architecture.upper()}, not a {architecture.upper()}"
             )
-        used = _tokenizer(config, **tokenizer)
+        used = trained_tokenizer(with_tokenizer(config.data, tokenizer), config.model.vocab_size)
         chosen, _ = choose_device(device, LaunchInfo(0, 1, 0, 1, "", "none"))
         alone = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
         model = build_model(alone, ParallelContext.single(chosen), CountedRng.for_seed(0)).eval()
         load_weights(checkpoint, model.parameters_by_name)
         return Trained(config, model, used, checkpoint.iteration)
-
-
-def _tokenizer(config: RunConfig, **given: str | None) -> Tokenizer:
-    """The tokenizer of a configuration; what is given wins, and files belong to the kind that is given with them."""
-    data, kind = config.data, given.get("tokenizer_type")
-    if kind not in (None, data.tokenizer_type):
-        data = replace(data, tokenizer_type=kind, tokenizer_model=None, vocab_file=None, merge_file=None)
-    data = replace(data, **{key: value for key, value in given.items() if value is not None})
-    if data.tokenizer_type is None:
-        raise TokenizerError("the checkpoint's configuration names no tokenizer: give --tokenizer-type and its files")
-    tokenizer = configured_tokenizer(data, config.model.vocab_size)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.model.vocab_size}: give the one "
-            "that it was trained with"
-        )
-    return tokenizer

@@ -2,7 +2,13 @@
 
 from megalite.data.config import TOKENIZER_FILES, TokenizerType
 from megalite.data.tokenizers.base import Encoded, Tokenizer, TokenizerError, encoded
-from megalite.data.tokenizers.build import TokenizerBackend, build_tokenizer, configured_tokenizer
+from megalite.data.tokenizers.build import (
+    TokenizerBackend,
+    build_tokenizer,
+    configured_tokenizer,
+    trained_tokenizer,
+    with_tokenizer,
+)
 from megalite.data.tokenizers.fast import CheckedTokenizer
 from megalite.data.tokenizers.plain import ByteTokenizer, NullTokenizer
 from megalite.data.tokenizers.train import train_bpe, train_sentencepiece, train_wordpiece
@@ -23,4 +29,6 @@ __all__ = [
     "train_bpe",
     "train_sentencepiece",
     "train_wordpiece",
+    "trained_tokenizer",
+    "with_tokenizer",
 ]

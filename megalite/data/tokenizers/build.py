@@ -1,6 +1,7 @@
 """From flags to a tokenizer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -66,6 +67,29 @@ def build_tokenizer(
 def configured_tokenizer(data: DataConfig, vocab_size: int | None) -> Tokenizer:
     """The tokenizer of a run. Raises TokenizerError when its flags do not fit together."""
     return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file, vocab_size)
+
+
+def with_tokenizer(data: DataConfig, given: dict[str, str | None]) -> DataConfig:
+    """The configuration with the tokenizer's kind and files that are `given`, by field; None: as it was. Files that it
+    named belong to the kind that it named."""
+    given = {field: value for field, value in given.items() if value is not None}
+    if given.get("tokenizer_type", data.tokenizer_type) != data.tokenizer_type:
+        given = {"tokenizer_model": None, "vocab_file": None, "merge_file": None} | given
+    return replace(data, **given)
+
+
+def trained_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a trained model with this vocabulary. Raises TokenizerError when it is not named, cannot be
+    built or is larger than the model's vocabulary."""
+    if data.tokenizer_type is None:
+        raise TokenizerError("the checkpoint's configuration names no tokenizer: give --tokenizer-type and its files")
+    tokenizer = configured_tokenizer(data, vocab_size)
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model only {vocab_size}: give the one that it was "
+            "trained with"
+        )
+    return tokenizer
 
 
 def find_flag_problems(kind: str, given: dict[str, str | None], vocab_size: int | None) -> list[str]:

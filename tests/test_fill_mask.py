@@ -1,0 +1,92 @@
+"""tools/fill_mask.py, and loading a trained model into one process: what is found, and what is refused."""
+
+import re
+import sys
+
+import pytest
+import torch
+
+from megalite.checkpoint.folder import CheckpointError
+from megalite.data.tokenizers import TokenizerError, train_wordpiece
+from megalite.models.batch import Microbatch
+from megalite.parallel.launch import LaunchInfo
+from megalite.training.trained import load_trained
+from tests.runs import console_of, sound
+from tools import fill_mask
+
+ALONE = LaunchInfo(0, 1, 0, 1, "", "none")
+SHAPE = dict(
+    num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=24, mock_data=True, train_iters=2, lr=1e-3,
+    global_batch_size=4, device="cpu", save="saved", vocab_size=110,
+)  # fmt: skip
+BERT = SHAPE | {"architecture": "bert"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, pool):
+    """A folder with a vocabulary, a BERT saved by 2x2x2 ranks, and a GPT."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "vocab.txt").write_bytes(train_wordpiece(["the state of the union is strong"] * 9, 43))
+    flags = BERT | dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)
+    pool.run(console_of, 8, sound(flags, 8, folder / "bert"), folder / "bert")
+    console_of(ALONE, sound(SHAPE, 1, folder / "gpt"), folder / "gpt")
+    return folder
+
+
+@pytest.fixture
+def fill(made, monkeypatch, capsys):
+    """The tool's output, or what it says where it must end with another status."""
+
+    def run(*words: str, status: int = 0, load: str = "bert", vocabulary: bool = True) -> str:
+        named = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(made / "vocab.txt")]
+        argv = ["--load", str(made / load / "saved"), "--device", "cpu", *(named if vocabulary else []), *words]
+        monkeypatch.setattr(sys, "argv", ["fill_mask.py", *argv])
+        found = 0
+        try:
+            fill_mask.main()
+        except SystemExit as end:
+            found = end.code
+        printed = capsys.readouterr()
+        assert found == status, printed
+        return printed.out if status == 0 else printed.err
+
+    return run
+
+
+def test_blanks_are_filled_with_the_model_s_first_guesses(made, fill):
+    printed = fill("--text", "the state of the [MASK] is [MASK]", "[MASK]", "--top", "3")
+    lines = printed.splitlines()
+    assert lines[0] == "the state of the [MASK] is [MASK]" and lines[3] == "[MASK]" and len(lines) == 5
+    given = dict(tokenizer_type="BertWordPieceLowerCase", vocab_file=str(made / "vocab.txt"))
+    trained = load_trained(made / "bert/saved", "bert", device="cpu", **given)
+    special, (ids,) = trained.tokenizer.special, trained.tokenizer.encode_batch(["the state of the"]).split()
+    mask, (between,) = special["[MASK]"], trained.tokenizer.encode_batch(["is"]).split()
+    row = [special["[CLS]"], *ids, mask, *between, mask, special["[SEP]"]]
+    with torch.no_grad():
+        logits = trained.model(None, Microbatch(torch.tensor([row])))[:, 0, : trained.tokenizer.vocab_size]
+    for line, place in zip(lines[1:3], [i for i, token in enumerate(row) if token == mask], strict=True):
+        shares, best = logits[place].double().softmax(-1).topk(3)
+        wanted = [f"{trained.tokenizer.decode([i])} {s:.1%}" for i, s in zip(best.tolist(), shares.tolist())]
+        assert line.strip() == ", ".join(wanted)
+    assert [float(share) for share in re.findall(r"([\d.]+)%", lines[1])] == sorted(
+        map(float, re.findall(r"([\d.]+)%", lines[1])), reverse=True
+    )
+
+
+def test_all_that_is_wrong_is_said(fill):
+    said = fill("--text", "no blank", "none here", "--top", "0", status=2)
+    assert all(words in said for words in ("--top 0", "'no blank'", "'none here'")) and said.count("\n") == 3
+    assert "holds a GPT, not a BERT" in fill("--text", "[MASK]", status=1, load="gpt")
+    assert "names no tokenizer" in fill("--text", "[MASK]", status=1, vocabulary=False)
+    assert "no such folder" in fill("--text", "[MASK]", "--load", "nowhere", status=2)
+    too_long = fill("--text", "[MASK]" * 40, status=1)
+    assert "42 tokens, the model has 24 positions" in too_long
+
+
+def test_a_trained_model_is_of_the_kind_that_is_asked_for(made):
+    with pytest.raises(CheckpointError, match="holds a BERT, not a GPT"):
+        load_trained(made / "bert/saved", "gpt", device="cpu")
+    with pytest.raises(TokenizerError, match="257 entries, the model only 110"):
+        load_trained(made / "gpt/saved", "gpt", device="cpu", tokenizer_type="ByteTokenizer")
+    with pytest.raises(CheckpointError, match="iter_0000007 does not exist"):
+        load_trained(made / "gpt/saved", "gpt", step=7, device="cpu")
