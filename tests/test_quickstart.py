@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from examples.quickstart import phases, run, speeches
+from examples.quickstart import phases, run, run_bert, speeches
 from megalite.cli import read
+from megalite.config import from_flat
+from megalite.data.build import build_sources
+from megalite.validate import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,8 +21,10 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_config_is_read_and_is_a_2x2x2_layout():
+@pytest.mark.parametrize("run", [run, run_bert])
+def test_config_is_read_and_is_a_2x2x2_layout(run):
     config = read(["--config", str(ROOT / run.CONFIG)])
+    assert config.is_bert == (run is run_bert)
     p = config.parallel
     assert (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.sequence_parallel) == (2, 2, True)
     assert config.data.global_batch_size % (2 * config.data.micro_batch_size) == 0
@@ -57,6 +62,25 @@ def test_loss_table_has_the_mean_since_the_last_evaluation():
     (run.RUN / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     cells = [list(column.cells) for column in phases.loss_table(phases.read_metrics(run.RUN), 128).columns]
     assert cells == [["2", "4"], ["4,096", "8,192"], ["6.500", "4.500"], ["6.250", "5.125"]]
+
+
+def test_the_best_constant_guess_is_that_of_the_evaluation_s_samples():
+    flags = dict(architecture="bert", mock_data=True, vocab_size=60, seq_length=32, train_iters=9)
+    config = resolve(from_flat(flags | dict(eval_iters=3, global_batch_size=4)), 1)
+    ((_, dataset),) = build_sources(config.data, config.model, config.training.seed, {"valid": 12}, config.bert)[
+        "valid"
+    ]
+    wanted = [label for i in range(12) for label, m in zip(dataset[i]["labels"], dataset[i]["loss_mask"]) if m]
+    assert run_bert.best_constant_guess(config) == max(map(wanted.count, wanted)) / len(wanted)
+
+
+def test_scores_are_columns_of_the_table():
+    lines = [
+        {"iteration": 1, "loss": 3.0, "consumed_samples": 4},
+        {"iteration": 1, "validation_loss": 2.0, "score": 0.25},
+    ]
+    columns = phases.loss_table(lines, 10, ("score",)).columns
+    assert [list(column.cells) for column in columns] == [["1"], ["40"], ["3.000"], ["2.000"], ["25.0%"]]
 
 
 def test_latest_iteration():

@@ -65,11 +65,12 @@ def test_by_hand_plots_and_samples(by_hand):
     assert "The people of the United States" in output[output.rindex("loss.png") :]
 
 
-def test_shown_problems_are_the_real_ones():
-    """A block that begins with `$ ` shows the command and exactly what it prints."""
-    command, shown = re.search(r"^```\n\$ (python pretrain_gpt\.py .*?)\n(.*?)^```$", README, re.M | re.S).groups()
+@pytest.mark.parametrize(("program", "status"), [("pretrain_gpt", 2), ("pretrain_bert", 0)])
+def test_what_is_shown_of_a_command_is_what_it_prints(program, status):
+    """A block that begins with `$ ` shows the command and exactly what it prints: problems, or a summary."""
+    command, shown = re.search(rf"^```\n\$ (python {program}\.py .*?)\n(.*?)^```$", README, re.M | re.S).groups()
     run = subprocess.run(command, shell=True, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert (run.returncode, run.stderr.strip()) == (2, shown.strip())
+    assert (run.returncode, (run.stdout + run.stderr).strip()) == (status, shown.strip())
 
 
 def test_the_plot_and_the_walk_through_use_the_config_s_numbers():

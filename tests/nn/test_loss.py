@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from megalite.nn.loss import vocab_parallel_cross_entropy
+from megalite.nn.loss import vocab_parallel_argmax, vocab_parallel_cross_entropy
 from megalite.nn.parameter import ParameterSpec
 from megalite.parallel.boxes import Box
 from megalite.parallel.collectives import Group
@@ -68,6 +68,25 @@ def test_divided_vocabulary(pool, ranks, rows):
     gradient = torch.cat([gradient for _, gradient in results], dim=-1)
     torch.testing.assert_close(gradient[..., :VOCABULARY], wanted_gradient, rtol=1e-13, atol=1e-13)
     assert not gradient[..., VOCABULARY:].any()
+
+
+def argmax_on_rank(launch, logits: torch.Tensor, rows: int) -> torch.Tensor:
+    context = ParallelContext.create(ParallelLayout(tensor=launch.world_size), launch)
+    start = min(rows * launch.rank, VOCABULARY)
+    count = min(rows, VOCABULARY - start)
+    local = torch.full((S, B, rows), 1e30, dtype=logits.dtype)
+    local[..., :count] = logits[..., start : start + count]
+    spec = ParameterSpec((VOCABULARY, 1), Box((start, 0), (count, 1)), True, "normal")
+    return vocab_parallel_argmax(local, spec, context.tensor)
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [(1, 16), (4, 4), (4, 8)], ids=["1", "4, padded", "4, two of padding only"])
+def test_the_largest_logit_is_found(pool, ranks, rows):
+    """The first of equal ones; what lies behind the vocabulary does not count."""
+    logits = logits_of()
+    logits[0, 0, [2, 9]] = logits[0, 0].max() + 1
+    for found in pool.run(argmax_on_rank, ranks, logits, rows):
+        assert torch.equal(found, logits.argmax(dim=-1)) and found[0, 0] == 2
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
