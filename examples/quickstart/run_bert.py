@@ -72,7 +72,7 @@ def main() -> None:
     phases.run(
         "Fill in blanks from the checkpoint, in one process",
         f"python tools/fill_mask.py --load {RUN}/checkpoints --text 'the people of the united [MASK] .' "
-        "'i submit to [MASK] the following report .'",
+        "'in the course [MASK] the year'",
     )
     (RUN / FINISHED).touch()
     console.print(time_table(phases.times))
