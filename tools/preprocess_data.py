@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from megalite.data.indexed import DatasetError
 from megalite.data.preprocess import preprocess
-from megalite.data.preprocess_config import PreprocessConfig, find_problems, tokenizer_of
+from megalite.data.preprocess_config import PreprocessConfig, find_problems
 from megalite.data.progress import Progress, show_progress
 from megalite.data.tokenizers import TokenizerError
 
@@ -30,7 +30,7 @@ def main() -> int:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         return 2
-    tokenizer = tokenizer_of(config)
+    tokenizer = config.tokenizer
     why = f" ({tokenizer.why})" if tokenizer.why else ""
     print(f"{config.tokenizer_type}, {tokenizer.vocab_size:,} ids, {tokenizer.backend} backend{why}", file=sys.stderr)
     last = Progress(0)

@@ -12,7 +12,7 @@ from megalite.data.inputs import expand
 from megalite.data.journal import Journal
 from megalite.data.merge import merge
 from megalite.data.preprocess import BadLineError, job_of, preprocess
-from megalite.data.preprocess_config import PreprocessConfig, tokenizer_of
+from megalite.data.preprocess_config import PreprocessConfig
 from megalite.data.progress import Progress
 
 
@@ -24,7 +24,7 @@ def preprocess_in_partitions(config: PreprocessConfig, report: Callable[[Progres
     files, problems = expand(config.input)
     if problems:
         raise DatasetError("; ".join(problems))
-    journal = Journal(config.folder, job_of(config, files, tokenizer_of(config)))
+    journal = Journal(config.folder, job_of(config, files))
     try:
         if journal.state is None:
             journal.commit({"renames": []})

@@ -14,9 +14,9 @@ from megalite.data.indexed import DatasetError, DatasetInfo
 from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.inputs import STDIN, Block, expand, kind_of, read_blocks, shard_ranges, sizes_of
 from megalite.data.journal import Journal
-from megalite.data.preprocess_config import PreprocessConfig, sentence_splitter, tokenizer_of
+from megalite.data.preprocess_config import PreprocessConfig, sentence_splitter
 from megalite.data.progress import Progress
-from megalite.data.tokenizers import Tokenizer, TokenizerError
+from megalite.data.tokenizers import TokenizerError
 from megalite.data.workers import encoded_blocks
 
 COMMIT_SECONDS, COMMIT_TOKENS = 5.0, 1 << 25
@@ -31,7 +31,7 @@ class BadLineError(DatasetError):
 def build_encoder(config: PreprocessConfig) -> Encoder:
     """What encodes blocks under this configuration. Raises TokenizerError, DatasetError."""
     split = sentence_splitter(config.language) if config.split_sentences else None
-    return Encoder(tokenizer_of(config), config.json_keys, config.append_eod, split)
+    return Encoder(config.tokenizer, config.json_keys, config.append_eod, split)
 
 
 def preprocess(
@@ -50,12 +50,11 @@ def preprocess(
     files, problems = expand(config.input)
     if problems:
         raise DatasetError("; ".join(problems))
-    tokenizer = tokenizer_of(config)
-    journal = Journal(config.folder, job_of(config, files, tokenizer))
+    journal = Journal(config.folder, job_of(config, files))
     try:
         if journal.state is None or not journal.state.get("renames"):
             with ExitStack() as stack:
-                _Run(config, files, tokenizer, journal, stack).to_the_end(report)
+                _Run(config, files, journal, stack).to_the_end(report)
     finally:
         if journal.state is None:
             _remove_if_empty(config.folder)
@@ -71,12 +70,12 @@ def _remove_if_empty(folder: Path) -> None:
     folder.rmdir()
 
 
-def job_of(config: PreprocessConfig, files: list[str], tokenizer: Tokenizer) -> dict:
+def job_of(config: PreprocessConfig, files: list[str]) -> dict:
     """What decides the bytes of the output, to tell whether an interrupted run was this one."""
     stats = [os.stat(path) for path in files if path != STDIN]
     return {
         "input": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats)] if stats else list(files),
-        "tokenizer": [config.tokenizer_type, tokenizer.vocab_size, tokenizer.sha256],
+        "tokenizer": [config.tokenizer_type, config.tokenizer.vocab_size, config.tokenizer.sha256],
         "json keys": list(config.json_keys),
         "append eod": config.append_eod,
         "sentences": config.language if config.split_sentences else None,
@@ -88,10 +87,8 @@ def job_of(config: PreprocessConfig, files: list[str], tokenizer: Tokenizer) -> 
 class _Run:
     """The making of one output, from its beginning or from what the journal says."""
 
-    def __init__(
-        self, config: PreprocessConfig, files: list[str], tokenizer: Tokenizer, journal: Journal, stack: ExitStack
-    ):
-        self.config, self.files, self.tokenizer, self.journal, self.stack = config, files, tokenizer, journal, stack
+    def __init__(self, config: PreprocessConfig, files: list[str], journal: Journal, stack: ExitStack):
+        self.config, self.files, self.journal, self.stack = config, files, journal, stack
         state = journal.state or {
             "after": [0, 0],
             "line": 1,
@@ -101,7 +98,7 @@ class _Run:
         }
         if journal.state and STDIN in files:
             raise DatasetError(f"standard input cannot be taken up again: delete {journal.folder} to start anew")
-        dtype = np.dtype("<u2" if tokenizer.vocab_size < 65500 else "<i4")
+        dtype = np.dtype("<u2" if config.tokenizer.vocab_size < 65500 else "<i4")
         self.writers = [
             stack.enter_context(IndexedWriter(config.prefix(key), dtype, journal.folder, kept))
             for key, kept in zip(config.json_keys, state["writers"], strict=True)
@@ -148,8 +145,7 @@ class _Run:
         self._note_bad_lines(block, result)
         before = sum(writer.tokens for writer in self.writers)
         for writer, lines in zip(self.writers, result.per_key, strict=True):
-            counts = np.frombuffer(lines.sequences, "<i4") if self.config.split_sentences else None
-            writer.add_documents(lines.ids, np.frombuffer(lines.lengths, "<i4"), counts)
+            writer.add_documents(*lines)
         last_of_file = self.after[0] != block.file
         self.line = (1 if last_of_file else self.line) + result.lines
         self.after = block.file, block.stop
@@ -188,12 +184,13 @@ class _Run:
         self._committed = time.monotonic(), self.progress.tokens_now
 
     def _describe(self, writer: IndexedWriter) -> DatasetInfo:
+        tokenizer = self.config.tokenizer
         try:
-            eod = self.tokenizer.eod
+            eod = tokenizer.eod
         except TokenizerError:
             eod = None
-        size, digest = self.tokenizer.vocab_size, self.tokenizer.sha256
-        return DatasetInfo(self.config.tokenizer_type, size, eod, digest, writer.documents, writer.tokens)
+        made_by = self.config.tokenizer_type, tokenizer.vocab_size, eod, tokenizer.sha256
+        return DatasetInfo(*made_by, writer.documents, writer.tokens)
 
 
 def read_texts(inputs: tuple[str, ...], key: str) -> Iterator[str]:

@@ -1,10 +1,11 @@
 """The fast backend, gigatoken, held against the library that defines the ids."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from megalite.data.tokenizers.base import Encoded, ReferenceTokenizer, TokenizerError, library, shortened
+from megalite.data.tokenizers.base import Encoded, ReferenceTokenizer, TokenizerError, encoded, library, shortened
 
 PROBE = (
     "The quick  brown fox's 12345 jumps,\r\n\r\n\tover  the lazy dog!!  ",
@@ -16,6 +17,8 @@ PROBE = (
     "",
 )
 """Texts on which a fast tokenizer that misunderstood its model is likely to differ."""
+NEVER = "(?!)"
+"""A pattern that is nowhere."""
 SHOWN_IDS = 5
 """Ids shown before and after the first that differs."""
 
@@ -38,7 +41,7 @@ class CheckedTokenizer:
             self._fast = reference.load_fast(library("gigatoken", "the fast backend"))
         except Exception as error:  # gigatoken has no error type of its own
             raise TokenizerError((str(error).strip() or repr(error)).splitlines()[0]) from None
-        self._prefixes = {mark[:2] for mark in reference.marks}
+        self._is_marked = re.compile("|".join(map(re.escape, reference.marks)) or NEVER).search
         self.check(PROBE)
 
     @property
@@ -57,19 +60,10 @@ class CheckedTokenizer:
         ids = [next(by_reference if number in left else by_fast) for number in range(len(texts))]
         return Encoded(np.concatenate(ids), np.array([len(text) for text in ids], np.int64))
 
-    def _is_marked(self, text: str) -> bool:
-        # Two letters first: a vocabulary may have hundreds of special tokens, which all begin alike.
-        return any(p in text for p in self._prefixes) and any(mark in text for mark in self.reference.marks)
-
     def _encode(self, texts: Sequence[str]) -> Encoded:
-        try:
-            layout = self._fast.encode_batch(list(texts), parallel=False).layout
-        except TypeError:
-            for text in texts:
-                text.encode()  # lone surrogates: raises what it should
-            raise
-        offsets = np.asarray(layout.offsets, np.int64)
-        return Encoded(np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets))
+        # One by one: gigatoken keeps what it learned of words from call to call, which for SentencePiece its batches
+        # do not, and needs no awkward arrays, whose library takes longer to load than a tokenizer.
+        return encoded(map(self._fast.encode, map(str.encode, texts)), np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids; an end-of-document token gives none."""
