@@ -130,6 +130,15 @@ def _line_start(path: str, target: int, size: int) -> int:
         return file.tell()
 
 
+def count_lines(path: str, stop: int) -> int:
+    """Line ends in the first `stop` bytes of a file."""
+    count = 0
+    with open(path, "rb") as file:
+        while stop > 0 and (data := file.read(min(BLOCK_BYTES, stop))):
+            count, stop = count + data.count(b"\n"), stop - len(data)
+    return count
+
+
 def read_blocks(
     files: list[str], ranges: list[tuple[int, int, int]], keys: tuple[str, ...], after=(0, 0)
 ) -> Iterator[Block]:

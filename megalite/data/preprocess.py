@@ -1,19 +1,19 @@
 """From text to indexed datasets: processes encode blocks of lines, this one writes them in order and can be resumed."""
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 
 from megalite.data.encode import EncodedBlock, Encoder, TextReader
 from megalite.data.indexed import DatasetError, DatasetInfo
 from megalite.data.indexed_writer import IndexedWriter
-from megalite.data.inputs import STDIN, Block, expand, kind_of, read_blocks, shard_ranges, sizes_of
-from megalite.data.journal import Journal
+from megalite.data.inputs import STDIN, Block, count_lines, expand, kind_of, read_blocks, shard_ranges, sizes_of
+from megalite.data.journal import FolderError, Journal
 from megalite.data.preprocess_config import PreprocessConfig, sentence_splitter
 from megalite.data.progress import Progress
 from megalite.data.tokenizers import TokenizerError
@@ -40,6 +40,7 @@ def preprocess(
     """Write the datasets of every key and return their descriptions; `report` is called after every block.
 
     Nothing has its final name before everything is written. What an interrupted run of the same job wrote is kept.
+    After an error, the folder is there if the same call would go on from it.
     Raises BadLineError at a line that is no document and one too many, DatasetError when an output exists, an input
     cannot be read, or another job's output is in the way, TokenizerError when the fast tokenizer is wrong.
     """
@@ -52,22 +53,21 @@ def preprocess(
         raise DatasetError("; ".join(problems))
     journal = Journal(config.folder, job_of(config, files))
     try:
+        if STDIN in files and journal.state is not None:
+            raise FolderError(f"standard input cannot be taken up again: delete {config.folder} to start anew")
         if journal.state is None or not journal.state.get("renames"):
             with ExitStack() as stack:
                 _Run(config, files, journal, stack).to_the_end(report)
+        journal.end(journal.state["renames"])
+    except FolderError:
+        raise
+    except BaseException:
+        if journal.state is None or STDIN in files:
+            shutil.rmtree(config.folder)  # nothing can go on from it
+        raise
     finally:
-        if journal.state is None:
-            _remove_if_empty(config.folder)
         journal.close()
-    journal.end(journal.state["renames"])
     return [DatasetInfo.read(config.prefix(key)) for key in config.json_keys]
-
-
-def _remove_if_empty(folder: Path) -> None:
-    """Remove a folder from which nothing can go on."""
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
 
 
 def job_of(config: PreprocessConfig, files: list[str]) -> dict:
@@ -96,8 +96,6 @@ class _Run:
             "bad_bytes": 0,
             "writers": [None] * len(config.json_keys),
         }
-        if journal.state and STDIN in files:
-            raise DatasetError(f"standard input cannot be taken up again: delete {journal.folder} to start anew")
         dtype = np.dtype("<u2" if config.tokenizer.vocab_size < 65500 else "<i4")
         self.writers = [
             stack.enter_context(IndexedWriter(config.prefix(key), dtype, journal.folder, kept))
@@ -113,6 +111,7 @@ class _Run:
         total = sum(min(stop, sizes[number]) - start for number, start, stop in self.ranges) if known else 0
         self.progress = Progress(total, bytes_done=self._bytes_before(self.after, sizes), bad_lines=self.bad)
         self._committed = time.monotonic(), 0
+        self._before: dict[int, int] = {}
 
     def _bytes_before(self, after: tuple[int, int], sizes: list[int]) -> int:
         return sum(
@@ -162,7 +161,9 @@ class _Run:
         progress.spent["write"] += time.perf_counter() - began
 
     def _note_bad_lines(self, block: Block, result: EncodedBlock) -> None:
-        first = 1 if self.after[0] != block.file else self.line
+        if not result.bad:
+            return
+        first = self._lines_before(block.file) + (1 if self.after[0] != block.file else self.line)
         for offset, reason in result.bad:
             text = f"{block.path}, line {first + offset}: {reason}"
             self.bad += 1
@@ -174,6 +175,13 @@ class _Run:
             if self.bad <= SHOWN_BAD_LINES:
                 print(f"left out: {text}", file=sys.stderr)
         self.progress.bad_lines = self.bad
+
+    def _lines_before(self, file: int) -> int:
+        """Lines of a file that belong to the shards before this one; counted when a line is to be named."""
+        if file not in self._before:
+            start = next(start for number, start, _ in self.ranges if number == file)
+            self._before[file] = count_lines(self.files[file], start) if start else 0
+        return self._before[file]
 
     def _commit(self) -> None:
         self.bad_file.flush()

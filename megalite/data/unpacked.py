@@ -3,6 +3,7 @@
 import io
 import lzma
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -24,10 +25,10 @@ def unpacked(path: str, keys: tuple[str, ...]):
     """
     with _explaining_damage(path):
         if Path(path).suffix == ".parquet":
-            yield io.BufferedReader(_ParquetLines(path, keys), BUFFER_BYTES)
+            yield io.BufferedReader(_Stream(_parquet_lines(path, keys)), BUFFER_BYTES)
         else:
             with open(path, "rb") as file:
-                yield io.BufferedReader(_Decompressed(file, Path(path).suffix), BUFFER_BYTES)
+                yield io.BufferedReader(_Stream(_decompressed(file, Path(path).suffix)), BUFFER_BYTES)
 
 
 def _decompressor(suffix: str):
@@ -41,12 +42,41 @@ def _decompressor(suffix: str):
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()  # as zstd --long=31 makes them
 
 
-class _Decompressed(io.RawIOBase):
+def _decompressed(file: BinaryIO, suffix: str) -> Iterator[bytes]:
     """The content of a compressed file of any number of frames. Raises EOFError where the last one is cut short."""
+    frame, data = None, b""
+    while data or (data := file.read(COMPRESSED_BYTES)):
+        if frame is None:
+            data = data.lstrip(b"\0")  # zeros may pad a frame
+            if not data:
+                continue
+            frame = _decompressor(suffix)
+        yield frame.decompress(data)
+        data = b""
+        if frame.eof:
+            frame, data = None, frame.unused_data
+    if frame or not file.tell():
+        raise EOFError("it ends too early")
 
-    def __init__(self, file: BinaryIO, suffix: str):
-        self._file, self._suffix = file, suffix
-        self._frame, self._compressed, self._left = None, b"", b""
+
+def _parquet_lines(path: str, keys: tuple[str, ...]) -> Iterator[bytes]:
+    """Rows of a Parquet file as JSON lines, a batch of rows at a time."""
+    import msgspec
+    from pyarrow.parquet import ParquetFile
+
+    file = ParquetFile(path)
+    missing = [key for key in keys if key not in file.schema_arrow.names]
+    if missing:
+        raise DatasetError(f"{path}: no column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}")
+    for batch in file.iter_batches(batch_size=1000, columns=list(keys)):
+        yield b"".join(msgspec.json.encode(row) + b"\n" for row in batch.to_pylist())
+
+
+class _Stream(io.RawIOBase):
+    """Pieces of bytes as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]):
+        self._pieces, self._left = pieces, memoryview(b"")
 
     def readable(self) -> bool:
         """Yes."""
@@ -55,50 +85,10 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer) -> int:
         """Fill the buffer with what is left of a piece, or with the next one."""
         while not self._left:
-            data, self._compressed = self._compressed or self._file.read(COMPRESSED_BYTES), b""
-            if not data:
-                if self._frame or not self._file.tell():
-                    raise EOFError("it ends too early")
+            piece = next(self._pieces, None)
+            if piece is None:
                 return 0
-            if self._frame is None:
-                data = data.lstrip(b"\0")  # which may pad a frame
-                if not data:
-                    continue
-                self._frame = _decompressor(self._suffix)
-            self._left = self._frame.decompress(data)
-            if self._frame.eof:
-                self._frame, self._compressed = None, self._frame.unused_data
-        count = min(len(buffer), len(self._left))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
-        return count
-
-
-class _ParquetLines(io.RawIOBase):
-    """Rows of a Parquet file as JSON lines, a batch of rows at a time."""
-
-    def __init__(self, path: str, keys: tuple[str, ...]):
-        from pyarrow.parquet import ParquetFile
-
-        file = ParquetFile(path)
-        missing = [key for key in keys if key not in file.schema_arrow.names]
-        if missing:
-            raise DatasetError(f"{path}: no column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}")
-        self._batches = file.iter_batches(batch_size=1000, columns=list(keys))
-        self._left = b""
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer) -> int:
-        """Fill the buffer with what is left of a batch, or with the next one."""
-        import msgspec
-
-        while not self._left:
-            batch = next(self._batches, None)
-            if batch is None:
-                return 0
-            self._left = b"".join(msgspec.json.encode(row) + b"\n" for row in batch.to_pylist())
+            self._left = memoryview(piece)
         count = min(len(buffer), len(self._left))
         buffer[:count], self._left = self._left[:count], self._left[count:]
         return count

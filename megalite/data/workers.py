@@ -1,6 +1,7 @@
 """Processes that encode blocks, and give back their results in the order of the blocks."""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ def encoded_blocks(workers: int, build_encoder: Callable, config, blocks: Iterat
 def _serve(connection: Connection, build_encoder: Callable, config) -> None:
     """A worker: encode what comes until the other end is closed, which it is also when the main process is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # of the tokenizers library: this is one of many processes
     encoder = build_encoder(config)
     try:
         while True:

@@ -6,6 +6,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import time
@@ -147,11 +148,29 @@ def test_lines_may_end_in_crlf_and_the_last_one_in_nothing():
     assert TextReader(("text",)).parse(b'{"text": "x"}\r\n{"text": "y"}', False) == (2, [["x", "y"]], [])
 
 
-def test_two_objects_on_a_line_and_one_on_two_are_bad_lines():
-    """The fast parser takes both; that the number of lines is right does not hide them."""
-    lines, texts, bad = TextReader(("text",)).parse(b'{"text":"a"}{"text":"b"}\n{"text":"c"}\n', False)
-    assert (lines, texts, [number for number, _ in bad]) == (2, [["c"]], [0])
-    assert [n for n, _ in TextReader(("text",)).parse(b'{"text":\n"a"}\n', False)[2]] == [0, 1]
+AWKWARD_LINES = [
+    b'{"text":"a"}', b'{"text":"b","x":{"y":[{"z":1},{}]}} \r',
+    b'{"text":"c"}{"text":"d"}', b'{"text":"e"}\r{"text":"f"}',
+    b'{"text":', b'"g"}', b'{"text":"h","x":[{}', b",{}]}", b'{"text":"i","x":"\xff"}', b'{"text":"j","\xff":1}', b"",
+    b'{"text":"k","x":NaN}', b'{"text":"l","x":"\\ud800"}', b'{"text":"m","text":3}', b'{"text":3,"text":"n"}',
+    b'{"text":"o","x":%s}' % (b"9" * 5000), b'{"text":"p","x":%s%s}' % (b"[" * 2000, b"]" * 2000),
+    '{"text":"né 你"}'.encode(), b"{}", b'{"text":"q"},',
+]  # fmt: skip
+
+
+def test_a_line_is_judged_whatever_stands_beside_it():
+    """Two objects on a line beside one on two, bytes that are not UTF-8 where nobody reads them, and more."""
+    reader, draw = TextReader(("text",)), random.Random(1)
+    alone = {line: reader.parse(line + b"\n", False) for line in AWKWARD_LINES}
+    assert [line for line, (_, _, bad) in alone.items() if bad] == [
+        line for line in AWKWARD_LINES if not any(b'"%c"' % letter in line for letter in b"abklno")
+        and "né".encode() not in line
+    ]  # fmt: skip
+    for _ in range(500):
+        lines = draw.choices(AWKWARD_LINES, k=draw.randint(1, 4))
+        texts = [text for line in lines for text in alone[line][1][0]]
+        bad = [(number, alone[line][2][0][1]) for number, line in enumerate(lines) if alone[line][2]]
+        assert reader.parse(b"\n".join(lines) + b"\n", False) == (len(lines), [texts], bad), lines
 
 
 def test_empty_input_is_an_error(tmp_path):
@@ -346,17 +365,56 @@ def test_every_kind_of_input_gives_the_same_dataset(tmp_path):
     assert list(read_texts((str(tmp_path / "texts"),), "text")) == [document["text"] for document in DOCUMENTS]
 
 
-def test_damaged_files_and_missing_columns_are_errors(tmp_path):
-    whole = gzip.compress(json.dumps({"text": "x" * 9999}).encode() * 9)
-    (tmp_path / "a.jsonl.gz").write_bytes(whole[:-20])
-    with pytest.raises(DatasetError, match=r"a\.jsonl\.gz: cannot be read to its end"):
-        preprocess(config(tmp_path, str(tmp_path / "a.jsonl.gz")))
-    if importlib.util.find_spec("pyarrow"):
-        from pyarrow import Table, parquet
+def compressors():
+    """A function from bytes to one frame, by the suffix of files that hold such."""
+    found = {".gz": gzip.compress, ".xz": lzma.compress}
+    if importlib.util.find_spec("zstandard"):
+        found[".zst"] = importlib.import_module("zstandard").compress
+    return found
 
-        parquet.write_table(Table.from_pylist([{"body": "x"}]), tmp_path / "a.parquet")
-        with pytest.raises(DatasetError, match="no column text; it has body"):
-            preprocess(config(tmp_path, str(tmp_path / "a.parquet")))
+
+@pytest.mark.parametrize("suffix", compressors())
+def test_a_compressed_file_that_is_cut_short_is_noticed_wherever(tmp_path, suffix):
+    """Two frames; cut between them it is a whole file of one."""
+    path, compress = str(tmp_path / f"a.jsonl{suffix}"), compressors()[suffix]
+    line = json.dumps({"text": random.Random(1).randbytes(200).hex()}).encode() + b"\n"
+    frames = compress(line), compress(line * 2)
+    for cut in range(len(frames[0]) + len(frames[1])):
+        Path(path).write_bytes(b"".join(frames)[:cut])
+        if cut == len(frames[0]):
+            assert [block.read() for block in blocks_of(path)] == [line]
+            continue
+        with pytest.raises(DatasetError, match=f"a.jsonl{suffix}: cannot be read to its end, damaged or cut short"):
+            list(blocks_of(path))
+    for whole in (b"".join(frames), frames[0] + bytes(8) + frames[1] + bytes(4)):
+        Path(path).write_bytes(whole)
+        assert [block.read() for block in blocks_of(path)] == [line * 3]
+    Path(path).write_bytes(frames[0] + b"no frame")
+    with pytest.raises(DatasetError, match="cannot be read to its end"):
+        list(blocks_of(path))
+
+
+def test_a_missing_column_is_an_error(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table, parquet
+
+    parquet.write_table(Table.from_pylist([{"body": "x"}]), tmp_path / "a.parquet")
+    with pytest.raises(DatasetError, match="no column text; it has body"):
+        preprocess(config(tmp_path, str(tmp_path / "a.parquet")))
+
+
+def test_a_text_that_the_tokenizer_has_no_ids_for_is_a_bad_line(tmp_path):
+    documents = [{"text": text} for text in ("1 2", "3 x", "4", "5 9", "6")]
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    Path(source).write_text("bad\n" + Path(source).read_text())
+    null = {"tokenizer_type": "NullTokenizer", "vocab_size": 9}
+    with pytest.raises(BadLineError, match="a.jsonl, line 3: 'x' in '3 x' is no id from 0 to 8"):
+        preprocess(config(tmp_path, source, max_bad_lines=1, **null))
+    preprocess(config(tmp_path, source, max_bad_lines=3, **null))
+    data = IndexedDataset(tmp_path / "out_text_document")
+    assert [data.sequence(i).tolist() for i in range(len(data))] == [[1, 2, 8], [4, 8], [6, 8]]
+    rows = [line.split("\t") for line in (tmp_path / "out.bad_lines.tsv").read_text().splitlines()]
+    assert [row[1] for row in rows] == ["1", "3", "5"] and "'9' in '5 9' is no id" in rows[2][2]
 
 
 def test_bad_lines_are_left_out_up_to_a_number(tmp_path, capsys):
@@ -393,6 +451,48 @@ def test_shards_and_partitions_make_the_whole(tmp_path, shards):
         (tmp_path / "part_0001-of-0003_text_document.idx").unlink()
         done = run_tool("merge_datasets.py", "--input", pattern, "--output-prefix", tmp_path / "again")
         assert done.returncode == 2 and "of 3 shards" in done.stderr and " 1 are missing" in done.stderr
+
+
+def test_shards_name_the_lines_of_the_file(tmp_path):
+    """A part begins in the middle of a file, but its bad lines are counted from the file's beginning."""
+    source = write_jsonl(tmp_path / "a.jsonl")
+    lines = Path(source).read_text().splitlines()
+    for number in (10, 200, 350):
+        lines[number - 1] = "bad"
+    Path(source).write_text("\n".join(lines))
+    preprocess(config(tmp_path, source, name="whole", max_bad_lines=3))
+    preprocess(config(tmp_path, source, name="parts", partitions=3, max_bad_lines=3))
+    listed = (tmp_path / "whole.bad_lines.tsv").read_text()
+    assert [row.split("\t")[1] for row in listed.splitlines()] == ["10", "200", "350"]
+    assert (tmp_path / "parts.bad_lines.tsv").read_text() == listed
+
+
+def test_what_a_failure_leaves_and_says(tmp_path):
+    """A folder from which the same command goes on, and a line that says so; no folder where there is nothing in it."""
+    source = write_jsonl(tmp_path / "a.jsonl")
+    Path(source).write_text(Path(source).read_text() + "bad\n")
+    arguments = ["--input", source, "--output-prefix", tmp_path / "out", "--tokenizer-type", "ByteTokenizer"]
+    done = run_tool("preprocess_data.py", *arguments)
+    assert done.returncode == 1 and "line 401" in done.stderr and "keeps" not in done.stderr
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+    # Its parts have a bad line each; together they have more than --max-bad-lines.
+    Path(source).write_text("bad\n" + Path(source).read_text())
+    arguments += ["--partitions", 2, "--workers", 1, "--max-bad-lines"]
+    done = run_tool("preprocess_data.py", *arguments, 1)
+    assert done.returncode == 1 and "2 lines are no documents, --max-bad-lines allows 1" in done.stderr
+    assert f"{tmp_path / 'out.partial'} keeps what is done. The same command goes on" in done.stderr
+    done = run_tool("preprocess_data.py", *arguments, 2)
+    assert done.returncode == 0, done.stderr
+    assert IndexedDataset(tmp_path / "out_text_document").num_documents == 400
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("partitions", [1, 2])
+def test_input_without_documents_leaves_nothing(tmp_path, partitions):
+    (tmp_path / "a.jsonl").write_text("bad\nbad\n")
+    with pytest.raises(DatasetError, match="no documents"):
+        preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), partitions=partitions, max_bad_lines=2))
+    assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
 def test_merging_what_does_not_belong_together_is_refused(tmp_path):
