@@ -18,7 +18,7 @@ import pytest
 from megalite.data import inputs as module
 from megalite.data.encode import TextReader
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
-from megalite.data.inputs import read_blocks, shard_ranges
+from megalite.data.inputs import expand, read_blocks, shard_ranges
 from megalite.data.preprocess import BadLineError, preprocess, read_texts
 from megalite.data.preprocess_config import PreprocessConfig, find_problems
 from megalite.data.tokenizers import ByteTokenizer, train_sentencepiece
@@ -322,55 +322,64 @@ def test_two_at_once_and_changed_input_are_refused(tmp_path):
         preprocess(config(tmp_path, source))
 
 
-def test_every_kind_of_input_gives_the_same_dataset(tmp_path):
-    plain = write_jsonl(tmp_path / "a.jsonl")
-    preprocess(config(tmp_path, plain, name="plain"))
-    wanted = content(tmp_path, "plain")
-    data = Path(plain).read_bytes()
-    gzip.open(tmp_path / "a.jsonl.gz", "wb").write(data)
-    lzma.open(tmp_path / "a.jsonl.xz", "wb").write(data)
-    inputs = {
-        "gz": ["a.jsonl.gz"],
-        "xz": ["a.jsonl.xz"],
-        "pattern": ["*.jsonl"],
-        "folder": ["folder"],
-        "text": ["texts"],
-    }
-    if importlib.util.find_spec("zstandard"):
-        import zstandard
-
-        (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(data))
-        inputs["zst"] = ["a.jsonl.zst"]
-    if importlib.util.find_spec("pyarrow"):
-        from pyarrow import Table, parquet
-
-        parquet.write_table(Table.from_pylist(DOCUMENTS), tmp_path / "a.parquet", row_group_size=150)
-        inputs["parquet"] = ["a.parquet"]
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "1.jsonl").write_bytes(b"".join(data.splitlines(True)[:100]))
-    gzip.open(tmp_path / "folder" / "2.jsonl.gz", "wb").write(b"".join(data.splitlines(True)[100:]))
-    (tmp_path / "texts").mkdir()
-    for number, document in enumerate(DOCUMENTS):
-        (tmp_path / "texts" / f"{number:03}.txt").write_text(document["text"])
-    for name, paths in inputs.items():
-        preprocess(config(tmp_path, *(str(tmp_path / path) for path in paths), name=name))
-        assert content(tmp_path, name) == wanted, name
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools/preprocess_data.py", "--input", "-", "--output-prefix", tmp_path / "stdin",
-         "--tokenizer-type", "ByteTokenizer", "--append-eod"],
-        input=data, env=ENVIRONMENT, capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert content(tmp_path, "stdin") == wanted
-    assert list(read_texts((str(tmp_path / "texts"),), "text")) == [document["text"] for document in DOCUMENTS]
-
-
 def compressors():
     """A function from bytes to one frame, by the suffix of files that hold such."""
     found = {".gz": gzip.compress, ".xz": lzma.compress}
     if importlib.util.find_spec("zstandard"):
         found[".zst"] = importlib.import_module("zstandard").compress
     return found
+
+
+def write_every_kind(tmp_path) -> dict[str, str]:
+    """DOCUMENTS in files of every kind, by a name for it: a file, a folder or a pattern."""
+    plain = write_jsonl(tmp_path / "a.jsonl")
+    data = Path(plain).read_bytes()
+    lines = data.splitlines(True)
+    kinds = {"plain": plain, "pattern": str(tmp_path / "*.jsonl")}
+    for suffix, compress in compressors().items():
+        kinds[suffix] = f"{plain}{suffix}"
+        Path(kinds[suffix]).write_bytes(compress(data))
+    if importlib.util.find_spec("pyarrow"):
+        from pyarrow import Table, parquet
+
+        kinds["parquet"] = str(tmp_path / "a.parquet")
+        parquet.write_table(Table.from_pylist(DOCUMENTS), kinds["parquet"], row_group_size=150)
+    for name in ("folder", "texts"):
+        kinds[name] = str(tmp_path / name)
+        (tmp_path / name).mkdir()
+    (tmp_path / "folder" / "1.jsonl").write_bytes(b"".join(lines[:100]))
+    (tmp_path / "folder" / "2.json.gz").write_bytes(gzip.compress(b"".join(lines[100:])))
+    for number, document in enumerate(DOCUMENTS):
+        text = document["text"].encode()
+        path = tmp_path / "texts" / f"{number:03}.txt"
+        path.write_bytes(text) if number % 2 else path.with_suffix(".txt.gz").write_bytes(gzip.compress(text))
+    return kinds
+
+
+def test_every_kind_of_input_gives_the_same_dataset(tmp_path):
+    kinds = write_every_kind(tmp_path)
+    for name, source in kinds.items():
+        preprocess(config(tmp_path, source, name=name))
+        assert content(tmp_path, name) == content(tmp_path, "plain"), name
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/preprocess_data.py", "--input", "-", "--output-prefix", tmp_path / "stdin",
+         "--tokenizer-type", "ByteTokenizer", "--append-eod"],
+        input=Path(kinds["plain"]).read_bytes(), env=ENVIRONMENT, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path, "stdin") == content(tmp_path, "plain")
+    assert list(read_texts((kinds["texts"],), "text")) == [document["text"] for document in DOCUMENTS]
+
+
+def test_every_kind_of_input_is_taken_up_after_any_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1500)
+    for name, source in write_every_kind(tmp_path).items():
+        files, _ = expand((source,))
+        ranges = shard_ranges(files, 0, 1)
+        blocks = list(read_blocks(files, ranges, ("text",)))
+        assert len(blocks) > 10
+        for number, block in enumerate(blocks[:30], start=1):
+            assert list(read_blocks(files, ranges, ("text",), (block.file, block.stop))) == blocks[number:], name
 
 
 @pytest.mark.parametrize("suffix", compressors())
