@@ -10,8 +10,9 @@ import numpy as np
 from megalite.data.inputs import Block
 from megalite.data.tokenizers import TextError, Tokenizer
 
-EXCERPT = 1000
-"""Characters of the first text of a block that the reference library encodes too: about a thousandth of the input."""
+EXCERPT = 64
+"""The least characters of the first text of a block that the reference library encodes too; a thousandth of the block
+when that is more."""
 
 
 class Lines(NamedTuple):
@@ -102,7 +103,9 @@ class TextReader:
         try:
             row = json.loads(decoded)
         except json.JSONDecodeError as error:
-            reason = f"invalid JSON: {error.msg} at column {error.colno}" if line.strip() else "the line is empty"
+            start = line.strip()
+            several = "; each line must hold one JSON object" if start == b"{" or start.startswith(b"[") else ""
+            reason = f"invalid JSON: {error.msg} at column {error.colno}{several}" if start else "the line is empty"
             raise ValueError(reason) from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"JSON that cannot be read: {error}") from None
@@ -140,7 +143,7 @@ class Encoder:
         lines, texts, bad = self.reader.parse(data, block.is_text)
         parsed = time.perf_counter()
         if texts[0]:
-            self.tokenizer.check([texts[0][0][:EXCERPT]])
+            self.tokenizer.check([texts[0][0][: max(EXCERPT, len(data) // 1000)]])
         try:
             per_key = [self._encode(column) for column in texts]
         except TextError:

@@ -7,7 +7,8 @@ import glob
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -42,6 +43,11 @@ class Block(NamedTuple):
         with open(self.path, "rb") as file:
             file.seek(self.start)
             return file.read(self.stop - self.start)
+
+
+def shown(path: str) -> str:
+    """How a message names an input."""
+    return "standard input" if path == STDIN else path
 
 
 def kind_of(path: str) -> str:
@@ -81,13 +87,17 @@ def expand(inputs: tuple[str, ...]) -> tuple[list[str], list[str]]:
             problems.append(f"--input {name}: {'not a file' if os.path.exists(name) else 'no such file'}")
         files += found
     problems += [f"--input {path}: not readable" for path in files if path != STDIN and not os.access(path, os.R_OK)]
-    problems += [f"--input {path}: given twice" for path in sorted({p for p in files if files.count(p) > 1})]
+    problems += [f"--input {path}: given twice" for path in _repeated(map(os.path.normpath, files))]
     for suffix in sorted({Path(path).suffix for path in files} & LIBRARIES.keys()):
         if importlib.util.find_spec(LIBRARIES[suffix]) is None:
             problems.append(
                 f"--input: {suffix} files need the {LIBRARIES[suffix]} library: pip install {LIBRARIES[suffix]}"
             )
     return files, problems
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def _is_input(name: str) -> bool:
@@ -157,7 +167,7 @@ def read_blocks(
         else:
             with nullcontext(sys.stdin.buffer) if kind == "stdin" else unpacked(path, keys) as file:
                 if not is_text(path):
-                    yield from _streamed_blocks(number, path, file, start)
+                    yield from _streamed_blocks(number, shown(path), file, start)
                 elif start == 0:
                     data = file.read()
                     yield Block(number, path, 0, max(len(data), 1), data, True)

@@ -12,7 +12,7 @@ import numpy as np
 from megalite.data.encode import EncodedBlock, Encoder, TextReader
 from megalite.data.indexed import DatasetError, DatasetInfo
 from megalite.data.indexed_writer import IndexedWriter
-from megalite.data.inputs import STDIN, Block, count_lines, expand, kind_of, read_blocks, shard_ranges, sizes_of
+from megalite.data.inputs import STDIN, Block, count_lines, expand, kind_of, read_blocks, shard_ranges, shown, sizes_of
 from megalite.data.journal import FolderError, Journal
 from megalite.data.preprocess_config import PreprocessConfig, sentence_splitter
 from megalite.data.progress import Progress
@@ -130,7 +130,7 @@ class _Run:
             progress.seconds = time.perf_counter() - began
             report(progress)
         if not self.writers[0].documents and not self.config.shard:
-            raise DatasetError(f"{', '.join(self.config.input)}: no documents")
+            raise DatasetError(f"{', '.join(map(shown, self.config.input))}: no documents")
         self._commit()
         renames = [rename for writer in self.writers for rename in writer.seal(self._describe(writer))]
         if self.bad:

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import io
 import json
 import lzma
 import multiprocessing
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from megalite.data import inputs as module
-from megalite.data.encode import TextReader
+from megalite.data.encode import Encoder, TextReader
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
 from megalite.data.inputs import expand, read_blocks, shard_ranges
 from megalite.data.preprocess import BadLineError, preprocess, read_texts
@@ -121,6 +122,8 @@ def test_blocks_are_whole_lines_from_any_place_on(tmp_path, monkeypatch, size, s
         (b'["text"]', "a JSON object is needed, not list"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b"[" * 100_000, "cannot be read"),
+        (b'[{"text": "a"},', "invalid JSON: Expecting value at column 16; each line must hold one JSON object"),
+        (b"{", "double quotes at column 2; each line must hold one JSON object"),
         (b"9" * 10_000, "cannot be read"),
         (b'{"text": null}', "'text' is NoneType, not text"),
     ],
@@ -215,7 +218,7 @@ def test_the_tools_by_hand(tmp_path):
         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tmp_path / "t.model",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "400 documents" in result.stdout and "MB/s" in result.stderr
+    assert "400 documents" in result.stdout and result.stderr.count(" MB/s, ") == 1
     data = IndexedDataset(tmp_path / "c_text_document")
     assert data.num_documents == 400 and all(data.sequence(i)[-1] == 2 for i in range(400))
     assert DatasetInfo.read(tmp_path / "c_text_document").vocab_size == 300
@@ -401,6 +404,33 @@ def test_a_compressed_file_that_is_cut_short_is_noticed_wherever(tmp_path, suffi
     Path(path).write_bytes(frames[0] + b"no frame")
     with pytest.raises(DatasetError, match="cannot be read to its end"):
         list(blocks_of(path))
+
+
+def test_what_is_given_twice_or_comes_from_nowhere(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl")
+    again = str(tmp_path / "." / "b" / ".." / "a.jsonl")
+    (tmp_path / "b").mkdir()
+    assert f"--input {source}: given twice" in find_problems(config(tmp_path, source, again))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "a"}\nb\n')))
+    with pytest.raises(BadLineError, match="^standard input, line 2: invalid JSON"):
+        preprocess(config(tmp_path, "-"))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_reference_encodes_a_sample_of_every_file(tmp_path):
+    """Little of small files, so that many of them are not as slow as the reference."""
+    checked = []
+
+    class Checked(ByteTokenizer):
+        def check(self, texts):
+            checked.extend(texts)
+
+    encoder = Encoder(Checked(), ("text",), False, None)
+    for number, size in enumerate((10, 5000, 500_000)):
+        (tmp_path / f"{number}.txt").write_text(str(number) * size)
+    for block in blocks_of(*(str(tmp_path / f"{number}.txt") for number in range(3))):
+        encoder(block)
+    assert checked == ["0" * 10, "1" * 64, "2" * 500]
 
 
 def test_a_missing_column_is_an_error(tmp_path):
