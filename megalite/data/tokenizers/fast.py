@@ -1,7 +1,9 @@
 """The fast backend, gigatoken, held against the library that defines the ids."""
 
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +21,8 @@ PROBE = (
 """Texts on which a fast tokenizer that misunderstood its model is likely to differ."""
 NEVER = "(?!)"
 """A pattern that is nowhere."""
+CACHE_BYTES = 200 << 20
+"""What a process may grow by before the fast tokenizer forgets the words that it has seen."""
 SHOWN_IDS = 5
 """Ids shown before and after the first that differs."""
 
@@ -38,11 +42,18 @@ class CheckedTokenizer:
         self.reference = reference
         self.vocab_size, self.sha256 = reference.vocab_size, reference.sha256
         try:
-            self._fast = reference.load_fast(library("gigatoken", "the fast backend"))
+            self._library = library("gigatoken", "the fast backend")
+            self._load()
         except Exception as error:  # gigatoken has no error type of its own
             raise TokenizerError((str(error).strip() or repr(error)).splitlines()[0]) from None
         self._is_marked = re.compile("|".join(map(re.escape, reference.marks)) or NEVER).search
         self.check(PROBE)
+
+    def _load(self) -> None:
+        """The fast tokenizer, with nothing in its cache."""
+        self._fast = None
+        self._fast = self.reference.load_fast(self._library)
+        self._most_bytes = resident_bytes() + CACHE_BYTES
 
     @property
     def eod(self) -> int:
@@ -61,8 +72,10 @@ class CheckedTokenizer:
         return Encoded(np.concatenate(ids), np.array([len(text) for text in ids], np.int64))
 
     def _encode(self, texts: Sequence[str]) -> Encoded:
-        # One by one: gigatoken keeps what it learned of words from call to call, which for SentencePiece its batches
-        # do not, and needs no awkward arrays, whose library takes longer to load than a tokenizer.
+        # One by one: then gigatoken keeps what it learned of words, which for SentencePiece its batches do not, and needs
+        # no awkward arrays, whose library takes longer to load than a tokenizer. But it keeps it all.
+        if resident_bytes() > self._most_bytes:
+            self._load()
         return encoded(map(self._fast.encode, map(str.encode, texts)), np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -88,3 +101,11 @@ class CheckedTokenizer:
             f"gigatoken: {fast[around].tolist()}, reference: {expected[around].tolist()}. "
             "Use --tokenizer-backend reference"
         )
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds; 0 where the system has no /proc to tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return 0
