@@ -72,7 +72,7 @@ class CheckedTokenizer:
         return Encoded(np.concatenate(ids), np.array([len(text) for text in ids], np.int64))
 
     def _encode(self, texts: Sequence[str]) -> Encoded:
-        # One by one: then gigatoken keeps what it learned of words, which for SentencePiece its batches do not, and needs
+        # One by one: gigatoken then keeps what it learned of words, which its SentencePiece batches do not, and needs
         # no awkward arrays, whose library takes longer to load than a tokenizer. But it keeps it all.
         if resident_bytes() > self._most_bytes:
             self._load()
