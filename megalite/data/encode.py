@@ -48,10 +48,8 @@ class TextReader:
         self._fields = [f"key{number}" for number in range(len(keys))]
         names = dict(zip(self._fields, keys))
         row = msgspec.defstruct("Row", [(field, str) for field in self._fields], rename=names)
-        self._decode, self._refusals = (
-            msgspec.json.Decoder(row).decode,
-            (msgspec.MsgspecError, ValueError, RecursionError),
-        )
+        self._decode = msgspec.json.Decoder(row).decode
+        self._refusals = (msgspec.MsgspecError, ValueError, RecursionError)
 
     def parse(self, data: bytes, is_text: bool) -> tuple[int, list[list[str]], list[tuple[int, str]]]:
         """(number of lines, the texts of each key, bad lines)
