@@ -19,8 +19,6 @@ PROBE = (
     "",
 )
 """Texts on which a fast tokenizer that misunderstood its model is likely to differ."""
-NEVER = "(?!)"
-"""A pattern that is nowhere."""
 CACHE_BYTES = 200 << 20
 """What a process may grow by before the fast tokenizer forgets the words that it has seen."""
 SHOWN_IDS = 5
@@ -46,7 +44,7 @@ class CheckedTokenizer:
             self._load()
         except Exception as error:  # gigatoken has no error type of its own
             raise TokenizerError((str(error).strip() or repr(error)).splitlines()[0]) from None
-        self._is_marked = re.compile("|".join(map(re.escape, reference.marks)) or NEVER).search
+        self._marks = re.compile("|".join(map(re.escape, reference.marks))) if reference.marks else None
         self.check(PROBE)
 
     def _load(self) -> None:
@@ -62,7 +60,7 @@ class CheckedTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Ids of each text, uint32 unless the reference had to help."""
-        marked = [number for number, text in enumerate(texts) if self._is_marked(text)]
+        marked = [number for number, text in enumerate(texts) if self._marks and self._marks.search(text)]
         if not marked:
             return self._encode(texts)
         left = set(marked)
