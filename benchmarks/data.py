@@ -15,13 +15,17 @@ import argparse
 import filecmp
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
+import gigatoken
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +37,7 @@ from megalite.data.indexed_writer import IndexedWriter  # noqa: E402
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece  # noqa: E402
 
 PEER = ROOT / "benchmarks" / "peers" / "megatron_data.py"
+IN_MEMORY, ALONE = "fast tokenizer, texts in memory", "fast tokenizer, a process that reads the file"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 
 
@@ -65,77 +70,103 @@ def tokenizers(args) -> dict[str, tuple[list[str], list[str]]]:
     }
 
 
-def ours(args, flags: list[str], workers: int, prefix: Path, source: Path) -> tuple[float, str]:
-    """Run tools/preprocess_data.py: seconds from the start of Python to its end, and where it says they went."""
+class Took(NamedTuple):
+    """What a way took."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def run(command: list[str]) -> tuple[Took, str]:
+    """Run a command from the start of its process to the end: what it took, and what it said."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return Took(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime), done.stdout
+
+
+def ours(flags: list[str], workers: int, prefix: Path, source: Path) -> tuple[Took, str]:
+    """Run tools/preprocess_data.py: what the command took, and where it says that its time went."""
     for path in prefix.parent.glob(prefix.name + "*"):
         path.unlink()
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source), "--append-eod"]
-    command += ["--output-prefix", str(prefix), "--workers", str(workers), *flags]
-    began = time.perf_counter()
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return time.perf_counter() - began, done.stdout.strip().splitlines()[-1]
+    took, said = run([*command, "--output-prefix", str(prefix), "--workers", str(workers), *flags])
+    return took, said.strip().splitlines()[-1]
 
 
-def theirs(args, words: list[str], workers: int, prefix: Path) -> float:
-    """Megatron-LM's way; seconds from the first line on."""
+def theirs(args, words: list[str], workers: int, prefix: Path) -> Took:
+    """Megatron-LM's way; what it took from the first line on."""
     command = [args.peer_python, str(PEER), "preprocess", str(args.jsonl), str(prefix), str(workers), *words]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])["seconds"]
+    return Took(**json.loads(run(command)[1].splitlines()[-1]))
 
 
-def tokenizer_alone(flags: list[str], texts: list[str]) -> float:
-    """Seconds of the fast tokenizer for texts that are there already, in one thread, from a cold start."""
-    named = dict(zip((flag[2:].replace("-", "_") for flag in flags[::2]), flags[1::2]))
-    tokenizer = build_tokenizer(**named, backend="fast")
-    began = time.perf_counter()
+def tokenizer_in_memory(flags: list[str], texts: list[str]) -> Took:
+    """The fast tokenizer for texts that are there already, in one thread, from a cold cache."""
+    tokenizer = build_tokenizer(**_named(flags), backend="fast")
+    began, used = time.perf_counter(), time.process_time()
     for start in range(0, len(texts), 512):
         tokenizer.encode_batch(texts[start : start + 512])
-    return time.perf_counter() - began
+    return Took(time.perf_counter() - began, time.process_time() - used)
+
+
+def _named(flags: list[str]) -> dict[str, str]:
+    return dict(zip((flag[2:].replace("-", "_") for flag in flags[::2]), flags[1::2]))
+
+
+def alone(args) -> None:
+    """A process of `preprocess`: gigatoken reads and encodes the file, in one thread, and throws the ids away."""
+    reference = build_tokenizer(**_named(args.flags))
+    reference.load_fast(gigatoken).encode_files(args.jsonl, parallel=False)
 
 
 def preprocess(args) -> None:
     """MB/s of every way, and whether the ids are the same."""
     megabytes, texts = args.jsonl.stat().st_size / 1e6, texts_of(args.jsonl)
     for name, (flags, words) in tokenizers(args).items():
-        seconds: dict[str, list[float]] = {}
+        took: dict[str, list[Took]] = {}
         for round_ in range(args.rounds):
             print(f"{name}, round {round_ + 1} of {args.rounds}", file=sys.stderr, flush=True)
-            seconds.setdefault("fast tokenizer alone", []).append(tokenizer_alone(flags, texts))
+            took.setdefault(IN_MEMORY, []).append(tokenizer_in_memory(flags, texts))
+            command = [sys.executable, __file__, "alone", "--jsonl", str(args.jsonl), "--flags", *flags]
+            took.setdefault(ALONE, []).append(run(command)[0])
             for workers in (1, 2):
-                took, where = ours(args, flags, workers, args.work / f"ours{workers}", args.jsonl)
-                seconds.setdefault(f"megalite, {workers}", []).append(took)
+                seconds, where = ours(flags, workers, args.work / f"ours{workers}", args.jsonl)
+                took.setdefault(f"megalite, {workers}", []).append(seconds)
             for workers in (1, 2) if args.peer_python else ():
-                seconds.setdefault(f"Megatron's way, {workers}", []).append(
-                    theirs(args, words, workers, args.work / f"theirs{workers}")
-                )
-        print(
-            f"\n{name}, {megabytes:.0f} MB, {args.rounds} rounds\n| | MB/s, median | least | most |\n|---|---|---|---|"
-        )
-        rates = {case: sorted(megabytes / s for s in runs) for case, runs in seconds.items()}
-        for case, found in rates.items():
-            print(f"| {case} | {statistics.median(found):.1f} | {found[0]:.1f} | {found[-1]:.1f} |")
+                seconds = theirs(args, words, workers, args.work / f"theirs{workers}")
+                took.setdefault(f"Megatron's way, {workers}", []).append(seconds)
+        print(f"\n{name}, {megabytes:.0f} MB, {args.rounds} rounds; medians (least .. most)")
+        print("| | MB/s | MB per second of CPU time |\n|---|---|---|")
+        for case, runs in took.items():
+            rates = (middle(megabytes / found for found in column) for column in zip(*runs))
+            print(f"| {case} | {' | '.join(rates)} |")
         print(where)
-        compare(args, seconds)
+        compare(args, took)
 
 
-def compare(args, seconds: dict[str, list[float]]) -> None:
+def middle(values: Iterable[float]) -> str:
+    """The median, and the range, in three digits."""
+    found = sorted(values)
+    return f"{statistics.median(found):.3g} ({found[0]:.3g} .. {found[-1]:.3g})"
+
+
+def compare(args, took: dict[str, list[Took]]) -> None:
     """Ratios of each round, and equality of the ids."""
 
-    def ratio(one: str, other: str) -> str:
-        found = sorted(b / a for a, b in zip(seconds[one], seconds[other]))
-        return f"{statistics.median(found):.2f} ({found[0]:.2f} .. {found[-1]:.2f})"
+    def ratio(one: str, other: str) -> None:
+        pairs = list(zip(took[one], took[other]))
+        speed, cpu = middle(b.seconds / a.seconds for a, b in pairs), middle(b[1] / a[1] for a, b in pairs)
+        print(f"{one} / {other}: {speed}; by CPU time {cpu}")
 
-    print(f"megalite, 1 / fast tokenizer alone: {ratio('megalite, 1', 'fast tokenizer alone')}")
+    for other in (IN_MEMORY, ALONE):
+        ratio("megalite, 1", other)
     if not args.peer_python:
         print("Megatron's way is left out: --peer-python names no Python that has megatron-core")
         return
     for workers in (1, 2):
-        found = ratio(f"megalite, {workers}", f"Megatron's way, {workers}")
-        print(f"megalite / Megatron's way, {workers}: {found}")
+        ratio(f"megalite, {workers}", f"Megatron's way, {workers}")
         mine, other = args.work / f"ours{workers}_text_document", args.work / f"theirs{workers}"
         same = all(filecmp.cmp(f"{mine}{end}", f"{other}{end}", shallow=False) for end in (".bin", ".idx"))
         print(f".bin and .idx, {workers}: {'equal, byte for byte' if same else 'DIFFERENT'}")
@@ -238,8 +269,11 @@ def _anonymous() -> float:
 def main() -> None:
     """Read the command line and run one of the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("preprocess", "memory", "datasets", "start"))
+    parser.add_argument("what", choices=("preprocess", "memory", "datasets", "alone", "start"))
     parser.add_argument("--jsonl", type=Path)
+    parser.add_argument(
+        "--flags", nargs=argparse.REMAINDER, help="of the tokenizer of `alone`, which `preprocess` runs"
+    )
     parser.add_argument("--vocab-file", type=Path)
     parser.add_argument("--merge-file", type=Path)
     parser.add_argument("--peer-python")

@@ -8,6 +8,7 @@ every entry of the index that cannot be, and ids that are not below the vocabula
 """
 
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class InspectConfig:
     """Look into an indexed dataset."""
 
     prefix: Annotated[str, tyro.conf.Positional]
-    """Prefix of the .bin and .idx files."""
+    """Prefix of the .bin and .idx files, or one of their names."""
     documents: int = 1
     """Documents to show, the first ones."""
     random: bool = False
@@ -94,8 +95,14 @@ def show(config: InspectConfig, dataset: IndexedDataset, tokenizer: Tokenizer | 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=config.prefix, show_header=False)
-    for name, value in sizes(dataset, DatasetInfo.read(config.prefix)).items():
+    info = DatasetInfo.read(dataset.prefix)
+    if tokenizer is not None and info is not None and info.tokenizer_sha256 != tokenizer.sha256:
+        raise DatasetError(
+            f"{dataset.prefix} was made with another tokenizer, a {info.tokenizer_type} of {info.vocab_size:,} ids. "
+            "Name that one to see its text, or none to see ids"
+        )
+    table = Table(title=str(dataset.prefix), show_header=False)
+    for name, value in sizes(dataset, info).items():
         table.add_row(name, value)
     console = Console(soft_wrap=True)
     console.print(table)
@@ -133,7 +140,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        dataset = IndexedDataset(config.prefix)
+        dataset = IndexedDataset(re.sub(r"\.(bin|idx)$", "", config.prefix))
         show(config, dataset, tokenizer)
         problems = checked(dataset) if config.verify else []
     except (DatasetError, OSError) as error:

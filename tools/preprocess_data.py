@@ -16,10 +16,13 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
 from megalite.data.indexed import DatasetError
+from megalite.data.journal import FolderError
 from megalite.data.preprocess import preprocess
-from megalite.data.preprocess_config import PreprocessConfig, find_problems, tokenizer_of
+from megalite.data.preprocess_config import PreprocessConfig, find_problems
 from megalite.data.progress import Progress, show_progress
 from megalite.data.tokenizers import TokenizerError
+
+GO_ON = "The same command goes on from there, also with other --workers or --max-bad-lines; delete it to start anew"
 
 
 def main() -> int:
@@ -30,7 +33,7 @@ def main() -> int:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         return 2
-    tokenizer = tokenizer_of(config)
+    tokenizer = config.tokenizer
     why = f" ({tokenizer.why})" if tokenizer.why else ""
     print(f"{config.tokenizer_type}, {tokenizer.vocab_size:,} ids, {tokenizer.backend} backend{why}", file=sys.stderr)
     last = Progress(0)
@@ -43,8 +46,13 @@ def main() -> int:
     try:
         with show_progress() as show:
             infos = preprocess(config, remember)
-    except (DatasetError, TokenizerError) as error:
+    except FolderError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (DatasetError, TokenizerError, OSError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        if config.folder.exists():
+            print(f"{config.folder} keeps what is done. {GO_ON}", file=sys.stderr)
         return 1
     for key, info in zip(config.json_keys, infos, strict=True):
         print(f"{config.prefix(key)}.bin, .idx: {info.documents:,} documents, {info.tokens:,} tokens")

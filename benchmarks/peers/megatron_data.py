@@ -78,13 +78,13 @@ def preprocess(source, prefix, workers, kind, *files):
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     size = 50257 if kind == "gpt2" else 8000
-    encoder, started = Encoder(kind, *files), time.perf_counter()
+    encoder, started, used = Encoder(kind, *files), time.perf_counter(), _cpu_seconds()
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=DType.optimal_dtype(size))
     with open(source, encoding="utf-8") as lines, multiprocessing.Pool(int(workers), encoder.start) as pool:
         for ids in pool.imap(encoder.encode, lines, 32):
             builder.add_document(ids, [len(ids)])
     builder.finalize(prefix + ".idx")
-    return {"seconds": time.perf_counter() - started}
+    return {"seconds": time.perf_counter() - started, "cpu_seconds": _cpu_seconds() - used}
 
 
 class _Tokenizer:
@@ -120,6 +120,12 @@ def dataset(prefix, samples, length, cache):
     return {"start_seconds": seconds, "start_mib": grown, "per_second": len(order) / (time.perf_counter() - began)}
 
 
+def _cpu_seconds() -> float:
+    """Of this process and those it has waited for."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in usage)
+
+
 def _resident() -> float:
     """Anonymous resident memory in MiB: pages of mapped files are the page cache's."""
     with open("/proc/self/status") as status:
@@ -128,6 +134,4 @@ def _resident() -> float:
 
 if __name__ == "__main__":
     _without_triton()
-    result = {"preprocess": preprocess, "dataset": dataset}[sys.argv[1]](*sys.argv[2:])
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps(result | {"cpu_seconds": sum(u.ru_utime + u.ru_stime for u in usage)}))
+    print(json.dumps({"preprocess": preprocess, "dataset": dataset}[sys.argv[1]](*sys.argv[2:])))

@@ -8,21 +8,22 @@ from typing import NamedTuple
 import numpy as np
 
 from megalite.data.inputs import Block
-from megalite.data.tokenizers import Tokenizer
+from megalite.data.tokenizers import TextError, Tokenizer
 
-EXCERPT = 1000
-"""Characters of the first text of a block that the reference library encodes too: about a thousandth of the input."""
+EXCERPT = 64
+"""The least characters of the first text of a block that the reference library encodes too; a thousandth of the block
+when that is more."""
 
 
 class Lines(NamedTuple):
     """Of each JSON key, or of each sentence split of it: what is appended to its dataset."""
 
-    ids: bytes
+    ids: np.ndarray
     """In the dtype of the dataset."""
-    lengths: bytes
+    lengths: np.ndarray
     """int32, of each sequence."""
-    sequences: bytes
-    """int32, sequences in each document; empty: one in each."""
+    sequences: np.ndarray | None
+    """int32, sequences in each document; None: one in each."""
 
 
 class EncodedBlock(NamedTuple):
@@ -47,24 +48,29 @@ class TextReader:
         self._fields = [f"key{number}" for number in range(len(keys))]
         names = dict(zip(self._fields, keys))
         row = msgspec.defstruct("Row", [(field, str) for field in self._fields], rename=names)
-        self._decoder, self._errors = msgspec.json.Decoder(row), (msgspec.MsgspecError, UnicodeError)
+        self._decode = msgspec.json.Decoder(row).decode
+        self._refusals = (msgspec.MsgspecError, ValueError, RecursionError)
 
     def parse(self, data: bytes, is_text: bool) -> tuple[int, list[list[str]], list[tuple[int, str]]]:
-        """(number of lines, the texts of each key, bad lines)"""
-        if is_text:
-            lines = [data]
-        else:
-            count = data.count(b"\n") + (not data.endswith(b"\n"))
+        """(number of lines, the texts of each key, bad lines)
+
+        A line is judged by itself, whatever stands beside it: its bytes are UTF-8, and msgspec or else Python's json,
+        which also takes NaN, finds the texts.
+        """
+        lines = [data] if is_text else data.removesuffix(b"\n").split(b"\n")
+        if not is_text:
             try:
-                rows = self._decoder.decode_lines(data)
-            except self._errors:
-                rows = []
-            # One line may hold two objects, or two lines one: then the count tells, and lines are read one by one.
-            if len(rows) == count:
+                if not data.isascii():
+                    data.decode()
+                rows = [*map(self._decode, lines)]
                 texts = [[getattr(row, field) for row in rows] for field in self._fields]
                 if all(map(all, texts)):
-                    return count, texts, []
-            lines = data.removesuffix(b"\n").split(b"\n")
+                    return len(lines), texts, []
+            except self._refusals:
+                pass  # now which lines, and why
+        return self._parse_one_by_one(lines, is_text)
+
+    def _parse_one_by_one(self, lines: list[bytes], is_text: bool):
         texts, bad = [[] for _ in self.keys], []
         for number, line in enumerate(lines):
             try:
@@ -77,7 +83,7 @@ class TextReader:
                 bad.append((number, f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}"))
             except UnicodeEncodeError:
                 bad.append((number, "half of a surrogate pair, no Unicode text"))
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 bad.append((number, str(error)))
             else:
                 for column, text in zip(texts, row):
@@ -86,13 +92,19 @@ class TextReader:
 
     def _row(self, line: bytes) -> list[str]:
         """The texts of one line. Raises ValueError with what is wrong."""
+        decoded = line.decode()
         try:
-            row = json.loads(line.decode())
+            row = self._decode(line)
+            return [getattr(row, field) for field in self._fields]
+        except self._refusals:
+            pass  # Python's json takes a little more, and says more about the rest
+        try:
+            row = json.loads(decoded)
         except json.JSONDecodeError as error:
-            reason = f"invalid JSON: {error.msg} at column {error.colno}" if line.strip() else "the line is empty"
+            start = line.strip()
+            several = "; each line must hold one JSON object" if start == b"{" or start.startswith(b"[") else ""
+            reason = f"invalid JSON: {error.msg} at column {error.colno}{several}" if start else "the line is empty"
             raise ValueError(reason) from None
-        except UnicodeDecodeError:
-            raise
         except (ValueError, RecursionError) as error:
             raise ValueError(f"JSON that cannot be read: {error}") from None
         if not isinstance(row, dict):
@@ -129,27 +141,39 @@ class Encoder:
         lines, texts, bad = self.reader.parse(data, block.is_text)
         parsed = time.perf_counter()
         if texts[0]:
-            self.tokenizer.check([texts[0][0][:EXCERPT]])
-        per_key = [self._encode(column) for column in texts]
+            self.tokenizer.check([texts[0][0][: max(EXCERPT, len(data) // 1000)]])
+        try:
+            per_key = [self._encode(column) for column in texts]
+        except TextError:
+            texts, bad = self._without_refused(lines, texts, bad)
+            per_key = [self._encode(column) for column in texts]
         seconds = read - began, parsed - read, time.perf_counter() - parsed
         return EncodedBlock(lines, len(texts[0]), per_key, bad, seconds)
 
+    def _without_refused(self, lines: int, texts: list[list[str]], bad: list[tuple[int, str]]):
+        """(texts, bad lines): documents that the tokenizer cannot encode become bad lines."""
+        already = {number for number, _ in bad}
+        numbers = [number for number in range(lines) if number not in already]
+        kept, refused = [], []
+        for number, row in zip(numbers, zip(*texts), strict=True):
+            try:
+                self.tokenizer.encode_batch(row)
+                kept.append(row)
+            except TextError as error:
+                refused.append((number, str(error)))
+        return [[row[key] for row in kept] for key in range(len(texts))], sorted(bad + refused)
+
     def _encode(self, texts: list[str]) -> Lines:
-        documents = None
+        counts = None
         if self.split is not None:
             sentences = [[s for s in map(str.strip, self.split(text)) if s] or [text] for text in texts]
-            documents = np.array([len(found) for found in sentences], "<i4")
+            counts = np.array([len(found) for found in sentences], "<i4")
             texts = [sentence for found in sentences for sentence in found]
         ids, lengths = self.tokenizer.encode_batch(texts)
-        if self.eod is None:
-            stored = ids.astype(self.dtype)
-        else:
-            last = np.arange(len(lengths)) if documents is None else np.cumsum(documents) - 1
-            ends = np.cumsum(lengths)[last]  # where an end of document goes
-            stored = (
-                np.insert(ids.astype(self.dtype, copy=False), ends, self.eod) if len(ends) else ids.astype(self.dtype)
-            )
+        ids = ids.astype(self.dtype, copy=False)
+        if self.eod is not None and texts:
+            last = np.arange(len(lengths)) if counts is None else np.cumsum(counts) - 1
+            ids = np.insert(ids, np.cumsum(lengths)[last], self.eod)
             lengths = lengths.copy()
             lengths[last] += 1
-        counts = b"" if documents is None else documents.tobytes()
-        return Lines(stored.tobytes(), lengths.astype("<i4").tobytes(), counts)
+        return Lines(ids, lengths.astype("<i4"), counts)

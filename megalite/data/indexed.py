@@ -92,8 +92,8 @@ class IndexedDataset:
         for path in (self.index_path, self.bin_path):
             if not path.is_file():
                 raise DatasetError(
-                    f"{path}: no such file. --data-path takes the prefix of a .bin and .idx pair made by "
-                    "tools/preprocess_data.py, without the suffix"
+                    f"{path}: no such file. A dataset is named by the prefix of its .bin and .idx files, without the "
+                    "suffix; tools/preprocess_data.py makes them"
                 )
         self._read_index()
         self.bin_size = self.bin_path.stat().st_size

@@ -94,7 +94,7 @@ class IndexedWriter:
             raise DatasetError(f"id {ids[stored != ids][0]} cannot be stored as {self.dtype.name}")
         return stored
 
-    def add_documents(self, data: bytes, lengths: np.ndarray, sequences: np.ndarray | None = None) -> None:
+    def add_documents(self, data: bytes | np.ndarray, lengths: np.ndarray, sequences: np.ndarray | None = None) -> None:
         """Append documents: their ids in one go, in the writer's dtype, the length of each sequence, and how many
         sequences each document has (None: one)."""
         lengths = np.asarray(lengths, "<i4")
@@ -120,10 +120,10 @@ class IndexedWriter:
         self.documents += dataset.num_documents
         self.tokens += dataset.num_tokens
 
-    def _write(self, data: bytes, lengths: np.ndarray, boundaries: np.ndarray) -> None:
-        tokens = int(lengths.sum(dtype=np.int64))
-        if len(data) != tokens * self.dtype.itemsize:
-            raise DatasetError(f"{len(data)} bytes given for {tokens} tokens of {self.dtype.itemsize} bytes")
+    def _write(self, data: bytes | np.ndarray, lengths: np.ndarray, boundaries: np.ndarray) -> None:
+        tokens, size = int(lengths.sum(dtype=np.int64)), memoryview(data).nbytes
+        if size != tokens * self.dtype.itemsize:
+            raise DatasetError(f"{size} bytes given for {tokens} tokens of {self.dtype.itemsize} bytes")
         self._files[".bin"].write(data)
         self._files[".lengths"].write(lengths.tobytes())
         self._files[".documents"].write(boundaries.astype("<i8").tobytes())

@@ -5,24 +5,19 @@ A block of a plain file is a range of bytes, which whoever encodes it reads; blo
 
 import glob
 import importlib.util
-import io
-import lzma
 import os
 import sys
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from megalite.data.indexed import DatasetError
+from megalite.data.unpacked import COMPRESSED, LIBRARIES, unpacked
 
 BLOCK_BYTES = 1 << 20
 """Whole lines of about this size are encoded at a time."""
 STDIN = "-"
-COMPRESSED = (".gz", ".xz", ".zst")
-LIBRARIES = {".zst": "zstandard", ".parquet": "pyarrow"}
-"""Libraries that not every installation has, by the suffix of the files that need them."""
 JSONL_SUFFIXES = (".jsonl", ".json")
 
 
@@ -50,12 +45,27 @@ class Block(NamedTuple):
             return file.read(self.stop - self.start)
 
 
+def shown(path: str) -> str:
+    """How a message names an input."""
+    return "standard input" if path == STDIN else path
+
+
 def kind_of(path: str) -> str:
     """ "stdin", "text", "parquet", "compressed" or "plain"."""
     suffix = Path(path).suffix
     if path == STDIN:
         return "stdin"
     return {".txt": "text", ".parquet": "parquet"}.get(suffix) or ("compressed" if suffix in COMPRESSED else "plain")
+
+
+def is_text(path: str) -> bool:
+    """Whether a file is one document as it stands."""
+    return Path(_uncompressed(path)).suffix == ".txt"
+
+
+def _uncompressed(path: str) -> str:
+    """The name of a file without the suffix of its compression."""
+    return str(Path(path).with_suffix("")) if Path(path).suffix in COMPRESSED else path
 
 
 def expand(inputs: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -77,7 +87,7 @@ def expand(inputs: tuple[str, ...]) -> tuple[list[str], list[str]]:
             problems.append(f"--input {name}: {'not a file' if os.path.exists(name) else 'no such file'}")
         files += found
     problems += [f"--input {path}: not readable" for path in files if path != STDIN and not os.access(path, os.R_OK)]
-    problems += [f"--input {path}: given twice" for path in sorted({p for p in files if files.count(p) > 1})]
+    problems += [f"--input {path}: given twice" for path in _repeated(map(os.path.normpath, files))]
     for suffix in sorted({Path(path).suffix for path in files} & LIBRARIES.keys()):
         if importlib.util.find_spec(LIBRARIES[suffix]) is None:
             problems.append(
@@ -86,9 +96,12 @@ def expand(inputs: tuple[str, ...]) -> tuple[list[str], list[str]]:
     return files, problems
 
 
+def _repeated(names: Iterable[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
 def _is_input(name: str) -> bool:
-    plain = Path(name).stem if Path(name).suffix in COMPRESSED else name
-    return Path(plain).suffix in (*JSONL_SUFFIXES, ".txt", ".parquet") and not name.startswith(".")
+    return Path(_uncompressed(name)).suffix in (*JSONL_SUFFIXES, ".txt", ".parquet") and not name.startswith(".")
 
 
 def sizes_of(files: list[str]) -> list[int]:
@@ -127,6 +140,15 @@ def _line_start(path: str, target: int, size: int) -> int:
         return file.tell()
 
 
+def count_lines(path: str, stop: int) -> int:
+    """Line ends in the first `stop` bytes of a file."""
+    count = 0
+    with open(path, "rb") as file:
+        while stop > 0 and (data := file.read(min(BLOCK_BYTES, stop))):
+            count, stop = count + data.count(b"\n"), stop - len(data)
+    return count
+
+
 def read_blocks(
     files: list[str], ranges: list[tuple[int, int, int]], keys: tuple[str, ...], after=(0, 0)
 ) -> Iterator[Block]:
@@ -143,8 +165,12 @@ def read_blocks(
             if start < max(size, 1):
                 yield Block(number, path, 0, max(size, 1), None, True)
         else:
-            with _explaining_damage(path), _opened(path, kind, keys) as file:
-                yield from _streamed_blocks(number, path, file, start)
+            with nullcontext(sys.stdin.buffer) if kind == "stdin" else unpacked(path, keys) as file:
+                if not is_text(path):
+                    yield from _streamed_blocks(number, shown(path), file, start)
+                elif start == 0:
+                    data = file.read()
+                    yield Block(number, path, 0, max(len(data), 1), data, True)
 
 
 def _plain_blocks(number: int, path: str, start: int, last: int) -> Iterator[Block]:
@@ -168,67 +194,3 @@ def _streamed_blocks(number: int, path: str, file: BinaryIO, after: int) -> Iter
             data += file.readline()
         yield Block(number, path, start, start + len(data), data, False)
         start += len(data)
-
-
-@contextmanager
-def _opened(path: str, kind: str, keys: tuple[str, ...]):
-    """The JSON lines of a file that must be read from its beginning, as a binary file."""
-    if kind == "stdin":
-        yield sys.stdin.buffer
-    elif kind == "parquet":
-        yield io.BufferedReader(_ParquetLines(path, keys), BLOCK_BYTES)
-    else:
-        suffix = Path(path).suffix
-        if suffix == ".zst":
-            import zstandard
-
-            opened = zstandard.open(path, "rb")
-        else:
-            opened = importlib.import_module({".gz": "gzip", ".xz": "lzma"}[suffix]).open(path, "rb")
-        with opened as file:
-            yield io.BufferedReader(file, BLOCK_BYTES)
-
-
-class _ParquetLines(io.RawIOBase):
-    """Rows of a Parquet file as JSON lines, a batch of rows at a time."""
-
-    def __init__(self, path: str, keys: tuple[str, ...]):
-        from pyarrow.parquet import ParquetFile
-
-        file = ParquetFile(path)
-        missing = [key for key in keys if key not in file.schema_arrow.names]
-        if missing:
-            raise DatasetError(f"{path}: no column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}")
-        self._batches = file.iter_batches(batch_size=1000, columns=list(keys))
-        self._left = b""
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer) -> int:
-        """Fill the buffer with what is left of a batch, or with the next one."""
-        import msgspec
-
-        while not self._left:
-            batch = next(self._batches, None)
-            if batch is None:
-                return 0
-            self._left = b"".join(msgspec.json.encode(row) + b"\n" for row in batch.to_pylist())
-        count = min(len(buffer), len(self._left))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
-        return count
-
-
-@contextmanager
-def _explaining_damage(path: str):
-    try:
-        yield
-    except DatasetError:
-        raise
-    except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise DatasetError(f"{path}: cannot be read to its end, damaged or cut short ({error})") from None
-    except Exception as error:  # zstandard's and pyarrow's have no common parent
-        if type(error).__module__.split(".")[0] in ("zstd", "zstandard", "pyarrow"):
-            raise DatasetError(f"{path}: cannot be read to its end, damaged or cut short ({error})") from None
-        raise

@@ -11,11 +11,15 @@ from megalite.data.indexed import DatasetError
 JOURNAL = "journal.json"
 
 
+class FolderError(DatasetError):
+    """The folder is in use, or another job's: nothing was begun."""
+
+
 class Journal:
     """The folder of one output while it is made. One process at a time has it.
 
     job: what the output is made from and how, as JSON. A folder that another job left is refused.
-    Raises DatasetError when another process is at work, or the folder is another job's.
+    Raises FolderError when another process is at work, or the folder is another job's.
     """
 
     def __init__(self, folder: Path, job: dict):
@@ -26,10 +30,10 @@ class Journal:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise DatasetError(f"{folder}: another process is writing this output; wait for it, or stop it") from None
+            raise FolderError(f"{folder}: another process is writing this output; wait for it, or stop it") from None
         try:
             self.state = self._read()
-        except DatasetError:
+        except FolderError:
             self._lock.close()
             raise
 
@@ -41,13 +45,13 @@ class Journal:
             stored = json.loads(path.read_text())
             before, state = stored["job"], stored["state"]
         except (ValueError, KeyError, TypeError):
-            raise DatasetError(f"{path} is damaged: delete {self.folder} to start anew") from None
+            raise FolderError(f"{path} is damaged: delete {self.folder} to start anew") from None
         different = [key for key in {**before, **self._job} if before.get(key) != self._job.get(key)]
         if different:
             changes = "; ".join(
                 f"{key} was {_short(before.get(key))}, is {_short(self._job.get(key))}" for key in different
             )
-            raise DatasetError(
+            raise FolderError(
                 f"{self.folder} is what an interrupted run left, which was another job: {changes}. Run that one again "
                 f"to finish it, or delete {self.folder} to start anew"
             )

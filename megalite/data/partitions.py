@@ -9,10 +9,10 @@ from pathlib import Path
 
 from megalite.data.indexed import DatasetError, DatasetInfo, dataset_path
 from megalite.data.inputs import expand
-from megalite.data.journal import Journal
+from megalite.data.journal import JOURNAL, Journal
 from megalite.data.merge import merge
 from megalite.data.preprocess import BadLineError, job_of, preprocess
-from megalite.data.preprocess_config import PreprocessConfig, tokenizer_of
+from megalite.data.preprocess_config import PreprocessConfig
 from megalite.data.progress import Progress
 
 
@@ -24,7 +24,7 @@ def preprocess_in_partitions(config: PreprocessConfig, report: Callable[[Progres
     files, problems = expand(config.input)
     if problems:
         raise DatasetError("; ".join(problems))
-    journal = Journal(config.folder, job_of(config, files, tokenizer_of(config)))
+    journal = Journal(config.folder, job_of(config, files))
     try:
         if journal.state is None:
             journal.commit({"renames": []})
@@ -34,7 +34,11 @@ def preprocess_in_partitions(config: PreprocessConfig, report: Callable[[Progres
         bad = [Path(f"{part.stem}.bad_lines.tsv") for part in parts]
         lines = b"".join(path.read_bytes() for path in bad if path.exists())
         if lines.count(b"\n") > config.max_bad_lines:
-            raise BadLineError(f"{lines.count(10)} lines are no documents, more than --max-bad-lines allows")
+            most = config.max_bad_lines
+            raise BadLineError(f"{lines.count(10)} lines are no documents, --max-bad-lines allows {most}")
+        if not any(DatasetInfo.read(part.prefix(config.json_keys[0])).documents for part in parts):
+            shutil.rmtree(config.folder)
+            raise DatasetError(f"{', '.join(config.input)}: no documents")
         infos = []
         for key in config.json_keys:
             if not _exists(config.prefix(key)):
@@ -43,10 +47,12 @@ def preprocess_in_partitions(config: PreprocessConfig, report: Callable[[Progres
         if lines:
             Path(f"{config.stem}.bad_lines.tsv").write_bytes(lines)
         shutil.rmtree(config.folder)
+    except BaseException:
+        if not [*config.folder.glob("*.idx"), *config.folder.glob(f"*/{JOURNAL}")]:
+            shutil.rmtree(config.folder, ignore_errors=True)  # no part has anything to go on from
+        raise
     finally:
         journal.close()
-    if not infos[0].documents:
-        raise DatasetError(f"{', '.join(config.input)}: no documents")
     return infos
 
 

@@ -1,22 +1,22 @@
 """From text to indexed datasets: processes encode blocks of lines, this one writes them in order and can be resumed."""
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 
 from megalite.data.encode import EncodedBlock, Encoder, TextReader
 from megalite.data.indexed import DatasetError, DatasetInfo
 from megalite.data.indexed_writer import IndexedWriter
-from megalite.data.inputs import STDIN, Block, expand, kind_of, read_blocks, shard_ranges, sizes_of
-from megalite.data.journal import Journal
-from megalite.data.preprocess_config import PreprocessConfig, sentence_splitter, tokenizer_of
+from megalite.data.inputs import STDIN, Block, count_lines, expand, kind_of, read_blocks, shard_ranges, shown, sizes_of
+from megalite.data.journal import FolderError, Journal
+from megalite.data.preprocess_config import PreprocessConfig, sentence_splitter
 from megalite.data.progress import Progress
-from megalite.data.tokenizers import Tokenizer, TokenizerError
+from megalite.data.tokenizers import TokenizerError
 from megalite.data.workers import encoded_blocks
 
 COMMIT_SECONDS, COMMIT_TOKENS = 5.0, 1 << 25
@@ -31,7 +31,7 @@ class BadLineError(DatasetError):
 def build_encoder(config: PreprocessConfig) -> Encoder:
     """What encodes blocks under this configuration. Raises TokenizerError, DatasetError."""
     split = sentence_splitter(config.language) if config.split_sentences else None
-    return Encoder(tokenizer_of(config), config.json_keys, config.append_eod, split)
+    return Encoder(config.tokenizer, config.json_keys, config.append_eod, split)
 
 
 def preprocess(
@@ -40,6 +40,7 @@ def preprocess(
     """Write the datasets of every key and return their descriptions; `report` is called after every block.
 
     Nothing has its final name before everything is written. What an interrupted run of the same job wrote is kept.
+    After an error, the folder is there if the same call would go on from it.
     Raises BadLineError at a line that is no document and one too many, DatasetError when an output exists, an input
     cannot be read, or another job's output is in the way, TokenizerError when the fast tokenizer is wrong.
     """
@@ -50,33 +51,31 @@ def preprocess(
     files, problems = expand(config.input)
     if problems:
         raise DatasetError("; ".join(problems))
-    tokenizer = tokenizer_of(config)
-    journal = Journal(config.folder, job_of(config, files, tokenizer))
+    journal = Journal(config.folder, job_of(config, files))
     try:
+        if STDIN in files and journal.state is not None:
+            raise FolderError(f"standard input cannot be taken up again: delete {config.folder} to start anew")
         if journal.state is None or not journal.state.get("renames"):
             with ExitStack() as stack:
-                _Run(config, files, tokenizer, journal, stack).to_the_end(report)
+                _Run(config, files, journal, stack).to_the_end(report)
+        journal.end(journal.state["renames"])
+    except FolderError:
+        raise
+    except BaseException:
+        if journal.state is None or STDIN in files:
+            shutil.rmtree(config.folder)  # nothing can go on from it
+        raise
     finally:
-        if journal.state is None:
-            _remove_if_empty(config.folder)
         journal.close()
-    journal.end(journal.state["renames"])
     return [DatasetInfo.read(config.prefix(key)) for key in config.json_keys]
 
 
-def _remove_if_empty(folder: Path) -> None:
-    """Remove a folder from which nothing can go on."""
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-
-
-def job_of(config: PreprocessConfig, files: list[str], tokenizer: Tokenizer) -> dict:
+def job_of(config: PreprocessConfig, files: list[str]) -> dict:
     """What decides the bytes of the output, to tell whether an interrupted run was this one."""
     stats = [os.stat(path) for path in files if path != STDIN]
     return {
         "input": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats)] if stats else list(files),
-        "tokenizer": [config.tokenizer_type, tokenizer.vocab_size, tokenizer.sha256],
+        "tokenizer": [config.tokenizer_type, config.tokenizer.vocab_size, config.tokenizer.sha256],
         "json keys": list(config.json_keys),
         "append eod": config.append_eod,
         "sentences": config.language if config.split_sentences else None,
@@ -88,10 +87,8 @@ def job_of(config: PreprocessConfig, files: list[str], tokenizer: Tokenizer) -> 
 class _Run:
     """The making of one output, from its beginning or from what the journal says."""
 
-    def __init__(
-        self, config: PreprocessConfig, files: list[str], tokenizer: Tokenizer, journal: Journal, stack: ExitStack
-    ):
-        self.config, self.files, self.tokenizer, self.journal, self.stack = config, files, tokenizer, journal, stack
+    def __init__(self, config: PreprocessConfig, files: list[str], journal: Journal, stack: ExitStack):
+        self.config, self.files, self.journal, self.stack = config, files, journal, stack
         state = journal.state or {
             "after": [0, 0],
             "line": 1,
@@ -99,9 +96,7 @@ class _Run:
             "bad_bytes": 0,
             "writers": [None] * len(config.json_keys),
         }
-        if journal.state and STDIN in files:
-            raise DatasetError(f"standard input cannot be taken up again: delete {journal.folder} to start anew")
-        dtype = np.dtype("<u2" if tokenizer.vocab_size < 65500 else "<i4")
+        dtype = np.dtype("<u2" if config.tokenizer.vocab_size < 65500 else "<i4")
         self.writers = [
             stack.enter_context(IndexedWriter(config.prefix(key), dtype, journal.folder, kept))
             for key, kept in zip(config.json_keys, state["writers"], strict=True)
@@ -116,6 +111,7 @@ class _Run:
         total = sum(min(stop, sizes[number]) - start for number, start, stop in self.ranges) if known else 0
         self.progress = Progress(total, bytes_done=self._bytes_before(self.after, sizes), bad_lines=self.bad)
         self._committed = time.monotonic(), 0
+        self._before: dict[int, int] = {}
 
     def _bytes_before(self, after: tuple[int, int], sizes: list[int]) -> int:
         return sum(
@@ -134,7 +130,7 @@ class _Run:
             progress.seconds = time.perf_counter() - began
             report(progress)
         if not self.writers[0].documents and not self.config.shard:
-            raise DatasetError(f"{', '.join(self.config.input)}: no documents")
+            raise DatasetError(f"{', '.join(map(shown, self.config.input))}: no documents")
         self._commit()
         renames = [rename for writer in self.writers for rename in writer.seal(self._describe(writer))]
         if self.bad:
@@ -148,8 +144,7 @@ class _Run:
         self._note_bad_lines(block, result)
         before = sum(writer.tokens for writer in self.writers)
         for writer, lines in zip(self.writers, result.per_key, strict=True):
-            counts = np.frombuffer(lines.sequences, "<i4") if self.config.split_sentences else None
-            writer.add_documents(lines.ids, np.frombuffer(lines.lengths, "<i4"), counts)
+            writer.add_documents(*lines)
         last_of_file = self.after[0] != block.file
         self.line = (1 if last_of_file else self.line) + result.lines
         self.after = block.file, block.stop
@@ -166,7 +161,9 @@ class _Run:
         progress.spent["write"] += time.perf_counter() - began
 
     def _note_bad_lines(self, block: Block, result: EncodedBlock) -> None:
-        first = 1 if self.after[0] != block.file else self.line
+        if not result.bad:
+            return
+        first = self._lines_before(block.file) + (1 if self.after[0] != block.file else self.line)
         for offset, reason in result.bad:
             text = f"{block.path}, line {first + offset}: {reason}"
             self.bad += 1
@@ -179,6 +176,13 @@ class _Run:
                 print(f"left out: {text}", file=sys.stderr)
         self.progress.bad_lines = self.bad
 
+    def _lines_before(self, file: int) -> int:
+        """Lines of a file that belong to the shards before this one; counted when a line is to be named."""
+        if file not in self._before:
+            start = next(start for number, start, _ in self.ranges if number == file)
+            self._before[file] = count_lines(self.files[file], start) if start else 0
+        return self._before[file]
+
     def _commit(self) -> None:
         self.bad_file.flush()
         os.fsync(self.bad_file.fileno())
@@ -188,12 +192,13 @@ class _Run:
         self._committed = time.monotonic(), self.progress.tokens_now
 
     def _describe(self, writer: IndexedWriter) -> DatasetInfo:
+        tokenizer = self.config.tokenizer
         try:
-            eod = self.tokenizer.eod
+            eod = tokenizer.eod
         except TokenizerError:
             eod = None
-        size, digest = self.tokenizer.vocab_size, self.tokenizer.sha256
-        return DatasetInfo(self.config.tokenizer_type, size, eod, digest, writer.documents, writer.tokens)
+        made_by = self.config.tokenizer_type, tokenizer.vocab_size, eod, tokenizer.sha256
+        return DatasetInfo(*made_by, writer.documents, writer.tokens)
 
 
 def read_texts(inputs: tuple[str, ...], key: str) -> Iterator[str]:

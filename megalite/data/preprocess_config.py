@@ -4,12 +4,13 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from megalite.data.config import TokenizerType
 from megalite.data.indexed import DatasetError, dataset_path
-from megalite.data.inputs import STDIN, expand, kind_of
+from megalite.data.inputs import STDIN, expand, is_text
 from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer
 
 
@@ -52,6 +53,18 @@ class PreprocessConfig:
     workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     """Processes that encode; 1 encodes in the main process. Default: one per core."""
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that encodes, built once. Raises TokenizerError."""
+        return build_tokenizer(
+            self.tokenizer_type, self.tokenizer_model, self.vocab_file, self.merge_file, self.vocab_size,
+            self.tokenizer_backend,
+        )  # fmt: skip
+
+    def __getstate__(self) -> dict:
+        """What another process needs to know; it builds a tokenizer of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "tokenizer"}
+
     @property
     def place(self) -> tuple[int, int]:
         """(I, N) of --shard; (0, 1) without it."""
@@ -86,11 +99,11 @@ def find_problems(config: PreprocessConfig) -> list[str]:
         problems.append(f"--max-bad-lines {config.max_bad_lines}: needs at least 0")
     if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
         problems.append(f"--json-keys {' '.join(config.json_keys)}: needs at least one key, and each once")
-    if len(config.json_keys) > 1 and any(kind_of(path) == "text" for path in files):
+    if len(config.json_keys) > 1 and any(map(is_text, files)):
         problems.append(f"--json-keys {' '.join(config.json_keys)}: .txt files have no keys; give one")
     problems += _shard_problems(config, files) + _output_problems(config)
     try:
-        tokenizer = tokenizer_of(config)
+        tokenizer = config.tokenizer
         if config.append_eod:
             tokenizer.eod  # noqa: B018 - raises when there is none
     except (TokenizerError, OSError) as error:
@@ -138,14 +151,6 @@ def _output_problems(config: PreprocessConfig) -> list[str]:
             if path.exists()
         ]
     return problems
-
-
-def tokenizer_of(config: PreprocessConfig) -> Tokenizer:
-    """The tokenizer that encodes. Raises TokenizerError."""
-    return build_tokenizer(
-        config.tokenizer_type, config.tokenizer_model, config.vocab_file, config.merge_file, config.vocab_size,
-        config.tokenizer_backend,
-    )  # fmt: skip
 
 
 def sentence_splitter(language: str) -> Callable[[str], list[str]]:

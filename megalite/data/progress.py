@@ -61,12 +61,13 @@ def show_progress(seconds_between_lines: float = 5.0):
             task = bar.add_task("starting")
             yield lambda p: bar.update(task, description=str(p), completed=p.bytes_done, total=p.bytes_total or None)
         return
-    next_line = seconds_between_lines
+    next_line, shown = seconds_between_lines, None
 
     def print_line(progress: Progress) -> None:
-        nonlocal next_line
-        if progress.seconds >= next_line or progress.bytes_done == progress.bytes_total:
-            next_line = progress.seconds + seconds_between_lines
+        nonlocal next_line, shown
+        done = progress.bytes_done == progress.bytes_total
+        if progress.bytes_done != shown and (done or progress.seconds >= next_line):
+            next_line, shown = progress.seconds + seconds_between_lines, progress.bytes_done
             print(progress, file=sys.stderr, flush=True)
 
     yield print_line

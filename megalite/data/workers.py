@@ -1,10 +1,13 @@
 """Processes that encode blocks, and give back their results in the order of the blocks."""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
+from threading import Thread
 
 from megalite.data.encode import EncodedBlock
 from megalite.data.indexed import DatasetError
@@ -13,6 +16,8 @@ from megalite.data.tokenizers import TokenizerError
 
 BLOCKS_AHEAD = 4
 """Blocks per worker that may be read before the oldest is written: what bounds memory."""
+BLOCKS_GIVEN = 2
+"""Blocks that a worker has: the next one is there when it has done one."""
 
 
 @contextmanager
@@ -44,49 +49,58 @@ def encoded_blocks(workers: int, build_encoder: Callable, config, blocks: Iterat
 def _serve(connection: Connection, build_encoder: Callable, config) -> None:
     """A worker: encode what comes until the other end is closed, which it is also when the main process is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # of the tokenizers library: this is one of many processes
+    jobs = SimpleQueue()
+    # A thread takes blocks in, so that the main process can always give one, however large, and never waits for a
+    # worker that waits for it to take a result.
+    Thread(target=_receive, args=(connection, jobs), daemon=True).start()
     encoder = build_encoder(config)
+    while job := jobs.get():
+        number, block = job
+        try:
+            result = encoder(block)
+        except (TokenizerError, DatasetError, OSError) as error:
+            result = error
+        try:
+            connection.send((number, result))
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+
+def _receive(connection: Connection, jobs: SimpleQueue) -> None:
     try:
         while True:
-            number, block = connection.recv()
-            try:
-                connection.send((number, encoder(block)))
-            except (TokenizerError, DatasetError) as error:
-                connection.send((number, error))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
+            jobs.put(connection.recv())
+    except (EOFError, OSError):
+        jobs.put(None)
 
 
 def _in_order(workers: dict[Connection, multiprocessing.Process], blocks: Iterator[Block]):
-    """Hand each idle worker the next block, and yield results in the order of the blocks.
-
-    A worker has one block at a time, so neither end of a pipe waits for the other to read.
-    """
+    """Hand each worker the next block in time, and yield results in the order of the blocks."""
     numbered = enumerate(blocks)
-    idle, busy = list(workers), set()
+    free = [*workers] * BLOCKS_GIVEN
     finished: dict[int, EncodedBlock | Exception] = {}
     given: dict[int, Block] = {}
-    written = taken = 0
+    written = 0
     while True:
-        while idle and taken < written + BLOCKS_AHEAD * len(workers) and (job := next(numbered, None)):
-            connection = idle.pop()
+        while free and len(given) < BLOCKS_AHEAD * len(workers) and (job := next(numbered, None)):
+            connection = free.pop(0)
             with _explaining_death(workers[connection]):
                 connection.send(job)
             given[job[0]] = job[1]._replace(data=None)
-            busy.add(connection)
-            taken += 1
-        if not busy:
+        if not given:
             return
-        for connection in wait(busy):
-            with _explaining_death(workers[connection]):
-                number, finished[number] = connection.recv()
-            busy.remove(connection)
-            idle.append(connection)
-        while written in finished:
+        if written in finished:
             result = finished.pop(written)
             if isinstance(result, Exception):
                 raise result
             yield given.pop(written), result
             written += 1
+            continue
+        for connection in wait(workers):
+            with _explaining_death(workers[connection]):
+                number, finished[number] = connection.recv()
+            free.append(connection)
 
 
 @contextmanager

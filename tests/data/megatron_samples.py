@@ -1,7 +1,8 @@
 """Samples and files of Megatron-core, as digests: run in a Python that has it, by test_megatron_order.py.
 
-Standard input: JSON [{prefix, seed, seq_length, samples, split, cache}, ...]; standard output: for each case the
-digests of the samples of each split. `write PREFIX` writes DOCUMENTS, and `read PREFIX` prints what it reads.
+Standard input: JSON [{prefix, seed, seq_length, samples, split, cache}, ...], where split null gives the dataset for
+each split alone; standard output: for each case the digests of the samples of each split. `write PREFIX` writes
+DOCUMENTS, and `read PREFIX` prints what it reads.
 """
 
 import hashlib
@@ -28,10 +29,12 @@ def samples(case: dict) -> list[str]:
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+    blend = ([case["prefix"]], None)
+    given = {"blend": blend, "split": case["split"]} if case["split"] else {"blend_per_split": [blend, blend, None]}
     config = GPTDatasetConfig(
-        random_seed=case["seed"], sequence_length=case["seq_length"], blend=([case["prefix"]], None),
-        split=case["split"], path_to_cache=case["cache"], tokenizer=_Tokenizer(), reset_position_ids=False,
-        reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+        random_seed=case["seed"], sequence_length=case["seq_length"], path_to_cache=case["cache"],
+        tokenizer=_Tokenizer(), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
+        create_attention_mask=False, **given,
     )  # fmt: skip
     built = BlendedMegatronDatasetBuilder(GPTDataset, case["samples"], lambda: True, config).build()
     found = []

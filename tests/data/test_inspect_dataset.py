@@ -57,12 +57,14 @@ def test_what_is_wrong_with_the_data_is_status_1(prefix):
     description.write_text(description.read_text().replace('"vocab_size": 257', '"vocab_size": 100'))
     found = inspect(prefix, "--verify", status=1)
     assert "error:" in found and "vocabulary of 100 entries" in found
-    inspect(prefix)  # only --verify reads the ids
+    inspect(f"{prefix}.idx")  # only --verify reads the ids; a file's name will do
     prefix.with_suffix(".bin").write_bytes(prefix.with_suffix(".bin").read_bytes()[:-2])
     assert "but the file has 68" in inspect(prefix, status=1)
 
 
-def test_ids_of_another_tokenizer_are_status_1(tmp_path):
+def test_ids_of_another_tokenizer_are_status_1(tmp_path, prefix):
+    other = inspect(prefix, "--tokenizer-type", "NullTokenizer", "--vocab-size", 257, status=1)
+    assert "data was made with another tokenizer, a ByteTokenizer of 257 ids. Name that one" in other
     with IndexedWriter(tmp_path / "other", "u2") as writer:
         writer.add_document(np.array([5, 300]))
         writer.finish()

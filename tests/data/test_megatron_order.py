@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megalite.data.build import build_sources
+from megalite.data.config import DataConfig
 from megalite.data.indexed import DatasetError, IndexedDataset
 from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.megatron_order import MegatronOrderDataset, split_sequences
+from megalite.nn.config import ModelConfig
 from tests.data.megatron_samples import DOCUMENTS, digest
 
 FIND = "import importlib.util, sys; sys.exit(importlib.util.find_spec('megatron') is None)"
@@ -28,8 +31,9 @@ CASES = [
     dict(seed=7, seq_length=64, samples=[290, 80, 20], split="80,15,5"),
     dict(seed=42, seq_length=512, samples=[60, 0, 0], split="1"),
     dict(seed=3, seq_length=9, samples=[9000, 100, 100], split="0.5,0.25,0.25"),
+    dict(seed=11, seq_length=16, samples=[900, 70, 0], split=None),
 ]
-"""About half an epoch, just under and over one, 1.3, 1.9 and 10 epochs, and more."""
+"""About half an epoch, just under and over one, 1.3, 1.9 and 10 epochs, and more; the last: data of one split."""
 RECORDED = [
     ["8c67e637d6ec0d91", "d1013fe60cdc7b88", "9f4b8b16cb6df0a8"],
     ["125ac0e44997539d", "76ef3c1720b4a53d", "e3b0c44298fc1c14"],
@@ -37,6 +41,7 @@ RECORDED = [
     ["001330e807d165dc", "2027662fe27b6481", "447a17a467b73d34"],
     ["56577c40e7ce2b22", "e3b0c44298fc1c14", "e3b0c44298fc1c14"],
     ["c64cf1de0e457d0c", "2b02d14b41ffb7ca", "06d034ab100b5147"],
+    ["62ac9cc312521b3e", "becee61625d0329f", "e3b0c44298fc1c14"],
 ]
 
 
@@ -54,16 +59,13 @@ def prefix(tmp_path_factory) -> str:
 
 
 def ours(prefix: str, case: dict) -> list[str]:
-    found = []
-    for name, count in zip(("train", "valid", "test"), case["samples"]):
-        if not count:
-            found.append(digest([]))
-            continue
-        dataset = MegatronOrderDataset(
-            IndexedDataset(prefix), case["split"], name, case["seq_length"], case["seed"], count, 50257
-        )
-        found.append(digest(dataset[i] for i in range(count)))
-    return found
+    paths = {"data_path": (prefix,)} if case["split"] else {"train_data_path": (prefix,), "valid_data_path": (prefix,)}
+    data = DataConfig(**paths, split=case["split"] or "969,30,1", sample_order="megatron")
+    counts = {name: count for name, count in zip(("train", "valid", "test"), case["samples"]) if count}
+    built = build_sources(data, ModelConfig(seq_length=case["seq_length"], vocab_size=50257), case["seed"], counts)
+    datasets = {name: dataset for name, ((_, dataset),) in built.items()}
+    found = {name: digest(dataset[i] for i in range(counts[name])) for name, dataset in datasets.items()}
+    return [found.get(name, digest([])) for name in ("train", "valid", "test")]
 
 
 def megatron(*words: str, stdin: str = "") -> str:
@@ -76,8 +78,11 @@ def megatron(*words: str, stdin: str = "") -> str:
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
 
 
-def test_samples_are_those_recorded(prefix):
+def test_samples_are_those_recorded_and_no_file_is_made(prefix):
+    """No cache: nothing that another rank could have to wait for."""
+    before = sorted(Path(prefix).parent.iterdir())
     assert [ours(prefix, case) for case in CASES] == RECORDED
+    assert sorted(Path(prefix).parent.iterdir()) == before
 
 
 def test_samples_are_megatrons(prefix, tmp_path):

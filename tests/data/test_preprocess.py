@@ -1,9 +1,7 @@
 """Preprocessing: the same bytes from any number of workers, whole files or none, and errors that name file and line."""
 
 import gzip
-import importlib.util
 import json
-import lzma
 import multiprocessing
 import os
 import subprocess
@@ -15,42 +13,11 @@ import numpy as np
 import pytest
 
 from megalite.data import inputs as module
-from megalite.data.encode import TextReader
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
-from megalite.data.inputs import read_blocks, shard_ranges
-from megalite.data.preprocess import BadLineError, preprocess, read_texts
-from megalite.data.preprocess_config import PreprocessConfig, find_problems
+from megalite.data.preprocess import BadLineError, preprocess
+from megalite.data.preprocess_config import find_problems
 from megalite.data.tokenizers import ByteTokenizer, train_sentencepiece
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-DOCUMENTS = [{"id": i, "text": f"Document {i}: né\n" * (1 + i % 7), "title": f"t{i}"} for i in range(400)]
-
-
-def write_jsonl(path, documents=DOCUMENTS):
-    path.write_text(
-        "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents), encoding="utf-8"
-    )
-    return str(path)
-
-
-def config(tmp_path, *inputs, name="out", **changes):
-    settings = {"tokenizer_type": "ByteTokenizer", "append_eod": True, "workers": 1, **changes}
-    return PreprocessConfig(inputs, str(tmp_path / name), **settings)
-
-
-def blocks_of(*files):
-    return read_blocks(list(files), shard_ranges(list(files), 0, 1), ("text",))
-
-
-def content(tmp_path, name, kind="document"):
-    """The bytes of a dataset."""
-    return [(tmp_path / f"{name}_text_{kind}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")]
-
-
-def run_tool(tool, *arguments):
-    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+from tests.data.preprocess_runs import DOCUMENTS, ENVIRONMENT, blocks_of, config, content, run_tool, write_jsonl
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
@@ -90,22 +57,6 @@ def test_ids_are_stored_in_two_bytes_where_they_fit(tmp_path, monkeypatch, vocab
     assert IndexedDataset(tmp_path / "out_text_document").dtype == dtype
 
 
-@pytest.mark.parametrize("size", [1, 7, 100, 10_000])
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_blocks_are_whole_lines_from_any_place_on(tmp_path, monkeypatch, size, suffix):
-    monkeypatch.setattr(module, "BLOCK_BYTES", size)
-    data, path = b"one\ntwo\n\nfour, a long one\r\nlast without an end", str(tmp_path / f"a{suffix}")
-    (gzip.open if suffix else open)(path, "wb").write(data)
-    blocks = list(blocks_of(path))
-    assert b"".join(block.read() for block in blocks) == data
-    for block in blocks:
-        assert block.read() == data[block.start : block.stop] and (
-            block.stop == len(data) or data[block.stop - 1] == 10
-        )
-        rest = read_blocks([path], shard_ranges([path], 0, 1), ("text",), (0, block.stop))
-        assert b"".join(other.read() for other in rest) == data[block.stop :]
-
-
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -120,6 +71,8 @@ def test_blocks_are_whole_lines_from_any_place_on(tmp_path, monkeypatch, size, s
         (b'["text"]', "a JSON object is needed, not list"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b"[" * 100_000, "cannot be read"),
+        (b'[{"text": "a"},', "invalid JSON: Expecting value at column 16; each line must hold one JSON object"),
+        (b"{", "double quotes at column 2; each line must hold one JSON object"),
         (b"9" * 10_000, "cannot be read"),
         (b'{"text": null}', "'text' is NoneType, not text"),
     ],
@@ -141,17 +94,6 @@ def test_the_first_bad_line_is_reported_whichever_worker_is_faster(tmp_path, mon
     with pytest.raises(BadLineError, match=r"a\.jsonl, line 2: invalid JSON: Expecting ',' delimiter"):
         preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), workers=3))
     assert os.listdir(tmp_path) == ["a.jsonl"]
-
-
-def test_lines_may_end_in_crlf_and_the_last_one_in_nothing():
-    assert TextReader(("text",)).parse(b'{"text": "x"}\r\n{"text": "y"}', False) == (2, [["x", "y"]], [])
-
-
-def test_two_objects_on_a_line_and_one_on_two_are_bad_lines():
-    """The fast parser takes both; that the number of lines is right does not hide them."""
-    lines, texts, bad = TextReader(("text",)).parse(b'{"text":"a"}{"text":"b"}\n{"text":"c"}\n', False)
-    assert (lines, texts, [number for number, _ in bad]) == (2, [["c"]], [0])
-    assert [n for n, _ in TextReader(("text",)).parse(b'{"text":\n"a"}\n', False)[2]] == [0, 1]
 
 
 def test_empty_input_is_an_error(tmp_path):
@@ -196,7 +138,7 @@ def test_the_tools_by_hand(tmp_path):
         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tmp_path / "t.model",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "400 documents" in result.stdout and "MB/s" in result.stderr
+    assert "400 documents" in result.stdout and result.stderr.count(" MB/s, ") == 1
     data = IndexedDataset(tmp_path / "c_text_document")
     assert data.num_documents == 400 and all(data.sequence(i)[-1] == 2 for i in range(400))
     assert DatasetInfo.read(tmp_path / "c_text_document").vocab_size == 300
@@ -303,60 +245,18 @@ def test_two_at_once_and_changed_input_are_refused(tmp_path):
         preprocess(config(tmp_path, source))
 
 
-def test_every_kind_of_input_gives_the_same_dataset(tmp_path):
-    plain = write_jsonl(tmp_path / "a.jsonl")
-    preprocess(config(tmp_path, plain, name="plain"))
-    wanted = content(tmp_path, "plain")
-    data = Path(plain).read_bytes()
-    gzip.open(tmp_path / "a.jsonl.gz", "wb").write(data)
-    lzma.open(tmp_path / "a.jsonl.xz", "wb").write(data)
-    inputs = {
-        "gz": ["a.jsonl.gz"],
-        "xz": ["a.jsonl.xz"],
-        "pattern": ["*.jsonl"],
-        "folder": ["folder"],
-        "text": ["texts"],
-    }
-    if importlib.util.find_spec("zstandard"):
-        import zstandard
-
-        (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(data))
-        inputs["zst"] = ["a.jsonl.zst"]
-    if importlib.util.find_spec("pyarrow"):
-        from pyarrow import Table, parquet
-
-        parquet.write_table(Table.from_pylist(DOCUMENTS), tmp_path / "a.parquet", row_group_size=150)
-        inputs["parquet"] = ["a.parquet"]
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "1.jsonl").write_bytes(b"".join(data.splitlines(True)[:100]))
-    gzip.open(tmp_path / "folder" / "2.jsonl.gz", "wb").write(b"".join(data.splitlines(True)[100:]))
-    (tmp_path / "texts").mkdir()
-    for number, document in enumerate(DOCUMENTS):
-        (tmp_path / "texts" / f"{number:03}.txt").write_text(document["text"])
-    for name, paths in inputs.items():
-        preprocess(config(tmp_path, *(str(tmp_path / path) for path in paths), name=name))
-        assert content(tmp_path, name) == wanted, name
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools/preprocess_data.py", "--input", "-", "--output-prefix", tmp_path / "stdin",
-         "--tokenizer-type", "ByteTokenizer", "--append-eod"],
-        input=data, env=ENVIRONMENT, capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert content(tmp_path, "stdin") == wanted
-    assert list(read_texts((str(tmp_path / "texts"),), "text")) == [document["text"] for document in DOCUMENTS]
-
-
-def test_damaged_files_and_missing_columns_are_errors(tmp_path):
-    whole = gzip.compress(json.dumps({"text": "x" * 9999}).encode() * 9)
-    (tmp_path / "a.jsonl.gz").write_bytes(whole[:-20])
-    with pytest.raises(DatasetError, match=r"a\.jsonl\.gz: cannot be read to its end"):
-        preprocess(config(tmp_path, str(tmp_path / "a.jsonl.gz")))
-    if importlib.util.find_spec("pyarrow"):
-        from pyarrow import Table, parquet
-
-        parquet.write_table(Table.from_pylist([{"body": "x"}]), tmp_path / "a.parquet")
-        with pytest.raises(DatasetError, match="no column text; it has body"):
-            preprocess(config(tmp_path, str(tmp_path / "a.parquet")))
+def test_a_text_that_the_tokenizer_has_no_ids_for_is_a_bad_line(tmp_path):
+    documents = [{"text": text} for text in ("1 2", "3 x", "4", "5 9", "6")]
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    Path(source).write_text("bad\n" + Path(source).read_text())
+    null = {"tokenizer_type": "NullTokenizer", "vocab_size": 9}
+    with pytest.raises(BadLineError, match="a.jsonl, line 3: 'x' in '3 x' is no id from 0 to 8"):
+        preprocess(config(tmp_path, source, max_bad_lines=1, **null))
+    preprocess(config(tmp_path, source, max_bad_lines=3, **null))
+    data = IndexedDataset(tmp_path / "out_text_document")
+    assert [data.sequence(i).tolist() for i in range(len(data))] == [[1, 2, 8], [4, 8], [6, 8]]
+    rows = [line.split("\t") for line in (tmp_path / "out.bad_lines.tsv").read_text().splitlines()]
+    assert [row[1] for row in rows] == ["1", "3", "5"] and "'9' in '5 9' is no id" in rows[2][2]
 
 
 def test_bad_lines_are_left_out_up_to_a_number(tmp_path, capsys):
@@ -393,6 +293,48 @@ def test_shards_and_partitions_make_the_whole(tmp_path, shards):
         (tmp_path / "part_0001-of-0003_text_document.idx").unlink()
         done = run_tool("merge_datasets.py", "--input", pattern, "--output-prefix", tmp_path / "again")
         assert done.returncode == 2 and "of 3 shards" in done.stderr and " 1 are missing" in done.stderr
+
+
+def test_shards_name_the_lines_of_the_file(tmp_path):
+    """A part begins in the middle of a file, but its bad lines are counted from the file's beginning."""
+    source = write_jsonl(tmp_path / "a.jsonl")
+    lines = Path(source).read_text().splitlines()
+    for number in (10, 200, 350):
+        lines[number - 1] = "bad"
+    Path(source).write_text("\n".join(lines))
+    preprocess(config(tmp_path, source, name="whole", max_bad_lines=3))
+    preprocess(config(tmp_path, source, name="parts", partitions=3, max_bad_lines=3))
+    listed = (tmp_path / "whole.bad_lines.tsv").read_text()
+    assert [row.split("\t")[1] for row in listed.splitlines()] == ["10", "200", "350"]
+    assert (tmp_path / "parts.bad_lines.tsv").read_text() == listed
+
+
+def test_what_a_failure_leaves_and_says(tmp_path):
+    """A folder from which the same command goes on, and a line that says so; no folder where there is nothing in it."""
+    source = write_jsonl(tmp_path / "a.jsonl")
+    Path(source).write_text(Path(source).read_text() + "bad\n")
+    arguments = ["--input", source, "--output-prefix", tmp_path / "out", "--tokenizer-type", "ByteTokenizer"]
+    done = run_tool("preprocess_data.py", *arguments)
+    assert done.returncode == 1 and "line 401" in done.stderr and "keeps" not in done.stderr
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+    # Its parts have a bad line each; together they have more than --max-bad-lines.
+    Path(source).write_text("bad\n" + Path(source).read_text())
+    arguments += ["--partitions", 2, "--workers", 1, "--max-bad-lines"]
+    done = run_tool("preprocess_data.py", *arguments, 1)
+    assert done.returncode == 1 and "2 lines are no documents, --max-bad-lines allows 1" in done.stderr
+    assert f"{tmp_path / 'out.partial'} keeps what is done. The same command goes on" in done.stderr
+    done = run_tool("preprocess_data.py", *arguments, 2)
+    assert done.returncode == 0, done.stderr
+    assert IndexedDataset(tmp_path / "out_text_document").num_documents == 400
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("partitions", [1, 2])
+def test_input_without_documents_leaves_nothing(tmp_path, partitions):
+    (tmp_path / "a.jsonl").write_text("bad\nbad\n")
+    with pytest.raises(DatasetError, match="no documents"):
+        preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), partitions=partitions, max_bad_lines=2))
+    assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
 def test_merging_what_does_not_belong_together_is_refused(tmp_path):

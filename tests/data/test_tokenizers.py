@@ -18,6 +18,7 @@ from megalite.data.tokenizers import (
     TokenizerError,
     TokenizerType,
     build_tokenizer,
+    fast,
     train_bpe,
     train_sentencepiece,
     train_wordpiece,
@@ -200,6 +201,19 @@ def test_both_backends_give_the_same_ids(kind, encoding, files, model_path):
     assert np.array_equal(got.lengths, expected.lengths) and np.array_equal(got.ids, expected.ids)
     fast.check(texts)
     assert [fast.decode(ids) for ids in got.split()] == [reference.decode(ids) for ids in got.split()]
+
+
+def test_the_fast_backend_forgets_words_before_they_fill_memory(model_path, monkeypatch):
+    pytest.importorskip("gigatoken")
+    tokenizer = build_tokenizer("SentencePieceTokenizer", str(model_path), backend="fast")
+    expected, loads = tokenizer.encode_batch(TEXTS), []
+    load = tokenizer.reference.load_fast
+    monkeypatch.setattr(tokenizer.reference, "load_fast", lambda library: loads.append(1) or load(library))
+    most = tokenizer._most_bytes
+    for held, wanted in ((most, 0), (most + 1, 1), (most + 2, 1), (most + fast.CACHE_BYTES + 2, 2)):
+        monkeypatch.setattr(fast, "resident_bytes", lambda held=held: held)
+        assert np.array_equal(tokenizer.encode_batch(TEXTS).ids, expected.ids)
+        assert len(loads) == wanted
 
 
 def test_a_difference_is_shown(files):

@@ -1,7 +1,7 @@
 """Tokenizers behind one small interface, and training them. Libraries are imported where used."""
 
 from megalite.data.config import TOKENIZER_FILES, TokenizerType
-from megalite.data.tokenizers.base import Encoded, Tokenizer, TokenizerError, encoded
+from megalite.data.tokenizers.base import Encoded, TextError, Tokenizer, TokenizerError, encoded
 from megalite.data.tokenizers.build import (
     TokenizerBackend,
     build_tokenizer,
@@ -19,6 +19,7 @@ __all__ = [
     "CheckedTokenizer",
     "Encoded",
     "NullTokenizer",
+    "TextError",
     "Tokenizer",
     "TokenizerBackend",
     "TokenizerError",

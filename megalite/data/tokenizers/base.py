@@ -14,6 +14,10 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be built, trained or asked this: says what to do."""
 
 
+class TextError(TokenizerError):
+    """A text that a tokenizer has no ids for."""
+
+
 class Encoded(NamedTuple):
     """The ids of several texts, one after another."""
 
@@ -27,11 +31,11 @@ class Encoded(NamedTuple):
         return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
 
 
-def encoded(ids: Iterable[Sequence[int] | np.ndarray]) -> Encoded:
-    """The ids of each text, gathered: int32."""
-    arrays = [np.asarray(text, np.int32) for text in ids]
+def encoded(ids: Iterable[Sequence[int] | np.ndarray], dtype=np.int32) -> Encoded:
+    """The ids of each text, gathered."""
+    arrays = [np.asarray(text, dtype) for text in ids]
     lengths = np.array([len(text) for text in arrays], np.int64)
-    return Encoded(np.concatenate([np.empty(0, np.int32), *arrays]), lengths)
+    return Encoded(np.concatenate([np.empty(0, dtype), *arrays]), lengths)
 
 
 class Tokenizer(Protocol):
@@ -53,7 +57,8 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Ids of each text, without the end-of-document token. Special tokens are ordinary text here.
 
-        Raises UnicodeEncodeError for a text with lone surrogates, which is no Unicode text.
+        Raises UnicodeEncodeError for a text with lone surrogates, which is no Unicode text, and TextError for one
+        that this kind of tokenizer has no ids for.
         """
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,10 +1,13 @@
 """The fast backend, gigatoken, held against the library that defines the ids."""
 
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from megalite.data.tokenizers.base import Encoded, ReferenceTokenizer, TokenizerError, library, shortened
+from megalite.data.tokenizers.base import Encoded, ReferenceTokenizer, TokenizerError, encoded, library, shortened
 
 PROBE = (
     "The quick  brown fox's 12345 jumps,\r\n\r\n\tover  the lazy dog!!  ",
@@ -16,6 +19,8 @@ PROBE = (
     "",
 )
 """Texts on which a fast tokenizer that misunderstood its model is likely to differ."""
+CACHE_BYTES = 200 << 20
+"""What a process may grow by before the fast tokenizer forgets the words that it has seen."""
 SHOWN_IDS = 5
 """Ids shown before and after the first that differs."""
 
@@ -35,11 +40,18 @@ class CheckedTokenizer:
         self.reference = reference
         self.vocab_size, self.sha256 = reference.vocab_size, reference.sha256
         try:
-            self._fast = reference.load_fast(library("gigatoken", "the fast backend"))
+            self._library = library("gigatoken", "the fast backend")
+            self._load()
         except Exception as error:  # gigatoken has no error type of its own
             raise TokenizerError((str(error).strip() or repr(error)).splitlines()[0]) from None
-        self._prefixes = {mark[:2] for mark in reference.marks}
+        self._marks = re.compile("|".join(map(re.escape, reference.marks))) if reference.marks else None
         self.check(PROBE)
+
+    def _load(self) -> None:
+        """The fast tokenizer, with nothing in its cache."""
+        self._fast = None
+        self._fast = self.reference.load_fast(self._library)
+        self._most_bytes = resident_bytes() + CACHE_BYTES
 
     @property
     def eod(self) -> int:
@@ -48,7 +60,7 @@ class CheckedTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Ids of each text, uint32 unless the reference had to help."""
-        marked = [number for number, text in enumerate(texts) if self._is_marked(text)]
+        marked = [number for number, text in enumerate(texts) if self._marks and self._marks.search(text)]
         if not marked:
             return self._encode(texts)
         left = set(marked)
@@ -57,19 +69,12 @@ class CheckedTokenizer:
         ids = [next(by_reference if number in left else by_fast) for number in range(len(texts))]
         return Encoded(np.concatenate(ids), np.array([len(text) for text in ids], np.int64))
 
-    def _is_marked(self, text: str) -> bool:
-        # Two letters first: a vocabulary may have hundreds of special tokens, which all begin alike.
-        return any(p in text for p in self._prefixes) and any(mark in text for mark in self.reference.marks)
-
     def _encode(self, texts: Sequence[str]) -> Encoded:
-        try:
-            layout = self._fast.encode_batch(list(texts), parallel=False).layout
-        except TypeError:
-            for text in texts:
-                text.encode()  # lone surrogates: raises what it should
-            raise
-        offsets = np.asarray(layout.offsets, np.int64)
-        return Encoded(np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets))
+        # One by one: gigatoken then keeps what it learned of words, which its SentencePiece batches do not, and needs
+        # no awkward arrays, whose library takes longer to load than a tokenizer. But it keeps it all.
+        if resident_bytes() > self._most_bytes:
+            self._load()
+        return encoded(map(self._fast.encode, map(str.encode, texts)), np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids; an end-of-document token gives none."""
@@ -94,3 +99,11 @@ class CheckedTokenizer:
             f"gigatoken: {fast[around].tolist()}, reference: {expected[around].tolist()}. "
             "Use --tokenizer-backend reference"
         )
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds; 0 where the system has no /proc to tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return 0

@@ -5,7 +5,15 @@ from hashlib import sha256
 
 import numpy as np
 
-from megalite.data.tokenizers.base import Encoded, ReferenceTokenizer, TokenizerError, digest, encoded, shortened
+from megalite.data.tokenizers.base import (
+    Encoded,
+    ReferenceTokenizer,
+    TextError,
+    TokenizerError,
+    digest,
+    encoded,
+    shortened,
+)
 
 
 class ByteTokenizer(ReferenceTokenizer):
@@ -37,7 +45,7 @@ class NullTokenizer(ReferenceTokenizer):
         self.sha256 = digest(f"NullTokenizer {vocab_size}")
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """The numbers of each text. Raises TokenizerError for a word that is no id of the vocabulary."""
+        """The numbers of each text. Raises TextError for a word that is no id of the vocabulary."""
         return encoded(map(self._encode, texts))
 
     def _encode(self, text: str) -> np.ndarray:
@@ -45,7 +53,7 @@ class NullTokenizer(ReferenceTokenizer):
         words = text.split()
         for word in words:
             if not (word.isascii() and word.isdecimal() and len(word) < 11 and int(word) < self.vocab_size):
-                raise TokenizerError(
+                raise TextError(
                     f"{shortened(word)} in {shortened(text)} is no id from 0 to {self.vocab_size - 1}: NullTokenizer "
                     "takes text that is ids with spaces between them, below --vocab-size"
                 )
