@@ -127,7 +127,10 @@ def read(argv: list[str], architecture: str | None = None) -> RunConfig:
         values, in_file = read_yaml(file)
         problems = [*in_file, *problems]
     default = {} if architecture is None else {"architecture": architecture}
-    config = with_values(RunConfig(), default | with_preset(values | flags))
+    try:
+        config = with_values(RunConfig(), default | with_preset(values | flags))
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
     asked = config.model.architecture
     if architecture not in (None, asked):
         cause = "--preset " + config.model.preset if config.model.preset else "--architecture " + asked

@@ -193,9 +193,16 @@ def from_flat(flat: dict[str, Any], base: RunConfig | None = None) -> RunConfig:
 
 
 def with_preset(values: dict[str, Any]) -> dict[str, Any]:
-    """The values by key, and those of the preset among them that they do not name themselves."""
+    """The values by key, and those of the preset among them that they do not name themselves. Raises ConfigError when
+    the preset is of another architecture than they say."""
     name = values.get("preset")
-    return (preset(name) if name else {}) | values
+    shape = preset(name) if name else {}
+    if shape and values.get("architecture", shape["architecture"]) != shape["architecture"]:
+        asked = values["architecture"]
+        message = f"--preset {name} is the shape of a {shape['architecture'].upper()}, but --architecture is {asked}"
+        fix = f"leave out --preset, or --architecture {shape['architecture']}"
+        raise ConfigError([Problem(message, fix, ("preset", "architecture"))])
+    return shape | values
 
 
 def read_flat(flat: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:

@@ -136,6 +136,7 @@ def summary(config: RunConfig, world_size: int) -> str:
     samples = batch * iterations
     bubble = (p.pipeline_model_parallel_size - 1) / steps
     rows = (
+        ("model", _model(config)),
         ("ranks", layout),
         ("parameters", f"{_short(model_parameters(config))}; {_short(stage.parameters)} on a rank of stage {fullest}"),
         ("layers", f"{' + '.join(str(len(s.layers)) for s in stages)} ({p.pipeline_schedule})"),
@@ -149,6 +150,16 @@ def summary(config: RunConfig, world_size: int) -> str:
         ),
     )
     return "\n".join(["The configuration is sound. Nothing was started.", *(f"  {a:14}{b}" for a, b in rows)])
+
+
+def _model(config: RunConfig) -> str:
+    """What kind of model it is."""
+    m = config.model
+    shape = f"{m.num_layers} layers, hidden {m.hidden_size}, {m.num_attention_heads} heads, vocabulary {m.vocab_size}"
+    if not config.is_bert:
+        return f"GPT, {shape}"
+    pair = f"pairs {config.bert.bert_pair}"
+    return f"BERT, {shape}; {m.norm_placement}-norm, {pair}, {config.bert.mask_prob:.0%} of the tokens masked"
 
 
 def _short(number: float) -> str:

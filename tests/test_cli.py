@@ -135,7 +135,8 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
 
 
 def test_the_whole_configuration_survives_a_file(tmp_path):
-    odd = from_flat({key: another_value(option) for key, option in options().items()} | {"lr": 1 / 3, "save": "null"})
+    odd = {key: another_value(option) for key, option in options().items()}
+    odd = from_flat(odd | {"lr": 1 / 3, "save": "null", "preset": "bert-base"})
     for config in (RunConfig(), odd):
         assert cli.read(["--config", write(tmp_path, to_yaml(config))]) == config
         assert from_flat(to_flat(config)) == config
@@ -263,6 +264,51 @@ def test_world_size_checks_a_layout_and_exits(capsys):
         cli.parse_and_check([*argv, "12"], launch=launch())
     assert end.value.code == 2
     assert "12 ranks" in capsys.readouterr().err
+
+
+def test_a_preset_stands_between_the_defaults_and_what_is_given(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: bert-large\nnum_layers: 3\n")
+    model = cli.read(["--config", str(file), "--hidden-size", "512"]).model
+    assert (model.num_layers, model.hidden_size, model.num_attention_heads, model.gelu) == (3, 512, 16, "erf")
+    assert cli.read(["--preset", "gpt2-xl"]).model.hidden_size == 1600
+
+
+@pytest.mark.parametrize(
+    ("argv", "program", "message", "fix"),
+    [
+        ("--preset bert-base", "gpt", "--preset bert-base is a model that this", "python pretrain_bert.py"),
+        ("--preset gpt2", "bert", "--preset gpt2 is a model that this", "python pretrain_gpt.py"),
+        ("--architecture gpt", "bert", "--architecture gpt is a model that this", "python pretrain_gpt.py"),
+        (
+            "--preset gpt2 --architecture bert",
+            "bert",
+            "gpt2 is the shape of a GPT, but --architecture is bert",
+            "leave",
+        ),
+        ("--preset bert-base --architecture gpt", None, "the shape of a BERT, but --architecture is gpt", "leave out"),
+    ],
+)
+def test_a_program_trains_its_own_model_only(argv, program, message, fix):
+    with pytest.raises(ConfigError) as error:
+        cli.read(argv.split(), program)
+    (problem,) = error.value.problems
+    assert message in problem.message and fix in problem.fix
+
+
+def test_each_program_s_own_model_needs_no_flag(capsys):
+    flags = "--mock-data --vocab-size 512 --train-iters 2 --world-size 1".split()
+    for program, shown in (("gpt", "GPT, 12 layers"), ("bert", "BERT, 12 layers")):
+        with pytest.raises(SystemExit) as end:
+            cli.parse_and_check(flags, architecture=program)
+        assert end.value.code == 0 and shown in capsys.readouterr().out
+
+
+def test_the_help_of_a_gpt_has_no_flags_of_a_bert(capsys):
+    for program, found in (("gpt", False), ("bert", True)):
+        with pytest.raises(SystemExit):
+            cli.parse(["--help"], "", architecture=program)
+        assert ("--mask-prob" in capsys.readouterr().out) == found
 
 
 def test_a_broken_launcher_is_a_problem(monkeypatch, capsys):

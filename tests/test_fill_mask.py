@@ -64,6 +64,7 @@ def test_blanks_are_filled_with_the_model_s_first_guesses(made, fill):
     row = [special["[CLS]"], *ids, mask, *between, mask, special["[SEP]"]]
     with torch.no_grad():
         logits = trained.model(None, Microbatch(torch.tensor([row])))[:, 0, : trained.tokenizer.vocab_size]
+    logits[:, [special[name] for name in ("[CLS]", "[SEP]", "[MASK]", "[PAD]")]] = float("-inf")
     for line, place in zip(lines[1:3], [i for i, token in enumerate(row) if token == mask], strict=True):
         shares, best = logits[place].double().softmax(-1).topk(3)
         wanted = [f"{trained.tokenizer.decode([i])} {s:.1%}" for i, s in zip(best.tolist(), shares.tolist())]
@@ -71,6 +72,28 @@ def test_blanks_are_filled_with_the_model_s_first_guesses(made, fill):
     assert [float(share) for share in re.findall(r"([\d.]+)%", lines[1])] == sorted(
         map(float, re.findall(r"([\d.]+)%", lines[1])), reverse=True
     )
+
+
+def test_special_tokens_are_no_answers(fill):
+    """Of 43 entries, 4 frame and mask samples."""
+    words = fill("--text", "[MASK]", "--top", "39").splitlines()[1].split(", ")
+    assert len(words) == 39 and not any(
+        token in word for token in ("[CLS]", "[SEP]", "[MASK]", "[PAD]") for word in words
+    )
+    assert all(word.strip()[0] not in "0123456789" for word in words), "no answer is empty"
+
+
+def test_the_space_before_a_blank_is_not_a_token(made, fill, tmp_path):
+    """Byte-level tokens hold the space before a word; what stands before a blank must not end in one of its own."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces = ["<s>", "</s>", "<mask>", "<pad>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())][:110]
+    model = tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / "tokenizer.json")]
+    spaced, joined = (fill("--text", text, *flags, vocabulary=False) for text in ("we are [MASK]", "we are[MASK]"))
+    assert spaced.splitlines()[1] == joined.splitlines()[1]
 
 
 def test_all_that_is_wrong_is_said(fill):

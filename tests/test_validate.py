@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -288,8 +289,8 @@ BERT_FILES = BERT | dict(
 )
 BERT_FILE_CASES = {
     "one sentence a document": (dict(data_path="plain"), "plain --split-sentences", 1),
-    "one document to evaluate": (dict(bert_pair="nsp", split="95,5,0"), "1 documents sentences valid next-sentence", 2),
-    "nothing to evaluate": (dict(split="100,0,0"), "0 documents sentences valid", 2),
+    "one document to evaluate": (dict(bert_pair="nsp", split="95,5,0"), "sentences valid: 1 next-sentence", 2),
+    "nothing to evaluate": (dict(split="100,0,0"), "sentences valid: 0", 2),
     "no tokenizer": (dict(tokenizer_type=None, vocab_file=None, vocab_size=130), "no --tokenizer-type frame mask", 0),
     "no masks": (dict(tokenizer_type="ByteTokenizer", vocab_file=None), "ByteTokenizer no tokens frame mask", 0),
     "no such tokens": (
@@ -326,6 +327,29 @@ def test_a_file_rule_of_a_bert_alone(case, folder, tokenizers):
     assert_one_problem(real(**BERT_FILES | changes), 1, words, offers)
 
 
+def test_what_the_description_says_of_sentences_counts(folder, tokenizers):
+    """Documents of one sentence are sentences if they were split; of several, they are none if they were not."""
+    shutil.copytree(tokenizers[0], folder, dirs_exist_ok=True)
+    cased = build_tokenizer("BertWordPieceCase", vocab_file="cased.txt")
+    info = DatasetInfo("BertWordPieceCase", cased.vocab_size, cased.eod, cased.sha256, 20, 2000, True)
+    write_dataset("plain", 20, info)
+    assert validate.check(real(**BERT_FILES | {"data_path": "plain"}), 1) == []
+    with IndexedWriter("sentences", np.uint16) as writer:
+        writer.add_documents(*sentences_of(20))
+        writer.finish(replace(info, tokens=200, sentences=False))
+    assert_one_problem(real(**BERT_FILES), 1, "sentences without --split-sentences", 1)
+
+
+def test_one_document_has_no_next_sentence_whatever_the_split(folder, tokenizers):
+    shutil.copytree(tokenizers[0], folder, dirs_exist_ok=True)
+    with IndexedWriter("sentences", np.uint16) as writer:
+        writer.add_documents(*sentences_of(1))
+        writer.finish(None)
+    for split in ("100,0,0", "50,50,0"):
+        for problem in validate.check(real(**BERT_FILES | {"split": split, "bert_pair": "nsp"} | QUIET), 1):
+            assert problem.fix == "more data"
+
+
 def sentences_of(documents: int) -> tuple[bytes, np.ndarray, np.ndarray]:
     """Ids, lengths of sentences and sentences of documents: each has two of 5 tokens."""
     ids = np.arange(10 * documents, dtype=np.uint16) % 97
@@ -333,18 +357,20 @@ def sentences_of(documents: int) -> tuple[bytes, np.ndarray, np.ndarray]:
 
 
 def test_whole_words_need_to_be_known(folder, tmp_path):
-    """A WordPiece tokenizer.json has the tokens, but does not tell which begin a word."""
+    """A tokenizer.json may have the tokens; if it is of WordPiece, it also tells which begin a word."""
     import tokenizers as library
 
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]
-    model = library.models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
-    library.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    library.Tokenizer(library.models.WordPiece(vocabulary, unk_token="[UNK]")).save(str(tmp_path / "words.json"))
+    library.Tokenizer(library.models.BPE(vocabulary, [], unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
     with IndexedWriter("sentences", np.uint16) as writer:
         writer.add_documents(*sentences_of(20))
         writer.finish(None)
     hf = dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="tokenizer.json", vocab_file=None, vocab_size=97)
     assert validate.check(real(**BERT_FILES | hf), 1) == []
     assert_one_problem(real(**BERT_FILES | hf, whole_word_mask=True), 1, "--whole-word-mask HuggingFaceTokenizer", 1)
+    assert validate.check(real(**BERT_FILES | hf | {"tokenizer_model": "words.json"}, whole_word_mask=True), 1) == []
 
 
 @pytest.mark.parametrize("key", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])

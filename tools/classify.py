@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from megalite.checkpoint.folder import CheckpointError
 from megalite.data.build import special_ids
-from megalite.data.classification import SUFFIXES, Example, Quoting, Rows, frame, read_examples, refuse
+from megalite.data.classification import SUFFIXES, Example, Quoting, Rows, classes_of, frame, read_examples, refuse
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError
 from megalite.training.finetune_config import ClassifierDescription
@@ -66,6 +66,9 @@ def read(options: Options, about: ClassifierDescription) -> tuple[list[Example],
     tokenizer = about.tokenizer()
     examples, problems = read_examples(options.input, replace(about.columns, label=options.label_key), options.quoting)
     refuse(problems)
+    if options.label_key is not None:
+        unknown = [label for label in classes_of(examples) if label not in about.classes]
+        refuse([f"label {label!r} is none of the classes, {', '.join(about.classes)}" for label in unknown])
     return examples, frame(examples, tokenizer, special_ids(tokenizer), about.seq_length, None)
 
 

@@ -5,7 +5,7 @@ Example: python tools/fill_mask.py --load checkpoints --text 'the people of the 
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -66,7 +66,9 @@ def fill(options: Options) -> None:
     rows = []
     for text in options.text:
         row = [special.cls]
-        for number, part in enumerate(tokenizer.encode_batch(text.split(MASK)).split()):
+        # A space before a blank belongs to the word that is masked: byte-level tokens would keep it.
+        parts = text.replace(f" {MASK}", MASK).split(MASK)
+        for number, part in enumerate(tokenizer.encode_batch(parts).split()):
             row += [special.mask] * (number > 0) + part.tolist()
         rows.append(torch.tensor([[*row, special.sep]], device=model.context.device))
         if (length := rows[-1].shape[1]) > model.config.positions:
@@ -77,6 +79,7 @@ def fill(options: Options) -> None:
         print(text)
         with torch.no_grad():
             logits = model(None, Microbatch(tokens))[:, 0, : tokenizer.vocab_size]
+        logits[:, list(astuple(special))] = float("-inf")  # no words
         for place in (tokens[0] == special.mask).nonzero().flatten():
             shares, ids = logits[place].double().softmax(dim=-1).topk(min(options.top, tokenizer.vocab_size))
             words = (f"{tokenizer.decode([i])} {share:.1%}" for i, share in zip(ids.tolist(), shares.tolist()))

@@ -51,7 +51,7 @@ def main() -> None:
     )
     phases.run(
         "Tokenizer: WordPiece",
-        f"python tools/train_tokenizer.py --kind wordpiece --input {RUN}/speeches.jsonl --vocab-size 4096 "
+        f"python tools/train_tokenizer.py --kind wordpiece --lowercase --input {RUN}/speeches.jsonl --vocab-size 4096 "
         f"--output-prefix {RUN}/wordpiece",
         done=(RUN / "wordpiece-vocab.txt").exists(),
     )

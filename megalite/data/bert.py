@@ -1,18 +1,21 @@
 """BERT samples, [CLS] A [SEP] B [SEP] or without a pair task [CLS] A [SEP], of a dataset whose sequences are sentences.
 
-Sample i is a function of (seed, split, i) and the data. Its tokens are a run of one document (see megalite.data.runs),
-cut in two at the sentence border nearest to a random place:
+Sample i is a function of (seed, split, i) and the data. It is made of a run of one document (see megalite.data.runs):
 
-    sop   A and B are the two parts, swapped with probability 1/2
-    nsp   with probability 1/2 two runs of different documents exchange their second parts, so none is used more often
-          than another. Samples that lie half an epoch apart are partners in this
-    none  one segment; runs go on across documents, as RoBERTa's FULL-SENTENCES (Liu et al. 2019)
+    none      the run as it is; runs go on across documents, as RoBERTa's FULL-SENTENCES (Liu et al. 2019)
+    sop, nsp  the run is widened to whole sentences that fill the sample, as far as the document goes, and cut in two at
+              the sentence border nearest to a random place; what is too much is trimmed
+    sop       with probability 1/2 A and B change places
+    nsp       with probability 1/2 two runs of different documents exchange their second parts, so none is used more
+              often than another. Samples that lie half an epoch apart are partners in this
 
-A run within one sentence is cut between any two tokens. One of a single token has no pair.
+Trimming takes tokens from the longer part until both are equal, then from both, and leaves a random stretch of each (as
+BERT's, Devlin et al. 2018, which takes them from either end at random). So how much a pair has, and where its sentences
+are broken off, does not tell what the pair head has to learn. A sentence of more than the tokens of a sample is cut
+anywhere. A run of a single token has no pair.
 
-So every token of a split is used in every epoch, but for two bounded losses: a short sample (short_seq_prob) leaves out
-the rest of its run, and two parts of different runs that do not fit together lose what is too much, at most twice the
-length of the split's longest sentence.
+Without a pair task every token of a split is used in every epoch, but for what short samples leave out of their runs
+(short_seq_prob). With pairs every run is used, of which other tokens are trimmed in every epoch.
 """
 
 from typing import NamedTuple
@@ -116,15 +119,18 @@ class BertDataset:
         partner = self._partner(i) if pair == "nsp" else i
         other = own if partner == i else _Draws.of(self._numbers(partner, DRAWS))
         shared = own if i <= partner else other
-        parts, label = self._halves(self._run(i, own, shared), shared), shared.coin >> 31
-        if len(parts) == 1:
-            return parts, None
-        if pair == "sop":
-            return parts[:: -1 if label else 1], label
-        theirs = self._halves(self._run(partner, other, shared), shared) if label else []
-        if len(theirs) < 2 or theirs[0].document == parts[0].document:
-            return parts, 0
-        return _trim(parts[0], theirs[1], self._target(shared), own), 1
+        target, label = self._target(shared), shared.coin >> 31
+        halves = self._halves(self._run(i, own, shared), target, shared)
+        if len(halves) == 1:
+            return halves, None
+        first, second = halves
+        if pair == "nsp" and label:
+            theirs = self._halves(self._run(partner, other, shared), target, shared)
+            label = int(len(theirs) == 2 and theirs[0].document != first.document)
+            # Their part is as long as one of this run's own would be, or its length would tell.
+            second = self._widened(theirs[1], target - first.size) if label else second
+        parts = [first, second][:: -1 if pair == "sop" and label else 1]
+        return _trim(*parts, target, own), label
 
     def _partner(self, i: int) -> int:
         """The sample that i exchanges second parts with, whose partner it is; i itself when it is the odd one out."""
@@ -138,24 +144,35 @@ class BertDataset:
         return 2 + (draws.target * (self.max_tokens - 1) >> 32) if short else self.max_tokens
 
     def _run(self, i: int, own: "_Draws", shared: "_Draws") -> Run:
-        """The text of sample i: its run, or a part of the target length from a sentence's beginning where one fits."""
+        """The run of sample i, or a part of the target length from a sentence's beginning where one fits."""
         run = self.runs(*divmod(i, self.samples_per_epoch), own.spare)
-        spare = run.stop - run.start - self._target(shared)
+        spare = run.size - self._target(shared)
         if spare <= 0:
             return run
         start = run.start + (own.start * (spare + 1) >> 32)
         start = max(run.start, self.runs.sentence(run.document, start)[0])
         return Run(run.document, start, start + self._target(shared))
 
-    def _halves(self, run: Run, draws: "_Draws") -> list[Run]:
-        """The run cut in two at the sentence border nearest to a random place, or there if none lies within the run."""
-        document, start, stop = run
-        if stop - start < 2:
-            return [run]
-        place = start + (draws.place * (stop - start) >> 32)
+    def _halves(self, run: Run, target: int, draws: "_Draws") -> list[Run]:
+        """The run, widened to whole sentences of `target` tokens or more, cut in two at the sentence border nearest to
+        a random place, or there if none lies within it; only the run if that is a single token."""
+        begin = self.runs.sentence(run.document, run.start)[0]
+        start = begin if run.start - begin <= self.max_tokens else run.start
+        document, start, stop = whole = self._widened(Run(run.document, start, run.stop), target)
+        if whole.size < 2:
+            return [whole]
+        place = start + (draws.place * whole.size >> 32)
         borders = [border for border in self.runs.sentence(document, place) if start < border < stop]
         cut = min(borders, key=lambda border: abs(border - place)) if borders else max(place, start + 1)
         return [Run(document, start, cut), Run(document, cut, stop)]
+
+    def _widened(self, run: Run, size: int) -> Run:
+        """The run, moved on to the end of the sentence of its last token, or of that with which it has `size` tokens,
+        as far as its document goes. The rest of a sentence of more than a sample's tokens is left."""
+        document, start, stop = run
+        stop = max(stop, min(start + size, self.runs.end(document)))
+        end = self.runs.sentence(document, stop - 1)[1]
+        return Run(document, start, end if end - stop < self.max_tokens else stop)
 
     def _read(self, run: Run) -> np.ndarray:
         tokens = self.runs.stream.read(run.start, run.stop).astype(np.int64)
@@ -194,7 +211,7 @@ class _Draws(NamedTuple):
 def _trim(a: Run, b: Run, target: int, draws: _Draws) -> list[Run]:
     """A and B with `target` tokens at most: the longer one loses some until they are equal, then both. What is left of
     each is a random stretch of it."""
-    sizes = a.stop - a.start, b.stop - b.start
+    sizes = a.size, b.size
     if sum(sizes) <= target:
         return [a, b]
     keep = min(sizes[0], max(target - sizes[1], target - target // 2))

@@ -58,6 +58,8 @@ class DatasetInfo:
     """Digest of the tokenizer's model, to tell two tokenizers of one type apart."""
     documents: int
     tokens: int
+    sentences: bool | None = None
+    """Whether documents were split into sentences, each a sequence. None: not told."""
 
     @classmethod
     def read(cls, prefix: str | Path) -> "DatasetInfo | None":

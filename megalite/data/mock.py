@@ -64,12 +64,14 @@ class MockSentences:
     """
 
     special = SpecialIds(pad=0, cls=1, sep=2, mask=3)
+    num_special = 4
+    """Ids below this are special; the text has none of them."""
     dtype = np.dtype("<i4")
     contiguous = True
     num_documents = MOST_TOKENS = 256
 
     def __init__(self, vocab_size: int, seed: int, split: str):
-        rows = MockDataset(vocab_size - 4, self.MOST_TOKENS - 1, seed, split)
+        rows = MockDataset(vocab_size - self.num_special, self.MOST_TOKENS - 1, seed, split)
         self.vocab_size, self.split = vocab_size, split
         self.starts_word = np.arange(vocab_size) % 3 > 0
         shape = (self.num_documents, self.MOST_TOKENS)
@@ -79,7 +81,9 @@ class MockSentences:
         begins = words[:, :, 1] % 12 == 0
         begins[:, 0] = True
         first = np.flatnonzero(begins[within])  # tokens that begin a sentence
-        self.ids = np.concatenate([4 + rows[i][: sizes[i]] for i in range(len(sizes))]).astype(self.dtype)
+        self.ids = np.concatenate([self.num_special + rows[i][: sizes[i]] for i in range(len(sizes))]).astype(
+            self.dtype
+        )
         self.offsets = first * self.dtype.itemsize
         self.lengths = np.diff(first, append=len(self.ids)).astype(np.int32)
         self.document_indices = np.searchsorted(first, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))

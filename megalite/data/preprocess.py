@@ -198,7 +198,7 @@ class _Run:
         except TokenizerError:
             eod = None
         made_by = self.config.tokenizer_type, tokenizer.vocab_size, eod, tokenizer.sha256
-        return DatasetInfo(*made_by, writer.documents, writer.tokens)
+        return DatasetInfo(*made_by, writer.documents, writer.tokens, self.config.split_sentences)
 
 
 def read_texts(inputs: tuple[str, ...], key: str) -> Iterator[str]:

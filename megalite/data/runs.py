@@ -30,6 +30,11 @@ class Run(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        """Its tokens."""
+        return self.stop - self.start
+
 
 class _Epoch(NamedTuple):
     number: int
@@ -107,6 +112,10 @@ class SentenceRuns:
         sequences = range(int(self._edges[document]), int(self._edges[document + 1]))
         sequence = sequences.start + bisect_right(sequences, token, key=self._start) - 1
         return self._start(sequence), self._start(sequence + 1)
+
+    def end(self, document: int) -> int:
+        """The token after the last one of a document."""
+        return self._edge(document + 1)
 
     def _order(self, epoch: int) -> _Epoch:
         key = key_of(self.seed, "bert runs", self.split_name, epoch)

@@ -33,7 +33,27 @@ class MaskedLanguageHead(nn.Module):
         return self.norm(gelu(self.dense(x), self.gelu))
 
 
-class Bert(Stage):
+class BertEncoder(Stage):
+    """One pipeline stage of a BERT without its heads. A last stage that pools has a layer `pooler`."""
+
+    causal: ClassVar[bool] = False
+    token_types: ClassVar[int] = 2
+
+    def encode(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
+        """This stage's share of the encoder: hidden states, [s, b, h] of whole sequences after the final norm on the
+        last stage. Tokens see those of their own segment: padding is a segment of its own."""
+        mask = None if batch.segments is None else attention_mask(batch.segments, causal=False)
+        x = self.hidden(x, batch, mask)
+        if self.context.is_last_stage and self.sequence_parallel:
+            x = gather_sequence(x, self.context.tensor, partial_gradients=False)
+        return x
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """tanh(linear(first token)) of what `encode` gives on the last stage: [s, b, h] -> [b, h]."""
+        return self.pooler(x[0]).tanh()
+
+
+class Bert(BertEncoder):
     """One pipeline stage of a BERT: embedding on the first, layers, final norm and heads on the last.
 
     pair: give the last stage a pooler and a head that tells two kinds of pairs of segments apart (next-sentence or
@@ -42,9 +62,6 @@ class Bert(Stage):
     The output layer is computed for the tokens to be predicted only, of whole sequences: under sequence parallelism
     they are gathered first, so that the heads' work and gradients are the same on every tensor-parallel rank.
     """
-
-    causal: ClassVar[bool] = False
-    token_types: ClassVar[int] = 2
 
     def __init__(self, *arguments, pair: bool = True, **options):
         self.has_pair = pair  # before nn.Module's own: build_heads needs it
@@ -76,19 +93,6 @@ class Bert(Stage):
         """The number of tokens to be predicted, and of pairs, fp64 [2]; or of the tokens alone, fp64 [1]."""
         masks = (batch.loss_mask, batch.pair_mask) if self.has_pair else (batch.loss_mask,)
         return torch.stack([mask.sum(dtype=torch.float64) for mask in masks])
-
-    def encode(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
-        """This stage's share of the encoder: hidden states, [s, b, h] of whole sequences after the final norm on the
-        last stage. Tokens see those of their own segment: padding is a segment of its own."""
-        mask = None if batch.segments is None else attention_mask(batch.segments, causal=False)
-        x = self.hidden(x, batch, mask)
-        if self.context.is_last_stage and self.sequence_parallel:
-            x = gather_sequence(x, self.context.tensor, partial_gradients=False)
-        return x
-
-    def pooled(self, x: torch.Tensor) -> torch.Tensor:
-        """tanh(linear(first token)) of what `encode` gives on the last stage: [s, b, h] -> [b, h]."""
-        return self.pooler(x[0]).tanh()
 
     def forward(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
         """One stage's share of the forward pass.

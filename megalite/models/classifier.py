@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from megalite.models.batch import Microbatch
-from megalite.models.bert import Bert
+from megalite.models.bert import BertEncoder
 from megalite.nn.config import ModelConfig
 from megalite.nn.dropout import EMBEDDING, HiddenDropout
 from megalite.nn.linear import ReplicatedLinear
@@ -13,7 +13,7 @@ from megalite.parallel.context import ParallelContext
 from megalite.parallel.rng import CountedRng
 
 
-class Classifier(Bert):
+class Classifier(BertEncoder):
     """The encoder and the pooler of a BERT, then dropout and a linear layer, in place of the pretraining heads.
 
     Args:

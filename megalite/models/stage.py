@@ -32,7 +32,8 @@ class Stage(nn.Module):
 
     Parameter names count layers in the whole model, so they are the same in every layout. All stages of one model are
     made with the same configuration; `layers` is this stage's range. A model says in `build_heads` what else its last
-    stage holds, in `loss_counts` and `forward` what it computes.
+    stage holds, in `forward` what it computes, and in `loss_counts` over how many items of a microbatch each of the k
+    terms of its loss is a sum, fp64 [k].
     """
 
     causal: ClassVar[bool]
@@ -86,11 +87,6 @@ class Stage(nn.Module):
 
     def build_heads(self) -> None:
         """Make the modules that come after the final norm, but for the output weight."""
-
-    @staticmethod
-    def loss_counts(batch: Microbatch) -> torch.Tensor:
-        """How many items each of the k terms of the loss is a sum over, fp64 [k]. For the last stage."""
-        raise NotImplementedError
 
     def hidden_shape(self, microbatch: int) -> tuple[int, int, int]:
         """Shape of what passes between stages: [s, b, h], or [s/t, b, h] under sequence parallelism."""

@@ -7,8 +7,6 @@ from megalite.rules.finding import EXAMPLES, PATHS, Finding, Rule
 
 MASKING_TOKENIZERS = ("BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer")
 """Kinds of tokenizer that may have the tokens that frame and mask a BERT's samples."""
-MOCK_SPECIAL = 4
-"""Entries of the vocabulary that made-up sentences do not use."""
 
 
 def norms_have_a_place(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -38,9 +36,12 @@ def tokens_can_be_masked(config: RunConfig, world_size: int) -> Iterator[Finding
     if not config.is_bert:
         return
     if d.mock_data:
-        if vocab_size is not None and 1 < vocab_size < MOCK_SPECIAL + 2:
+        from megalite.data.mock import MockSentences
+
+        special = MockSentences.num_special
+        if vocab_size is not None and 1 < vocab_size < special + 2:
             yield Finding(
-                f"--vocab-size {vocab_size} leaves less than two entries beside the {MOCK_SPECIAL} special ones",
+                f"--vocab-size {vocab_size} leaves less than two entries beside the {special} special ones",
                 ("vocab_size", "mock_data"),
                 ({"vocab_size": EXAMPLES["vocab_size"]},),
             )

@@ -88,33 +88,49 @@ def data_has_sentences(config: RunConfig, world_size: int) -> Iterator[Finding]:
         for split in wanted_splits(config):
             if config.data.words_of(split)[1] is not getattr(config.data, key):
                 continue
-            first, last = (0, indexed.num_documents) if whole else _split_documents(indexed, config.data.split, split)
-            if last - first < least:
-                quiet = [{"eval_interval": 0, "eval_iters": 0}] if split == "valid" else []
-                yield Finding(
-                    f"{last - first} documents of {prefix} are for {split}, but "
-                    + ("next-sentence prediction takes sentences from another one" if pair == "nsp" else "1 is needed"),
-                    (key, "bert_pair", *(() if whole else ("split",))),
-                    (*([] if whole else [{"split": "50,50,0"}]), *quiet, "more data"),
+            count = indexed.num_documents if whole else _documents_of(indexed, config.data.split)[split]
+            if count < least:
+                shares = () if whole else ("90,10,0", "80,20,0", "50,50,0")
+                fitting = (
+                    s for s in shares if min(_documents_of(indexed, s)[x] for x in wanted_splits(config)) >= least
                 )
-        if pair != "none" and 0 < len(indexed) == indexed.num_documents:
+                quiet = [{"eval_interval": 0, "eval_iters": 0}] if split == "valid" else []
+                why = "next-sentence prediction takes sentences of two" if pair == "nsp" else "one is needed"
+                yield Finding(
+                    f"documents of {prefix} for {split}: {count}, but {why}",
+                    (key, "bert_pair", *(() if whole else ("split",))),
+                    (*({"split": s} for s in list(fitting)[:1]), *quiet, "more data"),
+                )
+        if pair != "none" and _sentences(indexed, prefix) is False:
             yield Finding(
-                f"every document of {prefix} is one sentence: it was made without --split-sentences, and pairs of "
-                "segments would be cut anywhere",
+                f"{prefix} was made without --split-sentences: pairs of segments would be cut anywhere",
                 (key, "bert_pair"),
                 (f"{MAKE_DATA} --split-sentences", {"bert_pair": "none"}),
             )
 
 
-def _split_documents(indexed, shares: str, split: str) -> tuple[int, int]:
-    """[first, last) document of a split; those of the training where the shares cannot be read."""
-    from megalite.data.gpt import split_documents
+def _sentences(indexed, prefix: str) -> bool | None:
+    """Whether sequences are sentences, as PREFIX.json tells, or else as it seems: not where every document is one."""
+    from megalite.data.indexed import DatasetError, DatasetInfo
+
+    try:
+        info = DatasetInfo.read(prefix)
+    except DatasetError:
+        return None
+    if info is not None and info.sentences is not None:
+        return info.sentences
+    return not 0 < len(indexed) == indexed.num_documents
+
+
+def _documents_of(indexed, shares: str) -> dict[str, int]:
+    """Documents of each split; all for each where the shares cannot be read."""
+    from megalite.data.gpt import SPLITS, split_documents
     from megalite.data.indexed import DatasetError
 
     try:
-        return split_documents(shares, indexed.num_documents)[split]
+        return {name: last - first for name, (first, last) in split_documents(shares, indexed.num_documents).items()}
     except DatasetError:
-        return 0, indexed.num_documents
+        return dict.fromkeys(SPLITS, indexed.num_documents)
 
 
 def _split_tokens(indexed, split: str) -> dict[str, int]:

@@ -46,7 +46,7 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
 
 
 SAME_MODEL = (
-    "architecture", "num_layers", "hidden_size", "num_attention_heads", "query_groups", "head_size", "ffn", "swiglu",
+    "num_layers", "hidden_size", "num_attention_heads", "query_groups", "head_size", "ffn", "swiglu",
     "gelu", "vocab_size", "position_embedding_type", "rotary_base", "normalization", "norm_epsilon", "norm_placement",
     "disable_bias_linear", "untie_embeddings_and_output_weights",
 )  # fmt: skip
@@ -67,7 +67,15 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
         return  # loading says what is wrong with it
     if made_with is None:
         return
-    if made_with.is_bert and config.is_bert and made_with.pair_head != config.pair_head:
+    if made_with.is_bert != config.is_bert:
+        there = made_with.model.architecture
+        yield Finding(
+            f"the model in {folder} is a {there.upper()}, this run's is a {config.model.architecture.upper()}",
+            ("architecture", "load"),
+            (f"pretrain_{there}.py goes on with it", "--load another folder"),
+        )
+        return
+    if made_with.is_bert and made_with.pair_head != config.pair_head:
         there, here = made_with.bert.bert_pair, config.bert.bert_pair
         heads = "has no pair head" if there == "none" else "has a pair head"
         yield Finding(
@@ -100,8 +108,8 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
         iteration = c.ckpt_step if c.ckpt_step is not None else latest_iteration(c.load)
         folder = checkpoint_folder(c.load, iteration) if iteration is not None else None
         stored = json.loads((folder / STATE_FILE).read_text()).get("data") if folder is not None else None
-        if stored is None:
-            return
+        if stored is None or read_config(folder).is_bert != config.is_bert:
+            return  # nothing to compare with, or another kind of model, which another rule tells
         now = data_state(config.data, config.model, config.training.seed, config.bert)
         differences = DataState.from_json(stored).differences(now)
     except (CheckpointError, DatasetError, OSError, ValueError, KeyError, TypeError):
@@ -110,7 +118,7 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
         yield Finding(
             f"the training data is not what {folder} was made with: {'; '.join(differences)}",
             ("allow_data_change", "load", *PATHS),
-            ({"allow_data_change": True}, "give the data, the --seed and the --seq-length of that run"),
+            ({"allow_data_change": True}, "give the data and the flags that differ as in that run"),
         )
 
 

@@ -79,7 +79,7 @@ def _masks(config: RunConfig, tokenizer) -> Iterator[Finding]:
         special_ids(tokenizer)
     except TokenizerError as error:
         yield Finding(str(error), ("architecture", "tokenizer_type", *_files(config)), ("another --tokenizer-type",))
-    if config.bert.whole_word_mask and not hasattr(tokenizer, "starts_word"):
+    if config.bert.whole_word_mask and getattr(tokenizer, "starts_word", None) is None:
         yield Finding(
             f"--whole-word-mask: --tokenizer-type {config.data.tokenizer_type} does not tell which tokens begin a word",
             ("whole_word_mask", "tokenizer_type"),

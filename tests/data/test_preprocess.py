@@ -33,7 +33,8 @@ def test_documents_come_back(tmp_path, monkeypatch, append_eod):
         decoded = [data.sequence(i).tolist() for i in range(len(data))]
         end = [ByteTokenizer.eod] if append_eod else []
         assert decoded == [[*document[key].encode(), *end] for document in DOCUMENTS]
-        assert info == DatasetInfo("ByteTokenizer", 257, 256, ByteTokenizer.sha256, len(DOCUMENTS), data.num_tokens)
+        made_by = "ByteTokenizer", 257, 256, ByteTokenizer.sha256
+        assert info == DatasetInfo(*made_by, len(DOCUMENTS), data.num_tokens, sentences=False)
         assert DatasetInfo.read(tmp_path / f"out_{key}_document") == info
     assert len(reports) > 10 and reports[-1].bytes_done == reports[-1].bytes_total
     assert f"{len(DOCUMENTS)} documents" in str(reports[-1]) and "MB/s" in str(reports[-1])

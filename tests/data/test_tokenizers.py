@@ -286,6 +286,11 @@ def test_gpt2_numbers_its_files_as_they_say(files):
     assert tokenizer.encode_batch(["!"]).ids.tolist() == [vocabulary["!"]]
 
 
+def test_a_vocabulary_with_capitals_is_not_for_lowered_text(files):
+    with pytest.raises(TokenizerError, match=r"\d+ of 130 pieces have capital letters, such as '.+', .* --lowercase"):
+        build_tokenizer("BertWordPieceLowerCase", vocab_file=files["BertWordPieceCase"]["vocab_file"])
+
+
 @pytest.mark.parametrize("kind", ["BertWordPieceLowerCase", "BertWordPieceCase"])
 def test_bert_agrees_with_transformers(kind, files):
     transformers = pytest.importorskip("transformers")

@@ -104,12 +104,28 @@ class BertWordPieceTokenizer(LibraryTokenizer):
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = tokenizers.decoders.WordPiece()
         super().__init__(tokenizer, content)
+        self._refuse_capitals(vocab_file)
         self.special: dict[str, int] = {token: vocabulary[token] for token in BERT_SPECIAL}
         """Ids of [PAD], [UNK], [CLS], [SEP] and [MASK]."""
-        self.starts_word = np.zeros(self.vocab_size, bool)
-        """bool [v]: whether a piece begins a word, which all do but those that start with ##."""
-        self.starts_word[[i for piece, i in vocabulary.items() if not piece.startswith("##")]] = True
+        self.starts_word = _beginnings(self._vocabulary, self.vocab_size)
         self.eod = self.special["[SEP]"]
+
+    def _refuse_capitals(self, path: str | Path) -> None:
+        """A vocabulary of text as it is wastes its capital letters on lower-cased text, and gives [UNK] for more."""
+        capitals = [piece for piece in self._vocabulary if piece != piece.lower() and piece not in BERT_SPECIAL]
+        if self.lowercase and 100 * len(capitals) > self.vocab_size:
+            raise TokenizerError(
+                f"--vocab-file {path}: {len(capitals)} of {self.vocab_size} pieces have capital letters, such as "
+                f"{capitals[0]!r}, but {self.kind} lowers the text: use BertWordPieceCase, or a vocabulary of "
+                "lower-cased text (tools/train_tokenizer.py --kind wordpiece --lowercase)"
+            )
+
+
+def _beginnings(vocabulary: dict[str, int], size: int, continuing: str = "##") -> np.ndarray:
+    """bool [v]: whether a piece begins a word, which all do but those that start with `continuing`."""
+    starts = np.zeros(size, bool)
+    starts[[i for piece, i in vocabulary.items() if not piece.startswith(continuing)]] = True
+    return starts
 
 
 class BertWordPieceLowerCase(BertWordPieceTokenizer):
@@ -159,6 +175,14 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         tokenizer.encode_special_tokens = True
         super().__init__(tokenizer, content)
         self.marks = tuple(t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special)
+
+    @property
+    def starts_word(self) -> np.ndarray | None:
+        """bool [v]: whether a piece begins a word; None where the kind of model does not mark that."""
+        model = json.loads(self._tokenizer.to_str())["model"]
+        if model.get("type") != "WordPiece":
+            return None
+        return _beginnings(self._vocabulary, self.vocab_size, model["continuing_subword_prefix"])
 
     @property
     def eod(self) -> int:
