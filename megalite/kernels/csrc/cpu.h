@@ -85,6 +85,19 @@ inline void write(Half* p, Floats v) {
   memcpy(p, &s, sizeof s);
 }
 
+// Combines the lanes of a vector: its two halves first.
+template <class V, class F>
+inline float reduce(V v, F combine) {
+  constexpr int kHalf = sizeof(V) / 2;
+  if constexpr (kHalf == sizeof(float)) return combine(v[0], v[1]);
+  else {
+    typedef float Part __attribute__((vector_size(kHalf)));
+    Part halves[2];
+    memcpy(halves, &v, sizeof v);
+    return reduce(combine(halves[0], halves[1]), combine);
+  }
+}
+
 // The lanes of a register. Steps lie side by side; the last one may be partly outside of the row.
 struct Simd {
   using V = Floats;
@@ -113,18 +126,19 @@ struct Simd {
     return select(index < columns - c, v, otherwise);
   }
 
+  // The first `visible` of `columns` elements, 0 in their place beyond.
   template <class T>
-  V load(const T* p, int c, int columns) const {
-    if (c + kWidth <= columns) return floats(p + c);
+  V load(const T* p, int c, int visible, int columns) const {
+    if (c + kWidth <= columns) return inside(c, visible, floats(p + c), 0.f);
     T part[kWidth] = {};
-    for (int i = 0; c + i < columns; ++i) part[i] = p[c + i];
+    for (int i = 0; c + i < visible; ++i) part[i] = p[c + i];
     return floats(part);
   }
 
-  M load_mask(const uint8_t* p, int c, int columns) const {
+  M load_mask(const uint8_t* p, int c, int visible, int columns) const {
     if (c + kWidth <= columns) return __builtin_convertvector(read<Chars>(p + c), M) != 0;
     uint8_t part[kWidth] = {};
-    for (int i = 0; c + i < columns; ++i) part[i] = p[c + i];
+    for (int i = 0; c + i < visible; ++i) part[i] = p[c + i];
     return __builtin_convertvector(read<Chars>(part), M) != 0;
   }
 
@@ -136,23 +150,18 @@ struct Simd {
     for (int i = 0; c + i < columns; ++i) p[c + i] = part[i];
   }
 
+  // The columns after the steps for the first `done`.
   template <class T>
-  void fill(T* p, int begin, int end, float value) const {
-    for (int c = begin; c < end; c += kWidth) store(p, c, end, splat(value));
+  void fill(T* p, int done, int columns, float value) const {
+    for (int c = column(steps(done)); c < columns; c += kWidth) store(p, c, columns, splat(value));
   }
 
   float reduce_max(V v) const {
-    for (int half = kWidth / 2; half; half /= 2)
-      for (int i = 0; i < half; ++i) v[i] = v[i + half] > v[i] ? v[i + half] : v[i];
-    return v[0];
+    return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
   }
-
   float reduce_sum(V v) const {
-    for (int half = kWidth / 2; half; half /= 2)
-      for (int i = 0; i < half; ++i) v[i] += v[i + half];
-    return v[0];
+    return reduce(v, [](auto a, auto b) { return a + b; });
   }
-
   float log(float x) const { return logf(x); }
 
   // e^x = 2^n e^r with n the nearest integer to x / ln 2 (ln 2 in two parts, so that r is exact) and the polynomial of

@@ -72,15 +72,17 @@ ROW_FN void each_with_dropout(const L& g, int columns, const Dropout& dropout, c
   constexpr int kSlots = kPlane / L::kWidth;
   ROW_UNROLL
   for (int first = 0; first < g.steps(columns); first += 4 * kSlots) {
+    typename L::U words[kSlots][4];
     ROW_UNROLL
-    for (int slot = 0; slot < kSlots; ++slot) {
-      if (first + slot >= g.steps(columns)) continue;
-      typename L::U words[4];
-      g.random(words, g.column(first) / 4 + slot * L::kWidth, counter, dropout.key);
+    for (int slot = 0; slot < kSlots; ++slot)
+      if (first + slot < g.steps(columns))
+        g.random(words[slot], g.column(first) / 4 + slot * L::kWidth, counter, dropout.key);
+    ROW_UNROLL
+    for (int w = 0; w < 4; ++w) {  // all words first, so that memory is read in order
       ROW_UNROLL
-      for (int w = 0; w < 4; ++w) {
+      for (int slot = 0; slot < kSlots; ++slot) {
         const int k = first + w * kSlots + slot;
-        if (k < g.steps(columns)) f(k, words[w] > dropout.limit);
+        if (k < g.steps(columns)) f(k, words[slot][w] > dropout.limit);
       }
     }
   }
@@ -98,22 +100,23 @@ ROW_FN typename L::V kept_or(const L& g, int slot, int k, F again) {
   else return again();
 }
 
-// scale * x in the visible columns of step k, -inf in others.
+// scale * x in the visible columns of step k, -inf in others. `columns` is the length of the row in memory.
 template <class L, class T>
-ROW_FN typename L::V score(const L& g, int k, const T* x, const uint8_t* mask, int visible, float scale) {
+ROW_FN typename L::V score(const L& g, int k, const T* x, const uint8_t* mask, int visible, int columns,
+                             float scale) {
   const int c = g.column(k);
-  auto v = g.load(x, c, visible) * scale;
-  if (mask) v = g.select(g.load_mask(mask, c, visible), v, -kInfinity);
+  auto v = g.load(x, c, visible, columns) * scale;
+  if (mask) v = g.select(g.load_mask(mask, c, visible, columns), v, -kInfinity);
   return g.inside(c, visible, v, -kInfinity);
 }
 
 template <class L>
-ROW_FN bool any_visible(const L& g, const uint8_t* mask, int visible) {
+ROW_FN bool any_visible(const L& g, const uint8_t* mask, int visible, int columns) {
   if (!mask) return visible > 0;
   auto seen = g.splat(0.f);
   for (int k = 0; k < g.steps(visible); ++k) {
     const int c = g.column(k);
-    seen = g.max(seen, g.inside(c, visible, g.select(g.load_mask(mask, c, visible), g.splat(1.f), 0.f), 0.f));
+    seen = g.max(seen, g.inside(c, visible, g.select(g.load_mask(mask, c, visible, columns), g.splat(1.f), 0.f), 0.f));
   }
   return g.reduce_max(seen) > 0;
 }
@@ -123,7 +126,7 @@ template <bool kDropout, class L, class T>
 ROW_FN float softmax_forward_row(const L& g, const Softmax& a, const T* x, const uint8_t* mask, T* y, int visible,
                                  const Counter& counter) {
   const int columns = static_cast<int>(a.shape.columns);
-  const auto input = [&](int k) { return score(g, k, x, mask, visible, a.scale); };
+  const auto input = [&](int k) { return score(g, k, x, mask, visible, columns, a.scale); };
   auto top = g.splat(-kInfinity);
   each(g, visible, [&](int k) {
     const auto v = input(k);
@@ -144,7 +147,7 @@ ROW_FN float softmax_forward_row(const L& g, const Softmax& a, const T* x, const
   const float total = g.reduce_sum(sums);
   float factor = 1 / total, lse = shift + g.log(total);
   if (total == 0) {  // nothing is visible, or -inf is all there is to see: then NaN, as torch has it
-    const bool any = any_visible(g, mask, visible);
+    const bool any = any_visible(g, mask, visible, columns);
     factor = any ? __builtin_nanf("") : 0;
     lse = any ? factor : kInfinity;
   }
@@ -162,7 +165,7 @@ ROW_FN float softmax_forward_row(const L& g, const Softmax& a, const T* x, const
 template <class L, class T>
 ROW_FN void softmax_backward_row(const L& g, const Softmax& a, const T* dy, const T* y, T* dx, int visible) {
   const int columns = static_cast<int>(a.shape.columns);
-  const auto load = [&](const T* p, int k) { return g.load(p, g.column(k), visible); };
+  const auto load = [&](const T* p, int k) { return g.load(p, g.column(k), visible, columns); };
   auto sums = g.splat(0.f);
   each(g, visible, [&](int k) {
     const auto p = load(y, k), d = load(dy, k);
@@ -183,9 +186,9 @@ template <class L, class T>
 ROW_FN void softmax_dropout_backward_row(const L& g, const Softmax& a, const T* dy, const T* x, const uint8_t* mask,
                                          float lse, T* dx, int visible, const Counter& counter) {
   const int columns = static_cast<int>(a.shape.columns);
-  const auto power = [&](int k) { return g.exp(score(g, k, x, mask, visible, a.scale) - lse); };
+  const auto power = [&](int k) { return g.exp(score(g, k, x, mask, visible, columns, a.scale) - lse); };
   const auto dropped = [&](int k, auto kept) {
-    return g.select(kept, g.load(dy, g.column(k), visible) * a.dropout.factor, 0.f);
+    return g.select(kept, g.load(dy, g.column(k), visible, columns) * a.dropout.factor, 0.f);
   };
   auto sums = g.splat(0.f);
   each_with_dropout(g, visible, a.dropout, counter, [&](int k, auto kept) {
@@ -208,10 +211,10 @@ ROW_FN void bias_dropout_add_row(const L& g, const BiasDropoutAdd& a, const T* x
   const int columns = static_cast<int>(a.shape.columns);
   each_with_dropout(g, columns, a.dropout, counter, [&](int k, auto kept) {
     const int c = g.column(k);
-    auto v = g.load(x, c, columns);
-    if (bias) v = v + g.load(bias, c, columns);
+    auto v = g.load(x, c, columns, columns);
+    if (bias) v = v + g.load(bias, c, columns, columns);
     v = g.select(kept, v * a.dropout.factor, 0.f);
-    if (residual) v = v + g.load(residual, c, columns);
+    if (residual) v = v + g.load(residual, c, columns, columns);
     g.store(y, c, columns, v);
   });
 }
