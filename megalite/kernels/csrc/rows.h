@@ -12,9 +12,12 @@
 
 #if defined(__CUDACC__) || defined(MEGALITE_EMULATION)
 #define ROW_FN __device__ __forceinline__
-#define ROW_UNROLL _Pragma("unroll")
 #else
 #define ROW_FN inline __attribute__((always_inline))
+#endif
+#ifdef __CUDACC__
+#define ROW_UNROLL _Pragma("unroll")
+#else
 #define ROW_UNROLL
 #endif
 
