@@ -103,7 +103,8 @@ def encode(x: np.ndarray, dtype: str) -> np.ndarray:
 
 def decode(x: np.ndarray) -> np.ndarray:
     """What `encode` made, as float64."""
-    return ((x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a NaN is a NaN
+        return ((x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x).astype(np.float64)
 
 
 def _per_row(values: np.ndarray | None, leading: tuple[int, ...]) -> PerRow:

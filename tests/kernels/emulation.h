@@ -1,5 +1,5 @@
 // Runs CUDA kernels on a CPU, for tests: every thread of a block is a fiber with a stack of its own; blocks run one after
-// another. Fibers run until they meet a barrier or a shuffle, and go on when all who must come have come.
+// another. A fiber runs until it meets a barrier or a shuffle, and goes on when all who must come have come.
 //
 // It aborts, with a line that says why, where a GPU would hang or read nonsense: threads of a block that wait for
 // different things, a shuffle from a lane that does not take part. A missing __syncthreads shows in one of the two orders
@@ -9,6 +9,7 @@
 #include <math.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -100,20 +101,25 @@ inline bool release_block(std::vector<Thread>& threads) {
   return released;
 }
 
-inline void run_block() {
-  std::vector<Thread>& threads = gpu().threads;
-  for (;;) {
-    for (size_t i = 0; i < threads.size(); ++i) {
-      Thread& t = threads[gpu().reverse ? threads.size() - 1 - i : i];
+// A warp runs as far ahead of the others as barriers let it: that is how they get in each other's way, if they can.
+inline void run_warp(std::vector<Thread>& threads, size_t first) {
+  const size_t count = std::min<size_t>(kWarp, threads.size() - first);
+  do {
+    for (size_t i = 0; i < count; ++i) {
+      Thread& t = threads[first + (gpu().reverse ? count - 1 - i : i)];
       if (t.waits == Waits::kNot) resume(t);
     }
-    bool released = false, done = true;
-    for (size_t first = 0; first < threads.size(); first += kWarp) released = release_warp(threads, first) || released;
-    released = released || release_block(threads);
-    for (const Thread& t : threads) done = done && t.waits == Waits::kDone;
-    if (done) return;
-    if (!released) fail("threads wait for what will never come: a divergent barrier or shuffle");
-  }
+  } while (release_warp(threads, first));
+}
+
+inline void run_block() {
+  std::vector<Thread>& threads = gpu().threads;
+  const size_t warps = (threads.size() + kWarp - 1) / kWarp;
+  do {
+    for (size_t w = 0; w < warps; ++w) run_warp(threads, kWarp * (gpu().reverse ? warps - 1 - w : w));
+  } while (release_block(threads));
+  for (const Thread& t : threads)
+    if (t.waits != Waits::kDone) fail("threads wait for what will never come: a divergent barrier or shuffle");
 }
 
 inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {

@@ -10,9 +10,9 @@ from megalite.kernels.philox import philox4x32
 
 UNIT = 2.0**-24
 """Half the distance of 1 to the next fp32 number."""
-ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "float64": 2.0**-53}
 """The same for the type of the output."""
-SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
+SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126, "float64": 2.0**-1022}
 """Below it (normal numbers of fp32 and bf16, any of fp16) a result may be 0."""
 EXP = 4
 """Roundings in an exponential of a given argument."""
