@@ -8,6 +8,7 @@ The CUDA part needs nvcc of the same major version as a CUDA build of torch. MEG
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,14 +33,18 @@ def torch_build() -> tuple[list[str], Path, str | None] | None:
     return include_paths(), Path(torch.__file__).parent / "lib", torch.version.cuda
 
 
-def cuda_compiler(version: str | None) -> Path | None:
-    """nvcc of that major version: of CUDA_HOME, or in the PATH."""
-    if version is None:
-        return None
+def cuda_compiler(version: str | None) -> tuple[str, Path] | None:
+    """(nvcc, the folder of its libraries) for that major version of CUDA: of CUDA_HOME, or in the PATH."""
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
-    return Path(nvcc).resolve() if f"release {version.split('.')[0]}." in told else None
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) if version else None
+    if nvcc is None:
+        return None
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    if f"release {version.split('.')[0]}." not in told:
+        return None
+    # nvcc may be a link or a script; it knows where it lives itself.
+    plan = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    return nvcc, Path(re.search(r"^#\$ TOP=(.*)$", plan, re.M).group(1)) / "lib64"
 
 
 def cuda_flags() -> list[str]:
@@ -61,17 +66,17 @@ class BuildKernels(build_ext):
 
     def build_extension(self, extension):
         """Compile the .cu sources to objects, then leave the rest to setuptools."""
-        nvcc = cuda_compiler(extension.cuda)
-        if nvcc:
+        found = cuda_compiler(extension.cuda)
+        if found:
+            nvcc, libraries = found
             for source in sorted(SOURCES.glob("*.cu")):
                 target = Path(self.build_temp, source.stem + ".cuda.o")
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self.spawn([str(nvcc), "-c", *cuda_flags(), "-Xcompiler=-fPIC", str(source), "-o", str(target)])
+                self.spawn([nvcc, "-c", *cuda_flags(), "-Xcompiler=-fPIC", str(source), "-o", str(target)])
                 extension.extra_objects.append(str(target))
             extension.define_macros += [("MEGALITE_CUDA", None), ("USE_CUDA", None)]
-            extension.include_dirs.append(str(nvcc.parents[1] / "include"))
-            extension.library_dirs.append(str(nvcc.parents[1] / "lib64"))
-            extension.libraries += ["torch_cuda", "cudart_static", "dl", "rt", "pthread"]
+            extension.library_dirs.append(str(libraries))
+            extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
         super().build_extension(extension)
 
     def get_ext_filename(self, name):
@@ -95,7 +100,7 @@ def kernels() -> list[Extension]:
         depends=[str(path) for path in sorted(SOURCES.iterdir())],
         include_dirs=include,
         library_dirs=[str(library)],
-        libraries=["torch", "torch_cpu"],
+        libraries=[name for name in ("torch", "torch_cpu", "torch_cuda") if (library / f"lib{name}.so").exists()],
         define_macros=[("TORCH_TARGET_VERSION", OLDEST_TORCH)],
         extra_compile_args=COMPILE,
         optional=True,

@@ -111,7 +111,9 @@ def bias_dropout_add(
     model. The result is contiguous.
     """
     _check(x, bias, residual, rows, samples, p)
-    if native.takes(x) and x.numel() and round(p * 2**32) > 0:
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    if native.takes(x) and round(p * 2**32) > 0:
         return _native(x, bias, residual, rows, samples, place, key0, key1, p)
     y = x if bias is None else x + bias
     keep = keep_mask(rows, samples, x.shape[-1], place, (key0, key1), p)

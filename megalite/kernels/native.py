@@ -1,7 +1,7 @@
 """The native kernels: loaded here if they were built, never built here.
 
-Each operator of this package has one definition in Python, and two bodies: a composition of PyTorch operations, which is
-the reference and runs everywhere, and a kernel in csrc/. `takes` says which one runs.
+Each operator of this package has one definition in Python, and two bodies: a composition of PyTorch operations, which
+is the reference and runs everywhere, and a kernel in csrc/. `takes` says which one runs.
 """
 
 import os
@@ -22,11 +22,11 @@ def _load() -> str | None:
     if os.environ.get(SWITCH) == "off":
         return f"{SWITCH}=off turns them off"
     if not LIBRARY.exists():
-        return "they were not built: install with a C++ compiler and `pip install --no-build-isolation` (docs/kernels.md)"
+        return "they were not built: `pip install --no-build-isolation` with a C++ compiler (docs/kernels.md)"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as problem:
-        return f"{LIBRARY.name} cannot be loaded, build it again: {problem}"
+        return f"{LIBRARY.name} cannot be loaded, build it again: {problem.__cause__ or problem}"
     return None
 
 

@@ -2,8 +2,9 @@
 
     y = dropout(softmax(scale * x))
 
-over the visible columns of scores [b, n, s_q, s_k]; columns that a query does not see give 0, and so does every column of
-a query that sees none (where torch gives NaN). Sums are taken in fp32 (fp64 for fp64). Dropout is that of kernels.dropout.
+over the visible columns of scores [b, n, s_q, s_k]; columns that a query does not see give 0, and so does every column
+of a query that sees none (where torch gives NaN). Sums are taken in fp32 (fp64 for fp64). Dropout is that of
+kernels.dropout.
 
 Kept for the backward: without dropout the output, which the product with the values keeps anyway; with dropout the
 scores and one number a row, from which the softmax is made again.
@@ -40,8 +41,8 @@ def scaled_causal_softmax(x: torch.Tensor, scale: float, dropout: Dropout | None
 def scaled_masked_softmax(
     x: torch.Tensor, scale: float, mask: torch.Tensor, causal: bool = False, dropout: Dropout | None = None
 ) -> torch.Tensor:
-    """The same where a query sees the keys for which the mask is true: bool, of any shape that broadcasts to x's, such as
-    [b, 1, 1, s_k] for padding or [b, 1, s_q, s_k]; and when causal none that comes after it."""
+    """The same where a query sees the keys for which the mask is true: bool, of any shape that broadcasts to x's, such
+    as [b, 1, 1, s_k] for padding or [b, 1, s_q, s_k]; and when causal none that comes after it."""
     return _softmax(x, scale, mask, causal, dropout)
 
 

@@ -38,6 +38,41 @@ def test_nvcc_compiles_for_all_gpus_without_warning_or_spill(tmp_path):
         )
 
 
+BUILD_FOR_CUDA = """
+import runpy, torch
+torch.version.cuda = VERSION
+runpy.run_path("setup.py")
+"""
+REGISTERED = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+print(torch._C._dispatch_has_kernel_for_dispatch_key("megalite::_softmax_forward", "CUDA"))
+"""
+
+
+@pytest.mark.skipif(not NVCC or not shutil.which("g++"), reason="needs nvcc and g++")
+def test_setup_builds_the_cuda_part_for_a_cuda_build_of_torch(tmp_path):
+    """torch is told to be such a build. The one function that only a real one has, the current stream, is put in its
+    place for loading; nothing is run on a GPU."""
+    release = re.search(r"release ([\d.]+)", subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout)
+    code = BUILD_FOR_CUDA.replace("VERSION", repr(release.group(1)))
+    run = subprocess.run(
+        [sys.executable, "-c", code, "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "objects"],
+        cwd=ROOT, env=os.environ | {"MEGALITE_CUDA_ARCHITECTURES": "90"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    library = tmp_path / "megalite" / "kernels" / "native_library.so"
+    assert run.returncode == 0 and library.exists(), run.stdout[-3000:]
+    stand_in = tmp_path / "stream.so"
+    source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void** s) { *s = 0; return 0; }'
+    subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", stand_in], input=source, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", REGISTERED, library],
+        env=os.environ | {"LD_PRELOAD": str(stand_in)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.stdout == "True\n", run.stderr
+
+
 def test_the_sources_know_nothing_of_torch():
     included = {
         line.split()[1].strip('<">')
@@ -72,14 +107,18 @@ FAULTS = {
         "if (lane == 0) { shared[warp] = v; __syncthreads(); }",
         "divergent",
     ),
-    "a shuffle that some lanes skip": ("v = reduce_warp(v, combine);", "if (lane < 20) v = reduce_warp(v, combine);", "divergent"),
-}  # fmt: skip
+    "a shuffle that some lanes skip": (
+        "v = reduce_warp(v, combine);",
+        "if (lane < 20) v = reduce_warp(v, combine);",
+        "divergent",
+    ),
+}
 
 
 @pytest.mark.skipif(not shutil.which("g++") or not bare.CUDA_INCLUDE, reason="needs g++ and CUDA's headers")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_emulation_finds_faults(tmp_path, monkeypatch, fault):
-    """A row for a whole block, in both orders of threads: right without a fault, otherwise wrong in one, or an abort."""
+    """A row for a whole block, in both orders of threads: right without a fault, else wrong in one, or an abort."""
     old, new, expected = FAULTS[fault]
     sources = tmp_path / "csrc"
     shutil.copytree(bare.CSRC, sources, ignore=shutil.ignore_patterns("dropout.cu", "*.cpp"))
