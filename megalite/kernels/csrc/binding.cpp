@@ -1,5 +1,5 @@
 // Registers the kernels as operators megalite::_... over torch's stable ABI: one build serves all Pythons and later
-// versions of torch. They are the native bodies of the operators that the Python modules beside this folder define, which
+// versions of torch. They are the native bodies of the operators that the Python modules beside this folder define; these
 // check what they are given, allocate the outputs, and view tensors as [i, j, k, columns] (arguments.h).
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -15,26 +15,24 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #endif
 
-using megalite::BiasDropoutAdd;
-using megalite::Softmax;
+using namespace megalite;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-#define DECLARE_CPU(target)                                                                          \
-  void megalite_softmax_forward_##target(const Softmax&, int64_t begin, int64_t end, float* scratch);  \
-  void megalite_softmax_backward_##target(const Softmax&, int64_t begin, int64_t end, float* scratch); \
-  void megalite_bias_dropout_add_##target(const BiasDropoutAdd&, int64_t begin, int64_t end, float* scratch);
+// On a CPU: rows begin .. end - 1, with scratch memory.
+#define DECLARE_BASELINE(kernel, A) void megalite_##kernel##_baseline(const A&, int64_t, int64_t, float*);
+#define DECLARE_AVX2(kernel, A) void megalite_##kernel##_avx2(const A&, int64_t, int64_t, float*);
+#define DECLARE_AVX512(kernel, A) void megalite_##kernel##_avx512(const A&, int64_t, int64_t, float*);
+#define DECLARE_CUDA(kernel, A) int megalite_##kernel##_cuda(const A&, void* stream);
 
 extern "C" {
-DECLARE_CPU(baseline)
+MEGALITE_KERNELS(DECLARE_BASELINE)
 #ifdef __x86_64__
-DECLARE_CPU(avx2)
-DECLARE_CPU(avx512)
+MEGALITE_KERNELS(DECLARE_AVX2)
+MEGALITE_KERNELS(DECLARE_AVX512)
 #endif
 #ifdef MEGALITE_CUDA
-int megalite_softmax_forward_cuda(const Softmax&, void* stream);
-int megalite_softmax_backward_cuda(const Softmax&, void* stream);
-int megalite_bias_dropout_add_cuda(const BiasDropoutAdd&, void* stream);
+MEGALITE_KERNELS(DECLARE_CUDA)
 #endif
 }
 
@@ -43,29 +41,30 @@ namespace {
 // Arguments from tensors
 
 template <class T>
-megalite::PerRow<T> per_row(const MaybeTensor& t) {
+PerRow<T> per_row(const MaybeTensor& t) {
   if (!t) return {};
+  STD_TORCH_CHECK(t->dim() >= 3, "megalite's kernels take [i, j, k] or [i, j, k, columns]");
   return {static_cast<const T*>(t->const_data_ptr()), {t->stride(0), t->stride(1), t->stride(2)}};
 }
 
-megalite::Shape shape_of(const Tensor& x) {
+Shape shape_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous(), "megalite's kernels take contiguous [i, j, k, columns]");
   return {{x.size(0), x.size(1), x.size(2)}, x.size(3)};
 }
 
-megalite::Type type_of(const Tensor& x) {
+Type type_of(const Tensor& x) {
   using torch::headeronly::ScalarType;
   const auto type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
                   "megalite's kernels take float32, float16 and bfloat16");
-  return type == ScalarType::Float  ? megalite::Type::kFloat
-         : type == ScalarType::Half ? megalite::Type::kHalf
-                                    : megalite::Type::kBFloat16;
+  return type == ScalarType::Float  ? Type::kFloat
+         : type == ScalarType::Half ? Type::kHalf
+                                    : Type::kBFloat16;
 }
 
 const void* data(const MaybeTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-megalite::Dropout dropout_of(const MaybeTensor& rows, const MaybeTensor& samples, int64_t place, int64_t key0,
+Dropout dropout_of(const MaybeTensor& rows, const MaybeTensor& samples, int64_t place, int64_t key0,
                              int64_t key1, int64_t limit, double factor) {
   return {per_row<int64_t>(rows), per_row<int64_t>(samples), static_cast<uint32_t>(place),
           {static_cast<uint32_t>(key0), static_cast<uint32_t>(key1)}, static_cast<uint32_t>(limit),
@@ -74,25 +73,25 @@ megalite::Dropout dropout_of(const MaybeTensor& rows, const MaybeTensor& samples
 
 // The CPU
 
+#define MEMBER(kernel, A) void (*kernel)(const A&, int64_t, int64_t, float*);
+#define BASELINE(kernel, A) megalite_##kernel##_baseline,
+#define AVX2(kernel, A) megalite_##kernel##_avx2,
+#define AVX512(kernel, A) megalite_##kernel##_avx512,
+
 struct Cpu {
   int64_t lanes;
-  void (*softmax_forward)(const Softmax&, int64_t, int64_t, float*);
-  void (*softmax_backward)(const Softmax&, int64_t, int64_t, float*);
-  void (*bias_dropout_add)(const BiasDropoutAdd&, int64_t, int64_t, float*);
+  MEGALITE_KERNELS(MEMBER)
 };
-
-#define CPU_KERNELS(target) \
-  megalite_softmax_forward_##target, megalite_softmax_backward_##target, megalite_bias_dropout_add_##target
 
 const Cpu& cpu() {
   static const Cpu best = [] {
 #ifdef __x86_64__
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-      return Cpu{16, CPU_KERNELS(avx512)};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Cpu{8, CPU_KERNELS(avx2)};
+      return Cpu{16, MEGALITE_KERNELS(AVX512)};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Cpu{8, MEGALITE_KERNELS(AVX2)};
 #endif
-    return Cpu{4, CPU_KERNELS(baseline)};
+    return Cpu{4, MEGALITE_KERNELS(BASELINE)};
   }();
   return best;
 }
@@ -111,10 +110,11 @@ void on_cpu(void (*kernel)(const A&, int64_t, int64_t, float*), const A& a) {
   });
 }
 
+#define RUN_ON_CPU(kernel, A) \
+  static void kernel(const Tensor&, const A& a) { on_cpu(cpu().kernel, a); }
+
 struct OnCpu {
-  static void softmax_forward(const Tensor&, const Softmax& a) { on_cpu(cpu().softmax_forward, a); }
-  static void softmax_backward(const Tensor&, const Softmax& a) { on_cpu(cpu().softmax_backward, a); }
-  static void bias_dropout_add(const Tensor&, const BiasDropoutAdd& a) { on_cpu(cpu().bias_dropout_add, a); }
+  MEGALITE_KERNELS(RUN_ON_CPU)
 };
 
 // CUDA
@@ -129,12 +129,11 @@ void on_cuda(int (*launch)(const A&, void*), const Tensor& x, const A& a) {
   STD_TORCH_CHECK(error == 0, "a kernel of megalite could not be started: CUDA error ", error);
 }
 
+#define RUN_ON_CUDA(kernel, A) \
+  static void kernel(const Tensor& x, const A& a) { on_cuda(megalite_##kernel##_cuda, x, a); }
+
 struct OnCuda {
-  static void softmax_forward(const Tensor& x, const Softmax& a) { on_cuda(megalite_softmax_forward_cuda, x, a); }
-  static void softmax_backward(const Tensor& x, const Softmax& a) { on_cuda(megalite_softmax_backward_cuda, x, a); }
-  static void bias_dropout_add(const Tensor& x, const BiasDropoutAdd& a) {
-    on_cuda(megalite_bias_dropout_add_cuda, x, a);
-  }
+  MEGALITE_KERNELS(RUN_ON_CUDA)
 };
 #endif
 
@@ -168,6 +167,68 @@ void bias_dropout_add(const Tensor& x, const MaybeTensor& bias, const MaybeTenso
                                x.const_data_ptr(), data(bias), data(residual), out.mutable_data_ptr()});
 }
 
+template <class Device>
+void bias_gelu(const Tensor& x, const MaybeTensor& bias, const MaybeTensor& grad, Tensor out) {
+  const BiasGelu a{shape_of(x), type_of(x), x.const_data_ptr(), data(bias), data(grad), out.mutable_data_ptr()};
+  grad ? Device::bias_gelu_backward(x, a) : Device::bias_gelu_forward(x, a);
+}
+
+template <class Device>
+void swiglu(const Tensor& x, const MaybeTensor& grad, Tensor out) {
+  Shape shape = shape_of(x);
+  shape.columns /= 2;
+  const SwiGlu a{shape, type_of(x), x.const_data_ptr(), data(grad), out.mutable_data_ptr()};
+  grad ? Device::swiglu_backward(x, a) : Device::swiglu_forward(x, a);
+}
+
+template <class Device>
+void rms_norm_forward(const Tensor& x, const MaybeTensor& residual, const Tensor& weight, double epsilon, Tensor out,
+                      MaybeTensor sum, Tensor scale) {
+  const Shape s = shape_of(x);
+  const int64_t rows = s.size[0] * s.size[1] * s.size[2];
+  Device::rms_norm_forward(x, {{{rows, 1, 1}, s.columns}, type_of(x), rows, 1, static_cast<float>(epsilon),
+                               x.const_data_ptr(), data(residual), weight.const_data_ptr(), nullptr, nullptr,
+                               out.mutable_data_ptr(), sum ? sum->mutable_data_ptr() : nullptr,
+                               static_cast<float*>(scale.mutable_data_ptr()), nullptr});
+}
+
+template <class Device>
+void rms_norm_backward(const Tensor& x, const Tensor& weight, const Tensor& grad, const MaybeTensor& grad_sum,
+                       Tensor scale, int64_t group, Tensor out, Tensor grad_weight) {
+  const Shape s = shape_of(x);
+  const int64_t rows = s.size[0] * s.size[1] * s.size[2];
+  Device::rms_norm_backward(x, {{{grad_weight.size(0), 1, 1}, s.columns}, type_of(x), rows, group, 0,
+                                x.const_data_ptr(), nullptr, weight.const_data_ptr(), grad.const_data_ptr(),
+                                data(grad_sum), out.mutable_data_ptr(), nullptr,
+                                static_cast<float*>(scale.mutable_data_ptr()),
+                                static_cast<float*>(grad_weight.mutable_data_ptr())});
+}
+
+template <class Device>
+void rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse, Tensor out) {
+  Device::rotary(x, {shape_of(out), type_of(x), inverse, per_row<void>(x), per_row<void>(cos), per_row<void>(sin),
+                     out.mutable_data_ptr()});
+}
+
+template <class Device>
+void cross_entropy_forward(const Tensor& logits, const Tensor& labels, int64_t valid, Tensor top, Tensor sum,
+                           Tensor target) {
+  Device::cross_entropy_forward(
+      logits, {shape_of(logits), type_of(logits), valid, const_cast<void*>(logits.const_data_ptr()),
+               static_cast<const int64_t*>(labels.const_data_ptr()), static_cast<float*>(top.mutable_data_ptr()),
+               static_cast<float*>(sum.mutable_data_ptr()), static_cast<float*>(target.mutable_data_ptr()), nullptr,
+               nullptr});
+}
+
+template <class Device>
+void cross_entropy_backward(Tensor logits, const Tensor& labels, int64_t valid, const Tensor& lse,
+                            const Tensor& grad) {
+  Device::cross_entropy_backward(
+      logits, {shape_of(logits), type_of(logits), valid, logits.mutable_data_ptr(),
+               static_cast<const int64_t*>(labels.const_data_ptr()), nullptr, nullptr, nullptr,
+               static_cast<const float*>(lse.const_data_ptr()), static_cast<const float*>(grad.const_data_ptr())});
+}
+
 }  // namespace
 
 #define DROPOUT "int place, int key0, int key1, int limit, float factor"
@@ -180,14 +241,31 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megalite, m) {
         "Tensor? samples, " DROPOUT ", Tensor(a!) out, Tensor lse) -> ()");
   m.def("_bias_dropout_add(Tensor x, Tensor? bias, Tensor? residual, Tensor rows, Tensor samples, " DROPOUT
         ", Tensor(a!) out) -> ()");
+  m.def("_bias_gelu(Tensor x, Tensor? bias, Tensor? grad, Tensor(a!) out) -> ()");
+  m.def("_swiglu(Tensor x, Tensor? grad, Tensor(a!) out) -> ()");
+  m.def("_rms_norm_forward(Tensor x, Tensor? residual, Tensor weight, float epsilon, Tensor(a!) out, Tensor(b!)? sum, "
+        "Tensor(c!) scale) -> ()");
+  m.def("_rms_norm_backward(Tensor x, Tensor weight, Tensor grad, Tensor? grad_sum, Tensor scale, int group, "
+        "Tensor(a!) out, Tensor(b!) grad_weight) -> ()");
+  m.def("_rotary(Tensor x, Tensor cos, Tensor sin, bool inverse, Tensor(a!) out) -> ()");
+  m.def("_cross_entropy_forward(Tensor logits, Tensor labels, int valid, Tensor(a!) top, Tensor(b!) sum, "
+        "Tensor(c!) target) -> ()");
+  m.def("_cross_entropy_backward(Tensor(a!) logits, Tensor labels, int valid, Tensor lse, Tensor grad) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megalite, CompositeExplicitAutograd, m) { m.impl("_cpu_lanes", TORCH_BOX(&cpu_lanes)); }
 
-#define IMPLEMENT(Device)                                              \
-  m.impl("_softmax_forward", TORCH_BOX(&softmax_forward<Device>));     \
-  m.impl("_softmax_backward", TORCH_BOX(&softmax_backward<Device>));   \
-  m.impl("_bias_dropout_add", TORCH_BOX(&bias_dropout_add<Device>));
+#define IMPLEMENT(Device)                                                        \
+  m.impl("_softmax_forward", TORCH_BOX(&softmax_forward<Device>));               \
+  m.impl("_softmax_backward", TORCH_BOX(&softmax_backward<Device>));             \
+  m.impl("_bias_dropout_add", TORCH_BOX(&bias_dropout_add<Device>));             \
+  m.impl("_bias_gelu", TORCH_BOX(&bias_gelu<Device>));                           \
+  m.impl("_swiglu", TORCH_BOX(&swiglu<Device>));                                 \
+  m.impl("_rms_norm_forward", TORCH_BOX(&rms_norm_forward<Device>));             \
+  m.impl("_rms_norm_backward", TORCH_BOX(&rms_norm_backward<Device>));           \
+  m.impl("_rotary", TORCH_BOX(&rotary<Device>));                                 \
+  m.impl("_cross_entropy_forward", TORCH_BOX(&cross_entropy_forward<Device>));   \
+  m.impl("_cross_entropy_backward", TORCH_BOX(&cross_entropy_backward<Device>));
 
 STABLE_TORCH_LIBRARY_IMPL(megalite, CPU, m) { IMPLEMENT(OnCpu) }
 #ifdef MEGALITE_CUDA

@@ -1,6 +1,6 @@
-// The kernels for one instruction set. Each cpu_*.cpp sets MEGALITE_LANES and its target, then includes this file, so that all
-// of it is compiled for that target. Everything lies in an unnamed namespace: nothing of it can stand in for the code of
-// another target when they are linked. For the same reason no templates of the standard library are used.
+// The kernels for one instruction set. Each cpu_*.cpp sets MEGALITE_LANES and its target, then includes this file, so
+// that all of it is compiled for that target. Everything lies in an unnamed namespace: nothing of it can stand in for the
+// code of another target when they are linked. For the same reason no templates of the standard library are used.
 #include <math.h>
 #include <string.h>
 #ifdef __x86_64__
@@ -13,7 +13,12 @@
 
 MEGALITE_TARGET_BEGIN
 
-#include "rows.h"
+#include "activation.h"
+#include "cross_entropy.h"
+#include "dropout.h"
+#include "norm.h"
+#include "rotary.h"
+#include "softmax.h"
 
 namespace {
 using namespace megalite;
@@ -163,6 +168,20 @@ struct Simd {
     return reduce(v, [](auto a, auto b) { return a + b; });
   }
   float log(float x) const { return logf(x); }
+  float sqrt(float x) const { return sqrtf(x); }
+
+  template <class T>
+  float value(T x) const {
+    T many[kWidth] = {x};
+    return floats(many)[0];
+  }
+
+  // 1 in lane `lane` if there is such a lane, 0 in others.
+  V one_at(int lane) const {
+    float lanes[kWidth] = {};
+    if (lane >= 0 && lane < kWidth) lanes[lane] = 1;
+    return read<V>(lanes);
+  }
 
   // e^x = 2^n e^r with n the nearest integer to x / ln 2 (ln 2 in two parts, so that r is exact) and the polynomial of
   // Cephes' expf for e^r. Below 2^-126 it gives 0.
@@ -217,42 +236,15 @@ inline void by_type(Type type, F f) {
   else f(BFloat16{});
 }
 
-template <class A, class F>
-inline void each_row(const A& a, int64_t begin, int64_t end, float* scratch, F f) {
-  const Simd lanes{scratch, (a.shape.columns + kLanes - 1) / kLanes * kLanes};
-  for (int64_t row = begin; row < end; ++row) f(lanes, row);
-}
-
-template <bool kDropout>
-void softmax_forward_rows(const Softmax& a, int64_t begin, int64_t end, float* scratch) {
-  by_type(a.type, [&](auto zero) {
-    each_row(a, begin, end, scratch,
-             [&](const Simd& g, int64_t row) { softmax_forward<kDropout, decltype(zero)>(g, a, row); });
-  });
-}
-
-template <bool kDropout>
-void softmax_backward_rows(const Softmax& a, int64_t begin, int64_t end, float* scratch) {
-  by_type(a.type, [&](auto zero) {
-    each_row(a, begin, end, scratch,
-             [&](const Simd& g, int64_t row) { softmax_backward<kDropout, decltype(zero)>(g, a, row); });
-  });
-}
 }  // namespace
 
-MEGALITE_EXPORT void MEGALITE_NAME(softmax_forward)(const Softmax& a, int64_t begin, int64_t end, float* scratch) {
-  (a.dropout.rows.data ? softmax_forward_rows<true> : softmax_forward_rows<false>)(a, begin, end, scratch);
-}
-
-MEGALITE_EXPORT void MEGALITE_NAME(softmax_backward)(const Softmax& a, int64_t begin, int64_t end, float* scratch) {
-  (a.dropout.rows.data ? softmax_backward_rows<true> : softmax_backward_rows<false>)(a, begin, end, scratch);
-}
-
-MEGALITE_EXPORT void MEGALITE_NAME(bias_dropout_add)(const BiasDropoutAdd& a, int64_t begin, int64_t end, float* scratch) {
-  by_type(a.type, [&](auto zero) {
-    each_row(a, begin, end, scratch,
-             [&](const Simd& g, int64_t row) { bias_dropout_add<decltype(zero)>(g, a, row); });
-  });
-}
+#define MEGALITE_DEFINE(kernel, Arguments)                                                                        \
+  MEGALITE_EXPORT void MEGALITE_NAME(kernel)(const Arguments& a, int64_t begin, int64_t end, float* scratch) {    \
+    const Simd lanes{scratch, (a.shape.columns + kLanes - 1) / kLanes * kLanes};                                  \
+    by_type(a.type, [&](auto zero) {                                                                              \
+      for (int64_t row = begin; row < end; ++row) kernel<decltype(zero)>(lanes, a, row);                          \
+    });                                                                                                           \
+  }
+MEGALITE_KERNELS(MEGALITE_DEFINE)
 
 MEGALITE_TARGET_END

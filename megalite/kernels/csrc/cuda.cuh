@@ -39,6 +39,12 @@ struct GpuLanes {
   __device__ __forceinline__ float max(float a, float b) const { return a > b ? a : b; }
   __device__ __forceinline__ float exp(float x) const { return expf(x); }
   __device__ __forceinline__ float log(float x) const { return logf(x); }
+  __device__ __forceinline__ float sqrt(float x) const { return sqrtf(x); }
+  template <class T>
+  __device__ __forceinline__ float value(T x) const {
+    return to_float(x);
+  }
+  __device__ __forceinline__ float one_at(int at) const { return at == lane ? 1.f : 0.f; }
 
   __device__ __forceinline__ float inside(int c, int columns, float v, float otherwise) const {
     return c + lane < columns ? v : otherwise;
@@ -182,6 +188,12 @@ cudaError_t launch_rows(const typename Operation::Arguments& a, cudaStream_t str
   return cudaGetLastError();
 }
 
+// For rows of up to some 100 columns: a warp each, several in a block.
+template <class Operation>
+cudaError_t launch_short_rows(const typename Operation::Arguments& a, cudaStream_t stream) {
+  return launch_rows<Operation, 2, 8>(a, stream);
+}
+
 // launch(zero of the C++ type) for a type known at run time
 template <class F>
 int by_type(Type type, F launch) {
@@ -196,3 +208,21 @@ int by_type(Type type, F launch) {
 }  // namespace megalite
 
 #define MEGALITE_EXPORT extern "C" __attribute__((visibility("default")))
+
+// A kernel of MEGALITE_KERNELS as an operation and its launcher; `launch` is one of the launch_... above.
+#define MEGALITE_DEFINE_CUDA(kernel, Args, launch)                                              \
+  namespace {                                                                                   \
+  template <class T>                                                                            \
+  struct kernel##_operation {                                                                   \
+    using Arguments = megalite::Args;                                                           \
+    template <class L>                                                                          \
+    static __device__ __forceinline__ void run(const L& g, const Arguments& a, int64_t row) {   \
+      megalite::kernel<T>(g, a, row);                                                           \
+    }                                                                                           \
+  };                                                                                            \
+  }                                                                                             \
+  MEGALITE_EXPORT int megalite_##kernel##_cuda(const megalite::Args& a, void* stream) {         \
+    return megalite::by_type(a.type, [&](auto zero) {                                           \
+      return megalite::launch<kernel##_operation<decltype(zero)>>(a, static_cast<cudaStream_t>(stream)); \
+    });                                                                                         \
+  }

@@ -1,5 +1,6 @@
 // Softmax of attention scores on a GPU: a warp per row up to 1024 columns, a block per row above.
 #include "cuda.cuh"
+#include "softmax.h"
 
 namespace megalite {
 namespace {
