@@ -83,6 +83,44 @@ class BiasDropoutAddStruct(ctypes.Structure):
     ]  # fmt: skip
 
 
+class BiasGeluStruct(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape), ("type", ctypes.c_int32), ("x", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p), ("out", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class SwiGluStruct(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape), ("type", ctypes.c_int32), ("x", ctypes.c_void_p), ("grad", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class RmsNormStruct(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape), ("type", ctypes.c_int32), ("rows", ctypes.c_int64), ("group", ctypes.c_int64),
+        ("epsilon", ctypes.c_float), ("x", ctypes.c_void_p), ("residual", ctypes.c_void_p), ("weight", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p), ("grad_sum", ctypes.c_void_p), ("out", ctypes.c_void_p), ("sum", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p), ("grad_weight", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class RotaryStruct(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape), ("type", ctypes.c_int32), ("inverse", ctypes.c_int32), ("x", PerRow), ("cos", PerRow),
+        ("sin", PerRow), ("out", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class CrossEntropyStruct(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape), ("type", ctypes.c_int32), ("valid", ctypes.c_int64), ("logits", ctypes.c_void_p),
+        ("labels", ctypes.c_void_p), ("top", ctypes.c_void_p), ("sum", ctypes.c_void_p), ("target", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p), ("grad", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 class Dropout(NamedTuple):
     """Dropout of a tensor [i, j, k, columns]: rows and samples broadcast to [i, j, k]."""
 
@@ -174,6 +212,68 @@ class Target:
         )  # fmt: skip
         self._run("bias_dropout_add", struct)
         return decode(out)
+
+    def bias_gelu(self, x, bias, grad=None) -> np.ndarray:
+        """gelu(x + bias), or with `grad` the gradient of its argument: x [rows, columns]."""
+        out = np.full_like(x, 77)
+        kernel = "bias_gelu_forward" if grad is None else "bias_gelu_backward"
+        self._run(kernel, BiasGeluStruct(_rows(x), _type(x), *map(_pointer, (x, bias, grad, out))))
+        return decode(out)
+
+    def swiglu(self, x, grad=None) -> np.ndarray:
+        """silu(gate) * up of x [rows, 2 f], or with `grad` the gradient of x."""
+        out = np.full_like(x[:, ::2] if grad is None else x, 77, order="C")
+        shape = Shape((1, 1, x.shape[0]), x.shape[1] // 2)
+        kernel = "swiglu_forward" if grad is None else "swiglu_backward"
+        self._run(kernel, SwiGluStruct(shape, _type(x), *map(_pointer, (x, grad, out))))
+        return decode(out)
+
+    def rms_norm(self, x, residual, weight, epsilon: float, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(y, s, scale) of x [rows, columns], `group` rows to a lane group."""
+        y, s, scale = np.full_like(x, 77), np.full_like(x, 77), np.full(len(x), 77, np.float32)
+        shape = Shape((-(-len(x) // group), 1, 1), x.shape[1])
+        pointers = map(_pointer, (x, residual, weight, None, None, y, s, scale, None))
+        self._run("rms_norm_forward", RmsNormStruct(shape, _type(x), len(x), group, epsilon, *pointers))
+        return decode(y), decode(s), scale
+
+    def rms_norm_backward(self, s, weight, grad, grad_sum, scale, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """(gradient of s, parts of the weight's gradient [groups, columns])."""
+        ds, parts = np.full_like(s, 77), np.full((-(-len(s) // group), s.shape[1]), 77, np.float32)
+        pointers = map(_pointer, (s, None, weight, grad, grad_sum, ds, None, scale, parts))
+        shape = Shape((len(parts), 1, 1), s.shape[1])
+        self._run("rms_norm_backward", RmsNormStruct(shape, _type(s), len(s), group, 0, *pointers))
+        return decode(ds), parts.astype(np.float64)
+
+    def rotary(self, x, cos, sin, inverse: bool) -> np.ndarray:
+        """x [i, j, k, d] of any strides but the last, turned by tables that broadcast to it."""
+        out = np.full(x.shape, 77, x.dtype)
+        tables = (_per_row(t[..., 0], x.shape[:3]) for t in (x, cos, sin))
+        struct = RotaryStruct(Shape(x.shape[:3], x.shape[3]), _type(x), inverse, *tables, _pointer(out))
+        self._run("rotary", struct)
+        return decode(out)
+
+    def cross_entropy(self, logits, labels, valid: int) -> np.ndarray:
+        """(largest logit, sum of exp, the label's logit), [3, rows]."""
+        results = np.full((3, len(logits)), 77, np.float32)
+        struct = CrossEntropyStruct(
+            _rows(logits), _type(logits), valid, _pointer(logits), _pointer(labels), *map(_pointer, results), None, None
+        )
+        self._run("cross_entropy_forward", struct)
+        return results.astype(np.float64)
+
+    def cross_entropy_backward(self, logits, labels, valid: int, lse, grad) -> np.ndarray:
+        """The gradient of the logits."""
+        logits = logits.copy()
+        struct = CrossEntropyStruct(
+            _rows(logits), _type(logits), valid, _pointer(logits), _pointer(labels), None, None, None,
+            _pointer(lse), _pointer(grad),
+        )  # fmt: skip
+        self._run("cross_entropy_backward", struct)
+        return decode(logits)
+
+
+def _rows(x: np.ndarray) -> Shape:
+    return Shape((1, 1, x.shape[0]), x.shape[1])
 
 
 def _type(x: np.ndarray) -> int:

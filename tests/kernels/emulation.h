@@ -1,10 +1,10 @@
-// Runs CUDA kernels on a CPU, for tests: every thread of a block is a fiber with a stack of its own; blocks run one after
-// another. A fiber runs until it meets a barrier or a shuffle, and goes on when all who must come have come.
+// Runs CUDA kernels on a CPU, for tests: every thread of a block is a fiber with a stack of its own; blocks run one
+// after another. A fiber runs until it meets a barrier or a shuffle, and goes on when all who must come have come.
 //
 // It aborts, with a line that says why, where a GPU would hang or read nonsense: threads of a block that wait for
-// different things, a shuffle from a lane that does not take part. A missing __syncthreads shows in one of the two orders
-// of fibers (emulation_reverse), a wild access under AddressSanitizer. It knows nothing of real races, memory order or
-// speed. Needs CUDA's headers, no GPU and no nvcc.
+// different things, a shuffle from a lane that does not take part. A missing __syncthreads shows in one of the two
+// orders of fibers (emulation_reverse), a wild access under AddressSanitizer. It knows nothing of real races, memory
+// order or speed. Needs CUDA's headers, no GPU and no nvcc.
 #pragma once
 #include <math.h>
 #include <ucontext.h>

@@ -14,6 +14,8 @@ ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "floa
 """The same for the type of the output."""
 SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126, "float64": 2.0**-1022}
 """Below it (normal numbers of fp32 and bf16, any of fp16) a result may be 0."""
+TINY = 2.0**-126
+"""A sigmoid below it may be 0."""
 EXP = 4
 """Roundings in an exponential of a given argument."""
 
@@ -86,6 +88,88 @@ def bias_dropout_add(x, bias, residual, dropout):
     y = np.where(kept(dropout, x.shape), added / (1 - dropout.p), 0)
     residual = 0 if residual is None else residual
     return y + residual, UNIT * (4 * size + 2 * np.abs(residual))
+
+
+def _sigmoid(x):
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
+
+
+def bias_gelu(x, bias, grad=None):
+    """(gelu(x + bias), or with `grad` the gradient of its argument; bound on the error)."""
+    v = x if bias is None else x + bias
+    of_sum = 0 if bias is None else UNIT * np.abs(v)
+    c, k = 2 * np.sqrt(2 / np.pi), 0.044715
+    argument = c * (v + k * v**3)
+    s = _sigmoid(argument)
+    of_sigmoid = UNIT * (8 * np.abs(argument) * (1 - s) + EXP + 4)  # relative: 8 roundings in the argument
+    if grad is None:
+        return v * s, np.abs(v) * (s * of_sigmoid + TINY) + 1.2 * of_sum  # 1.2: no slope of gelu is steeper
+    steep = np.abs(v) * c * (1 + 3 * k * v**2) * (s + TINY / UNIT)
+    bound = TINY + s * of_sigmoid + steep * ((1 - s) * (of_sigmoid + 8 * UNIT) + s * of_sigmoid + 2 * UNIT) + of_sum
+    return grad * (s + v * s * (1 - s) * c * (1 + 3 * k * v**2)), np.abs(grad) * (bound + 4 * UNIT)
+
+
+def swiglu(x, grad=None):
+    """(silu(gate) * up, or with `grad` the gradient of x; bound on the error)."""
+    gate, up = np.split(x, 2, axis=-1)
+    s = _sigmoid(gate)
+    relative = UNIT * (EXP + 8 + 2 * np.abs(gate))
+    if grad is None:
+        return gate * s * up, np.abs(gate * up) * (s * relative + TINY)
+    d_gate, d_up = grad * up * s * (1 + gate * (1 - s)), grad * gate * s
+    of_sigmoid = np.abs(grad) * (s * relative + TINY)
+    bounds = of_sigmoid * np.abs(up) * (1 + np.abs(gate)), of_sigmoid * np.abs(gate)
+    return np.concatenate([d_gate, d_up], axis=-1), np.concatenate(bounds, axis=-1)
+
+
+def rms_norm(x, residual, weight, epsilon):
+    """(y, s, scale, bound on y's error, bound on that of s)."""
+    s = x if residual is None else x + residual
+    scale = 1 / np.sqrt((s**2).mean(axis=-1, keepdims=True) + epsilon)
+    of_sum = 0 if residual is None else UNIT * np.abs(s)
+    y = weight * s * scale
+    return y, s, scale[..., 0], np.abs(y) * UNIT * (s.shape[-1] / 2 + 10), of_sum
+
+
+def rms_norm_backward(s, weight, grad, grad_sum, scale, group):
+    """(ds, parts of dw, bounds on the errors of both), from the scale that the forward gave."""
+    scale = scale[:, None].astype(np.float64)
+    n, d = s * scale, grad * weight
+    mean, magnitude = (d * n).mean(axis=-1, keepdims=True), np.abs(d * n).mean(axis=-1, keepdims=True)
+    ds = scale * (d - n * mean) + (0 if grad_sum is None else grad_sum)
+    bound = scale * UNIT * (8 * (np.abs(d) + np.abs(n * mean)) + (s.shape[-1] + 8) * np.abs(n) * magnitude)
+    bound = bound + (0 if grad_sum is None else 2 * UNIT * np.abs(grad_sum))
+    starts = np.arange(0, len(s), group)
+    parts, sizes = (np.add.reduceat(t, starts, axis=0) for t in (grad * n, np.abs(grad * n)))
+    return ds, parts, bound, UNIT * (group + 4) * sizes
+
+
+def rotary(x, cos, sin, inverse):
+    """(x turned, bound on the error)."""
+    first, second = np.split(x, 2, axis=-1)
+    other = np.concatenate([-second, first], axis=-1) * (-1 if inverse else 1)
+    return x * cos + other * sin, 3 * UNIT * (np.abs(x * cos) + np.abs(other * sin))
+
+
+def cross_entropy(logits, labels, valid):
+    """(largest, sum of exp, the label's logit; bound on the error of the sum), each [rows]."""
+    x = logits[:, :valid]
+    top = x.max(axis=-1)
+    total = np.exp(x - top[:, None]).sum(axis=-1)
+    here = (labels >= 0) & (labels < valid)
+    target = np.where(here, logits[np.arange(len(labels)), np.where(here, labels, 0)], 0)
+    return top, total, target, total * UNIT * (4 * np.abs(x).max(axis=-1) + EXP + valid)
+
+
+def cross_entropy_backward(logits, labels, valid, lse, grad):
+    """((softmax - [column is label]) * grad, 0 from `valid` on; bound on the error)."""
+    x, lse, grad = logits[:, :valid], lse[:, None].astype(np.float64), grad[:, None].astype(np.float64)
+    p = np.exp(x - lse)
+    label = np.arange(logits.shape[1]) == labels[:, None]
+    label[:, valid:] = False
+    p, size = (np.pad(t, ((0, 0), (0, logits.shape[1] - valid))) for t in (p, np.abs(x) + np.abs(lse)))
+    return (p - label) * grad, np.abs(grad) * UNIT * (p * (2 * size + EXP) + 3 * (p + label))
 
 
 def assert_close(got, expected, bound, dtype: str) -> None:

@@ -178,9 +178,84 @@ def test_every_number_of_16_bits_survives(target):
         np.testing.assert_array_equal(y[kept & ~finite], values[kept & ~finite])
 
 
+ROWS = 7
+
+
+@pytest.mark.parametrize("dtype", bare.TYPES)
+def test_gelu_and_swiglu(target, dtype):
+    for columns in [*FEW, 2051]:
+        x, grad, b = (bare.encode(draw(s, i), dtype) for i, s in enumerate([(ROWS, columns)] * 2 + [(columns,)]))
+        for bias in (None, b):
+            exact = bare.decode(x), None if bias is None else bare.decode(bias)
+            for g in (None, grad):
+                y, bound = reference.bias_gelu(*exact, None if g is None else bare.decode(g))
+                reference.assert_close(target.bias_gelu(x, bias, g), y, bound, dtype)
+        both = bare.encode(draw((ROWS, 2 * columns), 9), dtype)
+        for g in (None, grad):
+            y, bound = reference.swiglu(bare.decode(both), None if g is None else bare.decode(g))
+            reference.assert_close(target.swiglu(both, g), y, bound, dtype)
+
+
+@pytest.mark.parametrize("dtype", bare.TYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(target, dtype, with_residual):
+    for columns in [*FEW, 2051, 4097]:
+        shape = (ROWS, columns)
+        x, r, grad, grad_sum = (bare.encode(draw(shape, i), dtype) for i in range(4))
+        weight = bare.encode(draw(columns, 9), dtype)
+        r, grad_sum = (r, grad_sum) if with_residual else (None, None)
+        exact = [None if t is None else bare.decode(t) for t in (x, r, weight)]
+        y, s, scale, bound, of_sum = reference.rms_norm(*exact, 1e-5)
+        got_y, got_s, got_scale = target.rms_norm(x, r, weight, 1e-5, group=1)
+        reference.assert_close(got_y, y, bound + of_sum * scale[:, None] * abs(exact[2]), dtype)
+        if with_residual:
+            reference.assert_close(got_s, s, of_sum, dtype)
+        reference.assert_close(got_scale, scale, reference.UNIT * (columns / 2 + 8) * scale, "float32")
+
+        given = bare.encode(s, dtype)
+        exact_grads = [None if t is None else bare.decode(t) for t in (grad, grad_sum)]
+        ds, parts, bound, of_parts = reference.rms_norm_backward(
+            bare.decode(given), exact[2], *exact_grads, got_scale, group=3
+        )
+        got_ds, got_parts = target.rms_norm_backward(given, weight, grad, grad_sum, got_scale, group=3)
+        reference.assert_close(got_ds, ds, bound, dtype)
+        reference.assert_close(got_parts, parts, of_parts, "float32")
+
+
+@pytest.mark.parametrize("dtype", bare.TYPES)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rotary(target, dtype, inverse):
+    for d in (2, 6, 64, 66, 128, 130, 600):
+        whole = bare.encode(draw((3, 2, 4, 2 * d), d), dtype)
+        x = whole[..., d:]  # heads of a larger tensor
+        for shape in ((3, 1, 1, d), (3, 2, 1, d)):
+            angles = draw((*shape[:3], d // 2), 1)
+            cos, sin = (bare.encode(np.concatenate([f(angles)] * 2, -1), dtype) for f in (np.cos, np.sin))
+            y, bound = reference.rotary(*(bare.decode(t) for t in (x, cos, sin)), inverse)
+            reference.assert_close(target.rotary(x, cos, sin, inverse), y, bound, dtype)
+
+
+@pytest.mark.parametrize("dtype", bare.TYPES)
+def test_cross_entropy(target, dtype):
+    """Labels of this part of the vocabulary, of the padding, and of other parts."""
+    for columns in [*FEW, 2051, 8192, 20000]:
+        valid = max(1, columns - columns // 5)
+        logits = bare.encode(draw((ROWS, columns), columns), dtype)
+        labels = np.array([0, valid - 1, valid // 2, valid, columns - 1, -1, columns + 5])
+        top, total, target_logit, bound = reference.cross_entropy(bare.decode(logits), labels, valid)
+        got = target.cross_entropy(logits, labels, valid)
+        np.testing.assert_array_equal(got[[0, 2]], [top, target_logit])
+        reference.assert_close(got[1], total, bound, "float32")
+        lse, grad = (top + np.log(total)).astype(np.float32), draw(ROWS, 3).astype(np.float32)
+        dx, bound = reference.cross_entropy_backward(bare.decode(logits), labels, valid, lse, grad)
+        got_dx = target.cross_entropy_backward(logits, labels, valid, lse, grad)
+        reference.assert_close(got_dx, dx, bound, dtype)
+        assert (got_dx[:, valid:] == 0).all()
+
+
 @pytest.mark.skipif(bool(ASAN), reason="already under AddressSanitizer")
 def test_no_access_out_of_bounds(tmp_path):
-    """The tests of short rows again in a process under AddressSanitizer, which knows where each array ends."""
+    """The tests of fp32 again in a process under AddressSanitizer, which knows where each array ends."""
     sanitize = ("-O1", "-g", "-fsanitize=address")
     bare.build(tmp_path, False, *sanitize).rename(tmp_path / "cpu.so")
     if bare.CUDA_INCLUDE:
@@ -189,7 +264,7 @@ def test_no_access_out_of_bounds(tmp_path):
     environment = os.environ | {
         "MEGALITE_TEST_ASAN": str(tmp_path), "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
     }  # fmt: skip
-    select = "(test_softmax or bias_dropout_add) and not reversed"
+    select = "float32 and not reversed"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", select],
         env=environment, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -1,6 +1,6 @@
 // Registers the kernels as operators megalite::_... over torch's stable ABI: one build serves all Pythons and later
-// versions of torch. They are the native bodies of the operators that the Python modules beside this folder define; these
-// check what they are given, allocate the outputs, and view tensors as [i, j, k, columns] (arguments.h).
+// versions of torch. They are the native bodies of the operators that the Python modules beside this folder define;
+// these check what they are given, allocate the outputs, and view tensors as [i, j, k, columns] (arguments.h).
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,6 +1,7 @@
 // The kernels for one instruction set. Each cpu_*.cpp sets MEGALITE_LANES and its target, then includes this file, so
-// that all of it is compiled for that target. Everything lies in an unnamed namespace: nothing of it can stand in for the
-// code of another target when they are linked. For the same reason no templates of the standard library are used.
+// that all of it is compiled for that target. Everything is inlined or lies in an unnamed namespace: nothing can stand
+// in for the code of another target when they are linked. For the same reason no templates of the standard library are
+// used.
 #include <math.h>
 #include <string.h>
 #ifdef __x86_64__

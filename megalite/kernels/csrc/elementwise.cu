@@ -1,6 +1,7 @@
 // GELU, SwiGLU and rotary embedding on a GPU: a block per row, or a warp per head.
+#include "cuda.cuh"  // first: it says what the others are compiled for
+
 #include "activation.h"
-#include "cuda.cuh"
 #include "rotary.h"
 
 MEGALITE_DEFINE_CUDA(bias_gelu_forward, BiasGelu, launch_blocks)

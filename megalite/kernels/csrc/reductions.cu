@@ -1,6 +1,7 @@
 // RMSNorm and cross-entropy on a GPU: a block per group of rows, or per row.
+#include "cuda.cuh"  // first: it says what the others are compiled for
+
 #include "cross_entropy.h"
-#include "cuda.cuh"
 #include "norm.h"
 
 MEGALITE_DEFINE_CUDA(rms_norm_forward, RmsNorm, launch_blocks)

@@ -6,7 +6,8 @@ namespace megalite {
 
 template <class T>
 ROW_FN const T* typed(const PerRow<void>& value, const Shape& shape, int64_t row) {
-  return at(PerRow<T>{static_cast<const T*>(value.data), {value.stride[0], value.stride[1], value.stride[2]}}, shape, row);
+  const PerRow<T> same{static_cast<const T*>(value.data), {value.stride[0], value.stride[1], value.stride[2]}};
+  return at(same, shape, row);
 }
 
 template <class T, class L>

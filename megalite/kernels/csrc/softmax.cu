@@ -1,5 +1,6 @@
 // Softmax of attention scores on a GPU: a warp per row up to 1024 columns, a block per row above.
-#include "cuda.cuh"
+#include "cuda.cuh"  // first: it says what the others are compiled for
+
 #include "softmax.h"
 
 namespace megalite {
