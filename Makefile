@@ -49,5 +49,5 @@ lint: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache megalite/kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -254,6 +254,7 @@ def test_cross_entropy(target, dtype):
 
 
 @pytest.mark.skipif(bool(ASAN), reason="already under AddressSanitizer")
+@pytest.mark.timeout(900)
 def test_no_access_out_of_bounds(tmp_path):
     """The tests of fp32 again in a process under AddressSanitizer, which knows where each array ends."""
     sanitize = ("-O1", "-g", "-fsanitize=address")
