@@ -4,7 +4,7 @@ They are an extra: without a C++ compiler or without torch in the build environm
 compiling fails, the package is built without them and says so. `python -m megalite.kernels` tells what there is.
 
 The CUDA part needs nvcc of the same major version as a CUDA build of torch. MEGALITE_CUDA_ARCHITECTURES names the GPUs,
-"80;90;100" unless set; the last one's PTX serves later ones.
+those of "80;90;100" that nvcc knows unless set; the last one's PTX serves later ones.
 """
 
 import os
@@ -47,9 +47,11 @@ def cuda_compiler(version: str | None) -> tuple[str, Path] | None:
     return nvcc, Path(re.search(r"^#\$ TOP=(.*)$", plan, re.M).group(1)) / "lib64"
 
 
-def cuda_flags() -> list[str]:
+def cuda_flags(nvcc: str) -> list[str]:
     """nvcc's flags for the GPUs asked for."""
-    names = os.environ.get("MEGALITE_CUDA_ARCHITECTURES", "80;90;100").split(";")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    usual = ";".join(name for name in ("80", "90", "100") if f"sm_{name}" in known)
+    names = os.environ.get("MEGALITE_CUDA_ARCHITECTURES", usual).split(";")
     code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     return ["-std=c++17", "-O3", *code, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
 
@@ -68,16 +70,24 @@ class BuildKernels(build_ext):
         """Compile the .cu sources to objects, then leave the rest to setuptools."""
         found = cuda_compiler(extension.cuda)
         if found:
-            nvcc, libraries = found
-            for source in sorted(SOURCES.glob("*.cu")):
-                target = Path(self.build_temp, source.stem + ".cuda.o")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self.spawn([nvcc, "-c", *cuda_flags(), "-Xcompiler=-fPIC", str(source), "-o", str(target)])
-                extension.extra_objects.append(str(target))
-            extension.define_macros += [("MEGALITE_CUDA", None), ("USE_CUDA", None)]
-            extension.library_dirs.append(str(libraries))
-            extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+            try:
+                self.add_cuda(extension, *found)
+            except Exception as problem:
+                print(f"megalite is built without its CUDA part: {problem}")
         super().build_extension(extension)
+
+    def add_cuda(self, extension, nvcc, libraries):
+        """Add the CUDA part; raises when nvcc fails, with the extension as it was."""
+        objects = []
+        for source in sorted(SOURCES.glob("*.cu")):
+            target = Path(self.build_temp, source.stem + ".cuda.o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.spawn([nvcc, "-c", *cuda_flags(nvcc), "-Xcompiler=-fPIC", str(source), "-o", str(target)])
+            objects.append(str(target))
+        extension.extra_objects += objects
+        extension.define_macros += [("MEGALITE_CUDA", None), ("USE_CUDA", None)]
+        extension.library_dirs.append(str(libraries))
+        extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
     def get_ext_filename(self, name):
         """No Python version in the file's name: the library knows nothing of Python."""

@@ -257,7 +257,7 @@ def test_cross_entropy(target, dtype):
 @pytest.mark.timeout(900)
 def test_no_access_out_of_bounds(tmp_path):
     """The tests of fp32 again in a process under AddressSanitizer, which knows where each array ends."""
-    sanitize = ("-O1", "-g", "-fsanitize=address")
+    sanitize = ("-O1", "-g1", "-fsanitize=address")
     bare.build(tmp_path, False, *sanitize).rename(tmp_path / "cpu.so")
     if bare.CUDA_INCLUDE:
         bare.build(tmp_path, True, *sanitize).rename(tmp_path / "cuda.so")
