@@ -19,8 +19,10 @@ help:
 install: $(STAMP)
 
 # Newer than what it depends on exactly when the last install succeeded.
-$(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/pip
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+# torch comes first and the build is not isolated, so that the native kernels are built against this torch.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard megalite/kernels/csrc/*) | $(BIN)/pip
+	$(BIN)/python -m pip install -c constraints.txt torch 'setuptools>=77'
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 # Debian and Ubuntu ship venv without ensurepip unless python3-venv is installed; a pip of the system can stand in.
@@ -51,5 +53,5 @@ lint: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache megalite/kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

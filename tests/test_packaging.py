@@ -1,4 +1,4 @@
-"""The package as it is installed: what it holds, what it needs, and that it builds without a compiler."""
+"""The package as it is installed: what it holds, what it needs, and that it builds with and without a compiler."""
 
 import ast
 import os
@@ -58,19 +58,49 @@ def test_torch_is_pinned_in_one_place():
     assert names == ["./constraints.txt"]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """megalite's wheel, built where there is no compiler."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT / "megalite", source / "megalite", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+def build_wheel(source: Path, out: Path, **environment: str) -> zipfile.ZipFile:
+    """megalite's wheel, built in this environment from a copy of what it is built from."""
+    shutil.copytree(ROOT / "megalite", source / "megalite", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     run = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source],
-        env=os.environ | {"CC": "false", "CXX": "false"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
     return zipfile.ZipFile(next(out.glob("megalite-*.whl")))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """megalite's wheel, built where there is no compiler."""
+    return build_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel"), CC="false", CXX="false")
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_with_a_compiler_one_wheel_has_the_kernels_for_all_pythons(tmp_path):
+    wheel = build_wheel(tmp_path / "source", tmp_path / "out")
+    assert "-cp310-abi3-" in wheel.filename
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert held - {str(path.relative_to(ROOT)) for path in SOURCES} == {"megalite/kernels/native_library.so"}
+    wheel.extractall(tmp_path / "installed")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    environment.pop("MEGALITE_KERNELS", None)
+    for switch, expected in (({}, "CPU:  native"), ({"MEGALITE_KERNELS": "off"}, "native kernels: none")):
+        run = subprocess.run(
+            [sys.executable, "-m", "megalite.kernels"],
+            cwd=tmp_path, env=environment | switch, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 0 and run.stdout.startswith(expected), run.stdout + run.stderr
+
+
+def test_without_torch_in_the_build_environment_the_wheel_is_pure_python(tmp_path):
+    """As under pip's build isolation."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError")
+    wheel = build_wheel(tmp_path / "source", tmp_path / "out", PYTHONPATH=str(tmp_path))
+    assert wheel.filename.endswith("-py3-none-any.whl")
+    assert not any(name.endswith(".so") for name in wheel.namelist())
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):

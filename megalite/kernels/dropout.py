@@ -9,11 +9,12 @@ under the key of the seed; the element is dropped when the word is below round(p
 the same word of 64 neighbouring counters, so that a vector unit never has to interleave the four words (a planar
 layout).
 
-This is the reference in plain PyTorch, on any device. Nothing is kept for the backward but the coordinates.
+`keep_mask` is the reference in plain PyTorch, on any device. Nothing is kept for the backward but the coordinates.
 """
 
 import torch
 
+from megalite.kernels import native
 from megalite.kernels.philox import KEY_STEPS, MASK, MULTIPLIERS, ROUNDS
 
 _BLOCK = 1 << 14
@@ -60,6 +61,38 @@ def keep_mask(
     return keep.view(rows.shape[0], 4 * counters)[:, :columns].reshape(*shape, columns)
 
 
+def check_dropout(x: torch.Tensor, rows: torch.Tensor | None, samples: torch.Tensor | None, p: float) -> None:
+    """Raise ValueError or TypeError unless rows and samples (both or neither) broadcast to x's rows and 0 <= p < 1."""
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout takes 0 <= p < 1, not {p}")
+    if (rows is None) != (samples is None) or (rows is None and p > 0):
+        raise ValueError("dropout takes both the rows and the samples of a tensor")
+    for name, numbers in (("rows", rows), ("samples", samples)):
+        if numbers is None:
+            continue
+        if numbers.dtype != torch.int64:
+            raise TypeError(f"the {name} are of {numbers.dtype}, not int64")
+        if numbers.device != x.device:
+            raise ValueError(f"the {name} are on {numbers.device}, the tensor is on {x.device}")
+        leading = x.shape[:-1]
+        fits = zip(numbers.shape[::-1], leading[::-1])
+        if numbers.dim() > len(leading) or any(n not in (1, size) for n, size in fits):
+            raise ValueError(f"{name} {tuple(numbers.shape)} do not broadcast to the rows {tuple(leading)}")
+
+
+def _check(x, bias, residual, rows, samples, p) -> None:
+    if x.dim() == 0 or not x.is_floating_point():
+        raise TypeError(f"dropout takes floating-point tensors [..., columns], not {x.dtype} {tuple(x.shape)}")
+    for name, other, shape in (("bias", bias, x.shape[-1:]), ("residual", residual, x.shape)):
+        if other is None:
+            continue
+        if other.shape != shape:
+            raise ValueError(f"the {name} is {tuple(other.shape)}, not {tuple(shape)}")
+        if other.dtype != x.dtype or other.device != x.device:
+            raise TypeError(f"the {name} is {other.dtype} on {other.device}, x is {x.dtype} on {x.device}")
+    check_dropout(x, rows, samples, p)
+
+
 @torch.library.custom_op("megalite::bias_dropout_add", mutates_args=())
 def bias_dropout_add(
     x: torch.Tensor,
@@ -77,14 +110,30 @@ def bias_dropout_add(
     `rows` and `samples` (int64, broadcasting to [...]) say which row of which sample each row of x is in the whole
     model. The result is contiguous.
     """
+    _check(x, bias, residual, rows, samples, p)
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    if native.takes(x) and round(p * 2**32) > 0:
+        return _native(x, bias, residual, rows, samples, place, key0, key1, p)
     y = x if bias is None else x + bias
     keep = keep_mask(rows, samples, x.shape[-1], place, (key0, key1), p)
     y = torch.where(keep, y * (1 / (1 - p)), 0)  # one rounding: in bf16, 1 / 0.9 itself would be 0.16% too small
     return y if residual is None else y.add_(residual)
 
 
+def _native(x, bias, residual, rows, samples, place, key0, key1, p) -> torch.Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    residual = residual if residual is None else native.as_rows(residual)
+    bias = bias if bias is None else bias.contiguous()
+    rows, samples = (native.row_numbers(part, x.shape[:-1]) for part in (rows, samples))
+    words = native.dropout_words(place, key0, key1, p)
+    torch.ops.megalite._bias_dropout_add(native.as_rows(x), bias, residual, rows, samples, *words, native.as_rows(y))
+    return y
+
+
 @bias_dropout_add.register_fake
 def _(x, bias, residual, rows, samples, place, key0, key1, p):
+    _check(x, bias, residual, rows, samples, p)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from megalite.kernels.dropout import bias_dropout_add, place
+from megalite.kernels.softmax import Dropout
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.rng import REPLICATED, TENSOR, Rng, RngTracker, dropout
 
@@ -61,8 +62,12 @@ class AttentionDropout(nn.Module):
         """`samples` [b]: global numbers of the rows of the microbatch."""
         if isinstance(self.rng, RngTracker):
             return dropout(weights, self.p, self.rng[TENSOR])
+        rows, samples, place, key, p = self.counted(*weights.shape[1:3], samples)
+        return bias_dropout_add(weights, None, None, rows, samples, place, *key, p)
+
+    def counted(self, heads: int, queries: int, samples: torch.Tensor | None) -> Dropout:
+        """The same dropout for a fused softmax of scores [b, heads, queries, keys], under the scheme of counters."""
         samples = _needed(samples)
-        _, heads, queries, _ = weights.shape
         first = self.part * heads * queries
-        rows = torch.arange(first, first + heads * queries, device=weights.device).view(heads, queries)
-        return bias_dropout_add(weights, None, None, rows, samples[:, None, None], self.place, *self.rng.key, self.p)
+        rows = torch.arange(first, first + heads * queries, device=samples.device).view(heads, queries)
+        return Dropout(rows, samples[:, None, None], self.place, self.rng.key, self.p)

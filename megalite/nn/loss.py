@@ -2,6 +2,7 @@
 
 import torch
 
+from megalite.kernels.cross_entropy import cross_entropy_gradient_, cross_entropy_statistics
 from megalite.nn.parameter import ParameterSpec
 from megalite.parallel.collectives import Group, all_reduce
 
@@ -9,31 +10,24 @@ from megalite.parallel.collectives import Group, all_reduce
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, start, valid, group):
-        # Works in place: logits are the largest tensor of the model, and nothing else needs them.
-        x = logits.detach()
-        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        x[..., valid:] = float("-inf")
-        top = x.amax(dim=-1)
-        all_reduce(top, group, op="max")
-        x.sub_(top.unsqueeze(-1))
         local = labels - start
-        elsewhere = (local < 0) | (local >= valid)
-        local = local.masked_fill(elsewhere, 0).unsqueeze(-1)
-        target = x.gather(-1, local).squeeze(-1).masked_fill(elsewhere, 0.0)
-        sums = torch.stack([target, x.exp_().sum(dim=-1)])
+        own_top, total, target = cross_entropy_statistics(logits, local, valid)
+        top = own_top.clone()
+        all_reduce(top, group, op="max")
+        sums = torch.stack([target, total * (own_top - top).exp()])
         all_reduce(sums, group)
-        target, total = sums
-        ctx.save_for_backward(x.div_(total.unsqueeze(-1)), local, elsewhere)
-        ctx.dtype = logits.dtype
-        return total.log() - target
+        target, log_total = sums[0], sums[1].log()
+        ctx.save_for_backward(logits, local, top + log_total)
+        ctx.valid = valid
+        return log_total - (target - top)
 
     @staticmethod
     def backward(ctx, grad):
-        probabilities, local, elsewhere = ctx.saved_tensors
-        x = probabilities.mul_(grad.unsqueeze(-1))
-        here = grad.masked_fill(elsewhere, 0.0)
-        x.scatter_add_(-1, local, -here.unsqueeze(-1))
-        return x.to(ctx.dtype), None, None, None, None
+        logits, local, lse = ctx.saved_tensors
+        # In place: logits are the largest tensor of the model, and nothing else needs them.
+        logits = logits.detach()
+        cross_entropy_gradient_(logits, local, ctx.valid, lse, grad)
+        return logits, None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
@@ -41,8 +35,9 @@ def vocab_parallel_cross_entropy(
 ) -> torch.Tensor:
     """-log softmax(logits)[label] for every token: logits [..., v/t], labels [...] -> losses [...].
 
-    Computed in fp32 for half precisions, in the logits' own dtype otherwise; the logits may be overwritten. `weight` is
-    the spec of the output weight: its box says which entries these logits are for; padding counts for nothing.
+    Computed in fp32 for half precisions, in the logits' own dtype otherwise; the backward overwrites the logits.
+    `weight` is the spec of the output weight: its box says which entries these logits are for; padding counts for
+    nothing.
     """
     return _VocabParallelCrossEntropy.apply(logits, labels, weight.box.offset[0], weight.box.shape[0], group)
 

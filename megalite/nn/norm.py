@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from megalite.kernels.norm import rms_norm
 from megalite.nn.config import ModelConfig
 from megalite.nn.parameter import ParameterSpec, make_parameter
 from megalite.parallel.boxes import Box
@@ -31,7 +32,7 @@ class Norm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, h] -> [s, b, h]."""
         if self.bias is None:
-            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+            return rms_norm(x, self.weight, self.epsilon)[0]
         if x.dtype == torch.bfloat16 and not x.is_cuda:
             # torch's CPU kernel sums the gradients of weight and bias over the tokens in bf16, and loses most of them.
             weight, bias = self.weight.float(), self.bias.float()

@@ -2,6 +2,8 @@
 
 import torch
 
+from megalite.kernels.rotary import rotary
+
 
 def rotary_table(length: int, head_size: int, base: float, dtype, device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position * base^(-2i/d), each [s, 1, 1, d] with the d/2 frequencies repeated for both halves."""
@@ -20,6 +22,4 @@ def table_at(table: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor) 
 
 def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotate queries or keys [s, b, n, d] by their positions: a table [s, 1, 1, d], or [s, b, 1, d] of each row's."""
-    cos, sin = table
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return rotary(x, *table)

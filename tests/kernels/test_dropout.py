@@ -99,7 +99,7 @@ BOTH = pytest.mark.parametrize(
 
 
 @BOTH
-def test_the_operator_is_a_composition(bias, residual):
+def test_the_operator_is_a_composition(body, bias, residual):
     x, b, r, rows, samples, *rest = arguments(bias, residual)
     keep = keep_mask(rows, samples, x.shape[-1], rest[0], KEY, rest[-1])
     expected = (x + (b if bias else 0)) * keep / (1 - rest[-1]) + (r if residual else 0)
@@ -107,11 +107,11 @@ def test_the_operator_is_a_composition(bias, residual):
 
 
 @BOTH
-def test_the_operator_passes_opcheck(bias, residual):
+def test_the_operator_passes_opcheck(body, bias, residual):
     torch.library.opcheck(bias_dropout_add, arguments(bias, residual, torch.float32))
 
 
-def test_the_operator_passes_opcheck_without_gradients():
+def test_the_operator_passes_opcheck_without_gradients(body):
     detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments(True, True, torch.bfloat16)]
     torch.library.opcheck(bias_dropout_add, tuple(detached))
 
@@ -123,8 +123,8 @@ def test_the_gradient_is_the_derivative(bias, residual):
     assert torch.autograd.gradgradcheck(bias_dropout_add, args)
 
 
-def test_the_inputs_stay_and_may_be_of_any_strides():
-    x, b, r, *rest = arguments(True, True)
+def test_the_inputs_stay_and_may_be_of_any_strides(body):
+    x, b, r, *rest = arguments(True, True, torch.float32)
     before = [t.detach().clone() for t in (x, b, r)]
     expected = bias_dropout_add(x, b, r, *rest)
     for t, was in zip((x, b, r), before):
@@ -135,9 +135,9 @@ def test_the_inputs_stay_and_may_be_of_any_strides():
     torch.library.opcheck(bias_dropout_add, (strided, None, None, *rest), test_utils="test_faketensor")
 
 
-def test_it_compiles_whole():
+def test_it_compiles_whole(body):
     torch._dynamo.reset()
-    args = arguments(True, True)
+    args = arguments(True, True, torch.float32)
 
     def step(*args):
         return bias_dropout_add(*args).square().mean()
@@ -150,20 +150,57 @@ def test_it_compiles_whole():
         torch.testing.assert_close(a, b)
 
 
-def test_nothing_is_kept_for_the_backward_but_coordinates():
+def test_nothing_is_kept_for_the_backward_but_coordinates(body):
     args, kept = arguments(True, True, shape=(8, 4, 300)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         bias_dropout_add(*args).sum().backward()
     assert sorted(kept) == [4, 8]  # the samples, the rows
 
 
-def test_bf16_is_rounded_once_where_there_is_nothing_to_add():
+def test_bf16_is_rounded_once_where_there_is_nothing_to_add(body):
     """Were 1 / 0.9 rounded to bf16 first, everything that stays would be 0.16% too small."""
     x = torch.linspace(1, 2, 1000).bfloat16()[None, None]
     y = bias_dropout_add(x, None, None, torch.arange(1)[:, None], torch.arange(1), 25, *KEY, 0.1)
     kept = y != 0
     assert 850 < kept.sum() < 950
     assert torch.equal(y[kept], (x[kept].float() / 0.9).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5), (3, 0, 5), (3, 2, 0)])
+def test_empty_tensors_give_empty_tensors(body, shape):
+    args = arguments(True, True, torch.float32, shape)
+    y = bias_dropout_add(*args)
+    y.sum().backward()
+    assert y.shape == args[0].grad.shape == shape
+
+
+def test_tensors_of_any_number_of_dims(body):
+    """Rows are flattened where there are more than three dims of them."""
+    x, rows, samples = torch.randn(2, 3, 4, 5, 60), torch.arange(60).view(3, 4, 5), torch.arange(2).view(2, 1, 1, 1)
+    for take in (x, x[0], x[0, 0], x[0, 0, 0], x[0, 0, 0, 0]):
+        lead = take.dim() - 1
+        own_rows = rows if lead > 2 else rows[0, 0] if lead == 1 else rows[0] if lead == 2 else rows[0, 0, 0]
+        own_samples = samples if lead == 4 else samples[0, 0, 0, 0]
+        kept = keep_mask(own_rows.expand(take.shape[:-1]), own_samples.expand(take.shape[:-1]), 60, 25, KEY, 0.3)
+        y = bias_dropout_add(take, None, None, own_rows, own_samples, 25, *KEY, 0.3)
+        assert y.shape == take.shape and torch.equal(y != 0, kept)
+
+
+def test_wrong_arguments_are_refused_with_words(body):
+    x, b, r, rows, samples, *rest = arguments(True, True, torch.float32)
+    bad = [
+        (TypeError, "floating-point", (x.detach().long(), None, None, rows, samples, *rest)),
+        (ValueError, r"the bias is \(69,\), not \(70,\)", (x, b[1:], r, rows, samples, *rest)),
+        (ValueError, r"the residual is \(3, 70\), not \(6, 3, 70\)", (x, b, r[0], rows, samples, *rest)),
+        (TypeError, "the bias is torch.float64 on cpu, x is torch.float32", (x, b.double(), r, rows, samples, *rest)),
+        (TypeError, "the residual is torch.float32 on meta", (x, b, r.to("meta"), rows, samples, *rest)),
+        (ValueError, r"rows \(5, 1\) do not broadcast to the rows \(6, 3\)", (x, b, r, rows[1:], samples, *rest)),
+        (TypeError, "samples are of torch.int32, not int64", (x, b, r, rows, samples.int(), *rest)),
+        (ValueError, "0 <= p < 1, not -0.1", (x, b, r, rows, samples, *rest[:-1], -0.1)),
+    ]
+    for kind, words, args in bad:
+        with pytest.raises(kind, match=words):
+            bias_dropout_add(*args)
 
 
 @pytest.mark.parametrize(

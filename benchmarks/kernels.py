@@ -1,0 +1,265 @@
+#!/usr/bin/env python
+"""The kernels beside what they stand in for, in turn: plain PyTorch and, for softmax, torch.compile.
+
+    OMP_NUM_THREADS=1 python benchmarks/kernels.py softmax
+    OMP_NUM_THREADS=1 python benchmarks/kernels.py family
+    OMP_NUM_THREADS=1 python benchmarks/kernels.py memory
+    OMP_NUM_THREADS=1 python benchmarks/training.py --dropout 0.1       # whole steps
+
+Each measurement allocates its outputs, as training does. A row gives medians over the rounds; ratios are of times of
+one round, above 1 where ours is faster, with the range of the middle half in brackets.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megalite.kernels import native
+from megalite.kernels.activation import bias_gelu, swiglu
+from megalite.kernels.cross_entropy import cross_entropy_gradient_, cross_entropy_statistics
+from megalite.kernels.dropout import bias_dropout_add
+from megalite.kernels.norm import rms_norm
+from megalite.kernels.philox import key_of
+from megalite.kernels.rotary import rotary
+from megalite.kernels.softmax import Dropout, scaled_causal_softmax
+from megalite.nn.attention import explicit_attention
+from megalite.nn.rope import rotary_table
+
+KEY, P = key_of(1234, "dropout"), 0.1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Sides = dict[str, Callable[[], object]]
+
+
+def in_turn(sides: Sides, rounds: int) -> dict[str, list[float]]:
+    """Wall times in ms of every side, one after the other in each round; the first round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(rounds + 1):
+        for name, run in sides.items():
+            begin = time.perf_counter()
+            result = run()
+            elapsed = time.perf_counter() - begin
+            del result
+            if i:
+                times[name].append(1000 * elapsed)
+    return times
+
+
+def ratio(other: list[float], ours: list[float]) -> str:
+    """The median of other / ours, and its middle half."""
+    quotients = [a / b for a, b in zip(other, ours)]
+    low, middle, high = statistics.quantiles(quotients, n=4)
+    return f"{middle:.2f} ({low:.2f} .. {high:.2f})"
+
+
+def backward_of(output: torch.Tensor, leaves: list[torch.Tensor], grad: torch.Tensor) -> Callable[[], object]:
+    """Runs the backward of what is there, as often as wanted."""
+    return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
+
+
+def softmax(rounds: int) -> None:
+    """Scaled causal softmax of 8.4 million scores, beside the eager composition and torch.compile of it."""
+    print("| scores | | ms | eager / ours | compiled / ours | clone / ours |\n|---|---|---|---|---|---|")
+    for name, dtype in DTYPES.items():
+        for shape in ((64, 8, 128, 128), (4, 8, 512, 512), (1, 8, 1024, 1024), (1, 2, 2048, 2048)):
+            x, grad = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
+            future = torch.ones(shape[-2:], dtype=torch.bool).triu(1)
+
+            def eager(x, future=future):
+                return (x * 0.125).masked_fill(future, -math.inf).softmax(dim=-1)
+
+            torch._dynamo.reset()
+            functions = {
+                "eager": eager,
+                "compiled": torch.compile(eager),
+                "ours": lambda x: scaled_causal_softmax(x, 0.125),
+            }
+            forward = {side: lambda f=f, x=x: f(x) for side, f in functions.items()}
+            backward = {side: backward_of(f(x), [x], grad) for side, f in functions.items()}
+            for what, sides in (("forward", forward), ("backward", backward)):
+                times = in_turn({**sides, "clone": lambda x=x: x.detach().clone()}, rounds)
+                ours = times["ours"]
+                shown = " | ".join(ratio(times[side], ours) for side in ("eager", "compiled", "clone"))
+                print(f"| {name} {list(shape)} | {what} | {statistics.median(ours):.1f} | {shown} |", flush=True)
+
+
+def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable, list[torch.Tensor]]]:
+    """(plain, fused, tensors that have gradients) by name."""
+
+    def draw(*shape):
+        return torch.randn(shape).to(dtype).requires_grad_()
+
+    def dropout_add(x, bias, residual):
+        return residual + functional.dropout(x + bias, P)
+
+    def gated(x):
+        gate, up = x.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+
+    def rotate(x):
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+    def dropout_softmax(x):
+        return functional.dropout((x * 0.125).masked_fill(future, -math.inf).softmax(dim=-1), P)
+
+    rows, samples = torch.arange(1024)[:, None], torch.arange(4)
+    attention = Dropout(torch.arange(8 * 512).view(8, 512), samples[:, None, None], 0, KEY, P)
+    future = torch.ones(512, 512, dtype=torch.bool).triu(1)
+    cos, sin = rotary_table(1024, 64, 1e4, dtype, "cpu")
+    hidden = (1024, 4, 1024)
+    return {
+        "bias + dropout + residual": (
+            dropout_add, lambda x, b, r: bias_dropout_add(x, b, r, rows, samples, 1, *KEY, P),
+            [draw(*hidden), draw(1024), draw(*hidden)],
+        ),
+        "causal softmax + dropout": (
+            dropout_softmax, lambda x: scaled_causal_softmax(x, 0.125, attention), [draw(4, 8, 512, 512)]
+        ),
+        "GELU": (
+            lambda x: functional.gelu(x, approximate="tanh"), lambda x: bias_gelu(x, None), [draw(1024, 4, 1024)]
+        ),
+        "bias + GELU": (
+            lambda x, b: functional.gelu(x + b, approximate="tanh"), bias_gelu, [draw(1024, 4, 1024), draw(1024)]
+        ),
+        "SwiGLU": (gated, swiglu, [draw(1024, 4, 2048)]),
+        "RMSNorm": (
+            lambda x, w: functional.rms_norm(x, (1024,), w, 1e-5), lambda x, w: rms_norm(x, w, 1e-5)[0],
+            [draw(*hidden), draw(1024)],
+        ),
+        "residual + RMSNorm": (
+            lambda x, w, r: functional.rms_norm(x + r, (1024,), w, 1e-5), lambda x, w, r: rms_norm(x, w, 1e-5, r)[0],
+            [draw(*hidden), draw(1024), draw(*hidden)],
+        ),
+        "rotary embedding": (rotate, lambda x: rotary(x, cos, sin), [draw(1024, 4, 16, 64)]),
+    }  # fmt: skip
+
+
+def family(rounds: int) -> None:
+    """Forward and backward of the others, 4.2 million elements (softmax: 8.4), and cross-entropy."""
+    print("| | | ms | plain / ours, forward | plain / ours, both |\n|---|---|---|---|---|")
+    for name, dtype in DTYPES.items():
+        for what, (plain, fused, leaves) in pairs(dtype).items():
+            grad = torch.randn(plain(*leaves).shape).to(dtype)
+            both = {
+                side: lambda f=f, leaves=leaves, grad=grad: torch.autograd.grad(f(*leaves), leaves, grad)
+                for side, f in (("plain", plain), ("fused", fused))
+            }
+            forward = {side: lambda f=f, leaves=leaves: f(*leaves) for side, f in (("plain", plain), ("fused", fused))}
+            forward, both = in_turn(forward, rounds), in_turn(both, rounds)
+            shown = " | ".join(ratio(times["plain"], times["fused"]) for times in (forward, both))
+            print(f"| {what} | {name} | {statistics.median(both['fused']):.1f} | {shown} |", flush=True)
+        cross_entropy(name, dtype, rounds)
+    layer_norm(rounds)
+
+
+def cross_entropy(name: str, dtype: torch.dtype, rounds: int) -> None:
+    """Of 512 tokens and 8192 words. Ours writes the gradient over the logits, so each round has a copy of them."""
+    logits, labels = torch.randn(512, 8192).to(dtype), torch.randint(0, 8192, (512,))
+    ones = torch.ones(512)
+
+    def plain():
+        x = logits.clone().requires_grad_()
+        return torch.autograd.grad(functional.cross_entropy(x, labels, reduction="none"), x, ones.to(dtype))
+
+    def fused():
+        x = logits.clone()
+        top, total, target = cross_entropy_statistics(x, labels, 8192)
+        lse = top + total.log()
+        cross_entropy_gradient_(x, labels, 8192, lse, ones)
+        return x, lse - target
+
+    sides = {"plain": lambda: functional.cross_entropy(logits, labels, reduction="none"),
+             "fused": lambda: cross_entropy_statistics(logits, labels, 8192)}  # fmt: skip
+    forward, both = in_turn(sides, rounds), in_turn({"plain": plain, "fused": fused}, rounds)
+    shown = " | ".join(ratio(times["plain"], times["fused"]) for times in (forward, both))
+    print(f"| cross-entropy | {name} | {statistics.median(both['fused']):.1f} | {shown} |", flush=True)
+
+
+def layer_norm(rounds: int) -> None:
+    """torch's LayerNorm beside a copy of its input: how much there is to gain."""
+    for name, dtype in DTYPES.items():
+        x, grad = torch.randn(1024, 4, 1024).to(dtype).requires_grad_(), torch.randn(1024, 4, 1024).to(dtype)
+        weight, bias = (torch.randn(1024).to(dtype).requires_grad_() for _ in range(2))
+
+        def norm(x=x, weight=weight, bias=bias):
+            return functional.layer_norm(x, (1024,), weight, bias)
+
+        leaves = [x, weight, bias]
+        run = {
+            "forward": norm,
+            "both": lambda norm=norm, leaves=leaves, grad=grad: torch.autograd.grad(norm(), leaves, grad),
+            "RMSNorm": lambda x=x, w=weight, grad=grad: torch.autograd.grad(rms_norm(x, w, 1e-5)[0], [x, w], grad),
+            "clone": lambda x=x: x.detach().clone(),
+        }
+        times = in_turn(run, rounds)
+        print(
+            f"torch's LayerNorm {name}: forward {ratio(times['forward'], times['clone'])} times a clone, forward and "
+            f"backward {ratio(times['both'], times['RMSNorm'])} times our RMSNorm"
+        )
+
+
+def peak(run: Callable[[], object]) -> int:
+    """Bytes of memory that a call needed at its peak, beyond what was there (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # from now on VmHWM counts anew
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    before = int(status["VmRSS"].split()[0])
+    result = run()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    del result
+    return 1024 * (int(status["VmHWM"].split()[0]) - before)
+
+
+def memory() -> None:
+    """Peak memory of an attention core, forward and backward, in multiples of its b n s s scores."""
+    b, n, s, d = 1, 8, 2048, 64
+    rows, samples = torch.arange(n * s).view(n, s), torch.arange(b).view(b, 1, 1)
+    print("| | dropout | eager | fused softmax |\n|---|---|---|---|")
+    for name, dtype in DTYPES.items():
+        q, k, v = (torch.randn(b, n, s, d).to(dtype).requires_grad_() for _ in range(3))
+        grad = torch.randn(b, n, s, d).to(dtype)
+        for p in (0.0, P):
+            dropout = Dropout(rows, samples, 0, KEY, p)
+
+            def drop(weights, p=p):
+                return bias_dropout_add(weights, None, None, rows, samples, 0, *KEY, p) if p else weights
+
+            def eager(q=q, k=k, v=v, drop=drop):
+                return explicit_attention(q, k, v, drop, causal=True)
+
+            def fused(q=q, k=k, v=v, dropout=dropout):
+                return scaled_causal_softmax(q @ k.transpose(-1, -2), d**-0.5, dropout) @ v
+
+            needed = []
+            for core in (eager, fused):
+                run = lambda core=core, q=q, k=k, v=v, grad=grad: torch.autograd.grad(core(), (q, k, v), grad)  # noqa: E731
+                run()
+                needed.append(f"{peak(run) / (b * n * s * s * dtype.itemsize):.1f}")
+            print(f"| {name} | {p} | {' | '.join(needed)} |")
+
+
+def main() -> None:
+    """Read the flags and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["softmax", "family", "memory"])
+    parser.add_argument("--rounds", type=int, default=15, help="times that each side is measured")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s); {native.status()}\n")
+    if args.what == "memory":
+        memory()
+    else:
+        {"softmax": softmax, "family": family}[args.what](args.rounds)
+
+
+if __name__ == "__main__":
+    main()

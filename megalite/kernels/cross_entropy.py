@@ -1,0 +1,86 @@
+"""The local parts of cross-entropy over a vocabulary that ranks share: no copy of the logits, none in fp32.
+
+What ranks exchange comes between the two operators, so neither has an autograd of its own (nn/loss.py has).
+"""
+
+import torch
+
+from megalite.kernels import native
+
+
+def _wide(logits: torch.Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _check(logits: torch.Tensor, labels: torch.Tensor, valid: int) -> None:
+    if logits.dim() < 2 or not logits.is_floating_point() or not 0 <= valid <= logits.shape[-1]:
+        raise ValueError(
+            f"cross-entropy takes floating-point logits [..., v] with 0 <= valid <= v, not {logits.dtype} "
+            f"{tuple(logits.shape)} with valid = {valid}"
+        )
+    if labels.shape != logits.shape[:-1] or labels.dtype != torch.int64 or labels.device != logits.device:
+        raise ValueError(
+            f"labels are int64 {tuple(logits.shape[:-1])} on {logits.device}, not {labels.dtype} {tuple(labels.shape)} "
+            f"on {labels.device}"
+        )
+
+
+@torch.library.custom_op("megalite::cross_entropy_statistics", mutates_args=())
+def cross_entropy_statistics(
+    logits: torch.Tensor, labels: torch.Tensor, valid: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(top, sum of exp(logit - top), the label's logit) over the first `valid` columns of logits [..., v], each [...].
+
+    A label outside of 0 .. valid - 1 is that of another rank: its logit counts as 0. fp32, or fp64 for fp64.
+    """
+    _check(logits, labels, valid)
+    top, total, target = (torch.empty(labels.shape, dtype=_wide(logits), device=logits.device) for _ in range(3))
+    if labels.numel() == 0 or valid == 0:
+        return top.fill_(float("-inf")), total.zero_(), target.zero_()
+    if native.takes(logits):
+        torch.ops.megalite._cross_entropy_forward(
+            native.as_rows(logits), labels.contiguous(), valid, top, total, target
+        )
+        return top, total, target
+    x = logits[..., :valid].to(top.dtype)
+    top = x.amax(dim=-1)
+    elsewhere = (labels < 0) | (labels >= valid)
+    target = x.gather(-1, labels.masked_fill(elsewhere, 0).unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
+    shift = top.masked_fill(top == float("-inf"), 0)
+    return top, (x - shift.unsqueeze(-1)).exp_().sum(dim=-1), target
+
+
+@torch.library.custom_op("megalite::cross_entropy_gradient_", mutates_args=("logits",))
+def cross_entropy_gradient_(
+    logits: torch.Tensor, labels: torch.Tensor, valid: int, lse: torch.Tensor, grad: torch.Tensor
+) -> None:
+    """Put (softmax - [column is label]) * grad in the place of the logits, for lse = log sum exp over all ranks."""
+    _check(logits, labels, valid)
+    for name, t in (("lse", lse), ("grad", grad)):
+        if t.shape != labels.shape or t.dtype != _wide(logits) or t.device != logits.device:
+            raise ValueError(f"{name} is {t.dtype} {tuple(t.shape)}, not {_wide(logits)} {tuple(labels.shape)}")
+    if logits.numel() == 0:
+        return
+    if native.takes(logits) and logits.is_contiguous():
+        torch.ops.megalite._cross_entropy_backward(
+            native.as_rows(logits), labels.contiguous(), valid, lse.contiguous(), grad.contiguous()
+        )
+        return
+    x = (logits[..., :valid].to(lse.dtype) - lse.unsqueeze(-1)).exp_().mul_(grad.unsqueeze(-1))
+    elsewhere = (labels < 0) | (labels >= valid)
+    if valid:
+        local = labels.masked_fill(elsewhere, 0).unsqueeze(-1)
+        x.scatter_add_(-1, local, -grad.masked_fill(elsewhere, 0.0).unsqueeze(-1))
+    logits[..., :valid] = x.to(logits.dtype)
+    logits[..., valid:] = 0
+
+
+@cross_entropy_statistics.register_fake
+def _(logits, labels, valid):
+    _check(logits, labels, valid)
+    return tuple(torch.empty(labels.shape, dtype=_wide(logits), device=logits.device) for _ in range(3))
+
+
+@cross_entropy_gradient_.register_fake
+def _(logits, labels, valid, lse, grad):
+    _check(logits, labels, valid)

@@ -1,0 +1,91 @@
+"""The native kernels: loaded here if they were built, never built here.
+
+Each operator of this package has one definition in Python, and two bodies: a composition of PyTorch operations, which
+is the reference and runs everywhere, and a kernel in csrc/. `takes` says which one runs.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from megalite.kernels.philox import MASK
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LIBRARY = Path(__file__).with_name("native_library.so")
+SWITCH = "MEGALITE_KERNELS"
+"""The environment variable that turns the native kernels off when it is `off`."""
+
+
+def _load() -> str | None:
+    """Load the library; say why there is none, or return None."""
+    if os.environ.get(SWITCH) == "off":
+        return f"{SWITCH}=off turns them off"
+    if not LIBRARY.exists():
+        return "they were not built: `pip install --no-build-isolation` with a C++ compiler (docs/kernels.md)"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as problem:
+        return f"{LIBRARY.name} cannot be loaded, build it again: {problem.__cause__ or problem}"
+    return None
+
+
+MISSING = _load()
+"""Why there are no native kernels, or None when there are."""
+
+
+def _has(device: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    return MISSING is None and key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "megalite::_softmax_forward", key
+    )  # fmt: skip
+
+
+DEVICES = tuple(device for device in ("cpu", "cuda") if _has(device))
+"""Types of devices that have native kernels."""
+
+
+def takes(x: torch.Tensor) -> bool:
+    """Whether the native kernels take tensors of this device and dtype."""
+    return x.device.type in DEVICES and x.dtype in DTYPES
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """A tensor [..., columns] as the kernels see it, contiguous [i, j, k, columns]."""
+    x = x.contiguous()
+    leading = x.shape[:-1]
+    return x.view(*[1] * (3 - len(leading)), *leading, -1) if len(leading) <= 3 else x.view(1, 1, -1, x.shape[-1])
+
+
+def row_numbers(numbers: torch.Tensor, leading: torch.Size) -> torch.Tensor:
+    """Row or sample numbers, broadcast to the leading dims of a tensor: a view [i, j, k] where there are up to 3."""
+    numbers = numbers.expand(leading)
+    return numbers.view(*[1] * (3 - len(leading)), *leading) if len(leading) <= 3 else numbers.reshape(1, 1, -1)
+
+
+def dropout_words(place: int, key0: int, key1: int, p: float) -> tuple[int, int, int, int, float]:
+    """How the kernels are told of dropout: place, key, the largest word that is dropped, 1 / (1 - p)."""
+    return place, key0 & MASK, key1 & MASK, round(p * 2**32) - 1, 1 / (1 - p)
+
+
+def report() -> list[str]:
+    """What is available, and why something is not, in lines."""
+    if MISSING:
+        return [f"native kernels: none, {MISSING}", "everything runs by compositions of PyTorch operations"]
+    lanes = torch.ops.megalite._cpu_lanes()
+    name = {16: "AVX-512", 8: "AVX2"}.get(lanes, "any processor")
+    lines = [f"CPU:  native, {lanes} lanes ({name}), {torch.get_num_threads()} thread(s)"]
+    if "cuda" in DEVICES:
+        found = "GPU found" if torch.cuda.is_available() else "but no GPU is there"
+        return [*lines, f"CUDA: native, {found}"]
+    why = "nvcc of its CUDA version was not there when megalite was built"
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is not a CUDA build"
+    return [*lines, f"CUDA: compositions of PyTorch operations; {why}"]
+
+
+def status() -> str:
+    """One line for the start of a run."""
+    if MISSING:
+        return f"kernels: PyTorch compositions, no native ones: {MISSING}"
+    return f"kernels: native on {' and '.join(DEVICES)}"

@@ -1,0 +1,57 @@
+"""Rotary position embedding (Su et al. 2021) in one pass over queries or keys."""
+
+import torch
+
+from megalite.kernels import native
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the two halves (a, b) of each head of x [s, b, n, d]: (a cos - b sin, b cos + a sin).
+
+    cos and sin broadcast to x but have its d entries, of which the first half counts (both are alike). x may have any
+    strides, as long as a head is contiguous; the result is contiguous.
+    """
+    return turn(x, cos, sin, False)
+
+
+@torch.library.custom_op("megalite::rotary", mutates_args=())
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+    """`rotary`, or when `inverse` the same by the opposite angles, which is its gradient."""
+    _check(x, cos, sin)
+    if not native.takes(x) or x.numel() == 0:
+        first, second = x.chunk(2, dim=-1)
+        sin = -sin if inverse else sin
+        return (x * cos + torch.cat([-second, first], dim=-1) * sin).contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
+    torch.ops.megalite._rotary(x, cos.expand(x.shape), sin.expand(x.shape), inverse, y)
+    return y
+
+
+def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    if x.dim() != 4 or not x.is_floating_point() or x.shape[-1] % 2:
+        raise ValueError(f"rotary takes floating-point heads [s, b, n, d], d even, not {x.dtype} {tuple(x.shape)}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dtype != x.dtype or table.device != x.device:
+            raise TypeError(f"{name} is {table.dtype} on {table.device}, x is {x.dtype} on {x.device}")
+        fits = zip(table.shape, x.shape)
+        if table.dim() != 4 or table.shape[-1] != x.shape[-1] or any(t not in (1, size) for t, size in fits):
+            raise ValueError(f"{name} {tuple(table.shape)} does not broadcast to {tuple(x.shape)}")
+
+
+@turn.register_fake
+def _(x, cos, sin, inverse):
+    _check(x, cos, sin)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):
+    _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx, grad):
+    return turn(grad, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+turn.register_autograd(_backward, setup_context=_save)
