@@ -146,6 +146,10 @@ FLAGS: dict[str, list[Effect]] = {
     "vocab_size": [effect(100, losses_from(1), more_parameters((100 - VOCABULARY) * HIDDEN))],
     "make_vocab_size_divisible_by": [dry(32, shape("embedding.word_embeddings.weight", 64, 16), same_dry_loss)],
     "attention_dropout": [effect(0.5, losses_from(1))],
+    "attention_backend": [
+        effect(name, same_losses, says(f"attention: {name} (--attention-backend {name})"))
+        for name in ("sdpa", "fused-softmax", "eager")
+    ],
     "hidden_dropout": [effect(0.5, losses_from(1))],
     "init_method_std": [effect(0.2, losses_from(1))],
     # recompute

@@ -214,6 +214,30 @@ def one_process(pool, shape: oracle.Shape, packing: tuple[str, ...], steps: int,
     return losses, norms, *({name: values for name, _, values in boxes} for boxes in tensors)
 
 
+IN_SHORT = [
+    "single", "dp2 x tp2 x pp2 +sp", "llama dp2 x tp2 x pp2 +sp", "selective", "packed documents tp2+sp",
+    "bert dp2 x tp2 x pp2 +sp", "bert llama tp4+sp",
+]  # fmt: skip
+"""Layouts that are tried with each backend of attention; `make test-all` tries all."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "dropout"), [("fused-softmax", None), ("eager", None), ("eager", DROPPED)],
+    ids=["fused-softmax", "eager", "eager, dropout"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(x, marks=() if x.name in IN_SHORT else pytest.mark.slow) for x in LAYOUTS],
+    ids=lambda layout: layout.name,
+)
+def test_layouts_equal_the_oracle_under_each_backend(pool, layout, backend, dropout, record_property):
+    """The tests above take what `auto` takes: sdpa, or with dropout fused-softmax."""
+    params = expected(layout.shape, layout.packing)[0]
+    flags = (DROPOUT if dropout else {}) | {"attention_backend": backend}
+    results = pool.run(train_on_rank, layout.world_size, layout, params, flags, STEPS)
+    assert_equal_the_oracle(results, layout, dropout, record_property)
+
+
 LOW_PRECISION = [
     "tp4", "pp4", "dp2 x tp2 x pp2 +sp", "llama dp2 x tp2 x pp2 +sp", "full uniform", "packed documents tp2+sp",
     "packed llama dp2 x tp2 x pp2 +sp", "bert dp2 x tp2 x pp2 +sp", "bert llama dp2 x tp2 x pp2 +sp",

@@ -53,6 +53,16 @@ CASES = {
     "warm-up twice": (dict(lr_warmup_iters=2, lr_warmup_fraction=0.1), 1, "0.1 2"),
     "warm-up past decay": (dict(lr_warmup_iters=8, lr_decay_iters=5), 1, "8 5"),
     "warm-up past end": (dict(lr_warmup_iters=10, lr_decay_style="constant"), 1, "--lr-warmup-iters 10"),
+    "fused attention with dropout": (
+        dict(attention_backend="sdpa"),
+        1,
+        "sdpa --attention-dropout 0.1 --rng-scheme global",
+    ),
+    "fused softmax with streams": (
+        dict(attention_backend="fused-softmax", rng_scheme="megatron"),
+        1,
+        "fused-softmax --attention-dropout 0.1 --rng-scheme megatron",
+    ),
     "no length": (dict(train_iters=None), 1, "--train-iters --train-samples"),
     "two lengths": (dict(train_samples=20), 1, "20 10"),
     "samples of batch": (dict(train_iters=None, train_samples=99, global_batch_size=8), 1, "99 8"),

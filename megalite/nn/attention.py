@@ -5,13 +5,14 @@ import math
 import torch
 from torch import nn
 
+from megalite.kernels.softmax import scaled_causal_softmax, scaled_masked_softmax, scaled_softmax
 from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.nn.dropout import AttentionDropout
 from megalite.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.nn.recompute import recompute
 from megalite.nn.rope import rotate
 from megalite.parallel.context import ParallelContext
-from megalite.parallel.rng import Rng
+from megalite.parallel.rng import Rng, RngTracker
 
 
 def attention_mask(segments: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -39,6 +40,30 @@ def explicit_attention(q, k, v, drop, causal: bool, mask: torch.Tensor | None = 
     return drop(scores.softmax(dim=-1, dtype=softmax_dtype).to(q.dtype)) @ v
 
 
+def fused_softmax_attention(q, k, v, dropout, causal: bool, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The same as `explicit_attention` with scale, mask, softmax and counted dropout (or None) in one kernel."""
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    scores, scale = q @ k.transpose(-1, -2), 1 / math.sqrt(q.shape[-1])
+    if mask is not None:
+        return scaled_masked_softmax(scores, scale, mask, dropout=dropout) @ v
+    return (scaled_causal_softmax if causal else scaled_softmax)(scores, scale, dropout) @ v
+
+
+def choose_backend(wanted: str, dropout: float, streams: bool) -> tuple[str, str]:
+    """(backend, reason) for --attention-backend and this probability of dropping weights; `streams`: dropout draws from
+    streams of random numbers (--rng-scheme megatron). Raises ValueError where the wanted one cannot."""
+    if dropout > 0 and (wanted == "sdpa" or (wanted == "fused-softmax" and streams)):
+        raise ValueError(f"attention by {wanted} cannot drop weights as this random-number scheme says")
+    if wanted != "auto":
+        return wanted, f"--attention-backend {wanted}"
+    if dropout == 0:
+        return "sdpa", "nothing is dropped"
+    if streams:
+        return "eager", "dropout draws from --rng-scheme megatron's streams"
+    return "fused-softmax", "it drops weights by counting, as torch's fused attention cannot"
+
+
 class Attention(nn.Module):
     """qkv projection, attention core, output projection. The weight of a key/value group is one row block
     [q + 2, d, h] of qkv: its q query heads, then its key, then its value; so a rank's share is one box."""
@@ -52,6 +77,7 @@ class Attention(nn.Module):
         self.queries_per_group = model.num_attention_heads // model.query_groups
         self.head_size = model.head_size
         self.dropout, self.rng = AttentionDropout(model.attention_dropout, rng, layer, context), rng
+        self.wanted = model.attention_backend
         self.recompute = recompute_config.granularity == "selective"
         std, bias = model.init_method_std, not model.disable_bias_linear
         features = (model.query_groups, self.queries_per_group + 2, model.head_size)
@@ -83,10 +109,15 @@ class Attention(nn.Module):
         return self.output(y.permute(2, 0, 1, 3).flatten(2))
 
     def _core(self, q, k, v, mask: torch.Tensor | None, samples: torch.Tensor | None) -> torch.Tensor:
-        """The attention core. torch's fused attention draws dropout in an order of its own, so with dropout the scores
-        are formed."""
-        if self.training and self.dropout.p > 0:
-            return explicit_attention(q, k, v, lambda weights: self.dropout(weights, samples), self.causal, mask)
-        return nn.functional.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=self.causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        """The attention core: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]."""
+        p, streams = self.dropout.p if self.training else 0.0, isinstance(self.rng, RngTracker)
+        backend, _ = choose_backend(self.wanted, p, streams)
+        if backend == "sdpa":
+            return nn.functional.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=self.causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        if backend == "fused-softmax":
+            counted = self.dropout.counted(*q.shape[1:3], samples) if p else None
+            return fused_softmax_attention(q, k, v, counted, self.causal, mask)
+        drop = (lambda weights: self.dropout(weights, samples)) if p else (lambda weights: weights)
+        return explicit_attention(q, k, v, drop, self.causal, mask)

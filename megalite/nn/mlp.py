@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from megalite.kernels.activation import bias_gelu, swiglu
 from megalite.nn.config import ModelConfig
 from megalite.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.parallel.context import ParallelContext
@@ -12,7 +13,7 @@ from megalite.parallel.context import ParallelContext
 
 def gelu(x: torch.Tensor, form: str) -> torch.Tensor:
     """x Phi(x), exactly ("erf") or by its "tanh" approximation."""
-    return nn.functional.gelu(x, approximate="none" if form == "erf" else form)
+    return nn.functional.gelu(x) if form == "erf" else bias_gelu(x, None)
 
 
 class MLP(nn.Module):
@@ -34,6 +35,5 @@ class MLP(nn.Module):
         """[s, b, h] -> [s, b, h], without the bias of the down projection."""
         x = self.up(x)
         if self.swiglu:
-            gate, up = x.chunk(2, dim=-1)
-            return self.down(nn.functional.silu(gate) * up)
+            return self.down(swiglu(x))
         return self.down(gelu(x, self.gelu))

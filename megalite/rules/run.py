@@ -82,6 +82,20 @@ def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]
         )
 
 
+def attention_can_drop(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """A backend of attention that drops weights as --rng-scheme says, if any are dropped."""
+    m, scheme = config.model, config.training.rng_scheme
+    if m.attention_dropout == 0 or m.attention_backend in ("auto", "eager"):
+        return
+    if m.attention_backend == "sdpa" or scheme == "megatron":
+        yield Finding(
+            f"--attention-backend {m.attention_backend} cannot drop attention weights (--attention-dropout "
+            f"{m.attention_dropout:g}) by --rng-scheme {scheme}",
+            ("attention_backend", "attention_dropout", "rng_scheme"),
+            ({"attention_backend": "auto"}, {"attention_dropout": 0.0}),
+        )
+
+
 def length_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """train_iters or train_samples, in agreement when both are given; samples in whole batches."""
     t, batch = config.training, global_batch(config, world_size)
@@ -213,6 +227,7 @@ RUN_RULES: tuple[Rule, ...] = (
     precision_is_one,
     learning_rate_falls,
     length_is_known,
+    attention_can_drop,
     data_has_one_source,
     megatron_order_is_possible,
     vocabulary_is_known,

@@ -14,6 +14,8 @@ from megalite.config import RunConfig, to_yaml
 from megalite.data.build import blended, build_sources, data_state
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError
+from megalite.kernels import native
+from megalite.nn.attention import choose_backend
 from megalite.optim.optimizer import NonFiniteGradient
 from megalite.parallel.collectives import gather_objects
 from megalite.parallel.context import DeviceError, ParallelContext
@@ -68,6 +70,7 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
         sources = build_sources(config.data, config.model, seed, _samples_wanted(config), config.bert)
         parts = build_parts(config, context, build_model)
         say(_model_line(parts, context))
+        say(_kernels_line(config))
         progress = _starting_point(config, parts, context)
         now = data_state(config.data, config.model, seed, config.bert)
         settle_data(progress, now, config.checkpoint.allow_data_change)
@@ -142,6 +145,13 @@ def _model_line(parts: Parts, context: ParallelContext) -> str:
     total = sum(stages) - sum(copy for at, _, copy in ranks if at.data == 0)
     by_stage = ", ".join(f"{count:,}" for count in stages)
     return f"{total:,} parameters" + (f"; by stage {by_stage}" if context.pipeline.size > 1 else "")
+
+
+def _kernels_line(config: RunConfig) -> str:
+    """How attention is computed and why, and which kernels there are."""
+    dropout, streams = config.model.attention_dropout, config.training.rng_scheme == "megatron"
+    backend, why = choose_backend(config.model.attention_backend, dropout, streams)
+    return f"attention: {backend} ({why}); {native.status()}"
 
 
 def _dry_run(parts: Parts, context: ParallelContext, batches: GlobalBatches, consumed: int, say) -> None:

@@ -187,6 +187,7 @@ MAY_DIFFER = {
     "save", "save_interval", "keep_last", "load", "ckpt_step", "no_load_optim", "no_load_rng", "metrics_file",
     "dry_run", "log_interval", "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "world_size", "device",
     "distributed_backend", "distributed_timeout_minutes", "check_replicas", "allow_data_change", "preset",
+    "attention_backend",
 }  # fmt: skip
 """Fields that change nothing of what is computed."""
 
