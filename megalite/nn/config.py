@@ -69,8 +69,8 @@ class ModelConfig:
     """Probability of dropping an attention weight, 0 = off."""
     attention_backend: Literal["auto", "sdpa", "fused-softmax", "eager"] = "auto"
     """How attention is computed. sdpa: by torch's fused kernels, which cannot drop weights by --rng-scheme.
-    fused-softmax: scores are formed; scale, mask, softmax and dropout are one kernel of megalite's. eager: by operations
-    of PyTorch. auto: sdpa without dropout, otherwise fused-softmax, or eager with --rng-scheme megatron."""
+    fused-softmax: scores are formed; scale, mask, softmax and dropout are one kernel of megalite's. eager: by plain
+    operations. auto: sdpa without dropout, otherwise fused-softmax, or eager with --rng-scheme megatron."""
     hidden_dropout: float = 0.1
     """Probability of dropping an element of the embedding and of what each sublayer adds, 0 = off."""
     init_method_std: float = 0.02
