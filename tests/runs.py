@@ -34,7 +34,8 @@ from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import build_context, build_model, build_parts
 from megalite.training.pretrain import pretrain
 from tests.data.tokenizer_files import make_files
-from tests.pool import RankPool
+from tests.pool import RankPool, RanksFailed
+from tests.trouble import troubled
 
 ALONE = LaunchInfo(0, 1, 0, 1, "", "none")
 
@@ -230,6 +231,21 @@ def late_rank(launch: LaunchInfo, config: RunConfig, seconds: float) -> str:
 
 def waiting_for_late_rank(bench: Bench, flags: dict, ranks: int) -> str:
     return bench.pool.run(late_rank, ranks, sound(flags, ranks, bench.new_folder()), 1.5)[0]
+
+
+def with_a_slow_rank(launch: LaunchInfo, config: RunConfig) -> str:
+    """Rank 1 takes 4 seconds for a forward of the second step."""
+    pretrain(config, launch, troubled("slow 1 2"))
+    return "all ranks are done"
+
+
+def waiting_for_slow_rank(bench: Bench, flags: dict, ranks: int) -> str:
+    """What is said in the end, by the watchdog or by the ranks."""
+    folder = bench.new_folder()
+    try:
+        return bench.pool.run(with_a_slow_rank, ranks, sound(flags | {"metrics_file": None}, ranks, folder))[0]
+    except RanksFailed as failed:
+        return str(failed)
 
 
 class Ended(BaseException):

@@ -281,6 +281,17 @@ FLAGS: dict[str, list[Effect]] = {
             observe=runs.waiting_for_late_rank,
         )
     ],
+    "hang_timeout": [
+        effect(
+            0.5,
+            says("HANG: no progress", instead_of="all ranks are done"),
+            base={"eval_interval": 0, "eval_iters": 0},
+            also={"save": "hung"},
+            ranks=2,
+            observe=runs.waiting_for_slow_rank,
+        )
+    ],
+    "check_stragglers": [effect(True, says("a product of 512 x 512 matrices: median"))],
     # checkpoint
     "save": [effect("saved", becomes("saved", [4]))],
     "save_interval": [effect(2, becomes("saved", [2, 4]), base=SAVES)],

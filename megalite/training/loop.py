@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megalite.checkpoint.fence import Claim
 from megalite.config import RunConfig
 from megalite.data.indexed import DatasetError
 from megalite.models.flops import flops_per_sequence
@@ -30,6 +31,8 @@ class Trainer:
     validation_data: GlobalBatches | None
     metrics: MetricsFile
     """Rank 0's writes; the others' have no path."""
+    claim: Claim | None = None
+    """Rank 0's right to write to --save."""
     step_seconds: float | None = None
     """Running mean of the time of a step, for the time left."""
     replicas_equal_at: int | None = None
@@ -66,6 +69,7 @@ class Trainer:
 
     def _step(self, iteration: int, signals: StopSignals, start: float) -> str:
         """One optimizer step and its report. Returns the reason to stop after it, or an empty string."""
+        self.context.activity.enters("training", iteration)
         began = time.perf_counter()
         optimizer, batch_size = self.parts.optimizer, self.config.data.global_batch_size
         optimizer.gradients.zero()
@@ -135,6 +139,7 @@ class Trainer:
         totals = torch.zeros(terms + len(model.score_names), dtype=torch.float64, device=device)
         counts = torch.zeros(terms, dtype=torch.float64, device=device)
         model.eval()
+        self.context.activity.enters("evaluating")
         reason = ""
         for i in range(self.config.training.eval_iters):
             if self._sum_over_ranks(signals.received is not None)[0]:
@@ -144,6 +149,7 @@ class Trainer:
             totals += self.parts.engine.evaluate(batches, torch.ones_like(totals))
             counts += self.validation_data.counts(batches)
         model.train()
+        self.context.activity.enters("training")
         if reason:
             return reason
         sums = self._sum_over_ranks(*self._counted_once(totals), *self._counted_once(counts))
@@ -170,7 +176,9 @@ class Trainer:
         if self.config.training.check_replicas:
             self._check_replicas()  # what is saved must not be what the check would have refused
         began = time.perf_counter()
-        save_state(self.parts, self.progress, self.config, self.context)
+        self.context.activity.enters("saving")
+        save_state(self.parts, self.progress, self.config, self.context, self.claim)
+        self.context.activity.enters("training")
         if self.context.rank == 0:
             where = f"{self.config.checkpoint.save} at iteration {self.progress.iteration}"
             print(f"saved {where} in {time.perf_counter() - began:.1f} s", flush=True)
