@@ -36,6 +36,7 @@ from megalite.training.pretrain import pretrain
 from tests.data.tokenizer_files import make_files
 from tests.pool import RankPool, RanksFailed
 from tests.trouble import troubled
+from tests.wandb_files import wandb_records
 
 ALONE = LaunchInfo(0, 1, 0, 1, "", "none")
 
@@ -59,8 +60,9 @@ class Run:
         entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         for entry in entries:
             if "loss" in entry:
-                entry.pop("data_seconds")
-                entry["tokens"] = round(entry.pop("tokens_per_second") * entry.pop("step_seconds"))
+                entry["tokens"] = round(entry.pop("tokens_per_second") * entry["step_seconds"])
+                for name in [name for name in entry if name.endswith("_seconds")]:
+                    entry.pop(name)
         return entries
 
     @cached_property
@@ -177,6 +179,12 @@ def training(bench: Bench, flags: dict, ranks: int) -> Run:
     if ranks == 1:
         return Run(console_of(ALONE, config, folder), folder)
     return Run(bench.pool.run(console_of, ranks, config, folder)[0], folder)
+
+
+def wandb_name(bench: Bench, flags: dict, ranks: int) -> str:
+    """The name of a run as its offline records have it."""
+    (record,) = training(bench, flags, ranks).folder.glob("wandb/offline-run-*/*.wandb")
+    return next(r.run.display_name for r in wandb_records(record) if r.HasField("run"))
 
 
 def kept_for_backward(bench: Bench, flags: dict, ranks: int) -> dict:

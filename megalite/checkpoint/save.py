@@ -58,10 +58,10 @@ def write(
     Raises CheckpointError on every rank when any rank fails; the previous checkpoint then stays the latest.
     """
     root = Path(root)
-    texts = {STATE_FILE: json.dumps(state, indent=1), CONFIG_FILE: config_yaml}
     # A replaced run that wakes up in the middle of a save must not write into its successor's draft.
     own = claim.token if claim else "draft"
-    draft = _on_first(world, lambda: _begin(root, f".{iteration_folder(iteration)}.{own}.tmp", keep_last, claim))
+    draft = root / f".{iteration_folder(iteration)}.{own}.tmp"
+    draft, texts = _on_first(world, lambda: _begin(root, draft, state, config_yaml, keep_last, claim))
     try:
         parts = _on_all(world, lambda: _write_part(draft, world.rank, pieces, private))
         _on_first(world, lambda: _commit(root, draft, iteration, parts, texts, claim))
@@ -105,16 +105,19 @@ def _describe(error: Exception) -> str:
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
-def _begin(root: Path, draft: str, keep_last: int | None, claim: Claim | None) -> Path:
-    """Make the draft folder; what killed runs left is removed first."""
+def _begin(
+    root: Path, draft: Path, state: dict, config_yaml: str, keep_last: int | None, claim: Claim | None
+) -> tuple[Path, dict[str, str]]:
+    """Make the draft folder; what killed runs left is removed first. Returns it, and the contents of its text files."""
+    texts = {STATE_FILE: json.dumps(state, indent=1), CONFIG_FILE: config_yaml}
     if keep_last is not None and keep_last < 1:
         raise CheckpointError(f"keep_last must be at least 1, or None to keep all; got {keep_last}")
     if claim:
         claim.check()
     root.mkdir(parents=True, exist_ok=True)
     remove_drafts(root)
-    (root / draft).mkdir()
-    return root / draft
+    draft.mkdir()
+    return draft, texts
 
 
 def _write_part(draft: Path, rank: int, pieces: Iterable[Piece], private: dict[str, torch.Tensor]) -> _Part:

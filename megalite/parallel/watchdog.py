@@ -97,10 +97,11 @@ class Watchdog:
             self._tell(reports)
             self._store.set("judged", "yes")
         end = time.monotonic() + 2 * patience
-        while not self._store.check(["judged"]) and time.monotonic() < end:
-            time.sleep(0.05)
+        with suppress(RuntimeError):  # of torch's store, when its process has ended
+            while not self._store.check(["judged"]) and time.monotonic() < end:
+                time.sleep(0.05)
         if self._context.rank == 0:
-            time.sleep(FAREWELL_SECONDS)  # the store may live in this process
+            time.sleep(FAREWELL_SECONDS / 2)  # the store may live in this process
         os._exit(HUNG)
 
     def _tell(self, reports: dict[int, Report]) -> None:
@@ -176,7 +177,9 @@ class Watchdog:
             dead = self._collect(lambda report: report.beat > before[report.rank].beat, SILENT_BEATS * BEAT_SECONDS)
             gone = [report for report in dead.values() if report.silent_seconds]
             if gone:
-                names = "; ".join(f"{report.where} died without a word (last heard: {report.state})" for report in gone[:3])
+                names = "; ".join(
+                    f"{report.where} died without a word (last heard: {report.state})" for report in gone[:3]
+                )
                 return f"{names}: killed by hand, for want of memory, or with its node (see dmesg and `sacct -j JOB`)"
         if not self._store.add("failures", 0):
             return ""

@@ -102,6 +102,18 @@ EFFECTS = (
         "with --lr-decay-style constant",
         {"lr_decay_style": "cosine"},
     ),
+    _Effect(
+        ("wandb_exp_name",),
+        lambda c: c.training.wandb_project is not None,
+        "without --wandb-project",
+        "--wandb-project PROJECT",
+    ),
+    _Effect(
+        ("profile_dir", "profile_ranks"),
+        lambda c: c.training.profile is not None,
+        "without --profile",
+        {"profile": "10-12"},
+    ),
     _Effect(("save_interval", "keep_last"), lambda c: c.checkpoint.save is not None, "without --save", "--save FOLDER"),
     _Effect(
         ("ckpt_step", "finetune", "no_load_optim", "no_load_rng", "allow_data_change"),

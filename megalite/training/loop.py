@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -9,14 +10,20 @@ from megalite.checkpoint.fence import Claim
 from megalite.config import RunConfig
 from megalite.data.indexed import DatasetError
 from megalite.models.flops import flops_per_sequence
+from megalite.parallel.activity import Activity
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import ParallelContext
 from megalite.training.batches import GlobalBatches
 from megalite.training.build import Parts
-from megalite.training.metrics import MetricsFile, by_name, in_words, training_line
+from megalite.training.metrics import by_name, in_words, training_line
+from megalite.training.profile import Profiler
 from megalite.training.replicas import check_replicas
 from megalite.training.signals import StopSignals
 from megalite.training.state import Progress, save_state
+from megalite.training.writers import Writers
+
+PHASES = ("data", "forward", "backward", "communication", "optimizer")
+"""What a step's time goes to; NAME_seconds in the metrics file, as means over ranks."""
 
 
 @dataclass
@@ -29,8 +36,8 @@ class Trainer:
     progress: Progress
     train_data: GlobalBatches
     validation_data: GlobalBatches | None
-    metrics: MetricsFile
-    """Rank 0's writes; the others' have no path."""
+    metrics: Writers
+    """Of rank 0; the others have none."""
     claim: Claim | None = None
     """Rank 0's right to write to --save."""
     step_seconds: float | None = None
@@ -43,10 +50,12 @@ class Trainer:
         training, options = self.config.training, self.config.checkpoint
         signals, start, reason = StopSignals(training.exit_signal_handler), time.monotonic(), ""
         saved = self.progress.iteration  # what was loaded need not be saved again
+        profiler = Profiler(training, self.context)
         try:
             while self.progress.iteration < training.train_iters and not reason:
                 iteration = self.progress.iteration + 1
-                reason = self._step(iteration, signals, start)
+                with profiler.iteration(iteration):
+                    reason = self._step(iteration, signals, start)
                 if self._divides(training.check_replicas, iteration):
                     self._check_replicas()
                 done = bool(reason) or iteration == training.train_iters
@@ -60,6 +69,7 @@ class Trainer:
                 self._save()
         finally:
             signals.uninstall()
+            profiler.close()
             self.train_data.close()
         return reason or f"all {training.train_iters} iterations are done"
 
@@ -72,18 +82,28 @@ class Trainer:
         self.context.activity.enters("training", iteration)
         began = time.perf_counter()
         optimizer, batch_size = self.parts.optimizer, self.config.data.global_batch_size
+        activity = self._begin_timing(iteration)
         optimizer.gradients.zero()
         consumed = self.progress.consumed_samples
         then = consumed + batch_size if iteration < self.config.training.train_iters else None
-        losses = self.parts.engine.train_step(*self.train_data.at(consumed, then))
-        norm, rate = optimizer.step(iteration)
+        with activity.timed("data"):
+            batches = self.train_data.at(consumed, then)
+        losses = self.parts.engine.train_step(*batches)
+        with activity.timed("optimizer"):
+            norm, rate = optimizer.step(iteration)
+        phases = activity.take_seconds()
         minutes = self.config.training.exit_duration_in_mins
         late = minutes is not None and time.monotonic() - start >= 60 * minutes
-        # One small all-reduce: the terms of the loss, and whether any rank wants to stop.
-        *losses, signalled, late = self._sum_over_ranks(*self._counted_once(losses), signals.received is not None, late)
+        # One small all-reduce: where the time went, the terms of the loss, and whether any rank wants to stop.
+        told = (phases.get(phase, 0.0) for phase in PHASES)
+        *sums, signalled, late = self._sum_over_ranks(
+            *told, *self._counted_once(losses), signals.received is not None, late
+        )
+        phases = {f"{phase}_seconds": total / self.context.world_size for phase, total in zip(PHASES, sums)}
+        losses = by_name(self.parts.model.loss_names, sums[len(PHASES) :])
         self.progress.iteration = iteration
         self.progress.consumed_samples += batch_size
-        self._report(iteration, by_name(self.parts.model.loss_names, losses), norm, rate, time.perf_counter() - began)
+        self._report(iteration, losses, norm, rate, time.perf_counter() - began, phases)
         if signalled:
             return self._signal_name(signals)
         if late:
@@ -107,7 +127,18 @@ class Trainer:
         all_reduce(total, self.context.world)
         return total.tolist()
 
-    def _report(self, iteration: int, losses: dict[str, float], norm: float, rate: float, seconds: float) -> None:
+    def _begin_timing(self, iteration: int) -> Activity:
+        """Where this step's time goes is noted from here on; on a GPU in the steps that are reported, since the host
+        has to wait at the end of every phase for that."""
+        activity, device = self.context.activity, self.context.device
+        reported = iteration % self.config.training.log_interval == 0
+        activity.synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" and reported else None
+        activity.take_seconds()
+        return activity
+
+    def _report(
+        self, iteration: int, losses: dict[str, float], norm: float, rate: float, seconds: float, phases: dict
+    ) -> None:
         tokens = self.config.data.global_batch_size * self.config.model.seq_length
         line = {
             "iteration": iteration,
@@ -116,7 +147,7 @@ class Trainer:
             "learning_rate": rate,
             "consumed_samples": self.progress.consumed_samples,
             "step_seconds": seconds,
-            "data_seconds": self.train_data.waited,
+            **phases,
             "tokens_per_second": tokens / seconds,
         }
         self.metrics.write(**line)

@@ -18,7 +18,7 @@ from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError
 from megalite.optim.optimizer import NonFiniteGradient
 from megalite.parallel.agreement import RanksDiffer
-from megalite.parallel.collectives import gather_objects
+from megalite.parallel.collectives import barrier, gather_objects
 from megalite.parallel.context import DeviceError, ParallelContext
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.watchdog import LostContact, Watchdog
@@ -29,6 +29,7 @@ from megalite.training.metrics import MetricsFile
 from megalite.training.replicas import ReplicasDiffer
 from megalite.training.startup import check_data, check_stragglers, claim_folder
 from megalite.training.state import Progress, load_state, settle_data
+from megalite.training.writers import Writers, watching_writers
 
 EXPECTED_ERRORS = (
     CheckpointError,
@@ -121,12 +122,16 @@ def _run(config: RunConfig, context: ParallelContext, description: str, build_mo
 def _train(
     config: RunConfig, context: ParallelContext, parts: Parts, progress: Progress, batches: dict, claim, say
 ) -> None:
-    metrics = MetricsFile(config.training.metrics_file if context.rank == 0 else None)
+    if progress.iteration >= config.training.train_iters:
+        say(f"nothing to do: the checkpoint is at iteration {progress.iteration} of {config.training.train_iters}")
+        return
+    metrics = Writers()
+    if context.rank == 0:
+        watching = watching_writers(config, progress.iteration, say)
+        metrics = Writers(MetricsFile(config.training.metrics_file), *watching)
+    barrier(context.control)  # a patient one: Weights & Biases may take a while to answer
     try:
         trainer = Trainer(config, context, parts, progress, batches["train"], batches.get("valid"), metrics, claim)
-        if progress.iteration >= config.training.train_iters:
-            say(f"nothing to do: the checkpoint is at iteration {progress.iteration} of {config.training.train_iters}")
-            return
         say(f"training from iteration {progress.iteration} to {config.training.train_iters}")
         reason = trainer.run()
         say(f"stopped at iteration {progress.iteration}: {reason}")

@@ -65,17 +65,22 @@ def check_stragglers(context: ParallelContext, say: Callable[[str], None]) -> No
             name = f"an all-reduce of 4 MiB in the {group.name} group"
             times[name] = _fastest(lambda group=group: all_reduce(content, group), context)
     told = gather_objects((context.host, times), context.control)
-    slow = 0
-    for kind in times:
+    say("\n".join(compare_times(told)))
+
+
+def compare_times(told: list[tuple[str, dict[str, float]]]) -> list[str]:
+    """Lines that name the ranks far above the median, from each rank's host and seconds of each kind of work."""
+    lines, slow = [], []
+    for kind in told[0][1]:
         by_rank = [1000 * mine[kind] for _, mine in told]
         median = statistics.median(by_rank)
-        say(f"{kind}: median {median:.2f} ms, slowest {max(by_rank):.2f} ms")
-        for rank, ms in enumerate(by_rank):
-            if ms > SLOW * median:
-                say(f"SLOW: rank {rank} on {told[rank][0]} takes {ms:.2f} ms, {ms / median:.1f} times the median")
-                slow += 1
-    if not slow:
-        say(f"no stragglers: no rank takes more than {SLOW} times the median")
+        lines.append(f"{kind}: median {median:.2f} ms, slowest {max(by_rank):.2f} ms")
+        slow += [
+            f"SLOW: rank {rank} on {told[rank][0]}: {ms:.2f} ms, {ms / median:.1f} times the median, for {kind}"
+            for rank, ms in enumerate(by_rank)
+            if ms > SLOW * median
+        ]
+    return lines + (slow or [f"no stragglers: no rank takes more than {SLOW} times the median"])
 
 
 def _fastest(action: Callable, context: ParallelContext) -> float:
