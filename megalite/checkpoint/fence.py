@@ -14,8 +14,8 @@ from pathlib import Path
 from megalite.checkpoint.folder import CheckpointError, fsync_folder, remove_drafts
 
 OWNER_FILE = "owner.json"
-UNFINISHED_FILE = "unfinished"
-"""Left by a run that saved and stopped before its end: a job script that finds it starts the same command again."""
+CONTINUE_FILE = "to-be-continued"
+"""Left by a run that its time limit ended: a job script that finds it starts the same command again."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Claim:
         os.replace(draft, root / OWNER_FILE)
         # The old owner may have looked at the file just before. Its draft is gone now, so it has nothing to commit.
         remove_drafts(root)
-        (root / UNFINISHED_FILE).unlink(missing_ok=True)
+        (root / CONTINUE_FILE).unlink(missing_ok=True)
         fsync_folder(root)
         return cls(root, owner["token"])
 
@@ -57,6 +57,6 @@ class Claim:
                 "this one was replaced, and ends"
             )
 
-    def leave_unfinished(self, reason: str) -> None:
-        """Tell the job script that the run is not at its end."""
-        (self.root / UNFINISHED_FILE).write_text(reason + "\n")
+    def ask_to_be_continued(self, reason: str) -> None:
+        """Tell the job script that the run has saved and wants to go on."""
+        (self.root / CONTINUE_FILE).write_text(reason + "\n")

@@ -40,6 +40,8 @@ class Trainer:
     """Of rank 0; the others have none."""
     claim: Claim | None = None
     """Rank 0's right to write to --save."""
+    to_be_continued: bool = False
+    """Whether it stopped because its time is over, not because someone wants it to end."""
     step_seconds: float | None = None
     """Running mean of the time of a step, for the time left."""
     replicas_equal_at: int | None = None
@@ -96,14 +98,15 @@ class Trainer:
         late = minutes is not None and time.monotonic() - start >= 60 * minutes
         # One small all-reduce: where the time went, the terms of the loss, and whether any rank wants to stop.
         told = (phases.get(phase, 0.0) for phase in PHASES)
-        *sums, signalled, late = self._sum_over_ranks(
-            *told, *self._counted_once(losses), signals.received is not None, late
+        *sums, signalled, warned, late = self._sum_over_ranks(
+            *told, *self._counted_once(losses), signals.received is not None, signals.warned, late
         )
         phases = {f"{phase}_seconds": total / self.context.world_size for phase, total in zip(PHASES, sums)}
         losses = by_name(self.parts.model.loss_names, sums[len(PHASES) :])
         self.progress.iteration = iteration
         self.progress.consumed_samples += batch_size
         self._report(iteration, losses, norm, rate, time.perf_counter() - began, phases)
+        self.to_be_continued = bool(late or warned) and not signalled > warned
         if signalled:
             return self._signal_name(signals)
         if late:
@@ -173,7 +176,9 @@ class Trainer:
         self.context.activity.enters("evaluating")
         reason = ""
         for i in range(self.config.training.eval_iters):
-            if self._sum_over_ranks(signals.received is not None)[0]:
+            signalled, warned = self._sum_over_ranks(signals.received is not None, signals.warned)
+            if signalled:
+                self.to_be_continued = not signalled > warned
                 reason = self._signal_name(signals)
                 break
             batches = self.validation_data.read(i * self.config.data.global_batch_size)

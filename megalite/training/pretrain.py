@@ -135,8 +135,8 @@ def _train(
         say(f"training from iteration {progress.iteration} to {config.training.train_iters}")
         reason = trainer.run()
         say(f"stopped at iteration {progress.iteration}: {reason}")
-        if claim is not None and progress.iteration < config.training.train_iters:
-            claim.leave_unfinished(f"stopped at iteration {progress.iteration}: {reason}")
+        if claim is not None and trainer.to_be_continued and progress.iteration < config.training.train_iters:
+            claim.ask_to_be_continued(f"stopped at iteration {progress.iteration}: {reason}")
         if config.checkpoint.save is None:
             say("no checkpoint was written: --save is not set")
     finally:

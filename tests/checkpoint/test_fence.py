@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalite.checkpoint.fence import UNFINISHED_FILE, Claim
+from megalite.checkpoint.fence import CONTINUE_FILE, Claim
 from megalite.checkpoint.folder import CheckpointError, latest_iteration, list_iterations
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
@@ -63,10 +63,10 @@ def test_a_draft_that_passed_its_last_look_is_gone_when_it_is_renamed(tmp_path, 
 
 
 def test_a_claim_clears_the_mark_of_a_run_that_stopped(tmp_path):
-    Claim.take(tmp_path).leave_unfinished("stopped at iteration 3: SIGUSR1")
-    assert (tmp_path / UNFINISHED_FILE).read_text() == "stopped at iteration 3: SIGUSR1\n"
+    Claim.take(tmp_path).ask_to_be_continued("stopped at iteration 3: SIGUSR1")
+    assert (tmp_path / CONTINUE_FILE).read_text() == "stopped at iteration 3: SIGUSR1\n"
     Claim.take(tmp_path)
-    assert not (tmp_path / UNFINISHED_FILE).exists()
+    assert not (tmp_path / CONTINUE_FILE).exists()
 
 
 def test_an_owner_that_cannot_be_read_is_refused(tmp_path):
