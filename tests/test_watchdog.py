@@ -47,7 +47,9 @@ def test_a_hang_is_explained_and_ends_every_rank(pool, tmp_path):
     head = r"HANG: no progress for \d+ s, waiting for rank 2\n  rank 2 on \S+ \(process \d+\): training, step 3; in no"
     assert re.search(head, said), said
     # Rank 3 waits for it in the layer, rank 0 with the next microbatch: whichever came first is named.
-    calls = r"all_reduce of \[16, 1, 16\] float32, call \d+ of the tensor group \(ranks 2, 3\)|transfer \d+ from rank 0 to"
+    calls = (
+        r"all_reduce of \[16, 1, 16\] float32, call \d+ of the tensor group \(ranks 2, 3\)|transfer \d+ from rank 0 to"
+    )
     assert re.search(rf"missing from ({calls})", said), said
     assert re.search(r"where rank [03] on \S+ \(process \d+\) has waited for \d+ s", said)
     assert "in sleep" in said and "time.sleep(1)" in said

@@ -120,7 +120,7 @@ crash() { # killing process 1 of a namespace kills all that is in it
 up() {
     [[ ! -e $BASE/env.sh ]] || { echo "$BASE is in use: cluster.sh down" >&2 && exit 4; }
     mkdir -p "$BASE"/{etc,state,spool,log} && command install -d -m 0700 "$BASE/munge" "$BASE/munge/run"
-    chmod 755 "$BASE/munge/run" "$BASE/munge"
+    chmod 755 "$BASE" "$BASE/munge" "$BASE/munge/run" # munge wants its socket to be within everyone's reach
     hosts on
     configure
     head -c 1024 /dev/urandom >"$BASE/munge/key" && chmod 600 "$BASE/munge/key"
