@@ -52,7 +52,7 @@ class Job:
     def show(self, field: str) -> str:
         """A field of `scontrol show job`."""
         shown = self.cluster.run("scontrol", "--oneliner", "show", "job", self.number)
-        return re.search(rf" {field}=(\S*)", shown)[1]
+        return re.search(rf" {field}=(.*?)( \w+=|$)", shown.strip())[1]
 
     @property
     def log(self) -> str:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real SLURM on one machine, for the tests of this folder. Run as root.
 #
-#   cluster.sh install          Debian's packages, if they are missing
+#   cluster.sh install          Debian's packages, and shellcheck, if they are missing
 #   cluster.sh up               munge, slurmctld and NODES nodes; prints the folder's env.sh, to be sourced
 #   cluster.sh crash node2      SIGKILL everything on a node: its daemon and the ranks, as if the power failed
 #   cluster.sh boot node2       start a node (again)
@@ -18,7 +18,7 @@ export SLURM_CONF=$BASE/etc/slurm.conf
 
 install() {
     local missing=
-    for program in slurmctld slurmd srun munged ip; do command -v $program >/dev/null || missing=yes; done
+    for program in slurmctld slurmd srun munged ip shellcheck; do command -v $program >/dev/null || missing=yes; done
     [[ $missing ]] || return 0
     # Packages start their daemons when they are installed, unless this file forbids it.
     local policy=/usr/sbin/policy-rc.d ours=
@@ -27,7 +27,7 @@ install() {
     apt-get -o DPkg::Lock::Timeout=300 -qq update
     # Not the package named slurm: that is a network monitor.
     apt-get -o DPkg::Lock::Timeout=300 -qq install -y --no-install-recommends \
-        slurmctld slurmd slurm-client munge iproute2 >/dev/null
+        slurmctld slurmd slurm-client munge iproute2 shellcheck >/dev/null
     [[ ! $ours ]] || rm -f $policy
 }
 

@@ -30,10 +30,10 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="a cluster of network namespaces needs root"),
 ]
 
-ITERATIONS = 60
+ITERATIONS = 40
 MODEL = f"""
-    --mock-data --vocab-size 509 --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --tp 2
-    --global-batch-size 16 --train-iters {ITERATIONS} --lr 1e-3 --eval-interval 0 --eval-iters 0 --device cpu
+    --mock-data --vocab-size 509 --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 64 --tp 2
+    --global-batch-size 8 --train-iters {ITERATIONS} --lr 1e-3 --eval-interval 0 --eval-iters 0 --device cpu
     --save-interval 5 --keep-last 20
 """.split()
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0"]
@@ -94,7 +94,7 @@ def test_torchrun_gives_the_same_losses(cluster, undisturbed, tmp_path):
 def test_a_time_limit_saves_and_requeues(cluster, undisturbed, tmp_path):
     """USR1 to the batch shell, as --signal=B:USR1@300 sends it."""
     job = start(cluster, tmp_path)
-    reach(job, tmp_path, 12)
+    reach(job, tmp_path, 8)
     cluster.run("scancel", "--batch", "--signal=USR1", job.number)
     job.wait(lambda: job.show("Restarts") == "1")
     assert job.end() == "COMPLETED", job.log
@@ -108,7 +108,7 @@ def test_a_time_limit_saves_and_requeues(cluster, undisturbed, tmp_path):
 def test_a_node_that_fails_costs_the_steps_since_the_last_checkpoint(cluster, undisturbed, tmp_path):
     """Daemon and ranks of a node are killed; SLURM requeues the job on the others."""
     job = start(cluster, tmp_path)
-    reach(job, tmp_path, 12)
+    reach(job, tmp_path, 8)
     nodes = cluster.run("scontrol", "show", "hostnames", job.show("NodeList")).split()
     cluster.control("crash", nodes[1])
     try:
@@ -123,7 +123,7 @@ def test_a_node_that_fails_costs_the_steps_since_the_last_checkpoint(cluster, un
 
 def test_scancel_saves_and_the_same_command_goes_on_also_with_fewer_nodes(cluster, undisturbed, tmp_path):
     job = start(cluster, tmp_path)
-    reach(job, tmp_path, 12)
+    reach(job, tmp_path, 8)
     cluster.run("scancel", job.number)
     assert job.end() == "CANCELLED" and job.show("Restarts") == "0"
     saved = list_iterations(tmp_path / "save")[-1]
