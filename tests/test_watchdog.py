@@ -88,13 +88,19 @@ def ranks(trouble: str, *flags_by_rank: list) -> list[tuple[int, str]]:
     return [(process.returncode, error) for process, error in zip(processes, errors)]
 
 
-def test_a_rank_that_dies_is_named_once(tmp_path):
+def test_a_rank_that_dies_is_named_once():
     """One of the three others says who died, where and in what; the rest end without a word."""
     ended = ranks("die 2 3", *[["--tp", "2"]] * 4)
     assert [status for status, _ in ended] == [1, 1, -signal.SIGKILL, 1], ended
     (said,) = [errors for _, errors in ended if errors]
     died = r"rank 2 on \S+ \(process \d+\) died without a word \(last heard: \w+"
     assert re.match(r"pretrain_gpt\.py: rank [013]: " + died, said), said
+
+
+def test_rank_0_takes_the_store_with_it_and_is_named_too():
+    ended = ranks("die 0 3", [], [])
+    assert [status for status, _ in ended] == [-signal.SIGKILL, 1], ended
+    assert ended[1][1].startswith("pretrain_gpt.py: rank 1: rank 0, or torchrun on the first node, is gone"), ended
 
 
 def test_a_rank_that_fails_is_quoted_once():

@@ -28,6 +28,6 @@ class ParallelConfig:
     """A collective that takes longer than this ends the run with an error."""
     hang_timeout: float = 300.0
     """Seconds without progress on any rank after which the watchdog says which rank hangs, where, and ends the job;
-    0 = no watchdog. Saving and starting may take longer."""
+    0 = never. Saving and starting may take longer."""
     check_stragglers: bool = False
     """Before training, time a matrix product on each rank and an all-reduce of each group, and name the slow ones."""

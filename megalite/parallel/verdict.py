@@ -89,8 +89,8 @@ def culprits(reports: Mapping[int, Report], silent_after: float) -> dict[int, tu
     """Ranks that others wait for and that wait for nobody themselves, each with the call that it is missing from and
     one of the ranks that wait there.
 
-    Without any: those of which nothing is heard, else those that stand still outside of calls, else, in a circle of
-    ranks that wait for each other, all of them.
+    Without any: all of a circle of ranks that wait for each other; or, where nobody waits for anyone, those of which
+    nothing is heard, else those that stand still outside of calls.
     """
     waits = {rank: missed(reports, rank) for rank in reports}
     wanted: dict[int, tuple[Call | None, int | None]] = {}
@@ -100,6 +100,9 @@ def culprits(reports: Mapping[int, Report], silent_after: float) -> dict[int, tu
             wanted.setdefault(other, (call, rank))
     silent = {rank for rank, report in reports.items() if report.silent_seconds > silent_after}
     roots = {rank: why for rank, why in wanted.items() if rank in silent or not waits[rank]}
+    if wanted and not roots and not all(report.blocks for report in reports.values()):
+        # On GPUs a rank may have sent what the other has not come to receive: the first that stood still is to blame.
+        roots = dict([max(wanted.items(), key=lambda item: reports[item[0]].idle_seconds)])
     if roots or wanted:
         return dict(sorted((roots or wanted).items()))
     still = silent or {rank for rank, r in reports.items() if r.idle_seconds and not r.waiting} or set(reports)
@@ -110,9 +113,8 @@ def hang_verdict(reports: Mapping[int, Report], seconds: float, silent_after: fl
     """What is printed when nothing has moved for `seconds`: who, where, missing from what, with its stack."""
     blamed = culprits(reports, silent_after)
     waits = {rank: missed(reports, rank) for rank in blamed}
-    circle = all(waits[rank] for rank in blamed) and not any(
-        reports[rank].silent_seconds > silent_after for rank in blamed
-    )
+    circle = len(blamed) > 1 and all(waits[rank] for rank in blamed)
+    circle = circle and not any(reports[rank].silent_seconds > silent_after for rank in blamed)
     names = ", ".join(map(str, list(blamed)[:16])) + (", ..." if len(blamed) > 16 else "")
     count = f"rank {names}" if len(blamed) == 1 else f"ranks {names}"
     head = f"{count} wait for each other" if circle else f"waiting for {count}"

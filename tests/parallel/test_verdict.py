@@ -62,6 +62,12 @@ def test_a_circle_of_ranks_that_wait_for_each_other():
     assert "ranks 0, 1 wait for each other" in hang_verdict(reports, 9, 4.0, "x")
 
 
+def test_on_gpus_a_transfer_that_nobody_receives_does_not_hide_who_stands_still():
+    """Rank 0 has sent to 2 and computes for ever; 2 has not come to receive, since it waits for an all-reduce of 0."""
+    reports = {0: report(0, SEND, blocks=False), 2: report(2, DATA, blocks=False, idle=8.0)}
+    assert list(culprits(reports, 4.0)) == [0]
+
+
 def test_one_rank_alone_that_stands_still():
     assert blamed(report(0)) == [0]
     assert blamed(report(0, idle=0.0), report(1)) == [1]
