@@ -11,7 +11,8 @@ FAREWELL_SECONDS = 10.0
 
 
 class RanksDiffer(RuntimeError):
-    """Ranks were started with different configurations, versions or files; the message names ranks and values."""
+    """Ranks were started with different configurations, versions or files. Rank 0's message names ranks and values, the
+    others' are empty, so that it is said once."""
 
 
 def compare_facts(store: Any, rank: int, world_size: int, facts: Mapping[str, Any]) -> None:
@@ -33,7 +34,7 @@ def compare_facts(store: Any, rank: int, world_size: int, facts: Mapping[str, An
         while rank == 0 and read < world_size and time.monotonic() < end:
             time.sleep(0.01)
             read = store.add("facts/read", 0)
-        raise RanksDiffer(verdict)
+        raise RanksDiffer(verdict if rank == 0 else "")
 
 
 def _in_words(told: list[list[str]]) -> str:

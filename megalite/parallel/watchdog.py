@@ -9,6 +9,7 @@ say why.
 import faulthandler
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -155,6 +156,8 @@ class Watchdog:
     def why_contact_was_lost(self) -> str:
         """Which rank failed or died, in words, on the first rank that asks; "" on the others. Takes a few seconds."""
         rank = self._context.rank
+        # A launcher sends SIGTERM to all as soon as one has died: that must not cut off the explanation.
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             speaks = self._store.add("speakers", 1) == 1
             told = self._reason() if speaks else ""
@@ -169,6 +172,8 @@ class Watchdog:
             return told
         except RuntimeError:  # of torch's store
             return "rank 0, or torchrun on the first node, is gone: see what it says; without a word, it was killed"
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def _reason(self) -> str:
         time.sleep(FAREWELL_SECONDS)

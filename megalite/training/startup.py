@@ -32,7 +32,9 @@ def claim_folder(save: str | None, context: ParallelContext) -> Claim | None:
             seen = json.loads((Path(save) / OWNER_FILE).read_text())["token"] == token
         except (OSError, ValueError):
             seen = False
-        _all_agree(seen, f"--save {save} is not the folder that rank 0 writes to: it must be shared", context)
+        _all_agree(
+            seen, f"--save {save} is not one folder that all nodes share: what rank 0 wrote is missing for", context
+        )
     return claim
 
 
@@ -40,7 +42,11 @@ def check_data(states: dict, context: ParallelContext) -> None:
     """See that every rank reads the same data: `states` describe it. Collective; raises RanksDiffer."""
     digest = hashlib.sha256(json.dumps(states, sort_keys=True).encode()).hexdigest()
     first = gather_objects(digest, context.control)[0]
-    _all_agree(digest == first, "the training data here is not rank 0's: other contents under the same path", context)
+    _all_agree(
+        digest == first,
+        "the training data is not the same on all nodes: it has other contents than rank 0's for",
+        context,
+    )
 
 
 def _all_agree(agrees: bool, problem: str, context: ParallelContext) -> None:
@@ -51,7 +57,7 @@ def _all_agree(agrees: bool, problem: str, context: ParallelContext) -> None:
             hosts.setdefault(host, []).append(str(rank))
     if hosts:
         where = "; ".join(f"rank(s) {', '.join(ranks)} on {host}" for host, ranks in hosts.items())
-        raise RanksDiffer(f"{problem}. Seen by {where}")
+        raise RanksDiffer(f"{problem} {where}" if context.rank == 0 else "")
 
 
 def check_stragglers(context: ParallelContext, say: Callable[[str], None]) -> None:

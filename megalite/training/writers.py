@@ -56,6 +56,7 @@ class WandbWriter:
             run_id = file.read_text().strip() if file.exists() else run_id
             file.write_text(run_id + "\n")
         self._run = wandb.init(
+            dir=os.path.abspath(os.environ.get("WANDB_DIR", os.curdir)),  # wandb keeps the one of an earlier run else
             project=config.training.wandb_project, name=config.training.wandb_exp_name, id=run_id, resume="allow",
             config=to_flat(config), settings=wandb.Settings(console="off", silent=True),
         )  # fmt: skip
