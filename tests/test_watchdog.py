@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,9 @@ def test_a_hang_is_explained_and_ends_every_rank(pool, tmp_path):
     assert said.count("HANG: ") == 1
     head = r"HANG: no progress for \d+ s, waiting for rank 2\n  rank 2 on \S+ \(process \d+\): training, step 3; in no"
     assert re.search(head, said), said
-    # Rank 3 waits for it in the layer, rank 0 with the next microbatch: whichever came first is named.
+    # Rank 3 waits for it in the layer, rank 0 for a microbatch to go or to come back: whoever was first is named.
     calls = (
-        r"all_reduce of \[16, 1, 16\] float32, call \d+ of the tensor group \(ranks 2, 3\)|transfer \d+ from rank 0 to"
+        r"all_reduce of \[16, 1, 16\] float32, call \d+ of the tensor group \(ranks 2, 3\)|transfer \d+ from rank [02]"
     )
     assert re.search(rf"missing from ({calls})", said), said
     assert re.search(r"where rank [03] on \S+ \(process \d+\) has waited for \d+ s", said)
@@ -64,6 +65,16 @@ def test_a_stopped_process_is_named_though_it_cannot_answer(pool, tmp_path):
     assert "waiting for rank 1" in said and "it does not answer" in said and "was not done" in said
 
 
+def test_rank_0_stopped_with_the_store_in_it():
+    """Then nobody can be asked. The others end all the same, and say where they wait."""
+    (status, _), (other, said) = ranks("stop 0 3", ["--hang-timeout", "4"], ["--hang-timeout", "4"], stopped=[0])
+    assert (status, other) == (-signal.SIGKILL, HUNG), said
+    assert re.search(
+        r"^HANG: no progress for \d+ s on rank 1 of \S+, in all_reduce of .*does not answer", said, re.M
+    ), said
+    assert "in all_reduce" in said and "in _step" in said
+
+
 def test_one_process_alone_that_hangs(pool, tmp_path):
     said = str(hang(pool, 1, "sleep 0 3", "--save", tmp_path, "--hang-timeout", "2"))
     assert f"exited with status {HUNG}\n" in said and "waiting for rank 0" in said and "in no call" in said
@@ -74,8 +85,8 @@ def test_a_slow_step_is_no_hang(pool):
     assert pool.run(train_in_trouble, 2, "slow 1 3", ["--hang-timeout", "60"], timeout=100) == ["trained"] * 2
 
 
-def ranks(trouble: str, *flags_by_rank: list) -> list[tuple[int, str]]:
-    """(exit status, errors) of processes that run tests/trouble.py as ranks."""
+def ranks(trouble: str, *flags_by_rank: list, stopped: Sequence[int] = ()) -> list[tuple[int, str]]:
+    """(exit status, errors) of processes that run tests/trouble.py as ranks; stopped ones are killed in the end."""
     port, common = free_port(), {**os.environ, "OMP_NUM_THREADS": "1", "TROUBLE": trouble}
     processes = []
     for rank, flags in enumerate(flags_by_rank):
@@ -84,6 +95,11 @@ def ranks(trouble: str, *flags_by_rank: list) -> list[tuple[int, str]]:
         command = [sys.executable, ROOT / "tests/trouble.py", *MODEL, *flags]
         environment = common | {name: str(value) for name, value in launch.items()}
         processes.append(subprocess.Popen(map(str, command), stderr=subprocess.PIPE, text=True, env=environment))
+    for rank, process in enumerate(processes):
+        if rank not in stopped:
+            process.wait(timeout=200)  # what it says is less than a pipe holds
+    for rank in stopped:
+        processes[rank].kill()
     errors = [process.communicate(timeout=200)[1] for process in processes]
     return [(process.returncode, error) for process, error in zip(processes, errors)]
 

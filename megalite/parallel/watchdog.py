@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.verdict import Report, all_stacks, hang_verdict
@@ -29,8 +30,15 @@ BEAT_SECONDS = 1.0
 """Between two reports of a rank."""
 SILENT_BEATS = 4
 """A rank that misses so many reports is silent."""
+ANSWER_SECONDS = 10.0
+"""In which the store must answer."""
+SUSPENDED_SECONDS = 5.0
+"""A thread that wakes up so much too late was suspended, with its process."""
 FAREWELL_SECONDS = 0.5
 """Ranks that follow another into its end leave it so long to speak first."""
+
+
+Answer = TypeVar("Answer")
 
 
 class LostContact(RuntimeError):
@@ -63,23 +71,23 @@ class Watchdog:
     # What the thread does --------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        awake = time.monotonic()
+        asleep, activity = time.monotonic(), self._context.activity
         while not self._over.wait(self._seconds):
             if self._timeout:  # should this thread never run again, since another one keeps Python's lock
                 faulthandler.dump_traceback_later(self._timeout, file=sys.__stderr__)
-            activity, before, awake = self._context.activity, awake, time.monotonic()
-            if awake - before > SILENT_BEATS * self._seconds:
+            if time.monotonic() - asleep > self._seconds + SUSPENDED_SECONDS:
                 activity.enters(activity.doing)  # the whole process was suspended: its time begins anew
             idle = activity.idle_seconds
             hangs = 0 < self._timeout < idle
             try:
-                self._report()
-                if hangs or self._store.add("hangs", 0):
-                    judge = hangs and self._store.add("hangs", 1) == 1
+                _ask(self._report)
+                if hangs or _ask(lambda: self._store.add("hangs", 0)):
+                    judge = hangs and _ask(lambda: self._store.add("hangs", 1)) == 1
                     self._end(judge)
             except RuntimeError as error:  # of torch's store
                 if hangs:
                     self._end_alone(idle, error)
+            asleep = time.monotonic()
 
     def _report(self, **stacks: str) -> None:
         context = self._context
@@ -119,11 +127,12 @@ class Watchdog:
 
     def _end_alone(self, idle: float, error: Exception) -> None:
         """The store does not answer either, so rank 0 or its node is stopped, dead or cut off."""
+        context = self._context
+        where = f"on rank {context.rank} of {context.host}, in {context.activity.waiting or 'no call'}"
+        reason = str(error).splitlines()[0]
         self._say(
-            f"HANG: no progress for {idle:.0f} s on rank {self._context.rank} of {self._context.host}, and the process "
-            f"that ranks meet in (rank 0, or torchrun on the first node) does not answer: {error}".splitlines()[0]
-            + "\n"
-            f"{self._main_stack()}"
+            f"HANG: no progress for {idle:.0f} s {where}, and the process that ranks meet in (rank 0, or torchrun on "
+            f"the first node) does not answer: {reason}\n{self._main_stack()}"
         )
         os._exit(HUNG)
 
@@ -149,31 +158,34 @@ class Watchdog:
 
     def failed(self, message: str) -> None:
         """Leave word of why this rank ends, before its connections break."""
-        with suppress(RuntimeError):  # of torch's store: the job ends anyway
-            number = self._store.add("failures", 1)
-            self._store.set(f"failure/{number}", json.dumps([self._context.rank, self._context.host, message]))
+        if message:
+            with suppress(RuntimeError):  # of torch's store: the job ends anyway
+                number = _ask(lambda: self._store.add("failures", 1))
+                text = json.dumps([self._context.rank, self._context.host, message])
+                _ask(lambda: self._store.set(f"failure/{number}", text))
 
     def why_contact_was_lost(self) -> str:
         """Which rank failed or died, in words, on the first rank that asks; "" on the others. Takes a few seconds."""
-        rank = self._context.rank
         # A launcher sends SIGTERM to all as soon as one has died: that must not cut off the explanation.
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            speaks = self._store.add("speakers", 1) == 1
-            told = self._reason() if speaks else ""
-            if speaks:
-                time.sleep(FAREWELL_SECONDS)
-                self._store.set("spoken", "yes")
-            end = time.monotonic() + 3 * SILENT_BEATS * BEAT_SECONDS
-            while not self._store.check(["spoken"]) and time.monotonic() < end:
-                time.sleep(0.05)
-            if rank == 0:
-                time.sleep(FAREWELL_SECONDS)
-            return told
+            return _ask(self._agree_on_the_reason, 3 * ANSWER_SECONDS)
         except RuntimeError:  # of torch's store
             return "rank 0, or torchrun on the first node, is gone: see what it says; without a word, it was killed"
         finally:
             signal.signal(signal.SIGTERM, before)
+
+    def _agree_on_the_reason(self) -> str:
+        told, end = "", time.monotonic() + 2 * ANSWER_SECONDS
+        if self._store.add("speakers", 1) == 1:
+            told = self._reason()
+            time.sleep(FAREWELL_SECONDS)
+            self._store.set("spoken", "yes")
+        while not self._store.check(["spoken"]) and time.monotonic() < end:
+            time.sleep(0.05)
+        if self._context.rank == 0:
+            time.sleep(FAREWELL_SECONDS)  # the store may live in this process
+        return told
 
     def _reason(self) -> str:
         time.sleep(FAREWELL_SECONDS)
@@ -190,6 +202,28 @@ class Watchdog:
             return ""
         who, host, message = json.loads(self._store.get("failure/1"))
         return f"rank {who} on {host} failed: {message}"
+
+
+def _ask(action: Callable[[], Answer], seconds: float = ANSWER_SECONDS) -> Answer:
+    """Do something with the store, on a thread, since the store of a stopped process does not answer at all.
+
+    Raises RuntimeError, as the store does, when it takes longer.
+    """
+    answers: list[Answer | RuntimeError] = []
+
+    def act() -> None:
+        try:
+            answers.append(action())
+        except RuntimeError as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    answer = answers[0] if answers else RuntimeError(f"no answer within {seconds:.0f} s")
+    if isinstance(answer, RuntimeError):
+        raise answer
+    return answer
 
 
 def _all_threads() -> str:

@@ -85,7 +85,8 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
             except Exception as error:
                 if _loses_contact(error):
                     raise _lost_contact(error, dog) from None
-                dog.failed(explain(error) or "".join(traceback.format_exception_only(error)).strip())
+                message = explain(error)
+                dog.failed("".join(traceback.format_exception_only(error)).strip() if message is None else message)
                 raise
     finally:
         context.destroy()
