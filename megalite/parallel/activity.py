@@ -81,12 +81,13 @@ class Activity:
     @contextmanager
     def waits(self, call: Call) -> Iterator[Call]:
         """While the block runs, the rank is in this call."""
-        with self.timed("communication"):
-            before, self.waiting = self.waiting, call
-            try:
-                yield call
-            finally:
-                self.waiting = before
+        before, phase = self.waiting, self._switch("communication")
+        self.waiting = call
+        try:
+            yield call
+        finally:
+            self.waiting = before
+            self._switch(phase)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
