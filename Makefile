@@ -5,13 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.megalite-installed
 
-.PHONY: help install quickstart quickstart-bert test test-all lint clean
+.PHONY: help install quickstart quickstart-bert test test-all test-slurm lint clean
 
 help:
 	@echo "make quickstart   from raw text to a trained, resumed and sampled GPT, on 8 CPU ranks; results in runs/"
 	@echo "make quickstart-bert  the same for a BERT: pretrained on sentences, resumed, blanks filled in"
 	@echo "make test         the tests"
 	@echo "make test-all     the tests, slow ones too"
+	@echo "make test-slurm   the tests on a real SLURM, brought up on this machine (root; tests/slurm/cluster.sh install)"
 	@echo "make lint         style (ruff) and the borders between packages (import-linter)"
 	@echo "make install      create $(VENV) and install megalite there, editable, with all extras"
 	@echo "make clean        delete $(VENV), caches and build folders; runs/ stays"
@@ -42,10 +43,14 @@ quickstart-bert: install
 	$(BIN)/python examples/quickstart/run_bert.py
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	@command -v slurmctld >/dev/null && echo "tests on SLURM: make test-slurm" || echo "tests on SLURM are left out: it is not installed"
+	$(BIN)/python -m pytest -m "not slow and not slurm" --durations=10
 
 test-all: install
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -m "not slurm" --durations=10
+
+test-slurm: install
+	$(BIN)/python -m pytest -m slurm tests/slurm --durations=10 -rs
 
 lint: install
 	$(BIN)/ruff check

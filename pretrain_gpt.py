@@ -30,7 +30,7 @@ def main() -> None:
         explanation = explain(error)
         if explanation is None:
             raise
-        sys.exit(f"pretrain_gpt.py: rank {launch.rank}: {explanation}")
+        sys.exit((explanation and f"pretrain_gpt.py: rank {launch.rank}: {explanation}") or 1)
 
 
 if __name__ == "__main__":

@@ -186,3 +186,22 @@ def says(*words: str, instead_of: str = "") -> Check:
         assert instead_of in before and not any(word in before for word in words), before
 
     return check
+
+
+def lists(start: str) -> Check:
+    """The run left a file whose path begins so, and left none."""
+
+    def check(before: Run, after: Run):
+        assert any(path.startswith(start) for path in after.files), after.files
+        assert not any(path.startswith(start) for path in before.files)
+
+    return check
+
+
+def named(name: str) -> Check:
+    """The name is this one, and was none."""
+
+    def check(before: str, after: str):
+        assert (before, after) == ("", name)
+
+    return check

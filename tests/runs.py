@@ -34,7 +34,9 @@ from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import build_context, build_model, build_parts
 from megalite.training.pretrain import pretrain
 from tests.data.tokenizer_files import make_files
-from tests.pool import RankPool
+from tests.pool import RankPool, RanksFailed
+from tests.trouble import troubled
+from tests.wandb_files import wandb_records
 
 ALONE = LaunchInfo(0, 1, 0, 1, "", "none")
 
@@ -58,8 +60,9 @@ class Run:
         entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         for entry in entries:
             if "loss" in entry:
-                entry.pop("data_seconds")
-                entry["tokens"] = round(entry.pop("tokens_per_second") * entry.pop("step_seconds"))
+                entry["tokens"] = round(entry.pop("tokens_per_second") * entry["step_seconds"])
+                for name in [name for name in entry if name.endswith("_seconds")]:
+                    entry.pop(name)
         return entries
 
     @cached_property
@@ -178,6 +181,12 @@ def training(bench: Bench, flags: dict, ranks: int) -> Run:
     return Run(bench.pool.run(console_of, ranks, config, folder)[0], folder)
 
 
+def wandb_name(bench: Bench, flags: dict, ranks: int) -> str:
+    """The name of a run as its offline records have it."""
+    (record,) = training(bench, flags, ranks).folder.glob("wandb/offline-run-*/*.wandb")
+    return next(r.run.display_name for r in wandb_records(record) if r.HasField("run"))
+
+
 def kept_for_backward(bench: Bench, flags: dict, ranks: int) -> dict:
     """What one microbatch leaves in memory after its forward, and the gradient that comes of it."""
     config = sound(flags, ranks, bench.new_folder())
@@ -230,6 +239,21 @@ def late_rank(launch: LaunchInfo, config: RunConfig, seconds: float) -> str:
 
 def waiting_for_late_rank(bench: Bench, flags: dict, ranks: int) -> str:
     return bench.pool.run(late_rank, ranks, sound(flags, ranks, bench.new_folder()), 1.5)[0]
+
+
+def with_a_slow_rank(launch: LaunchInfo, config: RunConfig) -> str:
+    """Rank 1 takes 4 seconds for a forward of the second step."""
+    pretrain(config, launch, troubled("slow 1 2"))
+    return "all ranks are done"
+
+
+def waiting_for_slow_rank(bench: Bench, flags: dict, ranks: int) -> str:
+    """What is said in the end, by the watchdog or by the ranks."""
+    folder = bench.new_folder()
+    try:
+        return bench.pool.run(with_a_slow_rank, ranks, sound(flags | {"metrics_file": None}, ranks, folder))[0]
+    except RanksFailed as failed:
+        return str(failed)
 
 
 class Ended(BaseException):

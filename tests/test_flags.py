@@ -24,9 +24,11 @@ from tests.checks import (
     has,
     leaves_out,
     less_is_kept,
+    lists,
     losses_from,
     more_is_kept,
     more_parameters,
+    named,
     other_rounding,
     other_validation,
     prints,
@@ -285,6 +287,17 @@ FLAGS: dict[str, list[Effect]] = {
             observe=runs.waiting_for_late_rank,
         )
     ],
+    "hang_timeout": [
+        effect(
+            0.5,
+            says("HANG: no progress", instead_of="all ranks are done"),
+            base={"eval_interval": 0, "eval_iters": 0},
+            also={"save": "hung"},
+            ranks=2,
+            observe=runs.waiting_for_slow_rank,
+        )
+    ],
+    "check_stragglers": [effect(True, says("a product of 512 x 512 matrices: median"))],
     # checkpoint
     "save": [effect("saved", becomes("saved", [4]))],
     "save_interval": [effect(2, becomes("saved", [2, 4]), base=SAVES)],
@@ -318,6 +331,12 @@ FLAGS: dict[str, list[Effect]] = {
     ],
     "log_interval": [effect(3, reports(3, 4))],
     "metrics_file": [effect("metrics.jsonl", becomes("files", {"metrics.jsonl"}), base={"metrics_file": None})],
+    "tensorboard_dir": [effect("board", lists("board/events"), same_losses)],
+    "wandb_project": [effect("demo", lists("wandb/offline-run-"), same_losses)],
+    "wandb_exp_name": [effect("second", named("second"), base={"wandb_project": "demo"}, observe=runs.wandb_name)],
+    "profile": [effect("2-3", lists("profile/iteration-2-rank-00000.trace.json.gz"), same_losses)],
+    "profile_dir": [effect("traces", lists("traces/iteration-2-rank-00000"), base={"profile": "2-2"})],
+    "profile_ranks": [effect(("0", "1"), lists("profile/iteration-2-rank-00001"), base={"profile": "2-2"}, ranks=2)],
     "exit_interval": [effect(3, stops_at(3, "--exit-interval 3"))],
     "exit_duration_in_mins": [effect(1e-6, stops_at(1, "--exit-duration-in-mins 1e-06 are over"))],
     "exit_signal_handler": [

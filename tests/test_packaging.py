@@ -42,7 +42,7 @@ def test_what_loading_megalite_needs_is_required():
 
 def test_whatever_else_is_imported_has_an_extra():
     used = set().union(*(third_party_imports(path, everywhere=True) for path in SOURCES))
-    assert used <= set().union(*map(requirements, ("dependencies", "tokenizers", "data", "plot")))
+    assert used <= set().union(*map(requirements, ("dependencies", "tokenizers", "data", "plot", "watch")))
 
 
 def test_nothing_is_required_that_is_not_used():

@@ -168,7 +168,7 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks(tmp_path):
         assert checkpoint.read("final_norm.weight").isfinite().all()
 
 
-def test_what_stops_one_rank_is_told_by_it_and_the_others_refer_to_it(tmp_path):
+def test_what_stops_one_rank_is_told_by_it_and_by_one_that_loses_contact(tmp_path):
     """Of the first two samples, one for each data-parallel rank, the first has an id outside the vocabulary."""
     with IndexedWriter(tmp_path / "bad", np.uint16) as writer:
         writer.add_document(np.array([1] * 40 + [60000] * 24))
@@ -179,7 +179,8 @@ def test_what_stops_one_rank_is_told_by_it_and_the_others_refer_to_it(tmp_path):
     wanted = r"pretrain_gpt\.py: rank 0: split 'train', [^\n]* id 60000, but the vocabulary has 61 entries[^\n]*\n"
     assert re.fullmatch(wanted, errors), errors
     wanted = (
-        r"pretrain_gpt\.py: rank 1: lost contact with other ranks in at > all_reduce \([^\n]+\): see what they say\n"
+        r"pretrain_gpt\.py: rank 1: rank 0 on \S+ failed: split 'train', [^\n]* id 60000, [^\n]*\n"
+        r"  \(contact was lost in at > all_reduce: [^\n]+\)\n"
     )
     assert re.fullmatch(wanted, other_errors), other_errors
 

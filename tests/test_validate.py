@@ -76,6 +76,15 @@ CASES = {
     "idle beta": (dict(optimizer="sgd", adam_beta2=0.95), 1, "--adam-beta2 0.95 adam"),
     "idle min lr": (dict(lr_decay_style="constant", min_lr=1e-5), 1, "--min-lr 1e-05 constant"),
     "idle decay": (dict(lr_decay_style="constant", lr_decay_iters=5), 1, "--lr-decay-iters 5 constant"),
+    "profile": (dict(profile="12-10"), 1, "--profile 12-10 ascending"),
+    "profile words": (dict(profile="10"), 1, "--profile 10 first-last"),
+    "profile twice": (dict(profile="2-5,4-6"), 1, "--profile 2-5,4-6 ascending"),
+    "profile ranks": (dict(profile="2-5", profile_ranks=("0", "8", "x")), 2, "--profile-ranks 8 x 0 to 1"),
+    "idle profile ranks": (dict(profile_ranks=("1",)), 2, "--profile-ranks 1 without --profile"),
+    "idle profile folder": (dict(profile_dir="x"), 1, "--profile-dir x without --profile"),
+    "idle name": (dict(wandb_exp_name="x"), 1, "--wandb-exp-name x without --wandb-project"),
+    "idle watchdog": (dict(hang_timeout=900.0), 1, "--hang-timeout 900 --distributed-timeout-minutes"),
+    "no time": (dict(hang_timeout=-1.0), 1, "--hang-timeout -1 at least 0"),
     "idle save interval": (dict(save_interval=5), 1, "--save-interval 5 without --save"),
     "idle keep last": (dict(keep_last=5), 1, "--keep-last 5 without --save"),
     "idle step": (dict(ckpt_step=0), 1, "--ckpt-step 0 without --load"),
@@ -153,7 +162,8 @@ def test_every_rule_has_a_case():
         "split_is_readable",
         "megatron_order_is_possible",
         "tokens_can_be_masked",
-    }  # they need files; below
+        "watchers_are_installed",
+    }  # they need files, below, or that libraries are absent: tests/training/test_writers.py
     assert {rule.__name__ for rule in validate.PURE_RULES} <= seen | elsewhere
 
 

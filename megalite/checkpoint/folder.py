@@ -1,6 +1,8 @@
 """A folder of checkpoints: names of what is in it, and which checkpoint is the latest. Imports no torch."""
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 INDEX_FILE = "index.json"
@@ -52,3 +54,18 @@ def checkpoint_folder(root: str | Path, iteration: int) -> Path | None:
     one in (see save.py), what it had moved aside. None when there is neither."""
     folders = [Path(root) / iteration_folder(iteration), *reversed(replaced_folders(root, iteration))]
     return next((folder for folder in folders if (folder / INDEX_FILE).is_file()), None)
+
+
+def remove_drafts(root: Path) -> None:
+    """Remove what killed runs left: half-written and half-deleted checkpoints."""
+    for stale in [*root.glob(".iter_*.tmp"), *root.glob(".iter_*.deleted")]:
+        shutil.rmtree(stale)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the folder's entries (new files, renames) survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -225,12 +225,3 @@ def _raw_bytes(tensor: torch.Tensor):
     dense = tensor.detach().cpu().contiguous()
     # Not `view(-1)`: a dim of size 1 counts as contiguous whatever its stride, and a stride other than 1 has no bytes.
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()
-
-
-def fsync_folder(path: Path) -> None:
-    """Make the folder's entries (new files, renames) survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import torch
 
+from megalite.checkpoint.fence import Claim
 from megalite.checkpoint.folder import (
     INDEX_FILE,
     LATEST_FILE,
     STATE_FILE,
     CheckpointError,
+    fsync_folder,
     iteration_folder,
     list_iterations,
+    remove_drafts,
     replaced_folders,
 )
 from megalite.checkpoint.format import (
@@ -26,7 +29,6 @@ from megalite.checkpoint.format import (
     StoredBox,
     StoredFile,
     StoredTensor,
-    fsync_folder,
     listing,
     rank_file,
     write_file,
@@ -44,21 +46,25 @@ def write(
     config_yaml: str,
     world: Group,
     keep_last: int | None = None,
+    claim: Claim | None = None,
 ) -> Path:
     """Write the checkpoint `root/iter_N` and make it the latest; every rank of `world` calls this. Returns its folder.
 
     Together the ranks' pieces must cover every named tensor exactly once. `private` tensors belong to this rank alone
     (random streams). `state` (JSON), `config_yaml` and `keep_last` are taken from rank 0; `keep_last` removes all but
-    that many newest checkpoints, counted up to this one. `root` must be the same folder on every rank.
+    that many newest checkpoints, counted up to this one. `root` must be the same folder on every rank. With rank 0's
+    `claim` nothing is written once another run has claimed the folder.
 
     Raises CheckpointError on every rank when any rank fails; the previous checkpoint then stays the latest.
     """
     root = Path(root)
-    draft = root / f".{iteration_folder(iteration)}.tmp"
+    # A replaced run that wakes up in the middle of a save must not write into its successor's draft.
+    own = claim.token if claim else "draft"
+    draft = root / f".{iteration_folder(iteration)}.{own}.tmp"
+    draft, texts = _on_first(world, lambda: _begin(root, draft, state, config_yaml, keep_last, claim))
     try:
-        texts = _on_first(world, lambda: _begin(root, draft, state, config_yaml, keep_last))
         parts = _on_all(world, lambda: _write_part(draft, world.rank, pieces, private))
-        _on_first(world, lambda: _commit(root, draft, iteration, parts, texts))
+        _on_first(world, lambda: _commit(root, draft, iteration, parts, texts, claim))
     except CheckpointError:
         if world.rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
@@ -99,16 +105,19 @@ def _describe(error: Exception) -> str:
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
-def _begin(root: Path, draft: Path, state: dict, config_yaml: str, keep_last: int | None) -> dict[str, StoredFile]:
-    """Make the draft folder and its text files; what killed runs left is removed first."""
+def _begin(
+    root: Path, draft: Path, state: dict, config_yaml: str, keep_last: int | None, claim: Claim | None
+) -> tuple[Path, dict[str, str]]:
+    """Make the draft folder; what killed runs left is removed first. Returns it, and the contents of its text files."""
+    texts = {STATE_FILE: json.dumps(state, indent=1), CONFIG_FILE: config_yaml}
     if keep_last is not None and keep_last < 1:
         raise CheckpointError(f"keep_last must be at least 1, or None to keep all; got {keep_last}")
+    if claim:
+        claim.check()
     root.mkdir(parents=True, exist_ok=True)
-    for stale in [*root.glob(".iter_*.tmp"), *root.glob(".iter_*.deleted")]:
-        shutil.rmtree(stale)
+    remove_drafts(root)
     draft.mkdir()
-    texts = {STATE_FILE: json.dumps(state, indent=1), CONFIG_FILE: config_yaml}
-    return {name: write_file(draft / name, [text.encode()]) for name, text in texts.items()}
+    return draft, texts
 
 
 def _write_part(draft: Path, rank: int, pieces: Iterable[Piece], private: dict[str, torch.Tensor]) -> _Part:
@@ -143,8 +152,12 @@ def _merge(parts: list[_Part]) -> dict[str, StoredTensor]:
     return merged
 
 
-def _commit(root: Path, draft: Path, iteration: int, parts: list[_Part], texts: dict[str, StoredFile]) -> None:
-    files = texts | {rank_file(rank): part.file for rank, part in enumerate(parts)}
+def _commit(
+    root: Path, draft: Path, iteration: int, parts: list[_Part], texts: dict[str, str], claim: Claim | None
+) -> None:
+    """Write text files and index, then rename: draft to folder, and the name of the latest last."""
+    files = {name: write_file(draft / name, [text.encode()]) for name, text in texts.items()}
+    files |= {rank_file(rank): part.file for rank, part in enumerate(parts)}
     index = Index(iteration, len(parts), _merge(parts), files)
     for name, file in files.items():
         path = draft / name
@@ -152,6 +165,8 @@ def _commit(root: Path, draft: Path, iteration: int, parts: list[_Part], texts: 
             raise CheckpointError(f"{path} is not there as it was written: is {root} the same folder on every node?")
     write_file(draft / INDEX_FILE, [index.to_json().encode()])
     fsync_folder(draft)
+    if claim:
+        claim.check()
     folder = root / iteration_folder(iteration)
     if folder.exists():
         _move_aside(root, folder, iteration)

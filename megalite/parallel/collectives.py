@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from megalite.parallel.activity import Activity, Call
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -20,6 +22,12 @@ class Group:
     rank: int
     handle: "dist.ProcessGroup | None" = field(default=None, repr=False)
     """torch's group; None when the group has one rank, and then nothing is ever sent."""
+    name: str = ""
+    """For messages: tensor, data, pipeline, ..."""
+    activity: Activity = field(default_factory=Activity, repr=False)
+    """Where calls are noted, so that a hang can be explained; one for all groups of a rank."""
+    patient: bool = False
+    """Whether its calls may take long."""
 
     @property
     def size(self) -> int:
@@ -34,6 +42,18 @@ class _Done:
         pass
 
 
+class _Pending:
+    """The handle of a call that is under way."""
+
+    def __init__(self, work, call: Call, activity: Activity):
+        self._work, self._call, self._activity = work, call, activity
+
+    def wait(self) -> None:
+        """Return when the result may be used."""
+        with self._activity.waits(self._call):
+            self._work.wait()
+
+
 DONE = _Done()
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
@@ -46,12 +66,19 @@ def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _call(group: Group, kind: str, tensor: torch.Tensor | None = None) -> Call:
+    """Note that this rank begins a call of the whole group."""
+    content = () if tensor is None else (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    return group.activity.begins(kind, group.name, group.ranks, *content, patient=group.patient)
+
+
 def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum", async_op: bool = False):
     """Reduce in place over the group ("sum", "max" or "min"). With `async_op` returns a handle to `wait()` for."""
     if group.size == 1:
         return DONE
-    work = dist.all_reduce(_contiguous(tensor), _OPS[op], group=group.handle, async_op=async_op)
-    return work or DONE
+    with group.activity.waits(_call(group, "all_reduce", tensor)) as call:
+        work = dist.all_reduce(_contiguous(tensor), _OPS[op], group=group.handle, async_op=async_op)
+    return _Pending(work, call, group.activity) if async_op else DONE
 
 
 def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
@@ -64,8 +91,9 @@ def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
     out = tensor.new_empty((tensor.shape[0] * group.size, *tensor.shape[1:]))
     # dist.all_gather_single is the name from torch 2.13 on; the older one warns there and is all that 2.10-2.12 have.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    work = gather(out, _contiguous(tensor), group=group.handle, async_op=async_op)
-    return (out, work) if async_op else out
+    with group.activity.waits(_call(group, "all_gather", tensor)) as call:
+        work = gather(out, _contiguous(tensor), group=group.handle, async_op=async_op)
+    return (out, _Pending(work, call, group.activity)) if async_op else out
 
 
 def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):
@@ -79,20 +107,23 @@ def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):
         raise ValueError(f"cannot scatter dim 0 of shape {tuple(tensor.shape)} over {group.size} ranks")
     out = tensor.new_empty((tensor.shape[0] // group.size, *tensor.shape[1:]))
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    work = scatter(out, _contiguous(tensor), group=group.handle, async_op=async_op)
-    return (out, work) if async_op else out
+    with group.activity.waits(_call(group, "reduce_scatter", tensor)) as call:
+        work = scatter(out, _contiguous(tensor), group=group.handle, async_op=async_op)
+    return (out, _Pending(work, call, group.activity)) if async_op else out
 
 
 def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> None:
     """Copy the tensor of the group's rank `source` into everyone's, in place."""
     if group.size > 1:
-        dist.broadcast(_contiguous(tensor), group.ranks[source], group=group.handle)
+        with group.activity.waits(_call(group, "broadcast", tensor)):
+            dist.broadcast(_contiguous(tensor), group.ranks[source], group=group.handle)
 
 
 def barrier(group: Group) -> None:
     """Wait until every rank of the group has come here."""
     if group.size > 1:
-        dist.barrier(group=group.handle)
+        with group.activity.waits(_call(group, "barrier")):
+            dist.barrier(group=group.handle)
 
 
 def gather_objects(obj, group: Group) -> list:
@@ -100,7 +131,8 @@ def gather_objects(obj, group: Group) -> list:
     if group.size == 1:
         return [obj]
     out = [None] * group.size
-    dist.all_gather_object(out, obj, group=group.handle)
+    with group.activity.waits(_call(group, "gather_objects")):
+        dist.all_gather_object(out, obj, group=group.handle)
     return out
 
 
@@ -122,7 +154,23 @@ def exchange(transfers: Sequence[Transfer], group: Group) -> list:
         dist.P2POp(dist.isend if t.send else dist.irecv, _contiguous(t.tensor), group.ranks[t.peer], group=group.handle)
         for t in transfers
     ]
-    return dist.batch_isend_irecv(operations) if operations else []
+    if not operations:
+        return []
+    calls = [_transfer_call(t, group) for t in transfers]
+    with group.activity.waits(calls[0]):
+        works = dist.batch_isend_irecv(operations)
+    # One handle per transfer, or, where the backend merges them, one for all.
+    return [_Pending(work, call, group.activity) for work, call in zip(works, calls)]
+
+
+def _transfer_call(transfer: Transfer, group: Group) -> Call:
+    """Note that this rank begins its end of a transfer."""
+    ends = group.ranks[group.rank], group.ranks[transfer.peer]
+    ends = ends if transfer.send else ends[::-1]
+    tensor = transfer.tensor
+    return group.activity.begins(
+        "transfer", group.name, ends, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    )
 
 
 # Differentiable operators. Each is a forward collective and its transpose in the backward.

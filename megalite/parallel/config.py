@@ -26,3 +26,8 @@ class ParallelConfig:
     """auto: nccl on GPUs, gloo on the CPU."""
     distributed_timeout_minutes: float = 10.0
     """A collective that takes longer than this ends the run with an error."""
+    hang_timeout: float = 300.0
+    """Seconds without progress on any rank after which the watchdog says which rank hangs, where, and ends the job;
+    0 = never. Saving and starting may take longer."""
+    check_stragglers: bool = False
+    """Before training, time a matrix product on each rank and an all-reduce of each group, and name the slow ones."""

@@ -1,11 +1,16 @@
 """ParallelContext: this process's groups, place and device. Passed to whoever needs it; nothing is global."""
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megalite.parallel.activity import Activity
+from megalite.parallel.agreement import compare_facts
 from megalite.parallel.collectives import Group
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import AXES, Coordinates, ParallelLayout
@@ -50,11 +55,20 @@ class ParallelContext:
     """All ranks, for small objects and for waiting on each other's files: gloo, and patient."""
     embedding: Group | None
     """First and last stage of this pipeline, on those two only; None elsewhere and with one stage."""
+    activity: Activity = field(default_factory=Activity)
+    """What this rank is doing: all its groups note it there."""
+    store: Any = field(default_factory=dist.HashStore)
+    """torch's key-value store that all ranks share; here for what must work while collectives do not."""
 
     @property
     def rank(self) -> int:
         """Global rank."""
         return self.world.rank
+
+    @property
+    def host(self) -> str:
+        """Name of the machine."""
+        return os.uname().nodename
 
     @property
     def world_size(self) -> int:
@@ -87,10 +101,12 @@ class ParallelContext:
         device: str | torch.device = "cpu",
         backend: str = "gloo",
         timeout_minutes: float = 10.0,
+        facts: Mapping[str, Any] | None = None,
     ) -> "ParallelContext":
         """Meet the other ranks and make all groups. Collective over the world; every rank passes the same layout.
 
-        Raises ValueError when the layout's world size is not the launcher's.
+        facts: what must be the same on every rank, compared before any group is made. Raises ValueError when the
+        layout's world size is not the launcher's, RanksDiffer when the facts differ.
         """
         if layout.world_size != launch.world_size:
             raise ValueError(f"layout {layout} has {layout.world_size} ranks; the launcher started {launch.world_size}")
@@ -100,9 +116,14 @@ class ParallelContext:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         timeout = timedelta(minutes=timeout_minutes)
+        store, _, _ = next(dist.rendezvous(launch.init_method, launch.rank, launch.world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        own = dist.PrefixStore("megalite", store)
+        if facts is not None:
+            compare_facts(own, launch.rank, launch.world_size, facts)
         dist.init_process_group(
             backend,
-            init_method=launch.init_method,
+            store=store,
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timeout,
@@ -111,6 +132,8 @@ class ParallelContext:
             device_id=device if device.type == "cuda" else None,
         )
 
+        activity = Activity()
+
         def mine(groups, name, timeout=timeout, backend=None):
             """new_group is collective: every rank makes every group, in the same order, and keeps its own."""
             found = None
@@ -118,16 +141,17 @@ class ParallelContext:
                 alone = len(ranks) == 1
                 handle = None if alone else dist.new_group(ranks, timeout, backend=backend, group_desc=name)
                 if launch.rank in ranks:
-                    found = Group(ranks, ranks.index(launch.rank), handle)
+                    found = Group(ranks, ranks.index(launch.rank), handle, name, activity, name == "control")
             return found
 
         everyone = tuple(range(layout.world_size))
         axes = {axis: mine(layout.groups(axis), axis) for axis in AXES}
         embedding = mine(layout.embedding_groups(), "embedding")
         control = mine([everyone], "control", timedelta(hours=PATIENCE_HOURS), "gloo")
-        world = Group(everyone, launch.rank, dist.group.WORLD)
+        world = Group(everyone, launch.rank, dist.group.WORLD, "world", activity)
         here = layout.coordinates(launch.rank)
-        return cls(layout, here, device, world, control=control, embedding=embedding, **axes)
+        more = dict(control=control, embedding=embedding, activity=activity, store=own)
+        return cls(layout, here, device, world, **axes, **more)
 
     def destroy(self) -> None:
         """Leave all groups. The context is of no use afterwards."""

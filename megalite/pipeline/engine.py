@@ -74,7 +74,9 @@ class PipelineEngine:
         for step in program(schedule(pipeline.size, pipeline.rank, len(microbatches)), pipeline.rank, pipeline.size):
             self._post(run, step.messages)
             if step.action is not None:
-                (self._forward if step.action.kind == FORWARD else self._backward)(run, step.action)
+                forward = step.action.kind == FORWARD
+                with self.context.activity.timed("forward" if forward else "backward"):
+                    (self._forward if forward else self._backward)(run, step.action)
         self._finish_sending(run)
         return run.losses
 

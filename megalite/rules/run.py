@@ -1,6 +1,7 @@
 """Rules of recompute, optimizer, length and data, as far as the flags alone tell. Imports no torch."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from megalite.config import RunConfig
 from megalite.pipeline.partition import layers_of_stages
@@ -221,6 +222,38 @@ def split_is_readable(config: RunConfig, world_size: int) -> Iterator[Finding]:
         yield Finding(str(error), ("split",), ({"split": "969,30,1"},))
 
 
+def profile_is_ranges(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """--profile is ranges of iterations; --profile-ranks are ranks that there are."""
+    t = config.training
+    if t.profile is None:
+        return
+    try:
+        t.profile_ranges  # noqa: B018
+    except ValueError as error:
+        yield Finding(f"--profile {t.profile}: {error}", ("profile",), ({"profile": "10-12"},))
+    unknown = [rank for rank in t.profile_ranks if not rank.isdecimal() or int(rank) >= world_size]
+    if unknown:
+        yield Finding(
+            f"--profile-ranks {' '.join(unknown)}: the ranks are 0 to {world_size - 1}",
+            ("profile_ranks",),
+            ({"profile_ranks": ("0",)},),
+        )
+
+
+WATCHERS = {"tensorboard_dir": "tensorboard", "wandb_project": "wandb"}
+"""Flags that need a library, which not everyone wants installed."""
+
+
+def watchers_are_installed(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """The libraries of TensorBoard and Weights & Biases are there when they are asked for."""
+    for key, library in WATCHERS.items():
+        given = getattr(config.training, key)
+        if given is not None and find_spec(library) is None:
+            flag = "--" + key.replace("_", "-")
+            advice = "pip install 'megalite[watch]'"
+            yield Finding(f"{flag} {given} needs the library {library}", (key,), (advice, {key: None}))
+
+
 RUN_RULES: tuple[Rule, ...] = (
     batch_divides,
     recompute_agrees,
@@ -233,4 +266,6 @@ RUN_RULES: tuple[Rule, ...] = (
     vocabulary_is_known,
     tokenizer_is_whole,
     split_is_readable,
+    profile_is_ranges,
+    watchers_are_installed,
 )

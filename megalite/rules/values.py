@@ -13,7 +13,7 @@ MAY_BE_ZERO = {"lr_warmup_iters", "eval_interval", "eval_iters", "seed", "ckpt_s
 """Whole numbers from 0; all others start at 1."""
 BELOW_ONE = {"attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "lr_warmup_fraction"}
 """Numbers in [0, 1)."""
-FROM_ZERO = {"min_lr", "weight_decay", "clip_grad", "short_seq_prob"}
+FROM_ZERO = {"hang_timeout", "min_lr", "weight_decay", "clip_grad", "short_seq_prob"}
 """Numbers that may be 0; all others are above it."""
 UP_TO_ONE = {"mask_prob", "short_seq_prob"}
 """Numbers of at most 1."""
@@ -70,6 +70,12 @@ EFFECTS = (
         "",
     ),
     _Effect(
+        ("hang_timeout",),
+        lambda c: c.parallel.hang_timeout < 60 * c.parallel.distributed_timeout_minutes,
+        "since --distributed-timeout-minutes ends the run earlier",
+        {"distributed_timeout_minutes": 60.0},
+    ),
+    _Effect(
         ("rotary_base",),
         lambda c: c.model.position_embedding_type == "rope",
         "without --position-embedding-type rope",
@@ -95,6 +101,18 @@ EFFECTS = (
         lambda c: c.optimizer.lr_decay_style != "constant",
         "with --lr-decay-style constant",
         {"lr_decay_style": "cosine"},
+    ),
+    _Effect(
+        ("wandb_exp_name",),
+        lambda c: c.training.wandb_project is not None,
+        "without --wandb-project",
+        "--wandb-project PROJECT",
+    ),
+    _Effect(
+        ("profile_dir", "profile_ranks"),
+        lambda c: c.training.profile is not None,
+        "without --profile",
+        {"profile": "10-12"},
     ),
     _Effect(("save_interval", "keep_last"), lambda c: c.checkpoint.save is not None, "without --save", "--save FOLDER"),
     _Effect(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megalite.config import RunConfig
+from megalite import __version__
+from megalite.config import RunConfig, to_flat
 from megalite.models.bert import Bert
 from megalite.models.gpt import GPT
 from megalite.models.stage import Stage
@@ -24,7 +25,8 @@ TIED_WEIGHT = "embedding.word_embeddings.weight"
 def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContext, str]:
     """Meet the other ranks. Returns the context and one line that says which device and backend, and why.
 
-    Collective. Raises DeviceError when the device or backend asked for cannot be had.
+    Collective. Raises DeviceError when the device or backend asked for cannot be had, RanksDiffer when ranks were not
+    started with one version and one configuration.
     """
     parallel = config.parallel
     layout = ParallelLayout.for_world(
@@ -41,7 +43,8 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
     if device.type == "cpu" and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Otherwise every rank would start as many threads as the node has cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
-    context = ParallelContext.create(layout, launch, device, backend, parallel.distributed_timeout_minutes)
+    facts = {"megalite": __version__, "torch": torch.__version__, **to_flat(config)}
+    context = ParallelContext.create(layout, launch, device, backend, parallel.distributed_timeout_minutes, facts)
     via = f"{backend}, launched by {launch.source}" if launch.world_size > 1 else "one process, no launcher"
     return context, f"{launch.world_size} rank(s) on {device.type} ({why}); {via}; layout {layout}"
 

@@ -2,20 +2,28 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from megalite.checkpoint.fence import Claim
 from megalite.config import RunConfig
 from megalite.data.indexed import DatasetError
 from megalite.models.flops import flops_per_sequence
+from megalite.parallel.activity import Activity
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import ParallelContext
 from megalite.training.batches import GlobalBatches
 from megalite.training.build import Parts
-from megalite.training.metrics import MetricsFile, by_name, in_words, training_line
+from megalite.training.metrics import by_name, in_words, training_line
+from megalite.training.profile import Profiler
 from megalite.training.replicas import check_replicas
 from megalite.training.signals import StopSignals
 from megalite.training.state import Progress, save_state
+from megalite.training.writers import Writers
+
+PHASES = ("data", "forward", "backward", "communication", "optimizer")
+"""What a step's time goes to; NAME_seconds in the metrics file, as means over ranks."""
 
 
 @dataclass
@@ -28,8 +36,12 @@ class Trainer:
     progress: Progress
     train_data: GlobalBatches
     validation_data: GlobalBatches | None
-    metrics: MetricsFile
-    """Rank 0's writes; the others' have no path."""
+    metrics: Writers
+    """Of rank 0; the others have none."""
+    claim: Claim | None = None
+    """Rank 0's right to write to --save."""
+    to_be_continued: bool = False
+    """Whether it stopped because its time is over, not because someone wants it to end."""
     step_seconds: float | None = None
     """Running mean of the time of a step, for the time left."""
     replicas_equal_at: int | None = None
@@ -40,10 +52,12 @@ class Trainer:
         training, options = self.config.training, self.config.checkpoint
         signals, start, reason = StopSignals(training.exit_signal_handler), time.monotonic(), ""
         saved = self.progress.iteration  # what was loaded need not be saved again
+        profiler = Profiler(training, self.context)
         try:
             while self.progress.iteration < training.train_iters and not reason:
                 iteration = self.progress.iteration + 1
-                reason = self._step(iteration, signals, start)
+                with profiler.iteration(iteration):
+                    reason = self._step(iteration, signals, start)
                 if self._divides(training.check_replicas, iteration):
                     self._check_replicas()
                 done = bool(reason) or iteration == training.train_iters
@@ -57,6 +71,7 @@ class Trainer:
                 self._save()
         finally:
             signals.uninstall()
+            profiler.close()
             self.train_data.close()
         return reason or f"all {training.train_iters} iterations are done"
 
@@ -66,20 +81,32 @@ class Trainer:
 
     def _step(self, iteration: int, signals: StopSignals, start: float) -> str:
         """One optimizer step and its report. Returns the reason to stop after it, or an empty string."""
+        self.context.activity.enters("training", iteration)
         began = time.perf_counter()
         optimizer, batch_size = self.parts.optimizer, self.config.data.global_batch_size
+        activity = self._begin_timing(iteration)
         optimizer.gradients.zero()
         consumed = self.progress.consumed_samples
         then = consumed + batch_size if iteration < self.config.training.train_iters else None
-        losses = self.parts.engine.train_step(*self.train_data.at(consumed, then))
-        norm, rate = optimizer.step(iteration)
+        with activity.timed("data"):
+            batches = self.train_data.at(consumed, then)
+        losses = self.parts.engine.train_step(*batches)
+        with activity.timed("optimizer"):
+            norm, rate = optimizer.step(iteration)
+        phases = activity.take_seconds()
         minutes = self.config.training.exit_duration_in_mins
         late = minutes is not None and time.monotonic() - start >= 60 * minutes
-        # One small all-reduce: the terms of the loss, and whether any rank wants to stop.
-        *losses, signalled, late = self._sum_over_ranks(*self._counted_once(losses), signals.received is not None, late)
+        # One small all-reduce: where the time went, the terms of the loss, and whether any rank wants to stop.
+        told = (phases.get(phase, 0.0) for phase in PHASES)
+        *sums, signalled, warned, late = self._sum_over_ranks(
+            *told, *self._counted_once(losses), signals.received is not None, signals.warned, late
+        )
+        phases = {f"{phase}_seconds": total / self.context.world_size for phase, total in zip(PHASES, sums)}
+        losses = by_name(self.parts.model.loss_names, sums[len(PHASES) :])
         self.progress.iteration = iteration
         self.progress.consumed_samples += batch_size
-        self._report(iteration, by_name(self.parts.model.loss_names, losses), norm, rate, time.perf_counter() - began)
+        self._report(iteration, losses, norm, rate, time.perf_counter() - began, phases)
+        self.to_be_continued = bool(late or warned) and not signalled > warned
         if signalled:
             return self._signal_name(signals)
         if late:
@@ -103,7 +130,18 @@ class Trainer:
         all_reduce(total, self.context.world)
         return total.tolist()
 
-    def _report(self, iteration: int, losses: dict[str, float], norm: float, rate: float, seconds: float) -> None:
+    def _begin_timing(self, iteration: int) -> Activity:
+        """Where this step's time goes is noted from here on; on a GPU in the steps that are reported, since the host
+        has to wait at the end of every phase for that."""
+        activity, device = self.context.activity, self.context.device
+        reported = iteration % self.config.training.log_interval == 0
+        activity.synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" and reported else None
+        activity.take_seconds()
+        return activity
+
+    def _report(
+        self, iteration: int, losses: dict[str, float], norm: float, rate: float, seconds: float, phases: dict
+    ) -> None:
         tokens = self.config.data.global_batch_size * self.config.model.seq_length
         line = {
             "iteration": iteration,
@@ -112,7 +150,7 @@ class Trainer:
             "learning_rate": rate,
             "consumed_samples": self.progress.consumed_samples,
             "step_seconds": seconds,
-            "data_seconds": self.train_data.waited,
+            **phases,
             "tokens_per_second": tokens / seconds,
         }
         self.metrics.write(**line)
@@ -135,15 +173,19 @@ class Trainer:
         totals = torch.zeros(terms + len(model.score_names), dtype=torch.float64, device=device)
         counts = torch.zeros(terms, dtype=torch.float64, device=device)
         model.eval()
+        self.context.activity.enters("evaluating")
         reason = ""
         for i in range(self.config.training.eval_iters):
-            if self._sum_over_ranks(signals.received is not None)[0]:
+            signalled, warned = self._sum_over_ranks(signals.received is not None, signals.warned)
+            if signalled:
+                self.to_be_continued = not signalled > warned
                 reason = self._signal_name(signals)
                 break
             batches = self.validation_data.read(i * self.config.data.global_batch_size)
             totals += self.parts.engine.evaluate(batches, torch.ones_like(totals))
             counts += self.validation_data.counts(batches)
         model.train()
+        self.context.activity.enters("training")
         if reason:
             return reason
         sums = self._sum_over_ranks(*self._counted_once(totals), *self._counted_once(counts))
@@ -170,7 +212,9 @@ class Trainer:
         if self.config.training.check_replicas:
             self._check_replicas()  # what is saved must not be what the check would have refused
         began = time.perf_counter()
-        save_state(self.parts, self.progress, self.config, self.context)
+        self.context.activity.enters("saving")
+        save_state(self.parts, self.progress, self.config, self.context, self.claim)
+        self.context.activity.enters("training")
         if self.context.rank == 0:
             where = f"{self.config.checkpoint.save} at iteration {self.progress.iteration}"
             print(f"saved {where} in {time.perf_counter() - began:.1f} s", flush=True)

@@ -2,9 +2,11 @@
 
 import re
 import resource
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,22 +19,28 @@ from megalite.data.tokenizers import TokenizerError
 from megalite.kernels import native
 from megalite.nn.attention import choose_backend
 from megalite.optim.optimizer import NonFiniteGradient
-from megalite.parallel.collectives import gather_objects
+from megalite.parallel.agreement import RanksDiffer
+from megalite.parallel.collectives import barrier, gather_objects
 from megalite.parallel.context import DeviceError, ParallelContext
 from megalite.parallel.launch import LaunchInfo
+from megalite.parallel.watchdog import LostContact, Watchdog
 from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import Parts, build_context, build_model, build_parts
 from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
 from megalite.training.replicas import ReplicasDiffer
+from megalite.training.startup import check_data, check_stragglers, claim_folder
 from megalite.training.state import Progress, load_state, settle_data
+from megalite.training.writers import Writers, watching_writers
 
 EXPECTED_ERRORS = (
     CheckpointError,
     DatasetError,
     DeviceError,
+    LostContact,
     NonFiniteGradient,
     OSError,
+    RanksDiffer,
     ReplicasDiffer,
     TokenizerError,
 )
@@ -43,12 +51,23 @@ def explain(error: Exception) -> str | None:
     """What to tell the user in place of a traceback; None when the error is unexpected, and the traceback is needed."""
     if isinstance(error, EXPECTED_ERRORS):
         return str(error)
-    # gloo raises plain RuntimeErrors that begin with its source file.
-    if type(error).__module__ == "torch.distributed" or "gloo/transport" in str(error):
-        calls = [frame.name for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
-        reason = re.sub(r"^\[.*?\.cc:\d+\] |\. This is .*", "", str(error).splitlines()[0])
-        return f"lost contact with other ranks in {' > '.join(calls[-2:])} ({reason}): see what they say"
+    if _loses_contact(error):  # within a run, this became LostContact
+        return f"could not meet the other ranks: {str(error).splitlines()[0]}"
     return None
+
+
+def _loses_contact(error: Exception) -> bool:
+    """Whether the error says only that another rank is gone. gloo raises plain RuntimeErrors that begin with its source
+    file."""
+    return type(error).__module__ == "torch.distributed" or "gloo/transport" in str(error)
+
+
+def _lost_contact(error: Exception, watchdog: Watchdog) -> LostContact:
+    """The error of a rank that lost others, with the reason why they are gone."""
+    calls = [frame.name for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+    reason = re.sub(r"^\[.*?\.cc:\d+\] |\. This is .*", "", str(error).splitlines()[0])
+    why = watchdog.why_contact_was_lost()
+    return LostContact(why and f"{why}\n  (contact was lost in {' > '.join(calls[-2:])}: {reason})")
 
 
 def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = build_model) -> None:
@@ -58,59 +77,74 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
     checkpoint are not what the configuration says.
     """
     context, description = build_context(config, launch)
+    folder = config.checkpoint.save or "."
     try:
-
-        def say(text: str) -> None:
-            if context.rank == 0:
-                print(text, flush=True)
-
-        say(to_yaml(config).rstrip())
-        say(description)
-        seed = config.training.seed
-        sources = build_sources(config.data, config.model, seed, _samples_wanted(config), config.bert)
-        parts = build_parts(config, context, build_model)
-        say(_model_line(parts, context))
-        say(_kernels_line(config))
-        progress = _starting_point(config, parts, context)
-        now = data_state(config.data, config.model, seed, config.bert)
-        settle_data(progress, now, config.checkpoint.allow_data_change)
-        for note in progress.notes:
-            say(note)
-        datasets = {split: blended(its, progress.data if split == "train" else None) for split, its in sources.items()}
-        batches = {name: build_batches(config, dataset, parts.model) for name, dataset in datasets.items()}
-        if config.training.dry_run:
-            _dry_run(parts, context, batches["train"], progress.consumed_samples, say)
-            return
-        _train(config, context, parts, progress, batches, say)
+        with Watchdog(
+            context, config.parallel.hang_timeout, folder, partial(print, file=sys.stderr, flush=True)
+        ) as dog:
+            try:
+                _run(config, context, description, build_model)
+            except Exception as error:
+                if _loses_contact(error):
+                    raise _lost_contact(error, dog) from None
+                message = explain(error)
+                dog.failed("".join(traceback.format_exception_only(error)).strip() if message is None else message)
+                raise
     finally:
         context.destroy()
 
 
-def _train(config: RunConfig, context: ParallelContext, parts: Parts, progress: Progress, batches: dict, say) -> None:
-    metrics = MetricsFile(config.training.metrics_file if context.rank == 0 else None)
+def _run(config: RunConfig, context: ParallelContext, description: str, build_model: Callable) -> None:
+    def say(text: str) -> None:
+        if context.rank == 0:
+            print(text, flush=True)
+
+    say(to_yaml(config).rstrip())
+    say(description)
+    seed = config.training.seed
+    sources = build_sources(config.data, config.model, seed, _samples_wanted(config), config.bert)
+    parts = build_parts(config, context, build_model)
+    say(_model_line(parts, context))
+    say(_kernels_line(config))
+    claim = None if config.training.dry_run else claim_folder(config.checkpoint.save, context)
+    progress = _starting_point(config, parts, context)
+    now = data_state(config.data, config.model, seed, config.bert)
+    check_data(now.to_json(), context)
+    settle_data(progress, now, config.checkpoint.allow_data_change)
+    for note in progress.notes:
+        say(note)
+    datasets = {split: blended(its, progress.data if split == "train" else None) for split, its in sources.items()}
+    batches = {name: build_batches(config, dataset, parts.model) for name, dataset in datasets.items()}
+    if config.training.dry_run:
+        _dry_run(parts, context, batches["train"], progress.consumed_samples, say)
+        return
+    if config.parallel.check_stragglers:
+        check_stragglers(context, say)
+    _train(config, context, parts, progress, batches, claim, say)
+
+
+def _train(
+    config: RunConfig, context: ParallelContext, parts: Parts, progress: Progress, batches: dict, claim, say
+) -> None:
+    if progress.iteration >= config.training.train_iters:
+        say(f"nothing to do: the checkpoint is at iteration {progress.iteration} of {config.training.train_iters}")
+        return
+    metrics = Writers()
+    if context.rank == 0:
+        watching = watching_writers(config, progress.iteration, say)
+        metrics = Writers(MetricsFile(config.training.metrics_file), *watching)
+    barrier(context.control)  # a patient one: Weights & Biases may take a while to answer
     try:
-        trainer = Trainer(config, context, parts, progress, batches["train"], batches.get("valid"), metrics)
-        if progress.iteration >= config.training.train_iters:
-            say(f"nothing to do: the checkpoint is at iteration {progress.iteration} of {config.training.train_iters}")
-            return
-        _try_to_write(config, context)
+        trainer = Trainer(config, context, parts, progress, batches["train"], batches.get("valid"), metrics, claim)
         say(f"training from iteration {progress.iteration} to {config.training.train_iters}")
         reason = trainer.run()
         say(f"stopped at iteration {progress.iteration}: {reason}")
+        if claim is not None and trainer.to_be_continued and progress.iteration < config.training.train_iters:
+            claim.ask_to_be_continued(f"stopped at iteration {progress.iteration}: {reason}")
         if config.checkpoint.save is None:
             say("no checkpoint was written: --save is not set")
     finally:
         metrics.close()
-
-
-def _try_to_write(config: RunConfig, context: ParallelContext) -> None:
-    """Write and remove a file in --save, before hours of work end in a folder that takes none. Raises OSError."""
-    if config.checkpoint.save is not None and context.rank == 0:
-        folder = Path(config.checkpoint.save)
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".can-be-written"
-        probe.write_text("yes")
-        probe.unlink()
 
 
 def _samples_wanted(config: RunConfig) -> dict[str, int]:

@@ -17,6 +17,12 @@ class StopSignals:
         self._interrupted = False
         self._before = {number: signal.signal(number, self._remember) for number in self.CAUGHT} if enabled else {}
 
+    @property
+    def warned(self) -> bool:
+        """Whether the last one was SIGUSR1, by which job scripts say that the time is nearly over: the others mean that
+        someone wants the run to end."""
+        return self.received == signal.SIGUSR1
+
     def _remember(self, number: int, frame) -> None:
         if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt

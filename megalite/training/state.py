@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from megalite import __version__
+from megalite.checkpoint.fence import Claim
 from megalite.checkpoint.folder import CheckpointError
 from megalite.checkpoint.format import Piece
 from megalite.checkpoint.load import Checkpoint
@@ -57,7 +58,9 @@ def _owned(parts: Parts, context: ParallelContext) -> Iterator[Piece]:
             yield _piece(parameters[name], f"{OPTIMIZER}{kind}.{name}", tensor)
 
 
-def save_state(parts: Parts, progress: Progress, config: RunConfig, context: ParallelContext) -> None:
+def save_state(
+    parts: Parts, progress: Progress, config: RunConfig, context: ParallelContext, claim: Claim | None = None
+) -> None:
     """Write a checkpoint of the run to --save. Collective; raises CheckpointError on every rank when any rank fails."""
     state = {
         "iteration": progress.iteration,
@@ -76,7 +79,7 @@ def save_state(parts: Parts, progress: Progress, config: RunConfig, context: Par
     checkpoint = config.checkpoint
     write(
         checkpoint.save, progress.iteration, _owned(parts, context), streams, state, to_yaml(config), context.control,
-        checkpoint.keep_last,
+        checkpoint.keep_last, claim,
     )  # fmt: skip
 
 
@@ -186,8 +189,9 @@ def data_changed(differences: list[str]) -> str:
 MAY_DIFFER = {
     "save", "save_interval", "keep_last", "load", "ckpt_step", "no_load_optim", "no_load_rng", "metrics_file",
     "dry_run", "log_interval", "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "world_size", "device",
-    "distributed_backend", "distributed_timeout_minutes", "check_replicas", "allow_data_change", "preset",
-    "attention_backend",
+    "distributed_backend", "distributed_timeout_minutes", "hang_timeout", "check_stragglers", "check_replicas",
+    "allow_data_change", "preset", "tensorboard_dir", "wandb_project", "wandb_exp_name", "profile", "profile_dir",
+    "profile_ranks", "attention_backend",
 }  # fmt: skip
 """Fields that change nothing of what is computed."""
 

@@ -1,0 +1,15 @@
+#!/bin/bash
+# A chain of jobs, each of which goes on where the one before stopped, for sites that do not allow requeues:
+#
+#     SAVE=/shared/runs/7b examples/slurm/chain.sh 5 --nodes=4 examples/slurm/pretrain_gpt.sbatch --config ...
+set -euo pipefail
+
+count=$1 previous=
+shift
+export REQUEUE=no
+for ((i = 0; i < count; i++)); do
+    # A job that its time limit stopped ends well; after one that failed the rest is dropped.
+    after=(${previous:+"--dependency=afterok:$previous" --kill-on-invalid-dep=yes})
+    previous=$(sbatch --parsable "${after[@]}" "$@")
+    echo "job $previous"
+done

@@ -1,0 +1,80 @@
+"""The test cluster and its jobs, as a user at a terminal sees them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("cluster.sh")
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
+PATIENCE = 400.0
+"""Seconds that only a broken job needs."""
+
+
+class Cluster:
+    """Three nodes of 4 CPUs each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+        self.environment = os.environ | {
+            "BASE": str(folder), "SLURM_CONF": f"{folder}/etc/slurm.conf", "PATH": path, "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+
+    def control(self, *words: str) -> None:
+        """cluster.sh with these words."""
+        done = subprocess.run([SCRIPT, *words], env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def run(self, *command: str | Path | int, **variables: str | int | Path) -> str:
+        """What a command at the root of the checkout prints."""
+        environment = self.environment | {name: str(value) for name, value in variables.items()}
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def sbatch(self, *options: str | Path | int, **variables: str | int | Path) -> "Job":
+        """Submit a job."""
+        return Job(self, int(self.run("sbatch", "--parsable", *options, **variables)))
+
+
+class Job:
+    """A job that was submitted."""
+
+    def __init__(self, cluster: Cluster, number: int):
+        self.cluster, self.number = cluster, number
+
+    def show(self, field: str) -> str:
+        """A field of `scontrol show job`."""
+        shown = self.cluster.run("scontrol", "--oneliner", "show", "job", self.number)
+        return re.search(rf" {field}=(.*?)( \w+=|$)", shown.strip())[1]
+
+    @property
+    def log(self) -> str:
+        """What the job has printed so far."""
+        path = Path(self.show("StdOut"))
+        return path.read_text() if path.exists() else ""
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Until the condition holds."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < end, f"job {self.number}: {self.show('JobState')}\n{self.log[-5000:]}"
+            time.sleep(0.2)
+
+    def end(self) -> str:
+        """Wait until it is over; its state."""
+        self.wait(lambda: self.show("JobState") in ENDED)
+        return self.show("JobState")
+
+
+def losses(metrics: Path) -> dict[int, float]:
+    """By iteration; of one that was run twice, the later."""
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith("}")]
+    return {entry["iteration"]: entry["loss"] for entry in entries if "loss" in entry}

@@ -1,0 +1,63 @@
+"""Checks before the first step, on real ranks: what every node must see, and slow ranks."""
+
+import json
+import re
+
+from megalite.parallel.agreement import RanksDiffer
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.layout import ParallelLayout
+from megalite.training.startup import check_data, check_stragglers, claim_folder, compare_times
+
+
+def context_of(launch) -> ParallelContext:
+    return ParallelContext.create(ParallelLayout(data=launch.world_size), launch)
+
+
+def claim_on_rank(launch, folders: list[str]) -> str:
+    try:
+        claim = claim_folder(folders[launch.rank], context_of(launch))
+    except RanksDiffer as error:
+        return str(error)
+    return claim.token if claim else "seen"
+
+
+def test_a_folder_that_only_some_nodes_share(pool, tmp_path):
+    shared, own = str(tmp_path / "shared"), str(tmp_path / "own")
+    first, *others = pool.run(claim_on_rank, 3, [shared] * 3)
+    assert others == ["seen"] * 2 and json.loads((tmp_path / "shared/owner.json").read_text())["token"] == first
+    told, *others = pool.run(claim_on_rank, 3, [shared, shared, own])
+    assert re.search(r"is not one folder .* what rank 0 wrote is missing for rank\(s\) 2 on \S+$", told)
+    assert others == ["", ""]
+
+
+def data_on_rank(launch) -> str:
+    try:
+        check_data({"sources": launch.rank == 1}, context_of(launch))
+    except RanksDiffer as error:
+        return str(error)
+    return "all the same"
+
+
+def test_other_data_under_the_same_path(pool):
+    told, other = pool.run(data_on_rank, 2)
+    assert re.search(r"training data is not the same on all nodes.* rank\(s\) 1 on \S+$", told) and other == ""
+
+
+def test_slow_ranks_are_named():
+    told = [("a", {"product": 0.1}), ("a", {"product": 0.11}), ("b", {"product": 0.3}), ("b", {"product": 0.09})]
+    assert compare_times(told) == [
+        "product: median 105.00 ms, slowest 300.00 ms",
+        "SLOW: rank 2 on b: 300.00 ms, 2.9 times the median, for product",
+    ]
+    assert compare_times(told[:2])[1] == "no stragglers: no rank takes more than 1.5 times the median"
+
+
+def measured_on_rank(launch) -> str:
+    said = []
+    check_stragglers(context_of(launch), said.append)
+    return said[0]
+
+
+def test_every_rank_and_group_is_measured(pool):
+    told = pool.run(measured_on_rank, 2)[0]
+    assert "a product of 512 x 512 matrices: median" in told and "4 MiB in the data group: median" in told
