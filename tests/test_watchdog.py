@@ -120,14 +120,17 @@ def test_rank_0_takes_the_store_with_it_and_is_named_too():
     assert re.search(said, ended[1][1], re.M), ended
 
 
-def test_a_rank_that_fails_is_quoted_once():
-    """Its traceback, and one line of the others that repeats the error."""
-    ended = ranks("fail 1 3", [], [], [], [])
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_fails_is_quoted_once(culprit):
+    """Its traceback, and one line of the others that repeats the error; also of rank 0, which holds the store."""
+    ended = ranks(f"fail {culprit} 3", [], [], [], [])
     assert [status for status, _ in ended] == [1, 1, 1, 1], ended
-    assert ended[1][1].rstrip().endswith("ArithmeticError: this model is broken")
-    (said,) = [errors for rank, (_, errors) in enumerate(ended) if errors and rank != 1]
-    assert re.search(r"rank 1 on \S+ failed: ArithmeticError: this model is broken", said), said
-    assert "Traceback" not in said
+    assert ended[culprit][1].rstrip().endswith("ArithmeticError: this model is broken")
+    others = [errors for rank, (_, errors) in enumerate(ended) if errors and rank != culprit]
+    assert len(others) == 1, others
+    (said,) = others
+    assert re.search(rf"rank {culprit} on \S+ failed: ArithmeticError: this model is broken", said), said
+    assert "Traceback" not in said and "c10d" not in said
 
 
 def test_ranks_that_were_not_started_alike_are_told_apart():

@@ -32,6 +32,8 @@ SILENT_BEATS = 4
 """A rank that misses so many reports is silent."""
 ANSWER_SECONDS = 10.0
 """In which the store must answer."""
+LINGER_SECONDS = 5.0
+"""For which rank 0 keeps the store for the others when it failed."""
 SUSPENDED_SECONDS = 5.0
 """A thread that wakes up so much too late was suspended, with its process."""
 FAREWELL_SECONDS = 0.5
@@ -56,7 +58,7 @@ class Watchdog:
         self._store = context.store.clone()  # a connection of its own: another one may be blocked in a wait
         self._main = threading.get_ident()
         self._beats, self._seconds = 0, min(BEAT_SECONDS, timeout / 4) if timeout else BEAT_SECONDS
-        self._over = threading.Event()
+        self._over, self._leaving, self._failed = threading.Event(), threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -65,6 +67,7 @@ class Watchdog:
 
     def __exit__(self, *unused: object) -> None:
         self._over.set()
+        self._leaving.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
@@ -84,10 +87,19 @@ class Watchdog:
                 if hangs or _ask(lambda: self._store.add("hangs", 0)):
                     judge = hangs and _ask(lambda: self._store.add("hangs", 1)) == 1
                     self._end(judge)
+                if _ask(lambda: self._store.add("failures", 0)) and not self._leaving.wait(LINGER_SECONDS / 2):
+                    self._leave()
             except RuntimeError as error:  # of torch's store
                 if hangs:
                     self._end_alone(idle, error)
             asleep = time.monotonic()
+
+    def _leave(self) -> None:
+        """Another rank has failed, and this one does not notice: it computes, or waits on its GPU or for rank 0, which
+        keeps the store for us."""
+        if told := self._agree_on_the_reason():
+            self._say(f"rank {self._context.rank}: {told}")
+        os._exit(1)
 
     def _report(self, **stacks: str) -> None:
         context = self._context
@@ -158,14 +170,29 @@ class Watchdog:
 
     def failed(self, message: str) -> None:
         """Leave word of why this rank ends, before its connections break."""
-        if message:
-            with suppress(RuntimeError):  # of torch's store: the job ends anyway
-                number = _ask(lambda: self._store.add("failures", 1))
-                text = json.dumps([self._context.rank, self._context.host, message])
-                _ask(lambda: self._store.set(f"failure/{number}", text))
+        self._failed = True
+        self._leaving.set()
+        with suppress(RuntimeError):  # of torch's store: the job ends anyway
+            number = _ask(lambda: self._store.add("failures", 1))
+            text = json.dumps([self._context.rank, self._context.host, message or "see what rank 0 says"])
+            _ask(lambda: self._store.set(f"failure/{number}", text))
+
+    def linger(self) -> None:
+        """Rank 0's process may hold the store: when it failed, it stays until another rank has read why, or all others
+        have failed too, or some seconds are over. To be called when the groups are gone."""
+        size = self._context.world_size
+        if self._failed and self._context.rank == 0 and size > 1:
+            end = time.monotonic() + LINGER_SECONDS
+            with suppress(RuntimeError):  # of torch's store
+                while not self._store.check(["spoken"]) and time.monotonic() < end:
+                    if self._store.add("failures", 0) == size:
+                        return
+                    time.sleep(0.05)
+            time.sleep(FAREWELL_SECONDS)
 
     def why_contact_was_lost(self) -> str:
         """Which rank failed or died, in words, on the first rank that asks; "" on the others. Takes a few seconds."""
+        self._leaving.set()
         # A launcher sends SIGTERM to all as soon as one has died: that must not cut off the explanation.
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:

@@ -77,11 +77,10 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
     checkpoint are not what the configuration says.
     """
     context, description = build_context(config, launch)
-    folder = config.checkpoint.save or "."
+    say = partial(print, file=sys.stderr, flush=True)
+    dog = Watchdog(context, config.parallel.hang_timeout, config.checkpoint.save or ".", say)
     try:
-        with Watchdog(
-            context, config.parallel.hang_timeout, folder, partial(print, file=sys.stderr, flush=True)
-        ) as dog:
+        with dog:
             try:
                 _run(config, context, description, build_model)
             except Exception as error:
@@ -90,8 +89,10 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
                 message = explain(error)
                 dog.failed("".join(traceback.format_exception_only(error)).strip() if message is None else message)
                 raise
+        barrier(context.control)  # nobody reports any more when the first leaves, perhaps with the store
     finally:
         context.destroy()
+        dog.linger()
 
 
 def _run(config: RunConfig, context: ParallelContext, description: str, build_model: Callable) -> None:
