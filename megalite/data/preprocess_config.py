@@ -81,6 +81,16 @@ class PreprocessConfig:
         return f"{self.stem}_{key}_{'sentence' if self.split_sentences else 'document'}"
 
     @property
+    def bad_lines(self) -> str:
+        """The file that lists the lines that were left out."""
+        return f"{self.stem}.bad_lines.tsv"
+
+    def existing_outputs(self) -> list[str]:
+        """Files that this would write and that are there already."""
+        datasets = (dataset_path(self.prefix(key), s) for key in self.json_keys for s in (".bin", ".idx", ".json"))
+        return list(dict.fromkeys(str(path) for path in (*datasets, Path(self.bad_lines)) if path.exists()))
+
+    @property
     def folder(self) -> Path:
         """Where the output grows."""
         return Path(f"{self.stem}.partial")
@@ -146,9 +156,7 @@ def _output_problems(config: PreprocessConfig) -> list[str]:
     if not config.folder.exists():  # otherwise a run that was interrupted while it gave files their names goes on
         problems += [
             f"--output-prefix {config.output_prefix}: {path} exists; delete it or choose another prefix"
-            for key in dict.fromkeys(config.json_keys)
-            for path in (dataset_path(config.prefix(key), suffix) for suffix in (".bin", ".idx", ".json"))
-            if path.exists()
+            for path in config.existing_outputs()
         ]
     return problems
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ def test_documents_come_back(tmp_path, monkeypatch, append_eod):
         end = [ByteTokenizer.eod] if append_eod else []
         assert decoded == [[*document[key].encode(), *end] for document in DOCUMENTS]
         made_by = "ByteTokenizer", 257, 256, ByteTokenizer.sha256
-        assert info == DatasetInfo(*made_by, len(DOCUMENTS), data.num_tokens, sentences=False)
+        assert info == DatasetInfo(*made_by, len(DOCUMENTS), data.num_tokens, False, append_eod)
         assert DatasetInfo.read(tmp_path / f"out_{key}_document") == info
     assert len(reports) > 10 and reports[-1].bytes_done == reports[-1].bytes_total
     assert f"{len(DOCUMENTS)} documents" in str(reports[-1]) and "MB/s" in str(reports[-1])
@@ -322,8 +323,8 @@ def test_what_a_failure_leaves_and_says(tmp_path):
     Path(source).write_text("bad\n" + Path(source).read_text())
     arguments += ["--partitions", 2, "--workers", 1, "--max-bad-lines"]
     done = run_tool("preprocess_data.py", *arguments, 1)
-    assert done.returncode == 1 and "2 lines are no documents, --max-bad-lines allows 1" in done.stderr
-    assert f"{tmp_path / 'out.partial'} keeps what is done. The same command goes on" in done.stderr
+    assert done.returncode == 1 and "This is bad line 2." in done.stderr
+    assert re.search(r"error: .*a\.jsonl, line (1|402): invalid JSON", done.stderr), done.stderr
     done = run_tool("preprocess_data.py", *arguments, 2)
     assert done.returncode == 0, done.stderr
     assert IndexedDataset(tmp_path / "out_text_document").num_documents == 400
