@@ -42,7 +42,8 @@ class PreprocessConfig:
     split_sentences: bool = False
     """Make each sentence a sequence of its own, in PREFIX_KEY_sentence."""
     language: str = "en"
-    """Language that sentences are split by (--split-sentences), as ISO 639 names it."""
+    """Language that sentences are split by (--split-sentences), by its ISO 639 code. The library splits a language that
+    it has no rules for as English."""
     max_bad_lines: int = 0
     """Lines that are no documents to leave out before giving up; they are listed in OUTPUT_PREFIX.bad_lines.tsv."""
     shard: str | None = None
@@ -123,6 +124,8 @@ def find_problems(config: PreprocessConfig) -> list[str]:
             sentence_splitter(config.language)
         except DatasetError as error:
             problems.append(str(error))
+        if not re.fullmatch("[a-z]{2,3}(-[a-z]+)*", config.language):
+            problems.append(f"--language {config.language}: needs an ISO 639 code in small letters, such as en or de")
     elif config.language != "en":
         problems.append(f"--language {config.language} has no effect without --split-sentences")
     return problems

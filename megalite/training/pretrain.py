@@ -65,11 +65,12 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
         say(to_yaml(config).rstrip())
         say(description)
         seed = config.training.seed
-        sources = build_sources(config.data, config.model, seed, _samples_wanted(config), config.bert)
+        wanted = _samples_wanted(config)
+        sources = build_sources(config.data, config.model, seed, wanted, config.bert)
         parts = build_parts(config, context, build_model)
         say(_model_line(parts, context))
         progress = _starting_point(config, parts, context)
-        now = data_state(config.data, config.model, seed, config.bert)
+        now = data_state(config.data, config.model, seed, wanted["train"], config.bert)
         settle_data(progress, now, config.checkpoint.allow_data_change)
         for note in progress.notes:
             say(note)

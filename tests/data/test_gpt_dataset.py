@@ -211,5 +211,5 @@ def test_blends_and_data_of_one_split(tmp_path):
     datasets = built(own, model, "train", "valid")
     assert max(int(t) for i in range(200) for t in datasets["train"][i]) >= 950  # every document, whatever --split says
     assert len(datasets["valid"].datasets) == 2
-    state = data_state(own, model, 1)
+    state = data_state(own, model, 1, 40)
     assert [source.fingerprint for source in state.sources] == [datasets["train"].datasets[0].fingerprint()]
