@@ -62,9 +62,11 @@ def main() -> int:
         return 1
     for key, info in zip(config.json_keys, infos, strict=True):
         print(f"{config.prefix(key)}.bin, .idx: {info.documents:,} documents, {info.tokens:,} tokens")
-    if last.bad_lines:
-        print(f"{last.bad_lines:,} bad lines were left out: see {config.stem}.bad_lines.tsv")
-    print(last.where())
+    bad_lines = Path(config.bad_lines)
+    if bad_lines.exists():
+        print(f"{bad_lines.read_bytes().count(10):,} bad lines were left out: see {bad_lines}")
+    if last.seconds:
+        print(last.where())
     return 0
 
 
