@@ -1,10 +1,13 @@
 """Preprocessing: the same bytes from any number of workers, whole files or none, and errors that name file and line."""
 
+import errno
+import fcntl
 import gzip
 import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,10 +18,11 @@ import pytest
 
 from megalite.data import inputs as module
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
+from megalite.data.journal import Journal
 from megalite.data.preprocess import BadLineError, preprocess
 from megalite.data.preprocess_config import find_problems
 from megalite.data.tokenizers import ByteTokenizer, train_sentencepiece
-from tests.data.preprocess_runs import DOCUMENTS, ENVIRONMENT, blocks_of, config, content, run_tool, write_jsonl
+from tests.data.preprocess_runs import DOCUMENTS, ENVIRONMENT, ROOT, blocks_of, config, content, run_tool, write_jsonl
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
@@ -416,4 +420,97 @@ def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
 
     with pytest.raises(DatasetError, match=r"worker process died \(exit code -9\).*fewer --workers"):
         preprocess(config(tmp_path, write_jsonl(tmp_path / "a.jsonl"), workers=2), kill_workers)
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_a_list_of_bad_lines_is_not_overwritten(tmp_path):
+    documents = [{"text": "a", "title": "b"}, {"other": "c"}]
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    preprocess(config(tmp_path, source, max_bad_lines=1))
+    settings = config(tmp_path, source, max_bad_lines=1, json_keys=("title",))
+    assert any("out.bad_lines.tsv exists; delete it" in problem for problem in find_problems(settings))
+    with pytest.raises(DatasetError, match=r"out\.bad_lines\.tsv exists already"):
+        preprocess(settings)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_index_gets_its_name_last(tmp_path, monkeypatch):
+    """Who finds it finds everything, also the list of bad lines."""
+    named = []
+    monkeypatch.setattr(Journal, "end", lambda journal, renames: named.extend(Path(final).name for _, final in renames))
+    monkeypatch.setattr(DatasetInfo, "read", lambda prefix: None)
+    preprocess(config(tmp_path, write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {}]), max_bad_lines=1))
+    assert "out.bad_lines.tsv" in named and named[-1] == "out_text_document.idx"
+
+
+@pytest.mark.parametrize("damaged", ["out_text_document.bin", "bad_lines.tsv", "out_text_document.lengths"])
+def test_a_damaged_folder_says_to_start_anew(tmp_path, damaged):
+    source = write_jsonl(tmp_path / "a.jsonl", [{}, *DOCUMENTS])
+    process = start_slowly(tmp_path, input=[source], max_bad_lines=1)
+    for _ in range(20):
+        assert process.stdout.readline()
+    process.kill()
+    process.communicate()
+    path = tmp_path / "out.partial" / damaged
+    path.unlink() if damaged.endswith("lengths") else path.write_bytes(b"x")
+    arguments = ["--input", source, "--output-prefix", tmp_path / "out", "--tokenizer-type", "ByteTokenizer"]
+    done = run_tool("preprocess_data.py", *arguments, "--append-eod", "--max-bad-lines", 1)
+    assert done.returncode == 1 and "keeps what is done" not in done.stderr, done.stderr
+    assert damaged in done.stderr and f"delete {tmp_path / 'out.partial'} to start anew" in done.stderr
+
+
+def test_a_file_in_the_way_is_not_called_progress(tmp_path):
+    (tmp_path / "out.partial").touch()
+    source = write_jsonl(tmp_path / "a.jsonl")
+    done = run_tool("preprocess_data.py", "--input", source, "--output-prefix", tmp_path / "out",
+                    "--tokenizer-type", "ByteTokenizer")  # fmt: skip
+    assert done.returncode == 1 and "out.partial is no folder" in done.stderr and "keeps" not in done.stderr
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    preprocess(config(tmp_path, write_jsonl(tmp_path / "a.jsonl")))
+    assert "out.partial cannot be locked" in capsys.readouterr().err
+    assert IndexedDataset(tmp_path / "out_text_document").num_documents == 400
+
+
+@pytest.mark.parametrize("append_eod", [True, False])
+@pytest.mark.parametrize("sentences", [True, False])
+def test_a_text_without_tokens_is_a_bad_line(tmp_path, append_eod, sentences):
+    if sentences:
+        pytest.importorskip("sentencex")
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("1 2", " ", "4", "\n\t")])
+    settings = config(tmp_path, source, tokenizer_type="NullTokenizer", vocab_size=9, append_eod=append_eod,
+                      max_bad_lines=2, split_sentences=sentences)  # fmt: skip
+    preprocess(settings)
+    data = IndexedDataset(settings.prefix("text"))
+    end = [8] if append_eod else []
+    assert [data.sequence(i).tolist() for i in range(len(data))] == [[1, 2, *end], [4, *end]]
+    rows = [line.split("\t")[1:] for line in (tmp_path / "out.bad_lines.tsv").read_text().splitlines()]
+    assert rows == [["2", "the text gives no tokens"], ["4", "the text gives no tokens"]]
+
+
+@pytest.mark.parametrize("language", ["english", "EN", ""])
+def test_a_language_is_a_code(tmp_path, language):
+    pytest.importorskip("sentencex")
+    source = write_jsonl(tmp_path / "a.jsonl")
+    (problem,) = find_problems(config(tmp_path, source, split_sentences=True, language=language))
+    assert "needs an ISO 639 code" in problem
+
+
+def test_an_interrupt_while_workers_start_is_one_line(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 20)
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--input", source, "--output-prefix",
+               tmp_path / "out", "--tokenizer-type", "ByteTokenizer", "--workers", "3"]  # fmt: skip
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 4:  # the workers, and what multiprocessing starts beside them
+        assert process.poll() is None
+    time.sleep(0.05)  # they import
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in said and said.endswith("error: interrupted\n"), said
     assert os.listdir(tmp_path) == ["a.jsonl"]
