@@ -1,5 +1,6 @@
 """Merging: only what belongs together, and whole or not at all, whatever stops it; also that of partitions."""
 
+import gzip
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import pytest
 from megalite.data.indexed import DatasetError, DatasetInfo
 from megalite.data.merge import find_prefixes, merge
 from megalite.data.preprocess import preprocess
+from megalite.data.tokenizers import train_sentencepiece
 from tests.data.preprocess_runs import DOCUMENTS, ENVIRONMENT, ROOT, config, content, run_tool, write_jsonl
 
 KILLED = """
@@ -161,3 +163,55 @@ def test_only_what_was_made_in_one_way_is_merged(tmp_path):
     with pytest.raises(DatasetError, match="without_text_document has no .json that tells its tokenizer"):
         merge([other, one], tmp_path / "m")
     assert not list(tmp_path.glob("m*"))
+
+
+@pytest.mark.parametrize("shards", [1, 3, 7])
+def test_shards_and_partitions_make_the_whole(tmp_path, shards):
+    first, second = (
+        write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:150]),
+        write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[150:]),
+    )
+    gzip.open(tmp_path / "c.jsonl.gz", "wb").write(Path(first).read_bytes())
+    files = (first, second, str(tmp_path / "c.jsonl.gz"))
+    preprocess(config(tmp_path, *files, name="whole"))
+    for number in range(shards):
+        preprocess(config(tmp_path, *files, name="part", shard=f"{number}/{shards}"))
+    pattern = str(tmp_path / f"part_*-of-{shards:04d}_text_document.idx")
+    done = run_tool("merge_datasets.py", "--input", pattern, "--output-prefix", tmp_path / "merged_text_document")
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path, "merged") == content(tmp_path, "whole")
+    if shards == 3:
+        preprocess(config(tmp_path, *files, name="parts", partitions=3))
+        assert content(tmp_path, "parts") == content(tmp_path, "whole") and not (tmp_path / "parts.partial").exists()
+        (tmp_path / "part_0001-of-0003_text_document.idx").unlink()
+        done = run_tool("merge_datasets.py", "--input", pattern, "--output-prefix", tmp_path / "again")
+        assert done.returncode == 2 and "of 3 shards" in done.stderr and " 1 are missing" in done.stderr
+
+
+def test_shards_name_the_lines_of_the_file(tmp_path):
+    """A part begins in the middle of a file, but its bad lines are counted from the file's beginning."""
+    source = write_jsonl(tmp_path / "a.jsonl")
+    lines = Path(source).read_text().splitlines()
+    for number in (10, 200, 350):
+        lines[number - 1] = "bad"
+    Path(source).write_text("\n".join(lines))
+    preprocess(config(tmp_path, source, name="whole", max_bad_lines=3))
+    preprocess(config(tmp_path, source, name="parts", partitions=3, max_bad_lines=3))
+    listed = (tmp_path / "whole.bad_lines.tsv").read_text()
+    assert [row.split("\t")[1] for row in listed.splitlines()] == ["10", "200", "350"]
+    assert (tmp_path / "parts.bad_lines.tsv").read_text() == listed
+
+
+def test_merging_what_does_not_belong_together_is_refused(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "t.model").write_bytes(train_sentencepiece((d["text"] for d in DOCUMENTS), 300))
+    spm = dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "t.model"))
+    preprocess(config(tmp_path, source, name="bytes"))
+    preprocess(config(tmp_path, source, name="pieces", **spm))
+    names = [tmp_path / f"{name}_text_document" for name in ("bytes", "pieces", "none")]
+    done = run_tool("merge_datasets.py", "--input", *names, "--output-prefix", tmp_path / "merged")
+    assert done.returncode == 1
+    assert (
+        "pieces_text_document was made with another tokenizer" in done.stderr
+        and "none_text_document.idx: no such" in done.stderr
+    )
