@@ -65,7 +65,7 @@ def main() -> int:
     bad_lines = Path(config.bad_lines)
     if bad_lines.exists():
         print(f"{bad_lines.read_bytes().count(10):,} bad lines were left out: see {bad_lines}")
-    if last.seconds:
+    if last.bytes_now:  # otherwise an earlier run had read it all
         print(last.where())
     return 0
 

@@ -84,7 +84,7 @@ def _finished(part: PreprocessConfig, files: list[str]) -> Progress:
     infos = [DatasetInfo.read(part.prefix(key)) for key in part.json_keys]
     size = known_bytes(files, shard_ranges(files, *part.place))
     rows = _bad_lines(part).decode().splitlines()
-    last = "{}, line {}: {}".format(*rows[-1].split("\t", 2)) if rows else ""
+    last = rows[-1].replace("\t", ", line ", 1).replace("\t", ": ", 1) if rows else ""
     tokens = sum(info.tokens for info in infos)
     return Progress(size, size, infos[0].documents, tokens, bad_lines=len(rows), last_bad_line=last)
 

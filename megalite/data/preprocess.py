@@ -177,6 +177,7 @@ class _Run:
             return
         first = self._lines_before(block.file) + (1 if self.after[0] != block.file else self.line)
         for offset, reason in result.bad:
+            reason = " ".join(reason.splitlines())  # it may quote keys with line ends in them
             text = f"{block.path}, line {first + offset}: {reason}"
             self.bad += 1
             if self.bad > self.config.max_bad_lines:

@@ -40,6 +40,22 @@ if __name__ == "__main__":
 """A tool that is killed at a call that copies a dataset, or gives a file its final name."""
 
 
+STOPPED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [("KeyboardInterrupt", "interrupted"), ("PermissionError(13, 'Permission denied', 'x')", "'x'")]
+)
+def test_a_stopped_merge_is_one_line_and_leaves_nothing(tmp_path, error, said):
+    shards = make_shards(tmp_path)
+    before = set(os.listdir(tmp_path))
+    arguments = ["merge_datasets", "--input", *shards, "--output-prefix", str(tmp_path / "m")]
+    command = [sys.executable, "-c", KILLED.replace(STOPPED, f"raise {error}"), "copying", "2", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.endswith(f"{said}\n"), done.stderr
+    assert done.stderr.count("\n") == 1 and set(os.listdir(tmp_path)) == before
+
+
 def run_killed(place, number, tool, *arguments):
     command = [sys.executable, "-c", KILLED, place, str(number), tool, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)

@@ -213,3 +213,11 @@ def test_an_interrupt_while_workers_start_is_one_line(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in said and said.endswith("error: interrupted\n"), said
     assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_a_bad_line_is_one_row_whatever_it_quotes(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"a\nb\u2028c\td": 1}])
+    for name, partitions in (("one", 1), ("two", 2)):
+        preprocess(config(tmp_path, source, name=name, partitions=partitions, max_bad_lines=1))
+        rows = (tmp_path / f"{name}.bad_lines.tsv").read_text().splitlines()
+        assert rows == [f"{source}\t2\tno key 'text'; keys here: a b c\td"]
