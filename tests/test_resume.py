@@ -194,3 +194,23 @@ def test_a_blend_may_change_in_the_middle(tmp_path):
     state = json.loads((tmp_path / "run" / "iter_0000008" / "state.json").read_text())["data"]
     assert [(s["consumed"], s["weight"]) for s in state["sources"]] == [(8, 1), (0, 1)] and state["start"] == 32
     assert [s["consumed"] for s in state["before"][0]["sources"]] == Blend([3, 1]).counts(32).tolist() == [24, 8]
+
+
+def test_megatrons_order_asks_before_it_becomes_another(tmp_path):
+    """Within an epoch it is the same for any number of iterations; more epochs shuffle anew what was seen already."""
+    quiet = "--eval-interval 0 --eval-iters 0 --split 1 --sample-order megatron --exit-interval 4".split()
+    config = [*MODEL, *quiet, *blend(tmp_path, a=1)[:2], str(tmp_path / "a"), "--save", str(tmp_path / "run")]
+
+    def say(*flags: str) -> str:
+        """What pretrain_gpt.py says; 4,000 tokens are 15 iterations of 8 samples of 32."""
+        command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *config, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return done.stdout + done.stderr
+
+    say("--train-iters", "12")
+    again = ["--load", str(tmp_path / "run")]
+    refused = say(*again, "--train-iters", "45")
+    assert "the training data is not what" in refused and "epochs 1 -> 3" in refused
+    assert "fix: --allow-data-change" in refused
+    assert "stopped at iteration 8" in say(*again, "--train-iters", "15")
+    assert "changes here: epochs 1 -> 3" in say(*again, "--train-iters", "45", "--allow-data-change")

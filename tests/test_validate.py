@@ -272,11 +272,13 @@ FILE_CASES = {
     "no data to evaluate": (dict(data_path=None, train_data_path="corpus", split="969,30,1"), "valid", 1),
     "little data to evaluate": (dict(valid_data_path="corpus", data_path="longer", seq_length=2500), "valid 2000", 2),
     "idle path": (
-        dict(train_data_path="corpus", valid_data_path="corpus", split="969,30,1"),
+        dict(train_data_path="corpus", valid_data_path="longer", split="969,30,1"),
         "--data-path corpus --train-data-path",
         1,
     ),
-    "idle validation": (dict(valid_data_path="corpus", eval_iters=0, eval_interval=0), "--valid-data-path", 1),
+    "validation on training data": (dict(train_data_path="./corpus"), "./corpus --train-data-path --data-path", 1),
+    "validation on all": (dict(valid_data_path="corpus"), "corpus --data-path --valid-data-path", 1),
+    "idle validation": (dict(valid_data_path="longer", eval_iters=0, eval_interval=0), "--valid-data-path", 1),
     "malformed split": (dict(split="a,b"), "--split a,b", 1),
     "no share to train": (dict(split="0,1,0"), "0,1,0", 1),
     "no share to evaluate": (dict(split="1,0,0"), "1,0,0 valid 0", 2),
@@ -421,6 +423,20 @@ def test_every_kind_of_tokenizer_is_sound(folder, tokenizers):
         resolved = validate.resolve(config, 1)
         assert resolved.model.vocab_size == build_tokenizer(kind, **given).vocab_size
         assert validate.check(resolved, 1) == [], kind
+
+
+@pytest.mark.parametrize("key", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])
+def test_documents_that_nothing_ends(key, folder):
+    info = DatasetInfo.read("corpus")
+    for told, problems in ((False, 1), (True, 0), (None, 0)):
+        write_dataset(f"told-{told}", 20, replace(info, append_eod=told))
+        config = real(data_path=f"told-{told}")
+        assert validate.check(config, 1) == []
+        if problems:
+            words = f"told-{told} --append-eod {options()[key].flag}"
+            assert_one_problem(with_values(config, {key: True}), 1, words)
+        else:
+            assert validate.check(with_values(config, {key: True}), 1) == []
 
 
 def test_damaged_data(folder):

@@ -87,12 +87,15 @@ def sizes(dataset: IndexedDataset, info: DatasetInfo | None) -> dict[str, str]:
         end = "none" if info.eod is None else info.eod
         told["made by"] = f"{info.tokenizer_type}, {info.vocab_size:,} ids, end of document {end}"
         told["tokenizer's sha256"] = info.tokenizer_sha256
+        for name, value in (("split into sentences", info.sentences), ("documents end with it", info.append_eod)):
+            told[name] = {None: "not told", True: "yes", False: "no"}[value]
     return told
 
 
 def show(config: InspectConfig, dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
     """Print what is asked for."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     info = DatasetInfo.read(dataset.prefix)
@@ -101,9 +104,9 @@ def show(config: InspectConfig, dataset: IndexedDataset, tokenizer: Tokenizer | 
             f"{dataset.prefix} was made with another tokenizer, a {info.tokenizer_type} of {info.vocab_size:,} ids. "
             "Name that one to see its text, or none to see ids"
         )
-    table = Table(title=str(dataset.prefix), show_header=False)
+    table = Table(title=escape(dataset.prefix), show_header=False)
     for name, value in sizes(dataset, info).items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     console = Console(soft_wrap=True)
     console.print(table)
     every = range(dataset.num_documents)
@@ -140,7 +143,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        dataset = IndexedDataset(re.sub(r"\.(bin|idx)$", "", config.prefix))
+        dataset = IndexedDataset(re.sub(r"\.(bin|idx|json)$", "", config.prefix))
         show(config, dataset, tokenizer)
         problems = checked(dataset) if config.verify else []
     except (DatasetError, OSError) as error:

@@ -4,7 +4,7 @@
         --output-prefix data/corpus_text_document
 
 Datasets are taken in the order given; those of a pattern or folder by name, so that shards make the whole again. All
-must come from one tokenizer, and no shard may be missing.
+must be made in one way, and shards be whole: none missing or out of order, all cut from the same inputs.
 """
 
 import sys
@@ -36,8 +36,9 @@ def main() -> int:
     if not problems:
         try:
             merge(prefixes, config.output_prefix)
-        except DatasetError as error:
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        except (DatasetError, OSError, KeyboardInterrupt) as error:
+            said = str(error) or "interrupted"
+            print("\n".join(f"error: {line}" for line in said.splitlines()), file=sys.stderr)
             return 1
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

@@ -16,12 +16,15 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
 from megalite.data.indexed import DatasetError
+from megalite.data.inputs import left_out
 from megalite.data.journal import FolderError
 from megalite.data.preprocess import preprocess
 from megalite.data.preprocess_config import PreprocessConfig, find_problems
 from megalite.data.progress import Progress, show_progress
 from megalite.data.tokenizers import TokenizerError
 
+SHOWN = 5
+"""Files to name that are not read."""
 GO_ON = "The same command goes on from there, also with other --workers or --max-bad-lines; delete it to start anew"
 
 
@@ -33,6 +36,9 @@ def main() -> int:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         return 2
+    if passed := left_out(config.input):
+        more = f" and {len(passed) - SHOWN} more" if len(passed) > SHOWN else ""
+        print(f"not read, of no known kind: {', '.join(passed[:SHOWN])}{more}", file=sys.stderr)
     tokenizer = config.tokenizer
     why = f" ({tokenizer.why})" if tokenizer.why else ""
     print(f"{config.tokenizer_type}, {tokenizer.vocab_size:,} ids, {tokenizer.backend} backend{why}", file=sys.stderr)
@@ -56,9 +62,11 @@ def main() -> int:
         return 1
     for key, info in zip(config.json_keys, infos, strict=True):
         print(f"{config.prefix(key)}.bin, .idx: {info.documents:,} documents, {info.tokens:,} tokens")
-    if last.bad_lines:
-        print(f"{last.bad_lines:,} bad lines were left out: see {config.stem}.bad_lines.tsv")
-    print(last.where())
+    bad_lines = Path(config.bad_lines)
+    if bad_lines.exists():
+        print(f"{bad_lines.read_bytes().count(10):,} bad lines were left out: see {bad_lines}")
+    if last.bytes_now:  # otherwise an earlier run had read it all
+        print(last.where())
     return 0
 
 

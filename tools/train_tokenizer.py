@@ -3,7 +3,8 @@
     python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8000 --output-prefix data/tokenizer
 
 writes data/tokenizer.model, the same for the same input. Files are those that tools/preprocess_data.py takes: JSON
-lines, plain or compressed, .txt, .parquet, folders of these.
+lines, plain or compressed, .txt, .parquet, folders of these. SentencePiece holds all of the text in memory: give it a
+sample of a large corpus.
 """
 
 import os
@@ -18,7 +19,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
 from megalite.data.indexed import DatasetError
-from megalite.data.inputs import expand
+from megalite.data.inputs import STDIN, expand
 from megalite.data.preprocess import read_texts
 from megalite.data.tokenizers import TokenizerError, train_bpe, train_sentencepiece, train_wordpiece
 
@@ -64,6 +65,10 @@ def find_problems(config: TrainTokenizerConfig) -> list[str]:
     least = LEAST[config.kind]
     if config.vocab_size <= least:
         problems.append(f"--vocab-size {config.vocab_size}: must be above {least}, the bytes and special pieces")
+    if config.kind == "wordpiece" and STDIN in config.input:
+        problems.append(
+            "--input -: --kind wordpiece reads the text twice, standard input can be read once; give a file"
+        )
     if config.lowercase and config.kind != "wordpiece":
         problems.append(f"--lowercase: --kind {config.kind} keeps text as it is; only wordpiece can lower it")
     folder = Path(config.output_prefix).parent
@@ -97,10 +102,14 @@ def train(config: TrainTokenizerConfig) -> tuple[bytes, ...]:
 def write(contents: tuple[bytes, ...], paths: list[Path]) -> None:
     """Write each file whole or not at all, under a name of its own until all are."""
     partial = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in paths]
-    for path, content in zip(partial, contents):
-        path.write_bytes(content)
-    for source, path in zip(partial, paths):
-        source.rename(path)
+    try:
+        for path, content in zip(partial, contents):
+            path.write_bytes(content)
+        for source, path in zip(partial, paths):
+            source.rename(path)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
 
 
 def main() -> int:
@@ -112,11 +121,10 @@ def main() -> int:
     if problems:
         return 2
     try:
-        contents = train(config)
-    except (DatasetError, TokenizerError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        write(train(config), config.outputs)
+    except (DatasetError, TokenizerError, OSError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         return 1
-    write(contents, config.outputs)
     print(f"{' and '.join(map(str, config.outputs))}: {config.vocab_size} pieces")
     return 0
 

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from megalite.data.bert import BertDataset
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.blend import BlendedDataset
 from megalite.data.config import DataConfig
-from megalite.data.gpt import GPTDataset, split_documents
+from megalite.data.gpt import SPLITS, GPTDataset, split_documents
 from megalite.data.indexed import DatasetError, IndexedDataset
 from megalite.data.masking import SpecialIds
-from megalite.data.megatron_order import MegatronOrderDataset
+from megalite.data.megatron_order import MegatronOrderDataset, epochs_of, split_sequences
 from megalite.data.mock import MockDataset, MockSentences
 from megalite.data.sources import DataState, Source, UsedSource, parse_sources
 from megalite.data.tokenizers import Tokenizer, TokenizerError, configured_tokenizer
@@ -63,8 +65,7 @@ def _dataset(
     """The samples of one split of one source; of all its documents when the source is for this split alone."""
     indexed, s, v = IndexedDataset(prefix), model.seq_length, model.vocab_size
     if data.sample_order == "megatron":
-        shares = ("1,0,0", "0,1,0", "0,0,1")[("train", "valid", "test").index(split)] if whole else data.split
-        return MegatronOrderDataset(indexed, shares, split, s, seed, samples, v)
+        return MegatronOrderDataset(indexed, _shares(data, split, whole), split, s, seed, samples, v)
     first, last = documents = _documents(data, indexed, split, whole)
     if first == last:
         raise DatasetError(
@@ -95,18 +96,37 @@ def _documents(data: DataConfig, indexed: IndexedDataset, split: str, whole: boo
     return (0, indexed.num_documents) if whole else split_documents(data.split, indexed.num_documents)[split]
 
 
-def data_state(data: DataConfig, model: ModelConfig, seed: int, bert: BertDataConfig | None = None) -> DataState:
-    """The state of a run that starts with the configured training data. Opens the files; builds no order."""
+def _shares(data: DataConfig, split: str, whole: bool) -> str:
+    """The --split that gives a split its documents: all of those of a source for it alone."""
+    return ",".join("1" if name == split else "0" for name in SPLITS) if whole else data.split
+
+
+def data_state(
+    data: DataConfig, model: ModelConfig, seed: int, samples: int, bert: BertDataConfig | None = None
+) -> DataState:
+    """The state of a run that starts with the configured training data, and takes so many samples of it in all.
+
+    Opens the files; builds no order. Raises DatasetError for two sources of equal contents.
+    """
     order = {"seed": seed, "seq_length": model.seq_length}
     order |= vars(bert or BertDataConfig()) if model.architecture == "bert" else {"sample_order": data.sample_order}
     if data.mock_data:
         return DataState(order, (UsedSource(MOCK.prefix, 1.0, _mock(model, seed, "train", bert).fingerprint(), 0),))
     flag, words = data.words_of("train")
-    used = []
+    used, whole = [], flag != "--data-path"
     for source in parse_sources(words, flag):
         indexed = IndexedDataset(source.prefix)
-        documents = _documents(data, indexed, "train", whole=flag != "--data-path")
-        used.append(UsedSource(source.prefix, source.weight, indexed.tokens(*documents).fingerprint(), 0))
+        fingerprint = indexed.tokens(*_documents(data, indexed, "train", whole)).fingerprint()
+        if twin := next((other for other in used if other.fingerprint == fingerprint), None):
+            raise DatasetError(
+                f"{flag}: {twin.prefix} and {source.prefix} hold the same; name one, with the sum of the weights"
+            )
+        used.append(UsedSource(source.prefix, source.weight, fingerprint, 0))
+        if data.sample_order == "megatron" and model.architecture == "gpt":
+            first, last = split_sequences(_shares(data, "train", whole), len(indexed))["train"]
+            tokens = int(indexed.lengths[first:last].sum(dtype=np.int64))
+            made_for = epochs_of(tokens, model.seq_length, samples)
+            order |= {"epochs": made_for.epochs, "last_epoch_apart": made_for.apart}
     return DataState(order, tuple(used))
 
 

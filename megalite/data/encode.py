@@ -10,6 +10,8 @@ import numpy as np
 from megalite.data.inputs import Block
 from megalite.data.tokenizers import TextError, Tokenizer
 
+BOM = b"\xef\xbb\xbf"
+"""What some programs write before the first line."""
 EXCERPT = 64
 """The least characters of the first text of a block that the reference library encodes too; a thousandth of the block
 when that is more."""
@@ -74,7 +76,7 @@ class TextReader:
         texts, bad = [[] for _ in self.keys], []
         for number, line in enumerate(lines):
             try:
-                row = [line.decode()] if is_text else self._row(line)
+                row = [line.removeprefix(BOM).decode()] if is_text else self._row(line.removeprefix(BOM))
                 for text in row:
                     text.encode()
                 if not all(row):
@@ -157,13 +159,15 @@ class Encoder:
         kept, refused = [], []
         for number, row in zip(numbers, zip(*texts), strict=True):
             try:
-                self.tokenizer.encode_batch(row)
+                for text in row:
+                    self._encode([text])
                 kept.append(row)
             except TextError as error:
                 refused.append((number, str(error)))
         return [[row[key] for row in kept] for key in range(len(texts))], sorted(bad + refused)
 
     def _encode(self, texts: list[str]) -> Lines:
+        """Raises TextError for a text that the tokenizer has no ids for."""
         counts = None
         if self.split is not None:
             sentences = [[s for s in map(str.strip, self.split(text)) if s] or [text] for text in texts]
@@ -171,8 +175,11 @@ class Encoder:
             texts = [sentence for found in sentences for sentence in found]
         ids, lengths = self.tokenizer.encode_batch(texts)
         ids = ids.astype(self.dtype, copy=False)
+        starts = None if counts is None else np.cumsum(counts) - counts
+        if texts and not (lengths if starts is None else np.add.reduceat(lengths, starts)).all():
+            raise TextError("the text gives no tokens")
         if self.eod is not None and texts:
-            last = np.arange(len(lengths)) if counts is None else np.cumsum(counts) - 1
+            last = np.arange(len(lengths)) if starts is None else starts + counts - 1
             ids = np.insert(ids, np.cumsum(lengths)[last], self.eod)
             lengths = lengths.copy()
             lengths[last] += 1

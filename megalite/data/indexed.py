@@ -11,15 +11,16 @@ The .bin file holds the token arrays one after another. The .idx file, little-en
     d + 1 int64  first sequence of each document, then n
     n int8       modes, optional and not read
 
-PREFIX.json beside them tells which tokenizer made the ids.
+PREFIX.json beside them tells what made the ids: see DatasetInfo.
 """
 
 import hashlib
 import json
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -47,8 +48,10 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What PREFIX.json says of an indexed dataset: its tokenizer and its size."""
+    """What PREFIX.json says of an indexed dataset: what made it, and its size. Older files do not tell all: None."""
 
+    TOKENIZER: ClassVar = ("tokenizer_type", "vocab_size", "eod", "tokenizer_sha256")
+    """The fields that tell one tokenizer from another."""
     tokenizer_type: str
     vocab_size: int
     """Every id in the data is below this."""
@@ -59,7 +62,11 @@ class DatasetInfo:
     documents: int
     tokens: int
     sentences: bool | None = None
-    """Whether documents were split into sentences, each a sequence. None: not told."""
+    """Whether documents were split into sentences, each a sequence."""
+    append_eod: bool | None = None
+    """Whether every document ends with the end-of-document token."""
+    inputs: str | None = None
+    """Of a shard: a digest of names and sizes of all the inputs that it is a part of."""
 
     @classmethod
     def read(cls, prefix: str | Path) -> "DatasetInfo | None":
@@ -68,7 +75,11 @@ class DatasetInfo:
         if not path.exists():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            info = cls(**json.loads(path.read_text(encoding="utf-8")))
+            for field in fields(info):
+                if not isinstance(value := getattr(info, field.name), field.type):
+                    raise ValueError(f"{field.name} is {value!r}")
+            return info
         except (ValueError, TypeError) as error:
             raise DatasetError(
                 f"{path}: not a dataset description ({error}). Run tools/preprocess_data.py again"

@@ -1,9 +1,11 @@
 """Writing indexed datasets (the format is in indexed.py): whole or not at all, and resumable in a folder."""
 
+import io
 import json
 import os
 import secrets
 import struct
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +24,18 @@ from megalite.data.indexed import (
     IndexedDataset,
     dataset_path,
 )
+from megalite.data.journal import FolderError
+
+
+class _NamedFile(io.FileIO):
+    """A file whose name stands in the error when it cannot be written, as on a full disk."""
+
+    def write(self, data) -> int:
+        """Bytes written, maybe not all."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.name)) from None
 
 
 class IndexedWriter:
@@ -45,20 +59,31 @@ class IndexedWriter:
         self._tag = f".{os.getpid()}-{secrets.token_hex(4)}.partial" if folder is None else ""
         self._files: dict[str, BinaryIO] = {}
         for suffix in (".bin", ".lengths", ".documents"):
-            self._files[suffix] = self._partial(suffix).open("w+b" if state is None else "r+b")
+            self._files[suffix] = self._open(suffix, "w+" if state is None else "r+")
         self.sequences = self.documents = self.tokens = 0
         if state is None:
             self._files[".documents"].write(struct.pack("<q", 0))
         else:
             self._go_on(state)
 
+    def _open(self, suffix: str, mode: str) -> BinaryIO:
+        try:
+            return io.BufferedRandom(_NamedFile(self._partial(suffix), mode))
+        except FileNotFoundError:
+            if mode != "r+":
+                raise
+            raise FolderError(f"{self._partial(suffix)} is gone: delete {self._folder} to start anew") from None
+
     def _go_on(self, state: dict) -> None:
-        """Cut the files back to a state that `state` told of them."""
+        """Cut the files back to a state that `state` told of them. Raises FolderError when they are shorter."""
         self.sequences, self.documents, self.tokens = state["sequences"], state["documents"], state["tokens"]
         sizes = (self.tokens * self.dtype.itemsize, 4 * self.sequences, 8 * (self.documents + 1))
         for (suffix, file), size in zip(self._files.items(), sizes, strict=True):
             if file.seek(0, os.SEEK_END) < size:
-                raise DatasetError(f"{self._partial(suffix)}: shorter than the {size} bytes that were written to it")
+                raise FolderError(
+                    f"{self._partial(suffix)}: shorter than the {size} bytes that were written to it: delete "
+                    f"{self._folder} to start anew"
+                )
             file.truncate(size)
             file.seek(size)
 
@@ -138,10 +163,10 @@ class IndexedWriter:
 
     def seal(self, info: DatasetInfo | None = None) -> list[tuple[Path, Path]]:
         """Complete all files under their temporary names. Returns the renames that are left to do, in their order."""
-        self._files[".idx"] = self._partial(".idx").open("wb")
+        self._files[".idx"] = self._open(".idx", "w+")
         self._write_index(self._files[".idx"])
         if info is not None:
-            self._files[".json"] = self._partial(".json").open("wb")
+            self._files[".json"] = self._open(".json", "w+")
             self._files[".json"].write((json.dumps(asdict(info), indent=2) + "\n").encode())
         self.state()
         self.refuse_existing()
@@ -169,7 +194,8 @@ class IndexedWriter:
         """Remove every temporary file, or close those in a folder. Does nothing after `finish`."""
         while self._files:
             suffix, file = self._files.popitem()
-            file.close()
+            with suppress(OSError):  # on a full disk: what it still holds is not wanted any more
+                file.close()
             if self._folder is None:
                 self._partial(suffix).unlink(missing_ok=True)
 

@@ -13,12 +13,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from megalite.data.unpacked import COMPRESSED, LIBRARIES, unpacked
+from megalite.data.unpacked import COMPRESSED, LIBRARIES, UNKNOWN, suffix_of, unpacked
 
 BLOCK_BYTES = 1 << 20
 """Whole lines of about this size are encoded at a time."""
 STDIN = "-"
-JSONL_SUFFIXES = (".jsonl", ".json")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
+"""Of the files that are taken from a folder, compressed or not."""
 
 
 class Block(NamedTuple):
@@ -52,7 +53,7 @@ def shown(path: str) -> str:
 
 def kind_of(path: str) -> str:
     """ "stdin", "text", "parquet", "compressed" or "plain"."""
-    suffix = Path(path).suffix
+    suffix = suffix_of(path)
     if path == STDIN:
         return "stdin"
     return {".txt": "text", ".parquet": "parquet"}.get(suffix) or ("compressed" if suffix in COMPRESSED else "plain")
@@ -60,35 +61,41 @@ def kind_of(path: str) -> str:
 
 def is_text(path: str) -> bool:
     """Whether a file is one document as it stands."""
-    return Path(_uncompressed(path)).suffix == ".txt"
+    return suffix_of(_uncompressed(path)) == ".txt"
 
 
 def _uncompressed(path: str) -> str:
     """The name of a file without the suffix of its compression."""
-    return str(Path(path).with_suffix("")) if Path(path).suffix in COMPRESSED else path
+    return str(Path(path).with_suffix("")) if suffix_of(path) in COMPRESSED else path
 
 
 def expand(inputs: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """(files, problems): files as they are, patterns and folders as the files in them, sorted by name."""
+    """(files, problems): files as they are, patterns and folders as the files in them, sorted by name.
+
+    Of a folder, sub-folders are taken too, and only the kinds of files that are known: see `left_out`.
+    """
     files, problems = [], [] if inputs else ["--input: give at least one file, folder or pattern"]
     for name in inputs:
         if name == STDIN or os.path.isfile(name):
             found = [name]
         elif os.path.isdir(name):
-            found = sorted(str(path) for path in Path(name).iterdir() if path.is_file() and _is_input(path.name))
+            found = [path for path in _files_in(name) if _is_input(path)]
             if not found:
-                problems.append(f"--input {name}: a folder without .jsonl, .json, .txt or .parquet files")
+                problems.append(f"--input {name}: a folder without {', '.join(SUFFIXES)} files")
         elif glob.has_magic(name):
             found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
             if not found:
                 problems.append(f"--input {name}: no file has such a name")
         else:
             found = []
-            problems.append(f"--input {name}: {'not a file' if os.path.exists(name) else 'no such file'}")
+            piped = "not a file; pipe what it gives to --input -"
+            problems.append(f"--input {name}: {piped if os.path.exists(name) else 'no such file'}")
         files += found
     problems += [f"--input {path}: not readable" for path in files if path != STDIN and not os.access(path, os.R_OK)]
-    problems += [f"--input {path}: given twice" for path in _repeated(map(os.path.normpath, files))]
-    for suffix in sorted({Path(path).suffix for path in files} & LIBRARIES.keys()):
+    problems += [f"--input {path}: given twice" for path in _repeated(files)]
+    known = f"no known kind of compression: make it one of {', '.join(COMPRESSED)}, or unpack it"
+    problems += [f"--input {path}: {suffix_of(path)} is {known}" for path in files if suffix_of(path) in UNKNOWN]
+    for suffix in sorted({suffix_of(path) for path in files} & LIBRARIES.keys()):
         if importlib.util.find_spec(LIBRARIES[suffix]) is None:
             problems.append(
                 f"--input: {suffix} files need the {LIBRARIES[suffix]} library: pip install {LIBRARIES[suffix]}"
@@ -96,12 +103,29 @@ def expand(inputs: tuple[str, ...]) -> tuple[list[str], list[str]]:
     return files, problems
 
 
-def _repeated(names: Iterable[str]) -> list[str]:
-    return sorted(name for name, count in Counter(names).items() if count > 1)
+def left_out(inputs: Iterable[str]) -> list[str]:
+    """Files in folders among the inputs that are of no known kind, and so are not read."""
+    return [path for name in inputs if os.path.isdir(name) for path in _files_in(name) if not _is_input(path)]
 
 
-def _is_input(name: str) -> bool:
-    return Path(_uncompressed(name)).suffix in (*JSONL_SUFFIXES, ".txt", ".parquet") and not name.startswith(".")
+def _repeated(files: list[str]) -> list[str]:
+    """The first names of files that are there several times, under whatever names."""
+    first: dict[str, str] = {}
+    counts = Counter(first.setdefault(os.path.realpath(path), path) for path in files)
+    return sorted(name for name, count in counts.items() if count > 1)
+
+
+def _files_in(folder: str) -> list[str]:
+    """Every file in a folder and its sub-folders, sorted; hidden ones are none."""
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if os.path.isfile(path))
+
+
+def _is_input(path: str) -> bool:
+    return suffix_of(_uncompressed(path)) in SUFFIXES
 
 
 def sizes_of(files: list[str]) -> list[int]:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from megalite.data.indexed import DatasetError
@@ -12,25 +13,33 @@ JOURNAL = "journal.json"
 
 
 class FolderError(DatasetError):
-    """The folder is in use, or another job's: nothing was begun."""
+    """The folder is in use, another job's, or damaged: nothing was begun, and the same command would not do either."""
 
 
 class Journal:
-    """The folder of one output while it is made. One process at a time has it.
+    """The folder of one output while it is made. One process at a time has it, where the file system knows locks.
+
+    Use it in a `with` block: leaving it with an error removes a folder from which nothing can go on.
 
     job: what the output is made from and how, as JSON. A folder that another job left is refused.
+    resumable: whether an interrupted run can go on; if not, what a killed one left is refused.
     Raises FolderError when another process is at work, or the folder is another job's.
     """
 
-    def __init__(self, folder: Path, job: dict):
-        self.folder, self._job = folder, json.loads(json.dumps(job))
-        folder.mkdir(exist_ok=True)
+    def __init__(self, folder: Path, job: dict, resumable: bool = True):
+        self.folder, self._job, self._resumable = folder, json.loads(json.dumps(job)), resumable
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise FolderError(f"{folder} is no folder, but the output is to grow there: delete it") from None
         self._lock = open(folder / "lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.close()
             raise FolderError(f"{folder}: another process is writing this output; wait for it, or stop it") from None
+        except OSError as error:  # Lustre and others may be mounted without locks
+            print(f"{folder} cannot be locked ({error}): start no second run of this output", file=sys.stderr)
         try:
             self.state = self._read()
         except FolderError:
@@ -41,6 +50,8 @@ class Journal:
         path = self.folder / JOURNAL
         if not path.exists():
             return None
+        if not self._resumable:
+            raise FolderError(f"standard input cannot be taken up again: delete {self.folder} to start anew")
         try:
             stored = json.loads(path.read_text())
             before, state = stored["job"], stored["state"]
@@ -73,11 +84,14 @@ class Journal:
             if os.path.exists(source):
                 os.rename(source, final)
         shutil.rmtree(self.folder)
-        self.close()
 
-    def close(self) -> None:
-        """Let another process have the folder."""
-        self._lock.close()
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is not None and (self.state is None or not self._resumable):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()  # another process may have the folder now
 
 
 def _short(value) -> str:

@@ -15,6 +15,7 @@ and 4 bytes a sample, in every process that reads data. The counted order (megal
 """
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,25 @@ from megalite.data.streams import GatheredStream
 
 SEPARATE_BELOW = 0.80
 """The last epoch is shuffled on its own when the run uses less than this share of its samples."""
+
+
+class Epochs(NamedTuple):
+    """All that the order takes from the number of samples."""
+
+    epochs: int
+    """E."""
+    apart: bool
+    """Whether the last epoch is shuffled on its own."""
+    before_last: int
+    """Samples of all epochs but the last."""
+
+
+def epochs_of(tokens: int, seq_length: int, samples: int) -> Epochs:
+    """How often a run of so many samples goes through a split of so many tokens."""
+    epochs = -(-(samples * seq_length + 1) // tokens)
+    before_last = ((epochs - 1) * tokens - 1) // seq_length
+    apart = epochs > 1 and samples - before_last < int(SEPARATE_BELOW * ((tokens - 1) // seq_length))
+    return Epochs(epochs, apart, before_last)
 
 
 class MegatronOrderDataset(WindowDataset):
@@ -59,9 +79,7 @@ class MegatronOrderDataset(WindowDataset):
                 f"split '{split_name}' has {tokens} tokens but needs at least seq-length + 1 = {seq_length + 1}. "
                 "Give it a larger share of --split, use more data, or a shorter --seq-length"
             )
-        epochs = -(-(samples * seq_length + 1) // tokens)
-        before_last = ((epochs - 1) * tokens - 1) // seq_length  # samples of all epochs but the last
-        apart = epochs > 1 and samples - before_last < int(SEPARATE_BELOW * ((tokens - 1) // seq_length))
+        epochs, apart, before_last = epochs_of(tokens, seq_length, samples)
         random = np.random.RandomState(seed)
         order = np.tile(np.arange(first, last, dtype=np.int32), epochs)
         _shuffle(order, (epochs - 1) * (last - first) if apart else len(order), random)

@@ -1,11 +1,13 @@
 """From text to indexed datasets: processes encode blocks of lines, this one writes them in order and can be resumed."""
 
+import hashlib
+import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +28,12 @@ SHOWN_BAD_LINES = 10
 
 class BadLineError(DatasetError):
     """A line of the input that is no document: names the file, the line and the reason."""
+
+
+def too_many(line: str, number: int, most: int) -> BadLineError:
+    """What is said of bad line `number`, one more than the `most` that are left out."""
+    more = f" This is bad line {number}." if most else ""
+    return BadLineError(f"{line}.{more} --max-bad-lines N leaves out up to N such lines (now {most})")
 
 
 def build_encoder(config: PreprocessConfig) -> Encoder:
@@ -51,23 +59,20 @@ def preprocess(
     files, problems = expand(config.input)
     if problems:
         raise DatasetError("; ".join(problems))
-    journal = Journal(config.folder, job_of(config, files))
-    try:
-        if STDIN in files and journal.state is not None:
-            raise FolderError(f"standard input cannot be taken up again: delete {config.folder} to start anew")
+    with Journal(config.folder, job_of(config, files), resumable=STDIN not in files) as journal:
+        if journal.state is None:
+            refuse_existing(config)
         if journal.state is None or not journal.state.get("renames"):
             with ExitStack() as stack:
                 _Run(config, files, journal, stack).to_the_end(report)
         journal.end(journal.state["renames"])
-    except FolderError:
-        raise
-    except BaseException:
-        if journal.state is None or STDIN in files:
-            shutil.rmtree(config.folder)  # nothing can go on from it
-        raise
-    finally:
-        journal.close()
     return [DatasetInfo.read(config.prefix(key)) for key in config.json_keys]
+
+
+def refuse_existing(config: PreprocessConfig) -> None:
+    """Raises DatasetError when a file is there already that the job would write."""
+    if existing := config.existing_outputs():
+        raise DatasetError(f"{', '.join(existing)} exists already. Delete it or choose another --output-prefix")
 
 
 def job_of(config: PreprocessConfig, files: list[str]) -> dict:
@@ -82,6 +87,14 @@ def job_of(config: PreprocessConfig, files: list[str]) -> dict:
         "shard": config.shard,
         "partitions": config.partitions,
     }
+
+
+def known_bytes(files: list[str], ranges: list[tuple[int, int, int]]) -> int:
+    """Bytes of these ranges; 0 where they are not known before they are read, as of compressed files."""
+    if any(kind_of(files[number]) not in ("plain", "text") for number, _, _ in ranges):
+        return 0
+    sizes = sizes_of(files)
+    return sum(min(stop, sizes[number]) - start for number, start, stop in ranges)
 
 
 class _Run:
@@ -102,14 +115,14 @@ class _Run:
             for key, kept in zip(config.json_keys, state["writers"], strict=True)
         ]
         self.after, self.line, self.bad = tuple(state["after"]), state["line"], state["bad"]
-        self.bad_file = stack.enter_context(open(journal.folder / "bad_lines.tsv", "r+b" if journal.state else "w+b"))
+        self.bad_file = stack.enter_context(open(journal.folder / "bad_lines.tsv", "a+b" if journal.state else "w+b"))
+        if self.bad_file.seek(0, os.SEEK_END) < state["bad_bytes"]:
+            raise FolderError(f"{self.bad_file.name} is damaged: delete {journal.folder} to start anew")
         self.bad_file.truncate(state["bad_bytes"])
         self.bad_file.seek(state["bad_bytes"])
         self.ranges = shard_ranges(files, *config.place)
-        sizes = sizes_of(files)
-        known = all(kind_of(files[number]) in ("plain", "text") for number, _, _ in self.ranges)
-        total = sum(min(stop, sizes[number]) - start for number, start, stop in self.ranges) if known else 0
-        self.progress = Progress(total, bytes_done=self._bytes_before(self.after, sizes), bad_lines=self.bad)
+        done = self._bytes_before(self.after, sizes_of(files))
+        self.progress = Progress(known_bytes(files, self.ranges), bytes_done=done, bad_lines=self.bad)
         self._committed = time.monotonic(), 0
         self._before: dict[int, int] = {}
 
@@ -132,9 +145,8 @@ class _Run:
         if not self.writers[0].documents and not self.config.shard:
             raise DatasetError(f"{', '.join(map(shown, self.config.input))}: no documents")
         self._commit()
-        renames = [rename for writer in self.writers for rename in writer.seal(self._describe(writer))]
-        if self.bad:
-            renames.append((self.journal.folder / "bad_lines.tsv", f"{self.config.stem}.bad_lines.tsv"))
+        renames = [(self.journal.folder / "bad_lines.tsv", self.config.bad_lines)] if self.bad else []
+        renames += [rename for writer in self.writers for rename in writer.seal(self._describe(writer))]
         self.journal.commit({"renames": [[str(source), str(final)] for source, final in renames]})
         progress.seconds = time.perf_counter() - began
         report(progress)
@@ -165,16 +177,15 @@ class _Run:
             return
         first = self._lines_before(block.file) + (1 if self.after[0] != block.file else self.line)
         for offset, reason in result.bad:
+            reason = " ".join(reason.splitlines())  # it may quote keys with line ends in them
             text = f"{block.path}, line {first + offset}: {reason}"
             self.bad += 1
             if self.bad > self.config.max_bad_lines:
-                most = self.config.max_bad_lines
-                more = f" This is bad line {self.bad}." if most else ""
-                raise BadLineError(f"{text}.{more} --max-bad-lines N leaves out up to N such lines (now {most})")
+                raise too_many(text, self.bad, self.config.max_bad_lines)
             self.bad_file.write(f"{block.path}\t{first + offset}\t{reason}\n".encode(errors="replace"))
             if self.bad <= SHOWN_BAD_LINES:
                 print(f"left out: {text}", file=sys.stderr)
-        self.progress.bad_lines = self.bad
+            self.progress.bad_lines, self.progress.last_bad_line = self.bad, text
 
     def _lines_before(self, file: int) -> int:
         """Lines of a file that belong to the shards before this one; counted when a line is to be named."""
@@ -197,8 +208,16 @@ class _Run:
             eod = tokenizer.eod
         except TokenizerError:
             eod = None
-        made_by = self.config.tokenizer_type, tokenizer.vocab_size, eod, tokenizer.sha256
-        return DatasetInfo(*made_by, writer.documents, writer.tokens, self.config.split_sentences)
+        return DatasetInfo(
+            self.config.tokenizer_type, tokenizer.vocab_size, eod, tokenizer.sha256, writer.documents, writer.tokens,
+            self.config.split_sentences, self.config.append_eod, _digest(self.files) if self.config.shard else None,
+        )  # fmt: skip
+
+
+def _digest(files: list[str]) -> str:
+    """Of names and sizes; no folders and times, since each machine of an array job may have copies of its own."""
+    inputs = [(Path(path).name, size) for path, size in zip(files, sizes_of(files))]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def read_texts(inputs: tuple[str, ...], key: str) -> Iterator[str]:

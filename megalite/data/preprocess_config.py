@@ -42,7 +42,8 @@ class PreprocessConfig:
     split_sentences: bool = False
     """Make each sentence a sequence of its own, in PREFIX_KEY_sentence."""
     language: str = "en"
-    """Language that sentences are split by (--split-sentences), as ISO 639 names it."""
+    """Language that sentences are split by (--split-sentences), by its ISO 639 code. The library splits a language that
+    it has no rules for as English."""
     max_bad_lines: int = 0
     """Lines that are no documents to leave out before giving up; they are listed in OUTPUT_PREFIX.bad_lines.tsv."""
     shard: str | None = None
@@ -81,6 +82,16 @@ class PreprocessConfig:
         return f"{self.stem}_{key}_{'sentence' if self.split_sentences else 'document'}"
 
     @property
+    def bad_lines(self) -> str:
+        """The file that lists the lines that were left out."""
+        return f"{self.stem}.bad_lines.tsv"
+
+    def existing_outputs(self) -> list[str]:
+        """Files that this would write and that are there already."""
+        datasets = (dataset_path(self.prefix(key), s) for key in self.json_keys for s in (".bin", ".idx", ".json"))
+        return list(dict.fromkeys(str(path) for path in (*datasets, Path(self.bad_lines)) if path.exists()))
+
+    @property
     def folder(self) -> Path:
         """Where the output grows."""
         return Path(f"{self.stem}.partial")
@@ -113,6 +124,8 @@ def find_problems(config: PreprocessConfig) -> list[str]:
             sentence_splitter(config.language)
         except DatasetError as error:
             problems.append(str(error))
+        if not re.fullmatch("[a-z]{2,3}(-[a-z]+)*", config.language):
+            problems.append(f"--language {config.language}: needs an ISO 639 code in small letters, such as en or de")
     elif config.language != "en":
         problems.append(f"--language {config.language} has no effect without --split-sentences")
     return problems
@@ -146,9 +159,7 @@ def _output_problems(config: PreprocessConfig) -> list[str]:
     if not config.folder.exists():  # otherwise a run that was interrupted while it gave files their names goes on
         problems += [
             f"--output-prefix {config.output_prefix}: {path} exists; delete it or choose another prefix"
-            for key in dict.fromkeys(config.json_keys)
-            for path in (dataset_path(config.prefix(key), suffix) for suffix in (".bin", ".idx", ".json"))
-            if path.exists()
+            for path in config.existing_outputs()
         ]
     return problems
 

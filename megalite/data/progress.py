@@ -22,6 +22,8 @@ class Progress:
     spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "parse", "encode", "write"), 0.0))
     """Seconds of all processes by what they were spent on."""
     bad_lines: int = 0
+    last_bad_line: str = ""
+    """The last one that this run left out: file, line and reason."""
 
     @classmethod
     def total(cls, parts: list["Progress"]) -> "Progress":
@@ -29,7 +31,8 @@ class Progress:
         summed = ("bytes_total", "bytes_done", "documents", "tokens", "bytes_now", "tokens_now", "bad_lines")
         spent = {name: sum(part.spent[name] for part in parts) for name in parts[0].spent}
         totals = {name: sum(getattr(part, name) for part in parts) for name in summed}
-        return cls(**totals, seconds=max(part.seconds for part in parts), spent=spent)
+        seconds, bad = max(part.seconds for part in parts), [part.last_bad_line for part in parts]
+        return cls(**totals, seconds=seconds, spent=spent, last_bad_line=max(bad, key=bool))
 
     def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)

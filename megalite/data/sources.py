@@ -1,6 +1,7 @@
 """What the samples come from: weighted datasets, and how far each has been used."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -34,7 +35,8 @@ def parse_sources(words: Sequence[str], flag: str = "--data-path") -> tuple[Sour
         raise DatasetError(
             f"{flag} {' '.join(words)}: {blamed}; give one prefix, or weights and prefixes in turn: 0.3 a 0.7 b"
         )
-    repeated = sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1})
+    places = [os.path.realpath(f"{prefix}.idx") for prefix in prefixes]
+    repeated = [prefix for number, prefix in enumerate(prefixes) if places[number] in places[:number]]
     if repeated:
         raise DatasetError(f"{flag}: {', '.join(repeated)} given twice; name each once, with the sum of its weights")
     return tuple(Source(float(weight), prefix) for weight, prefix in zip(weights, prefixes, strict=True))
@@ -57,6 +59,16 @@ class UsedSource:
     """Tells its content from other content, wherever it lies."""
     consumed: int
     """Samples of it used before `DataState.start`."""
+
+    @property
+    def content(self) -> str:
+        """The part of the fingerprint that tells the dataset, without the documents that are taken of it."""
+        return self.fingerprint.partition("[")[0]
+
+    @property
+    def documents(self) -> str:
+        """The documents, as the fingerprint has them: [first:last]."""
+        return self.fingerprint.removeprefix(self.content)
 
 
 @dataclass(frozen=True)
@@ -87,32 +99,42 @@ class DataState:
     def differences(self, other: "DataState") -> list[str]:
         """What `other`, the data of a run that goes on from here, has otherwise; [] when every sample is the same.
 
-        Where a source lies does not matter, nor in which order sources are named, but the blend goes by that order.
+        Where a source lies does not matter, nor in which order sources are named, but the blend goes by that order. Of
+        weights only their ratios matter. What an older checkpoint does not tell of the order is not compared.
         """
-        names = {**self.order, **other.order}
         found = [
-            f"{name.replace('_', '-')} {self.order.get(name)} -> {other.order.get(name)}"
-            for name in names
-            if self.order.get(name) != other.order.get(name)
+            f"{name.replace('_', '-')} {self.order[name]} -> {value}"
+            for name, value in other.order.items()
+            if self.order.get(name, value) != value
         ]
-        mine, theirs = ([(s.fingerprint, s.weight) for s in state.sources] for state in (self, other))
-        if mine == theirs:
+        if self._blended() == other._blended():
             return found
-        known = {source.fingerprint: source for source in self.sources}
-        kept = {source.fingerprint for source in other.sources}
+        known = {source.content: source for source in self.sources}
+        earlier = {UsedSource(**source).content for state in self.before for source in state["sources"]}
         for source in other.sources:
-            was = known.get(source.fingerprint)
+            was = known.get(source.content)
             if was is None:
-                found.append(f"{source.prefix} is new, or has other contents")
-            elif was.weight != source.weight:
+                back = source.content in earlier
+                found.append(f"{source.prefix} is {'back' if back else 'new, or has other contents'}")
+                continue
+            if was.documents != source.documents:
+                found.append(f"documents of {source.prefix} {was.documents} -> {source.documents} (--split)")
+            if was.weight != source.weight:
                 found.append(f"weight of {source.prefix} {was.weight:g} -> {source.weight:g}")
-        found += [f"{source.prefix} is no longer used" for source in self.sources if source.fingerprint not in kept]
+        kept = {source.content for source in other.sources}
+        found += [f"{source.prefix} is no longer used" for source in self.sources if source.content not in kept]
         return found or ["the sources are named in another order"]
 
+    def _blended(self) -> list[tuple[str, float]]:
+        """What the blend goes by: (fingerprint, share of the samples) of each source."""
+        shares = Blend([source.weight for source in self.sources]).shares
+        return [(source.fingerprint, float(share)) for source, share in zip(self.sources, shares)]
+
     def at_places_of(self, other: "DataState") -> "DataState":
-        """This state with the prefixes of `other`, which has the same sources."""
+        """This state with the prefixes of `other`, which has the same sources, and all that it tells of the order."""
         moved = zip(self.sources, other.sources, strict=True)
-        return replace(self, sources=tuple(replace(mine, prefix=theirs.prefix) for mine, theirs in moved))
+        sources = tuple(replace(mine, prefix=theirs.prefix) for mine, theirs in moved)
+        return replace(self, order=other.order, sources=sources)
 
     def consumed_at(self, sample: int) -> list[int]:
         """Samples of each source used before sample number `sample` >= start of the run."""

@@ -13,8 +13,15 @@ from megalite.data.indexed import DatasetError
 COMPRESSED = (".gz", ".xz", ".zst")
 LIBRARIES = {".zst": "zstandard", ".parquet": "pyarrow"}
 """Libraries that not every installation has, by the suffix of the files that need them."""
+UNKNOWN = (".bz2", ".zip", ".lz4", ".7z", ".br", ".z", ".tar", ".tgz", ".lzma", ".zstd", ".sz", ".rar")
+"""Suffixes of compressed files that are not read."""
 BUFFER_BYTES, COMPRESSED_BYTES = 1 << 20, 1 << 16
 """Bytes that are held unpacked, and that are unpacked at a time."""
+
+
+def suffix_of(path: str | Path) -> str:
+    """The suffix of a file's name, in small letters."""
+    return Path(path).suffix.lower()
 
 
 @contextmanager
@@ -24,11 +31,11 @@ def unpacked(path: str, keys: tuple[str, ...]):
     Raises DatasetError for a damaged file, and for one that ends too early or lacks one of the columns `keys`.
     """
     with _explaining_damage(path):
-        if Path(path).suffix == ".parquet":
+        if suffix_of(path) == ".parquet":
             yield io.BufferedReader(_Stream(_parquet_lines(path, keys)), BUFFER_BYTES)
         else:
             with open(path, "rb") as file:
-                yield io.BufferedReader(_Stream(_decompressed(file, Path(path).suffix)), BUFFER_BYTES)
+                yield io.BufferedReader(_Stream(_decompressed(file, suffix_of(path))), BUFFER_BYTES)
 
 
 def _decompressor(suffix: str):
@@ -62,14 +69,31 @@ def _decompressed(file: BinaryIO, suffix: str) -> Iterator[bytes]:
 def _parquet_lines(path: str, keys: tuple[str, ...]) -> Iterator[bytes]:
     """Rows of a Parquet file as JSON lines, a batch of rows at a time."""
     import msgspec
+    from pyarrow import types
     from pyarrow.parquet import ParquetFile
 
     file = ParquetFile(path)
     missing = [key for key in keys if key not in file.schema_arrow.names]
     if missing:
         raise DatasetError(f"{path}: no column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}")
+    kinds = {key: file.schema_arrow.field(key).type for key in keys}
+    kinds = {key: kind.value_type if types.is_dictionary(kind) else kind for key, kind in kinds.items()}
+    binary = {key for key, kind in kinds.items() if types.is_binary(kind) or types.is_large_binary(kind)}
+    for key in kinds.keys() - binary:
+        if not (types.is_string(kinds[key]) or types.is_large_string(kinds[key]) or types.is_null(kinds[key])):
+            raise DatasetError(f"{path}: column {key} holds {kinds[key]}, not text; --json-keys names columns of text")
     for batch in file.iter_batches(batch_size=1000, columns=list(keys)):
-        yield b"".join(msgspec.json.encode(row) + b"\n" for row in batch.to_pylist())
+        rows = batch.to_pylist()
+        for row in rows if binary else ():
+            row |= {key: _as_text(row[key]) for key in binary if row[key] is not None}
+        yield b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
+
+
+def _as_text(value: bytes):
+    """Bytes as a JSON string of the same bytes, so that what is not UTF-8 is a bad line."""
+    import msgspec
+
+    return msgspec.Raw(msgspec.json.encode(value.decode("latin-1")).decode().encode("latin-1"))
 
 
 class _Stream(io.RawIOBase):

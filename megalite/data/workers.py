@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from threading import Thread
@@ -36,7 +37,8 @@ def encoded_blocks(workers: int, build_encoder: Callable, config, blocks: Iterat
         for _ in range(workers):
             ours, theirs = context.Pipe()
             connections[ours] = context.Process(target=_serve, args=(theirs, build_encoder, config), daemon=True)
-            connections[ours].start()
+            with deaf_to_interrupts():
+                connections[ours].start()
             theirs.close()
         yield _in_order(connections, blocks)
     finally:
@@ -46,9 +48,20 @@ def encoded_blocks(workers: int, build_encoder: Callable, config, blocks: Iterat
             process.join()
 
 
+@contextmanager
+def deaf_to_interrupts():
+    """Processes that are started in this block never get Ctrl-C, from their first instant on: it is for this one, which
+    gets it after the block, and then ends them."""
+    resource_tracker.ensure_running()  # started in the block, it would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(connection: Connection, build_encoder: Callable, config) -> None:
     """A worker: encode what comes until the other end is closed, which it is also when the main process is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # of the tokenizers library: this is one of many processes
     jobs = SimpleQueue()
     # A thread takes blocks in, so that the main process can always give one, however large, and never waits for a

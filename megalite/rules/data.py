@@ -109,6 +109,46 @@ def data_has_sentences(config: RunConfig, world_size: int) -> Iterator[Finding]:
             )
 
 
+def documents_are_ended(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """The flags that keep packed documents apart find the token that ends them, where PREFIX.json tells."""
+    from megalite.data.indexed import DatasetError, DatasetInfo
+
+    flags = [
+        key for key in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask") if getattr(config.data, key)
+    ]
+    if config.is_bert or not flags:
+        return
+    for key, prefixes in prefixes_of(config).items():
+        for prefix in prefixes:
+            try:
+                info = DatasetInfo.read(prefix)
+            except DatasetError:
+                continue  # another rule tells
+            if info is not None and info.append_eod is False:
+                given = ", ".join("--" + flag.replace("_", "-") for flag in flags)
+                yield Finding(
+                    f"{prefix} was made without --append-eod: {given} would find no end of a document in it",
+                    (key, *flags),
+                    (f"{MAKE_DATA} --append-eod", dict.fromkeys(flags, False)),
+                )
+
+
+def splits_are_apart(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """No dataset is given for training in whole and for validation too."""
+    d, prefixes = config.data, prefixes_of(config)
+    if d.words_of("train")[1] is d.words_of("valid")[1] or "valid" not in wanted_splits(config):
+        return
+    keys = [d.words_of(split)[0].removeprefix("--").replace("-", "_") for split in ("train", "valid")]
+    train, valid = ({os.path.realpath(p): p for p in prefixes.get(key, ())} for key in keys)
+    for place in sorted(train.keys() & valid.keys()):
+        yield Finding(
+            f"{train[place]} is read for training by --{keys[0].replace('_', '-')} and for validation by "
+            f"--{keys[1].replace('_', '-')}: losses of text that was trained on say little",
+            tuple(keys),
+            (*({key: None} for key in keys if key != "data_path"), "other data for one of them"),
+        )
+
+
 def _sentences(indexed, prefix: str) -> bool | None:
     """Whether sequences are sentences, as PREFIX.json tells, or else as it seems: not where every document is one."""
     from megalite.data.indexed import DatasetError, DatasetInfo
@@ -150,4 +190,6 @@ def _fills(indexed, split: str, needed: int, wanted: tuple[str, ...]) -> bool:
     return all(tokens[name] >= needed for name in wanted)
 
 
-DATA_RULES: tuple[Rule, ...] = (data_files_are_sound, data_fills_splits, data_has_sentences)
+DATA_RULES: tuple[Rule, ...] = (
+    data_files_are_sound, data_fills_splits, data_has_sentences, documents_are_ended, splits_are_apart,
+)  # fmt: skip

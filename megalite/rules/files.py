@@ -9,7 +9,7 @@ from megalite.checkpoint.folder import STATE_FILE, CheckpointError, checkpoint_f
 from megalite.config import RunConfig, from_flat
 from megalite.rules.data import DATA_RULES
 from megalite.rules.disk import neighbours, same_place, stored_iterations
-from megalite.rules.finding import PATHS, Finding, Rule
+from megalite.rules.finding import PATHS, Finding, Rule, global_batch, iterations
 from megalite.rules.tokenizer import TOKENIZER_FILE_RULES
 
 
@@ -110,14 +110,15 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
         stored = json.loads((folder / STATE_FILE).read_text()).get("data") if folder is not None else None
         if stored is None or read_config(folder).is_bert != config.is_bert:
             return  # nothing to compare with, or another kind of model, which another rule tells
-        now = data_state(config.data, config.model, config.training.seed, config.bert)
+        samples = iterations(config, world_size) * global_batch(config, world_size)
+        now = data_state(config.data, config.model, config.training.seed, samples, config.bert)
         differences = DataState.from_json(stored).differences(now)
     except (CheckpointError, DatasetError, OSError, ValueError, KeyError, TypeError):
         return  # other rules, or loading, say what is wrong
     if differences:
         yield Finding(
             f"the training data is not what {folder} was made with: {'; '.join(differences)}",
-            ("allow_data_change", "load", *PATHS),
+            ("allow_data_change", "load", "split", *PATHS),
             ({"allow_data_change": True}, "give the data and the flags that differ as in that run"),
         )
 

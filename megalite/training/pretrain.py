@@ -103,13 +103,14 @@ def _run(config: RunConfig, context: ParallelContext, description: str, build_mo
     say(to_yaml(config).rstrip())
     say(description)
     seed = config.training.seed
-    sources = build_sources(config.data, config.model, seed, _samples_wanted(config), config.bert)
+    wanted = _samples_wanted(config)
+    sources = build_sources(config.data, config.model, seed, wanted, config.bert)
     parts = build_parts(config, context, build_model)
     say(_model_line(parts, context))
     say(_kernels_line(config))
     claim = None if config.training.dry_run else claim_folder(config.checkpoint.save, context)
     progress = _starting_point(config, parts, context)
-    now = data_state(config.data, config.model, seed, config.bert)
+    now = data_state(config.data, config.model, seed, wanted["train"], config.bert)
     check_data(now.to_json(), context)
     settle_data(progress, now, config.checkpoint.allow_data_change)
     for note in progress.notes:

@@ -211,5 +211,14 @@ def test_blends_and_data_of_one_split(tmp_path):
     datasets = built(own, model, "train", "valid")
     assert max(int(t) for i in range(200) for t in datasets["train"][i]) >= 950  # every document, whatever --split says
     assert len(datasets["valid"].datasets) == 2
-    state = data_state(own, model, 1)
+    state = data_state(own, model, 1, 40)
     assert [source.fingerprint for source in state.sources] == [datasets["train"].datasets[0].fingerprint()]
+
+
+def test_two_sources_of_equal_contents_are_refused(tmp_path):
+    """They would give the same samples in the same order, and share one count in a checkpoint."""
+    for name in "ab":
+        dataset_of(tmp_path / name, [50] * 20)
+    blend = DataConfig(data_path=("1", str(tmp_path / "a"), "1", str(tmp_path / "b")), split="1")
+    with pytest.raises(DatasetError, match="/a and .*/b hold the same; name one, with the sum of the weights"):
+        data_state(blend, ModelConfig(seq_length=16, vocab_size=1000), 1, 40)

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import lzma
+import os
 import random
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from megalite.data.inputs import expand, read_blocks, shard_ranges
 from megalite.data.preprocess import BadLineError, preprocess, read_texts
 from megalite.data.preprocess_config import find_problems
 from megalite.data.tokenizers import ByteTokenizer
-from tests.data.preprocess_runs import DOCUMENTS, ENVIRONMENT, ROOT, blocks_of, config, content, write_jsonl
+from tests.data.preprocess_runs import DOCUMENTS, ENVIRONMENT, ROOT, blocks_of, config, content, run_tool, write_jsonl
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 10_000])
@@ -159,8 +160,8 @@ def test_a_missing_column_is_an_error(tmp_path):
 
 def test_what_is_given_twice_or_comes_from_nowhere(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl")
-    again = str(tmp_path / "." / "b" / ".." / "a.jsonl")
-    (tmp_path / "b").mkdir()
+    (tmp_path / "b").symlink_to(tmp_path)
+    again = str(tmp_path / "b" / "a.jsonl")
     assert f"--input {source}: given twice" in find_problems(config(tmp_path, source, again))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "a"}\nb\n')))
     with pytest.raises(BadLineError, match="^standard input, line 2: invalid JSON"):
@@ -182,3 +183,68 @@ def test_the_reference_encodes_a_sample_of_every_file(tmp_path):
     for block in blocks_of(*(str(tmp_path / f"{number}.txt") for number in range(3))):
         encoder(block)
     assert checked == ["0" * 10, "1" * 64, "2" * 500]
+
+
+def parquet_of(path, column) -> str:
+    """A file with a column `text`."""
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet, table
+
+    parquet.write_table(table({"text": column}), path)
+    return str(path)
+
+
+def test_columns_of_bytes_are_utf8(tmp_path):
+    import pyarrow as pa
+
+    texts = ["hello", 'a "quoted" \\ line\n', "né 你"]
+    source = parquet_of(tmp_path / "a.parquet", pa.array([text.encode() for text in texts], pa.binary()))
+    assert list(read_texts((source,), "text")) == texts
+    source = parquet_of(tmp_path / "b.parquet", pa.array([b"fine", b"a\xffb", None], pa.large_binary()))
+    settings = config(tmp_path, source, max_bad_lines=2)
+    preprocess(settings)
+    bad = (tmp_path / "out.bad_lines.tsv").read_text().splitlines()
+    assert "\t2\tnot UTF-8: byte 0xff" in bad[0] and "\t3\t'text' is NoneType" in bad[1]
+
+
+def test_columns_of_text_may_be_dictionaries_and_others_are_refused(tmp_path):
+    from datetime import datetime
+
+    import pyarrow as pa
+
+    source = parquet_of(tmp_path / "a.parquet", pa.array(["x", "y", "x"]).dictionary_encode())
+    assert list(read_texts((source,), "text")) == ["x", "y", "x"]
+    for name, column in (("time", [datetime(2020, 1, 1)]), ("number", [1]), ("list", [["a"]])):
+        source = parquet_of(tmp_path / f"{name}.parquet", pa.array(column))
+        with pytest.raises(DatasetError, match=f"{name}.parquet: column text holds .*, not text"):
+            list(read_texts((source,), "text"))
+
+
+def test_a_folder_is_read_whole_and_what_is_left_out_is_told(tmp_path):
+    for name in ("a.txt", "sub/deep/b.txt", "C.JSONL", "d.JSONL.GZ", "e.ndjson", "f.md", ".g.txt", "sub/.h/i.txt"):
+        path = tmp_path / "raw" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"text": name}).encode() + b"\n" if "json" in name.lower() else name.encode()
+        path.write_bytes(gzip.compress(line) if name.endswith("GZ") else line)
+    read = ["C.JSONL", "a.txt", "d.JSONL.GZ", "e.ndjson", "sub/deep/b.txt"]
+    assert list(read_texts((str(tmp_path / "raw"),), "text")) == read
+    assert list(read_texts((str(tmp_path / "raw" / "d.JSONL.GZ"),), "text")) == ["d.JSONL.GZ"]
+    done = run_tool("preprocess_data.py", "--input", tmp_path / "raw", "--output-prefix", tmp_path / "out",
+                    "--tokenizer-type", "ByteTokenizer")  # fmt: skip
+    assert done.returncode == 0 and f"not read, of no known kind: {tmp_path / 'raw' / 'f.md'}\n" in done.stderr
+
+
+def test_what_cannot_be_unpacked_or_read_in_parts_is_refused_by_name(tmp_path):
+    for name in ("a.jsonl.bz2", "b.ZIP"):
+        (tmp_path / name).write_bytes(b"BZh")
+        (problem,) = find_problems(config(tmp_path, str(tmp_path / name)))
+        assert f"{name}: {Path(name).suffix.lower()} is no known kind of compression: make it one of .gz" in problem
+    os.mkfifo(tmp_path / "pipe")
+    (problem,) = find_problems(config(tmp_path, str(tmp_path / "pipe")))
+    assert "not a file; pipe what it gives to --input -" in problem
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text('{"text": "y"}\n{"text": "z"}\n', encoding="utf-8-sig")
+    assert list(read_texts((str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")), "text")) == ["x", "y", "z"]

@@ -1,5 +1,6 @@
 """tools/inspect_dataset.py, run on real files."""
 
+import json
 import os
 import re
 import subprocess
@@ -75,3 +76,21 @@ def test_ids_of_another_tokenizer_are_status_1(tmp_path, prefix):
 def test_what_is_wrong_with_the_arguments_is_status_2(prefix):
     assert "at least 0" in inspect(prefix, "--documents", -1, status=2)
     assert "--tokenizer-model" in inspect(prefix, "--tokenizer-type", "SentencePieceTokenizer", status=2)
+
+
+def test_what_the_description_tells_is_checked_and_shown(tmp_path, prefix):
+    assert "documents end with it not told" in inspect(f"{prefix}.json")
+    description = tmp_path / "data.json"
+    sound = description.read_text()
+    for key, value in (("vocab_size", '"257"'), ("eod", '"256"'), ("tokens", "null"), ("append_eod", '"yes"')):
+        changed = {**json.loads(sound), key: json.loads(value)}
+        description.write_text(json.dumps(changed))
+        found = inspect(prefix, status=1)
+        assert "data.json: not a dataset description" in found and f"{key} is" in found and "Traceback" not in found
+
+
+def test_a_prefix_is_shown_as_it_is(tmp_path, prefix):
+    (tmp_path / "d[red]x").mkdir()
+    for suffix in (".bin", ".idx", ".json"):
+        prefix.with_suffix(suffix).rename(tmp_path / "d[red]x" / f"y{suffix}")
+    assert "d[red]x/y" in inspect(tmp_path / "d[red]x" / "y").replace(" ", "")

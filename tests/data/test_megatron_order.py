@@ -8,13 +8,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megalite.data.build import build_sources
+from megalite.data.build import build_sources, data_state
 from megalite.data.config import DataConfig
 from megalite.data.indexed import DatasetError, IndexedDataset
 from megalite.data.indexed_writer import IndexedWriter
@@ -104,15 +105,19 @@ def test_files_are_megatrons_to_the_byte(tmp_path):
     assert dataset.document_indices.tolist() == boundaries
 
 
-def test_every_token_is_seen_once_an_epoch(prefix):
-    indexed, s = IndexedDataset(prefix), 16
-    epoch = (indexed.num_tokens - 1) // s
-    dataset = MegatronOrderDataset(indexed, "1", "train", s, 1, epoch)
+def test_every_token_is_seen_once_an_epoch(tmp_path):
+    """Each token has an id of its own, so that one which comes again is noticed."""
+    s, tokens = 16, 10_000
+    with IndexedWriter(tmp_path / "data", np.uint16) as writer:
+        for part in np.split(np.arange(tokens), range(37, tokens, 37)):
+            writer.add_document(part)
+        writer.finish()
+    epoch = (tokens - 1) // s
+    dataset = MegatronOrderDataset(IndexedDataset(tmp_path / "data"), "1", "train", s, 1, epoch)
     assert len(dataset) == epoch
-    seen = np.sort(np.concatenate([dataset[i][:-1] for i in range(epoch)]))
-    assert len(seen) > indexed.num_tokens - 1 - s
-    whole = np.sort(np.asarray(indexed.ids).astype(np.int64))
-    assert not (np.unique(seen, return_counts=True)[1].sum() > len(whole)) and np.isin(seen, whole).all()
+    seen = np.concatenate([dataset[i][:-1] for i in range(epoch)])
+    assert len(seen) == epoch * s > tokens - 1 - s
+    assert len(np.unique(seen)) == len(seen)
 
 
 def test_what_cannot_be_had_is_refused(prefix):
@@ -130,3 +135,28 @@ def test_what_cannot_be_had_is_refused(prefix):
         with pytest.raises(DatasetError, match="plain numbers"):
             split_sequences(text, 5)
     assert split_sequences("1,1", 5) == {"train": (0, 2), "valid": (2, 5), "test": (5, 5)}
+
+
+def test_a_checkpoint_knows_how_many_epochs_its_order_was_made_for(prefix):
+    """Another number of samples is another order, unless it is one of the same epochs; the counted order has one."""
+    s = 16
+
+    def state(samples: int, order: str = "megatron"):
+        data = DataConfig(data_path=(prefix,), split="1", sample_order=order)
+        return data_state(data, ModelConfig(seq_length=s, vocab_size=50257), 1, samples)
+
+    epoch = (IndexedDataset(prefix).num_tokens - 1) // s
+    assert state(epoch // 2).differences(state(epoch)) == []
+    assert state(epoch).differences(state(epoch * 3)) == ["epochs 1 -> 3"]
+    assert state(2 * epoch).differences(state(epoch + epoch // 2)) == ["last-epoch-apart False -> True"]
+    assert state(5, "counted").differences(state(5000, "counted")) == []
+    assert state(5, "counted").order == {"seed": 1, "seq_length": s, "sample_order": "counted"}
+    untold = replace(state(5), order=state(5).order | {})
+    for key in ("epochs", "last_epoch_apart"):
+        del untold.order[key]
+    assert untold.differences(state(epoch * 3)) == []  # older checkpoints do not tell
+    assert untold.at_places_of(state(5)).order["epochs"] == 1  # from here on they do
+    samples = [[d[i].tolist() for i in range(epoch // 2)] for d in (
+        MegatronOrderDataset(IndexedDataset(prefix), "1", "train", s, 1, n) for n in (epoch // 2, epoch, epoch * 3)
+    )]  # fmt: skip
+    assert samples[0] == samples[1] != samples[2]

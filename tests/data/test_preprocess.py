@@ -1,12 +1,9 @@
 """Preprocessing: the same bytes from any number of workers, whole files or none, and errors that name file and line."""
 
-import gzip
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +14,7 @@ from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
 from megalite.data.preprocess import BadLineError, preprocess
 from megalite.data.preprocess_config import find_problems
 from megalite.data.tokenizers import ByteTokenizer, train_sentencepiece
-from tests.data.preprocess_runs import DOCUMENTS, ENVIRONMENT, blocks_of, config, content, run_tool, write_jsonl
+from tests.data.preprocess_runs import DOCUMENTS, ENVIRONMENT, blocks_of, config, run_tool, write_jsonl
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
@@ -34,7 +31,7 @@ def test_documents_come_back(tmp_path, monkeypatch, append_eod):
         end = [ByteTokenizer.eod] if append_eod else []
         assert decoded == [[*document[key].encode(), *end] for document in DOCUMENTS]
         made_by = "ByteTokenizer", 257, 256, ByteTokenizer.sha256
-        assert info == DatasetInfo(*made_by, len(DOCUMENTS), data.num_tokens, sentences=False)
+        assert info == DatasetInfo(*made_by, len(DOCUMENTS), data.num_tokens, False, append_eod)
         assert DatasetInfo.read(tmp_path / f"out_{key}_document") == info
     assert len(reports) > 10 and reports[-1].bytes_done == reports[-1].bytes_total
     assert f"{len(DOCUMENTS)} documents" in str(reports[-1]) and "MB/s" in str(reports[-1])
@@ -169,83 +166,6 @@ def test_train_tokenizer_reports_problems(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "t.model"]
 
 
-SLOW_RUN = """
-import json, sys, time
-from megalite.data import inputs, preprocess
-if __name__ == "__main__":
-    inputs.BLOCK_BYTES, preprocess.COMMIT_SECONDS = 500, -1.0
-    def report(progress):
-        print(progress.documents, flush=True)
-        time.sleep(0.01)
-    preprocess.preprocess(preprocess.PreprocessConfig(**json.loads(sys.argv[1])), report)
-"""
-
-
-def start_slowly(tmp_path, **settings):
-    """Preprocessing that commits every block, and takes its time."""
-    (tmp_path / "slow.py").write_text(SLOW_RUN)
-    settings = {
-        "tokenizer_type": "ByteTokenizer",
-        "append_eod": True,
-        "output_prefix": str(tmp_path / "out"),
-        **settings,
-    }
-    command = [sys.executable, tmp_path / "slow.py", json.dumps(settings)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize(("suffix", "workers", "blocks"), [("", 1, 3), ("", 2, 40), (".gz", 1, 20)])
-def test_a_killed_run_goes_on_where_it_was(tmp_path, suffix, workers, blocks):
-    first, second = (
-        write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:150]),
-        write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[150:]),
-    )
-    (tmp_path / "b.jsonl").write_text((tmp_path / "b.jsonl").read_text() + "bad\n")
-    if suffix:
-        for path in (first, second):
-            gzip.open(path + suffix, "wb").write(Path(path).read_bytes())
-    files = [first + suffix, second + suffix]
-    process = start_slowly(tmp_path, input=files, workers=workers, max_bad_lines=2)
-    for _ in range(blocks):
-        assert process.stdout.readline()
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(children) >= (workers if workers > 1 else 0)
-    process.kill()
-    process.communicate()
-    assert not list(tmp_path.glob("out_text*")) and (tmp_path / "out.partial" / "journal.json").exists()
-    deadline = time.monotonic() + 20
-    while any(is_running(int(pid)) for pid in children):
-        assert time.monotonic() < deadline, "workers outlive the process that started them"
-        time.sleep(0.02)
-    other = config(tmp_path, *files, append_eod=False, max_bad_lines=2)
-    with pytest.raises(DatasetError, match="which was another job: append eod was true, is false.* delete"):
-        preprocess(other)
-    reports = []
-    settings = config(tmp_path, *files, max_bad_lines=2)
-    assert find_problems(settings) == []
-    preprocess(settings, lambda progress: reports.append((progress.bytes_now, progress.bytes_done)))
-    assert 0 < reports[-1][0] < reports[-1][1]  # the first part was kept
-    preprocess(config(tmp_path, *files, name="undisturbed", max_bad_lines=2))
-    assert content(tmp_path, "out") == content(tmp_path, "undisturbed")
-    assert (
-        tmp_path / "out.bad_lines.tsv"
-    ).read_text() == f"{files[1]}\t251\tinvalid JSON: Expecting value at column 1\n"
-    assert not (tmp_path / "out.partial").exists()
-
-
-def test_two_at_once_and_changed_input_are_refused(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl")
-    process = start_slowly(tmp_path, input=[source])
-    assert process.stdout.readline()
-    with pytest.raises(DatasetError, match="another process is writing this output"):
-        preprocess(config(tmp_path, source))
-    process.kill()
-    process.communicate()
-    write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:-1])
-    with pytest.raises(DatasetError, match="another job: input was"):
-        preprocess(config(tmp_path, source))
-
-
 def test_a_text_that_the_tokenizer_has_no_ids_for_is_a_bad_line(tmp_path):
     documents = [{"text": text} for text in ("1 2", "3 x", "4", "5 9", "6")]
     source = write_jsonl(tmp_path / "a.jsonl", documents)
@@ -271,86 +191,6 @@ def test_bad_lines_are_left_out_up_to_a_number(tmp_path, capsys):
     assert capsys.readouterr().err.count("left out: ") == 4
     with pytest.raises(BadLineError, match="line 6: not UTF-8.* This is bad line 4. --max-bad-lines N .*now 3"):
         preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), name="fewer", max_bad_lines=3))
-
-
-@pytest.mark.parametrize("shards", [1, 3, 7])
-def test_shards_and_partitions_make_the_whole(tmp_path, shards):
-    first, second = (
-        write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:150]),
-        write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[150:]),
-    )
-    gzip.open(tmp_path / "c.jsonl.gz", "wb").write(Path(first).read_bytes())
-    files = (first, second, str(tmp_path / "c.jsonl.gz"))
-    preprocess(config(tmp_path, *files, name="whole"))
-    for number in range(shards):
-        preprocess(config(tmp_path, *files, name="part", shard=f"{number}/{shards}"))
-    pattern = str(tmp_path / f"part_*-of-{shards:04d}_text_document.idx")
-    done = run_tool("merge_datasets.py", "--input", pattern, "--output-prefix", tmp_path / "merged_text_document")
-    assert done.returncode == 0, done.stderr
-    assert content(tmp_path, "merged") == content(tmp_path, "whole")
-    if shards == 3:
-        preprocess(config(tmp_path, *files, name="parts", partitions=3))
-        assert content(tmp_path, "parts") == content(tmp_path, "whole") and not (tmp_path / "parts.partial").exists()
-        (tmp_path / "part_0001-of-0003_text_document.idx").unlink()
-        done = run_tool("merge_datasets.py", "--input", pattern, "--output-prefix", tmp_path / "again")
-        assert done.returncode == 2 and "of 3 shards" in done.stderr and " 1 are missing" in done.stderr
-
-
-def test_shards_name_the_lines_of_the_file(tmp_path):
-    """A part begins in the middle of a file, but its bad lines are counted from the file's beginning."""
-    source = write_jsonl(tmp_path / "a.jsonl")
-    lines = Path(source).read_text().splitlines()
-    for number in (10, 200, 350):
-        lines[number - 1] = "bad"
-    Path(source).write_text("\n".join(lines))
-    preprocess(config(tmp_path, source, name="whole", max_bad_lines=3))
-    preprocess(config(tmp_path, source, name="parts", partitions=3, max_bad_lines=3))
-    listed = (tmp_path / "whole.bad_lines.tsv").read_text()
-    assert [row.split("\t")[1] for row in listed.splitlines()] == ["10", "200", "350"]
-    assert (tmp_path / "parts.bad_lines.tsv").read_text() == listed
-
-
-def test_what_a_failure_leaves_and_says(tmp_path):
-    """A folder from which the same command goes on, and a line that says so; no folder where there is nothing in it."""
-    source = write_jsonl(tmp_path / "a.jsonl")
-    Path(source).write_text(Path(source).read_text() + "bad\n")
-    arguments = ["--input", source, "--output-prefix", tmp_path / "out", "--tokenizer-type", "ByteTokenizer"]
-    done = run_tool("preprocess_data.py", *arguments)
-    assert done.returncode == 1 and "line 401" in done.stderr and "keeps" not in done.stderr
-    assert os.listdir(tmp_path) == ["a.jsonl"]
-    # Its parts have a bad line each; together they have more than --max-bad-lines.
-    Path(source).write_text("bad\n" + Path(source).read_text())
-    arguments += ["--partitions", 2, "--workers", 1, "--max-bad-lines"]
-    done = run_tool("preprocess_data.py", *arguments, 1)
-    assert done.returncode == 1 and "2 lines are no documents, --max-bad-lines allows 1" in done.stderr
-    assert f"{tmp_path / 'out.partial'} keeps what is done. The same command goes on" in done.stderr
-    done = run_tool("preprocess_data.py", *arguments, 2)
-    assert done.returncode == 0, done.stderr
-    assert IndexedDataset(tmp_path / "out_text_document").num_documents == 400
-    assert not (tmp_path / "out.partial").exists()
-
-
-@pytest.mark.parametrize("partitions", [1, 2])
-def test_input_without_documents_leaves_nothing(tmp_path, partitions):
-    (tmp_path / "a.jsonl").write_text("bad\nbad\n")
-    with pytest.raises(DatasetError, match="no documents"):
-        preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), partitions=partitions, max_bad_lines=2))
-    assert os.listdir(tmp_path) == ["a.jsonl"]
-
-
-def test_merging_what_does_not_belong_together_is_refused(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl")
-    (tmp_path / "t.model").write_bytes(train_sentencepiece((d["text"] for d in DOCUMENTS), 300))
-    spm = dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "t.model"))
-    preprocess(config(tmp_path, source, name="bytes"))
-    preprocess(config(tmp_path, source, name="pieces", **spm))
-    names = [tmp_path / f"{name}_text_document" for name in ("bytes", "pieces", "none")]
-    done = run_tool("merge_datasets.py", "--input", *names, "--output-prefix", tmp_path / "merged")
-    assert done.returncode == 1
-    assert (
-        "pieces_text_document was made with another tokenizer" in done.stderr
-        and "none_text_document.idx: no such" in done.stderr
-    )
 
 
 def test_sentences_are_sequences_of_documents(tmp_path):
@@ -399,20 +239,25 @@ def test_flags_that_do_not_fit_are_told_at_once(tmp_path):
     assert any("--shard 3/3" in problem for problem in find_problems(config(tmp_path, source, shard="3/3")))
 
 
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+@pytest.mark.parametrize("append_eod", [True, False])
+@pytest.mark.parametrize("sentences", [True, False])
+def test_a_text_without_tokens_is_a_bad_line(tmp_path, append_eod, sentences):
+    if sentences:
+        pytest.importorskip("sentencex")
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("1 2", " ", "4", "\n\t")])
+    settings = config(tmp_path, source, tokenizer_type="NullTokenizer", vocab_size=9, append_eod=append_eod,
+                      max_bad_lines=2, split_sentences=sentences)  # fmt: skip
+    preprocess(settings)
+    data = IndexedDataset(settings.prefix("text"))
+    end = [8] if append_eod else []
+    assert [data.sequence(i).tolist() for i in range(len(data))] == [[1, 2, *end], [4, *end]]
+    rows = [line.split("\t")[1:] for line in (tmp_path / "out.bad_lines.tsv").read_text().splitlines()]
+    assert rows == [["2", "the text gives no tokens"], ["4", "the text gives no tokens"]]
 
 
-def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
-
-    def kill_workers(_):
-        for worker in multiprocessing.active_children():
-            worker.kill()
-
-    with pytest.raises(DatasetError, match=r"worker process died \(exit code -9\).*fewer --workers"):
-        preprocess(config(tmp_path, write_jsonl(tmp_path / "a.jsonl"), workers=2), kill_workers)
-    assert os.listdir(tmp_path) == ["a.jsonl"]
+@pytest.mark.parametrize("language", ["english", "EN", ""])
+def test_a_language_is_a_code(tmp_path, language):
+    pytest.importorskip("sentencex")
+    source = write_jsonl(tmp_path / "a.jsonl")
+    (problem,) = find_problems(config(tmp_path, source, split_sentences=True, language=language))
+    assert "needs an ISO 639 code" in problem

@@ -27,6 +27,7 @@ def test_sources_are_weights_and_prefixes():
         (["inf", "a"], "'inf' is no weight"),
         (["0.3", "a", "0.7"], "'0.7' has no prefix"),
         (["1", "a", "2", "a"], "a given twice"),
+        ([".5", "a", ".5", "./a"], "./a given twice"),
     ],
 )
 def test_other_patterns_are_refused(words, said):
@@ -63,3 +64,22 @@ def test_sources_go_on_where_they_were():
     assert [(past["start"], [s["consumed"] for s in past["sources"]]) for past in third.before] == [
         (0, [300, 100]), (400, [105, 5])
     ]  # fmt: skip
+
+
+def taken(documents: str) -> DataState:
+    """A source of which these documents are taken."""
+    return DataState(ORDER, (UsedSource("/data/a", 1, f"2:abc[{documents}]", 0),))
+
+
+def test_other_documents_of_a_source_are_no_new_source():
+    assert taken("0:19").differences(taken("0:18")) == ["documents of /data/a [0:19] -> [0:18] (--split)"]
+
+
+def test_a_source_that_was_left_out_is_back():
+    second = state(("a", 1), ("b", 1)).followed_by(state(("b", 1)), 10)
+    assert second.differences(state(("a", 1))) == ["/data/a is back", "/data/b is no longer used"]
+
+
+def test_only_ratios_of_weights_matter():
+    assert state(("a", 3), ("b", 1)).differences(state(("a", 0.75), ("b", 0.25))) == []
+    assert state(("a", 3), ("b", 1)).differences(state(("a", 3), ("b", 2))) == ["weight of /data/b 1 -> 2"]

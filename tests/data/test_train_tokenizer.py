@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,17 @@ def test_what_is_refused(tmp_path):
     done = run(*prefix, "--vocab-size", 5000, "--kind", "wordpiece")
     assert done.returncode == 1 and "--vocab-size 5000 does not fit this text" in done.stderr
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_what_cannot_be_read_twice_or_written_is_one_line(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
+    done = run("--input", "-", "--kind", "wordpiece", "--vocab-size", 130, "--output-prefix", tmp_path / "t")
+    assert done.returncode == 2 and "error: --input -: --kind wordpiece reads the text twice" in done.stderr
+    command = [sys.executable, TOOL, "--input", tmp_path / "a.jsonl", "--kind", "bpe", "--vocab-size", "310"]
+    done = subprocess.run(
+        [*command, "--output-prefix", tmp_path / "t"], capture_output=True, text=True, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert os.listdir(tmp_path) == ["a.jsonl"]
