@@ -22,11 +22,6 @@ class GlobalBatches:
         self.fields = model.inputs & loader.fields
         self._arrays = Prefetcher(self._read_arrays)
 
-    @property
-    def waited(self) -> float:
-        """Seconds that the last `at` waited for its samples."""
-        return self._arrays.waited
-
     def at(self, consumed: int, then: int | None = None) -> tuple[list[Microbatch], torch.Tensor]:
         """The microbatches of the global batch that starts at sample `consumed`, and what makes each of the k terms of
         the loss a global mean: 1 / (items that it counts in all of the batch), fp64 [k]. A term that counts nothing has

@@ -1,6 +1,5 @@
 """Reading the next step's samples while this step computes."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
@@ -18,17 +17,13 @@ class Prefetcher(Generic[Batches]):
         self._read = read
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._ahead: tuple[int, Future] | None = None
-        self.waited = 0.0
-        """Seconds that the last `get` waited for its samples."""
 
     def get(self, consumed: int, then: int | None) -> Batches:
         """What `read(consumed)` gives; reading at `then` (None: nothing) begins. Raises what `read` raises."""
-        began = time.perf_counter()
         ahead, self._ahead = self._ahead, None
         result = ahead[1].result() if ahead is not None and ahead[0] == consumed else self._read(consumed)
         if then is not None:
             self._ahead = then, self._thread.submit(self._read, then)
-        self.waited = time.perf_counter() - began
         return result
 
     def close(self) -> None:
