@@ -22,14 +22,19 @@ def attention_mask(segments: torch.Tensor, causal: bool) -> torch.Tensor:
     return mask.tril_() if causal else mask
 
 
+def _for_each_head(q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of groups [b, g, s, d], repeated for each query head of q [b, n, s, d]."""
+    repeat = q.shape[1] // k.shape[1]
+    return (k, v) if repeat == 1 else (k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1))
+
+
 def explicit_attention(q, k, v, drop, causal: bool, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Attention with the scores formed: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d].
 
     A token sees what `mask` says, or without one every token, when causal only those up to itself. The softmax is taken
     in fp32 for half precisions. `drop` is applied to the attention weights.
     """
-    repeat = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    k, v = _for_each_head(q, k, v)
     scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -42,8 +47,7 @@ def explicit_attention(q, k, v, drop, causal: bool, mask: torch.Tensor | None = 
 
 def fused_softmax_attention(q, k, v, dropout, causal: bool, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The same as `explicit_attention` with scale, mask, softmax and counted dropout (or None) in one kernel."""
-    repeat = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    k, v = _for_each_head(q, k, v)
     scores, scale = q @ k.transpose(-1, -2), 1 / math.sqrt(q.shape[-1])
     if mask is not None:
         return scaled_masked_softmax(scores, scale, mask, dropout=dropout) @ v

@@ -187,7 +187,8 @@ def _kernels_line(config: RunConfig) -> str:
     """How attention is computed and why, and which kernels there are."""
     dropout, streams = config.model.attention_dropout, config.training.rng_scheme == "megatron"
     backend, why = choose_backend(config.model.attention_backend, dropout, streams)
-    return f"attention: {backend} ({why}); {native.status()}"
+    wide = "; fp64 takes PyTorch's operations" if config.optimizer.precision == "fp64" else ""
+    return f"attention: {backend} ({why}); {native.status()}{wide}"
 
 
 def _dry_run(parts: Parts, context: ParallelContext, batches: GlobalBatches, consumed: int, say) -> None:
