@@ -168,6 +168,15 @@ def test_cross_entropy_of_a_vocabulary_in_two_parts(body, dtype):
         assert difference < (ROUNDINGS * unit + UNITS[dtype]) * weight.abs().max() and (x[..., n:] == 0).all()
 
 
+@pytest.mark.parametrize("valid", [1, 19, 20, 33])
+def test_the_gradient_of_padding_is_zero_whatever_the_lse(body, valid):
+    logits, labels = draw(4, 40), torch.tensor([0, 5, 5, 39])
+    lse = torch.tensor([float("nan"), float("inf"), -float("inf"), 5.0])
+    cross_entropy_gradient_(logits, labels, valid, lse, torch.ones(4))
+    assert (logits[:, valid:] == 0).all() and logits[0, :valid].isnan().all()
+    assert logits[1, 6:valid].eq(0).all() and logits[2, :valid].isinf().all()
+
+
 def test_cross_entropy_copies_no_logits(body):
     """What is returned has a number for each row; with the native body nothing else is allocated."""
     logits = draw(4, 3, 1000, dtype=torch.bfloat16)
