@@ -210,6 +210,17 @@ def test_wrong_arguments_are_refused_with_words(body):
             call()
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_tables_that_want_a_gradient_are_refused(body, which):
+    heads, tables = draw(6, 3, 4, 10), table(6, 10, torch.float32)
+    expected = rotary(heads, *tables)
+    tables[which].requires_grad_()
+    with pytest.raises(ValueError, match="no gradient for cos and sin"):
+        rotary(heads, *tables)
+    with torch.no_grad():
+        assert torch.equal(rotary(heads, *tables), expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0)])
 def test_empty_tensors(body, shape):
     x, weight = torch.empty(shape, requires_grad=True), torch.ones(shape[-1], requires_grad=True)
