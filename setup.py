@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -36,8 +37,8 @@ def torch_build() -> tuple[list[str], Path, str | None] | None:
 def cuda_compiler(version: str | None) -> tuple[str, Path] | None:
     """(nvcc, the folder of its libraries) for that major version of CUDA: of CUDA_HOME, or in the PATH."""
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) if version else None
-    if nvcc is None:
+    nvcc = (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+    if not version or nvcc is None:
         return None
     told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     if f"release {version.split('.')[0]}." not in told:
@@ -56,6 +57,11 @@ def cuda_flags(nvcc: str) -> list[str]:
     return ["-std=c++17", "-O3", *code, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
 
 
+def say(text: str) -> None:
+    """To stderr, whatever -q says."""
+    print(f"megalite is built without {text}", file=sys.stderr, flush=True)
+
+
 class BuildKernels(build_ext):
     """build_ext that compiles CUDA sources too, names one file for all Pythons, and may fail."""
 
@@ -64,7 +70,7 @@ class BuildKernels(build_ext):
         try:
             super().run()
         except Exception as problem:
-            print(f"megalite is built without native kernels: {problem}")
+            say(f"native kernels: {problem}")
 
     def build_extension(self, extension):
         """Compile the .cu sources to objects, then leave the rest to setuptools."""
@@ -73,8 +79,11 @@ class BuildKernels(build_ext):
             try:
                 self.add_cuda(extension, *found)
             except Exception as problem:
-                print(f"megalite is built without its CUDA part: {problem}")
-        super().build_extension(extension)
+                say(f"its CUDA part: {problem}")
+        try:
+            super().build_extension(extension)
+        except Exception as problem:
+            say(f"native kernels: {problem}")
 
     def add_cuda(self, extension, nvcc, libraries):
         """Add the CUDA part; raises when nvcc fails, with the extension as it was."""
@@ -102,6 +111,7 @@ def kernels() -> list[Extension]:
     """The native library, if torch is there to compile against."""
     build = torch_build()
     if build is None:
+        say("native kernels: there is no torch in the environment of the build (pip's --no-build-isolation gives it)")
         return []
     include, library, cuda = build
     extension = Extension(

@@ -50,13 +50,13 @@ def keep_mask(
     shape, rows, samples = rows.shape, rows.reshape(-1, 1), samples.reshape(-1, 1)
     counters = -(-columns // 256) * 64
     x0 = torch.arange(counters, device=rows.device)
-    x2, x3 = samples & MASK, (samples >> 32) + (place << 16 & MASK)
+    x1, x2, x3 = rows & MASK, samples & MASK, (samples >> 32) + (place << 16) & MASK
     threshold = round(p * 2**32)
     keep = torch.empty((rows.shape[0], counters // 64, 4, 64), dtype=torch.bool, device=rows.device)
     step = max(1, (_BLOCK if rows.device.type == "cpu" else _LARGE_BLOCK) // max(counters, 1))
     for i in range(0, rows.shape[0], step):
         part = slice(i, i + step)
-        for w, word in enumerate(_philox(x0, rows[part], x2[part], x3[part], key)):
+        for w, word in enumerate(_philox(x0, x1[part], x2[part], x3[part], key)):
             torch.ge(word.expand(-1, counters).view(-1, counters // 64, 64), threshold, out=keep[part, :, w])
     return keep.view(rows.shape[0], 4 * counters)[:, :columns].reshape(*shape, columns)
 

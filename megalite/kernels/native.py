@@ -14,13 +14,17 @@ from megalite.kernels.philox import MASK
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LIBRARY = Path(__file__).with_name("native_library.so")
 SWITCH = "MEGALITE_KERNELS"
-"""The environment variable that turns the native kernels off when it is `off`."""
+"""The environment variable that turns the native kernels off."""
+OFF = ("off", "0", "false", "no")
 
 
 def _load() -> str | None:
-    """Load the library; say why there is none, or return None."""
-    if os.environ.get(SWITCH) == "off":
-        return f"{SWITCH}=off turns them off"
+    """Load the library; say why there is none, or return None. Raises ValueError for an unknown value of the switch."""
+    switch = os.environ.get(SWITCH, "")
+    if switch.lower() in OFF:
+        return f"{SWITCH}={switch} turns them off"
+    if switch:
+        raise ValueError(f"{SWITCH} is {switch!r}: {', '.join(OFF)} turn the native kernels off, unset leaves them on")
     if not LIBRARY.exists():
         return "they were not built: `pip install --no-build-isolation` with a C++ compiler (docs/kernels.md)"
     try:

@@ -55,13 +55,13 @@ def rms_norm_backward(
         ds = scale.unsqueeze(-1) * (d - normal * (d * normal).mean(dim=-1, keepdim=True))
         ds = ds if grad_sum is None else ds + grad_sum
         return ds.to(s.dtype).contiguous(), grad_weight.to(weight.dtype)
-    rows = scale.numel()
+    rows = s.numel() // s.shape[-1]
     group = -(-rows // GROUPS[s.device.type])
     parts = torch.empty((-(-rows // group), s.shape[-1]), dtype=torch.float32, device=s.device)
     ds = torch.empty_like(s, memory_format=torch.contiguous_format)
     grad_sum = None if grad_sum is None else native.as_rows(grad_sum)
     torch.ops.megalite._rms_norm_backward(
-        native.as_rows(s), weight.contiguous(), native.as_rows(grad), grad_sum, scale, group, ds, parts
+        native.as_rows(s), weight.contiguous(), native.as_rows(grad), grad_sum, scale.contiguous(), group, ds, parts
     )
     return ds, parts.sum(dim=0).to(weight.dtype)
 

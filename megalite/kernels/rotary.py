@@ -9,7 +9,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Turn the two halves (a, b) of each head of x [s, b, n, d]: (a cos - b sin, b cos + a sin).
 
     cos and sin broadcast to x but have its d entries, of which the first half counts (both are alike). x may have any
-    strides, as long as a head is contiguous; the result is contiguous.
+    strides, as long as a head is contiguous; the result is contiguous. cos and sin have no gradient.
     """
     return turn(x, cos, sin, False)
 
@@ -46,6 +46,8 @@ def _(x, cos, sin, inverse):
 
 
 def _save(ctx, inputs, output):
+    if any(ctx.needs_input_grad[1:3]):
+        raise ValueError("rotary has no gradient for cos and sin, but one of them requires it")
     _, cos, sin, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin)
 

@@ -105,8 +105,8 @@ def softmax_backward(
     grad = grad.contiguous()
     dropout = _native_dropout(grad, rows if drop else None, samples, place, key0, key1, p)
     result, mask = torch.empty_like(grad), _native_mask(grad, mask)
-    x = None if x is None else x.contiguous()
-    torch.ops.megalite._softmax_backward(grad, x, y, mask, causal, scale, *dropout, result, lse)
+    x, y = (None if t is None else t.contiguous() for t in (x, y))
+    torch.ops.megalite._softmax_backward(grad, x, y, mask, causal, scale, *dropout, result, lse.contiguous())
     return result
 
 

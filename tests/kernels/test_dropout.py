@@ -44,6 +44,14 @@ def test_the_mask_is_the_one_of_the_format(layer, site, sample):
             assert kept[i, column] == (word_by_the_format(row, column, sample, layer, site) >= 2**31), (row, column)
 
 
+@pytest.mark.parametrize(("row", "sample"), [(2**32 + 3, 1), (-1, 1), (3, -1), (3, 2**48), (2**62, 2**63 - 1)])
+def test_numbers_are_taken_mod_2_to_the_32(body, row, sample):
+    numbers = torch.tensor([row]), torch.tensor([sample])
+    y = bias_dropout_add(torch.ones(1, 300), None, None, *numbers, 65535, *KEY, 0.5)
+    expected = [word_by_the_format(row % 2**32, column, sample, 8191, 7) >= 2**31 for column in range(300)]
+    assert (y[0] != 0).tolist() == expected
+
+
 def test_the_first_bits_of_a_mask_stay_what_they_are():
     """Sample 0, row 0 of the embedding's dropout at seed 1234 and p = 1/2; and of a far place."""
     near = mask([0], [0], 32, place(0, 3), 0.5).int().flatten().tolist()

@@ -168,6 +168,15 @@ def test_cross_entropy_of_a_vocabulary_in_two_parts(body, dtype):
         assert difference < (ROUNDINGS * unit + UNITS[dtype]) * weight.abs().max() and (x[..., n:] == 0).all()
 
 
+@pytest.mark.parametrize("valid", [1, 19, 20, 33])
+def test_the_gradient_of_padding_is_zero_whatever_the_lse(body, valid):
+    logits, labels = draw(4, 40), torch.tensor([0, 5, 5, 39])
+    lse = torch.tensor([float("nan"), float("inf"), -float("inf"), 5.0])
+    cross_entropy_gradient_(logits, labels, valid, lse, torch.ones(4))
+    assert (logits[:, valid:] == 0).all() and logits[0, :valid].isnan().all()
+    assert logits[1, 6:valid].eq(0).all() and logits[2, :valid].isinf().all()
+
+
 def test_cross_entropy_copies_no_logits(body):
     """What is returned has a number for each row; with the native body nothing else is allocated."""
     logits = draw(4, 3, 1000, dtype=torch.bfloat16)
@@ -199,6 +208,17 @@ def test_wrong_arguments_are_refused_with_words(body):
     for kind, words, call in bad:
         with pytest.raises(kind, match=words):
             call()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_tables_that_want_a_gradient_are_refused(body, which):
+    heads, tables = draw(6, 3, 4, 10), table(6, 10, torch.float32)
+    expected = rotary(heads, *tables)
+    tables[which].requires_grad_()
+    with pytest.raises(ValueError, match="no gradient for cos and sin"):
+        rotary(heads, *tables)
+    with torch.no_grad():
+        assert torch.equal(rotary(heads, *tables), expected)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0)])

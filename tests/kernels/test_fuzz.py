@@ -20,6 +20,9 @@ EXAMPLES = settings(
 )
 sizes, dtypes = st.integers(1, 4), st.sampled_from(list(TYPES))
 columns = st.one_of(st.integers(1, 70), st.integers(250, 300), st.sampled_from([1023, 1024, 1025, 4097]))
+limits = st.sampled_from([(0, 2**32), (0, 2**48), (2**32, 2**63 - 1), (-3, 0), (-(2**63), 0)])
+"""Of row and sample numbers: also ones that do not fit in their words of the counter, which are taken mod 2^32."""
+places = st.one_of(st.integers(0, 2**16 - 1), st.just(2**16 - 1))
 probabilities = st.sampled_from([0.0, 1e-12, 2.0**-32, 0.1, 0.5, 0.97])
 
 
@@ -46,9 +49,9 @@ def scores(draw) -> tuple:
         wanted = [size if draw(st.booleans()) else 1 for size in shape][draw(st.integers(0, 3)) :]
         mask = torch.from_numpy(rng.random(wanted) < draw(st.sampled_from([0.0, 0.2, 0.9])))
         mask = strided(mask, draw(st.integers(0, 2))) if mask.dim() > 1 else mask
-    rows = torch.from_numpy(rng.integers(0, 2**32, (1, *shape[1:3])))
-    samples = torch.from_numpy(rng.integers(0, 2**48, (shape[0], 1, 1)))
-    dropout = Dropout(rows, samples, draw(st.integers(0, 2**16 - 1)), KEY, draw(probabilities))
+    rows = torch.from_numpy(rng.integers(*draw(limits), (1, *shape[1:3])))
+    samples = torch.from_numpy(rng.integers(*draw(limits), (shape[0], 1, 1)))
+    dropout = Dropout(rows, samples, draw(places), KEY, draw(probabilities))
     scale, causal = draw(st.sampled_from([0.125, 1.0, -0.7])), draw(st.booleans())
     return strided(x, draw(st.integers(0, 2))), scale, mask, causal, dropout
 
@@ -72,10 +75,10 @@ def test_bias_dropout_add(body, data):
     if leading:
         x = strided(x, data.draw(st.integers(0, 2)))
     numbers = []
-    for limit in (2**32, 2**48):
+    for _ in range(2):
         size = [n if data.draw(st.booleans()) else 1 for n in leading]
-        numbers.append(torch.from_numpy(np.asarray(rng.integers(0, limit, size))))
-    place, p = data.draw(st.integers(0, 2**16 - 1)), data.draw(probabilities)
+        numbers.append(torch.from_numpy(np.asarray(rng.integers(*data.draw(limits), size))))
+    place, p = data.draw(places), data.draw(probabilities)
     y = bias_dropout_add(x, bias, residual, *numbers, place, *KEY, p)
 
     four = (int(np.prod(leading, dtype=int)), 1, 1, shape[-1])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from megalite.kernels import native
@@ -34,6 +35,19 @@ def test_what_there_is_is_told():
 
 def test_they_can_be_turned_off():
     assert told(MEGALITE_KERNELS="off")[0] == "native kernels: none, MEGALITE_KERNELS=off turns them off"
+
+
+@pytest.mark.parametrize("value", ["off", "0", "False", "no"])
+def test_every_usual_no_turns_them_off(monkeypatch, value):
+    monkeypatch.setenv(native.SWITCH, value)
+    assert native._load() == f"MEGALITE_KERNELS={value} turns them off"
+
+
+@pytest.mark.parametrize("value", ["on", "1", "of"])
+def test_other_values_are_refused(monkeypatch, value):
+    monkeypatch.setenv(native.SWITCH, value)
+    with pytest.raises(ValueError, match=f"MEGALITE_KERNELS is '{value}': off, 0, false, no turn"):
+        native._load()
 
 
 def test_a_missing_or_broken_library_is_told_and_nothing_fails(monkeypatch, tmp_path):

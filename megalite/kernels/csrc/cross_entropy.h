@@ -35,7 +35,7 @@ ROW_FN void cross_entropy_backward(const L& g, const CrossEntropy& a, int64_t ro
   each(g, valid, [&](int k) {
     const int c = g.column(k);
     const auto p = g.exp(g.inside(c, valid, g.load(x, c, valid, columns), -kInfinity) - lse);
-    g.store(x, c, columns, (p - g.one_at(target - c)) * grad);
+    g.store(x, c, columns, g.inside(c, valid, (p - g.one_at(target - c)) * grad, 0.f));
   });
   g.fill(x, valid, columns, 0.f);
 }

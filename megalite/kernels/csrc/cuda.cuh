@@ -162,7 +162,9 @@ __global__ void __launch_bounds__(kWarpsPerRow* kWarp) block_per_row(const typen
 
 inline int64_t rows_of(const Shape& s) { return s.size[0] * s.size[1] * s.size[2]; }
 
-inline bool fits_a_grid(const Shape& s) { return rows_of(s) < (1ll << 31) && s.columns < (1ll << 31) - 2 * kBlock; }
+inline bool fits_a_grid(const Shape& s) {
+  return rows_of(s) < (1ll << 31) && s.columns < (1ll << 31) - kBlock * kWarpsPerRow;
+}
 
 template <class Operation>
 cudaError_t launch_blocks(const typename Operation::Arguments& a, cudaStream_t stream) {
