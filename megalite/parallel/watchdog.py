@@ -130,12 +130,12 @@ class Watchdog:
         step = max(report.step for report in reports.values())
         file = self._folder / f"hang-step-{step}.txt"
         verdict = hang_verdict(reports, idle, SILENT_BEATS * self._seconds, str(file))
+        self._say(verdict)  # before the file: its disk may be what hangs
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             file.write_text(all_stacks(verdict, reports))
         except OSError as error:
-            verdict += f"\n  (not written: {error})"
-        self._say(verdict)
+            self._say(f"  ({file} is not written: {error})")
 
     def _end_alone(self, idle: float, error: Exception) -> None:
         """The store does not answer either, so rank 0 or its node is stopped, dead or cut off."""
