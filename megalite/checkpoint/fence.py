@@ -1,21 +1,32 @@
 """One writer at a time: a run claims its folder, and a run that was replaced can write no checkpoint any more.
 
 A node may be cut off while its job is requeued elsewhere: its ranks go on, come back, and must not write over what
-their successor has saved. Imports no torch.
+their successor has saved. Looking at the claim before acting is not enough, since a run may be suspended in between; so
+the owner acts only through a folder named by its token, its desk. What is to be seen is renamed from there, what is to
+go is renamed to there, and what is renamed beside it is named by a path through it. The next owner removes the desk;
+from then on each of these renames fails. Imports no torch.
 """
 
+import errno
 import json
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from megalite.checkpoint.folder import CheckpointError, fsync_folder, remove_drafts
+from megalite.checkpoint.folder import CheckpointError, fsync_folder
 
 OWNER_FILE = "owner.json"
 CONTINUE_FILE = "to-be-continued"
 """Left by a run that its time limit ended: a job script that finds it starts the same command again."""
+DESK = ".writing."
+"""Before the owner's token: name of its desk."""
+MOVED_MEANWHILE = {errno.ENOENT, errno.ESTALE, errno.ENOTEMPTY, errno.EEXIST}
+"""What removing a desk may meet while its owner, or another run that claims the folder, moves what is in it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,10 @@ class Claim:
 
     @classmethod
     def take(cls, root: str | Path) -> "Claim":
-        """Claim a folder, made if it is absent. Whoever held it before cannot commit what it has begun to write."""
+        """Claim a folder, made if it is absent. Once this returns, whoever held it before can change nothing there.
+
+        Raises CheckpointError when yet another run claims it meanwhile, OSError when nothing can be written.
+        """
         root = Path(root)
         root.mkdir(parents=True, exist_ok=True)
         job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
@@ -39,18 +53,50 @@ class Claim:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, root / OWNER_FILE)
-        # The old owner may have looked at the file just before. Its draft is gone now, so it has nothing to commit.
-        remove_drafts(root)
-        (root / CONTINUE_FILE).unlink(missing_ok=True)
-        fsync_folder(root)
-        return cls(root, owner["token"])
+        claim = cls(root, owner["token"])
+        claim.desk.mkdir()
+        desks = [desk for desk in root.glob(f"{DESK}*") if desk != claim.desk]
+        with claim._explaining():
+            for desk in desks:
+                claim._remove_desk(desk)
+            with suppress(FileNotFoundError):
+                os.rename(root / CONTINUE_FILE, claim.desk / CONTINUE_FILE)
+            claim.clear()
+            fsync_folder(root)
+        return claim
+
+    @property
+    def desk(self) -> Path:
+        """The folder through which the owner acts; gone once another run has claimed the root."""
+        return self.root / f"{DESK}{self.token}"
+
+    def _remove_desk(self, desk: Path) -> None:
+        """Take a desk away that was found after this run had made its own."""
+        while desk.exists():
+            # A desk is made after its owner's name is there. So one that was found before this look is of a run before
+            # this one: who claims the folder later loses nothing here, however late this run goes on.
+            self.check()
+            # Entry by entry, and deleted elsewhere: none may be renamed by its owner while only a part of it is left.
+            try:
+                for entry in desk.iterdir():
+                    os.rename(entry, self.desk / uuid.uuid4().hex)
+                desk.rmdir()
+            except OSError as error:
+                if error.errno not in MOVED_MEANWHILE:
+                    raise
+
+    def clear(self) -> None:
+        """Delete what lies on the desk. What resists is told in a line, and left for the next time."""
+        for entry in self.desk.iterdir():
+            try:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            except OSError as error:
+                print(f"checkpoint: could not remove {entry}: {error}", flush=True)
 
     def check(self) -> None:
-        """Raise CheckpointError when another run has claimed the folder."""
-        try:
-            owner = json.loads((self.root / OWNER_FILE).read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.root / OWNER_FILE} cannot be read ({error}): whose folder is it?") from None
+        """Raise CheckpointError when another run has claimed the folder, OSError or ValueError when owner.json cannot
+        be read."""
+        owner = json.loads((self.root / OWNER_FILE).read_text())
         if owner["token"] != self.token:
             raise CheckpointError(
                 f"{self.root} now belongs to another run ({owner['who']}, since {owner['since']}): "
@@ -58,5 +104,17 @@ class Claim:
             )
 
     def ask_to_be_continued(self, reason: str) -> None:
-        """Tell the job script that the run has saved and wants to go on."""
-        (self.root / CONTINUE_FILE).write_text(reason + "\n")
+        """Tell the job script that the run has saved and wants to go on. Raises CheckpointError when the run was
+        replaced, OSError when the file cannot be written."""
+        with self._explaining():
+            (self.desk / CONTINUE_FILE).write_text(reason + "\n")
+            os.rename(self.desk / CONTINUE_FILE, self.root / CONTINUE_FILE)
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Around what the owner does: that it was replaced is the reason for whatever fails then."""
+        try:
+            yield
+        except OSError:
+            self.check()
+            raise

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 INDEX_FILE = "index.json"
@@ -54,12 +53,6 @@ def checkpoint_folder(root: str | Path, iteration: int) -> Path | None:
     one in (see save.py), what it had moved aside. None when there is neither."""
     folders = [Path(root) / iteration_folder(iteration), *reversed(replaced_folders(root, iteration))]
     return next((folder for folder in folders if (folder / INDEX_FILE).is_file()), None)
-
-
-def remove_drafts(root: Path) -> None:
-    """Remove what killed runs left: half-written and half-deleted checkpoints."""
-    for stale in [*root.glob(".iter_*.tmp"), *root.glob(".iter_*.deleted")]:
-        shutil.rmtree(stale)
 
 
 def fsync_folder(path: Path) -> None:

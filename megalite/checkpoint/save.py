@@ -2,8 +2,8 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from megalite.checkpoint.folder import (
     fsync_folder,
     iteration_folder,
     list_iterations,
-    remove_drafts,
     replaced_folders,
 )
 from megalite.checkpoint.format import (
@@ -52,26 +51,23 @@ def write(
 
     Together the ranks' pieces must cover every named tensor exactly once. `private` tensors belong to this rank alone
     (random streams). `state` (JSON), `config_yaml` and `keep_last` are taken from rank 0; `keep_last` removes all but
-    that many newest checkpoints, counted up to this one. `root` must be the same folder on every rank. With rank 0's
-    `claim` nothing is written once another run has claimed the folder.
+    that many newest checkpoints, counted up to this one. `root` must be the same folder on every rank. `claim` is rank
+    0's; without one it claims `root` now.
 
-    Raises CheckpointError on every rank when any rank fails; the previous checkpoint then stays the latest.
+    Raises CheckpointError on every rank when any rank fails, or another run has claimed `root`; the previous checkpoint
+    then stays the latest.
     """
-    root = Path(root)
-    # A replaced run that wakes up in the middle of a save must not write into its successor's draft.
-    own = claim.token if claim else "draft"
-    draft = root / f".{iteration_folder(iteration)}.{own}.tmp"
-    draft, texts = _on_first(world, lambda: _begin(root, draft, state, config_yaml, keep_last, claim))
+    claim = _on_first(world, lambda: claim or Claim.take(root))
     try:
+        draft, texts = _on_first(world, lambda: _begin(claim, iteration, state, config_yaml, keep_last))
         parts = _on_all(world, lambda: _write_part(draft, world.rank, pieces, private))
-        _on_first(world, lambda: _commit(root, draft, iteration, parts, texts, claim))
+        _on_first(world, lambda: _commit(claim, draft, iteration, parts, texts))
     except CheckpointError:
-        if world.rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
+        _on_first(world, lambda: _give_up(claim))
         raise
-    if keep_last and world.rank == 0:
-        _prune(root, iteration, keep_last)
-    return root / iteration_folder(iteration)
+    # The others wait here, where a long deletion is not taken for a hang.
+    _on_first(world, lambda: _prune(claim, iteration, keep_last))
+    return claim.root / iteration_folder(iteration)
 
 
 @dataclass(frozen=True)
@@ -106,18 +102,23 @@ def _describe(error: Exception) -> str:
 
 
 def _begin(
-    root: Path, draft: Path, state: dict, config_yaml: str, keep_last: int | None, claim: Claim | None
+    claim: Claim, iteration: int, state: dict, config_yaml: str, keep_last: int | None
 ) -> tuple[Path, dict[str, str]]:
-    """Make the draft folder; what killed runs left is removed first. Returns it, and the contents of its text files."""
+    """Make the draft folder on the owner's desk. Returns it, and the contents of its text files."""
     texts = {STATE_FILE: json.dumps(state, indent=1), CONFIG_FILE: config_yaml}
     if keep_last is not None and keep_last < 1:
         raise CheckpointError(f"keep_last must be at least 1, or None to keep all; got {keep_last}")
-    if claim:
-        claim.check()
-    root.mkdir(parents=True, exist_ok=True)
-    remove_drafts(root)
+    claim.clear()
+    draft = claim.desk / iteration_folder(iteration)
     draft.mkdir()
     return draft, texts
+
+
+def _give_up(claim: Claim) -> None:
+    """Remove the draft. Raises CheckpointError when the run was replaced: that is then the reason."""
+    with suppress(OSError, ValueError):
+        claim.check()
+        claim.clear()
 
 
 def _write_part(draft: Path, rank: int, pieces: Iterable[Piece], private: dict[str, torch.Tensor]) -> _Part:
@@ -152,10 +153,9 @@ def _merge(parts: list[_Part]) -> dict[str, StoredTensor]:
     return merged
 
 
-def _commit(
-    root: Path, draft: Path, iteration: int, parts: list[_Part], texts: dict[str, str], claim: Claim | None
-) -> None:
+def _commit(claim: Claim, draft: Path, iteration: int, parts: list[_Part], texts: dict[str, str]) -> None:
     """Write text files and index, then rename: draft to folder, and the name of the latest last."""
+    root = claim.root
     files = {name: write_file(draft / name, [text.encode()]) for name, text in texts.items()}
     files |= {rank_file(rank): part.file for rank, part in enumerate(parts)}
     index = Index(iteration, len(parts), _merge(parts), files)
@@ -165,41 +165,48 @@ def _commit(
             raise CheckpointError(f"{path} is not there as it was written: is {root} the same folder on every node?")
     write_file(draft / INDEX_FILE, [index.to_json().encode()])
     fsync_folder(draft)
-    if claim:
-        claim.check()
-    folder = root / iteration_folder(iteration)
-    if folder.exists():
-        _move_aside(root, folder, iteration)
-    os.rename(draft, folder)
-    fsync_folder(root)
-    fresh = root / f".{LATEST_FILE}.tmp"
+    fresh = claim.desk / LATEST_FILE
     write_file(fresh, [f"{iteration}\n".encode()])
+    _move_in(claim, draft, iteration)
+    fsync_folder(root)
     os.replace(fresh, root / LATEST_FILE)
     fsync_folder(root)
 
 
-def _move_aside(root: Path, folder: Path, iteration: int) -> None:
-    """Keep what stands where the new checkpoint belongs, under the next free name.
+def _move_in(claim: Claim, draft: Path, iteration: int) -> None:
+    """Rename the draft to `iter_N`. What stands there is kept under the next free name, `iter_N.replaced-K`.
 
-    Should that be the latest and the run be killed right now, readers still find it: `iter_N.replaced-K` with the
-    highest K stands in for a missing `iter_N`.
+    Should that be the latest and the run be killed right now, readers still find it: the highest K stands in for a
+    missing `iter_N`.
     """
+    root, folder = claim.root, claim.root / iteration_folder(iteration)
+    if not folder.exists():
+        os.rename(draft, folder)
+        return
     replaced = replaced_folders(root, iteration)
     number = 1 + int(replaced[-1].name.rpartition("-")[2]) if replaced else 1
-    aside = folder.with_name(f"{folder.name}.replaced-{number}")
-    os.rename(folder, aside)
-    fsync_folder(root)
-    print(f"checkpoint: {folder} existed already and was moved to {aside.name}", flush=True)
+    # This path leads through the draft: it does not exist for a run that was replaced, whose successor's folder it is.
+    here = draft / os.pardir / os.pardir
+    name, aside = folder.name, f"{folder.name}.replaced-{number}"
+    os.rename(here / name, here / aside)
+    try:
+        fsync_folder(root)
+        os.rename(draft, folder)
+    except OSError:
+        with suppress(OSError):
+            os.rename(here / aside, here / name)
+        raise
+    print(f"checkpoint: {folder} existed already and was moved to {aside}", flush=True)
 
 
-def _prune(root: Path, latest: int, keep_last: int) -> None:
+def _prune(claim: Claim, latest: int, keep_last: int | None) -> None:
     """Remove all but the `keep_last` newest checkpoints up to `latest`; later ones (an older branch) are left alone."""
-    for iteration in [number for number in list_iterations(root) if number <= latest][:-keep_last]:
-        name = iteration_folder(iteration)
-        doomed = root / f".{name}.deleted"
-        try:
+    if keep_last is None:
+        return
+    try:
+        for iteration in [number for number in list_iterations(claim.root) if number <= latest][:-keep_last]:
             # Renamed first: a kill in the middle of the deletion leaves nothing that looks like a checkpoint.
-            os.rename(root / name, doomed)
-            shutil.rmtree(doomed)
-        except OSError as error:
-            print(f"checkpoint: could not remove {root / name}: {error}", flush=True)
+            os.rename(claim.root / iteration_folder(iteration), claim.desk / iteration_folder(iteration))
+        claim.clear()
+    except OSError as error:
+        print(f"checkpoint: could not remove what is older than the last {keep_last}: {error}", flush=True)

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import torch
 
+from megalite.checkpoint.fence import DESK, OWNER_FILE
 from megalite.checkpoint.format import Piece
 from megalite.checkpoint.save import write
 from megalite.parallel.boxes import Box, split
 from megalite.parallel.collectives import Group
 
 ALONE = Group((0,), 0)
+FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
+"""Audit events of the interpreter; os.replace is an os.rename, too."""
 
 
 def whole(name: str, tensor: torch.Tensor) -> Piece:
@@ -40,5 +43,6 @@ def save(root: Path, iteration: int, *pieces: Piece, state: dict | None = None, 
 
 
 def names_in(root: Path) -> list[str]:
-    """What lies in a folder, hidden entries included."""
-    return sorted(path.name for path in root.iterdir())
+    """What lies in a folder, hidden entries included, without what tells the owner. Desks must be empty."""
+    assert not list(root.glob(f"{DESK}*/*"))
+    return sorted(path.name for path in root.iterdir() if path.name != OWNER_FILE and not path.name.startswith(DESK))

@@ -1,23 +1,32 @@
 """A run that was replaced writes no checkpoint any more, wherever it was interrupted."""
 
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from threading import Barrier, Semaphore, Thread, current_thread
+
 import pytest
 import torch
 
 from megalite.checkpoint.fence import CONTINUE_FILE, Claim
-from megalite.checkpoint.folder import CheckpointError, latest_iteration, list_iterations
+from megalite.checkpoint.folder import INDEX_FILE, LATEST_FILE, CheckpointError, latest_iteration, list_iterations
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
-from tests.checkpoint.helpers import ALONE, whole
+from tests.checkpoint.helpers import ALONE, FILE_OPERATIONS, names_in, whole
 
 
-def save(root, iteration: int, claim: Claim | None, value: float = 1.0, meanwhile=lambda: None) -> None:
+def save(root, iteration: int, claim: Claim, value: float = 1.0, meanwhile=lambda: None, keep_last=None) -> Path:
     """Write a checkpoint; `meanwhile` runs while its tensors are written."""
 
     def pieces():
         yield whole("w", torch.full((2,), value))
         meanwhile()
 
-    write(root, iteration, pieces(), {}, {}, "", ALONE, claim=claim)
+    return write(root, iteration, pieces(), {}, {}, "", ALONE, keep_last, claim)
 
 
 def test_the_latest_claim_counts(tmp_path):
@@ -38,28 +47,125 @@ def test_a_run_that_is_replaced_in_the_middle_of_a_save(tmp_path):
         taken.append(Claim.take(tmp_path))
         save(tmp_path, 1, taken[0], 2.0)
 
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="now belongs to another run"):
         save(tmp_path, 1, first, 1.0, meanwhile=replace)
     with Checkpoint.open(tmp_path) as checkpoint:
         checkpoint.verify()
         assert checkpoint.read("w").tolist() == [2.0, 2.0]
-    assert [path.name for path in tmp_path.glob(".iter*")] == []
+    assert names_in(tmp_path) == ["iter_0000001", LATEST_FILE]
 
 
-def test_a_draft_that_passed_its_last_look_is_gone_when_it_is_renamed(tmp_path, monkeypatch):
-    """The claim changes hands between the check and the rename."""
-    first = Claim.take(tmp_path)
-    looks = []
+class Suspended:
+    """A run in a thread, which can be stopped just before any of its file operations. One for each process, since an
+    audit hook stays."""
 
-    def check_and_be_replaced(claim):
-        looks.append(claim)
-        if len(looks) == 2:  # the one before the rename
-            Claim.take(tmp_path)
+    def __init__(self):
+        self.thread, self.at, self.stops, self.goes_on = None, 0, Semaphore(0), Semaphore(0)
+        self.stays, self.lost = Path(), False
+        sys.addaudithook(self._count)
 
-    monkeypatch.setattr(Claim, "check", check_and_be_replaced)
-    with pytest.raises(CheckpointError, match="No such file"):
-        save(tmp_path, 1, first)
-    assert latest_iteration(tmp_path) is None
+    def _count(self, event: str, _) -> None:
+        if event in FILE_OPERATIONS and current_thread() is self.thread:
+            self.at -= 1
+            if self.at == 0:
+                self.stops.release()
+                self.goes_on.acquire()
+            self.lost |= self.at < 0 and not self.stays.exists()
+
+    def start(self, run: Callable[[], None], at: int) -> bool:
+        """Run up to the file operation of number `at`; False: it has ended before."""
+
+        def to_the_end():
+            run()
+            self.stops.release()
+
+        self.thread, self.at, self.stays = Thread(target=to_the_end, daemon=True), at, Path()
+        self.thread.start()
+        self.stops.acquire()
+        return self.at == 0
+
+    def go_on(self, stays: Path) -> None:
+        """Let it run to its end. The file `stays` has to be there all the time."""
+        self.stays = stays
+        self.goes_on.release()
+        self.stops.acquire()
+        assert not self.lost
+
+
+def replace_at_each_operation(folder: Path, old_iteration: int, new_iteration: int) -> int:
+    """A run claims a folder, saves and leaves its mark, but is suspended at some file operation; it goes on while its
+    successor, which has saved once, saves again. For each operation. Returns how many there were."""
+    suspended = Suspended()
+    for at in itertools.count(1):
+        root, ends = folder / str(at), []
+        before = Claim.take(root)
+        for iteration in (10, 20):
+            save(root, iteration, before, 0.0)
+
+        def old_run(root=root, ends=ends):
+            try:
+                claim = Claim.take(root)
+                save(root, old_iteration, claim, 1.0, keep_last=1)
+                claim.ask_to_be_continued("its time is over")
+                ends.append("well")
+            except Exception as error:
+                ends.append(error)
+
+        if not suspended.start(old_run, at):
+            assert ends == ["well"] and latest_iteration(root) == old_iteration
+            return at - 1
+        if json.loads((root / "owner.json").read_text())["token"] == before.token:
+            suspended.go_on(root)  # it has not begun to replace anyone: who claims now comes before it
+            continue
+        successor = Claim.take(root)
+        saved = save(root, new_iteration, successor, 2.0)
+        successor.ask_to_be_continued("the successor's")
+
+        def go_on_and_look(root=root, saved=saved):
+            suspended.go_on(saved / INDEX_FILE)
+            assert (root / CONTINUE_FILE).read_text() == "the successor's\n"
+            with Checkpoint.open(root) as checkpoint:
+                checkpoint.verify()
+                assert (checkpoint.iteration, checkpoint.read("w").tolist()) == (new_iteration, [2.0, 2.0])
+
+        save(root, new_iteration + 1, successor, 3.0, meanwhile=go_on_and_look)
+        with Checkpoint.open(root) as checkpoint:
+            checkpoint.verify()
+            assert (checkpoint.iteration, checkpoint.read("w").tolist()) == (new_iteration + 1, [3.0, 3.0])
+        assert isinstance(ends[0], CheckpointError) and "now belongs to another run" in str(ends[0]), (at, ends)
+        names_in(root)  # which sees that nothing half-done is left
+
+
+@pytest.mark.parametrize(("old", "new"), [(30, 40), (30, 30), (30, 20), (20, 20)])
+def test_a_run_that_is_replaced_at_any_operation_changes_nothing_any_more(tmp_path, forkserver, old, new):
+    """The successor saves a later checkpoint, the same one, one that the old run was about to delete, one that it was
+    about to move aside."""
+    with ProcessPoolExecutor(1, forkserver) as process:
+        operations = process.submit(replace_at_each_operation, tmp_path, old, new).result()
+    assert operations > 30
+
+
+def test_of_runs_that_claim_at_once_one_is_the_owner(tmp_path):
+    start, claims = Barrier(8), []
+
+    def claim():
+        start.wait()
+        with suppress(CheckpointError):
+            claims.append(Claim.take(tmp_path))
+
+    for _ in range(5):
+        runs = [Thread(target=claim) for _ in range(8)]
+        for run in runs:
+            run.start()
+        for run in runs:
+            run.join()
+        saved = []
+        for number, claim_of_one in enumerate(claims, 1):
+            with suppress(CheckpointError):
+                save(tmp_path, number, claim_of_one)
+                saved.append(number)
+        assert len(saved) == 1 and latest_iteration(tmp_path) == saved[0]
+        claims.clear()
 
 
 def test_a_claim_clears_the_mark_of_a_run_that_stopped(tmp_path):
@@ -67,10 +173,3 @@ def test_a_claim_clears_the_mark_of_a_run_that_stopped(tmp_path):
     assert (tmp_path / CONTINUE_FILE).read_text() == "stopped at iteration 3: SIGUSR1\n"
     Claim.take(tmp_path)
     assert not (tmp_path / CONTINUE_FILE).exists()
-
-
-def test_an_owner_that_cannot_be_read_is_refused(tmp_path):
-    claim = Claim.take(tmp_path)
-    (tmp_path / "owner.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"owner\.json cannot be read"):
-        save(tmp_path, 1, claim)

@@ -2,7 +2,6 @@
 newest that was written."""
 
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -13,21 +12,10 @@ import pytest
 import torch
 
 from megalite.checkpoint.load import Checkpoint
-from tests.checkpoint.helpers import cut, part, save, whole
-from tests.pool import PRELOAD
+from tests.checkpoint.helpers import FILE_OPERATIONS, cut, part, save, whole
 
 TRIALS = 15
 SHAPE = (64, 256)
-FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
-"""Audit events of the interpreter; os.replace is an os.rename, too."""
-
-
-@pytest.fixture
-def forkserver():
-    """Starts processes that have torch loaded."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
 
 
 def save_until_killed(root, first, ready):
@@ -78,7 +66,7 @@ def test_a_kill_before_each_file_operation_leaves_the_latest_or_the_new_one(tmp_
             values.append(checkpoint.read("w").item())
         save(root, 40, whole("w", torch.tensor(3.0)))
         assert Checkpoint.open(root).read("w").item() == 3
-        assert not list(root.glob(".iter_*"))
+        assert not list(root.glob(".writing.*/*"))
     assert values == sorted(values)  # the old one up to the commit, the new one from there on
     assert set(values) == {1, 2}
     assert len(values) > 10
@@ -96,7 +84,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_latest_checkpoint(tmp_path, forkser
         time.sleep(generator.uniform(0, 3 * seconds_of_a_save))
         process.kill()
         process.join()
-        killed_while_saving += any(tmp_path.glob(".iter_*"))
+        killed_while_saving += any(tmp_path.glob(".writing.*/*"))
         finished = [int(line) for line in (tmp_path / "log").read_text().split()]
         with Checkpoint.open(tmp_path) as checkpoint:
             checkpoint.verify()

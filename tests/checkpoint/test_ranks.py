@@ -120,3 +120,20 @@ def test_a_failure_on_one_rank_is_raised_on_all_and_commits_nothing(pool, tmp_pa
         assert latest == (1, 1000.0)
     assert names_in(tmp_path) == ["iter_0000001", "iter_0000003", LATEST]
     assert torch.equal(Checkpoint.open(tmp_path).read("w"), numbers(3))
+
+
+def prune_and_look(launch, root):
+    """What this rank finds once it has saved."""
+    context = ParallelContext.create(ParallelLayout(data=launch.world_size), launch)
+    rows = cut(SHAPE, 0, context.world_size)[context.rank]
+    write(root, 1000, [part("w", numbers(0), rows)], {}, {}, "", context.world, keep_last=1)
+    return names_in(root)
+
+
+def test_all_ranks_wait_until_old_checkpoints_are_deleted(pool, tmp_path):
+    """In `write`, where they may wait as long as a disk takes: in the next step it would be taken for a hang."""
+    for iteration in range(300):
+        folder = tmp_path / f"iter_{iteration:07d}"
+        folder.mkdir()
+        (folder / "index.json").touch()
+    assert pool.run(prune_and_look, 2, tmp_path) == [["iter_0001000", LATEST]] * 2

@@ -1,6 +1,9 @@
 """The commit: what does not fit together is refused, what exists is kept, what is old goes only afterwards."""
 
+import errno
 import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -110,11 +113,28 @@ def test_a_kill_between_moving_aside_and_moving_in_loses_nothing(tmp_path):
     assert len(names_in(tmp_path)) == 14
 
 
-def test_what_killed_runs_left_is_cleaned_at_the_next_save(tmp_path):
-    for left in (".iter_0000003.tmp", ".iter_0000001.deleted"):
-        (tmp_path / left).mkdir()
-        (tmp_path / left / "weights-00000.safetensors").write_bytes(b"half")
-    (tmp_path / f".{LATEST}.tmp").write_text("9")
+def save_where_moving_in_fails(root):
+    def fail(event, args):
+        if event == "os.rename" and args[1] == str(root / "iter_0000010"):
+            raise OSError(errno.EIO, "the disk is tired")
+
+    sys.addaudithook(fail)
+    save(root, 10, scalar(2))
+
+
+def test_what_was_moved_aside_comes_back_when_the_new_one_cannot_be_moved_in(tmp_path, forkserver):
+    save(tmp_path, 10, scalar(1))
+    with ProcessPoolExecutor(1, forkserver) as process, pytest.raises(CheckpointError, match="the disk is tired"):
+        process.submit(save_where_moving_in_fails, tmp_path).result()
+    assert names_in(tmp_path) == ["iter_0000010", LATEST]
+    assert value_at(tmp_path) == 1
+
+
+def test_what_killed_runs_left_is_cleaned_by_the_next(tmp_path):
+    draft = tmp_path / ".writing.killed" / "iter_0000003"
+    draft.mkdir(parents=True)
+    (draft / "weights-00000.safetensors").write_bytes(b"half")
+    (draft.parent / LATEST).write_text("9")
     assert list_iterations(tmp_path) == []
     save(tmp_path, 3, scalar(3))
     assert names_in(tmp_path) == ["iter_0000003", LATEST]
