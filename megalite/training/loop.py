@@ -1,6 +1,7 @@
 """The training loop."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +25,9 @@ from megalite.training.writers import Writers
 
 PHASES = ("data", "forward", "backward", "communication", "optimizer")
 """What a step's time goes to; NAME_seconds in the metrics file, as means over ranks."""
+LOOK_SECONDS = 10.0
+"""Between two looks at who owns --save, a file on a shared disk. Within that time a run that was replaced ends, and no
+longer adds to the metrics file, which its successor writes as well."""
 
 
 @dataclass
@@ -44,6 +48,8 @@ class Trainer:
     """Whether it stopped because its time is over, not because someone wants it to end."""
     step_seconds: float | None = None
     """Running mean of the time of a step, for the time left."""
+    looked_at: float = 0.0
+    """When rank 0 last looked whether the claim still stands."""
     replicas_equal_at: int | None = None
     """The iteration after which replicas were last found equal."""
 
@@ -71,6 +77,7 @@ class Trainer:
                 self._save()
         finally:
             signals.uninstall()
+            self.context.activity.enters("saving")  # profiles and metrics, which may take their time
             profiler.close()
             self.train_data.close()
         return reason or f"all {training.train_iters} iterations are done"
@@ -101,7 +108,8 @@ class Trainer:
         *sums, signalled, warned, late = self._sum_over_ranks(
             *told, *self._counted_once(losses), signals.received is not None, signals.warned, late
         )
-        phases = {f"{phase}_seconds": total / self.context.world_size for phase, total in zip(PHASES, sums)}
+        means = {f"{phase}_seconds": total / self.context.world_size for phase, total in zip(PHASES, sums)}
+        phases = means if self.knows_phases(iteration) else {}
         losses = by_name(self.parts.model.loss_names, sums[len(PHASES) :])
         self.progress.iteration = iteration
         self.progress.consumed_samples += batch_size
@@ -131,17 +139,34 @@ class Trainer:
         return total.tolist()
 
     def _begin_timing(self, iteration: int) -> Activity:
-        """Where this step's time goes is noted from here on; on a GPU in the steps that are reported, since the host
-        has to wait at the end of every phase for that."""
+        """Where this step's time goes is noted from here on."""
         activity, device = self.context.activity, self.context.device
-        reported = iteration % self.config.training.log_interval == 0
-        activity.synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" and reported else None
+        wait = device.type == "cuda" and self.knows_phases(iteration)
+        activity.synchronize = partial(torch.cuda.synchronize, device) if wait else None
         activity.take_seconds()
         return activity
+
+    def knows_phases(self, iteration: int) -> bool:
+        """Whether this step's phases are timed: on a GPU the host has to wait at the end of each for that."""
+        return self.context.device.type != "cuda" or self._is_reported(iteration)
+
+    def _is_reported(self, iteration: int) -> bool:
+        """Whether this step has a line on the console."""
+        return (
+            self._divides(self.config.training.log_interval, iteration) or iteration == self.config.training.train_iters
+        )
+
+    def _look_at_claim(self) -> None:
+        """Raises CheckpointError, on rank 0, when this run was replaced. The other ranks learn it as of any failure."""
+        if self.claim is not None and time.monotonic() - self.looked_at >= LOOK_SECONDS:
+            self.looked_at = time.monotonic()
+            with suppress(OSError, ValueError):  # a disk that does not answer says nothing
+                self.claim.check()
 
     def _report(
         self, iteration: int, losses: dict[str, float], norm: float, rate: float, seconds: float, phases: dict
     ) -> None:
+        self._look_at_claim()
         tokens = self.config.data.global_batch_size * self.config.model.seq_length
         line = {
             "iteration": iteration,
@@ -156,7 +181,7 @@ class Trainer:
         self.metrics.write(**line)
         training = self.config.training
         self.step_seconds = seconds if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * seconds
-        if self.context.rank == 0 and (iteration % training.log_interval == 0 or iteration == training.train_iters):
+        if self.context.rank == 0 and self._is_reported(iteration):
             flops = flops_per_sequence(self.config.model, self.config.predicted, heads=self.config.is_bert)
             flops *= self.config.data.global_batch_size
             print(training_line(line, losses, training.train_iters, flops, self.step_seconds), flush=True)

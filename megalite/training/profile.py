@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megalite.parallel.collectives import barrier
 from megalite.parallel.context import ParallelContext
 from megalite.training.config import TrainingConfig
 
@@ -18,34 +19,36 @@ class Profiler:
     """Profiles the ranges of iterations that --profile names, on the ranks of --profile-ranks."""
 
     def __init__(self, training: TrainingConfig, context: ParallelContext):
-        mine = training.profile is not None and str(context.rank) in training.profile_ranks
-        self._last_of = dict(training.profile_ranges) if mine else {}
+        ranges = training.profile_ranges if training.profile is not None else []
+        self._firsts, self._lasts = {first for first, _ in ranges}, {last for _, last in ranges}
+        self._mine = str(context.rank) in training.profile_ranks
         self._folder, self._context = Path(training.profile_dir), context
         self._open: contextlib.ExitStack | None = None
-        self._last = 0
 
     @contextlib.contextmanager
     def iteration(self, iteration: int) -> Iterator[None]:
-        """Around each iteration of the training."""
-        if iteration in self._last_of:
-            self._begin(iteration, self._last_of[iteration])
-        try:
-            yield
-        finally:
-            if self._open is not None and iteration == self._last:
-                self.close()
+        """Around each iteration of the training. At the end of a range all ranks wait for those that write."""
+        if self._mine and iteration in self._firsts:
+            self._begin(iteration)
+        yield
+        if iteration in self._lasts:
+            self._context.activity.enters("saving")
+            self.close()
+            barrier(self._context.control)
+            self._context.activity.enters("training")
 
     def close(self) -> None:
-        """Write what is open, complete or not."""
+        """Write what is open, complete or not. When that fails, a line says so."""
         if self._open is not None:
-            self._open.close()
+            try:
+                self._open.close()
+            except (OSError, RuntimeError) as error:
+                print(f"rank {self._context.rank}: a profile was not written: {error}", flush=True)
             self._open = None
 
-    def _begin(self, first: int, last: int) -> None:
-        self.close()
-        self._folder.mkdir(parents=True, exist_ok=True)
+    def _begin(self, first: int) -> None:
         name = self._folder / f"iteration-{first}-rank-{self._context.rank:05d}"
-        self._open, self._last = contextlib.ExitStack(), last
+        self._open = contextlib.ExitStack()
         gpu = self._context.device.type == "cuda"
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
         profiler = profile(activities=kinds, record_shapes=True)
@@ -54,4 +57,5 @@ class Profiler:
             self._open.callback(torch.cuda.memory._record_memory_history, enabled=None)
             self._open.callback(torch.cuda.memory._dump_snapshot, f"{name}.memory.pickle")
         self._open.callback(lambda: profiler.export_chrome_trace(f"{name}.trace.json.gz"))
+        self._open.callback(self._folder.mkdir, parents=True, exist_ok=True)
         self._open.enter_context(profiler)

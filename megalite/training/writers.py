@@ -1,9 +1,12 @@
 """Where a run's numbers go besides the metrics file: TensorBoard and Weights & Biases. Neither may stop a training."""
 
 import os
+import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +14,8 @@ from megalite.config import RunConfig, to_flat
 
 CLOSE_SECONDS = 60.0
 """A writer that has not sent its last numbers by then is left behind."""
+MOST_WAITING = 10_000
+"""Iterations whose numbers may wait for a writer: hours of most trainings, and some MB."""
 RUN_ID_FILE = "wandb-run-id.txt"
 
 
@@ -49,16 +54,13 @@ class WandbWriter:
     def __init__(self, config: RunConfig):
         import wandb
 
-        save, run_id = config.checkpoint.save, uuid.uuid4().hex[:8]
-        if save is not None:
-            file = Path(save) / RUN_ID_FILE
-            file.parent.mkdir(parents=True, exist_ok=True)
-            run_id = file.read_text().strip() if file.exists() else run_id
-            file.write_text(run_id + "\n")
+        settings = wandb.Settings(console="off", silent=True)
+        if hasattr(settings, "finish_timeout"):  # newer than 0.18; else the end of the process waits without a limit
+            settings.finish_timeout = CLOSE_SECONDS
         self._run = wandb.init(
             dir=os.path.abspath(os.environ.get("WANDB_DIR", os.curdir)),  # wandb keeps the one of an earlier run else
-            project=config.training.wandb_project, name=config.training.wandb_exp_name, id=run_id, resume="allow",
-            config=to_flat(config), settings=wandb.Settings(console="off", silent=True),
+            project=config.training.wandb_project, name=config.training.wandb_exp_name,
+            id=_run_id(config.checkpoint.save), resume="allow", config=to_flat(config), settings=settings,
         )  # fmt: skip
         self._run.define_metric("*", step_metric="iteration")
 
@@ -71,33 +73,60 @@ class WandbWriter:
         self._run.finish()
 
 
+def _run_id(save: str | None) -> str:
+    """The id that the first run left in --save, or a new one."""
+    new = uuid.uuid4().hex[:8]
+    if save is None:
+        return new
+    file = Path(save) / RUN_ID_FILE
+    if file.exists():
+        return file.read_text().strip()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{RUN_ID_FILE}.{new}")
+    draft.write_text(new + "\n")
+    os.replace(draft, file)
+    return new
+
+
 class Harmless:
-    """A writer that may fail: its first failure is told in a line, and it gets no more numbers. `make` makes it."""
+    """A writer on a thread of its own, which can neither hold up nor end a training: its first failure is told in a
+    line, and it gets no more numbers; what it cannot keep up with is dropped. `make` makes it, on that thread."""
 
     def __init__(self, name: str, make: Callable[[], Writer], say: Callable[[str], None]):
-        self._name, self._say, self._writer = name, say, None
-        self._try(lambda: setattr(self, "_writer", make()))
+        self._name, self._say, self._dropped = name, say, 0
+        self._queue: queue.Queue[dict[str, float] | None] = queue.Queue(MOST_WAITING)
+        self._thread = threading.Thread(target=self._serve, args=(make,), name=name, daemon=True)
+        self._thread.start()
 
     def write(self, **values: float) -> None:
-        """Pass the numbers on, if the writer still works."""
-        if self._writer is not None:
-            self._try(lambda: self._writer.write(**values))
+        """Hand the numbers over, and go on."""
+        try:
+            self._queue.put_nowait(values)
+        except queue.Full:
+            self._dropped += 1
 
     def close(self) -> None:
-        """Close the writer, but wait no longer than a minute."""
-        if self._writer is not None:
-            closing = threading.Thread(target=self._try, args=(self._writer.close,), daemon=True)
-            closing.start()
-            closing.join(CLOSE_SECONDS)
-            if closing.is_alive():
-                self._say(f"{self._name}: not all was sent within {CLOSE_SECONDS:.0f} s")
+        """Wait until all is written, but no longer than a minute. Says how much was dropped."""
+        end = time.monotonic() + CLOSE_SECONDS
+        with suppress(queue.Full):
+            self._queue.put(None, timeout=CLOSE_SECONDS)
+        self._thread.join(max(0.0, end - time.monotonic()))
+        if self._thread.is_alive():
+            self._say(f"{self._name}: not all was sent within {CLOSE_SECONDS:g} s")
+        if self._dropped:
+            self._say(f"{self._name} did not keep up: the numbers of {self._dropped} iterations were dropped")
 
-    def _try(self, action: Callable[[], object]) -> None:
+    def _serve(self, make: Callable[[], Writer]) -> None:
+        rows = iter(self._queue.get, None)
         try:
-            action()
+            writer = make()
+            for values in rows:
+                writer.write(**values)
+            writer.close()
         except (Exception, SystemExit) as error:  # whatever it is, the training is worth more
-            self._writer = None
             self._say(f"{self._name} gets no more numbers: {type(error).__name__}: {error}")
+            for _ in rows:
+                pass
 
 
 class Writers:

@@ -5,11 +5,25 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from megalite.training.writers import Harmless
+from megalite import cli, validate
+from megalite.checkpoint.fence import Claim
+from megalite.checkpoint.folder import CheckpointError
+from megalite.config import from_flat
+from megalite.parallel.context import ParallelContext
+from megalite.training import loop, writers
+from megalite.training.build import build_model
+from megalite.training.loop import Trainer
+from megalite.training.pretrain import pretrain
+from megalite.training.state import Progress
+from megalite.training.writers import Harmless, Writers
 from tests.runs import ALONE, working_in
 from tests.test_resume import MODEL, ROOT, resumable
 from tests.test_resume import pretrain_on_rank as train
@@ -80,6 +94,23 @@ def test_a_writer_that_fails_is_left_alone():
     assert writer.rows == 2 and said == ["The board gets no more numbers: OSError: disk full"]
 
 
+def test_a_writer_that_hangs_holds_up_nothing(monkeypatch):
+    """Nor does it at the end, or while it is made; what it has no room for is dropped, and counted."""
+    monkeypatch.setattr(writers, "MOST_WAITING", 3)
+    monkeypatch.setattr(writers, "CLOSE_SECONDS", 0.1)
+    said: list[str] = []
+    never = threading.Event()
+    harmless = Harmless("The board", never.wait, said.append)
+    for iteration in range(5):
+        harmless.write(iteration=iteration)
+    harmless.close()
+    assert said == [
+        "The board: not all was sent within 0.1 s",
+        "The board did not keep up: the numbers of 2 iterations were dropped",
+    ]
+    never.set()
+
+
 def test_a_training_goes_on_without_its_watchers(tmp_path):
     """No key for Weights & Biases, and a file where TensorBoard's folder should be."""
     (tmp_path / "file").write_text("")
@@ -123,6 +154,38 @@ def test_profile_traces_hold_the_iterations_asked_for(tmp_path):
     assert (two, one) == (2, 1)
 
 
+def train_with_a_profile(launch, folder: Path) -> str:
+    with working_in(folder):
+        return train(launch, ["--profile", "2-3", "--exit-interval", "4", "--hang-timeout", "2"])
+
+
+def test_a_profile_that_takes_long_to_write_is_no_hang(pool, tmp_path):
+    """Of rank 0; rank 1 waits for it. It goes to a pipe that is read late."""
+    (tmp_path / "profile").mkdir()
+    pipe = tmp_path / "profile" / "iteration-2-rank-00000.trace.json.gz"
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+
+    def read_late():
+        with open(pipe, "rb") as file:
+            time.sleep(5)
+            read.append(file.read())
+
+    reader = threading.Thread(target=read_late, daemon=True)
+    reader.start()
+    said, _ = pool.run(train_with_a_profile, 2, tmp_path, timeout=100)
+    reader.join()
+    assert "stopped at iteration 4" in said and json.loads(gzip.decompress(read[0]))["traceEvents"]
+
+
+def test_a_profile_that_cannot_be_written_ends_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    with working_in(tmp_path):
+        said = train(ALONE, ["--profile", "2-3,5-9", "--profile-dir", "file/profile", "--exit-interval", "6"])
+    assert said.count("rank 0: a profile was not written: [Errno 20] Not a directory") == 2
+    assert "stopped at iteration 6" in said
+
+
 def test_phases_make_up_the_step(tmp_path):
     with working_in(tmp_path):
         train(ALONE, ["--metrics-file", "m.jsonl", "--exit-interval", "3"])
@@ -131,3 +194,33 @@ def test_phases_make_up_the_step(tmp_path):
         phases = [entry[f"{name}_seconds"] for name in ("data", "forward", "backward", "communication", "optimizer")]
         assert all(seconds >= 0 for seconds in phases) and min(phases[1:3]) > 0 and phases[3] == 0
         assert sum(phases) <= entry["step_seconds"]
+
+
+def test_on_a_gpu_phases_are_told_where_they_were_timed():
+    """The host waits for the GPU in the iterations that have a line on the console, of which the last is one."""
+    config = from_flat({"train_iters": 7, "log_interval": 3})
+    told = {}
+    for device in ("cpu", "cuda"):
+        context = replace(ParallelContext.single(), device=torch.device(device))
+        trainer = Trainer(config, context, None, Progress(), None, None, Writers())
+        told[device] = [iteration for iteration in range(1, 8) if trainer.knows_phases(iteration)]
+    assert told == {"cpu": [1, 2, 3, 4, 5, 6, 7], "cuda": [3, 6, 7]}
+
+
+def test_a_run_that_was_replaced_ends_soon(tmp_path, monkeypatch):
+    """Before it saves again, and without another line in the metrics file, which its successor writes as well."""
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 0.0)
+
+    def build_replaced(*args):
+        def replace_at_step_3(*unused):
+            if args[1].activity.step == 3:
+                Claim.take(tmp_path / "c")
+
+        model = build_model(*args)
+        model.register_forward_pre_hook(replace_at_step_3)
+        return model
+
+    config = validate.resolve(cli.read([*MODEL, *map(str, resumable(tmp_path))]), 1)
+    with pytest.raises(CheckpointError, match="c now belongs to another run"):
+        pretrain(config, ALONE, build_replaced)
+    assert [iteration for iteration, _ in logged(tmp_path, "loss")] == [1, 2]
