@@ -168,7 +168,7 @@ def test_a_profile_that_takes_long_to_write_is_no_hang(pool, tmp_path):
 
     def read_late():
         with open(pipe, "rb") as file:
-            time.sleep(5)
+            time.sleep(4)
             read.append(file.read())
 
     reader = threading.Thread(target=read_late, daemon=True)
