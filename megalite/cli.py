@@ -7,6 +7,7 @@ together, in the same words, and knows that the opposite of --no-load-optim is -
 import os
 import sys
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NoReturn
 
@@ -122,7 +123,13 @@ def parse_and_check(
 def read(argv: list[str], architecture: str | None = None) -> RunConfig:
     """The configuration that a command line asks for. Raises ConfigError with every mistake in it and in its file, and
     when it is not of the architecture that is given."""
-    file, flags, problems = read_flags(argv)
+    return build(*read_flags(argv), architecture)
+
+
+def build(
+    file: str | None, flags: dict[str, Any], problems: list[Problem], architecture: str | None = None
+) -> RunConfig:
+    """`read` from what `read_flags` returns."""
     values = {}
     if file is not None:
         values, in_file = read_yaml(file)
@@ -142,11 +149,12 @@ def read(argv: list[str], architecture: str | None = None) -> RunConfig:
     return config
 
 
-def read_flags(argv: list[str]) -> tuple[str | None, dict[str, Any], list[Problem]]:
+def read_flags(argv: list[str], more: Iterable[Option] = ()) -> tuple[str | None, dict[str, Any], list[Problem]]:
     """(file of --config, values by key, problems). `--flag value` or `--flag=value`; hyphens or underscores; the last
-    of several wins; a value may not start with two dashes unless joined by `=`."""
+    of several wins; a value may not start with two dashes unless joined by `=`. more: options that are not those of a
+    run, and hide those of the same name."""
     config_file = Option("config", "", str, False, (), None, ())
-    known = (config_file, *options().values())
+    known = (config_file, *(options() | {option.key: option for option in more}).values())
     switches = {flag: (o, on) for o in known if o.kind is bool for flag, on in o.switches.items()}
     valued = {flag: o for o in known if o.kind is not bool for flag in (o.flag, *o.aliases)}
     values, problems = {}, []

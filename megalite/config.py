@@ -156,14 +156,17 @@ def options() -> dict[str, Option]:
     """Every option by its key, in the order of the dataclasses."""
     found = {}
     for section in dataclasses.fields(RunConfig):
-        hints = get_type_hints(section.type, include_extras=True)
-        for entry in dataclasses.fields(section.type):
-            if entry.name in found:
-                raise TypeError(
-                    f"field {entry.name} is in two sections: {found[entry.name].section} and {section.name}"
-                )
-            found[entry.name] = _option(section.name, entry, hints[entry.name])
+        for key, option in options_of(section.type, section.name).items():
+            if key in found:
+                raise TypeError(f"field {key} is in two sections: {found[key].section} and {section.name}")
+            found[key] = option
     return found
+
+
+def options_of(kind: type, section: str = "") -> dict[str, Option]:
+    """The options of one dataclass by their keys."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {entry.name: _option(section, entry, hints[entry.name]) for entry in dataclasses.fields(kind)}
 
 
 def _option(section: str, entry: dataclasses.Field, hint: Any) -> Option:

@@ -14,11 +14,13 @@ import yaml
 from megalite import validate
 from megalite.config import ConfigError, from_flat
 from megalite.estimate import estimate_stages
-from tools.submit import ROOT, JobConfig, keep, problems_of, read, sbatch_options, script, snapshot_folder
+from tools.submit import ROOT, JobConfig, keep, problems_of, read, sbatch_options, script, seconds, snapshot_folder
 
 SLURM = ROOT / "examples/slurm"
 RECIPES = sorted(SLURM.glob("recipes/*.yaml"))
 FILES = sorted([*SLURM.glob("*.sbatch"), *SLURM.glob("*.sh")])
+SIZES = {"gpt-1.3b": 1, "gpt-7b": 4, "gpt-20b": 8, "gpt-175b": 128}
+"""Nodes of 8 GPUs for each recipe."""
 MADE_UP = dict(data_path=None, tokenizer_type=None, vocab_file=None, merge_file=None, mock_data=True, vocab_size=50257)
 SOUND = "--mock-data --vocab-size 512 --train-iters 10 --run-dir runs/x --nodes 2".split()
 
@@ -52,13 +54,19 @@ def test_the_scripts_of_both_models_differ_in_the_model_only():
     assert body == bert[bert.index("#SBATCH") :]
 
 
+def test_there_is_a_recipe_for_each_size():
+    assert {recipe.stem for recipe in RECIPES} == set(SIZES)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_sound_for_its_nodes_and_fits(recipe):
+def test_a_recipe_is_sound_for_its_nodes_and_fits(recipe, tmp_path):
     """The first line says on how many nodes, and the line of the layout how the ranks are spread."""
     text = recipe.read_text()
     nodes, gpus, memory = map(int, re.search(r"on (\d+) nodes? of (\d+) GPUs with (\d+) GB", text).groups())
+    assert (nodes, gpus) == (SIZES[recipe.stem], 8)
     config = from_flat(yaml.safe_load(text) | MADE_UP | {"save": "unmade"})
     assert validate.check(config, nodes * gpus) == []
+    shellcheck(keep(JobConfig(str(tmp_path), nodes), config, tmp_path / "submitted-1"))
     assert f"--world-size {nodes * gpus}" in text
     layout = dict(re.findall(r"\b(tp|pp|dp)=(\d+)", text.partition("Layout: ")[2].partition(". ")[0]))
     sizes = {key: int(layout.get(key, 1)) for key in ("tp", "pp", "dp")}
@@ -74,10 +82,11 @@ def test_a_recipe_is_sound_for_its_nodes_and_fits(recipe):
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_what_is_written_is_clean(job, launcher, tmp_path):
-    made = JobConfig(**vars(job) | {"launcher": launcher, "options": ("--constraint=a100",)})
+    made = JobConfig(**vars(job) | {"launcher": launcher, "options": ("--constraint=a100",), "save_before_end": 77})
     file = keep(made, from_flat(MADE_UP), snapshot_folder(made))
     shellcheck(file)
     assert "#SBATCH --constraint=a100\n" in file.read_text()
+    assert ("--shutdown-timeout=77 " in file.read_text()) == (launcher == "torchrun")
     tasks = 4 if launcher == "srun" else 1
     assert f"#SBATCH --nodes=2\n#SBATCH --ntasks-per-node={tasks}\n" in file.read_text()
 
@@ -118,43 +127,128 @@ def test_nothing_of_a_recipe_reaches_a_shell(text, tmp_path):
             assert shlex.split(inner)[1] == f"/bin/{text}"
 
 
-def test_options_that_would_take_the_script_away_are_refused():
-    for option in ("--wrap=true", "--output=x", "--error=x", "nodes=3"):
-        assert problems_of(JobConfig("run", 1, options=(option,)))
-    assert not problems_of(JobConfig("run", 1, options=("--exclude=node[1-3,7]", "--mail-user=a@b.org")))
+TAKEN = """--wrap=true --output=x --error=x --out=x --nodes=3 --node=3 --nod=3 -N3 nodes=3 --ntasks=3 --ntasks-per-gpu=1
+--nt=3 --signal=INT --sig=INT --requeue --no-requeue --no-req --export=NONE --array=1-3 --time=1 --ti=1
+--gpus-per-node=1 --job-name=x --open-mode=truncate --cpus-per-task=1 --test-only --""".split()
+
+
+@pytest.mark.parametrize("option", TAKEN)
+def test_options_that_would_undo_what_the_script_needs_are_refused(option):
+    """Whole, or as short as sbatch takes them; by themselves or among others."""
+    for options in [(option,), ("--exclusive", option), (f"--exclusive {option}",)]:
+        assert [problem.message for problem in problems_of(JobConfig("run", 1, options=options))], options
+
+
+def test_other_options_are_handed_on():
+    job, _ = read([*SOUND, "--options=--exclude=node[1-3,7] --exclusive", "--partition", "gpu"])
+    assert sbatch_options(job)[-2:] == ["--exclude=node[1-3,7]", "--exclusive"]
+    assert not problems_of(JobConfig("run", 1, options=("--partition=gpu", "--mail-user=a@b.org", "--nodelist=a")))
+    assert problems_of(JobConfig("run", 1, options=("--partition=gpu",), partition="cpu"))
+
+
+def problems(*argv: str) -> list[str]:
+    """What is said of each mistake."""
+    with pytest.raises(ConfigError) as refused:
+        read(list(argv))
+    return [problem.message for problem in refused.value.problems]
 
 
 def test_all_problems_before_anything_is_submitted(tmp_path):
-    with pytest.raises(ConfigError) as refused:
-        read([*SOUND, "--tp", "5", "--global-batch-size", "7", "--bogus", "1"])
-    assert [p.message for p in refused.value.problems] == ["unknown flag --bogus"]
-    with pytest.raises(ConfigError) as refused:
-        read([*SOUND, "--tp", "5", "--global-batch-size", "7"])
-    said = " ".join(p.message for p in refused.value.problems)
+    file = tmp_path / "cluster.yaml"
+    file.write_text("partitoin: gpu\nlauncher: foo\nsave_before_end: soon\nnodes: [1, 2]\n")
+    assert problems("--cluster", str(file), "--bogus", "1", "--lr", "x", "--save=y", "--options=-N3") == [
+        f"--cluster {file}: unknown partitoin",
+        f"--cluster {file}: launcher: 'foo' is not one of srun, torchrun",
+        f"--cluster {file}: save_before_end: 'soon' is not a whole number",
+        f"--cluster {file}: nodes: ['1', '2'] is not a whole number",
+        "unknown flag --bogus",
+        "--lr: 'x' is not a number",
+        "--run-dir is missing",
+        "--nodes is missing",
+        "--options: '-N3' is none here",
+        "--save: follows from --run-dir and --nodes",
+    ]
+    said = " ".join(problems(*SOUND, "--tp", "5", "--global-batch-size", "7"))
     assert "16 ranks" in said and "--num-attention-heads 12" in said
-    for flags, wanted in {
-        "--save here": "--save: these lie in --run-dir",
-        "--nodes 0": "--nodes 0 must be at least 1",
-        "--ranks-per-node 0": "",
-    }.items():
-        try:
-            read([*SOUND, *flags.split()])
-        except ConfigError as error:
-            assert wanted and wanted in error.problems[0].message
+
+
+@pytest.mark.parametrize("flag", ["--nodes 0", "--ranks-per-node 0", "--cpus-per-rank 0", "--save-before-end 0"])
+def test_numbers_below_one_are_refused(flag):
+    assert problems(*SOUND, *flag.split()) == [f"{flag} must be at least 1"]
+
+
+@pytest.mark.parametrize("key", ["save", "load", "metrics_file", "world_size"])
+def test_what_follows_from_the_job_is_refused_however_it_is_written(key, tmp_path):
+    value = "8" if key == "world_size" else "here"
+    recipe = tmp_path / "recipe.yaml"
+    flag = "--" + key.replace("_", "-")
+    for name in {key, key.replace("_", "-")}:
+        recipe.write_text(f"{name}: {value}\n")
+        for words in ([f"--{name}", value], [f"--{name}={value}"], ["--config", str(recipe)], [f"--config={recipe}"]):
+            assert problems(*SOUND, *words) == [f"{flag}: follows from --run-dir and --nodes"], words
+    recipe.write_text(f"{key}: null\n")
+    read([*SOUND, "--config", str(recipe)])
+
+
+def test_a_time_limit_leaves_time_to_save():
+    limits = {"90": 5400, "90:30": 5430, "24:00:00": 86400, "1-12": 129600, "1-0:30": 88200, "1-0:0:5": 86405}
+    assert {text: seconds(text) for text in limits} == limits
+    for text in ("soon", "1:2:3:4", "-5", "1-", "", "1.5"):
+        assert seconds(text) is None
+        assert problems(*SOUND, f"--time={text}")[0] == f"--time {text!r} is no time limit"
+    too_late = "--save-before-end 300 is not less than the 300 seconds of --time 5"
+    assert problems(*SOUND, "--time", "5") == [too_late]
+    assert read([*SOUND, "--time", "6"])[0].time == "6"
 
 
 def test_a_cluster_file_sets_what_is_the_same_in_all_jobs(tmp_path):
+    """Its values stand for themselves: YAML would read 86400 and 83 for the time and the account."""
     file = tmp_path / "cluster.yaml"
-    file.write_text("partition: gpu\ngpus_per_node: 4\noptions: [--exclusive=user]\n")
+    file.write_text(
+        "partition: gpu\naccount: 0123\ntime: 12:00:00\ngpus-per-node: 4\nsave_before_end: 60\ncpus_per_rank: unset\n"
+        "options: [--exclusive=user, --constraint=a100]\n"
+    )
     job, config = read([*SOUND, "--cluster", str(file), "--tp", "4"])
-    options = sbatch_options(job)
-    assert {"--partition=gpu", "--gpus-per-node=4", "--ntasks-per-node=4", "--exclusive=user"} <= set(options)
+    assert sbatch_options(job) == [
+        "--job-name=pretrain", "--nodes=2", "--ntasks-per-node=4", "--time=12:00:00", "--gpus-per-node=4",
+        "--signal=B:USR1@60", "--open-mode=append", "--partition=gpu", "--account=0123", "--requeue",
+        "--exclusive=user", "--constraint=a100",
+    ]  # fmt: skip
     assert config.parallel.tensor_model_parallel_size == 4
     assert read([*SOUND, "--cluster", str(file), "--gpus-per-node", "8"])[0].ranks == 8
-    file.write_text("partitoin: gpu\n")
-    with pytest.raises(ConfigError) as refused:
-        read([*SOUND, "--cluster", str(file)])
-    assert "unknown partitoin" in refused.value.problems[0].message
+    for text, wanted in {
+        "[a]": "holds no names and values",
+        "name: [a, b]": "is not text",
+        "a: b: c": "mapping",
+    }.items():
+        file.write_text(text)
+        assert wanted in problems(*SOUND, "--cluster", str(file))[0]
+    assert "No such file" in problems(*SOUND, "--cluster", str(tmp_path / "none.yaml"))[0]
+
+
+def test_other_folders_beside_the_copies_do_no_harm(job, tmp_path):
+    for name in ("submitted-1.bak", "submitted-x", "submitted-9"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    assert snapshot_folder(job).name == "submitted-10"
+
+
+def test_a_number_of_a_job_may_name_its_cluster(tmp_path):
+    """sbatch --parsable prints number;cluster where there are several; a dependency takes the number only."""
+    (tmp_path / "sbatch").write_text('#!/bin/bash\necho "$*" >>"$TRACE"\necho "$(wc -l <"$TRACE");alpha"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TRACE": str(tmp_path / "trace")}
+
+    def run(*command: str) -> tuple[str, list[str]]:
+        (tmp_path / "trace").write_text("")
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout, re.findall(r"--dependency=\S+", (tmp_path / "trace").read_text())
+
+    said, after = run("examples/slurm/chain.sh", "3", "a.sbatch")
+    assert said == "job 1\njob 2\njob 3\n" and after == ["--dependency=afterok:1", "--dependency=afterok:2"]
+    said, after = run("examples/slurm/preprocess.sh", "data/c", "--input", "c.jsonl")
+    assert said.startswith("array 1, then merge 2: ") and after == ["--dependency=afterok:1"]
+    said, _ = run(sys.executable, "tools/submit.py", *SOUND, "--run-dir", str(tmp_path / "run"))
+    assert said.startswith("job 1: ") and "scancel 1 " in said
 
 
 def test_without_sbatch_the_script_is_left_and_named(tmp_path):

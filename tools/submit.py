@@ -3,30 +3,35 @@
     python tools/submit.py --config examples/slurm/recipes/gpt-7b.yaml --nodes 4 --run-dir /shared/runs/7b \\
         --cluster my-cluster.yaml --lr 2e-4
 
-Flags that are not listed here are those of pretrain_gpt.py (or pretrain_bert.py) and win over the recipe. The same
-command, with fewer or more nodes if need be, goes on from the run's last checkpoint. --cluster names a YAML file of
-flags listed here, for what is the same in all your jobs: partition, account, gpus_per_node, options.
+Flags that are not listed here are those of pretrain_gpt.py (or pretrain_bert.py) and win over the recipe, the file of
+--config. The same command, with fewer or more nodes if need be, goes on from the run's last checkpoint.
 """
 
+import math
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megalite import cli, validate
-from megalite.config import ConfigError, Problem, RunConfig, to_yaml, with_values
+from megalite.config import ConfigError, Problem, RunConfig, example, options_of, to_yaml, with_values
 
 ROOT = Path(__file__).resolve().parents[1]
 WORD = r"[A-Za-z0-9_.,:=@%+*/\[\]-]+"
 """What an option of sbatch may consist of: nothing that a shell or a line of #SBATCH takes for more than a word."""
+SET_HERE = """array cpus-per-task error export export-file gpus-per-node help job-name nodes no-requeue ntasks open-mode
+output requeue signal test-only time usage version wrap""".split()
+"""Options of sbatch that the script sets, or that would make another job of it."""
+FOLLOWING = ("save", "load", "metrics_file", "world_size")
+"""Flags of a training that follow from --run-dir and --nodes."""
 TORCHRUN = 'exec {python} -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"'
 
 
@@ -43,8 +48,8 @@ class JobConfig:
     """GPUs to ask for on each node; 0: none are asked for."""
     ranks_per_node: int | None = None
     """Ranks on each node. Unset: one for each GPU."""
-    cpus_per_rank: int | None = None
-    """CPU cores for each rank. Unset: what SLURM gives."""
+    cpus_per_rank: int | None = 4
+    """CPU cores for each rank. Unset: what SLURM gives, often a single one for a task."""
     time: str = "24:00:00"
     """Time limit, as SLURM writes it."""
     save_before_end: int = 300
@@ -56,20 +61,22 @@ class JobConfig:
     account: str | None = None
     """Account to charge."""
     options: tuple[str, ...] = ()
-    """Further options of sbatch, such as --constraint=a100."""
+    """Further options of sbatch: --options='--constraint=a100 --exclusive'."""
     launcher: Literal["srun", "torchrun"] = "srun"
     """srun: a task for each rank. torchrun: one for each node."""
     program: Literal["pretrain_gpt.py", "pretrain_bert.py"] = "pretrain_gpt.py"
     """The main program."""
     python: str = sys.executable
     """Interpreter on the nodes."""
+    cluster: str | None = None
+    """YAML file of flags listed here, for what is the same in all your jobs: partition, account, gpus_per_node..."""
     dry_run: bool = False
     """Print the script; write and submit nothing."""
 
     @property
     def ranks(self) -> int:
         """On each node."""
-        return self.ranks_per_node or self.gpus_per_node
+        return self.gpus_per_node if self.ranks_per_node is None else self.ranks_per_node
 
 
 class SubmitError(RuntimeError):
@@ -78,29 +85,50 @@ class SubmitError(RuntimeError):
 
 def sbatch_options(job: JobConfig) -> list[str]:
     """The options of sbatch."""
-    per_node = job.ranks if job.launcher == "srun" else 1
-    cpus = job.cpus_per_rank and job.cpus_per_rank * (job.ranks // per_node)
+    return [*(f"--{key}={value}" for key, value in _own_options(job).items()), "--requeue", *_further_options(job)]
+
+
+def _own_options(job: JobConfig) -> dict[str, Any]:
+    tasks, ranks_per_task = (job.ranks, 1) if job.launcher == "srun" else (1, job.ranks)
+    cpus = job.cpus_per_rank and job.cpus_per_rank * ranks_per_task
     wanted = {
-        "job-name": job.name, "nodes": job.nodes, "ntasks-per-node": per_node, "cpus-per-task": cpus, "time": job.time,
+        "job-name": job.name, "nodes": job.nodes, "ntasks-per-node": tasks, "cpus-per-task": cpus, "time": job.time,
         "gpus-per-node": job.gpus_per_node or None, "signal": f"B:USR1@{job.save_before_end}", "open-mode": "append",
         "partition": job.partition, "account": job.account,
     }  # fmt: skip
-    return [*(f"--{key}={value}" for key, value in wanted.items() if value is not None), "--requeue", *job.options]
+    return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _further_options(job: JobConfig) -> list[str]:
+    return [word for option in job.options for word in option.split()]
 
 
 def problems_of(job: JobConfig) -> list[Problem]:
     """What is wrong with the job itself."""
-    problems = []
-    for name in ("nodes", "save_before_end", "cpus_per_rank", "ranks"):
-        value = getattr(job, name)
-        if value is not None and value < 1:
-            flag = "--" + ("ranks-per-node" if name == "ranks" else name.replace("_", "-"))
-            problems.append(Problem(f"{flag} {value} must be at least 1", f"{flag} 1"))
-    for option in sbatch_options(job):
-        if not re.fullmatch(f"--{WORD}", option) or re.match(r"--(wrap|output|error)\b", option):
-            problems.append(
-                Problem(f"{option!r} is no option for sbatch here", "one word, --NAME=VALUE, without spaces")
-            )
+    numbers = {"--ranks-per-node": job.ranks} | {
+        f"--{name.replace('_', '-')}": getattr(job, name) for name in ("nodes", "save_before_end", "cpus_per_rank")
+    }
+    problems = [
+        Problem(f"{flag} {value} must be at least 1", f"{flag} 1")
+        for flag, value in numbers.items()
+        if value is not None and value < 1
+    ]
+    limit = seconds(job.time)
+    if limit is None:
+        problems.append(Problem(f"--time {job.time!r} is no time limit", "hours:minutes:seconds, or days-hours"))
+    elif job.save_before_end >= limit:
+        message = f"--save-before-end {job.save_before_end} is not less than the {limit} seconds of --time {job.time}"
+        problems.append(Problem(message, "a longer --time, or a smaller --save-before-end"))
+    for option in (f"--{key}={value}" for key, value in _own_options(job).items()):
+        if not re.fullmatch(f"--{WORD}", option):
+            problems.append(Problem(f"{option!r} is no option for sbatch", "one word, without spaces"))
+    for option in _further_options(job):
+        name = option.partition("=")[0].removeprefix("--")
+        if not re.fullmatch(f"--{WORD}", option):
+            problems.append(Problem(f"--options: {option!r} is none here", "--NAME=VALUE, or --NAME"))
+        # sbatch takes any unambiguous beginning of an option for the whole.
+        elif name.startswith("ntasks") or any(taken.startswith(name) for taken in (*SET_HERE, *_own_options(job))):
+            problems.append(Problem(f"--options: {option} would undo what is set here", "leave it out, or see --help"))
     if "\n" in job.run_dir or "%" in job.run_dir:
         problems.append(
             Problem(f"--run-dir {job.run_dir!r} cannot be a folder for SLURM's logs", "no % and no line breaks")
@@ -108,13 +136,29 @@ def problems_of(job: JobConfig) -> list[Problem]:
     return problems
 
 
+def seconds(limit: str) -> float | None:
+    """A time limit as SLURM writes it; None: it is none."""
+    if limit.lower() in ("unlimited", "infinite"):
+        return math.inf
+    days, dash, clock = limit.rpartition("-")
+    parts = clock.split(":")
+    if len(parts) > 3 or not all(part.isdecimal() for part in ([days, *parts] if dash else parts)):
+        return None
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(int(part) * unit for part, unit in zip(parts, units))
+
+
 def script(job: JobConfig, snapshot: Path) -> str:
     """The text of the sbatch file. Every path and argument in it is quoted."""
     run = Path(job.run_dir).absolute()
-    code, config, save, metrics = (
+    code = snapshot / "code"
+    supervise, program, config, save, metrics = (
         shlex.quote(str(path))
-        for path in (snapshot / "code", snapshot / "config.yaml", run / "checkpoints", run / "metrics.jsonl")
-    )
+        for path in (
+            code / "examples/slurm/supervise.sh", code / job.program, snapshot / "config.yaml",
+            run / "checkpoints", run / "metrics.jsonl",
+        )
+    )  # fmt: skip
     python, step = shlex.quote(job.python), f"supervise {save} srun --kill-on-bad-exit=1"
     if job.launcher == "srun":
         launch = [f"{step} {python} \\"]
@@ -126,14 +170,15 @@ def script(job: JobConfig, snapshot: Path) -> str:
             f"{step} bash -c {shlex.quote(TORCHRUN.format(python=python))} torchrun \\",
             f'    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.ranks} \\',
             """    --master-addr="${hosts%%$'\\n'*}" --master-port="$port" \\""",
-            "    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=300 \\",
+            "    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \\",
+            f"    --shutdown-timeout={job.save_before_end} \\",
         ]
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in sbatch_options(job)),
-        f"source {code}/examples/slurm/supervise.sh",
+        f"source {supervise}",
         *launch,
-        f"    {code}/{job.program} --config {config} \\",
+        f"    {program} --config {config} \\",
         f"    --save {save} --load {save} --metrics-file {metrics}",
     ]
     return "\n".join(lines) + "\n"
@@ -141,8 +186,9 @@ def script(job: JobConfig, snapshot: Path) -> str:
 
 def snapshot_folder(job: JobConfig) -> Path:
     """Where this submission keeps its code and configuration: the next free number."""
-    taken = [int(path.name.rpartition("-")[2]) for path in Path(job.run_dir).absolute().glob("submitted-[0-9]*")]
-    return Path(job.run_dir).absolute() / f"submitted-{max(taken, default=0) + 1}"
+    run = Path(job.run_dir).absolute()
+    numbers = [re.fullmatch(r"submitted-([0-9]+)", path.name) for path in run.glob("submitted-*")]
+    return run / f"submitted-{max((int(number[1]) for number in numbers if number), default=0) + 1}"
 
 
 def keep(job: JobConfig, config: RunConfig, snapshot: Path) -> Path:
@@ -172,57 +218,65 @@ def submit(job: JobConfig, file: Path) -> str:
 
 def read(argv: list[str]) -> tuple[JobConfig, RunConfig]:
     """The job and the configuration of the training. Raises ConfigError with all problems of both."""
-    job, rest = _read_job(argv)
-    architecture = job.program.removeprefix("pretrain_").removesuffix(".py")
-    config = cli.read(rest, architecture)
-    owned = [
-        f"--{key.replace('_', '-')}" for key in ("save", "load", "metrics_file") if f"--{key.replace('_', '-')}" in rest
-    ]
+    known = options_of(JobConfig)
+    recipe, flags, problems = cli.read_flags(argv, known.values())
+    asked = {key: flags.pop(key) for key in known if key in flags}
+    if asked.get("cluster") is not None:
+        values, found = read_cluster(asked["cluster"])
+        asked, problems = values | asked, [*found, *problems]
+    missing = [known[key] for key in ("run_dir", "nodes") if key not in asked]
+    problems += [Problem(f"{option.flag} is missing", f"{option.flag} {example(option)}") for option in missing]
+    job = JobConfig(**{option.key: 1 if option.kind is int else "" for option in missing} | asked)
+    problems += problems_of(job)
+    values = (cli.read_yaml(recipe)[0] if recipe is not None else {}) | flags
+    owned = ", ".join("--" + key.replace("_", "-") for key in FOLLOWING if values.get(key) is not None)
     if owned:
-        raise ConfigError([Problem(f"{', '.join(owned)}: these lie in --run-dir", "leave them out")])
-    problems = problems_of(job)
-    if not problems:
-        run = Path(job.run_dir).absolute()
-        places = {
-            "save": str(run / "checkpoints"),
-            "load": str(run / "checkpoints"),
-            "metrics_file": str(run / "metrics.jsonl"),
-        }
-        problems = validate.check(with_values(config, places), job.nodes * job.ranks)
+        problems.append(Problem(f"{owned}: follows from --run-dir and --nodes", "leave it out"))
+    config = cli.build(recipe, flags, problems, job.program.removeprefix("pretrain_").removesuffix(".py"))
+    run = Path(job.run_dir).absolute()
+    places = {
+        "save": str(run / "checkpoints"),
+        "load": str(run / "checkpoints"),
+        "metrics_file": str(run / "metrics.jsonl"),
+    }
+    problems = validate.check(with_values(config, places), job.nodes * job.ranks)
     if problems:
         raise ConfigError(problems)
     return job, config
 
 
-def _read_job(argv: list[str]) -> tuple[JobConfig, list[str]]:
-    """The job's own flags, over those of the --cluster file, and all other flags. Raises ConfigError."""
-    defaults, rest = {}, list(argv)
-    if "--cluster" in rest[:-1]:
-        at = rest.index("--cluster")
-        defaults, rest = _read_cluster(rest[at + 1]), rest[:at] + rest[at + 2 :]
-    needed = {"run_dir": tyro.MISSING, "nodes": tyro.MISSING}
-    return tyro.cli(
-        JobConfig, default=JobConfig(**needed | defaults), args=rest, description=__doc__, return_unknown_args=True
-    )
-
-
-def _read_cluster(path: str) -> dict:
-    """The values in a --cluster file. Raises ConfigError."""
+def read_cluster(path: str) -> tuple[dict[str, Any], list[Problem]]:
+    """(values by key, problems) of a --cluster file, whose values are read as flags are."""
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError([Problem(f"--cluster {path}: {error}", "a YAML file of flags of this program")]) from None
-    known = {field.name: field.type for field in fields(JobConfig)}
-    unknown = sorted(map(str, set(values) - set(known))) if isinstance(values, dict) else [path]
-    if unknown:
-        raise ConfigError([Problem(f"--cluster {path}: unknown {', '.join(unknown)}", f"names are {', '.join(known)}")])
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        # Text as it stands: YAML would make numbers of 24:00:00 and of 0123.
+        written = yaml.load(Path(path).read_text(), yaml.BaseLoader) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return {}, [Problem(f"--cluster {path}: {error}", "a YAML file of flags of this program")]
+    if not isinstance(written, dict):
+        return {}, [Problem(f"--cluster {path} holds no names and values", "write one `name: value` a line")]
+    known = {key: option for key, option in options_of(JobConfig).items() if key not in ("cluster", "dry_run")}
+    values, problems = {}, []
+    for name, value in written.items():
+        option, words = known.get(name.replace("-", "_")), value if isinstance(value, list) else [value]
+        if option is None:
+            problems.append(Problem(f"--cluster {path}: unknown {name}", f"names are {', '.join(known)}"))
+            continue
+        try:
+            if not all(isinstance(word, str) for word in words) or (len(words) != 1 and option.kind is not tuple):
+                raise ValueError
+            values[option.key] = option.from_words(words)
+        except ValueError:
+            message = f"--cluster {path}: {name}: {value!r} is not {option.expected.replace('null', 'unset')}"
+            problems.append(Problem(message, f"for example {name}: {example(option)}"))
+    return values, problems
 
 
 def main() -> int:
     """Exit status 0, 1 when SLURM or the disk refuse, 2 when the job or its configuration are at fault."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        tyro.cli(JobConfig, description=__doc__, args=["--help"])
     try:
         job, config = read(sys.argv[1:])
     except ConfigError as error:

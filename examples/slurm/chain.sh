@@ -11,5 +11,6 @@ for ((i = 0; i < count; i++)); do
     # A job that its time limit stopped ends well; after one that failed the rest is dropped.
     after=(${previous:+"--dependency=afterok:$previous" --kill-on-invalid-dep=yes})
     previous=$(sbatch --parsable "${after[@]}" "$@")
+    previous=${previous%%;*} # it may print number;cluster
     echo "job $previous"
 done

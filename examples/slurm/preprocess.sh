@@ -4,13 +4,15 @@
 #     SHARDS=8 examples/slurm/preprocess.sh data/corpus --input corpus.jsonl --tokenizer-type ... --append-eod
 set -euo pipefail
 
-prefix=$1 shards=${SHARDS:-8}
+prefix=$1
 shift
+export SHARDS=${SHARDS:-8}
 read -ra options <<<"${ARRAY_OPTIONS:-}"
-array=$(sbatch --parsable --array="0-$((shards - 1))" "${options[@]}" \
+# sbatch may print number;cluster.
+array=$(sbatch --parsable --array="0-$((SHARDS - 1))" "${options[@]}" \
     examples/slurm/preprocess_array.sbatch --output-prefix "$prefix" "$@")
 # afterok: only when every shard is there; otherwise the merge is dropped, not left waiting for ever.
-merge=$(sbatch --parsable --dependency="afterok:$array" --kill-on-invalid-dep=yes "${options[@]}" \
+merge=$(sbatch --parsable --dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes "${options[@]}" \
     examples/slurm/merge.sbatch --output-prefix "${prefix}_text_document" \
-    --input "${prefix}_*-of-$(printf %04d "$shards")_text_document.idx")
-echo "array $array, then merge $merge: ${prefix}_text_document"
+    --input "${prefix}_*-of-$(printf %04d "$SHARDS")_text_document.idx")
+echo "array ${array%%;*}, then merge ${merge%%;*}: ${prefix}_text_document"

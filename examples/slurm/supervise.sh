@@ -4,17 +4,19 @@
 
 # What a login shell exported for another launcher must not reach the ranks.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+# Since SLURM 22.05 srun does not take over what the job asked for by itself.
+[[ ! ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 supervise() {
-    local save=$1 step status=0 cancelled=
+    local save=$1 owner step status=0 cancelled=
     shift
     rm -f "$save/to-be-continued" # of an earlier job that was killed: it would requeue this one for ever
+    owner=$(owner_of "$save")
     "$@" &
     step=$!
-    # --signal=B:USR1@300 reaches only this shell; without --batch, scancel passes it on to the ranks.
-    trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+    trap 'warn "$save" "$owner" "$step"' USR1
     # scancel and preemption reach the ranks by themselves. After the first nobody wants a requeue; after the second
-    # SLURM does it.
+    # SLURM does it, unless the job has ended in its GraceTime.
     trap 'cancelled=yes' TERM
     while kill -0 "$step" 2>/dev/null; do # a trapped signal ends `wait`, not the step
         wait "$step" && status=0 || status=$?
@@ -23,9 +25,30 @@ supervise() {
         wait "$step" 2>/dev/null && status=0 || status=$(($? == 127 ? status : $?))
     fi
     trap - USR1 TERM
-    if [[ -e $save/to-be-continued && ! $cancelled && ${REQUEUE:-yes} == yes ]]; then
-        echo "requeue of job $SLURM_JOB_ID: $(<"$save/to-be-continued")"
-        scontrol requeue "$SLURM_JOB_ID"
+    [[ ! $cancelled ]] && wants_more "$save" || return "$status"
+    # Whatever the step ended with: torchrun reports the signal as a failure, which would stop a chain.
+    [[ ${REQUEUE:-yes} == yes ]] || return 0
+    scontrol requeue "$SLURM_JOB_ID" && return 0
+    echo "error: SLURM does not requeue job $SLURM_JOB_ID: submit the same command again to go on" >&2
+    return 1
+}
+
+owner_of() { cat "$1/owner.json" 2>/dev/null; } # changes when a run takes the folder, as one of its first acts
+
+# --signal=B:USR1@300 reaches only the batch shell; without --batch, scancel passes it on to the ranks. Before the run
+# has taken its folder there may be no step yet, and the signal would be lost, or a rank may be killed by it.
+warn() {
+    while kill -0 "$3" 2>/dev/null && [[ $(owner_of "$1") == "$2" ]]; do sleep 1; done
+    scancel --signal=USR1 "$SLURM_JOB_ID"
+}
+
+# The run was stopped by its time limit, or by SLURM, which takes a job that ends within its GraceTime for a whole one.
+wants_more() {
+    if [[ -e $1/to-be-continued ]]; then
+        echo "job $SLURM_JOB_ID is to be continued: $(<"$1/to-be-continued")"
+    elif [[ $(scontrol show job "$SLURM_JOB_ID") =~ PreemptTime=[0-9] ]]; then
+        echo "job $SLURM_JOB_ID is to be continued: it was preempted"
+    else
+        return 1
     fi
-    return "$status"
 }
