@@ -50,7 +50,7 @@ test-all: install
 	$(BIN)/python -m pytest -m "not slurm" --durations=10
 
 test-slurm: install
-	$(BIN)/python -m pytest -m slurm tests/slurm --durations=10 -rs
+	MUST_HAVE_SLURM=yes $(BIN)/python -m pytest -m slurm tests/slurm --durations=10
 
 lint: install
 	$(BIN)/ruff check

@@ -9,8 +9,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
+MISSING = subprocess.run([SCRIPT, "missing"], capture_output=True, text=True, check=True).stdout.splitlines()
+MARKS = [
+    pytest.mark.slurm,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        bool(MISSING) and "MUST_HAVE_SLURM" not in os.environ,
+        reason=f"a SLURM cluster cannot be had here, missing: {', '.join(MISSING)}; .ci/run installs it",
+    ),
+]
+"""Of every test on the cluster."""
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0"]
+"""What the job scripts are given for 2 nodes of 2 ranks."""
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
 PATIENCE = 400.0
 """Seconds that only a broken job needs."""
@@ -24,6 +38,7 @@ class Cluster:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
         self.environment = os.environ | {
             "BASE": str(folder), "SLURM_CONF": f"{folder}/etc/slurm.conf", "PATH": path, "OMP_NUM_THREADS": "1",
+            "SLURM_CPU_BIND": "none",  # nodes have more CPUs than the machine
         }  # fmt: skip
 
     def control(self, *words: str) -> None:
@@ -31,10 +46,10 @@ class Cluster:
         done = subprocess.run([SCRIPT, *words], env=self.environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def run(self, *command: str | Path | int, **variables: str | int | Path) -> str:
-        """What a command at the root of the checkout prints."""
+    def run(self, *command: str | Path | int, cwd: Path = ROOT, **variables: str | int | Path) -> str:
+        """What a command prints, by default at the root of the checkout."""
         environment = self.environment | {name: str(value) for name, value in variables.items()}
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -71,6 +86,16 @@ class Job:
         """Wait until it is over; its state."""
         self.wait(lambda: self.show("JobState") in ENDED)
         return self.show("JobState")
+
+
+def submit(cluster: Cluster, run: Path, *flags: str | Path) -> Job:
+    """tools/submit.py on 2 nodes of 2 ranks."""
+    where = ["--run-dir", run, "--nodes", 2, "--ranks-per-node", 2, "--gpus-per-node", 0, "--cpus-per-rank", 1]
+    said = cluster.run("python", "tools/submit.py", *where, *flags)
+    job = Job(cluster, int(re.search(r"job (\d+): 2 node\(s\) x 2 ranks", said)[1]))
+    for command in (f"scancel {job.number}", "resume:", "tail -F"):
+        assert command in said
+    return job
 
 
 def losses(metrics: Path) -> dict[int, float]:

@@ -2,6 +2,7 @@
 # A real SLURM on one machine, for the tests of this folder. Run as root.
 #
 #   cluster.sh install          Debian's packages, and shellcheck, if they are missing
+#   cluster.sh missing          prints what is missing, line by line
 #   cluster.sh up               munge, slurmctld and NODES nodes; prints the folder's env.sh, to be sourced
 #   cluster.sh crash node2      SIGKILL everything on a node: its daemon and the ranks, as if the power failed
 #   cluster.sh boot node2       start a node (again)
@@ -16,10 +17,13 @@ NET=10.78.0 BRIDGE=br-megalite MARK='# megalite-slurm'
 PATH=$PATH:/usr/sbin:/sbin
 export SLURM_CONF=$BASE/etc/slurm.conf
 
+missing() { # what a cluster needs and is not here
+    for program in slurmctld slurmd srun munged ip; do command -v $program >/dev/null || echo "$program"; done
+    [[ $(id -u) == 0 ]] || echo "root: nodes are namespaces"
+}
+
 install() {
-    local missing=
-    for program in slurmctld slurmd srun munged ip shellcheck; do command -v $program >/dev/null || missing=yes; done
-    [[ $missing ]] || return 0
+    [[ $(missing) ]] || ! command -v shellcheck >/dev/null || return 0
     # Packages start their daemons when they are installed, unless this file forbids it.
     local policy=/usr/sbin/policy-rc.d ours=
     [[ -e $policy ]] || { printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy && ours=yes; }
@@ -38,7 +42,8 @@ hosts() { # the nodes' names; rewritten in place, since the file may be a bind m
 
 configure() {
     # cred_expire: a requeued job waits for it. SlurmdTimeout: a silent node is down after it. KillWait: from SIGTERM to
-    # SIGKILL. Where cgroups cannot be had, processes are found by their parents.
+    # SIGKILL. Where cgroups cannot be had, processes are found by their parents. The partition urgent takes nodes from
+    # jobs of the others, which are requeued: from main after GraceTime, from spare at once.
     local tracking=linuxproc
     [[ -w /sys/fs/cgroup/freezer/cgroup.procs ]] && tracking=cgroup
     cat >"$SLURM_CONF" <<CONF
@@ -57,7 +62,7 @@ SlurmdPidFile=$BASE/spool/%n/slurmd.pid
 SlurmctldLogFile=$BASE/log/slurmctld.log
 SlurmdLogFile=$BASE/log/slurmd-%n.log
 ProctrackType=proctrack/$tracking
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
@@ -78,7 +83,11 @@ ReturnToService=2
 JobRequeue=1
 MinJobAge=3600
 NodeName=node[1-$NODES] NodeAddr=$NET.[1-$NODES] Port=17000 CPUs=$CPUS Boards=1 SocketsPerBoard=1 CoresPerSocket=$CPUS ThreadsPerCore=1 RealMemory=16000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP GraceTime=60
+PartitionName=spare Nodes=ALL MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 CONF
     printf 'CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\nConstrainCores=no\nConstrainRAMSpace=no\n' \
         >"$BASE/etc/cgroup.conf"
@@ -118,6 +127,7 @@ crash() { # killing process 1 of a namespace kills all that is in it
 }
 
 up() {
+    [[ ! $(missing) ]] || { echo "missing: $(missing | paste -sd,); cluster.sh install" >&2 && exit 3; }
     [[ ! -e $BASE/env.sh ]] || { echo "$BASE is in use: cluster.sh down" >&2 && exit 4; }
     mkdir -p "$BASE"/{etc,state,spool,log} && command install -d -m 0700 "$BASE/munge" "$BASE/munge/run"
     chmod 755 "$BASE" "$BASE/munge" "$BASE/munge/run" # munge wants its socket to be within everyone's reach

@@ -1,34 +1,19 @@
-"""On a real SLURM: both ways to launch, arrays, time limits, nodes that fail, ranks that die and hang.
+"""On a real SLURM: both ways to launch, arrays, time limits, preemption, nodes that fail, ranks that die and hang.
 
 After each disturbance the losses are those of a run that nobody disturbed, to the bit. Needs root and SLURM, which
-`tests/slurm/cluster.sh install` installs; `make test-slurm` runs it.
+`tests/slurm/cluster.sh install` installs; `make test-slurm` runs it, and fails where they are missing.
 """
 
-import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megalite.checkpoint.folder import list_iterations
-from tests.slurm.cluster import ROOT, Cluster, Job, losses
+from tests.slurm.cluster import MARKS, TWO_NODES, Cluster, Job, losses, submit
 
-MISSING = [
-    name
-    for name in ("slurmctld", "slurmd", "srun", "munged", "ip")
-    if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
-]
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        bool(MISSING), reason=f"SLURM is not installed here ({', '.join(MISSING)}); .ci/run installs it"
-    ),
-    pytest.mark.skipif(os.geteuid() != 0, reason="a cluster of network namespaces needs root"),
-]
+pytestmark = MARKS
 
 ITERATIONS = 40
 MODEL = f"""
@@ -36,20 +21,8 @@ MODEL = f"""
     --global-batch-size 8 --train-iters {ITERATIONS} --lr 1e-3 --eval-interval 0 --eval-iters 0 --device cpu
     --save-interval 5 --keep-last 20
 """.split()
-TWO_NODES = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0"]
+ONE_NODE = ["--nodes=1", *TWO_NODES[1:]]
 SBATCH = "examples/slurm/pretrain_gpt.sbatch"
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    folder = Path(tempfile.mkdtemp(prefix="mls-"))  # short: sockets have paths of at most 108 bytes
-    made = Cluster(folder)
-    try:
-        made.control("up")
-        yield made
-    finally:
-        made.control("down")
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +36,6 @@ def undisturbed(cluster, tmp_path_factory) -> dict[int, float]:
     return losses(run / "metrics.jsonl")
 
 
-def submit(cluster: Cluster, run: Path, *flags: str) -> Job:
-    """tools/submit.py on 2 nodes of 2 ranks."""
-    where = ["--run-dir", run, "--nodes", 2, "--ranks-per-node", 2, "--gpus-per-node", 0]
-    said = cluster.run("python", "tools/submit.py", *where, *flags)
-    job = Job(cluster, int(re.search(r"job (\d+): 2 node\(s\) x 2 ranks", said)[1]))
-    for command in (f"scancel {job.number}", "resume:", "tail -F"):
-        assert command in said
-    return job
-
-
 def start(cluster: Cluster, folder: Path, *flags: str, file: str = SBATCH, options=TWO_NODES) -> Job:
     """A job script as it is in examples/, with its folder of checkpoints in `folder`."""
     return cluster.sbatch(f"--output={folder}/%j.out", *options, file, *MODEL, *flags, SAVE=folder / "save", RANKS=2)
@@ -84,11 +47,20 @@ def reach(job: Job, folder: Path, iteration: int) -> None:
     job.wait(lambda: max(losses(metrics), default=0) >= iteration or job.show("JobState") not in ("RUNNING", "PENDING"))
 
 
-def test_torchrun_gives_the_same_losses(cluster, undisturbed, tmp_path):
-    options = ["--nodes=2", "--gpus-per-node=0"]
-    job = start(cluster, tmp_path, file="examples/slurm/pretrain_torchrun.sbatch", options=options)
-    assert job.end() == "COMPLETED", job.log
-    assert "launched by torchrun" in job.log and losses(tmp_path / "save/metrics.jsonl") == undisturbed
+def test_a_chain_under_torchrun_goes_on_after_a_time_limit(cluster, undisturbed, tmp_path):
+    """torchrun ends with a status of its own at USR1; the next job of the chain starts all the same."""
+    options = [f"--output={tmp_path}/%j.out", "--nodes=2", "--cpus-per-task=2", "--gpus-per-node=0"]
+    options += ["examples/slurm/pretrain_torchrun.sbatch", *MODEL]
+    said = cluster.run("examples/slurm/chain.sh", 2, *options, SAVE=tmp_path / "save", RANKS=2)
+    first, second = (Job(cluster, int(number)) for number in re.findall(r"^job (\d+)$", said, re.M))
+    reach(first, tmp_path, 8)
+    assert second.show("JobState") == "PENDING"
+    cluster.run("scancel", "--batch", "--signal=USR1", first.number)
+    assert (first.end(), second.end()) == ("COMPLETED", "COMPLETED"), first.log + second.log
+    saved_at = int(re.search(r"is to be continued: stopped at iteration (\d+): SIGUSR1", first.log)[1])
+    assert first.show("Restarts") == "0" and "launched by torchrun" in second.log
+    assert f"training from iteration {saved_at} to {ITERATIONS}\n" in second.log
+    assert losses(tmp_path / "save/metrics.jsonl") == undisturbed
 
 
 def test_a_time_limit_saves_and_requeues(cluster, undisturbed, tmp_path):
@@ -99,7 +71,7 @@ def test_a_time_limit_saves_and_requeues(cluster, undisturbed, tmp_path):
     job.wait(lambda: job.show("Restarts") == "1")
     assert job.end() == "COMPLETED", job.log
     saved_at = int(re.search(r"stopped at iteration (\d+): SIGUSR1", job.log)[1])
-    assert f"requeue of job {job.number}: stopped at iteration {saved_at}: SIGUSR1" in job.log
+    assert f"job {job.number} is to be continued: stopped at iteration {saved_at}: SIGUSR1" in job.log
     assert f"resumed from {tmp_path}/save/iter_{saved_at:07d} at iteration {saved_at}\n" in job.log
     assert losses(tmp_path / "save/metrics.jsonl") == undisturbed
     assert (tmp_path / "save/metrics.jsonl").read_text().count('"loss"') == ITERATIONS  # no step was done twice
@@ -127,11 +99,10 @@ def test_scancel_saves_and_the_same_command_goes_on_also_with_fewer_nodes(cluste
     cluster.run("scancel", job.number)
     assert job.end() == "CANCELLED" and job.show("Restarts") == "0"
     saved = list_iterations(tmp_path / "save")[-1]
-    assert f"stopped at iteration {saved}: SIGTERM" in job.log and "requeue of job" not in job.log
+    assert f"stopped at iteration {saved}: SIGTERM" in job.log and "to be continued" not in job.log
     fewer = tmp_path / "fewer"
     shutil.copytree(tmp_path / "save", fewer / "save")
-    options = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0"]
-    one_node, again = start(cluster, fewer, options=options), start(cluster, tmp_path)
+    one_node, again = start(cluster, fewer, options=ONE_NODE), start(cluster, tmp_path)
     assert (again.end(), one_node.end()) == ("COMPLETED", "COMPLETED"), again.log + one_node.log
     assert losses(tmp_path / "save/metrics.jsonl") == undisturbed
     assert "layout dp=1 x tp=2 x pp=1" in one_node.log and f"at iteration {saved}\n" in one_node.log
@@ -140,87 +111,128 @@ def test_scancel_saves_and_the_same_command_goes_on_also_with_fewer_nodes(cluste
     assert [found[i] for i in range(1, saved + 1)] == [undisturbed[i] for i in range(1, saved + 1)]
 
 
-def test_a_chain_of_jobs(cluster, undisturbed, tmp_path):
-    """Each goes on where the one before stopped, and waits for it."""
-    options = [f"--output={tmp_path}/%j.out", *TWO_NODES, SBATCH, *MODEL, "--exit-interval", "3"]
-    said = cluster.run("examples/slurm/chain.sh", 2, *options, SAVE=tmp_path / "save")
-    first, second = (Job(cluster, int(number)) for number in re.findall(r"^job (\d+)$", said, re.M))
-    assert (first.end(), second.end()) == ("COMPLETED", "COMPLETED"), first.log + second.log
-    assert "from iteration 3 to" in second.log
-    found = losses(tmp_path / "save/metrics.jsonl")
-    assert found == {i: undisturbed[i] for i in range(1, 7)}
+def test_a_preempted_job_saves_and_goes_on(cluster, undisturbed, tmp_path):
+    """With a GraceTime, in which SLURM takes a job that ends for a whole one, and without. Both at once, since most of
+    it is waiting; four ranks on a node are the same layout."""
+    jobs = {}
+    for partition, node in {"main": "node1", "spare": "node2"}.items():
+        (tmp_path / partition).mkdir()
+        options = [*ONE_NODE, "--ntasks-per-node=4", f"--partition={partition}", f"--nodelist={node}"]
+        jobs[partition] = start(cluster, tmp_path / partition, options=options)
+    for partition, job in jobs.items():
+        reach(job, tmp_path / partition, 8)
+    where = ["--partition=urgent", "--nodes=2", "--nodelist=node1,node2", "--exclusive"]
+    urgent = cluster.sbatch(*where, "--output=/dev/null", "--wrap=sleep 1")
+    assert urgent.end() == "COMPLETED"
+    for partition, job in jobs.items():
+        assert job.end() == "COMPLETED" and job.show("Restarts") == "1", job.log
+        assert ("is to be continued: it was preempted" in job.log) == (partition == "main"), job.log
+        saved_at = int(re.search(r"stopped at iteration (\d+): SIGTERM", job.log)[1])
+        assert f"at iteration {saved_at}\n" in job.log
+        metrics = tmp_path / partition / "save/metrics.jsonl"
+        assert losses(metrics) == undisturbed and metrics.read_text().count('"loss"') == ITERATIONS
 
 
-def trouble(cluster: Cluster, folder: Path, what: str, *flags: str) -> Job:
-    """A training that gets into trouble on 2 nodes x 2 ranks."""
-    step = f"srun --kill-on-bad-exit=1 python tests/trouble.py --save {folder}/save --load {folder}/save"
-    wrapped = " ".join([step, *MODEL, *flags])
-    return cluster.sbatch(f"--output={folder}/%j.out", *TWO_NODES, f"--wrap={wrapped}", TROUBLE=what)
+def supervised(cluster: Cluster, folder: Path, step: str, *options: str, **variables: str) -> Job:
+    """A job whose step, under supervise.sh with the folder `folder`, is a bash script."""
+    (folder / "step.sh").write_text(f"cd {folder}\n{step}\n")
+    (folder / "job.sh").write_text(
+        f"#!/bin/bash\nsource examples/slurm/supervise.sh\nsupervise {folder} bash {folder}/step.sh\n"
+    )
+    return cluster.sbatch(f"--output={folder}/%j.out", *options, folder / "job.sh", **variables)
 
 
-def test_a_rank_that_dies_takes_the_job_down_and_is_named(cluster, tmp_path):
-    job = trouble(cluster, tmp_path, "die 3 3")
+def test_a_warning_waits_until_a_run_can_hear_it(cluster, tmp_path):
+    """Without a step it would be lost; a rank that is still starting would be killed."""
+    rank = "sleep 2; trap 'echo heard; exit 0' USR1; echo new >owner.json; for i in {1..90}; do sleep 0.2; done; exit 1"
+    (tmp_path / "owner.json").write_text("old\n")
+    job = supervised(cluster, tmp_path, f'echo starting; sleep 2; exec srun bash -c "{rank}"')
+    job.wait(lambda: "starting" in job.log)
+    cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+    assert job.end() == "COMPLETED" and "heard" in job.log, job.log
+
+
+def test_what_a_job_ends_with_when_it_is_to_be_continued(cluster, tmp_path):
+    """A requeue that SLURM refuses is an error; in a chain none is asked for, and the job ends well."""
+    step = "echo saved at 3 >to-be-continued; exit 7"
+    alone = supervised(cluster, tmp_path, step, "--no-requeue")
+    assert alone.end() == "FAILED" and f"error: SLURM does not requeue job {alone.number}" in alone.log, alone.log
+    of_a_chain = supervised(cluster, tmp_path, step, REQUEUE="no")
+    assert of_a_chain.end() == "COMPLETED" and "is to be continued: saved at 3" in of_a_chain.log, of_a_chain.log
+    failed = supervised(cluster, tmp_path, "exit 7")  # what the others left is none of its business
+    assert failed.end() == "FAILED" and failed.show("ExitCode") == "7:0", failed.log
+
+
+def test_ranks_have_the_cpus_that_the_job_asked_for(cluster, tmp_path):
+    """Two tasks of two CPUs on a node of four: SLURM keeps them apart only when srun knows of both."""
+    step = 'unset SLURM_CPU_BIND; exec srun bash -c "grep Cpus_allowed_list: /proc/self/status"'
+    job = supervised(cluster, tmp_path, step, "--ntasks-per-node=2", "--cpus-per-task=2", "--exclusive")
+    assert job.end() == "COMPLETED", job.log
+    allowed = re.findall(r"Cpus_allowed_list:\s+(\S+)", job.log)
+    assert len(allowed) == 2 and allowed[0] != allowed[1], job.log
+
+
+TROUBLES = {"die 3 3": [], "fail 2 3": [], "sleep 1 3": ["--hang-timeout", "15"]}
+
+
+@pytest.fixture(scope="module")
+def troubled(cluster, tmp_path_factory) -> dict[str, tuple[Job, Path]]:
+    """Trainings that get into trouble on 2 nodes x 2 ranks, with their folders; side by side, as much is waiting."""
+    jobs = {}
+    for what, flags in TROUBLES.items():
+        folder = tmp_path_factory.mktemp("trouble")
+        step = f"srun --kill-on-bad-exit=1 python tests/trouble.py --save {folder}/save --load {folder}/save"
+        wrapped = " ".join([step, *MODEL, *flags])
+        job = cluster.sbatch(f"--output={folder}/%j.out", *TWO_NODES, f"--wrap={wrapped}", TROUBLE=what)
+        jobs[what] = job, folder
+    return jobs
+
+
+def test_a_rank_that_dies_takes_the_job_down_and_is_named(troubled):
+    job, _ = troubled["die 3 3"]
     assert job.end() == "FAILED", job.log
     died = r"^pretrain_gpt\.py: rank [012]: rank 3 on node\d \(process \d+\) died without a word \(last heard: "
     assert len(re.findall(died, job.log, re.M)) == 1 and "Traceback" not in job.log, job.log
 
 
-def test_a_rank_that_fails_takes_the_job_down_and_is_quoted(cluster, tmp_path):
-    job = trouble(cluster, tmp_path, "fail 2 3")
+def test_a_rank_that_fails_takes_the_job_down_and_is_quoted(troubled):
+    job, _ = troubled["fail 2 3"]
     assert job.end() == "FAILED", job.log
     assert job.log.count("Traceback (most recent call last)") == 1, job.log
     assert re.search(r"^\[rank2\]: ArithmeticError: this model is broken$", job.log, re.M), job.log
     assert len(re.findall(r"rank 2 on node\d failed: ArithmeticError: this model is broken$", job.log, re.M)) == 1
 
 
-def test_a_hang_is_explained(cluster, tmp_path):
-    job = trouble(cluster, tmp_path, "sleep 1 3", "--hang-timeout", "15")
+def test_a_hang_is_explained(troubled):
+    job, folder = troubled["sleep 1 3"]
     assert job.end() == "FAILED", job.log
     verdict = job.log.partition("HANG: ")[2]
     assert re.match(
         r"no progress for \d+ s, waiting for rank 1\n  rank 1 on node\d \(process \d+\): training, step 3", verdict
     )
     assert "missing from all_reduce of" in verdict and "time.sleep(1)" in verdict
-    assert (tmp_path / "save/hang-step-3.txt").read_text().count("--- rank") == 4
+    assert (folder / "save/hang-step-3.txt").read_text().count("--- rank") == 4
 
 
 def test_an_array_of_shards_and_their_merge(cluster, tmp_path):
-    """Three tasks and a merge after them make what one process makes."""
+    """Three tasks and a merge after them make what one process makes; a task can be done again by itself."""
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(f'{{"text": "document {i} says {"la " * (i % 7)}"}}\n' for i in range(2000)))
     flags = ["--input", corpus, "--tokenizer-type", "ByteTokenizer", "--append-eod"]
-    options = f"--cpus-per-task=1 --output={tmp_path}/%x-%j.out"
-    said = cluster.run("examples/slurm/preprocess.sh", tmp_path / "parts", *flags, SHARDS=3, ARRAY_OPTIONS=options)
+    options = ["--cpus-per-task=1", f"--output={tmp_path}/%x-%j.out"]
+    prefix = tmp_path / "parts"
+    said = cluster.run("examples/slurm/preprocess.sh", prefix, *flags, SHARDS=3, ARRAY_OPTIONS=" ".join(options))
     merge = Job(cluster, int(re.search(r"then merge (\d+)", said)[1]))
     cluster.run("python", "tools/preprocess_data.py", *flags, "--output-prefix", tmp_path / "whole", "--workers", 1)
     assert merge.end() == "COMPLETED", merge.log
     for suffix in (".bin", ".idx"):
         parts, whole = (tmp_path / f"{name}_text_document{suffix}" for name in ("parts", "whole"))
         assert parts.read_bytes() == whole.read_bytes()
-
-
-SHRUNK = dict(
-    num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=32, micro_batch_size=1, global_batch_size=8,
-    train_iters=2, lr_warmup_iters=1, eval_interval=0, eval_iters=0, mock_data=True, vocab_size=509, data_path=None,
-     tokenizer_type=None, vocab_file=None, merge_file=None, device="cpu",
-)  # fmt: skip
-
-
-def test_the_recipes_run_when_they_are_shrunk(cluster, tmp_path):
-    """Each keeps what can be kept of it on 4 ranks: stages, shape of the block, precision, recompute, reports."""
-    jobs = []
-    for recipe in sorted(ROOT.glob("examples/slurm/recipes/*.yaml")):
-        values = yaml.safe_load(recipe.read_text())
-        layout = {"tensor_model_parallel_size": min(2, values["tensor_model_parallel_size"])}
-        layout |= {"pipeline_model_parallel_size": min(2, values["pipeline_model_parallel_size"])}
-        smaller = {"ffn_hidden_size": 128} if "ffn_hidden_size" in values else {}
-        smaller |= {"num_query_groups": 2} if "num_query_groups" in values else {}
-        config = tmp_path / recipe.name
-        config.write_text(yaml.safe_dump(values | SHRUNK | layout | smaller))
-        where = ["--run-dir", tmp_path / recipe.stem, "--nodes", 2, "--ranks-per-node", 2, "--gpus-per-node", 0]
-        script = tmp_path / f"{recipe.stem}.sbatch"
-        script.write_text(cluster.run("python", "tools/submit.py", "--config", config, *where, "--dry-run"))
-        cluster.run("sbatch", "--test-only", script)
-        jobs.append(submit(cluster, tmp_path / recipe.stem, "--config", config))
-    for job in jobs:
-        assert job.end() == "COMPLETED" and "stopped at iteration 2: all 2 iterations are done" in job.log, job.log
+    shard = [tmp_path / f"parts_0001-of-0003_text_document{suffix}" for suffix in (".bin", ".idx", ".json")]
+    made = [path.read_bytes() for path in shard[:2]]
+    for path in shard:
+        path.unlink()
+    array = "examples/slurm/preprocess_array.sbatch"
+    again = cluster.sbatch("--array=1", *options, array, *flags, "--output-prefix", prefix, SHARDS=3)
+    assert again.end() == "COMPLETED", again.log
+    assert [path.read_bytes() for path in shard[:2]] == made
