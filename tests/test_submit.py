@@ -230,6 +230,13 @@ def test_a_cluster_file_sets_what_is_the_same_in_all_jobs(tmp_path):
     assert "No such file" in problems(*SOUND, "--cluster", str(tmp_path / "none.yaml"))[0]
 
 
+def test_the_cluster_file_of_the_docs_is_read(tmp_path):
+    (shown,) = re.findall(r"^```yaml\n(.*?)```", (ROOT / "docs/slurm.md").read_text(), re.M | re.S)
+    (tmp_path / "my.yaml").write_text(shown)
+    job, _ = read([*SOUND, "--cluster", str(tmp_path / "my.yaml")])
+    assert (job.account, job.time, job.options) == ("0123", "12:00:00", ("--constraint=a100", "--exclusive"))
+
+
 def test_other_folders_beside_the_copies_do_no_harm(job, tmp_path):
     for name in ("submitted-1.bak", "submitted-x", "submitted-9"):
         (tmp_path / "run" / name).mkdir(parents=True)

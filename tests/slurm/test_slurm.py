@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megalite.checkpoint.folder import list_iterations
-from tests.slurm.cluster import MARKS, TWO_NODES, Cluster, Job, losses, submit
+from tests.slurm.cluster import MARKS, ROOT, TWO_NODES, Cluster, Job, losses, submit
 
 pytestmark = MARKS
 
@@ -75,6 +75,12 @@ def test_a_time_limit_saves_and_requeues(cluster, undisturbed, tmp_path):
     assert f"resumed from {tmp_path}/save/iter_{saved_at:07d} at iteration {saved_at}\n" in job.log
     assert losses(tmp_path / "save/metrics.jsonl") == undisturbed
     assert (tmp_path / "save/metrics.jsonl").read_text().count('"loss"') == ITERATIONS  # no step was done twice
+    shown = re.search(r"^```text\n(.*?)```", (ROOT / "docs/slurm.md").read_text(), re.M | re.S)[1]
+    forms = [
+        re.sub(r"\d+", "N", text.replace(folder, "SAVE")).splitlines()
+        for text, folder in ((shown, "/shared/runs/7b"), (job.log, f"{tmp_path}/save"))
+    ]
+    assert set(forms[0]) <= set(forms[1]), job.log
 
 
 def test_a_node_that_fails_costs_the_steps_since_the_last_checkpoint(cluster, undisturbed, tmp_path):
