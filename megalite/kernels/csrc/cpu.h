@@ -56,9 +56,7 @@ inline V read(const T* p) {
 
 inline Floats floats(const float* p) { return read<Floats>(p); }
 
-inline Floats floats(const BFloat16* p) {
-  return bits_of<Floats>(__builtin_convertvector(read<Shorts>(p), Words) << 16);
-}
+inline Floats floats(const BFloat16* p) { return bits_of<Floats>(__builtin_convertvector(read<Shorts>(p), Words) << 16); }
 
 // 2^112 moves the exponent of fp16 to that of fp32, subnormal numbers included; infinity and NaN keep the largest.
 inline Floats floats(const Half* p) {
@@ -104,16 +102,18 @@ inline float reduce(V v, F combine) {
   }
 }
 
-// The lanes of a register. Steps lie side by side; the last one may be partly outside of the row.
-struct Simd {
+// The lanes of a register. Steps lie side by side; the last one may be partly outside of the row, unless kInner.
+template <bool kInner>
+struct Lanes {
   using V = Floats;
   using M = Ints;
   using U = Words;
   static constexpr int kWidth = kLanes;
-  static constexpr bool kKeepsInputs = false, kKeepsResults = true;
+  static constexpr bool kKeepsInputs = false, kKeepsResults = true, kHasInner = !kInner;
   float* scratch;  // two rows
   int64_t stride;
 
+  Lanes<true> inner() const { return {scratch, stride}; }
   int steps(int columns) const { return (columns + kWidth - 1) / kWidth; }
   int column(int k) const { return k * kWidth; }
   bool first() const { return true; }
@@ -126,7 +126,7 @@ struct Simd {
   V kept(int slot, int k) const { return read<V>(scratch + slot * stride + k * kWidth); }
 
   V inside(int c, int columns, V v, float otherwise) const {
-    if (c + kWidth <= columns) return v;
+    if (kInner || c + kWidth <= columns) return v;
     M index;
     for (int i = 0; i < kWidth; ++i) index[i] = i;
     return select(index < columns - c, v, otherwise);
@@ -135,14 +135,14 @@ struct Simd {
   // The first `visible` of `columns` elements, 0 in their place beyond.
   template <class T>
   V load(const T* p, int c, int visible, int columns) const {
-    if (c + kWidth <= columns) return inside(c, visible, floats(p + c), 0.f);
+    if (kInner || c + kWidth <= columns) return inside(c, visible, floats(p + c), 0.f);
     T part[kWidth] = {};
     for (int i = 0; c + i < visible; ++i) part[i] = p[c + i];
     return floats(part);
   }
 
   M load_mask(const uint8_t* p, int c, int visible, int columns) const {
-    if (c + kWidth <= columns) return __builtin_convertvector(read<Chars>(p + c), M) != 0;
+    if (kInner || c + kWidth <= columns) return __builtin_convertvector(read<Chars>(p + c), M) != 0;
     uint8_t part[kWidth] = {};
     for (int i = 0; c + i < visible; ++i) part[i] = p[c + i];
     return __builtin_convertvector(read<Chars>(part), M) != 0;
@@ -150,7 +150,7 @@ struct Simd {
 
   template <class T>
   void store(T* p, int c, int columns, V v) const {
-    if (c + kWidth <= columns) return write(p + c, v);
+    if (kInner || c + kWidth <= columns) return write(p + c, v);
     T part[kWidth];
     write(part, v);
     for (int i = 0; c + i < columns; ++i) p[c + i] = part[i];
@@ -186,7 +186,7 @@ struct Simd {
 
   // e^x = 2^n e^r with n the nearest integer to x / ln 2 (ln 2 in two parts, so that r is exact) and the polynomial of
   // Cephes' expf for e^r. Below 2^-126 it gives 0.
-  V exp(V x) const {
+  ROW_FN V exp(V x) const {
     const float round = 0x1.8p23f;  // adding it leaves n in the last bits
     const V shifted = x * 1.44269504f + round;
     const V n = shifted - round;
@@ -204,11 +204,11 @@ struct Simd {
 
   // A counter is a pair of 64-bit lanes here, of which Philox needs the low halves: products need no interleaving.
   static Longs multiply(Longs a, uint32_t b) {
-#if MEGALITE_LANES == 16 && defined(__AVX512F__)
-    return (Longs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
-#elif MEGALITE_LANES == 8 && defined(__AVX2__)
+#if MEGALITE_LANES == 16
+    return (Longs)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));  // not the plain one: GCC 12 warns
+#elif MEGALITE_LANES == 8
     return (Longs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
-#elif MEGALITE_LANES == 4 && defined(__SSE2__)
+#elif defined(__SSE2__)
     return (Longs)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
 #else
     return (a & 0xffffffff) * b;
@@ -224,11 +224,13 @@ struct Simd {
     even[0] += static_cast<uint64_t>(start);
     odd[0] = even[0] + 1;
     for (int w = 1; w < 4; ++w) odd[w] = even[w] = Longs{} + counter.word[w - 1];
-    philox<Simd>(even, key[0], key[1]);
-    philox<Simd>(odd, key[0], key[1]);
+    philox<Lanes>(even, key[0], key[1]);
+    philox<Lanes>(odd, key[0], key[1]);
     for (int w = 0; w < 4; ++w) words[w] = (U)((even[w] & 0xffffffff) | odd[w] << 32);
   }
 };
+
+using Simd = Lanes<false>;
 
 template <class F>
 inline void by_type(Type type, F f) {

@@ -32,6 +32,7 @@ struct GpuLanes {
   using V = float;
   using U = uint32_t;
   static constexpr int kWidth = kWarp;
+  static constexpr bool kHasInner = false;
   int lane;
 
   __device__ __forceinline__ float splat(float f) const { return f; }

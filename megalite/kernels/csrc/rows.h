@@ -62,39 +62,50 @@ ROW_FN void philox(Word (&x)[4], uint32_t key0, uint32_t key1) {
   }
 }
 
-// f(k) for every step of the row.
+// f(g, k) for every step of the row; on a CPU the g of steps that lie inside of the row looks for no end.
 template <class L, class F>
 ROW_FN void each(const L& g, int columns, F f) {
+  int k = 0;
+  if constexpr (L::kHasInner)
+    for (; k < columns / L::kWidth; ++k) f(g.inner(), k);
   ROW_UNROLL
-  for (int k = 0; k < g.steps(columns); ++k) f(k);
+  for (; k < g.steps(columns); ++k) f(g, k);
 }
 
-// f(k, kept) for every step: which elements dropout keeps. 64 columns on, the same counter's next word decides.
+// f(g, k, kept) for the steps of a block of 256 columns: which elements dropout keeps. 64 columns on, the same counter's
+// next word decides.
 template <class L, class F>
-ROW_FN void each_with_dropout(const L& g, int columns, const Dropout& dropout, const Counter& counter, F f) {
+ROW_FN void each_of_block(const L& g, int first, int steps, const Dropout& dropout, const Counter& counter, F f) {
   constexpr int kSlots = kPlane / L::kWidth;
+  typename L::U words[kSlots][4];
   ROW_UNROLL
-  for (int first = 0; first < g.steps(columns); first += 4 * kSlots) {
-    typename L::U words[kSlots][4];
+  for (int slot = 0; slot < kSlots; ++slot)
+    if (first + slot < steps) g.random(words[slot], g.column(first) / 4 + slot * L::kWidth, counter, dropout.key);
+  ROW_UNROLL
+  for (int w = 0; w < 4; ++w) {  // all words first, so that memory is read in order
     ROW_UNROLL
-    for (int slot = 0; slot < kSlots; ++slot)
-      if (first + slot < g.steps(columns))
-        g.random(words[slot], g.column(first) / 4 + slot * L::kWidth, counter, dropout.key);
-    ROW_UNROLL
-    for (int w = 0; w < 4; ++w) {  // all words first, so that memory is read in order
-      ROW_UNROLL
-      for (int slot = 0; slot < kSlots; ++slot) {
-        const int k = first + w * kSlots + slot;
-        if (k < g.steps(columns)) f(k, words[slot][w] > dropout.limit);
-      }
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const int k = first + w * kSlots + slot;
+      if (k < steps) f(g, k, words[slot][w] > dropout.limit);
     }
   }
+}
+
+template <class L, class F>
+ROW_FN void each_with_dropout(const L& g, int columns, const Dropout& dropout, const Counter& counter, F f) {
+  constexpr int kSteps = kBlock / L::kWidth;
+  int first = 0;
+  if constexpr (L::kHasInner)
+    for (; first + kSteps <= columns / L::kWidth; first += kSteps)
+      each_of_block(g.inner(), first, first + kSteps, dropout, counter, f);
+  ROW_UNROLL
+  for (; first < g.steps(columns); first += kSteps) each_of_block(g, first, g.steps(columns), dropout, counter, f);
 }
 
 template <bool kDropout, class L, class F>
 ROW_FN void each_element(const L& g, int columns, const Dropout& dropout, const Counter& counter, F f) {
   if constexpr (kDropout) each_with_dropout(g, columns, dropout, counter, f);
-  else each(g, columns, [&](int k) { f(k, true); });
+  else each(g, columns, [&](const auto& g, int k) { f(g, k, true); });
 }
 
 template <bool kKept, class L, class F>
