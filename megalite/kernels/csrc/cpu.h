@@ -148,6 +148,9 @@ struct Lanes {
     return __builtin_convertvector(read<Chars>(part), M) != 0;
   }
 
+  void will_read(const void* p) const { __builtin_prefetch(p, 0); }
+  void will_write(const void* p) const { __builtin_prefetch(p, 1); }
+
   template <class T>
   void store(T* p, int c, int columns, V v) const {
     if (kInner || c + kWidth <= columns) return write(p + c, v);

@@ -12,8 +12,10 @@
 
 #if defined(__CUDACC__) || defined(MEGALITE_EMULATION)
 #define ROW_FN __device__ __forceinline__
+#define ROW_APART ROW_FN
 #else
 #define ROW_FN inline __attribute__((always_inline))
+#define ROW_APART __attribute__((noinline))  // has all registers for itself
 #endif
 #ifdef __CUDACC__
 #define ROW_UNROLL _Pragma("unroll")

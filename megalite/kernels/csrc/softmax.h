@@ -34,6 +34,7 @@ ROW_FN float softmax_forward_row(const L& g, const Softmax& a, const T* x, const
   auto top = g.splat(-kInfinity);
   each(g, visible, [&](const auto& g, int k) {
     const auto v = input(g, k);
+    g.will_read(x + columns + g.column(k));  // of the next row: the processor's own look ahead ends with this one
     if constexpr (L::kKeepsInputs) g.keep(0, k, v);
     top = g.max(v, top);  // of a NaN and a number, the number: the NaN will reach the sum
   });
@@ -45,6 +46,7 @@ ROW_FN float softmax_forward_row(const L& g, const Softmax& a, const T* x, const
   auto sums = g.splat(0.f);
   each(g, visible, [&](const auto& g, int k) {
     const auto v = power(g, k);
+    g.will_write(y + g.column(k));
     if constexpr (L::kKeepsResults) g.keep(0, k, v);
     sums = sums + v;
   });
@@ -73,6 +75,8 @@ ROW_FN void softmax_backward_row(const L& g, const Softmax& a, const T* dy, cons
   auto sums = g.splat(0.f);
   each(g, visible, [&](const auto& g, int k) {
     const auto p = load(g, y, k), d = load(g, dy, k);
+    g.will_read(y + columns + g.column(k));
+    g.will_read(dy + columns + g.column(k));
     if constexpr (L::kKeepsInputs) g.keep(0, k, p), g.keep(1, k, d);
     sums = sums + p * d;
   });
@@ -97,6 +101,8 @@ ROW_FN void softmax_dropout_backward_row(const L& g, const Softmax& a, const T* 
   auto sums = g.splat(0.f);
   each_with_dropout(g, visible, a.dropout, counter, [&](const auto& g, int k, auto kept) {
     const auto p = power(g, k), d = dropped(g, k, kept);
+    g.will_read(x + columns + g.column(k));
+    g.will_read(dy + columns + g.column(k));
     if constexpr (L::kKeepsResults) g.keep(0, k, p), g.keep(1, k, d);
     sums = sums + p * d;
   });
@@ -110,7 +116,7 @@ ROW_FN void softmax_dropout_backward_row(const L& g, const Softmax& a, const T* 
 }
 
 template <bool kDropout, class T, class L>
-ROW_FN void softmax_forward(const L& g, const Softmax& a, int64_t row) {
+ROW_APART void softmax_forward(const L& g, const Softmax& a, int64_t row) {
   const int64_t columns = a.shape.columns, query = row % a.shape.size[2];
   const int visible = static_cast<int>(a.causal && query + 1 < columns ? query + 1 : columns);
   const float lse = softmax_forward_row<kDropout>(
@@ -120,7 +126,7 @@ ROW_FN void softmax_forward(const L& g, const Softmax& a, int64_t row) {
 }
 
 template <bool kDropout, class T, class L>
-ROW_FN void softmax_backward(const L& g, const Softmax& a, int64_t row) {
+ROW_APART void softmax_backward(const L& g, const Softmax& a, int64_t row) {
   const int64_t columns = a.shape.columns, query = row % a.shape.size[2];
   const int visible = static_cast<int>(a.causal && query + 1 < columns ? query + 1 : columns);
   const T* dy = static_cast<const T*>(a.grad) + row * columns;
