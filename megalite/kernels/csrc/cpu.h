@@ -1,7 +1,7 @@
-// The kernels for one instruction set. Each cpu_*.cpp sets MEGALITE_LANES and its target, then includes this file, so
-// that all of it is compiled for that target. Everything is inlined or lies in an unnamed namespace: nothing can stand
-// in for the code of another target when they are linked. For the same reason no templates of the standard library are
-// used.
+// The kernels for one instruction set. Each cpu_*.cpp sets MEGALITE_LANES and, if it needs one, MEGALITE_TARGET, then
+// includes this file, so that all of it is compiled for that target. Everything is inlined or lies in an unnamed
+// namespace: nothing can stand in for the code of another target when they are linked. For the same reason no templates
+// of the standard library are used.
 #include <math.h>
 #include <string.h>
 #ifdef __x86_64__
@@ -12,7 +12,18 @@
 
 #define MEGALITE_EXPORT extern "C" __attribute__((visibility("default")))
 
-MEGALITE_TARGET_BEGIN
+#define MEGALITE_PRAGMA(words) _Pragma(#words)
+#ifdef __clang__
+#define MEGALITE_BEGIN(set) MEGALITE_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define MEGALITE_END _Pragma("clang attribute pop")
+#else
+#define MEGALITE_BEGIN(set) _Pragma("GCC push_options") MEGALITE_PRAGMA(GCC target(set))
+#define MEGALITE_END _Pragma("GCC pop_options")
+#endif
+
+#ifdef MEGALITE_TARGET
+MEGALITE_BEGIN(MEGALITE_TARGET)
+#endif
 
 #include "activation.h"
 #include "cross_entropy.h"
@@ -56,7 +67,9 @@ inline V read(const T* p) {
 
 inline Floats floats(const float* p) { return read<Floats>(p); }
 
-inline Floats floats(const BFloat16* p) { return bits_of<Floats>(__builtin_convertvector(read<Shorts>(p), Words) << 16); }
+inline Floats floats(const BFloat16* p) {
+  return bits_of<Floats>(__builtin_convertvector(read<Shorts>(p), Words) << 16);
+}
 
 // 2^112 moves the exponent of fp16 to that of fp32, subnormal numbers included; infinity and NaN keep the largest.
 inline Floats floats(const Half* p) {
@@ -253,4 +266,6 @@ inline void by_type(Type type, F f) {
   }
 MEGALITE_KERNELS(MEGALITE_DEFINE)
 
-MEGALITE_TARGET_END
+#ifdef MEGALITE_TARGET
+MEGALITE_END
+#endif
