@@ -55,15 +55,15 @@ DEVICES = tuple(device for device in ("cpu", "cuda") if _has(device))
 def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable:
     """Decorates a function that becomes the operator megalite::name.
 
-    It raises NotImplementedError where forward-mode derivatives are taken, which no operator here has: torch itself would
-    give tangents of zero without a word.
+    It raises NotImplementedError where forward-mode derivatives are taken, which no operator here has: torch itself
+    would give tangents of zero without a word.
     """
 
     def define(body: Callable):
         @wraps(body)
         def checked(*args, **kwargs):
             if forward_ad._current_level >= 0:
-                raise NotImplementedError(f"megalite::{name} has no forward-mode derivative (jvp, jacfwd, dual tensors)")
+                raise NotImplementedError(f"megalite::{name} has no forward-mode derivative (jvp, dual tensors)")
             return body(*args, **kwargs)
 
         return torch.library.custom_op(f"megalite::{name}", checked, mutates_args=mutates)

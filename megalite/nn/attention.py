@@ -57,7 +57,6 @@ def fused_softmax_attention(q, k, v, dropout, causal: bool, mask: torch.Tensor |
     return (scaled_causal_softmax if causal else scaled_softmax)(scores, scale, dropout) @ v
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look inside, and need not
 @cache
 def torch_kernel(
     device: torch.device, dtype: torch.dtype, repeat: int, head_size: int, masked: bool, causal: bool
@@ -69,6 +68,12 @@ def torch_kernel(
     causal = causal and not masked
     choice = torch._fused_sdp_choice(q, q[:, :1], q[:, :1], mask, 0.0, causal, enable_gqa=repeat > 1)
     return None if choice == SDPBackend.MATH.value else SDPBackend(choice).name.lower().replace("_", " ")
+
+
+@torch.compiler.assume_constant_result
+def _torch_kernel(*arguments) -> str | None:
+    """The same for torch.compile, which would trace what a cached function does."""
+    return torch_kernel(*arguments)
 
 
 class Attention(nn.Module):
@@ -127,7 +132,7 @@ class Attention(nn.Module):
             return "eager", "dropout draws from --rng-scheme megatron's streams"
         if p > 0:
             return "fused-softmax", "it drops weights by counting, as torch's fused attention cannot"
-        kernel = torch_kernel(x.device, x.dtype, self.queries_per_group, self.head_size, masked, self.causal)
+        kernel = _torch_kernel(x.device, x.dtype, self.queries_per_group, self.head_size, masked, self.causal)
         if kernel is None and native.takes(x):
             return "fused-softmax", "nothing is dropped, but torch has no fused attention for this"
         return "sdpa", f"nothing is dropped; torch's {kernel or 'operations: it has no fused attention for this'}"

@@ -52,7 +52,7 @@ def test_any_shape_and_strides(body, kind, data):
 @EXAMPLES
 @given(st.data())
 def test_rotary_of_any_shape_and_strides(body, data):
-    """Heads that are a part of a larger tensor, as queries of qkv are; tables of positions, of samples too, or of one."""
+    """Heads that are a part of a larger tensor, as queries of qkv are; tables of positions, samples, or one row."""
     shape = [data.draw(st.integers(1, 5)) for _ in range(3)]
     d, dtype = 2 * data.draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 300]))), data.draw(dtypes)
     how, seed = data.draw(st.sampled_from(["contiguous", "transposed", "spread"])), data.draw(st.integers(0, 1000))

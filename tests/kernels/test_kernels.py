@@ -268,8 +268,8 @@ def test_clang_builds_every_instruction_set(tmp_path):
 @pytest.mark.skipif(bool(ASAN), reason="already under AddressSanitizer")
 @pytest.mark.timeout(900)
 def test_no_access_out_of_bounds(tmp_path):
-    """The tests again in a process under AddressSanitizer, which knows where each array ends: of the CPU all, of the CUDA
-    sources, whose threads see single elements of whatever type, those of fp32."""
+    """The tests again in a process under AddressSanitizer, which knows where each array ends: of the CPU all, of the
+    CUDA sources, whose threads see single elements of whatever type, those of fp32."""
     sanitize = ("-O1", "-g1", "-fsanitize=address")
     bare.build(tmp_path, False, *sanitize).rename(tmp_path / "cpu.so")
     if bare.CUDA_INCLUDE:
