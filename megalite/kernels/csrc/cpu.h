@@ -246,8 +246,6 @@ struct Lanes {
   }
 };
 
-using Simd = Lanes<false>;
-
 template <class F>
 inline void by_type(Type type, F f) {
   if (type == Type::kFloat) f(float{});
@@ -259,7 +257,7 @@ inline void by_type(Type type, F f) {
 
 #define MEGALITE_DEFINE(kernel, Arguments)                                                                        \
   MEGALITE_EXPORT void MEGALITE_NAME(kernel)(const Arguments& a, int64_t begin, int64_t end, float* scratch) {    \
-    const Simd lanes{scratch, (a.shape.columns + kLanes - 1) / kLanes * kLanes};                                  \
+    const Lanes<false> lanes{scratch, (a.shape.columns + kLanes - 1) / kLanes * kLanes};                          \
     by_type(a.type, [&](auto zero) {                                                                              \
       for (int64_t row = begin; row < end; ++row) kernel<decltype(zero)>(lanes, a, row);                          \
     });                                                                                                           \

@@ -6,7 +6,9 @@
 //
 // A group may have room for values between passes over the row: for what it read (kKeepsInputs: registers of a warp)
 // and for what it computed (kKeepsResults: those, or a CPU's scratch row, which stays in cache). Otherwise it reads and
-// computes them again, so that rows may be of any length.
+// computes them again, so that rows may be of any length. On a CPU, g.inner() (kHasInner) is the group for steps that lie
+// inside of the row: it never looks for the end, so that the loop over them is short. will_read and will_write tell the
+// processor's cache what comes.
 #pragma once
 #include "arguments.h"
 
@@ -15,7 +17,7 @@
 #define ROW_APART ROW_FN
 #else
 #define ROW_FN inline __attribute__((always_inline))
-#define ROW_APART __attribute__((noinline))  // has all registers for itself
+#define ROW_APART __attribute__((noinline))  // so that it has all registers for itself
 #endif
 #ifdef __CUDACC__
 #define ROW_UNROLL _Pragma("unroll")
@@ -64,7 +66,7 @@ ROW_FN void philox(Word (&x)[4], uint32_t key0, uint32_t key1) {
   }
 }
 
-// f(g, k) for every step of the row; on a CPU the g of steps that lie inside of the row looks for no end.
+// f(g, k) for every step of the row.
 template <class L, class F>
 ROW_FN void each(const L& g, int columns, F f) {
   int k = 0;
