@@ -7,8 +7,8 @@
     OMP_NUM_THREADS=1 python benchmarks/kernels.py memory
     OMP_NUM_THREADS=1 python benchmarks/training.py --dropout 0.1       # whole steps
 
-Each measurement allocates its outputs, as training does, but for `bandwidth`. A row gives medians over the rounds; ratios are of times of
-one round, above 1 where ours is faster, with the range of the middle half in brackets.
+Each measurement allocates its outputs, as training does, but for `bandwidth`. A row gives medians over the rounds;
+ratios are of times of one round, above 1 where ours is faster, with the range of the middle half in brackets.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,18 +98,17 @@ def bandwidth(rounds: int) -> None:
     """Scaled causal softmax of 67 million scores, much more than a cache holds, beside a copy of them, in memory that
     is there already: how near the kernel comes to what the memory can do."""
     print("| scores | ms, forward | ms, backward | copy / forward | copy / backward |\n|---|---|---|---|---|")
+    own, dropout = torch.ops.megalite, (None, None, 0, 0, 0, 0, 1.0)  # there is none
     for name, dtype in DTYPES.items():
         for shape in ((512, 8, 128, 128), (32, 8, 512, 512), (8, 8, 1024, 1024), (2, 8, 2048, 2048)):
             x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
             y, out, lse = torch.empty_like(x), torch.empty_like(x), torch.empty(shape[:-1])
-            nothing = (None, None, 0, 0, 0, 0, 1.0)  # dropout
-            own = torch.ops.megalite
+            forward = (x, None, True, 0.125, *dropout, y, lse)
+            backward = (grad, None, y, None, True, 0.125, *dropout, out, lse)
             sides = {
-                "copy": lambda x=x, out=out: out.copy_(x),
-                "forward": lambda x=x, y=y, lse=lse: own._softmax_forward(x, None, True, 0.125, *nothing, y, lse),
-                "backward": lambda grad=grad, y=y, out=out, lse=lse: own._softmax_backward(
-                    grad, None, y, None, True, 0.125, *nothing, out, lse
-                ),
+                "copy": partial(out.copy_, x),
+                "forward": partial(own._softmax_forward, *forward),
+                "backward": partial(own._softmax_backward, *backward),
             }
             times = in_turn(sides, rounds)
             ms = (f"{statistics.median(times[side]):.1f}" for side in ("forward", "backward"))

@@ -45,7 +45,8 @@ def test_any_shape_and_strides(body, kind, data):
     allowed = family.ROUNDINGS * wide + (2 + rows) * family.UNITS[dtype]
     for ours, theirs in [(y, expected), *zip(got, wanted)]:
         if theirs is not None:
-            scale = max(theirs.abs().max().item(), 1e-3 * expected.abs().max().item())
+            # What is summed may be as large as the gradient that comes in, and cancel.
+            scale = max(theirs.abs().max().item(), grad.abs().max().item(), 1e-3 * expected.abs().max().item())
             assert ours.dtype == dtype and (ours - theirs).abs().max() <= allowed * scale
 
 
