@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("megalite/kernels/csrc")
@@ -70,7 +71,12 @@ class BuildKernels(build_ext):
         try:
             super().run()
         except Exception as problem:
-            say(f"native kernels: {problem}")
+            self.give_up(problem)
+
+    def give_up(self, problem):
+        """Say why, and leave a package of Python alone."""
+        say(f"native kernels: {problem}")
+        self.distribution.ext_modules = None
 
     def build_extension(self, extension):
         """Compile the .cu sources to objects, then leave the rest to setuptools."""
@@ -83,7 +89,7 @@ class BuildKernels(build_ext):
         try:
             super().build_extension(extension)
         except Exception as problem:
-            say(f"native kernels: {problem}")
+            self.give_up(problem)
 
     def add_cuda(self, extension, nvcc, libraries):
         """Add the CUDA part; raises when nvcc fails, with the extension as it was."""
@@ -105,6 +111,16 @@ class BuildKernels(build_ext):
     def get_export_symbols(self, extension):
         """None: there is no PyInit, torch loads the library."""
         return []
+
+
+class Wheel(bdist_wheel):
+    """bdist_wheel that looks after building, not before, whether the wheel is for one platform or for any."""
+
+    def run(self):
+        """Build, then make the wheel of what there is."""
+        self.run_command("build")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
 
 
 def kernels() -> list[Extension]:
@@ -131,6 +147,6 @@ def kernels() -> list[Extension]:
 
 setup(
     ext_modules=kernels(),
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"bdist_wheel": Wheel, "build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -2,12 +2,13 @@
 """The kernels beside what they stand in for, in turn: plain PyTorch and, for softmax, torch.compile.
 
     OMP_NUM_THREADS=1 python benchmarks/kernels.py softmax
+    OMP_NUM_THREADS=1 python benchmarks/kernels.py bandwidth
     OMP_NUM_THREADS=1 python benchmarks/kernels.py family
     OMP_NUM_THREADS=1 python benchmarks/kernels.py memory
     OMP_NUM_THREADS=1 python benchmarks/training.py --dropout 0.1       # whole steps
 
-Each measurement allocates its outputs, as training does. A row gives medians over the rounds; ratios are of times of
-one round, above 1 where ours is faster, with the range of the middle half in brackets.
+Each measurement allocates its outputs, as training does, but for `bandwidth`. A row gives medians over the rounds;
+ratios are of times of one round, above 1 where ours is faster, with the range of the middle half in brackets.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,6 +92,28 @@ def softmax(rounds: int) -> None:
                 ours = times["ours"]
                 shown = " | ".join(ratio(times[side], ours) for side in ("eager", "compiled", "clone"))
                 print(f"| {name} {list(shape)} | {what} | {statistics.median(ours):.1f} | {shown} |", flush=True)
+
+
+def bandwidth(rounds: int) -> None:
+    """Scaled causal softmax of 67 million scores, much more than a cache holds, beside a copy of them, in memory that
+    is there already: how near the kernel comes to what the memory can do."""
+    print("| scores | ms, forward | ms, backward | copy / forward | copy / backward |\n|---|---|---|---|---|")
+    own, dropout = torch.ops.megalite, (None, None, 0, 0, 0, 0, 1.0)  # there is none
+    for name, dtype in DTYPES.items():
+        for shape in ((512, 8, 128, 128), (32, 8, 512, 512), (8, 8, 1024, 1024), (2, 8, 2048, 2048)):
+            x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
+            y, out, lse = torch.empty_like(x), torch.empty_like(x), torch.empty(shape[:-1])
+            forward = (x, None, True, 0.125, *dropout, y, lse)
+            backward = (grad, None, y, None, True, 0.125, *dropout, out, lse)
+            sides = {
+                "copy": partial(out.copy_, x),
+                "forward": partial(own._softmax_forward, *forward),
+                "backward": partial(own._softmax_backward, *backward),
+            }
+            times = in_turn(sides, rounds)
+            ms = (f"{statistics.median(times[side]):.1f}" for side in ("forward", "backward"))
+            ratios = (ratio(times["copy"], times[side]) for side in ("forward", "backward"))
+            print(f"| {name} {list(shape)} | {' | '.join((*ms, *ratios))} |", flush=True)
 
 
 def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable, list[torch.Tensor]]]:
@@ -250,7 +274,7 @@ def memory() -> None:
 def main() -> None:
     """Read the flags and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["softmax", "family", "memory"])
+    parser.add_argument("what", choices=["softmax", "bandwidth", "family", "memory"])
     parser.add_argument("--rounds", type=int, default=15, help="times that each side is measured")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
@@ -258,7 +282,7 @@ def main() -> None:
     if args.what == "memory":
         memory()
     else:
-        {"softmax": softmax, "family": family}[args.what](args.rounds)
+        {"softmax": softmax, "bandwidth": bandwidth, "family": family}[args.what](args.rounds)
 
 
 if __name__ == "__main__":

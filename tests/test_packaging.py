@@ -104,6 +104,7 @@ def test_without_torch_in_the_build_environment_the_wheel_is_pure_python(tmp_pat
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
+    assert wheel.filename.endswith("-py3-none-any.whl")
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert held == {str(path.relative_to(ROOT)) for path in SOURCES}
 

@@ -10,7 +10,7 @@ from megalite.kernels import native
 GELU = "tanh"
 
 
-@torch.library.custom_op("megalite::bias_gelu", mutates_args=())
+@native.operator("bias_gelu")
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """gelu(x + bias) for x [..., columns] and bias [columns] or None."""
     _check_bias_gelu(x, bias)
@@ -21,7 +21,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return y
 
 
-@torch.library.custom_op("megalite::bias_gelu_backward", mutates_args=())
+@native.operator("bias_gelu_backward")
 def bias_gelu_backward(grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The gradient of x + bias."""
     if not native.takes(x) or x.numel() == 0:
@@ -63,7 +63,7 @@ bias_gelu.register_autograd(
 )
 
 
-@torch.library.custom_op("megalite::swiglu", mutates_args=())
+@native.operator("swiglu")
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for x [..., 2 f], gate and up one after the other -> [..., f]."""
     _check_swiglu(x)
@@ -75,7 +75,7 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@torch.library.custom_op("megalite::swiglu_backward", mutates_args=())
+@native.operator("swiglu_backward")
 def swiglu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The gradient of x."""
     if not native.takes(x) or x.numel() == 0:

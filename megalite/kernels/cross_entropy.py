@@ -25,7 +25,7 @@ def _check(logits: torch.Tensor, labels: torch.Tensor, valid: int) -> None:
         )
 
 
-@torch.library.custom_op("megalite::cross_entropy_statistics", mutates_args=())
+@native.operator("cross_entropy_statistics")
 def cross_entropy_statistics(
     logits: torch.Tensor, labels: torch.Tensor, valid: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ def cross_entropy_statistics(
     return top, (x - shift.unsqueeze(-1)).exp_().sum(dim=-1), target
 
 
-@torch.library.custom_op("megalite::cross_entropy_gradient_", mutates_args=("logits",))
+@native.operator("cross_entropy_gradient_", mutates=("logits",))
 def cross_entropy_gradient_(
     logits: torch.Tensor, labels: torch.Tensor, valid: int, lse: torch.Tensor, grad: torch.Tensor
 ) -> None:

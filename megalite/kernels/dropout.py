@@ -93,7 +93,7 @@ def _check(x, bias, residual, rows, samples, p) -> None:
     check_dropout(x, rows, samples, p)
 
 
-@torch.library.custom_op("megalite::bias_dropout_add", mutates_args=())
+@native.operator("bias_dropout_add")
 def bias_dropout_add(
     x: torch.Tensor,
     bias: torch.Tensor | None,

@@ -5,9 +5,12 @@ is the reference and runs everywhere, and a kernel in csrc/. `takes` says which 
 """
 
 import os
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from megalite.kernels.philox import MASK
 
@@ -47,6 +50,25 @@ def _has(device: str) -> bool:
 
 DEVICES = tuple(device for device in ("cpu", "cuda") if _has(device))
 """Types of devices that have native kernels."""
+
+
+def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable:
+    """Decorates a function that becomes the operator megalite::name.
+
+    It raises NotImplementedError where forward-mode derivatives are taken, which no operator here has: torch itself
+    would give tangents of zero without a word.
+    """
+
+    def define(body: Callable):
+        @wraps(body)
+        def checked(*args, **kwargs):
+            if forward_ad._current_level >= 0:
+                raise NotImplementedError(f"megalite::{name} has no forward-mode derivative (jvp, dual tensors)")
+            return body(*args, **kwargs)
+
+        return torch.library.custom_op(f"megalite::{name}", checked, mutates_args=mutates)
+
+    return define
 
 
 def takes(x: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ def rms_norm(
     return y, x if residual is None else s
 
 
-@torch.library.custom_op("megalite::rms_norm", mutates_args=())
+@native.operator("rms_norm")
 def rms_norm_forward(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,7 +41,7 @@ def rms_norm_forward(
     return y, s, scale
 
 
-@torch.library.custom_op("megalite::rms_norm_backward", mutates_args=())
+@native.operator("rms_norm_backward")
 def rms_norm_backward(
     grad: torch.Tensor, grad_sum: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return turn(x, cos, sin, False)
 
 
-@torch.library.custom_op("megalite::rotary", mutates_args=())
+@native.operator("rotary")
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
     """`rotary`, or when `inverse` the same by the opposite angles, which is its gradient."""
     _check(x, cos, sin)

@@ -53,7 +53,7 @@ def _softmax(x, scale, mask, causal, dropout) -> torch.Tensor:
     return softmax(x, scale, mask, causal, rows, samples, place, *key, p)[0]
 
 
-@torch.library.custom_op("megalite::scaled_softmax", mutates_args=())
+@native.operator("scaled_softmax")
 def softmax(
     x: torch.Tensor,
     scale: float,
@@ -80,7 +80,7 @@ def softmax(
     return y, lse
 
 
-@torch.library.custom_op("megalite::scaled_softmax_backward", mutates_args=())
+@native.operator("scaled_softmax_backward")
 def softmax_backward(
     grad: torch.Tensor,
     lse: torch.Tensor,

@@ -1,10 +1,13 @@
 """Self-attention, multi-head or grouped-query (Ainslie et al. 2023), heads split over tensor-parallel ranks."""
 
 import math
+from functools import cache
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 
+from megalite.kernels import native
 from megalite.kernels.softmax import scaled_causal_softmax, scaled_masked_softmax, scaled_softmax
 from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.nn.dropout import AttentionDropout
@@ -54,18 +57,23 @@ def fused_softmax_attention(q, k, v, dropout, causal: bool, mask: torch.Tensor |
     return (scaled_causal_softmax if causal else scaled_softmax)(scores, scale, dropout) @ v
 
 
-def choose_backend(wanted: str, dropout: float, streams: bool) -> tuple[str, str]:
-    """(backend, reason) for --attention-backend and this probability of dropping weights; `streams`: dropout draws from
-    streams of random numbers (--rng-scheme megatron). Raises ValueError where the wanted one cannot."""
-    if dropout > 0 and (wanted == "sdpa" or (wanted == "fused-softmax" and streams)):
-        raise ValueError(f"attention by {wanted} cannot drop weights as this random-number scheme says")
-    if wanted != "auto":
-        return wanted, f"--attention-backend {wanted}"
-    if dropout == 0:
-        return "sdpa", "nothing is dropped"
-    if streams:
-        return "eager", "dropout draws from --rng-scheme megatron's streams"
-    return "fused-softmax", "it drops weights by counting, as torch's fused attention cannot"
+@cache
+def torch_kernel(
+    device: torch.device, dtype: torch.dtype, repeat: int, head_size: int, masked: bool, causal: bool
+) -> str | None:
+    """The fused kernel that scaled_dot_product_attention takes for such tensors, `repeat` query heads to one of keys;
+    None where it has none and would form the scores."""
+    q = torch.empty(1, repeat, 16, head_size, device=device, dtype=dtype, requires_grad=True)
+    mask = torch.ones(1, 1, 16, 16, device=device, dtype=torch.bool) if masked else None
+    causal = causal and not masked
+    choice = torch._fused_sdp_choice(q, q[:, :1], q[:, :1], mask, 0.0, causal, enable_gqa=repeat > 1)
+    return None if choice == SDPBackend.MATH.value else SDPBackend(choice).name.lower().replace("_", " ")
+
+
+@torch.compiler.assume_constant_result
+def _torch_kernel(*arguments) -> str | None:
+    """The same for torch.compile, which would trace what a cached function does."""
+    return torch_kernel(*arguments)
 
 
 class Attention(nn.Module):
@@ -112,10 +120,27 @@ class Attention(nn.Module):
             y = self._core(q, k, v, mask, samples)
         return self.output(y.permute(2, 0, 1, 3).flatten(2))
 
+    def backend(self, x: torch.Tensor, masked: bool) -> tuple[str, str]:
+        """(backend, reason) for tensors of x's dtype and device, as training or evaluation has it. Raises ValueError
+        where the wanted one cannot drop weights."""
+        p, streams = self.dropout.p if self.training else 0.0, isinstance(self.rng, RngTracker)
+        if p > 0 and (self.wanted == "sdpa" or (self.wanted == "fused-softmax" and streams)):
+            raise ValueError(f"attention by {self.wanted} cannot drop weights as this random-number scheme says")
+        if self.wanted != "auto":
+            return self.wanted, f"--attention-backend {self.wanted}"
+        if p > 0 and streams:
+            return "eager", "dropout draws from --rng-scheme megatron's streams"
+        if p > 0:
+            return "fused-softmax", "it drops weights by counting, as torch's fused attention cannot"
+        kernel = _torch_kernel(x.device, x.dtype, self.queries_per_group, self.head_size, masked, self.causal)
+        if kernel is None and native.takes(x):
+            return "fused-softmax", "nothing is dropped, but torch has no fused attention for this"
+        return "sdpa", f"nothing is dropped; torch's {kernel or 'operations: it has no fused attention for this'}"
+
     def _core(self, q, k, v, mask: torch.Tensor | None, samples: torch.Tensor | None) -> torch.Tensor:
         """The attention core: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]."""
-        p, streams = self.dropout.p if self.training else 0.0, isinstance(self.rng, RngTracker)
-        backend, _ = choose_backend(self.wanted, p, streams)
+        p = self.dropout.p if self.training else 0.0
+        backend, _ = self.backend(q, mask is not None)
         if backend == "sdpa":
             return nn.functional.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=self.causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]

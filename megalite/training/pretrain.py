@@ -17,7 +17,7 @@ from megalite.data.build import blended, build_sources, data_state
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError
 from megalite.kernels import native
-from megalite.nn.attention import choose_backend
+from megalite.nn.attention import Attention
 from megalite.optim.optimizer import NonFiniteGradient
 from megalite.parallel.agreement import RanksDiffer
 from megalite.parallel.collectives import barrier, gather_objects
@@ -107,7 +107,7 @@ def _run(config: RunConfig, context: ParallelContext, description: str, build_mo
     sources = build_sources(config.data, config.model, seed, wanted, config.bert)
     parts = build_parts(config, context, build_model)
     say(_model_line(parts, context))
-    say(_kernels_line(config))
+    say(_kernels_line(parts, config))
     claim = None if config.training.dry_run else claim_folder(config.checkpoint.save, context)
     progress = _starting_point(config, parts, context)
     now = data_state(config.data, config.model, seed, wanted["train"], config.bert)
@@ -183,10 +183,10 @@ def _model_line(parts: Parts, context: ParallelContext) -> str:
     return f"{total:,} parameters" + (f"; by stage {by_stage}" if context.pipeline.size > 1 else "")
 
 
-def _kernels_line(config: RunConfig) -> str:
+def _kernels_line(parts: Parts, config: RunConfig) -> str:
     """How attention is computed and why, and which kernels there are."""
-    dropout, streams = config.model.attention_dropout, config.training.rng_scheme == "megatron"
-    backend, why = choose_backend(config.model.attention_backend, dropout, streams)
+    attention = next(module for module in parts.model.modules() if isinstance(module, Attention))
+    backend, why = attention.backend(attention.qkv.weight, config.is_bert or config.data.reset_attention_mask)
     wide = "; fp64 takes PyTorch's operations" if config.optimizer.precision == "fp64" else ""
     return f"attention: {backend} ({why}); {native.status()}{wide}"
 

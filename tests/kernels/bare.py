@@ -32,13 +32,13 @@ CPU_LEVELS = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", 
 TYPES = ("float32", "float16", "bfloat16")
 
 
-def build(folder: Path, emulated: bool, *flags: str) -> Path:
+def build(folder: Path, emulated: bool, *flags: str, compiler: str = "g++") -> Path:
     """Compile a shared library of the CPU's kernels or, `emulated`, of the CUDA sources; raises on any warning."""
     library = folder / f"{'cuda' if emulated else 'cpu'}{'_'.join(flags).replace('=', '_')}.so"
     sources = sorted(CSRC.glob("*.cu" if emulated else "cpu_*.cpp"))
     language = ["-DMEGALITE_EMULATION", "-isystem", CUDA_INCLUDE, "-I", HERE, "-x", "c++"] if emulated else []
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-    command = ["g++", "-std=c++17", "-fPIC", "-shared", *warnings, *flags, *language, *sources, "-o", library]
+    command = [compiler, "-std=c++17", "-fPIC", "-shared", *warnings, *flags, *language, *sources, "-o", library]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
     return library

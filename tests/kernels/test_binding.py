@@ -1,5 +1,10 @@
 """The kernels' own operators refuse what they would read or write out of bounds, whoever calls them."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -69,3 +74,51 @@ def test_what_a_backward_needs_may_have_any_strides():
         rms_norm_backward(grad, None, y, weight, scale),
     ):
         assert torch.equal(got, expected)
+
+
+def measured(code: str) -> list[int]:
+    """The numbers that a fresh process prints, which may use four threads."""
+    start = (
+        "import os, re, numpy, torch\nfrom pathlib import Path\nfrom megalite.kernels import native\n"
+        "torch.set_num_threads(4); own = torch.ops.megalite\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", start + code], cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return [int(word) for word in run.stdout.split()]
+
+
+THREADS = """
+def backward(rows, h):  # NumPy makes the tensors: torch's own threads would be counted too
+    new = lambda *shape: torch.from_numpy(numpy.ones(shape, numpy.float32))
+    x, group = new(1, 1, rows, h), -(-rows // 64)
+    before = len(os.listdir("/proc/self/task"))
+    own._rms_norm_backward(x, new(h), x, None, new(rows), group, torch.empty_like(x), torch.empty(-(-rows // group), h))
+    print(len(os.listdir("/proc/self/task")) - before)
+backward(64, 32)
+backward(2048, 512)
+"""
+
+
+def test_threads_are_woken_for_work_that_is_worth_it():
+    """64 groups of 32 rows each are work for all threads, 64 rows of 32 columns for none but the caller's."""
+    assert measured(THREADS) == [0, 3]
+
+
+MEMORY = r"""
+x = torch.from_numpy(numpy.ones((1, 1, 1, 1 << 24), numpy.float32))
+y = torch.from_numpy(numpy.ones((1, 1, 1, 1 << 24), numpy.float32))
+Path("/proc/self/clear_refs").write_text("5")  # from now on the largest size is counted anew
+size = lambda name: int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+before = size("VmRSS")
+own._bias_gelu(x, None, None, y)
+print(size("VmHWM") - before)
+"""
+
+
+def test_rows_of_what_keeps_nothing_take_no_memory():
+    """In KiB, where the row itself has 65,536."""
+    (needed,) = measured(MEMORY)
+    assert needed < 8192

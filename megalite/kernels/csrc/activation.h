@@ -25,7 +25,7 @@ template <class T, class L>
 ROW_FN void bias_gelu_forward(const L& g, const BiasGelu& a, int64_t row) {
   const int columns = static_cast<int>(a.shape.columns);
   const int64_t start = row * columns;
-  each(g, columns, [&](int k) {
+  each(g, columns, [&](const auto& g, int k) {
     const int c = g.column(k);
     const auto v = gelu_argument<T>(g, a, start, c, columns);
     g.store(static_cast<T*>(a.out) + start, c, columns, v * sigmoid(g, kTwice * (v + kCubic * v * v * v)));
@@ -36,7 +36,7 @@ template <class T, class L>
 ROW_FN void bias_gelu_backward(const L& g, const BiasGelu& a, int64_t row) {
   const int columns = static_cast<int>(a.shape.columns);
   const int64_t start = row * columns;
-  each(g, columns, [&](int k) {
+  each(g, columns, [&](const auto& g, int k) {
     const int c = g.column(k);
     const auto v = gelu_argument<T>(g, a, start, c, columns);
     const auto s = sigmoid(g, kTwice * (v + kCubic * v * v * v));
@@ -50,7 +50,7 @@ template <class T, class L>
 ROW_FN void swiglu_forward(const L& g, const SwiGlu& a, int64_t row) {
   const int columns = static_cast<int>(a.shape.columns);
   const T* x = static_cast<const T*>(a.x) + 2 * row * columns;
-  each(g, columns, [&](int k) {
+  each(g, columns, [&](const auto& g, int k) {
     const int c = g.column(k);
     const auto gate = g.load(x, c, columns, columns), up = g.load(x + columns, c, columns, columns);
     g.store(static_cast<T*>(a.out) + row * columns, c, columns, gate * sigmoid(g, gate) * up);
@@ -62,7 +62,7 @@ ROW_FN void swiglu_backward(const L& g, const SwiGlu& a, int64_t row) {
   const int columns = static_cast<int>(a.shape.columns);
   const T* x = static_cast<const T*>(a.x) + 2 * row * columns;
   T* dx = static_cast<T*>(a.out) + 2 * row * columns;
-  each(g, columns, [&](int k) {
+  each(g, columns, [&](const auto& g, int k) {
     const int c = g.column(k);
     const auto gate = g.load(x, c, columns, columns), up = g.load(x + columns, c, columns, columns);
     const auto d = g.load(static_cast<const T*>(a.grad) + row * columns, c, columns, columns);

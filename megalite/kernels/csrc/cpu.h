@@ -1,7 +1,7 @@
-// The kernels for one instruction set. Each cpu_*.cpp sets MEGALITE_LANES and its target, then includes this file, so
-// that all of it is compiled for that target. Everything is inlined or lies in an unnamed namespace: nothing can stand
-// in for the code of another target when they are linked. For the same reason no templates of the standard library are
-// used.
+// The kernels for one instruction set. Each cpu_*.cpp sets MEGALITE_LANES and, if it needs one, MEGALITE_TARGET, then
+// includes this file, so that all of it is compiled for that target. Everything is inlined or lies in an unnamed
+// namespace: nothing can stand in for the code of another target when they are linked. For the same reason no templates
+// of the standard library are used.
 #include <math.h>
 #include <string.h>
 #ifdef __x86_64__
@@ -12,7 +12,18 @@
 
 #define MEGALITE_EXPORT extern "C" __attribute__((visibility("default")))
 
-MEGALITE_TARGET_BEGIN
+#define MEGALITE_PRAGMA(words) _Pragma(#words)
+#ifdef __clang__
+#define MEGALITE_BEGIN(set) MEGALITE_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define MEGALITE_END _Pragma("clang attribute pop")
+#else
+#define MEGALITE_BEGIN(set) _Pragma("GCC push_options") MEGALITE_PRAGMA(GCC target(set))
+#define MEGALITE_END _Pragma("GCC pop_options")
+#endif
+
+#ifdef MEGALITE_TARGET
+MEGALITE_BEGIN(MEGALITE_TARGET)
+#endif
 
 #include "activation.h"
 #include "cross_entropy.h"
@@ -104,16 +115,18 @@ inline float reduce(V v, F combine) {
   }
 }
 
-// The lanes of a register. Steps lie side by side; the last one may be partly outside of the row.
-struct Simd {
+// The lanes of a register. Steps lie side by side; the last one may be partly outside of the row, unless kInner.
+template <bool kInner>
+struct Lanes {
   using V = Floats;
   using M = Ints;
   using U = Words;
   static constexpr int kWidth = kLanes;
-  static constexpr bool kKeepsInputs = false, kKeepsResults = true;
+  static constexpr bool kKeepsInputs = false, kKeepsResults = true, kHasInner = !kInner;
   float* scratch;  // two rows
   int64_t stride;
 
+  Lanes<true> inner() const { return {scratch, stride}; }
   int steps(int columns) const { return (columns + kWidth - 1) / kWidth; }
   int column(int k) const { return k * kWidth; }
   bool first() const { return true; }
@@ -126,7 +139,7 @@ struct Simd {
   V kept(int slot, int k) const { return read<V>(scratch + slot * stride + k * kWidth); }
 
   V inside(int c, int columns, V v, float otherwise) const {
-    if (c + kWidth <= columns) return v;
+    if (kInner || c + kWidth <= columns) return v;
     M index;
     for (int i = 0; i < kWidth; ++i) index[i] = i;
     return select(index < columns - c, v, otherwise);
@@ -135,22 +148,25 @@ struct Simd {
   // The first `visible` of `columns` elements, 0 in their place beyond.
   template <class T>
   V load(const T* p, int c, int visible, int columns) const {
-    if (c + kWidth <= columns) return inside(c, visible, floats(p + c), 0.f);
+    if (kInner || c + kWidth <= columns) return inside(c, visible, floats(p + c), 0.f);
     T part[kWidth] = {};
     for (int i = 0; c + i < visible; ++i) part[i] = p[c + i];
     return floats(part);
   }
 
   M load_mask(const uint8_t* p, int c, int visible, int columns) const {
-    if (c + kWidth <= columns) return __builtin_convertvector(read<Chars>(p + c), M) != 0;
+    if (kInner || c + kWidth <= columns) return __builtin_convertvector(read<Chars>(p + c), M) != 0;
     uint8_t part[kWidth] = {};
     for (int i = 0; c + i < visible; ++i) part[i] = p[c + i];
     return __builtin_convertvector(read<Chars>(part), M) != 0;
   }
 
+  void will_read(const void* p) const { __builtin_prefetch(p, 0); }
+  void will_write(const void* p) const { __builtin_prefetch(p, 1); }
+
   template <class T>
   void store(T* p, int c, int columns, V v) const {
-    if (c + kWidth <= columns) return write(p + c, v);
+    if (kInner || c + kWidth <= columns) return write(p + c, v);
     T part[kWidth];
     write(part, v);
     for (int i = 0; c + i < columns; ++i) p[c + i] = part[i];
@@ -186,7 +202,7 @@ struct Simd {
 
   // e^x = 2^n e^r with n the nearest integer to x / ln 2 (ln 2 in two parts, so that r is exact) and the polynomial of
   // Cephes' expf for e^r. Below 2^-126 it gives 0.
-  V exp(V x) const {
+  ROW_FN V exp(V x) const {
     const float round = 0x1.8p23f;  // adding it leaves n in the last bits
     const V shifted = x * 1.44269504f + round;
     const V n = shifted - round;
@@ -204,11 +220,11 @@ struct Simd {
 
   // A counter is a pair of 64-bit lanes here, of which Philox needs the low halves: products need no interleaving.
   static Longs multiply(Longs a, uint32_t b) {
-#if MEGALITE_LANES == 16 && defined(__AVX512F__)
-    return (Longs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
-#elif MEGALITE_LANES == 8 && defined(__AVX2__)
+#if MEGALITE_LANES == 16
+    return (Longs)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));  // not the plain one: GCC 12 warns
+#elif MEGALITE_LANES == 8
     return (Longs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
-#elif MEGALITE_LANES == 4 && defined(__SSE2__)
+#elif defined(__SSE2__)
     return (Longs)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
 #else
     return (a & 0xffffffff) * b;
@@ -224,8 +240,8 @@ struct Simd {
     even[0] += static_cast<uint64_t>(start);
     odd[0] = even[0] + 1;
     for (int w = 1; w < 4; ++w) odd[w] = even[w] = Longs{} + counter.word[w - 1];
-    philox<Simd>(even, key[0], key[1]);
-    philox<Simd>(odd, key[0], key[1]);
+    philox<Lanes>(even, key[0], key[1]);
+    philox<Lanes>(odd, key[0], key[1]);
     for (int w = 0; w < 4; ++w) words[w] = (U)((even[w] & 0xffffffff) | odd[w] << 32);
   }
 };
@@ -241,11 +257,13 @@ inline void by_type(Type type, F f) {
 
 #define MEGALITE_DEFINE(kernel, Arguments)                                                                        \
   MEGALITE_EXPORT void MEGALITE_NAME(kernel)(const Arguments& a, int64_t begin, int64_t end, float* scratch) {    \
-    const Simd lanes{scratch, (a.shape.columns + kLanes - 1) / kLanes * kLanes};                                  \
+    const Lanes<false> lanes{scratch, (a.shape.columns + kLanes - 1) / kLanes * kLanes};                          \
     by_type(a.type, [&](auto zero) {                                                                              \
       for (int64_t row = begin; row < end; ++row) kernel<decltype(zero)>(lanes, a, row);                          \
     });                                                                                                           \
   }
 MEGALITE_KERNELS(MEGALITE_DEFINE)
 
-MEGALITE_TARGET_END
+#ifdef MEGALITE_TARGET
+MEGALITE_END
+#endif

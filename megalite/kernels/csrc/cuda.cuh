@@ -32,6 +32,7 @@ struct GpuLanes {
   using V = float;
   using U = uint32_t;
   static constexpr int kWidth = kWarp;
+  static constexpr bool kHasInner = false;
   int lane;
 
   __device__ __forceinline__ float splat(float f) const { return f; }
@@ -56,6 +57,8 @@ struct GpuLanes {
   __device__ __forceinline__ bool load_mask(const uint8_t* p, int c, int visible, int) const {
     return c + lane < visible && p[c + lane] != 0;
   }
+  __device__ __forceinline__ void will_read(const void*) const {}
+  __device__ __forceinline__ void will_write(const void*) const {}
   template <class T>
   __device__ __forceinline__ void store(T* p, int c, int columns, float v) const {
     if (c + lane < columns) assign(p[c + lane], v);

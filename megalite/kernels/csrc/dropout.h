@@ -8,7 +8,7 @@ template <class L, class T>
 ROW_FN void bias_dropout_add_row(const L& g, const BiasDropoutAdd& a, const T* x, const T* bias, const T* residual,
                                  T* y, const Counter& counter) {
   const int columns = static_cast<int>(a.shape.columns);
-  each_with_dropout(g, columns, a.dropout, counter, [&](int k, auto kept) {
+  each_with_dropout(g, columns, a.dropout, counter, [&](const auto& g, int k, auto kept) {
     const int c = g.column(k);
     auto v = g.load(x, c, columns, columns);
     if (bias) v = v + g.load(bias, c, columns, columns);

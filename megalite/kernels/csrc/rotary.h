@@ -17,7 +17,7 @@ ROW_FN void rotary(const L& g, const Rotary& a, int64_t row) {
   const T *cos = typed<T>(a.cos, a.shape, row), *sin = typed<T>(a.sin, a.shape, row);
   T* y = static_cast<T*>(a.out) + 2 * row * half;
   const float sign = a.inverse ? -1.f : 1.f;
-  each(g, half, [&](int k) {
+  each(g, half, [&](const auto& g, int k) {
     const int c = g.column(k);
     const auto first = g.load(x, c, half, half), second = g.load(x + half, c, half, half);
     const auto turn = g.load(cos, c, half, half), rise = sign * g.load(sin, c, half, half);

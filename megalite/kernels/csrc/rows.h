@@ -6,14 +6,18 @@
 //
 // A group may have room for values between passes over the row: for what it read (kKeepsInputs: registers of a warp)
 // and for what it computed (kKeepsResults: those, or a CPU's scratch row, which stays in cache). Otherwise it reads and
-// computes them again, so that rows may be of any length.
+// computes them again, so that rows may be of any length. On a CPU, g.inner() (kHasInner) is the group for steps that lie
+// inside of the row: it never looks for the end, so that the loop over them is short. will_read and will_write tell the
+// processor's cache what comes.
 #pragma once
 #include "arguments.h"
 
 #if defined(__CUDACC__) || defined(MEGALITE_EMULATION)
 #define ROW_FN __device__ __forceinline__
+#define ROW_APART ROW_FN
 #else
 #define ROW_FN inline __attribute__((always_inline))
+#define ROW_APART __attribute__((noinline))  // so that it has all registers for itself
 #endif
 #ifdef __CUDACC__
 #define ROW_UNROLL _Pragma("unroll")
@@ -62,39 +66,50 @@ ROW_FN void philox(Word (&x)[4], uint32_t key0, uint32_t key1) {
   }
 }
 
-// f(k) for every step of the row.
+// f(g, k) for every step of the row.
 template <class L, class F>
 ROW_FN void each(const L& g, int columns, F f) {
+  int k = 0;
+  if constexpr (L::kHasInner)
+    for (; k < columns / L::kWidth; ++k) f(g.inner(), k);
   ROW_UNROLL
-  for (int k = 0; k < g.steps(columns); ++k) f(k);
+  for (; k < g.steps(columns); ++k) f(g, k);
 }
 
-// f(k, kept) for every step: which elements dropout keeps. 64 columns on, the same counter's next word decides.
+// f(g, k, kept) for the steps of a block of 256 columns: which elements dropout keeps. 64 columns on, the same counter's
+// next word decides.
 template <class L, class F>
-ROW_FN void each_with_dropout(const L& g, int columns, const Dropout& dropout, const Counter& counter, F f) {
+ROW_FN void each_of_block(const L& g, int first, int steps, const Dropout& dropout, const Counter& counter, F f) {
   constexpr int kSlots = kPlane / L::kWidth;
+  typename L::U words[kSlots][4];
   ROW_UNROLL
-  for (int first = 0; first < g.steps(columns); first += 4 * kSlots) {
-    typename L::U words[kSlots][4];
+  for (int slot = 0; slot < kSlots; ++slot)
+    if (first + slot < steps) g.random(words[slot], g.column(first) / 4 + slot * L::kWidth, counter, dropout.key);
+  ROW_UNROLL
+  for (int w = 0; w < 4; ++w) {  // all words first, so that memory is read in order
     ROW_UNROLL
-    for (int slot = 0; slot < kSlots; ++slot)
-      if (first + slot < g.steps(columns))
-        g.random(words[slot], g.column(first) / 4 + slot * L::kWidth, counter, dropout.key);
-    ROW_UNROLL
-    for (int w = 0; w < 4; ++w) {  // all words first, so that memory is read in order
-      ROW_UNROLL
-      for (int slot = 0; slot < kSlots; ++slot) {
-        const int k = first + w * kSlots + slot;
-        if (k < g.steps(columns)) f(k, words[slot][w] > dropout.limit);
-      }
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const int k = first + w * kSlots + slot;
+      if (k < steps) f(g, k, words[slot][w] > dropout.limit);
     }
   }
+}
+
+template <class L, class F>
+ROW_FN void each_with_dropout(const L& g, int columns, const Dropout& dropout, const Counter& counter, F f) {
+  constexpr int kSteps = kBlock / L::kWidth;
+  int first = 0;
+  if constexpr (L::kHasInner)
+    for (; first + kSteps <= columns / L::kWidth; first += kSteps)
+      each_of_block(g.inner(), first, first + kSteps, dropout, counter, f);
+  ROW_UNROLL
+  for (; first < g.steps(columns); first += kSteps) each_of_block(g, first, g.steps(columns), dropout, counter, f);
 }
 
 template <bool kDropout, class L, class F>
 ROW_FN void each_element(const L& g, int columns, const Dropout& dropout, const Counter& counter, F f) {
   if constexpr (kDropout) each_with_dropout(g, columns, dropout, counter, f);
-  else each(g, columns, [&](int k) { f(k, true); });
+  else each(g, columns, [&](const auto& g, int k) { f(g, k, true); });
 }
 
 template <bool kKept, class L, class F>

@@ -30,21 +30,23 @@ template <bool kDropout, class L, class T>
 ROW_FN float softmax_forward_row(const L& g, const Softmax& a, const T* x, const uint8_t* mask, T* y, int visible,
                                  const Counter& counter) {
   const int columns = static_cast<int>(a.shape.columns);
-  const auto input = [&](int k) { return score(g, k, x, mask, visible, columns, a.scale); };
+  const auto input = [&](const auto& g, int k) { return score(g, k, x, mask, visible, columns, a.scale); };
   auto top = g.splat(-kInfinity);
-  each(g, visible, [&](int k) {
-    const auto v = input(k);
+  each(g, visible, [&](const auto& g, int k) {
+    const auto v = input(g, k);
+    g.will_read(x + columns + g.column(k));  // of the next row: the processor's own look ahead ends with this one
     if constexpr (L::kKeepsInputs) g.keep(0, k, v);
     top = g.max(v, top);  // of a NaN and a number, the number: the NaN will reach the sum
   });
   float shift = g.reduce_max(top);
   if (shift == -kInfinity) shift = 0;
-  const auto power = [&](int k) {
-    return g.exp(kept_or<L::kKeepsInputs>(g, 0, k, [&] { return input(k); }) - shift);
+  const auto power = [&](const auto& g, int k) {
+    return g.exp(kept_or<L::kKeepsInputs>(g, 0, k, [&] { return input(g, k); }) - shift);
   };
   auto sums = g.splat(0.f);
-  each(g, visible, [&](int k) {
-    const auto v = power(k);
+  each(g, visible, [&](const auto& g, int k) {
+    const auto v = power(g, k);
+    g.will_write(y + g.column(k));
     if constexpr (L::kKeepsResults) g.keep(0, k, v);
     sums = sums + v;
   });
@@ -56,8 +58,8 @@ ROW_FN float softmax_forward_row(const L& g, const Softmax& a, const T* x, const
     lse = any ? factor : kInfinity;
   }
   const float kept_factor = kDropout ? factor * a.dropout.factor : factor;
-  each_element<kDropout>(g, visible, a.dropout, counter, [&](int k, auto kept) {
-    auto v = kept_or<L::kKeepsResults>(g, 0, k, [&] { return g.exp(input(k) - shift); }) * kept_factor;
+  each_element<kDropout>(g, visible, a.dropout, counter, [&](const auto& g, int k, auto kept) {
+    auto v = kept_or<L::kKeepsResults>(g, 0, k, [&] { return g.exp(input(g, k) - shift); }) * kept_factor;
     if constexpr (kDropout) v = g.select(kept, v, 0.f);
     g.store(y, g.column(k), columns, v);
   });
@@ -69,17 +71,19 @@ ROW_FN float softmax_forward_row(const L& g, const Softmax& a, const T* x, const
 template <class L, class T>
 ROW_FN void softmax_backward_row(const L& g, const Softmax& a, const T* dy, const T* y, T* dx, int visible) {
   const int columns = static_cast<int>(a.shape.columns);
-  const auto load = [&](const T* p, int k) { return g.load(p, g.column(k), visible, columns); };
+  const auto load = [&](const auto& g, const T* p, int k) { return g.load(p, g.column(k), visible, columns); };
   auto sums = g.splat(0.f);
-  each(g, visible, [&](int k) {
-    const auto p = load(y, k), d = load(dy, k);
+  each(g, visible, [&](const auto& g, int k) {
+    const auto p = load(g, y, k), d = load(g, dy, k);
+    g.will_read(y + columns + g.column(k));
+    g.will_read(dy + columns + g.column(k));
     if constexpr (L::kKeepsInputs) g.keep(0, k, p), g.keep(1, k, d);
     sums = sums + p * d;
   });
   const float sum = g.reduce_sum(sums);
-  each(g, visible, [&](int k) {
-    const auto p = kept_or<L::kKeepsInputs>(g, 0, k, [&] { return load(y, k); });
-    const auto d = kept_or<L::kKeepsInputs>(g, 1, k, [&] { return load(dy, k); });
+  each(g, visible, [&](const auto& g, int k) {
+    const auto p = kept_or<L::kKeepsInputs>(g, 0, k, [&] { return load(g, y, k); });
+    const auto d = kept_or<L::kKeepsInputs>(g, 1, k, [&] { return load(g, dy, k); });
     g.store(dx, g.column(k), columns, p * (d - sum) * a.scale);
   });
   g.fill(dx, visible, columns, 0.f);
@@ -90,27 +94,29 @@ template <class L, class T>
 ROW_FN void softmax_dropout_backward_row(const L& g, const Softmax& a, const T* dy, const T* x, const uint8_t* mask,
                                          float lse, T* dx, int visible, const Counter& counter) {
   const int columns = static_cast<int>(a.shape.columns);
-  const auto power = [&](int k) { return g.exp(score(g, k, x, mask, visible, columns, a.scale) - lse); };
-  const auto dropped = [&](int k, auto kept) {
+  const auto power = [&](const auto& g, int k) { return g.exp(score(g, k, x, mask, visible, columns, a.scale) - lse); };
+  const auto dropped = [&](const auto& g, int k, auto kept) {
     return g.select(kept, g.load(dy, g.column(k), visible, columns) * a.dropout.factor, 0.f);
   };
   auto sums = g.splat(0.f);
-  each_with_dropout(g, visible, a.dropout, counter, [&](int k, auto kept) {
-    const auto p = power(k), d = dropped(k, kept);
+  each_with_dropout(g, visible, a.dropout, counter, [&](const auto& g, int k, auto kept) {
+    const auto p = power(g, k), d = dropped(g, k, kept);
+    g.will_read(x + columns + g.column(k));
+    g.will_read(dy + columns + g.column(k));
     if constexpr (L::kKeepsResults) g.keep(0, k, p), g.keep(1, k, d);
     sums = sums + p * d;
   });
   const float sum = g.reduce_sum(sums);
-  each_element<!L::kKeepsResults>(g, visible, a.dropout, counter, [&](int k, auto kept) {
-    const auto p = kept_or<L::kKeepsResults>(g, 0, k, [&] { return power(k); });
-    const auto d = kept_or<L::kKeepsResults>(g, 1, k, [&] { return dropped(k, kept); });
+  each_element<!L::kKeepsResults>(g, visible, a.dropout, counter, [&](const auto& g, int k, auto kept) {
+    const auto p = kept_or<L::kKeepsResults>(g, 0, k, [&] { return power(g, k); });
+    const auto d = kept_or<L::kKeepsResults>(g, 1, k, [&] { return dropped(g, k, kept); });
     g.store(dx, g.column(k), columns, p * (d - sum) * a.scale);
   });
   g.fill(dx, visible, columns, 0.f);
 }
 
 template <bool kDropout, class T, class L>
-ROW_FN void softmax_forward(const L& g, const Softmax& a, int64_t row) {
+ROW_APART void softmax_forward(const L& g, const Softmax& a, int64_t row) {
   const int64_t columns = a.shape.columns, query = row % a.shape.size[2];
   const int visible = static_cast<int>(a.causal && query + 1 < columns ? query + 1 : columns);
   const float lse = softmax_forward_row<kDropout>(
@@ -120,7 +126,7 @@ ROW_FN void softmax_forward(const L& g, const Softmax& a, int64_t row) {
 }
 
 template <bool kDropout, class T, class L>
-ROW_FN void softmax_backward(const L& g, const Softmax& a, int64_t row) {
+ROW_APART void softmax_backward(const L& g, const Softmax& a, int64_t row) {
   const int64_t columns = a.shape.columns, query = row % a.shape.size[2];
   const int visible = static_cast<int>(a.causal && query + 1 < columns ? query + 1 : columns);
   const T* dy = static_cast<const T*>(a.grad) + row * columns;
