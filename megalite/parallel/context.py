@@ -118,6 +118,7 @@ class ParallelContext:
         timeout = timedelta(minutes=timeout_minutes)
         store, _, _ = next(dist.rendezvous(launch.init_method, launch.rank, launch.world_size, timeout=timeout))
         store.set_timeout(timeout)
+        store = dist.PrefixStore(launch.incarnation, store)
         own = dist.PrefixStore("megalite", store)
         if facts is not None:
             compare_facts(own, launch.rank, launch.world_size, facts)
