@@ -241,8 +241,9 @@ def waiting_for_late_rank(bench: Bench, flags: dict, ranks: int) -> str:
     return bench.pool.run(late_rank, ranks, sound(flags, ranks, bench.new_folder()), 1.5)[0]
 
 
-def with_a_slow_rank(launch: LaunchInfo, config: RunConfig) -> str:
-    """Rank 1 takes 4 seconds for a forward of the second step."""
+def with_a_slow_rank(launch: LaunchInfo, config: RunConfig, folder: Path) -> str:
+    """Rank 1 takes a second or two for a forward of the second step."""
+    os.chdir(folder)
     pretrain(config, launch, troubled("slow 1 2"))
     return "all ranks are done"
 
@@ -251,7 +252,7 @@ def waiting_for_slow_rank(bench: Bench, flags: dict, ranks: int) -> str:
     """What is said in the end, by the watchdog or by the ranks."""
     folder = bench.new_folder()
     try:
-        return bench.pool.run(with_a_slow_rank, ranks, sound(flags | {"metrics_file": None}, ranks, folder))[0]
+        return bench.pool.run(with_a_slow_rank, ranks, sound(flags | {"metrics_file": None}, ranks, folder), folder)[0]
     except RanksFailed as failed:
         return str(failed)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from megalite import cli, validate
 from megalite.data.blend import Blend
 from megalite.data.indexed_writer import IndexedWriter
+from megalite.training.build import build_model
 from megalite.training.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +92,34 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(pool, tmp_path, undisturb
     # An evaluation that the signal met was given up.
     steps, wanted = ([line for line in curve(path) if "loss" in line] for path in (tmp_path / "m.jsonl", undisturbed))
     assert steps == wanted
+
+
+def signalled_early(launch, flags: list[str], which: signal.Signals, meeting: bool) -> str:
+    """A training whose rank 1 gets a signal while it waits to meet the others, or else while it builds its model."""
+
+    def building(*arguments):
+        if launch.rank == 1 and not meeting:
+            signal.raise_signal(which)
+        return build_model(*arguments)
+
+    if meeting and launch.rank == 1:
+        threading.Timer(0.2, os.kill, (os.getpid(), which)).start()
+    time.sleep(1 if meeting and launch.rank == 0 else 0)
+    with redirect_stdout(io.StringIO()) as printed:
+        pretrain(validate.resolve(cli.read([*MODEL, *flags]), launch.world_size), launch, building)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("which", "meeting"), [(signal.SIGUSR1, True), (signal.SIGUSR1, False), (signal.SIGTERM, False)], ids=str
+)
+def test_a_signal_before_the_first_step_ends_the_run_in_good_order(pool, tmp_path, undisturbed, which, meeting):
+    flags = list(map(str, resumable(tmp_path)))
+    said = pool.run(signalled_early, 2, flags, which, meeting)[0]
+    assert f"stopped at iteration 0: {which.name} before the first step\n" in said and "training from" not in said
+    assert (tmp_path / "c/to-be-continued").exists() == (which == signal.SIGUSR1)
+    train(pool, 1, *flags)
+    assert curve(tmp_path / "m.jsonl") == curve(undisturbed)
 
 
 def test_a_signal_in_an_evaluation_saves_at_once(tmp_path):

@@ -5,16 +5,22 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megalite import cli, validate
-from megalite.parallel.watchdog import HUNG
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.watchdog import HUNG, Watchdog
 from megalite.training.pretrain import pretrain
 from tests.pool import RanksFailed
 from tests.test_pretrain import free_port
+from tests.test_resume import curve, wait_for
 from tests.trouble import troubled
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,16 +30,17 @@ MODEL = """
 """.split()
 
 
-def train_in_trouble(launch, trouble: str, flags: list[str]) -> str:
+def train_in_trouble(launch, trouble: str, flags: list[str], folder: str = ".") -> str:
     """A training on a rank of the pool."""
+    os.chdir(folder)
     config = validate.resolve(cli.read([*MODEL, *flags]), launch.world_size)
     pretrain(config, launch, troubled(trouble))
     return "trained"
 
 
-def hang(pool, ranks: int, trouble: str, *flags) -> RanksFailed:
+def hang(pool, ranks: int, trouble: str, *flags, folder: str | Path = ".") -> RanksFailed:
     with pytest.raises(RanksFailed) as failed:
-        pool.run(train_in_trouble, ranks, trouble, list(map(str, flags)), timeout=100)
+        pool.run(train_in_trouble, ranks, trouble, list(map(str, flags)), str(folder), timeout=100)
     return failed.value
 
 
@@ -60,6 +67,42 @@ def test_a_hang_is_explained_and_ends_every_rank(pool, tmp_path):
     assert text.count("in _watch") == 4 and text.count("in train_in_trouble") == 4 + 1  # in the verdict above them too
 
 
+def shown(screen: str) -> list[str]:
+    """Regular expressions for the lines in which docs/troubleshooting.md shows how megalite ends: numbers, hosts, calls
+    and folders may be others, the lines of tests/trouble.py may not."""
+    text = (ROOT / "docs/troubleshooting.md").read_text().partition(f"## {screen}\n")[2]
+    block = re.search(r"^```\n(.*?)^```", text, re.M | re.S)[1]
+    varies = {
+        r'"tests/': r'"\S*tests/', r"line \d+": None, r"/shared/run/": r"\S*/", r"node\d": r"\S+", r"\d+": r"\d+",
+        r"last heard: .*\)(?=: )": r"last heard: .*\)", r"contact was lost in .*": "contact was lost in .*",
+    }  # fmt: skip
+    token = re.compile("|".join(f"({pattern})" for pattern in varies))
+    forms = list(varies.values())
+
+    def form(found: re.Match) -> str:
+        return forms[found.lastindex - 1] or found[0]
+
+    lines = []
+    for line in block.splitlines():
+        if not line.startswith(("srun: ", "slurmstepd-", "training ")) and not line.endswith("..."):
+            places = [0, *(place for found in token.finditer(line) for place in found.span()), len(line)]
+            fixed = [re.escape(line[a:b]) for a, b in zip(places[::2], places[1::2])]
+            varying = [form(found) for found in token.finditer(line)] + [""]
+            lines.append("".join(part for both in zip(fixed, varying) for part in both))
+    return lines
+
+
+def assert_shown(screen: str, said: str) -> None:
+    """Each line that the docs show was said."""
+    for line in shown(screen):
+        assert re.search(f"^{line}$", said, re.M), f"{line}\nis not in\n{said}"
+
+
+def test_the_docs_show_what_is_said_of_a_hang(pool, tmp_path):
+    said = hang(pool, 2, "sleep 1 3", "--tp", "2", "--micro-batch-size", "4", "--hang-timeout", "2", "--save", tmp_path)
+    assert_shown("A rank hangs", str(said))
+
+
 def test_a_stopped_process_is_named_though_it_cannot_answer(pool, tmp_path):
     said = str(hang(pool, 2, "stop 1 3", "--save", tmp_path, "--hang-timeout", "3"))
     assert "waiting for rank 1" in said and "it does not answer" in said and "was not done" in said
@@ -81,12 +124,108 @@ def test_one_process_alone_that_hangs(pool, tmp_path):
     assert "in sleep" in said
 
 
-def test_a_slow_step_is_no_hang(pool):
-    assert pool.run(train_in_trouble, 2, "slow 1 3", ["--hang-timeout", "60"], timeout=100) == ["trained"] * 2
+def test_slow_steps_saves_and_evaluations_are_no_hang(tmp_path):
+    """Three steps, one save and three batches of an evaluation, each of which take longer than --hang-timeout."""
+    flags = ["--tp", "2", "--micro-batch-size", "4", "--eval-interval", "4", "--eval-iters", "3", "--save", tmp_path]
+    ended = ranks("slow 1 2-4, slow_disk 1 4", *[[*flags, "--hang-timeout", "4"]] * 2)
+    assert [status for status, _ in ended] == [0, 0], ended
+
+
+def test_a_job_that_was_suspended_goes_on_with_the_same_numbers(pool, tmp_path):
+    """All ranks are stopped for longer than --hang-timeout; the step that they are in goes on for a while after."""
+    found, undisturbed = tmp_path / "found.jsonl", tmp_path / "undisturbed.jsonl"
+    flags = ["--hang-timeout", "8", "--micro-batch-size", "2"]
+    processes = started("busy 1 2", *[[*flags, "--metrics-file", found]] * 2)
+    wait_for(lambda: found.exists() and found.read_text().count("\n") >= 1)
+    time.sleep(0.5)  # until step 2 is computed
+    for number, pause in (signal.SIGSTOP, 9), (signal.SIGCONT, 0):
+        for process in processes:
+            process.send_signal(number)
+        time.sleep(pause)
+    assert [status for status, _ in ended_of(processes)] == [0, 0]
+    pool.run(train_in_trouble, 2, "slow 9 9", [*flags, "--metrics-file", str(undisturbed)], timeout=100)
+    assert curve(found) == curve(undisturbed)
+
+
+class Suspending(dist.HashStore):
+    """A store in whose first call the process is suspended for five seconds."""
+
+    def clone(self):
+        return self
+
+    def set(self, key, value):
+        if not self.check(["suspended"]):
+            super().set("suspended", "yes")
+            subprocess.Popen(["sh", "-c", f"sleep 5; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+            super().set("resumed", "yes")
+        super().set(key, value)
+
+
+class Garbling(dist.HashStore):
+    """A store that gives back something else."""
+
+    def clone(self):
+        return self
+
+    def multi_get(self, keys):
+        return [b"?" for key in keys]
+
+
+def rest_after_a_suspension(launch) -> str:
+    """Nothing happens before, during and for two seconds after a suspension: less than four seconds awake."""
+    context = replace(ParallelContext.single(), store=Suspending())
+    with Watchdog(context, 4, "."):
+        context.activity.enters("training", 1)
+        wait_for(lambda: context.store.check(["resumed"]))
+        time.sleep(2)
+    return "rested"
+
+
+def test_a_suspension_within_a_call_of_the_store_is_no_hang(pool):
+    assert pool.run(rest_after_a_suspension, 1) == ["rested"]
+
+
+def nothing_more(launch, trouble: str) -> None:
+    def say(text):
+        raise BrokenPipeError("nobody reads this")
+
+    context = ParallelContext.single()
+    context = replace(context, store=Garbling()) if trouble == "garbled" else context
+    with Watchdog(context, 2, ".", say if trouble == "unheard" else partial(print, file=sys.stderr)):
+        context.activity.enters("training", 1)
+        time.sleep(100)
+
+
+@pytest.mark.parametrize("trouble", ["garbled", "unheard"])
+def test_a_hang_ends_the_process_though_it_cannot_be_explained(pool, trouble):
+    with pytest.raises(RanksFailed, match=rf"exited with status {HUNG}\b") as failed:
+        pool.run(nothing_more, 1, trouble)
+    assert ("others cannot be asked: Expecting value" in str(failed.value)) == (trouble == "garbled")
+
+
+def test_a_rank_that_does_not_come_to_the_end_is_a_hang(pool, tmp_path):
+    """The one that waits for it, once all is trained, may not wait for ever."""
+    said = str(hang(pool, 2, "stop_at_the_next_barrier 1 4", "--hang-timeout", "3", folder=tmp_path))
+    assert "rank 1 was not done" in said and f"rank 0 exited with status {HUNG}\n" in said, said
+    assert re.search(r"waiting for rank 1\n  rank 1 on \S+ \(process [1-9].*\n +it does not answer", said), said
+    assert "missing from barrier" in said, said
+
+
+def test_a_rank_that_cannot_leave_the_groups_ends_by_itself(pool):
+    said = str(hang(pool, 2, "sleep_when_leaving 1 4", "--hang-timeout", "2"))
+    assert f"rank 1 exited with status {HUNG}\n" in said and "finished: ranks [0]" in said, said
+    assert re.search(r"HANG: no progress for \d+ s on rank 1 of \S+, in no call; others", said), said
+    assert "in destroy" in said
 
 
 def ranks(trouble: str, *flags_by_rank: list, stopped: Sequence[int] = ()) -> list[tuple[int, str]]:
     """(exit status, errors) of processes that run tests/trouble.py as ranks; stopped ones are killed in the end."""
+    return ended_of(started(trouble, *flags_by_rank), stopped)
+
+
+def started(trouble: str, *flags_by_rank: list) -> list[subprocess.Popen]:
+    """Processes that run tests/trouble.py as ranks."""
     port, common = free_port(), {**os.environ, "OMP_NUM_THREADS": "1", "TROUBLE": trouble}
     processes = []
     for rank, flags in enumerate(flags_by_rank):
@@ -95,6 +234,11 @@ def ranks(trouble: str, *flags_by_rank: list, stopped: Sequence[int] = ()) -> li
         command = [sys.executable, ROOT / "tests/trouble.py", *MODEL, *flags]
         environment = common | {name: str(value) for name, value in launch.items()}
         processes.append(subprocess.Popen(map(str, command), stderr=subprocess.PIPE, text=True, env=environment))
+    return processes
+
+
+def ended_of(processes: list[subprocess.Popen], stopped: Sequence[int] = ()) -> list[tuple[int, str]]:
+    """(exit status, errors) of ranks; stopped ones are killed in the end."""
     for rank, process in enumerate(processes):
         if rank not in stopped:
             process.wait(timeout=200)  # what it says is less than a pipe holds
@@ -111,6 +255,7 @@ def test_a_rank_that_dies_is_named_once():
     (said,) = [errors for _, errors in ended if errors]
     died = r"rank 2 on \S+ \(process \d+\) died without a word \(last heard: \w+"
     assert re.match(r"pretrain_gpt\.py: rank [013]: " + died, said), said
+    assert_shown("A rank dies", said)
 
 
 def test_rank_0_takes_the_store_with_it_and_is_named_too():
@@ -131,6 +276,8 @@ def test_a_rank_that_fails_is_quoted_once(culprit):
     (said,) = others
     assert re.search(rf"rank {culprit} on \S+ failed: ArithmeticError: this model is broken", said), said
     assert "Traceback" not in said and "c10d" not in said
+    if culprit:  # others lose contact with it at once; rank 0 stays for a moment, with the store
+        assert_shown("A rank fails", "".join(errors for _, errors in ended))
 
 
 def test_ranks_that_were_not_started_alike_are_told_apart():

@@ -1,4 +1,5 @@
-"""pretrain_gpt.py with a model in which one rank gets into trouble: TROUBLE="sleep 1 3" sleeps on rank 1 in step 3.
+"""pretrain_gpt.py with a model in which one rank gets into trouble: TROUBLE="sleep 1 3" sleeps on rank 1 in step 3,
+"slow 1 3-5, slow_disk 0 4" is slow on rank 1 in three steps and has a slow disk on rank 0 from step 4 on.
 
 TROUBLE="die 1 3" srun python tests/trouble.py --mock-data ...
 """
@@ -33,19 +34,55 @@ def fail() -> None:
 
 
 def slow() -> None:
-    time.sleep(4)
+    time.sleep(1.5)
+
+
+def busy() -> None:
+    """Two seconds of computing, of which a suspension takes nothing off."""
+    end = time.process_time() + 2
+    while time.process_time() < end:
+        pass
+
+
+def slow_disk() -> None:
+    """The next file takes 6 seconds until it is on the disk."""
+    real = os.fsync
+
+    def fsync(file) -> None:
+        os.fsync = real
+        time.sleep(6)
+        real(file)
+
+    os.fsync = fsync
+
+
+def stop_at_the_next_barrier() -> None:
+    import torch.distributed as dist
+
+    dist.barrier = lambda *_, **__: stop()
+
+
+def sleep_when_leaving() -> None:
+    import torch.distributed as dist
+
+    dist.destroy_process_group = sleep
 
 
 def troubled(trouble: str):
-    """A `build_model` whose forward gets into the trouble, on the rank and from the step that the text names."""
+    """A `build_model` whose forward gets into the trouble, on the rank and in the steps that the text names."""
     from megalite.training.build import build_model
 
-    what, rank, step = trouble.split()
+    troubles = []
+    for part in trouble.split(","):
+        what, rank, steps = part.split()
+        first, _, last = steps.partition("-")
+        troubles.append((globals()[what], int(rank), range(int(first), int(last or first) + 1)))
 
     def build(config, context, rng):
         def hook(*unused):
-            if (context.rank, context.activity.step) == (int(rank), int(step)):
-                globals()[what]()
+            for begin, rank, steps in troubles:
+                if context.rank == rank and context.activity.step in steps:
+                    begin()
 
         model = build_model(config, context, rng)
         model.register_forward_pre_hook(hook)

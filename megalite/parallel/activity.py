@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ class Call:
     """all_reduce, transfer, ..."""
     group: str
     """Name of the group: tensor, data, pipeline, ..."""
-    ranks: tuple[int, ...]
-    """Global ranks that must all take part; of a transfer (from, to)."""
+    ranks: Sequence[int]
+    """Global ranks that must all take part, a range or a tuple; of a transfer (from, to)."""
     number: int
     """The how-manieth call of the group, or transfer from one to the other, this is; from 1."""
     shape: tuple[int, ...] = ()
@@ -40,7 +40,7 @@ class Call:
         return f"{self.kind}{content}, call {self.number} of the {self.group} group (ranks {shown})"
 
 
-def call_key(kind: str, group: str, ranks: tuple[int, ...]) -> tuple:
+def call_key(kind: str, group: str, ranks: Sequence[int]) -> tuple:
     """Transfers are counted apart from the collectives of a group."""
     return group, ranks, kind == "transfer"
 
@@ -55,7 +55,7 @@ class Activity:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self.step, self.doing = 0, "starting"
-        self.latest: dict[str, Call] = {}
+        self.latest: dict[tuple, Call] = {}
         """The latest call under each key."""
         self.waiting: Call | None = None
         """The call that the rank is in."""
@@ -70,7 +70,7 @@ class Activity:
         self._changed = self._clock()
 
     def begins(
-        self, kind: str, group: str, ranks: tuple[int, ...], shape: tuple = (), dtype: str = "", patient: bool = False
+        self, kind: str, group: str, ranks: Sequence[int], shape: tuple = (), dtype: str = "", patient: bool = False
     ) -> Call:
         """Note a collective or a transfer that is about to be posted."""
         key = call_key(kind, group, ranks)

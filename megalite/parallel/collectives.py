@@ -18,7 +18,7 @@ from megalite.parallel.activity import Activity, Call
 class Group:
     """Ranks that talk to each other. `rank` is this process's index in `ranks`, which are global ranks."""
 
-    ranks: tuple[int, ...]
+    ranks: Sequence[int]
     rank: int
     handle: "dist.ProcessGroup | None" = field(default=None, repr=False)
     """torch's group; None when the group has one rank, and then nothing is ever sent."""

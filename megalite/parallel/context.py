@@ -118,6 +118,7 @@ class ParallelContext:
         timeout = timedelta(minutes=timeout_minutes)
         store, _, _ = next(dist.rendezvous(launch.init_method, launch.rank, launch.world_size, timeout=timeout))
         store.set_timeout(timeout)
+        store = dist.PrefixStore(launch.incarnation, store)
         own = dist.PrefixStore("megalite", store)
         if facts is not None:
             compare_facts(own, launch.rank, launch.world_size, facts)
@@ -139,12 +140,12 @@ class ParallelContext:
             found = None
             for ranks in groups:
                 alone = len(ranks) == 1
-                handle = None if alone else dist.new_group(ranks, timeout, backend=backend, group_desc=name)
+                handle = None if alone else dist.new_group(list(ranks), timeout, backend=backend, group_desc=name)
                 if launch.rank in ranks:
                     found = Group(ranks, ranks.index(launch.rank), handle, name, activity, name == "control")
             return found
 
-        everyone = tuple(range(layout.world_size))
+        everyone = range(layout.world_size)
         axes = {axis: mine(layout.groups(axis), axis) for axis in AXES}
         embedding = mine(layout.embedding_groups(), "embedding")
         control = mine([everyone], "control", timedelta(hours=PATIENCE_HOURS), "gloo")

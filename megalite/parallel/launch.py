@@ -18,6 +18,8 @@ class LaunchInfo:
     """Where the ranks meet, as torch.distributed takes it: env://, tcp://host:port or file:///path."""
     source: str
     """The launcher this was read from: torchrun, srun, or none."""
+    incarnation: str = ""
+    """What tells this start from others that may meet at the same place: job, step and restart of SLURM."""
 
 
 def first_host(nodelist: str) -> str:
@@ -76,11 +78,11 @@ def detect(environ: Mapping[str, str]) -> LaunchInfo:
         tasks = environ.get("SLURM_STEP_TASKS_PER_NODE")
         local_world = tasks_on_node(tasks, _integer(environ, "SLURM_NODEID")) if tasks else world
         host = environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"])
-        # One port per job step, outside the range that systems hand out for outgoing connections.
-        port = (
-            environ.get("MASTER_PORT")
-            or 10_000 + (_integer(environ, "SLURM_JOB_ID") * 31 + _integer(environ, "SLURM_STEP_ID")) % 20_000
-        )
+        job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
+        restart = _integer(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
+        # One port for each start of a job step, since ranks of the start before may still be there; outside the range
+        # that systems hand out for outgoing connections.
+        port = environ.get("MASTER_PORT") or 10_000 + (31 * job + step + 7919 * restart) % 20_000
         return LaunchInfo(
             _integer(environ, "SLURM_PROCID"),
             world,
@@ -88,5 +90,6 @@ def detect(environ: Mapping[str, str]) -> LaunchInfo:
             local_world,
             f"tcp://{host}:{port}",
             "srun",
+            f"{job}.{step}.{restart}",
         )
     return LaunchInfo(0, 1, 0, 1, "", "none")

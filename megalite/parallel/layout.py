@@ -60,16 +60,17 @@ class ParallelLayout:
             raise ValueError(f"{at} is outside the layout {self}")
         return tensor + self.tensor * (data + self.data * pipeline)
 
-    def groups(self, axis: str) -> list[tuple[int, ...]]:
+    def groups(self, axis: str) -> list[range]:
         """All groups along an axis: each the ranks that differ in this coordinate only, in its order.
 
         Raises ValueError for an axis that is not one of AXES.
         """
         if axis not in AXES:
             raise ValueError(f"no axis {axis!r}; there are {', '.join(AXES)}")
-        size = getattr(self, axis)
+        stride = {"tensor": 1, "data": self.tensor, "pipeline": self.tensor * self.data}[axis]
+        span = getattr(self, axis) * stride
         firsts = [r for r in range(self.world_size) if getattr(self.coordinates(r), axis) == 0]
-        return [tuple(self.rank_of(**{**self.coordinates(r)._asdict(), axis: i}) for i in range(size)) for r in firsts]
+        return [range(first, first + span, stride) for first in firsts]
 
     def embedding_groups(self) -> list[tuple[int, ...]]:
         """Pairs of first and last stage, which hold copies of a tied embedding; empty with one stage."""

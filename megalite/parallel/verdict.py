@@ -1,7 +1,7 @@
 """Who is to blame when ranks hang or die: a pure function of what they last reported. Imports no torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from megalite.parallel.activity import Activity, Call
@@ -47,8 +47,8 @@ class Report:
         )  # fmt: skip
 
     def to_json(self) -> str:
-        """The report as text."""
-        return json.dumps(asdict(self))
+        """The report as text. Groups are named by first rank, end and stride, so that its size is not the job's."""
+        return json.dumps(asdict(self), default=lambda ranks: f"{ranks.start}:{ranks.stop}:{ranks.step}")
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Report":
@@ -68,53 +68,56 @@ class Report:
         at = f"{self.doing}, step {self.step}" if self.step else self.doing
         return f"{at}; in {self.waiting}" if self.waiting else f"{at}; in no call"
 
-    def lacks(self, call: Call) -> bool:
-        """Whether the rank should take part in a call that it has not begun."""
-        begun = next((mine.number for mine in self.latest if mine.key == call.key), 0)
-        return self.rank in call.ranks and begun < call.number
+    @property
+    def awaits(self) -> list[Call]:
+        """The calls that it may wait in for other ranks."""
+        return [self.waiting] if self.waiting else ([] if self.blocks else self.latest)
 
 
 def _call(values: dict) -> Call:
-    return Call(**values | {"ranks": tuple(values["ranks"]), "shape": tuple(values["shape"])})
+    ranks = values["ranks"]
+    ranks = range(*map(int, ranks.split(":"))) if isinstance(ranks, str) else tuple(ranks)
+    return Call(**values | {"ranks": ranks, "shape": tuple(values["shape"])})
 
 
-def missed(reports: Mapping[int, Report], rank: int) -> dict[int, Call]:
-    """The ranks that this one waits for, each with the call that it has not begun."""
-    mine = reports[rank]
-    calls = [mine.waiting] if mine.waiting else ([] if mine.blocks else mine.latest)
-    return {other: call for call in calls for other in call.ranks if other in reports and reports[other].lacks(call)}
+Why = tuple[Call | None, int | None]
+"""The call that a rank is missing from, and one of the ranks that wait there."""
 
 
-def culprits(reports: Mapping[int, Report], silent_after: float) -> dict[int, tuple[Call | None, int | None]]:
-    """Ranks that others wait for and that wait for nobody themselves, each with the call that it is missing from and
-    one of the ranks that wait there.
+def culprits(reports: Mapping[int, Report], silent_after: float) -> tuple[dict[int, Why], bool]:
+    """Ranks that others wait for and that wait for nobody themselves; and whether, without any, these are a circle of
+    ranks that wait for each other.
 
-    Without any: all of a circle of ranks that wait for each other; or, where nobody waits for anyone, those of which
-    nothing is heard, else those that stand still outside of calls.
+    Where nobody waits for anyone: those of which nothing is heard, else those that stand still outside of calls.
     """
-    waits = {rank: missed(reports, rank) for rank in reports}
-    wanted: dict[int, tuple[Call | None, int | None]] = {}
-    # The one that waits longest names the call, since it was there first.
-    for rank in sorted(waits, key=lambda rank: -reports[rank].idle_seconds):
-        for other, call in waits[rank].items():
-            wanted.setdefault(other, (call, rank))
+    begun = {rank: {call.key: call.number for call in report.latest} for rank, report in reports.items()}
+    missing: dict[tuple, list[int]] = {}
+    wanted: dict[int, Why] = {}
+    waits = set()
+    # The one that waits longest names the call, since it was there first. Who is missing is found once for all that
+    # wait in one call: thousands may.
+    for rank in sorted(reports, key=lambda rank: -reports[rank].idle_seconds):
+        for call in reports[rank].awaits:
+            place = call.key, call.number
+            if place not in missing:
+                missing[place] = [r for r in call.ranks if r in begun and begun[r].get(call.key, 0) < call.number]
+                wanted |= {other: (call, rank) for other in missing[place] if other not in wanted}
+            if missing[place]:
+                waits.add(rank)
     silent = {rank for rank, report in reports.items() if report.silent_seconds > silent_after}
-    roots = {rank: why for rank, why in wanted.items() if rank in silent or not waits[rank]}
+    roots = {rank: why for rank, why in wanted.items() if rank in silent or rank not in waits}
     if wanted and not roots and not all(report.blocks for report in reports.values()):
         # On GPUs a rank may have sent what the other has not come to receive: the first that stood still is to blame.
         roots = dict([max(wanted.items(), key=lambda item: reports[item[0]].idle_seconds)])
-    if roots or wanted:
-        return dict(sorted((roots or wanted).items()))
+    if wanted:
+        return dict(sorted((roots or wanted).items())), not roots
     still = silent or {rank for rank, r in reports.items() if r.idle_seconds and not r.waiting} or set(reports)
-    return dict.fromkeys(sorted(still), (None, None))
+    return dict.fromkeys(sorted(still), (None, None)), False
 
 
 def hang_verdict(reports: Mapping[int, Report], seconds: float, silent_after: float, file: str) -> str:
     """What is printed when nothing has moved for `seconds`: who, where, missing from what, with its stack."""
-    blamed = culprits(reports, silent_after)
-    waits = {rank: missed(reports, rank) for rank in blamed}
-    circle = len(blamed) > 1 and all(waits[rank] for rank in blamed)
-    circle = circle and not any(reports[rank].silent_seconds > silent_after for rank in blamed)
+    blamed, circle = culprits(reports, silent_after)
     names = ", ".join(map(str, list(blamed)[:16])) + (", ..." if len(blamed) > 16 else "")
     count = f"rank {names}" if len(blamed) == 1 else f"ranks {names}"
     head = f"{count} wait for each other" if circle else f"waiting for {count}"
@@ -139,9 +142,8 @@ def _blame(report: Report, call: Call | None, waiting: Report | None, silent: bo
     return lines
 
 
-def all_stacks(verdict: str, reports: Mapping[int, Report]) -> str:
-    """The contents of the file: the verdict, then every rank with the stacks of all its threads."""
-    parts = [verdict]
-    for report in (reports[rank] for rank in sorted(reports)):
-        parts.append(f"--- {report.where}: {report.state}\n{report.threads or 'it does not answer'}".rstrip())
-    return "\n\n".join(parts) + "\n"
+def all_stacks(verdict: str, reports: Mapping[int, Report]) -> Iterator[str]:
+    """The contents of the file, in parts: the verdict, then every rank with the stacks of all its threads."""
+    yield f"{verdict}\n"
+    for _, report in sorted(reports.items()):
+        yield f"\n--- {report.where}: {report.state}\n{report.threads.rstrip() or 'it does not answer'}\n"

@@ -19,8 +19,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn
 
+from megalite.parallel.bounded import ANSWER_SECONDS, Awake, BoundedStore
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.verdict import Report, all_stacks, hang_verdict
 
@@ -30,17 +31,12 @@ BEAT_SECONDS = 1.0
 """Between two reports of a rank."""
 SILENT_BEATS = 4
 """A rank that misses so many reports is silent."""
-ANSWER_SECONDS = 10.0
-"""In which the store must answer."""
+POLL_SECONDS = 0.2
+"""Between two looks at what another rank is to leave in the store: a thousand ranks may look."""
 LINGER_SECONDS = 5.0
 """For which rank 0 keeps the store for the others when it failed."""
-SUSPENDED_SECONDS = 5.0
-"""A thread that wakes up so much too late was suspended, with its process."""
 FAREWELL_SECONDS = 0.5
 """Ranks that follow another into its end leave it so long to speak first."""
-
-
-Answer = TypeVar("Answer")
 
 
 class LostContact(RuntimeError):
@@ -55,10 +51,14 @@ class Watchdog:
 
     def __init__(self, context: ParallelContext, timeout: float, folder: str | Path, say: Callable = print):
         self._context, self._timeout, self._folder, self._say = context, timeout, Path(folder), say
-        self._store = context.store.clone()  # a connection of its own: another one may be blocked in a wait
+        self._awake = Awake()
+        # A connection of its own: another one may be blocked in a wait.
+        self._store = BoundedStore(context.store.clone(), self._awake)
         self._main = threading.get_ident()
         self._beats, self._seconds = 0, min(BEAT_SECONDS, timeout / 4) if timeout else BEAT_SECONDS
-        self._over, self._leaving, self._failed = threading.Event(), threading.Event(), False
+        self._patience = 2 + SILENT_BEATS * self._seconds
+        self._over, self._gone, self._leaving = threading.Event(), threading.Event(), threading.Event()
+        self._failed = False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -66,66 +66,95 @@ class Watchdog:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self._over.set()
-        self._leaving.set()
-        self._thread.join()
+        self.stops_reporting()
+        self._gone.set()
         faulthandler.cancel_dump_traceback_later()
+        self._linger()
+
+    def stops_reporting(self) -> None:
+        """From here on the store is left alone, since it may go with the first rank that leaves. What is left to do, to
+        leave the groups, must be done within `timeout` seconds: else this rank ends by itself."""
+        if not self._over.is_set():
+            self._over.set()
+            self._leaving.set()
+            self._thread.join()
+            if self._timeout:
+                self._dump_stacks_after(self._timeout + ANSWER_SECONDS, exit=True)
+                threading.Thread(target=self._watch_the_end, daemon=True).start()
 
     # What the thread does --------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        asleep, activity = time.monotonic(), self._context.activity
-        while not self._over.wait(self._seconds):
-            if self._timeout:  # should this thread never run again, since another one keeps Python's lock
-                faulthandler.dump_traceback_later(self._timeout, file=sys.__stderr__)
-            if time.monotonic() - asleep > self._seconds + SUSPENDED_SECONDS:
-                activity.enters(activity.doing)  # the whole process was suspended: its time begins anew
-            idle = activity.idle_seconds
-            hangs = 0 < self._timeout < idle
+        over = False
+        while not over:  # the first report comes at once: who dies before it is not known to anyone
             try:
-                _ask(self._report)
-                if hangs or _ask(lambda: self._store.add("hangs", 0)):
-                    judge = hangs and _ask(lambda: self._store.add("hangs", 1)) == 1
-                    self._end(judge)
-                if _ask(lambda: self._store.add("failures", 0)) and not self._leaving.wait(LINGER_SECONDS / 2):
-                    self._leave()
-            except RuntimeError as error:  # of torch's store
-                if hangs:
-                    self._end_alone(idle, error)
-            asleep = time.monotonic()
+                self._beat()
+            except Exception as error:  # whatever it is, this thread goes on: it alone can end a job that hangs
+                if self._hangs:
+                    self._end_alone(error)
+            over = self._awake.wait(self._over, self._seconds)
 
-    def _leave(self) -> None:
+    def _watch_the_end(self) -> None:
+        if not self._awake.wait(self._gone, self._timeout):
+            self._end_alone("others may have ended already")
+
+    def _beat(self) -> None:
+        if self._timeout:
+            self._dump_stacks_after(self._timeout)
+        self._report()
+        if self._hangs or self._store.add("hangs", 0):
+            self._end(judge=self._hangs and self._store.add("hangs", 1) == 1)
+        if self._store.add("failures", 0) and not self._awake.wait(self._leaving, LINGER_SECONDS / 2):
+            self._leave()
+
+    @staticmethod
+    def _dump_stacks_after(seconds: float, exit: bool = False) -> None:
+        """Should no thread of this class ever run again, since another one keeps Python's lock."""
+        faulthandler.dump_traceback_later(seconds, exit=exit, file=sys.__stderr__)
+
+    @property
+    def _idle_seconds(self) -> float:
+        return min(self._context.activity.idle_seconds, time.monotonic() - self._awake.since)
+
+    @property
+    def _hangs(self) -> bool:
+        return 0 < self._timeout < self._idle_seconds
+
+    def _leave(self) -> NoReturn:
         """Another rank has failed, and this one does not notice: it computes, or waits on its GPU or for rank 0, which
         keeps the store for us."""
-        if told := self._agree_on_the_reason():
-            self._say(f"rank {self._context.rank}: {told}")
-        os._exit(1)
+        try:
+            if told := self._agree_on_the_reason():
+                self._say(f"rank {self._context.rank}: {told}")
+        finally:
+            os._exit(1)
 
     def _report(self, **stacks: str) -> None:
         context = self._context
         blocks = context.device.type == "cpu"
         who = context.rank, context.host, os.getpid()
         report = Report.of(context.activity, *who, blocks, beat=self._beats, **stacks)
+        report = replace(report, idle_seconds=self._idle_seconds)
         self._store.set(f"report/{context.rank}", report.to_json())
         self._beats += 1
 
-    def _end(self, judge: bool) -> None:
-        """Leave the stacks of this rank; wait until one rank has judged; end the process."""
-        self._report(stack=self._main_stack(), threads=_all_threads())
-        patience = 2 + SILENT_BEATS * self._seconds
-        if judge:
-            reports = self._collect(lambda report: bool(report.threads), patience)
-            self._tell(reports)
-            self._store.set("judged", "yes")
-        end = time.monotonic() + 2 * patience
-        with suppress(RuntimeError):  # of torch's store, when its process has ended
-            while not self._store.check(["judged"]) and time.monotonic() < end:
-                time.sleep(0.05)
-        if self._context.rank == 0:
-            time.sleep(FAREWELL_SECONDS / 2)  # the store may live in this process
-        os._exit(HUNG)
+    def _end(self, judge: bool) -> NoReturn:
+        """Leave the stacks of this rank; judge, or wait until another rank has; end the process, whatever happens."""
+        try:
+            self._report(stack=self._main_stack(), threads=_all_threads())
+            (self._judge if judge else self._wait_for_the_judge)()
+            if self._context.rank == 0:
+                time.sleep(FAREWELL_SECONDS / 2)  # the store may live in this process
+        except Exception as error:
+            if judge:
+                self._end_alone(error)
+        finally:
+            os._exit(HUNG)
 
-    def _tell(self, reports: dict[int, Report]) -> None:
+    def _judge(self) -> None:
+        """Say who is to blame, and write the file of stacks. Others wait as long as the count "judging" grows."""
+        reports = self._collect(lambda report: bool(report.threads), self._patience)
+        self._store.add("judging", 1)
         idle = max(report.idle_seconds for report in reports.values())
         step = max(report.step for report in reports.values())
         file = self._folder / f"hang-step-{step}.txt"
@@ -133,20 +162,32 @@ class Watchdog:
         self._say(verdict)  # before the file: its disk may be what hangs
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(all_stacks(verdict, reports))
+            with open(file, "w") as stream:
+                for part in all_stacks(verdict, reports):
+                    stream.write(part)
+                    self._store.add("judging", 1)
         except OSError as error:
             self._say(f"  ({file} is not written: {error})")
+        self._store.set("judged", "yes")
 
-    def _end_alone(self, idle: float, error: Exception) -> None:
-        """The store does not answer either, so rank 0 or its node is stopped, dead or cut off."""
-        context = self._context
-        where = f"on rank {context.rank} of {context.host}, in {context.activity.waiting or 'no call'}"
-        reason = str(error).splitlines()[0]
-        self._say(
-            f"HANG: no progress for {idle:.0f} s {where}, and the process that ranks meet in (rank 0, or torchrun on "
-            f"the first node) does not answer: {reason}\n{self._main_stack()}"
-        )
-        os._exit(HUNG)
+    def _wait_for_the_judge(self) -> None:
+        count, moved = -1, time.monotonic()
+        while not self._store.check("judged") and time.monotonic() - moved < 2 * self._patience:
+            before, count = count, self._store.add("judging", 0)
+            if count != before:
+                moved = time.monotonic()
+            time.sleep(POLL_SECONDS)
+
+    def _end_alone(self, reason: Exception | str) -> NoReturn:
+        """Nobody else can be asked: rank 0 or its node is stopped, dead or cut off, or ranks are leaving."""
+        context, text = self._context, str(reason).partition("\n")[0] or type(reason).__name__
+        try:
+            self._say(
+                f"HANG: no progress for {self._idle_seconds:.0f} s on rank {context.rank} of {context.host}, in "
+                f"{context.activity.waiting or 'no call'}; others cannot be asked: {text}\n{self._main_stack()}"
+            )
+        finally:
+            os._exit(HUNG)
 
     def _main_stack(self) -> str:
         frame = sys._current_frames().get(self._main)
@@ -158,11 +199,11 @@ class Watchdog:
         """The reports of all ranks, once each is complete or `patience` seconds are over."""
         began, wanted, found = time.monotonic(), set(range(self._context.world_size)), {}
         while wanted and time.monotonic() < began + patience:
-            for rank in sorted(wanted):
-                if self._store.check([f"report/{rank}"]):
-                    found[rank] = Report.from_json(self._store.get(f"report/{rank}"))
-            wanted = {rank for rank in wanted if rank not in found or not complete(found[rank])}
-            time.sleep(0.05 if wanted else 0)
+            texts = self._store.get_those_there(f"report/{rank}" for rank in sorted(wanted))
+            told = {report.rank: report for report in map(Report.from_json, texts.values())}
+            found |= told
+            wanted -= {rank for rank, report in told.items() if complete(report)}
+            time.sleep(POLL_SECONDS if wanted else 0)
         waited = time.monotonic() - began
         unknown = Report(-1, "a host unknown", 0, 0, "starting", 0.0, [])
         lost = {rank: replace(found.get(rank, unknown), rank=rank, silent_seconds=waited) for rank in wanted}
@@ -173,21 +214,21 @@ class Watchdog:
         self._failed = True
         self._leaving.set()
         with suppress(RuntimeError):  # of torch's store: the job ends anyway
-            number = _ask(lambda: self._store.add("failures", 1))
+            number = self._store.add("failures", 1)
             text = json.dumps([self._context.rank, self._context.host, message or "see what rank 0 says"])
-            _ask(lambda: self._store.set(f"failure/{number}", text))
+            self._store.set(f"failure/{number}", text)
 
-    def linger(self) -> None:
+    def _linger(self) -> None:
         """Rank 0's process may hold the store: when it failed, it stays until another rank has read why, or all others
-        have failed too, or some seconds are over. To be called when the groups are gone."""
+        have failed too, or some seconds are over. The groups are gone then."""
         size = self._context.world_size
         if self._failed and self._context.rank == 0 and size > 1:
             end = time.monotonic() + LINGER_SECONDS
             with suppress(RuntimeError):  # of torch's store
-                while not self._store.check(["spoken"]) and time.monotonic() < end:
+                while not self._store.check("spoken") and time.monotonic() < end:
                     if self._store.add("failures", 0) == size:
                         return
-                    time.sleep(0.05)
+                    time.sleep(POLL_SECONDS)
             time.sleep(FAREWELL_SECONDS)
 
     def why_contact_was_lost(self) -> str:
@@ -196,7 +237,7 @@ class Watchdog:
         # A launcher sends SIGTERM to all as soon as one has died: that must not cut off the explanation.
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            return _ask(self._agree_on_the_reason, 3 * ANSWER_SECONDS)
+            return self._agree_on_the_reason()
         except RuntimeError:  # of torch's store
             return "rank 0, or torchrun on the first node, is gone: see what it says; without a word, it was killed"
         finally:
@@ -208,8 +249,8 @@ class Watchdog:
             told = self._reason()
             time.sleep(FAREWELL_SECONDS)
             self._store.set("spoken", "yes")
-        while not self._store.check(["spoken"]) and time.monotonic() < end:
-            time.sleep(0.05)
+        while not self._store.check("spoken") and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
         if self._context.rank == 0:
             time.sleep(FAREWELL_SECONDS)  # the store may live in this process
         return told
@@ -229,28 +270,6 @@ class Watchdog:
             return ""
         who, host, message = json.loads(self._store.get("failure/1"))
         return f"rank {who} on {host} failed: {message}"
-
-
-def _ask(action: Callable[[], Answer], seconds: float = ANSWER_SECONDS) -> Answer:
-    """Do something with the store, on a thread, since the store of a stopped process does not answer at all.
-
-    Raises RuntimeError, as the store does, when it takes longer.
-    """
-    answers: list[Answer | RuntimeError] = []
-
-    def act() -> None:
-        try:
-            answers.append(action())
-        except RuntimeError as error:
-            answers.append(error)
-
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    answer = answers[0] if answers else RuntimeError(f"no answer within {seconds:.0f} s")
-    if isinstance(answer, RuntimeError):
-        raise answer
-    return answer
 
 
 def _all_threads() -> str:

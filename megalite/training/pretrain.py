@@ -2,15 +2,18 @@
 
 import re
 import resource
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from megalite.checkpoint.fence import Claim
 from megalite.checkpoint.folder import CheckpointError, latest_iteration
 from megalite.config import RunConfig, to_yaml
 from megalite.data.build import blended, build_sources, data_state
@@ -29,6 +32,7 @@ from megalite.training.build import Parts, build_context, build_model, build_par
 from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
 from megalite.training.replicas import ReplicasDiffer
+from megalite.training.signals import StopSignals
 from megalite.training.startup import check_data, check_stragglers, claim_folder
 from megalite.training.state import Progress, load_state, settle_data
 from megalite.training.writers import Writers, watching_writers
@@ -76,26 +80,44 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
     `build_model(config, context, rng)` makes this rank's stage. Raises before training starts when data, device or
     checkpoint are not what the configuration says.
     """
-    context, description = build_context(config, launch)
-    say = partial(print, file=sys.stderr, flush=True)
-    dog = Watchdog(context, config.parallel.hang_timeout, config.checkpoint.save or ".", say)
+    catching = config.training.exit_signal_handler
+    # The warning that time is nearly over comes once. SIGTERM may end a rank that waits in vain to meet the others.
+    warning = StopSignals(catching, [signal.SIGUSR1])
     try:
-        with dog:
+        context, description = build_context(config, launch)
+        say = partial(print, file=sys.stderr, flush=True)
+        with Watchdog(context, config.parallel.hang_timeout, config.checkpoint.save or ".", say) as dog:
+            signals = StopSignals(catching)
             try:
-                _run(config, context, description, build_model)
+                _run(config, context, description, build_model, signals)
+                _part(context, dog)
             except Exception as error:
+                signals.uninstall()
                 if _loses_contact(error):
                     raise _lost_contact(error, dog) from None
                 message = explain(error)
                 dog.failed("".join(traceback.format_exception_only(error)).strip() if message is None else message)
                 raise
-        barrier(context.control)  # nobody reports any more when the first leaves, perhaps with the store
+            finally:
+                dog.stops_reporting()
+                context.destroy()
+                signals.uninstall()
     finally:
-        context.destroy()
-        dog.linger()
+        warning.uninstall()
 
 
-def _run(config: RunConfig, context: ParallelContext, description: str, build_model: Callable) -> None:
+def _part(context: ParallelContext, dog: Watchdog) -> None:
+    """Wait for the others at the end, so that one that gets stuck before is a hang."""
+    everyone = replace(context.control, patient=False)
+    context.activity.enters("ending")
+    barrier(everyone)
+    dog.stops_reporting()
+    barrier(everyone)  # nobody reports any more when the first leaves, perhaps with the store
+
+
+def _run(
+    config: RunConfig, context: ParallelContext, description: str, build_model: Callable, signals: StopSignals
+) -> None:
     def say(text: str) -> None:
         if context.rank == 0:
             print(text, flush=True)
@@ -122,11 +144,18 @@ def _run(config: RunConfig, context: ParallelContext, description: str, build_mo
         return
     if config.parallel.check_stragglers:
         check_stragglers(context, say)
-    _train(config, context, parts, progress, batches, claim, say)
+    _train(config, context, parts, progress, batches, claim, signals, say)
 
 
 def _train(
-    config: RunConfig, context: ParallelContext, parts: Parts, progress: Progress, batches: dict, claim, say
+    config: RunConfig,
+    context: ParallelContext,
+    parts: Parts,
+    progress: Progress,
+    batches: dict,
+    claim: Claim | None,
+    signals: StopSignals,
+    say: Callable[[str], None],
 ) -> None:
     if progress.iteration >= config.training.train_iters:
         say(f"nothing to do: the checkpoint is at iteration {progress.iteration} of {config.training.train_iters}")
@@ -135,13 +164,18 @@ def _train(
     if context.rank == 0:
         watching = watching_writers(config, progress.iteration, say)
         metrics = Writers(MetricsFile(config.training.metrics_file), *watching)
-    barrier(context.control)  # a patient one: Weights & Biases may take a while to answer
+    # Patient: Weights & Biases may take a while to answer.
+    told = gather_objects((signals.received, signals.warned), context.control)
+    caught = {received.name: warned for received, warned in told if received}
     try:
-        trainer = Trainer(config, context, parts, progress, batches["train"], batches.get("valid"), metrics, claim)
-        say(f"training from iteration {progress.iteration} to {config.training.train_iters}")
-        reason = trainer.run()
+        if caught:
+            reason, to_be_continued = f"{' and '.join(caught)} before the first step", all(caught.values())
+        else:
+            trainer = Trainer(config, context, parts, progress, batches["train"], batches.get("valid"), metrics, claim)
+            say(f"training from iteration {progress.iteration} to {config.training.train_iters}")
+            reason, to_be_continued = trainer.run(), trainer.to_be_continued
         say(f"stopped at iteration {progress.iteration}: {reason}")
-        if claim is not None and trainer.to_be_continued and progress.iteration < config.training.train_iters:
+        if claim is not None and to_be_continued and progress.iteration < config.training.train_iters:
             claim.ask_to_be_continued(f"stopped at iteration {progress.iteration}: {reason}")
         if config.checkpoint.save is None:
             say("no checkpoint was written: --save is not set")

@@ -1,21 +1,27 @@
 """Signals that ask a run to save and exit."""
 
 import signal
+from collections.abc import Iterable
 
 
 class StopSignals:
     """While installed, SIGTERM, SIGINT and SIGUSR1 are remembered in place of ending the process.
 
-    A second SIGINT ends it at once, for a person at a terminal who does not want to wait for the step to finish.
+    A second SIGINT ends it at once, for a person at a terminal who does not want to wait for the step to finish. Within
+    others that are installed, these begin with what the outer ones have received.
     """
 
     CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, enabled: bool = True):
+    def __init__(self, enabled: bool = True, caught: Iterable[signal.Signals] = CAUGHT):
         self.received: signal.Signals | None = None
         """The last one caught."""
         self._interrupted = False
-        self._before = {number: signal.signal(number, self._remember) for number in self.CAUGHT} if enabled else {}
+        self._before = {number: signal.signal(number, self._remember) for number in caught} if enabled else {}
+        # Only now that all are installed: what comes between goes to the one or to the other.
+        for outer in (getattr(handler, "__self__", None) for handler in self._before.values()):
+            if isinstance(outer, StopSignals):
+                self.received = self.received or outer.received
 
     @property
     def warned(self) -> bool:

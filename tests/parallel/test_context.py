@@ -36,7 +36,7 @@ def test_groups_are_those_of_the_layout(pool):
         for axis in AXES:
             (expected,) = (ranks for ranks in LAYOUT.groups(axis) if rank in ranks)
             assert seen[axis] == (expected, getattr(coordinates, axis), list(expected))
-        assert seen["world"] == (tuple(range(8)), rank, list(range(8)))
+        assert seen["world"] == (range(8), rank, list(range(8)))
         ranks, index, members = seen["embedding"]
         assert ranks in LAYOUT.embedding_groups() and ranks[index] == rank and len(members) == 2
 

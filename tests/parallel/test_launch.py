@@ -30,15 +30,22 @@ def test_rank_and_world_size_by_hand_mean_one_node():
 
 def test_srun():
     port = 10_000 + (1234 * 31 + 2) % 20_000
-    assert detect(SRUN) == LaunchInfo(9, 10, 1, 2, f"tcp://gpu03:{port}", "srun")
+    assert detect(SRUN) == LaunchInfo(9, 10, 1, 2, f"tcp://gpu03:{port}", "srun", "1234.2.0")
     first = detect(SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"})
-    assert first == LaunchInfo(0, 10, 0, 4, f"tcp://gpu03:{port}", "srun")
+    assert first == LaunchInfo(0, 10, 0, 4, f"tcp://gpu03:{port}", "srun", "1234.2.0")
 
 
 def test_steps_of_a_job_meet_at_ports_of_their_own():
     methods = {detect(SRUN | {"SLURM_STEP_ID": str(i)}).init_method for i in range(30)}
     assert len(methods) == 30
     assert all(10_000 <= int(method.rsplit(":", 1)[1]) < 32_768 for method in methods)
+
+
+def test_a_requeued_job_does_not_meet_those_that_its_first_start_left_behind():
+    starts = [detect(SRUN), *(detect(SRUN | {"SLURM_RESTART_COUNT": str(i)}) for i in range(1, 30))]
+    assert len({start.init_method for start in starts}) == len({start.incarnation for start in starts}) == 30
+    assert all(10_000 <= int(start.init_method.rsplit(":", 1)[1]) < 32_768 for start in starts)
+    assert detect(SRUN | {"SLURM_RESTART_COUNT": "0"}) == starts[0]
 
 
 def test_srun_takes_a_given_meeting_point():
