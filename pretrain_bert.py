@@ -21,16 +21,9 @@ def main() -> None:
     """Read and check the configuration, and only then load torch and train."""
     config = parse_and_check(sys.argv[1:], __doc__, architecture="bert")
 
-    from megalite.training.pretrain import explain, pretrain
+    from megalite.training.pretrain import pretrain_or_exit
 
-    launch = detect(os.environ)
-    try:
-        pretrain(config, launch)
-    except Exception as error:
-        explanation = explain(error)
-        if explanation is None:
-            raise
-        sys.exit((explanation and f"pretrain_bert.py: rank {launch.rank}: {explanation}") or 1)
+    pretrain_or_exit(config, detect(os.environ))
 
 
 if __name__ == "__main__":

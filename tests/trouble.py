@@ -94,16 +94,9 @@ def troubled(trouble: str):
 def main() -> None:
     config = parse_and_check(sys.argv[1:], architecture="gpt")
 
-    from megalite.training.pretrain import explain, pretrain
+    from megalite.training.pretrain import pretrain_or_exit
 
-    launch = detect(os.environ)
-    try:
-        pretrain(config, launch, troubled(os.environ["TROUBLE"]))
-    except Exception as error:
-        explanation = explain(error)
-        if explanation is None:
-            raise
-        sys.exit((explanation and f"pretrain_gpt.py: rank {launch.rank}: {explanation}") or 1)
+    pretrain_or_exit(config, detect(os.environ), troubled(os.environ["TROUBLE"]))
 
 
 if __name__ == "__main__":

@@ -106,6 +106,19 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
         warning.uninstall()
 
 
+def pretrain_or_exit(config: RunConfig, launch: LaunchInfo, build_model: Callable = build_model) -> None:
+    """pretrain(), as the last act of a program: what `explain` explains ends the process with that, in place of a
+    traceback."""
+    try:
+        pretrain(config, launch, build_model)
+    except Exception as error:
+        explanation = explain(error)
+        if explanation is None:
+            raise
+        program = "pretrain_bert.py" if config.is_bert else "pretrain_gpt.py"
+        sys.exit((explanation and f"{program}: rank {launch.rank}: {explanation}") or 1)
+
+
 def _part(context: ParallelContext, dog: Watchdog) -> None:
     """Wait for the others at the end, so that one that gets stuck before is a hang."""
     everyone = replace(context.control, patient=False)
@@ -164,7 +177,6 @@ def _train(
     if context.rank == 0:
         watching = watching_writers(config, progress.iteration, say)
         metrics = Writers(MetricsFile(config.training.metrics_file), *watching)
-    # Patient: Weights & Biases may take a while to answer.
     told = gather_objects((signals.received, signals.warned), context.control)
     caught = {received.name: warned for received, warned in told if received}
     try:

@@ -23,7 +23,8 @@ ROUNDS = 5
 def claim_folder(save: str | None, context: ParallelContext) -> Claim | None:
     """Claim --save for this run, on rank 0, and see that every node finds that claim there. Collective.
 
-    Raises RanksDiffer when a rank does not see it, OSError when nothing can be written.
+    Raises RanksDiffer when a rank does not see it, CheckpointError when another run has claimed it meanwhile, OSError
+    when nothing can be written.
     """
     claim = Claim.take(save) if save is not None and context.rank == 0 else None
     if save is not None:
@@ -32,6 +33,8 @@ def claim_folder(save: str | None, context: ParallelContext) -> Claim | None:
             seen = json.loads((Path(save) / OWNER_FILE).read_text())["token"] == token
         except (OSError, ValueError):
             seen = False
+        if claim is not None:
+            claim.check()  # of two runs that start at once, one is replaced already
         _all_agree(
             seen, f"--save {save} is not one folder that all nodes share: what rank 0 wrote is missing for", context
         )
