@@ -7,6 +7,7 @@ The CUDA part needs nvcc of the same major version as a CUDA build of torch. MEG
 those of "80;90;100" that nvcc knows unless set; the last one's PTX serves later ones.
 """
 
+import copy
 import os
 import re
 import shutil
@@ -30,7 +31,7 @@ def torch_build() -> tuple[list[str], Path, str | None] | None:
     try:
         import torch
         from torch.utils.cpp_extension import include_paths
-    except ImportError:
+    except (ImportError, OSError):  # OSError: a library that torch loads is missing
         return None
     return include_paths(), Path(torch.__file__).parent / "lib", torch.version.cuda
 
@@ -79,20 +80,22 @@ class BuildKernels(build_ext):
         self.distribution.ext_modules = None
 
     def build_extension(self, extension):
-        """Compile the .cu sources to objects, then leave the rest to setuptools."""
-        found = cuda_compiler(extension.cuda)
-        if found:
-            try:
-                self.add_cuda(extension, *found)
-            except Exception as problem:
-                say(f"its CUDA part: {problem}")
+        """Compile the .cu sources to objects, then leave the rest to setuptools; without them where that fails."""
+        try:
+            found = cuda_compiler(extension.cuda)
+            if found:
+                with_cuda = copy.deepcopy(extension)
+                self.add_cuda(with_cuda, *found)
+                return super().build_extension(with_cuda)
+        except Exception as problem:  # nvcc's, or the linker's: it may not find CUDA's libraries
+            say(f"its CUDA part: {problem}")
         try:
             super().build_extension(extension)
         except Exception as problem:
             self.give_up(problem)
 
     def add_cuda(self, extension, nvcc, libraries):
-        """Add the CUDA part; raises when nvcc fails, with the extension as it was."""
+        """Add the CUDA part; raises when nvcc fails."""
         objects = []
         for source in sorted(SOURCES.glob("*.cu")):
             target = Path(self.build_temp, source.stem + ".cuda.o")

@@ -81,7 +81,7 @@ def swiglu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if not native.takes(x) or x.numel() == 0:
         gate, up = x.chunk(2, dim=-1)
         d_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return torch.cat([d_gate, grad * torch.nn.functional.silu(gate)], dim=-1)
+        return torch.cat([d_gate, grad * torch.nn.functional.silu(gate)], dim=-1).contiguous()
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     torch.ops.megalite._swiglu(native.as_rows(x), native.as_rows(grad), native.as_rows(dx))
     return dx

@@ -179,7 +179,7 @@ def _composite_backward(
         keep = keep_mask(rows, samples, grad.shape[-1], place, (key0, key1), p).expand(grad.shape)
         d = torch.where(keep, d * (1 / (1 - p)), 0)
     y = y.to(lse.dtype)
-    return (y * (d - (y * d).sum(dim=-1, keepdim=True)) * scale).to(grad.dtype)
+    return (y * (d - (y * d).sum(dim=-1, keepdim=True)) * scale).to(grad.dtype).contiguous()
 
 
 @softmax.register_fake

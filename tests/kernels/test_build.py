@@ -1,4 +1,4 @@
-"""setup.py: why kernels are not built is told on stderr; nvcc is found where it is."""
+"""setup.py: why kernels are not built is told on stderr; nvcc is found where it is, and may fail."""
 
 import os
 import runpy
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,9 +32,10 @@ def test_a_compiler_that_fails_is_told(tmp_path):
     assert "megalite is built without native kernels: " in told and "false" in told
 
 
-def test_a_missing_torch_is_told(tmp_path):
+@pytest.mark.parametrize("problem", ["ImportError", "OSError"])
+def test_a_missing_or_broken_torch_is_told(tmp_path, problem):
     (tmp_path / "none/torch").mkdir(parents=True)
-    (tmp_path / "none/torch/__init__.py").write_text("raise ImportError")
+    (tmp_path / "none/torch/__init__.py").write_text(f"raise {problem}")
     told = built(tmp_path, PYTHONPATH=str(tmp_path / "none"))
     assert "megalite is built without native kernels: there is no torch" in told
 
@@ -55,3 +57,38 @@ def test_nvcc_is_that_of_cuda_home_or_else_that_in_the_path(tmp_path, monkeypatc
     expected = "full/bin" if home == "full" else "path"
     assert compiler("13.0") == (f"{tmp_path}/{expected}/nvcc", tmp_path / expected / "lib64")
     assert compiler("12.8") is None and compiler(None) is None
+
+
+@pytest.mark.parametrize("fails", ["nothing", "nvcc's answer", "nvcc", "linker"])
+def test_the_cpu_part_is_built_when_the_cuda_part_fails(tmp_path, monkeypatch, capfd, fails):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.chdir(ROOT)
+    code = runpy.run_path("setup.py")
+    built = []
+
+    def find(version):
+        if fails == "nvcc's answer":
+            raise AttributeError("no TOP")
+        return "nvcc", Path("lib64")
+
+    def compile(self, command):
+        if fails == "nvcc":
+            raise RuntimeError("nvcc stopped")
+
+    def build(self, extension):
+        if fails == "linker" and extension.extra_objects:
+            raise RuntimeError("cudart_static not found")
+        built.append(bool(extension.extra_objects and ("MEGALITE_CUDA", None) in extension.define_macros))
+
+    scope = code["BuildKernels"].build_extension.__globals__
+    monkeypatch.setitem(scope, "cuda_compiler", find)
+    monkeypatch.setitem(scope, "cuda_flags", lambda nvcc: [])
+    monkeypatch.setattr(build_ext, "spawn", compile)
+    monkeypatch.setattr(build_ext, "build_extension", build)
+    command = code["BuildKernels"](setuptools.Distribution())
+    command.build_temp = str(tmp_path)
+    extension = setuptools.Extension("megalite.kernels.native_library", [])
+    extension.cuda = "13.0"
+    command.build_extension(extension)
+    assert built == [fails == "nothing"]
+    assert ("built without its CUDA part" in capfd.readouterr().err) == (fails != "nothing")

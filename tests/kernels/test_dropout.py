@@ -131,6 +131,15 @@ def test_the_gradient_is_the_derivative(bias, residual):
     assert torch.autograd.gradgradcheck(bias_dropout_add, args)
 
 
+def test_a_single_row_needs_no_leading_dim(body):
+    x, b, r, _, _, *rest = arguments(True, True, torch.float32, shape=(1, 1, 70))
+    x, r, number = x.detach()[0, 0].requires_grad_(), r.detach()[0, 0].requires_grad_(), torch.tensor(3)
+    row, whole = ((t, b, s, number, number, *rest) for t, s in ((x, r), (x[None], r[None])))
+    expected = torch.autograd.grad(bias_dropout_add(*whole).square().sum(), (x, b, r))
+    got = torch.autograd.grad(bias_dropout_add(*row).square().sum(), (x, b, r))
+    assert all(torch.equal(*pair) for pair in zip(got, expected))
+
+
 def test_the_inputs_stay_and_may_be_of_any_strides(body):
     x, b, r, *rest = arguments(True, True, torch.float32)
     before = [t.detach().clone() for t in (x, b, r)]

@@ -105,6 +105,9 @@ OPERATORS = {
     "bias_gelu_backward": lambda: (bias_gelu_backward, (draw(6, 70), draw(6, 70), draw(70))),
     "swiglu": lambda: (swiglu, (draw(6, 70).requires_grad_(),)),
     "swiglu_backward": lambda: (swiglu_backward, (draw(6, 35), draw(6, 70))),
+    "swiglu_backward of channels last": lambda: (
+        swiglu_backward, tuple(draw(2, 3, 4, n).contiguous(memory_format=torch.channels_last) for n in (5, 10))
+    ),
     "rms_norm": lambda: (rms_norm_forward, (draw(6, 70).requires_grad_(), draw(70).requires_grad_(), 1e-5, None)),
     "rms_norm of a sum": lambda: (rms_norm_forward, (draw(6, 70).requires_grad_(), draw(70), 1e-5, draw(6, 70))),
     "rms_norm_backward": lambda: (rms_norm_backward, (draw(6, 70), draw(6, 70), draw(6, 70), draw(70), draw(6).abs())),

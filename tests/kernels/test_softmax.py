@@ -159,7 +159,10 @@ def test_opcheck_of_the_backward(body, p, mask, causal):
     y, lse = softmax(x.detach(), *rest)
     scale, mask, causal, *dropout = (*rest, *(None, None, 0, 0, 0, 0.0)[: 9 - len(rest)])
     saved = (None, x.detach()) if p else (y, None)
-    torch.library.opcheck(softmax_backward, (torch.ones_like(y), lse, *saved, scale, mask, causal, *dropout))
+    # In memory a gradient is as what used the output made it: transposed by the product with it transposed, say.
+    for grad in (torch.ones_like(y), torch.ones_like(y.transpose(2, 3).contiguous()).transpose(2, 3)):
+        arguments = grad, lse, *(None if t is None else torch.empty_like(grad).copy_(t) for t in saved)
+        torch.library.opcheck(softmax_backward, (*arguments, scale, mask, causal, *dropout))
 
 
 @CASES
