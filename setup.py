@@ -73,6 +73,8 @@ class BuildKernels(build_ext):
             super().run()
         except Exception as problem:
             self.give_up(problem)
+        if self.inplace and not self.distribution.ext_modules:  # an older build is of other sources
+            (SOURCES.parent / "native_library.so").unlink(missing_ok=True)
 
     def give_up(self, problem):
         """Say why, and leave a package of Python alone."""

@@ -70,7 +70,8 @@ class ModelConfig:
     attention_backend: Literal["auto", "sdpa", "fused-softmax", "eager"] = "auto"
     """How attention is computed. sdpa: by torch's fused kernels, which cannot drop weights by --rng-scheme.
     fused-softmax: scores are formed; scale, mask, softmax and dropout are one kernel of megalite's. eager: by plain
-    operations. auto: sdpa without dropout, otherwise fused-softmax, or eager with --rng-scheme megatron."""
+    operations. auto: sdpa without dropout where torch has a fused kernel; otherwise fused-softmax, or eager with
+    dropout and --rng-scheme megatron."""
     hidden_dropout: float = 0.1
     """Probability of dropping an element of the embedding and of what each sublayer adds, 0 = off."""
     init_method_std: float = 0.02

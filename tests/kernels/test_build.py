@@ -16,7 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def built(folder: Path, **environment: str) -> str:
     """What `setup.py -q build_ext` says on stderr."""
-    shutil.copytree(ROOT / "megalite/kernels", folder / "megalite/kernels", ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(
+        ROOT / "megalite/kernels",
+        folder / "megalite/kernels",
+        ignore=shutil.ignore_patterns("*.so"),
+        dirs_exist_ok=True,
+    )
     shutil.copy(ROOT / "setup.py", folder)
     run = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
@@ -28,6 +33,8 @@ def built(folder: Path, **environment: str) -> str:
 
 
 def test_a_compiler_that_fails_is_told(tmp_path):
+    (tmp_path / "megalite/kernels").mkdir(parents=True)
+    (tmp_path / "megalite/kernels/native_library.so").write_text("of an older build, which must not stay")
     told = built(tmp_path, CC="false", CXX="false")
     assert "megalite is built without native kernels: " in told and "false" in told
 
