@@ -51,6 +51,25 @@ def test_job_scripts_are_clean(file):
     )
 
 
+@pytest.mark.parametrize("number", ["0", "010", "x", "-1", "a[$(touch owned)]", "--nodes=4"])
+def test_what_is_no_number_of_jobs_is_refused_before_any_is_submitted(number, tmp_path):
+    """In bash, 010 is eight, and the index of an array may be a command."""
+    for name, *words in (["chain.sh", number, "a.sbatch"], ["preprocess.sh", "data/c", "--input", "c.jsonl"]):
+        command = ["bash", SLURM / name, *words]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"SHARDS": number}, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and f"{number} is no number of " in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file", sorted(SLURM.glob("pretrain_*.sbatch")), ids=lambda path: path.name)
+def test_elsewhere_than_in_the_checkout_a_job_script_ends_with_that(file, tmp_path):
+    environment = os.environ | dict.fromkeys(("SAVE", "IMAGE", "MOUNT"), str(tmp_path))
+    done = subprocess.run(["bash", file], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "supervise.sh: No such file" in done.stderr
+
+
 def test_the_scripts_of_both_models_differ_in_the_model_only():
     gpt, bert = ((SLURM / f"pretrain_{name}.sbatch").read_text() for name in ("gpt", "bert"))
     body = gpt[gpt.index("#SBATCH") :].replace("gpt", "bert")
