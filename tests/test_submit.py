@@ -51,6 +51,25 @@ def test_job_scripts_are_clean(file):
     )
 
 
+@pytest.mark.parametrize("number", ["0", "010", "x", "-1", "a[$(touch owned)]", "--nodes=4"])
+def test_what_is_no_number_of_jobs_is_refused_before_any_is_submitted(number, tmp_path):
+    """In bash, 010 is eight, and the index of an array may be a command."""
+    for name, *words in (["chain.sh", number, "a.sbatch"], ["preprocess.sh", "data/c", "--input", "c.jsonl"]):
+        command = ["bash", SLURM / name, *words]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"SHARDS": number}, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and f"{number} is no number of " in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file", sorted(SLURM.glob("pretrain_*.sbatch")), ids=lambda path: path.name)
+def test_elsewhere_than_in_the_checkout_a_job_script_ends_with_that(file, tmp_path):
+    environment = os.environ | dict.fromkeys(("SAVE", "IMAGE", "MOUNT"), str(tmp_path))
+    done = subprocess.run(["bash", file], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "supervise.sh: No such file" in done.stderr
+
+
 def test_the_scripts_of_both_models_differ_in_the_model_only():
     gpt, bert = ((SLURM / f"pretrain_{name}.sbatch").read_text() for name in ("gpt", "bert"))
     body = gpt[gpt.index("#SBATCH") :].replace("gpt", "bert")
@@ -133,7 +152,8 @@ def test_nothing_of_a_recipe_reaches_a_shell(text, tmp_path):
 
 TAKEN = """--wrap=true --output=x --error=x --out=x --nodes=3 --node=3 --nod=3 -N3 nodes=3 --ntasks=3 --ntasks-per-gpu=1
 --nt=3 --signal=INT --sig=INT --requeue --no-requeue --no-req --export=NONE --array=1-3 --time=1 --ti=1
---gpus-per-node=1 --job-name=x --open-mode=truncate --cpus-per-task=1 --test-only --""".split()
+--gpus-per-node=1 --job-name=x --open-mode=truncate --cpus-per-task=1 --test-only --tasks-per-node=3 --tasks=3
+--chdir=/ --""".split()
 
 
 @pytest.mark.parametrize("option", TAKEN)
@@ -174,6 +194,25 @@ def test_all_problems_before_anything_is_submitted(tmp_path):
     ]
     said = " ".join(problems(*SOUND, "--tp", "5", "--global-batch-size", "7"))
     assert "16 ranks" in said and "--num-attention-heads 12" in said
+
+
+@pytest.mark.parametrize("key", ["run_dir", "name", "partition", "account"])
+def test_what_a_variable_that_is_not_set_leaves_empty_is_refused(key):
+    """A run in the folder where one stands, or a default that nobody asked for."""
+    assert len(problems(*SOUND, f"--{key.replace('_', '-')}", "")) == 1
+
+
+def test_a_value_that_is_none_is_not_missing_as_well():
+    assert problems(*SOUND[:-1], "two") == ["--nodes: 'two' is not a whole number"]
+
+
+def test_numbers_that_sbatch_would_refuse_are_refused():
+    assert problems(*SOUND, "--gpus-per-node", "-1", "--ranks-per-node", "1") == [
+        "--gpus-per-node -1 must be at least 0"
+    ]
+    assert read([*SOUND, "--gpus-per-node", "0", "--ranks-per-node", "1"])[0].ranks == 1
+    assert problems(*SOUND, "--save-before-end", "65536") == ["--save-before-end 65536 is more than SLURM takes, 65535"]
+    assert read([*SOUND, "--save-before-end", "65535"])[0].save_before_end == 65535
 
 
 @pytest.mark.parametrize("flag", ["--nodes 0", "--ranks-per-node 0", "--cpus-per-rank 0", "--save-before-end 0"])
@@ -260,6 +299,19 @@ def test_a_number_of_a_job_may_name_its_cluster(tmp_path):
     assert said.startswith("array 1, then merge 2: ") and after == ["--dependency=afterok:1"]
     said, _ = run(sys.executable, "tools/submit.py", *SOUND, "--run-dir", str(tmp_path / "run"))
     assert said.startswith("job 1: ") and "scancel 1 " in said
+
+
+def test_the_script_finds_relative_data_wherever_it_is_submitted_again(job, tmp_path, monkeypatch):
+    here, there = tmp_path / "a $(touch owned) 'b'", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    monkeypatch.chdir(here)
+    file = tmp_path / "job.sbatch"
+    start = script(job, snapshot_folder(job)).partition("source ")[0]
+    file.write_text(start + "pwd\n")
+    done = subprocess.run(["bash", file], cwd=there, capture_output=True, text=True)
+    assert done.stdout == f"{here}\n", done.stderr
+    here.rmdir()
+    assert subprocess.run(["bash", file], cwd=there, capture_output=True).returncode == 1
 
 
 def test_without_sbatch_the_script_is_left_and_named(tmp_path):

@@ -8,6 +8,7 @@ Flags that are not listed here are those of pretrain_gpt.py (or pretrain_bert.py
 """
 
 import math
+import os
 import re
 import shlex
 import shutil
@@ -27,9 +28,11 @@ from megalite.config import ConfigError, Problem, RunConfig, example, options_of
 ROOT = Path(__file__).resolve().parents[1]
 WORD = r"[A-Za-z0-9_.,:=@%+*/\[\]-]+"
 """What an option of sbatch may consist of: nothing that a shell or a line of #SBATCH takes for more than a word."""
-SET_HERE = """array cpus-per-task error export export-file gpus-per-node help job-name nodes no-requeue ntasks open-mode
-output requeue signal test-only time usage version wrap""".split()
-"""Options of sbatch that the script sets, or that would make another job of it."""
+SET_HERE = """array chdir cpus-per-task error export export-file gpus-per-node help job-name nodes no-requeue ntasks
+open-mode output requeue signal tasks-per-node test-only time usage version wrap""".split()
+"""Options of sbatch that the script sets, under any of their names, or that would make another job of it."""
+LONGEST_WARNING = 65535
+"""Seconds before the time limit at which sbatch can ask for a signal, at most."""
 FOLLOWING = ("save", "load", "metrics_file", "world_size")
 """Flags of a training that follow from --run-dir and --nodes."""
 TORCHRUN = 'exec {python} -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"'
@@ -113,15 +116,20 @@ def problems_of(job: JobConfig) -> list[Problem]:
         for flag, value in numbers.items()
         if value is not None and value < 1
     ]
+    if job.gpus_per_node < 0:
+        problems.append(Problem(f"--gpus-per-node {job.gpus_per_node} must be at least 0", "--gpus-per-node 0"))
+    if job.save_before_end > LONGEST_WARNING:
+        message = f"--save-before-end {job.save_before_end} is more than SLURM takes, {LONGEST_WARNING}"
+        problems.append(Problem(message, f"--save-before-end {LONGEST_WARNING}"))
     limit = seconds(job.time)
     if limit is None:
         problems.append(Problem(f"--time {job.time!r} is no time limit", "hours:minutes:seconds, or days-hours"))
     elif job.save_before_end >= limit:
         message = f"--save-before-end {job.save_before_end} is not less than the {limit} seconds of --time {job.time}"
         problems.append(Problem(message, "a longer --time, or a smaller --save-before-end"))
-    for option in (f"--{key}={value}" for key, value in _own_options(job).items()):
-        if not re.fullmatch(f"--{WORD}", option):
-            problems.append(Problem(f"{option!r} is no option for sbatch", "one word, without spaces"))
+    for key, value in _own_options(job).items():
+        if not re.fullmatch(WORD, str(value)):
+            problems.append(Problem(f"{f'--{key}={value}'!r} is no option for sbatch", "one word, without spaces"))
     for option in _further_options(job):
         name = option.partition("=")[0].removeprefix("--")
         if not re.fullmatch(f"--{WORD}", option):
@@ -129,10 +137,10 @@ def problems_of(job: JobConfig) -> list[Problem]:
         # sbatch takes any unambiguous beginning of an option for the whole.
         elif name.startswith("ntasks") or any(taken.startswith(name) for taken in (*SET_HERE, *_own_options(job))):
             problems.append(Problem(f"--options: {option} would undo what is set here", "leave it out, or see --help"))
-    if "\n" in job.run_dir or "%" in job.run_dir:
-        problems.append(
-            Problem(f"--run-dir {job.run_dir!r} cannot be a folder for SLURM's logs", "no % and no line breaks")
-        )
+    # An empty one, of a variable that is not set, would be the folder where one stands.
+    if not job.run_dir or "\n" in job.run_dir or "%" in job.run_dir:
+        message = f"--run-dir {job.run_dir!r} cannot be a folder for SLURM's logs"
+        problems.append(Problem(message, "a name without % and line breaks"))
     return problems
 
 
@@ -176,6 +184,8 @@ def script(job: JobConfig, snapshot: Path) -> str:
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in sbatch_options(job)),
+        # Relative paths of the configuration were checked here, wherever the script is submitted again.
+        f"cd {shlex.quote(os.getcwd())} || exit",
         f"source {supervise}",
         *launch,
         f"    {program} --config {config} \\",
@@ -224,9 +234,12 @@ def read(argv: list[str]) -> tuple[JobConfig, RunConfig]:
     if asked.get("cluster") is not None:
         values, found = read_cluster(asked["cluster"])
         asked, problems = values | asked, [*found, *problems]
-    missing = [known[key] for key in ("run_dir", "nodes") if key not in asked]
-    problems += [Problem(f"{option.flag} is missing", f"{option.flag} {example(option)}") for option in missing]
-    job = JobConfig(**{option.key: 1 if option.kind is int else "" for option in missing} | asked)
+    missing = {key: example(known[key]) for key in ("run_dir", "nodes") if key not in asked}
+    said = {key for problem in problems for key in problem.flags}  # that a value is none is enough
+    for key, value in missing.items():
+        if key not in said:
+            problems.append(Problem(f"{known[key].flag} is missing", f"{known[key].flag} {value}"))
+    job = JobConfig(**{key: known[key].from_words([value]) for key, value in missing.items()} | asked)
     problems += problems_of(job)
     values = (cli.read_yaml(recipe)[0] if recipe is not None else {}) | flags
     owned = ", ".join("--" + key.replace("_", "-") for key in FOLLOWING if values.get(key) is not None)

@@ -4,7 +4,8 @@
 #     SAVE=/shared/runs/7b examples/slurm/chain.sh 5 --nodes=4 examples/slurm/pretrain_gpt.sbatch --config ...
 set -euo pipefail
 
-count=$1 previous=
+count=${1:?the number of jobs comes first} previous=
+[[ $count =~ ^[1-9][0-9]*$ ]] || { echo "$count is no number of jobs" >&2 && exit 2; }
 shift
 export REQUEUE=no
 for ((i = 0; i < count; i++)); do

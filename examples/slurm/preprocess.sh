@@ -7,6 +7,7 @@ set -euo pipefail
 prefix=$1
 shift
 export SHARDS=${SHARDS:-8}
+[[ $SHARDS =~ ^[1-9][0-9]*$ ]] || { echo "SHARDS=$SHARDS is no number of shards" >&2 && exit 2; }
 read -ra options <<<"${ARRAY_OPTIONS:-}"
 # sbatch may print number;cluster.
 array=$(sbatch --parsable --array="0-$((SHARDS - 1))" "${options[@]}" \

@@ -8,8 +8,9 @@ unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 [[ ! ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 supervise() {
-    local save=$1 owner step status=0 cancelled=
+    local save=$1 owner step earlier status=0 cancelled=
     shift
+    earlier=$(cat "$save/to-be-continued" 2>/dev/null)
     rm -f "$save/to-be-continued" # of an earlier job that was killed: it would requeue this one for ever
     owner=$(owner_of "$save")
     "$@" &
@@ -26,6 +27,11 @@ supervise() {
     fi
     trap - USR1 TERM
     [[ ! $cancelled ]] && wants_more "$save" || return "$status"
+    # A start that takes longer than the time before the warning would be repeated for ever.
+    if [[ $earlier && $(cat "$save/to-be-continued" 2>/dev/null) == "$earlier" ]]; then
+        echo "error: no step was made, for the second time: a longer --time is needed, or a later --signal" >&2
+        return 1
+    fi
     # Whatever the step ended with: torchrun reports the signal as a failure, which would stop a chain.
     [[ ${REQUEUE:-yes} == yes ]] || return 0
     scontrol requeue "$SLURM_JOB_ID" && return 0

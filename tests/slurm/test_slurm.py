@@ -163,8 +163,10 @@ def test_what_a_job_ends_with_when_it_is_to_be_continued(cluster, tmp_path):
     step = "echo saved at 3 >to-be-continued; exit 7"
     alone = supervised(cluster, tmp_path, step, "--no-requeue")
     assert alone.end() == "FAILED" and f"error: SLURM does not requeue job {alone.number}" in alone.log, alone.log
-    of_a_chain = supervised(cluster, tmp_path, step, REQUEUE="no")
-    assert of_a_chain.end() == "COMPLETED" and "is to be continued: saved at 3" in of_a_chain.log, of_a_chain.log
+    stuck = supervised(cluster, tmp_path, step)  # it would be requeued for ever
+    assert stuck.end() == "FAILED" and "error: no step was made, for the second time" in stuck.log, stuck.log
+    of_a_chain = supervised(cluster, tmp_path, step.replace("3", "4"), REQUEUE="no")
+    assert of_a_chain.end() == "COMPLETED" and "is to be continued: saved at 4" in of_a_chain.log, of_a_chain.log
     failed = supervised(cluster, tmp_path, "exit 7")  # what the others left is none of its business
     assert failed.end() == "FAILED" and failed.show("ExitCode") == "7:0", failed.log
 
