@@ -118,6 +118,13 @@ def test_rank_0_stopped_with_the_store_in_it():
     assert "in all_reduce" in said and "in _step" in said
 
 
+def test_a_disk_that_takes_no_stacks_does_not_keep_the_judge(pool, tmp_path):
+    """Nobody reads from the pipe that stands where the file should be: to open it takes for ever."""
+    os.mkfifo(tmp_path / "hang-step-3.txt")
+    said = str(hang(pool, 1, "sleep 0 3", "--save", tmp_path, "--hang-timeout", "2"))
+    assert f"exited with status {HUNG}\n" in said and "waiting for rank 0" in said, said
+
+
 def test_one_process_alone_that_hangs(pool, tmp_path):
     said = str(hang(pool, 1, "sleep 0 3", "--save", tmp_path, "--hang-timeout", "2"))
     assert f"exited with status {HUNG}\n" in said and "waiting for rank 0" in said and "in no call" in said
@@ -278,6 +285,14 @@ def test_a_rank_that_fails_is_quoted_once(culprit):
     assert "Traceback" not in said and "c10d" not in said
     if culprit:  # others lose contact with it at once; rank 0 stays for a moment, with the store
         assert_shown("A rank fails", "".join(errors for _, errors in ended))
+
+
+def test_what_all_ranks_end_with_is_said_once(tmp_path):
+    ended = ranks("full_disk 1 4", *[["--save", tmp_path / "c"]] * 2)
+    assert [status for status, _ in ended] == [1, 1], ended
+    (said,) = [errors for _, errors in ended if errors]
+    full = r"pretrain_gpt\.py: rank \d: checkpoint not written; rank 1: OSError: the disk is full\n"
+    assert re.fullmatch(full, said), said
 
 
 def test_ranks_that_were_not_started_alike_are_told_apart():

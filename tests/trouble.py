@@ -91,6 +91,17 @@ def troubled(trouble: str):
     return build
 
 
+def full_disk() -> None:
+    """Below the others: docs/troubleshooting.md shows their lines."""
+    real = os.fsync
+
+    def fsync(file) -> None:
+        os.fsync = real
+        raise OSError("the disk is full")
+
+    os.fsync = fsync
+
+
 def main() -> None:
     config = parse_and_check(sys.argv[1:], architecture="gpt")
 

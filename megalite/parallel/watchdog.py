@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +88,8 @@ class Watchdog:
         over = False
         while not over:  # the first report comes at once: who dies before it is not known to anyone
             try:
-                self._beat()
+                if not self._failed:  # else rank 0 may have ended by now, with the store
+                    self._beat()
             except Exception as error:  # whatever it is, this thread goes on: it alone can end a job that hangs
                 if self._hangs:
                     self._end_alone(error)
@@ -160,15 +161,20 @@ class Watchdog:
         file = self._folder / f"hang-step-{step}.txt"
         verdict = hang_verdict(reports, idle, SILENT_BEATS * self._seconds, str(file))
         self._say(verdict)  # before the file: its disk may be what hangs
+        threading.Thread(target=self._write_stacks, args=(file, all_stacks(verdict, reports)), daemon=True).start()
+        self._wait_for_the_judge()
+
+    def _write_stacks(self, file: Path, parts: Iterable[str]) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with open(file, "w") as stream:
-                for part in all_stacks(verdict, reports):
+                for part in parts:
                     stream.write(part)
                     self._store.add("judging", 1)
         except OSError as error:
             self._say(f"  ({file} is not written: {error})")
-        self._store.set("judged", "yes")
+        with suppress(RuntimeError):  # of torch's store
+            self._store.set("judged", "yes")
 
     def _wait_for_the_judge(self) -> None:
         count, moved = -1, time.monotonic()
@@ -209,14 +215,19 @@ class Watchdog:
         lost = {rank: replace(found.get(rank, unknown), rank=rank, silent_seconds=waited) for rank in wanted}
         return found | lost
 
-    def failed(self, message: str) -> None:
-        """Leave word of why this rank ends, before its connections break."""
+    def failed(self, message: str) -> bool:
+        """Leave word of why this rank ends, before its connections break. Whether another rank ends with the very same
+        message, and has had the time to say it."""
         self._failed = True
         self._leaving.set()
         with suppress(RuntimeError):  # of torch's store: the job ends anyway
             number = self._store.add("failures", 1)
             text = json.dumps([self._context.rank, self._context.host, message or "see what rank 0 says"])
             self._store.set(f"failure/{number}", text)
+            if number > 1 and json.loads(self._store.get("failure/1"))[2] == message:
+                time.sleep(LINGER_SECONDS / 2)  # a launcher ends all as soon as one has ended
+                return True
+        return False
 
     def _linger(self) -> None:
         """Rank 0's process may hold the store: when it failed, it stays until another rank has read why, or all others

@@ -8,6 +8,7 @@ import torch
 
 from megalite import __version__
 from megalite.config import RunConfig, to_flat
+from megalite.kernels import native
 from megalite.models.bert import Bert
 from megalite.models.gpt import GPT
 from megalite.models.stage import Stage
@@ -43,7 +44,8 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
     if device.type == "cpu" and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Otherwise every rank would start as many threads as the node has cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
-    facts = {"megalite": __version__, "torch": torch.__version__, **to_flat(config)}
+    # Without the kernels on one node, sums are rounded otherwise there: copies of weights would drift apart.
+    facts = {"megalite": __version__, "torch": torch.__version__, "kernels": native.status(), **to_flat(config)}
     context = ParallelContext.create(layout, launch, device, backend, parallel.distributed_timeout_minutes, facts)
     via = f"{backend}, launched by {launch.source}" if launch.world_size > 1 else "one process, no launcher"
     return context, f"{launch.world_size} rank(s) on {device.type} ({why}); {via}; layout {layout}"

@@ -96,7 +96,9 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
                 if _loses_contact(error):
                     raise _lost_contact(error, dog) from None
                 message = explain(error)
-                dog.failed("".join(traceback.format_exception_only(error)).strip() if message is None else message)
+                text = "".join(traceback.format_exception_only(error)).strip() if message is None else message
+                if dog.failed(text) and message is not None:
+                    raise LostContact from None
                 raise
             finally:
                 dog.stops_reporting()

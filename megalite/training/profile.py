@@ -56,6 +56,10 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=MOST_EVENTS)
             self._open.callback(torch.cuda.memory._record_memory_history, enabled=None)
             self._open.callback(torch.cuda.memory._dump_snapshot, f"{name}.memory.pickle")
-        self._open.callback(lambda: profiler.export_chrome_trace(f"{name}.trace.json.gz"))
-        self._open.callback(self._folder.mkdir, parents=True, exist_ok=True)
+
+        def write() -> None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(f"{name}.trace.json.gz")
+
+        self._open.callback(write)
         self._open.enter_context(profiler)

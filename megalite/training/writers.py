@@ -90,10 +90,13 @@ def _run_id(save: str | None) -> str:
 
 class Harmless:
     """A writer on a thread of its own, which can neither hold up nor end a training: its first failure is told in a
-    line, and it gets no more numbers; what it cannot keep up with is dropped. `make` makes it, on that thread."""
+    line, and it gets no more numbers; what it cannot keep up with is dropped. `make` makes it, on that thread. It gets
+    `patience` seconds at the end."""
 
-    def __init__(self, name: str, make: Callable[[], Writer], say: Callable[[str], None]):
-        self._name, self._say, self._dropped = name, say, 0
+    def __init__(
+        self, name: str, make: Callable[[], Writer], say: Callable[[str], None], patience: float = CLOSE_SECONDS
+    ):
+        self._name, self._say, self._patience, self._dropped = name, say, patience, 0
         self._queue: queue.Queue[dict[str, float] | None] = queue.Queue(MOST_WAITING)
         self._thread = threading.Thread(target=self._serve, args=(make,), name=name, daemon=True)
         self._thread.start()
@@ -106,13 +109,13 @@ class Harmless:
             self._dropped += 1
 
     def close(self) -> None:
-        """Wait until all is written, but no longer than a minute. Says how much was dropped."""
-        end = time.monotonic() + CLOSE_SECONDS
+        """Wait until all is written, but not for ever. Says how much was dropped."""
+        end = time.monotonic() + self._patience
         with suppress(queue.Full):
-            self._queue.put(None, timeout=CLOSE_SECONDS)
+            self._queue.put(None, timeout=self._patience)
         self._thread.join(max(0.0, end - time.monotonic()))
         if self._thread.is_alive():
-            self._say(f"{self._name}: not all was sent within {CLOSE_SECONDS:g} s")
+            self._say(f"{self._name}: not all was sent within {self._patience:g} s")
         if self._dropped:
             self._say(f"{self._name} did not keep up: the numbers of {self._dropped} iterations were dropped")
 
@@ -148,10 +151,12 @@ class Writers:
 
 def watching_writers(config: RunConfig, iteration: int, say: Callable[[str], None]) -> list[Writer]:
     """The writers that the configuration asks for besides the metrics file, of a run that goes on after `iteration`."""
-    training, writers = config.training, []
+    training, writers, timeout = config.training, [], config.parallel.hang_timeout
+    # The other ranks wait for it meanwhile: both writers together must not look like a hang.
+    patience = min(CLOSE_SECONDS, timeout / 4) if timeout else CLOSE_SECONDS
     if training.tensorboard_dir is not None:
         folder = os.path.abspath(training.tensorboard_dir)
-        writers.append(Harmless("TensorBoard", lambda: TensorBoardWriter(folder, iteration), say))
+        writers.append(Harmless("TensorBoard", lambda: TensorBoardWriter(folder, iteration), say, patience))
     if training.wandb_project is not None:
-        writers.append(Harmless("Weights & Biases", lambda: WandbWriter(config), say))
+        writers.append(Harmless("Weights & Biases", lambda: WandbWriter(config), say, patience))
     return writers

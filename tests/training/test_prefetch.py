@@ -1,5 +1,7 @@
 """Samples are read ahead, on another thread, and come out as if they were not."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -43,3 +45,18 @@ def test_an_error_is_raised_where_its_samples_are_wanted():
         prefetcher.get(13, 14)
     assert prefetcher.get(14, 13) == 140
     prefetcher.close()  # what is read beyond the end of a run is nobody's error
+
+
+def test_a_disk_that_hangs_does_not_keep_the_process():
+    """A read that never ends is left behind, by `close` and by the end of the process."""
+    code = """
+import threading
+from megalite.training import prefetch
+prefetch.CLOSE_SECONDS = 0.1
+prefetcher = prefetch.Prefetcher(lambda consumed: consumed and threading.Event().wait())
+prefetcher.get(0, 1)
+prefetcher.close()
+print("closed")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "closed\n"), done

@@ -2,10 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
 
+from megalite.config import from_flat
+from megalite.kernels import native
 from megalite.parallel.agreement import RanksDiffer
+from megalite.parallel.config import ParallelConfig
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.layout import ParallelLayout
+from megalite.training.build import build_context
 from megalite.training.startup import check_data, check_stragglers, claim_folder, compare_times
 
 
@@ -46,10 +51,32 @@ def test_other_data_under_the_same_path(pool):
 def test_slow_ranks_are_named():
     told = [("a", {"product": 0.1}), ("a", {"product": 0.11}), ("b", {"product": 0.3}), ("b", {"product": 0.09})]
     assert compare_times(told) == [
-        "product: median 105.00 ms, slowest 300.00 ms",
-        "SLOW: rank 2 on b: 300.00 ms, 2.9 times the median, for product",
+        "product: median 100.00 ms, slowest 300.00 ms",
+        "SLOW: rank 2 on b: 300.00 ms, 3.0 times the median, for product",
     ]
     assert compare_times(told[:2])[1] == "no stragglers: no rank takes more than 1.5 times the median"
+
+
+def test_a_slow_node_of_two_is_named():
+    told = [("a", {"product": 0.1}), ("a", {"product": 0.1}), ("b", {"product": 0.2}), ("b", {"product": 0.2})]
+    assert [line.partition(":")[0] for line in compare_times(told)] == ["product", "SLOW", "SLOW"]
+
+
+def start_with_other_kernels(launch, config) -> str:
+    before, native.MISSING = native.MISSING, f"not built on node {launch.rank}"
+    try:
+        build_context(config, launch)
+    except RanksDiffer as error:
+        return str(error)
+    finally:
+        native.MISSING = before
+    return "started"
+
+
+def test_kernels_on_some_nodes_only(pool):
+    """Their sums are rounded otherwise, so ranks that should hold the same weights would not."""
+    told, other = pool.run(start_with_other_kernels, 2, replace(from_flat({}), parallel=ParallelConfig(device="cpu")))
+    assert re.search(r"rank\(s\) 1 on \S+: kernels .*not built on node 1", told) and other == ""
 
 
 def measured_on_rank(launch) -> str:

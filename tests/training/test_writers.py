@@ -23,7 +23,7 @@ from megalite.training.build import build_model
 from megalite.training.loop import Trainer
 from megalite.training.pretrain import pretrain
 from megalite.training.state import Progress
-from megalite.training.writers import Harmless, Writers
+from megalite.training.writers import Harmless, Writers, watching_writers
 from tests.runs import ALONE, working_in
 from tests.test_resume import MODEL, ROOT, resumable
 from tests.test_resume import pretrain_on_rank as train
@@ -97,10 +97,9 @@ def test_a_writer_that_fails_is_left_alone():
 def test_a_writer_that_hangs_holds_up_nothing(monkeypatch):
     """Nor does it at the end, or while it is made; what it has no room for is dropped, and counted."""
     monkeypatch.setattr(writers, "MOST_WAITING", 3)
-    monkeypatch.setattr(writers, "CLOSE_SECONDS", 0.1)
     said: list[str] = []
     never = threading.Event()
-    harmless = Harmless("The board", never.wait, said.append)
+    harmless = Harmless("The board", never.wait, said.append, patience=0.1)
     for iteration in range(5):
         harmless.write(iteration=iteration)
     harmless.close()
@@ -108,6 +107,17 @@ def test_a_writer_that_hangs_holds_up_nothing(monkeypatch):
         "The board: not all was sent within 0.1 s",
         "The board did not keep up: the numbers of 2 iterations were dropped",
     ]
+    never.set()
+
+
+def test_a_slow_end_of_the_writers_is_no_hang(monkeypatch):
+    """The other ranks wait for rank 0 meanwhile: two writers take half of --hang-timeout at most."""
+    never, said = threading.Event(), []
+    monkeypatch.setattr(writers, "TensorBoardWriter", lambda *_: never.wait())
+    monkeypatch.setattr(writers, "WandbWriter", lambda *_: never.wait())
+    flags = {"hang_timeout": 0.4, "tensorboard_dir": "board", "wandb_project": "demo"}
+    Writers(*watching_writers(from_flat(flags), 0, said.append)).close()
+    assert said == [f"{name}: not all was sent within 0.1 s" for name in ("TensorBoard", "Weights & Biases")]
     never.set()
 
 
@@ -184,6 +194,14 @@ def test_a_profile_that_cannot_be_written_ends_nothing(tmp_path):
         said = train(ALONE, ["--profile", "2-3,5-9", "--profile-dir", "file/profile", "--exit-interval", "6"])
     assert said.count("rank 0: a profile was not written: [Errno 20] Not a directory") == 2
     assert "stopped at iteration 6" in said
+
+
+def test_why_a_profile_cannot_be_written(tmp_path):
+    """That its folder cannot be made, not that it is missing then."""
+    (tmp_path / "gone").symlink_to("nowhere")
+    with working_in(tmp_path):
+        said = train(ALONE, ["--profile", "2-2", "--profile-dir", "gone", "--exit-interval", "2"])
+    assert "a profile was not written: [Errno 17] File exists: 'gone'" in said
 
 
 def test_phases_make_up_the_step(tmp_path):
