@@ -125,6 +125,19 @@ def test_a_disk_that_takes_no_stacks_does_not_keep_the_judge(pool, tmp_path):
     assert f"exited with status {HUNG}\n" in said and "waiting for rank 0" in said, said
 
 
+def test_a_process_that_is_stopped_in_a_save_is_no_slow_disk(pool, tmp_path):
+    said = str(hang(pool, 2, "stop_at_the_next_file 1 4", "--save", tmp_path, "--hang-timeout", "3"))
+    assert re.search(r"^HANG: no progress for [1-9]\d+ s, waiting for rank 1\n  rank 1 on .*: last heard: ", said, re.M)
+    assert "it does not answer" in said and re.search(r"where rank 0 on \S+ \(process \d+\) waits$", said, re.M), said
+
+
+def test_rank_0_stopped_in_a_save_with_the_store_in_it(tmp_path):
+    flags = [["--save", tmp_path, "--hang-timeout", "3"]] * 2
+    (status, _), (other, said) = ranks("stop_at_the_next_file 0 4", *flags, stopped=[0])
+    assert (status, other) == (-signal.SIGKILL, HUNG), said
+    assert re.search(r"^HANG: no progress for [1-9]\d+ s on rank 1 of .*does not answer", said, re.M), said
+
+
 def test_one_process_alone_that_hangs(pool, tmp_path):
     said = str(hang(pool, 1, "sleep 0 3", "--save", tmp_path, "--hang-timeout", "2"))
     assert f"exited with status {HUNG}\n" in said and "waiting for rank 0" in said and "in no call" in said

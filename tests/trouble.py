@@ -56,6 +56,10 @@ def slow_disk() -> None:
     os.fsync = fsync
 
 
+def stop_at_the_next_file() -> None:
+    os.fsync = lambda file: stop()
+
+
 def stop_at_the_next_barrier() -> None:
     import torch.distributed as dist
 

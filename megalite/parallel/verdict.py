@@ -130,12 +130,13 @@ def hang_verdict(reports: Mapping[int, Report], seconds: float, silent_after: fl
 
 
 def _blame(report: Report, call: Call | None, waiting: Report | None, silent: bool) -> list[str]:
-    lines = [f"  {report.where}: {report.state}"]
+    lines = [f"  {report.where}: {'last heard: ' if silent else ''}{report.state}"]
     if silent:
         lines.append("    it does not answer: stopped, cut off from the network, or stuck outside of Python")
     if call is not None:
         lines.append(f"    missing from {call}")
-        lines.append(f"    where {waiting.where} has waited for {waiting.idle_seconds:.0f} s")
+        long = f" has waited for {waiting.idle_seconds:.0f} s" if waiting.idle_seconds else " waits"
+        lines.append(f"    where {waiting.where}{long}")
     if report.stack:
         stack = report.stack.rstrip().splitlines()[-STACK_LINES:]
         lines += ["    its Python stack, innermost call last:", *(f"    {line}" for line in stack)]

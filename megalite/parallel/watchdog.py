@@ -31,6 +31,9 @@ BEAT_SECONDS = 1.0
 """Between two reports of a rank."""
 SILENT_BEATS = 4
 """A rank that misses so many reports is silent."""
+SILENT_SECONDS = 15.0
+"""A rank that is silent for so long, and --hang-timeout, is gone even where it may take its time: a report takes none,
+and another thread keeps Python's lock for seconds at the most."""
 POLL_SECONDS = 0.2
 """Between two looks at what another rank is to leave in the store: a thousand ranks may look."""
 LINGER_SECONDS = 5.0
@@ -59,6 +62,7 @@ class Watchdog:
         self._patience = 2 + SILENT_BEATS * self._seconds
         self._over, self._gone, self._leaving = threading.Event(), threading.Event(), threading.Event()
         self._failed = False
+        self._next_beat, self._heard = -1, time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -103,6 +107,7 @@ class Watchdog:
         if self._timeout:
             self._dump_stacks_after(self._timeout)
         self._report()
+        self._listen()
         if self._hangs or self._store.add("hangs", 0):
             self._end(judge=self._hangs and self._store.add("hangs", 1) == 1)
         if self._store.add("failures", 0) and not self._awake.wait(self._leaving, LINGER_SECONDS / 2):
@@ -113,13 +118,27 @@ class Watchdog:
         """Should no thread of this class ever run again, since another one keeps Python's lock."""
         faulthandler.dump_traceback_later(seconds, exit=exit, file=sys.__stderr__)
 
+    def _listen(self) -> None:
+        """Note when the next rank has reported: each is looked after by one other."""
+        key = f"report/{(self._context.rank + 1) % self._context.world_size}"
+        for text in self._store.get_those_there([key]).values():
+            beat, before = Report.from_json(text).beat, self._next_beat
+            if beat != before:
+                self._next_beat, self._heard = beat, time.monotonic()
+
     @property
     def _idle_seconds(self) -> float:
         return min(self._context.activity.idle_seconds, time.monotonic() - self._awake.since)
 
     @property
+    def _silence(self) -> float:
+        """Seconds since the next rank, or the store, was heard."""
+        return time.monotonic() - max(self._heard, self._awake.since)
+
+    @property
     def _hangs(self) -> bool:
-        return 0 < self._timeout < self._idle_seconds
+        silent = self._silence > max(self._timeout, SILENT_SECONDS)
+        return self._timeout > 0 and (silent or self._idle_seconds > self._timeout)
 
     def _leave(self) -> NoReturn:
         """Another rank has failed, and this one does not notice: it computes, or waits on its GPU or for rank 0, which
@@ -156,7 +175,7 @@ class Watchdog:
         """Say who is to blame, and write the file of stacks. Others wait as long as the count "judging" grows."""
         reports = self._collect(lambda report: bool(report.threads), self._patience)
         self._store.add("judging", 1)
-        idle = max(report.idle_seconds for report in reports.values())
+        idle = max(report.idle_seconds for report in reports.values()) or self._silence
         step = max(report.step for report in reports.values())
         file = self._folder / f"hang-step-{step}.txt"
         verdict = hang_verdict(reports, idle, SILENT_BEATS * self._seconds, str(file))
@@ -187,9 +206,10 @@ class Watchdog:
     def _end_alone(self, reason: Exception | str) -> NoReturn:
         """Nobody else can be asked: rank 0 or its node is stopped, dead or cut off, or ranks are leaving."""
         context, text = self._context, str(reason).partition("\n")[0] or type(reason).__name__
+        seconds = self._idle_seconds or self._silence
         try:
             self._say(
-                f"HANG: no progress for {self._idle_seconds:.0f} s on rank {context.rank} of {context.host}, in "
+                f"HANG: no progress for {seconds:.0f} s on rank {context.rank} of {context.host}, in "
                 f"{context.activity.waiting or 'no call'}; others cannot be asked: {text}\n{self._main_stack()}"
             )
         finally:
