@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megalite import cli, validate
+from megalite.parallel.watchdog import LostContact
 from megalite.training.build import build_model
 from megalite.training.pretrain import pretrain
 from megalite.training.replicas import ReplicasDiffer, check_replicas
@@ -65,7 +66,7 @@ def test_sound_replicas_pass(pool):
 
 
 def run_with_fault(launch, folder: str) -> str:
-    """A run whose rank 5 is hit by a bit flip while it trains; what ends it."""
+    """A run whose rank 5 is hit by a bit flip while it trains; what ends it, on the rank that says it for all."""
 
     def faulty(config, context, rng):
         model = build_model(config, context, rng)
@@ -80,12 +81,12 @@ def run_with_fault(launch, folder: str) -> str:
 
     config = cli.read([*RUN, "--save", folder, "--save-interval", "2"])  # the check is due at 3
     assert validate.check(config, launch.world_size) == []
-    with pytest.raises(ReplicasDiffer) as caught:
+    with pytest.raises((ReplicasDiffer, LostContact)) as caught:
         pretrain(validate.resolve(config, launch.world_size), launch, faulty)
     return str(caught.value)
 
 
 def test_a_run_stops_before_it_saves(pool, tmp_path):
-    messages = pool.run(run_with_fault, 8, str(tmp_path / "c"))
-    assert "after iteration 2" in messages[0] and "final_norm.weight" in messages[0] and "rank 5" in messages[0]
+    said = "".join(pool.run(run_with_fault, 8, str(tmp_path / "c")))
+    assert "after iteration 2" in said and "final_norm.weight" in said and "rank 5" in said
     assert not list(tmp_path.glob("c/iter_*"))

@@ -78,7 +78,8 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
     """Run a resolved configuration from start, or from its checkpoint, to the end of the training.
 
     `build_model(config, context, rng)` makes this rank's stage. Raises before training starts when data, device or
-    checkpoint are not what the configuration says.
+    checkpoint are not what the configuration says. What several ranks fail with alike is raised on the first of them,
+    and as a LostContact without words on the others, so that it is said once.
     """
     catching = config.training.exit_signal_handler
     # The warning that time is nearly over comes once. SIGTERM may end a rank that waits in vain to meet the others.
