@@ -56,10 +56,6 @@ def slow_disk() -> None:
     os.fsync = fsync
 
 
-def stop_at_the_next_file() -> None:
-    os.fsync = lambda file: stop()
-
-
 def stop_at_the_next_barrier() -> None:
     import torch.distributed as dist
 
@@ -104,6 +100,10 @@ def full_disk() -> None:
         raise OSError("the disk is full")
 
     os.fsync = fsync
+
+
+def stop_at_the_next_file() -> None:
+    os.fsync = lambda file: stop()
 
 
 def main() -> None:
