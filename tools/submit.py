@@ -33,8 +33,6 @@ open-mode output requeue signal tasks-per-node test-only time usage version wrap
 """Options of sbatch that the script sets, under any of their names, or that would make another job of it."""
 LONGEST_WARNING = 65535
 """Seconds before the time limit at which sbatch can ask for a signal, at most."""
-FOLLOWING = ("save", "load", "metrics_file", "world_size")
-"""Flags of a training that follow from --run-dir and --nodes."""
 TORCHRUN = 'exec {python} -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"'
 
 
@@ -80,6 +78,17 @@ class JobConfig:
     def ranks(self) -> int:
         """On each node."""
         return self.gpus_per_node if self.ranks_per_node is None else self.ranks_per_node
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run, absolute."""
+        return Path(self.run_dir).absolute()
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Where the training reads and writes, by flag."""
+        checkpoints = str(self.run / "checkpoints")
+        return {"save": checkpoints, "load": checkpoints, "metrics_file": str(self.run / "metrics.jsonl")}
 
 
 class SubmitError(RuntimeError):
@@ -158,15 +167,14 @@ def seconds(limit: str) -> float | None:
 
 def script(job: JobConfig, snapshot: Path) -> str:
     """The text of the sbatch file. Every path and argument in it is quoted."""
-    run = Path(job.run_dir).absolute()
     code = snapshot / "code"
-    supervise, program, config, save, metrics = (
+    supervise, program, config, save = (
         shlex.quote(str(path))
         for path in (
-            code / "examples/slurm/supervise.sh", code / job.program, snapshot / "config.yaml",
-            run / "checkpoints", run / "metrics.jsonl",
+            code / "examples/slurm/supervise.sh", code / job.program, snapshot / "config.yaml", job.places["save"],
         )
     )  # fmt: skip
+    places = " ".join(f"--{key.replace('_', '-')} {shlex.quote(value)}" for key, value in job.places.items())
     python, step = shlex.quote(job.python), f"supervise {save} srun --kill-on-bad-exit=1"
     if job.launcher == "srun":
         launch = [f"{step} {python} \\"]
@@ -189,16 +197,15 @@ def script(job: JobConfig, snapshot: Path) -> str:
         f"source {supervise}",
         *launch,
         f"    {program} --config {config} \\",
-        f"    --save {save} --load {save} --metrics-file {metrics}",
+        f"    {places}",
     ]
     return "\n".join(lines) + "\n"
 
 
 def snapshot_folder(job: JobConfig) -> Path:
     """Where this submission keeps its code and configuration: the next free number."""
-    run = Path(job.run_dir).absolute()
-    numbers = [re.fullmatch(r"submitted-([0-9]+)", path.name) for path in run.glob("submitted-*")]
-    return run / f"submitted-{max((int(number[1]) for number in numbers if number), default=0) + 1}"
+    numbers = [re.fullmatch(r"submitted-([0-9]+)", path.name) for path in job.run.glob("submitted-*")]
+    return job.run / f"submitted-{max((int(number[1]) for number in numbers if number), default=0) + 1}"
 
 
 def keep(job: JobConfig, config: RunConfig, snapshot: Path) -> Path:
@@ -216,7 +223,7 @@ def keep(job: JobConfig, config: RunConfig, snapshot: Path) -> Path:
 
 def submit(job: JobConfig, file: Path) -> str:
     """Hand the script to sbatch; returns the number of the job. Raises SubmitError."""
-    log = f"--output={Path(job.run_dir).absolute()}/job-%j.out"
+    log = f"--output={job.run}/job-%j.out"
     try:
         done = subprocess.run(["sbatch", "--parsable", log, str(file)], capture_output=True, text=True)
     except OSError as error:
@@ -242,17 +249,13 @@ def read(argv: list[str]) -> tuple[JobConfig, RunConfig]:
     job = JobConfig(**{key: known[key].from_words([value]) for key, value in missing.items()} | asked)
     problems += problems_of(job)
     values = (cli.read_yaml(recipe)[0] if recipe is not None else {}) | flags
-    owned = ", ".join("--" + key.replace("_", "-") for key in FOLLOWING if values.get(key) is not None)
+    owned = ", ".join(
+        "--" + key.replace("_", "-") for key in (*job.places, "world_size") if values.get(key) is not None
+    )
     if owned:
         problems.append(Problem(f"{owned}: follows from --run-dir and --nodes", "leave it out"))
     config = cli.build(recipe, flags, problems, job.program.removeprefix("pretrain_").removesuffix(".py"))
-    run = Path(job.run_dir).absolute()
-    places = {
-        "save": str(run / "checkpoints"),
-        "load": str(run / "checkpoints"),
-        "metrics_file": str(run / "metrics.jsonl"),
-    }
-    problems = validate.check(with_values(config, places), job.nodes * job.ranks)
+    problems = validate.check(with_values(config, job.places), job.nodes * job.ranks)
     if problems:
         raise ConfigError(problems)
     return job, config
@@ -303,7 +306,7 @@ def main() -> int:
     except (SubmitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    run = shlex.quote(str(Path(job.run_dir).absolute()))
+    run = shlex.quote(str(job.run))
     print(f"job {number}: {job.nodes} node(s) x {job.ranks} ranks; code and configuration in {snapshot}")
     print(f"  watch:   tail -F {run}/job-{number}.out        squeue --job {number}")
     print(f"  stop:    scancel {number}                      (ranks save first, within the KillWait of SLURM)")

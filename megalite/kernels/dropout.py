@@ -147,9 +147,7 @@ def _backward(ctx, grad):
     rows, samples = ctx.saved_tensors
     # Dropout is linear: the gradient of what goes in is what comes out, dropped alike.
     grad_x = bias_dropout_add(grad, None, None, rows, samples, ctx.place, ctx.key0, ctx.key1, ctx.p)
-    grad_bias = grad_x if ctx.has_bias else None
-    if ctx.has_bias and grad_x.dim() > 1:
-        grad_bias = grad_x.flatten(0, -2).sum(dim=0)
+    grad_bias = torch.atleast_2d(grad_x).flatten(0, -2).sum(dim=0) if ctx.has_bias else None
     return grad_x, grad_bias, grad if ctx.has_residual else None, None, None, None, None, None, None
 
 

@@ -122,8 +122,8 @@ class Watchdog:
         """Note when the next rank has reported: each is looked after by one other."""
         key = f"report/{(self._context.rank + 1) % self._context.world_size}"
         for text in self._store.get_those_there([key]).values():
-            beat, before = Report.from_json(text).beat, self._next_beat
-            if beat != before:
+            beat = Report.from_json(text).beat
+            if beat != self._next_beat:
                 self._next_beat, self._heard = beat, time.monotonic()
 
     @property

@@ -12,6 +12,7 @@ enum class Type : int32_t { kFloat = 0, kHalf = 1, kBFloat16 = 2 };
 struct Shape {
   int64_t size[3];
   int64_t columns;
+  int64_t rows() const { return size[0] * size[1] * size[2]; }
 };
 
 // Something that rows have, and where row (i, j, k) finds it: strides in elements, 0 where it is broadcast.

@@ -53,8 +53,6 @@ Shape shape_of(const Tensor& x) {
   return {{x.size(0), x.size(1), x.size(2)}, x.size(3)};
 }
 
-int64_t rows_of(const Shape& s) { return s.size[0] * s.size[1] * s.size[2]; }
-
 bool same_device(const Tensor& t, const Tensor& x) {
   return t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index();
 }
@@ -140,7 +138,7 @@ template <class A>
 void on_cpu(void (*kernel)(const A&, int64_t, int64_t, float*), const A& a) {
   const auto& s = a.shape;
   const int64_t grain = 1 + kElementsPerTask / (rows_per_unit(a) * s.columns + 1);
-  torch::stable::parallel_for(0, rows_of(s), grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, s.rows(), grain, [&](int64_t begin, int64_t end) {
     std::unique_ptr<float[]> scratch;  // two rows, each rounded up to whole registers; only softmax keeps any
     if constexpr (std::is_same_v<A, Softmax>) scratch.reset(new float[2 * (s.columns + 64)]);
     kernel(a, begin, end, scratch.get());
@@ -181,8 +179,8 @@ void softmax_forward(const Tensor& x, const MaybeTensor& mask, bool causal, doub
                      const MaybeTensor& samples, int64_t place, int64_t key0, int64_t key1, int64_t limit,
                      double factor, Tensor out, Tensor lse) {
   const Shape s = shape_of(x);
-  expect("out", out, x, rows_of(s), s.columns, x.scalar_type());
-  expect("lse", lse, x, rows_of(s), 1, ScalarType::Float);
+  expect("out", out, x, s.rows(), s.columns, x.scalar_type());
+  expect("lse", lse, x, s.rows(), 1, ScalarType::Float);
   Device::softmax_forward(
       x, {s, type_of(x), causal, static_cast<float>(scale),
           per_row<uint8_t>("the mask", mask, x, s, s.columns, ScalarType::Bool),
@@ -196,10 +194,10 @@ void softmax_backward(const Tensor& grad, const MaybeTensor& x, const MaybeTenso
                       int64_t key0, int64_t key1, int64_t limit, double factor, Tensor out, Tensor lse) {
   const Shape s = shape_of(grad);
   STD_TORCH_CHECK(rows ? x.has_value() : y.has_value(), "softmax's backward needs x with dropout, y without");
-  expect("x", x, grad, rows_of(s), s.columns, grad.scalar_type());
-  expect("y", y, grad, rows_of(s), s.columns, grad.scalar_type());
-  expect("out", out, grad, rows_of(s), s.columns, grad.scalar_type());
-  expect("lse", lse, grad, rows_of(s), 1, ScalarType::Float);
+  expect("x", x, grad, s.rows(), s.columns, grad.scalar_type());
+  expect("y", y, grad, s.rows(), s.columns, grad.scalar_type());
+  expect("out", out, grad, s.rows(), s.columns, grad.scalar_type());
+  expect("lse", lse, grad, s.rows(), 1, ScalarType::Float);
   Device::softmax_backward(
       grad, {s, type_of(grad), causal, static_cast<float>(scale),
              per_row<uint8_t>("the mask", mask, grad, s, s.columns, ScalarType::Bool),
@@ -213,8 +211,8 @@ void bias_dropout_add(const Tensor& x, const MaybeTensor& bias, const MaybeTenso
                       Tensor out) {
   const Shape s = shape_of(x);
   expect("the bias", bias, x, 1, s.columns, x.scalar_type());
-  expect("the residual", residual, x, rows_of(s), s.columns, x.scalar_type());
-  expect("out", out, x, rows_of(s), s.columns, x.scalar_type());
+  expect("the residual", residual, x, s.rows(), s.columns, x.scalar_type());
+  expect("out", out, x, s.rows(), s.columns, x.scalar_type());
   Device::bias_dropout_add(x, {s, type_of(x), dropout_of(x, rows, samples, place, key0, key1, limit, factor),
                                x.const_data_ptr(), data(bias), data(residual), out.mutable_data_ptr()});
 }
@@ -223,8 +221,8 @@ template <class Device>
 void bias_gelu(const Tensor& x, const MaybeTensor& bias, const MaybeTensor& grad, Tensor out) {
   const Shape s = shape_of(x);
   expect("the bias", bias, x, 1, s.columns, x.scalar_type());
-  expect("grad", grad, x, rows_of(s), s.columns, x.scalar_type());
-  expect("out", out, x, rows_of(s), s.columns, x.scalar_type());
+  expect("grad", grad, x, s.rows(), s.columns, x.scalar_type());
+  expect("out", out, x, s.rows(), s.columns, x.scalar_type());
   const BiasGelu a{s, type_of(x), x.const_data_ptr(), data(bias), data(grad), out.mutable_data_ptr()};
   grad ? Device::bias_gelu_backward(x, a) : Device::bias_gelu_forward(x, a);
 }
@@ -234,8 +232,8 @@ void swiglu(const Tensor& x, const MaybeTensor& grad, Tensor out) {
   Shape s = shape_of(x);
   STD_TORCH_CHECK(s.columns % 2 == 0, "swiglu takes gate and up in one tensor [..., 2 f]");
   s.columns /= 2;
-  expect("grad", grad, x, rows_of(s), s.columns, x.scalar_type());
-  expect("out", out, x, rows_of(s), (grad ? 2 : 1) * s.columns, x.scalar_type());
+  expect("grad", grad, x, s.rows(), s.columns, x.scalar_type());
+  expect("out", out, x, s.rows(), (grad ? 2 : 1) * s.columns, x.scalar_type());
   const SwiGlu a{s, type_of(x), x.const_data_ptr(), data(grad), out.mutable_data_ptr()};
   grad ? Device::swiglu_backward(x, a) : Device::swiglu_forward(x, a);
 }
@@ -244,7 +242,7 @@ template <class Device>
 void rms_norm_forward(const Tensor& x, const MaybeTensor& residual, const Tensor& weight, double epsilon, Tensor out,
                       MaybeTensor sum, Tensor scale) {
   const Shape s = shape_of(x);
-  const int64_t rows = rows_of(s);
+  const int64_t rows = s.rows();
   STD_TORCH_CHECK(residual.has_value() == sum.has_value(), "a sum comes with a residual");
   expect("the residual", residual, x, rows, s.columns, x.scalar_type());
   expect("the weight", weight, x, 1, s.columns, x.scalar_type());
@@ -261,7 +259,7 @@ template <class Device>
 void rms_norm_backward(const Tensor& x, const Tensor& weight, const Tensor& grad, const MaybeTensor& grad_sum,
                        Tensor scale, int64_t group, Tensor out, Tensor grad_weight) {
   const Shape s = shape_of(x);
-  const int64_t rows = rows_of(s);
+  const int64_t rows = s.rows();
   STD_TORCH_CHECK(group > 0, "a group has rows");
   const int64_t groups = (rows + group - 1) / group;
   expect("the weight", weight, x, 1, s.columns, x.scalar_type());
@@ -282,14 +280,14 @@ void rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse,
   const Shape s = shape_of(out);
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(s.columns % 2 == 0, "rotary takes an even number of columns");
-  expect("out", out, x, rows_of(s), s.columns, type);
+  expect("out", out, x, s.rows(), s.columns, type);
   Device::rotary(x, {s, type_of(x), inverse, per_row<void>("x", x, x, s, s.columns, type),
                      per_row<void>("cos", cos, x, s, s.columns, type),
                      per_row<void>("sin", sin, x, s, s.columns, type), out.mutable_data_ptr()});
 }
 
 void expect_labels(const Tensor& logits, const Shape& s, const Tensor& labels, int64_t valid) {
-  expect("labels", labels, logits, rows_of(s), 1, ScalarType::Long);
+  expect("labels", labels, logits, s.rows(), 1, ScalarType::Long);
   STD_TORCH_CHECK(valid >= 0 && valid <= s.columns, "valid is ", valid, " of ", s.columns, " columns");
 }
 
@@ -298,9 +296,9 @@ void cross_entropy_forward(const Tensor& logits, const Tensor& labels, int64_t v
                            Tensor target) {
   const Shape s = shape_of(logits);
   expect_labels(logits, s, labels, valid);
-  expect("top", top, logits, rows_of(s), 1, ScalarType::Float);
-  expect("sum", sum, logits, rows_of(s), 1, ScalarType::Float);
-  expect("target", target, logits, rows_of(s), 1, ScalarType::Float);
+  expect("top", top, logits, s.rows(), 1, ScalarType::Float);
+  expect("sum", sum, logits, s.rows(), 1, ScalarType::Float);
+  expect("target", target, logits, s.rows(), 1, ScalarType::Float);
   Device::cross_entropy_forward(
       logits, {s, type_of(logits), valid, const_cast<void*>(logits.const_data_ptr()),
                static_cast<const int64_t*>(labels.const_data_ptr()), static_cast<float*>(top.mutable_data_ptr()),
@@ -313,8 +311,8 @@ void cross_entropy_backward(Tensor logits, const Tensor& labels, int64_t valid, 
                             const Tensor& grad) {
   const Shape s = shape_of(logits);
   expect_labels(logits, s, labels, valid);
-  expect("lse", lse, logits, rows_of(s), 1, ScalarType::Float);
-  expect("grad", grad, logits, rows_of(s), 1, ScalarType::Float);
+  expect("lse", lse, logits, s.rows(), 1, ScalarType::Float);
+  expect("grad", grad, logits, s.rows(), 1, ScalarType::Float);
   Device::cross_entropy_backward(
       logits, {s, type_of(logits), valid, logits.mutable_data_ptr(),
                static_cast<const int64_t*>(labels.const_data_ptr()), nullptr, nullptr, nullptr,

@@ -163,10 +163,8 @@ __global__ void __launch_bounds__(kWarpsPerRow* kWarp) block_per_row(const typen
                  static_cast<int64_t>(blockIdx.x));
 }
 
-inline int64_t rows_of(const Shape& s) { return s.size[0] * s.size[1] * s.size[2]; }
-
 inline bool fits_a_grid(const Shape& s) {
-  return rows_of(s) < (1ll << 31) && s.columns < (1ll << 31) - kBlock * kWarpsPerRow;
+  return s.rows() < (1ll << 31) && s.columns < (1ll << 31) - kBlock * kWarpsPerRow;
 }
 
 template <class Operation>
@@ -174,7 +172,7 @@ cudaError_t launch_blocks(const typename Operation::Arguments& a, cudaStream_t s
   if (!fits_a_grid(a.shape)) return cudaErrorInvalidConfiguration;
   const int64_t needed = (a.shape.columns + kBlock - 1) / kBlock;
   const unsigned warps = static_cast<unsigned>(needed < kWarpsPerRow ? needed : kWarpsPerRow);
-  const dim3 grid(static_cast<unsigned>(rows_of(a.shape))), block(warps * kWarp);
+  const dim3 grid(static_cast<unsigned>(a.shape.rows())), block(warps * kWarp);
   MEGALITE_LAUNCH((block_per_row<Operation>), grid, block, stream, a);
   return cudaGetLastError();
 }
@@ -187,7 +185,7 @@ cudaError_t launch_rows(const typename Operation::Arguments& a, cudaStream_t str
     if constexpr (kSteps < kMost) return launch_rows<Operation, 2 * kSteps, kMost>(a, stream);
     else return launch_blocks<Operation>(a, stream);
   }
-  const int64_t rows = rows_of(a.shape);
+  const int64_t rows = a.shape.rows();
   const dim3 grid(static_cast<unsigned>((rows + kRowsPerBlock - 1) / kRowsPerBlock)), block(kWarp, kRowsPerBlock);
   MEGALITE_LAUNCH((warp_per_row<Operation, kSteps>), grid, block, stream, a, rows);
   return cudaGetLastError();
