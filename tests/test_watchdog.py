@@ -300,6 +300,22 @@ def test_a_rank_that_fails_is_quoted_once(culprit):
         assert_shown("A rank fails", "".join(errors for _, errors in ended))
 
 
+def test_rank_0_keeps_the_store_for_one_that_comes_late():
+    ended = ranks("fail 1 3, pause 3 3", [], [], [], [])
+    (said,) = [errors for rank, (_, errors) in enumerate(ended) if errors and rank != 1]
+    assert re.search(r"rank 1 on \S+ failed: ArithmeticError: this model is broken", said), said
+
+
+def test_a_launcher_that_ends_all_at_once_leaves_rank_0_the_time_to_say_why():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TROUBLE": "fail 0 3"}
+    ended = subprocess.run(
+        [*command, ROOT / "tests/trouble.py", *MODEL], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "[rank0]: ArithmeticError: this model is broken" in ended.stderr, ended.stderr
+
+
 def test_what_all_ranks_end_with_is_said_once(tmp_path):
     ended = ranks("full_disk 1 4", *[["--save", tmp_path / "c"]] * 2)
     assert [status for status, _ in ended] == [1, 1], ended

@@ -6,6 +6,7 @@ says so once for all. A rank that fails leaves its message in the store, so that
 say why.
 """
 
+import atexit
 import faulthandler
 import json
 import os
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megalite.parallel.bounded import ANSWER_SECONDS, Awake, BoundedStore
 from megalite.parallel.context import ParallelContext
@@ -37,9 +38,9 @@ and another thread keeps Python's lock for seconds at the most."""
 POLL_SECONDS = 0.2
 """Between two looks at what another rank is to leave in the store: a thousand ranks may look."""
 LINGER_SECONDS = 5.0
-"""For which rank 0 keeps the store for the others when it failed."""
+"""For which rank 0 keeps the store, at most, for others that do not know yet why the job ends."""
 FAREWELL_SECONDS = 0.5
-"""Ranks that follow another into its end leave it so long to speak first."""
+"""Ranks that follow another into its end let it speak first, so long: a launcher ends all when one has ended."""
 
 
 class LostContact(RuntimeError):
@@ -73,7 +74,6 @@ class Watchdog:
         self.stops_reporting()
         self._gone.set()
         faulthandler.cancel_dump_traceback_later()
-        self._linger()
 
     def stops_reporting(self) -> None:
         """From here on the store is left alone, since it may go with the first rank that leaves. What is left to do, to
@@ -146,6 +146,8 @@ class Watchdog:
         try:
             if told := self._agree_on_the_reason():
                 self._say(f"rank {self._context.rank}: {told}")
+            if self._context.rank == 0:
+                _linger(self._context.store, self._context.world_size)
         finally:
             os._exit(1)
 
@@ -244,23 +246,19 @@ class Watchdog:
             number = self._store.add("failures", 1)
             text = json.dumps([self._context.rank, self._context.host, message or "see what rank 0 says"])
             self._store.set(f"failure/{number}", text)
-            if number > 1 and json.loads(self._store.get("failure/1"))[2] == message:
-                time.sleep(LINGER_SECONDS / 2)  # a launcher ends all as soon as one has ended
+            same = number > 1 and json.loads(self._store.get("failure/1"))[2] == message
+            self._know([self._context.rank])
+            if same:
+                time.sleep(LINGER_SECONDS / 2)
                 return True
         return False
 
-    def _linger(self) -> None:
-        """Rank 0's process may hold the store: when it failed, it stays until another rank has read why, or all others
-        have failed too, or some seconds are over. The groups are gone then."""
-        size = self._context.world_size
-        if self._failed and self._context.rank == 0 and size > 1:
-            end = time.monotonic() + LINGER_SECONDS
-            with suppress(RuntimeError):  # of torch's store
-                while not self._store.check("spoken") and time.monotonic() < end:
-                    if self._store.add("failures", 0) == size:
-                        return
-                    time.sleep(POLL_SECONDS)
-            time.sleep(FAREWELL_SECONDS)
+    def _know(self, ranks: Iterable[int]) -> None:
+        """These ranks need the store no longer: they know why the job ends, or are dead."""
+        for rank in ranks:
+            self._store.set(f"knows/{rank}", "")
+        if self._context.rank == 0:  # once its own words are out
+            atexit.register(_linger, self._context.store, self._context.world_size)
 
     def why_contact_was_lost(self) -> str:
         """Which rank failed or died, in words, on the first rank that asks; "" on the others. Takes a few seconds."""
@@ -275,15 +273,17 @@ class Watchdog:
             signal.signal(signal.SIGTERM, before)
 
     def _agree_on_the_reason(self) -> str:
-        told, end = "", time.monotonic() + 2 * ANSWER_SECONDS
-        if self._store.add("speakers", 1) == 1:
+        first, told = self._store.add("speakers", 1) == 1, ""
+        if first:
             told = self._reason()
             time.sleep(FAREWELL_SECONDS)
             self._store.set("spoken", "yes")
+        end = time.monotonic() + 2 * ANSWER_SECONDS
         while not self._store.check("spoken") and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
-        if self._context.rank == 0:
-            time.sleep(FAREWELL_SECONDS)  # the store may live in this process
+        self._know([self._context.rank])
+        if not first:
+            time.sleep(FAREWELL_SECONDS)
         return told
 
     def _reason(self) -> str:
@@ -293,6 +293,7 @@ class Watchdog:
             dead = self._collect(lambda report: report.beat > before[report.rank].beat, SILENT_BEATS * BEAT_SECONDS)
             gone = [report for report in dead.values() if report.silent_seconds]
             if gone:
+                self._know(report.rank for report in gone)
                 names = "; ".join(
                     f"{report.where} died without a word (last heard: {report.state})" for report in gone[:3]
                 )
@@ -301,6 +302,16 @@ class Watchdog:
             return ""
         who, host, message = json.loads(self._store.get("failure/1"))
         return f"rank {who} on {host} failed: {message}"
+
+
+def _linger(store: Any, size: int) -> None:
+    """Rank 0's process may hold the store: it ends when all ranks know why, or some seconds are over. Called when no
+    thread can be started any more."""
+    end = time.monotonic() + LINGER_SECONDS
+    with suppress(RuntimeError):  # of torch's store, which torchrun may have taken along
+        while not store.check([f"knows/{rank}" for rank in range(size)]) and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+    time.sleep(FAREWELL_SECONDS)
 
 
 def _all_threads() -> str:
