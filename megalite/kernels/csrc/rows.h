@@ -28,6 +28,7 @@
 namespace megalite {
 
 constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLowest = -0x1.fffffep127f;  // of the finite numbers
 constexpr int kPlane = 64;  // neighbouring columns that use the same word of neighbouring counters
 constexpr int kBlock = 4 * kPlane;
 
@@ -74,6 +75,16 @@ ROW_FN void each(const L& g, int columns, F f) {
     for (; k < columns / L::kWidth; ++k) f(g.inner(), k);
   ROW_UNROLL
   for (; k < g.steps(columns); ++k) f(g, k);
+}
+
+// f(g, k) for every kSteps-th step, for f to do so many; those beyond the end of the row see nothing of it.
+template <int kSteps, class L, class F>
+ROW_FN void by_steps(const L& g, int columns, F f) {
+  int k = 0;
+  if constexpr (L::kHasInner)
+    for (; k + kSteps <= columns / L::kWidth; k += kSteps) f(g.inner(), k);
+  ROW_UNROLL
+  for (; k < g.steps(columns); k += kSteps) f(g, k);
 }
 
 // f(g, k, kept) for the steps of a block of 256 columns: which elements dropout keeps. 64 columns on, the same counter's
