@@ -33,7 +33,7 @@ from megalite.kernels.dropout import bias_dropout_add
 from megalite.kernels.norm import rms_norm
 from megalite.kernels.philox import key_of
 from megalite.kernels.rotary import rotary
-from megalite.kernels.softmax import Dropout, scaled_causal_softmax
+from megalite.kernels.softmax import Dropout, scaled_causal_softmax, scaled_masked_softmax
 from megalite.nn.attention import explicit_attention
 from megalite.nn.rope import rotary_table
 
@@ -136,7 +136,11 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable, list[torch.
     def dropout_softmax(x):
         return functional.dropout((x * 0.125).masked_fill(future, -math.inf).softmax(dim=-1), P)
 
+    def masked_softmax(x):
+        return (x * 0.125).masked_fill(padding, -math.inf).softmax(dim=-1)
+
     rows, samples = torch.arange(1024)[:, None], torch.arange(4)
+    padding = torch.arange(512) >= torch.tensor([512, 500, 400, 300]).view(4, 1, 1, 1)
     attention = Dropout(torch.arange(8 * 512).view(8, 512), samples[:, None, None], 0, KEY, P)
     future = torch.ones(512, 512, dtype=torch.bool).triu(1)
     cos, sin = rotary_table(1024, 64, 1e4, dtype, "cpu")
@@ -148,6 +152,9 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable, list[torch.
         ),
         "causal softmax + dropout": (
             dropout_softmax, lambda x: scaled_causal_softmax(x, 0.125, attention), [draw(4, 8, 512, 512)]
+        ),
+        "masked softmax": (
+            masked_softmax, lambda x: scaled_masked_softmax(x, 0.125, ~padding), [draw(4, 8, 512, 512)]
         ),
         "GELU": (
             lambda x: functional.gelu(x, approximate="tanh"), lambda x: bias_gelu(x, None), [draw(1024, 4, 1024)]
