@@ -7,6 +7,7 @@ together, in the same words, and knows that the opposite of --no-load-optim is -
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NoReturn
@@ -31,6 +32,8 @@ from megalite.nn.config import ModelConfig
 
 PAGE_WIDTH = 100
 """Columns that problems are wrapped to."""
+FAREWELL_SECONDS = 3.0
+"""For which ranks that are quiet let another speak first: a launcher ends all when one has ended."""
 
 
 CONFIG_HELP = (
@@ -92,7 +95,8 @@ def parse_and_check(
     """`parse`, then every check for this world size, then the configuration with all its defaults filled in.
 
     Problems are printed by rank 0 only and end every rank with status 2. With --world-size the configuration is checked
-    for that size, a summary is printed, and the program ends with status 0: nothing is started.
+    for that size, a summary is printed, and the program ends with status 0: nothing is started. Else torch, which is
+    still to be loaded, is told to leave out the warnings of its C++ part, unless TORCH_CPP_LOG_LEVEL says otherwise.
     launch: a LaunchInfo; None: found in the environment.
     """
     if launch is None:
@@ -112,6 +116,8 @@ def parse_and_check(
         refuse(problems, quiet and not of_this_node, launch.rank)
     resolved = validate.resolve(config, world_size)
     if config.parallel.world_size is None:
+        # When rank 0 dies, every other rank would bury what it says under a stack of C++ frames.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         return resolved
     if not quiet:
         from megalite.estimate import summary
@@ -230,8 +236,10 @@ def read_yaml(file: str) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def refuse(problems: list[Problem], quiet: bool = False, rank: int = 0) -> NoReturn:
-    """Print every problem with its fix to stderr, unless quiet, and exit with status 2."""
-    if not quiet:
+    """Print every problem with its fix to stderr, or, if quiet, leave another rank the time to; exit with status 2."""
+    if quiet:
+        time.sleep(FAREWELL_SECONDS)
+    else:
         program = os.path.basename(sys.argv[0]) + (f": rank {rank} on {os.uname().nodename}" if rank else "")
         print(report(problems, program), file=sys.stderr)
     raise SystemExit(2)

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -229,12 +230,15 @@ def launch(rank: int = 0, world_size: int = 1) -> LaunchInfo:
     return LaunchInfo(rank, world_size, rank, world_size, "env://", "torchrun")
 
 
-def test_problems_are_told_by_the_first_rank_only(capsys):
+def test_problems_are_told_by_the_first_rank_only(capsys, monkeypatch):
+    """The other leaves it the time to: a launcher ends all ranks as soon as one has ended."""
+    monkeypatch.setattr(cli, "FAREWELL_SECONDS", 0.3)
     for argv in (["--tp", "8"], ["--nonsense"]):
         for rank in (0, 1):
+            began = time.monotonic()
             with pytest.raises(SystemExit) as end:
                 cli.parse_and_check(argv, launch=launch(rank, 2))
-            assert end.value.code == 2
+            assert end.value.code == 2 and (time.monotonic() - began >= 0.3 or rank == 0)
             out, err = capsys.readouterr()
             assert out == "" and ("fix: " in err) == (rank == 0) and bool(err) == (rank == 0)
 

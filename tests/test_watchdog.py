@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,8 @@ import pytest
 import torch.distributed as dist
 
 from megalite import cli, validate
+from megalite.parallel.agreement import RanksDiffer, compare_facts
+from megalite.parallel.collectives import Group
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.watchdog import HUNG, Watchdog
 from megalite.training.pretrain import pretrain
@@ -182,6 +185,13 @@ class Suspending(dist.HashStore):
         super().set(key, value)
 
 
+class Shared(dist.HashStore):
+    """A store of two ranks in one process."""
+
+    def clone(self):
+        return self
+
+
 class Garbling(dist.HashStore):
     """A store that gives back something else."""
 
@@ -269,8 +279,9 @@ def ended_of(processes: list[subprocess.Popen], stopped: Sequence[int] = ()) -> 
 
 
 def test_a_rank_that_dies_is_named_once():
-    """One of the three others says who died, where and in what; the rest end without a word."""
-    ended = ranks("die 2 3", *[["--tp", "2"]] * 4)
+    """One of the three others says who died, where and in what; the rest end without a word, and those that do not
+    notice, since one sleeps and one waits for that."""
+    ended = ranks("die 2 3, sleep 1 3", *[["--tp", "2"]] * 4)
     assert [status for status, _ in ended] == [1, 1, -signal.SIGKILL, 1], ended
     (said,) = [errors for _, errors in ended if errors]
     died = r"rank 2 on \S+ \(process \d+\) died without a word \(last heard: \w+"
@@ -281,14 +292,14 @@ def test_a_rank_that_dies_is_named_once():
 def test_rank_0_takes_the_store_with_it_and_is_named_too():
     ended = ranks("die 0 3", [], [])
     assert [status for status, _ in ended] == [-signal.SIGKILL, 1], ended
-    said = r"^pretrain_gpt\.py: rank 1: rank 0, or torchrun on the first node, is gone"
-    assert re.search(said, ended[1][1], re.M), ended
+    said = r"pretrain_gpt\.py: rank 1: rank 0, or torchrun on the first node, is gone: .*\n  \(contact was lost .*\)\n"
+    assert re.fullmatch(said, ended[1][1]), ended
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_rank_that_fails_is_quoted_once(culprit):
     """Its traceback, and one line of the others that repeats the error; also of rank 0, which holds the store."""
-    ended = ranks(f"fail {culprit} 3", [], [], [], [])
+    ended = ranks(f"killed_when_leaving {culprit} 3, fail {culprit} 3", [], [], [], [])
     assert [status for status, _ in ended] == [1, 1, 1, 1], ended
     assert ended[culprit][1].rstrip().endswith("ArithmeticError: this model is broken")
     others = [errors for rank, (_, errors) in enumerate(ended) if errors and rank != culprit]
@@ -314,6 +325,7 @@ def test_a_launcher_that_ends_all_at_once_leaves_rank_0_the_time_to_say_why():
     )
     assert ended.returncode == 1, ended.stderr
     assert "[rank0]: ArithmeticError: this model is broken" in ended.stderr, ended.stderr
+    assert re.search(r"Root Cause.*\n.*\n.*\n.*\n  rank      : 0 ", ended.stderr), ended.stderr  # though it ends last
 
 
 def test_what_all_ranks_end_with_is_said_once(tmp_path):
@@ -324,8 +336,45 @@ def test_what_all_ranks_end_with_is_said_once(tmp_path):
     assert re.fullmatch(full, said), said
 
 
+def test_a_traceback_of_all_ranks_is_shown_once():
+    errors = "".join(errors for _, errors in ranks("fail 0 3, fail 1 3", [], []))
+    assert errors.count("Traceback") == 1, errors
+
+
+def test_a_rank_that_failed_is_not_called_dead():
+    """One that fails while another looks who has died."""
+    store = Shared()
+    first, second = (replace(ParallelContext.single(), store=store, world=Group((0, 1), rank)) for rank in range(2))
+    with Watchdog(first, 0, ".") as dog, Watchdog(second, 0, ".") as failing:
+        wait_for(lambda: store.check(["report/1"]))
+        threading.Timer(0.7, failing.failed, ["broken"]).start()
+        assert re.fullmatch(r"rank 1 on \S+ failed: broken", dog.why_contact_was_lost())
+
+
+def test_no_thread_is_left_that_holds_the_groups():
+    with Watchdog(ParallelContext.single(), 100, "."):
+        pass
+    assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_ranks_that_were_not_started_alike_are_told_apart():
     ended = ranks("slow 9 9", ["--lr", "0.1"], ["--lr", "0.2"])
     assert [status for status, _ in ended] == [1, 1], ended
     said = r"pretrain_gpt\.py: rank 0: ranks were not started alike; rank\(s\) 1 on \S+: lr 0\.2 \(rank 0: 0\.1\)\n"
     assert re.fullmatch(said, ended[0][1]) and ended[1][1] == "", ended
+
+
+def test_rank_0_is_the_first_to_end_where_it_speaks_for_all():
+    store, ended = dist.HashStore(), []
+
+    def compare(rank: int) -> None:
+        with pytest.raises(RanksDiffer):
+            compare_facts(store, rank, 2, {"rank": rank})
+        ended.append(rank)
+
+    threads = [threading.Thread(target=compare, args=[rank]) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ended == [0, 1]

@@ -62,7 +62,7 @@ class Watchdog:
         self._beats, self._seconds = 0, min(BEAT_SECONDS, timeout / 4) if timeout else BEAT_SECONDS
         self._patience = 2 + SILENT_BEATS * self._seconds
         self._over, self._gone, self._leaving = threading.Event(), threading.Event(), threading.Event()
-        self._failed = False
+        self._failed, self._ending = False, 0.0
         self._next_beat, self._heard = -1, time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -73,6 +73,8 @@ class Watchdog:
     def __exit__(self, *unused: object) -> None:
         self.stops_reporting()
         self._gone.set()
+        # It may be the last to hold the groups: to free them while Python itself ends would abort the process.
+        self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def stops_reporting(self) -> None:
@@ -84,7 +86,8 @@ class Watchdog:
             self._thread.join()
             if self._timeout:
                 self._dump_stacks_after(self._timeout + ANSWER_SECONDS, exit=True)
-                threading.Thread(target=self._watch_the_end, daemon=True).start()
+                self._thread = threading.Thread(target=self._watch_the_end, name="watchdog", daemon=True)
+                self._thread.start()
 
     # What the thread does --------------------------------------------------------------------------------------------
 
@@ -110,8 +113,10 @@ class Watchdog:
         self._listen()
         if self._hangs or self._store.add("hangs", 0):
             self._end(judge=self._hangs and self._store.add("hangs", 1) == 1)
-        if self._store.add("failures", 0) and not self._awake.wait(self._leaving, LINGER_SECONDS / 2):
-            self._leave()
+        if self._ending or self._store.add("failures", 0) or self._store.add("speakers", 0):
+            self._ending = self._ending or time.monotonic()
+            if time.monotonic() - self._ending > LINGER_SECONDS / 2 and not self._leaving.is_set():
+                self._leave()
 
     @staticmethod
     def _dump_stacks_after(seconds: float, exit: bool = False) -> None:
@@ -141,8 +146,8 @@ class Watchdog:
         return self._timeout > 0 and (silent or self._idle_seconds > self._timeout)
 
     def _leave(self) -> NoReturn:
-        """Another rank has failed, and this one does not notice: it computes, or waits on its GPU or for rank 0, which
-        keeps the store for us."""
+        """Another rank has failed or died, and this one does not notice: it computes, or waits on its GPU or for a rank
+        that is in no haste, such as rank 0, which keeps the store for us."""
         try:
             if told := self._agree_on_the_reason():
                 self._say(f"rank {self._context.rank}: {told}")
@@ -291,7 +296,8 @@ class Watchdog:
         if not self._store.add("failures", 0):
             before = self._collect(lambda report: True, 0.5)
             dead = self._collect(lambda report: report.beat > before[report.rank].beat, SILENT_BEATS * BEAT_SECONDS)
-            gone = [report for report in dead.values() if report.silent_seconds]
+            silent = [report for report in dead.values() if report.silent_seconds]
+            gone = [report for report in silent if not self._store.check(f"knows/{report.rank}")]  # nor has failed now
             if gone:
                 self._know(report.rank for report in gone)
                 names = "; ".join(

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler  # noqa: TID251
 
 from megalite.checkpoint.fence import Claim
 from megalite.checkpoint.folder import CheckpointError, latest_iteration
@@ -93,12 +94,11 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
                 _run(config, context, description, build_model, signals)
                 _part(context, dog)
             except Exception as error:
-                signals.uninstall()
                 if _loses_contact(error):
                     raise _lost_contact(error, dog) from None
                 message = explain(error)
                 text = "".join(traceback.format_exception_only(error)).strip() if message is None else message
-                if dog.failed(text) and message is not None:
+                if dog.failed(text):
                     raise LostContact from None
                 raise
             finally:
@@ -115,8 +115,11 @@ def pretrain_or_exit(config: RunConfig, launch: LaunchInfo, build_model: Callabl
     try:
         pretrain(config, launch, build_model)
     except Exception as error:
+        # A launcher sends it when another rank has ended: that must not cut off what this one has to say.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         explanation = explain(error)
         if explanation is None:
+            get_error_handler().record_exception(error)  # torchrun calls this rank the root cause, not the first to end
             raise
         program = "pretrain_bert.py" if config.is_bert else "pretrain_gpt.py"
         sys.exit((explanation and f"{program}: rank {launch.rank}: {explanation}") or 1)
