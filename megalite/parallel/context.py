@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megalite.parallel.activity import Activity
 from megalite.parallel.agreement import compare_facts
@@ -158,3 +159,8 @@ class ParallelContext:
         """Leave all groups. The context is of no use afterwards."""
         if self.world.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def tell_torchrun(error: Exception) -> None:
+    """That this rank is the root cause: else it names the first that ended."""
+    get_error_handler().record_exception(error)

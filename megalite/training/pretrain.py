@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler  # noqa: TID251
 
 from megalite.checkpoint.fence import Claim
 from megalite.checkpoint.folder import CheckpointError, latest_iteration
@@ -25,7 +24,7 @@ from megalite.nn.attention import Attention
 from megalite.optim.optimizer import NonFiniteGradient
 from megalite.parallel.agreement import RanksDiffer
 from megalite.parallel.collectives import barrier, gather_objects
-from megalite.parallel.context import DeviceError, ParallelContext
+from megalite.parallel.context import DeviceError, ParallelContext, tell_torchrun
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.watchdog import LostContact, Watchdog
 from megalite.training.batches import GlobalBatches, build_batches
@@ -119,7 +118,7 @@ def pretrain_or_exit(config: RunConfig, launch: LaunchInfo, build_model: Callabl
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         explanation = explain(error)
         if explanation is None:
-            get_error_handler().record_exception(error)  # torchrun calls this rank the root cause, not the first to end
+            tell_torchrun(error)
             raise
         program = "pretrain_bert.py" if config.is_bert else "pretrain_gpt.py"
         sys.exit((explanation and f"{program}: rank {launch.rank}: {explanation}") or 1)
