@@ -262,8 +262,8 @@ class Watchdog:
         """These ranks need the store no longer: they know why the job ends, or are dead."""
         for rank in ranks:
             self._store.set(f"knows/{rank}", "")
-        if self._context.rank == 0:  # once its own words are out
-            atexit.register(_linger, self._context.store, self._context.world_size)
+            if rank == self._context.rank == 0:  # once its own words are out
+                atexit.register(_linger, self._context.store, self._context.world_size)
 
     def why_contact_was_lost(self) -> str:
         """Which rank failed or died, in words, on the first rank that asks; "" on the others. Takes a few seconds."""
