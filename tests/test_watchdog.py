@@ -170,11 +170,15 @@ def test_a_job_that_was_suspended_goes_on_with_the_same_numbers(pool, tmp_path):
     assert curve(found) == curve(undisturbed)
 
 
-class Suspending(dist.HashStore):
-    """A store in whose first call the process is suspended for five seconds."""
+class Shared(dist.HashStore):
+    """A store of one process, for all of its ranks."""
 
     def clone(self):
         return self
+
+
+class Suspending(Shared):
+    """A store in whose first call the process is suspended for five seconds."""
 
     def set(self, key, value):
         if not self.check(["suspended"]):
@@ -185,18 +189,8 @@ class Suspending(dist.HashStore):
         super().set(key, value)
 
 
-class Shared(dist.HashStore):
-    """A store of two ranks in one process."""
-
-    def clone(self):
-        return self
-
-
-class Garbling(dist.HashStore):
+class Garbling(Shared):
     """A store that gives back something else."""
-
-    def clone(self):
-        return self
 
     def multi_get(self, keys):
         return [b"?" for key in keys]

@@ -6,8 +6,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-FAREWELL_SECONDS = 10.0
+LINGER_SECONDS = 10.0
 """Rank 0, in whose process the store may live, waits so long for the others to have read the verdict."""
+FAREWELL_SECONDS = 1.0
+"""The others let rank 0 speak first, so long: a launcher ends all when one has ended."""
 
 
 class RanksDiffer(RuntimeError):
@@ -30,12 +32,12 @@ def compare_facts(store: Any, rank: int, world_size: int, facts: Mapping[str, An
     verdict = store.get("facts/verdict").decode()
     read = store.add("facts/read", 1)
     if verdict:
-        end = time.monotonic() + FAREWELL_SECONDS
+        end = time.monotonic() + LINGER_SECONDS
         while rank == 0 and read < world_size and time.monotonic() < end:
             time.sleep(0.01)
             read = store.add("facts/read", 0)
         if rank:
-            time.sleep(1)  # rank 0 speaks first: a launcher ends all when one has ended
+            time.sleep(FAREWELL_SECONDS)
         raise RanksDiffer(verdict if rank == 0 else "")
 
 

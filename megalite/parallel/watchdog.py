@@ -113,7 +113,7 @@ class Watchdog:
         self._listen()
         if self._hangs or self._store.add("hangs", 0):
             self._end(judge=self._hangs and self._store.add("hangs", 1) == 1)
-        if self._ending or self._store.add("failures", 0) or self._store.add("speakers", 0):
+        if self._ending or self._store.check("ending"):
             self._ending = self._ending or time.monotonic()
             if time.monotonic() - self._ending > LINGER_SECONDS / 2 and not self._leaving.is_set():
                 self._leave()
@@ -251,6 +251,7 @@ class Watchdog:
             number = self._store.add("failures", 1)
             text = json.dumps([self._context.rank, self._context.host, message or "see what rank 0 says"])
             self._store.set(f"failure/{number}", text)
+            self._store.set("ending", "yes")
             same = number > 1 and json.loads(self._store.get("failure/1"))[2] == message
             self._know([self._context.rank])
             if same:
@@ -280,6 +281,7 @@ class Watchdog:
     def _agree_on_the_reason(self) -> str:
         first, told = self._store.add("speakers", 1) == 1, ""
         if first:
+            self._store.set("ending", "yes")
             told = self._reason()
             time.sleep(FAREWELL_SECONDS)
             self._store.set("spoken", "yes")
@@ -311,8 +313,8 @@ class Watchdog:
 
 
 def _linger(store: Any, size: int) -> None:
-    """Rank 0's process may hold the store: it ends when all ranks know why, or some seconds are over. Called when no
-    thread can be started any more."""
+    """Rank 0's process may hold the store: it ends when all ranks know why, or some seconds are over. By torch's store
+    alone: at exit no thread can be started any more, as a BoundedStore does."""
     end = time.monotonic() + LINGER_SECONDS
     with suppress(RuntimeError):  # of torch's store, which torchrun may have taken along
         while not store.check([f"knows/{rank}" for rank in range(size)]) and time.monotonic() < end:
