@@ -13,7 +13,7 @@ All problems of a configuration are reported before anything starts.
 import os
 import sys
 
-from megalite.cli import parse_and_check
+from megalite.config.cli import parse_and_check
 from megalite.parallel.launch import detect
 
 

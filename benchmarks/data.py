@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 from megalite.data.gpt import GPTDataset  # noqa: E402
 from megalite.data.indexed import IndexedDataset  # noqa: E402
-from megalite.data.indexed_writer import IndexedWriter  # noqa: E402
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece  # noqa: E402
+from megalite.preprocess.indexed_writer import IndexedWriter  # noqa: E402
 
 PEER = ROOT / "benchmarks" / "peers" / "megatron_data.py"
 IN_MEMORY, ALONE = "fast tokenizer, texts in memory", "fast tokenizer, a process that reads the file"

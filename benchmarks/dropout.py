@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.training import SHAPE, our_step
-from megalite.config import from_flat
+from megalite.config.run import from_flat
 from megalite.kernels.dropout import bias_dropout_add
 from megalite.kernels.philox import key_of
 from megalite.parallel.context import ParallelContext

@@ -22,7 +22,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megalite.config import RunConfig, from_flat  # noqa: E402
+from megalite.config.run import RunConfig, from_flat  # noqa: E402
 from megalite.data.mock import MockDataset  # noqa: E402
 from megalite.parallel.context import ParallelContext  # noqa: E402
 from megalite.parallel.launch import detect  # noqa: E402

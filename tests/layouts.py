@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from megalite.config import RunConfig, from_flat
+from megalite.config.run import RunConfig, from_flat
 from tests.oracle import Shape
 
 GPT2 = Shape(layers=4, hidden=32, heads=8, groups=8, head_size=4, ffn=128, vocab=257, seq=16, positions=16)

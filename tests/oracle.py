@@ -17,7 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tests.oracle_dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION_WEIGHTS, EMBEDDING, Dropout, drop
+from tests.oracle_dropout import (
+    AFTER_ATTENTION,
+    AFTER_MLP,
+    ATTENTION_WEIGHTS,
+    EMBEDDING,
+    Dropout,
+    drop,
+)
 
 Parameters = dict[str, Tensor]
 Batch = tuple[Tensor | None, ...]

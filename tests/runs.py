@@ -20,16 +20,16 @@ import torch
 from megalite import cli, validate
 from megalite.checkpoint.folder import list_iterations
 from megalite.checkpoint.load import Checkpoint
-from megalite.config import RunConfig, from_flat, to_flat, to_yaml
+from megalite.config.run import RunConfig, from_flat, to_flat, to_yaml
 from megalite.data.indexed import DatasetInfo
-from megalite.data.indexed_writer import IndexedWriter
-from megalite.data.preprocess import preprocess
-from megalite.data.preprocess_config import PreprocessConfig
 from megalite.data.sampler import BatchLoader
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import DeviceError
 from megalite.parallel.launch import LaunchInfo
+from megalite.preprocess.config import PreprocessConfig
+from megalite.preprocess.indexed_writer import IndexedWriter
+from megalite.preprocess.run import preprocess
 from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import build_context, build_model, build_parts
 from megalite.training.pretrain import pretrain

@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from megalite.checkpoint.load import Checkpoint
-from megalite.data.classification import Columns, Example, classes_of, frame, hold_out, read_examples
+from megalite.data.classification import (
+    Columns,
+    Example,
+    classes_of,
+    frame,
+    hold_out,
+    read_examples,
+)
 from megalite.data.masking import SpecialIds
 from megalite.data.tokenizers import ByteTokenizer, train_wordpiece
 from megalite.parallel.launch import LaunchInfo

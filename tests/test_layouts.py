@@ -12,9 +12,18 @@ from megalite.data.build import blended, build_sources
 from megalite.optim.schedule import learning_rate
 from megalite.training.batches import build_batches
 from megalite.training.build import build_context, build_parts
-from megalite.training.verify import Rounding
+from megalite.verify.compare import Rounding
 from tests import oracle
-from tests.layouts import GLOBAL_BATCH, GPT2, LAYOUTS, LLAMA, Layout, as_bert, configuration, product
+from tests.layouts import (
+    GLOBAL_BATCH,
+    GPT2,
+    LAYOUTS,
+    LLAMA,
+    Layout,
+    as_bert,
+    configuration,
+    product,
+)
 
 STEPS = 5
 SEED = 11

@@ -15,7 +15,7 @@ import torch
 import pretrain_gpt
 from megalite.checkpoint.folder import latest_iteration
 from megalite.checkpoint.load import Checkpoint
-from megalite.data.indexed_writer import IndexedWriter
+from megalite.preprocess.indexed_writer import IndexedWriter
 from megalite.training.pretrain import explain
 
 ROOT = Path(__file__).resolve().parents[1]

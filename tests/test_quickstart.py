@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from examples.quickstart import phases, run, run_bert, speeches
-from megalite.cli import read
-from megalite.config import from_flat
+from megalite.config.cli import read
+from megalite.config.run import from_flat
+from megalite.config.validate import resolve
 from megalite.data.build import build_sources
-from megalite.validate import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 

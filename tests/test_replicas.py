@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from megalite import cli, validate
-from megalite.parallel.watchdog import LostContact
 from megalite.training.build import build_model
 from megalite.training.pretrain import pretrain
 from megalite.training.replicas import ReplicasDiffer, check_replicas
+from megalite.watch.watchdog import LostContact
 from tests.layouts import Layout, sp
 from tests.tiny import build
 

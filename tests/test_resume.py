@@ -16,7 +16,7 @@ import pytest
 
 from megalite import cli, validate
 from megalite.data.blend import Blend
-from megalite.data.indexed_writer import IndexedWriter
+from megalite.preprocess.indexed_writer import IndexedWriter
 from megalite.training.build import build_model
 from megalite.training.pretrain import pretrain
 

@@ -11,10 +11,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megalite import validate
-from megalite.config import ConfigError, from_flat
-from megalite.estimate import estimate_stages
-from tools.submit import ROOT, JobConfig, keep, problems_of, read, sbatch_options, script, seconds, snapshot_folder
+from megalite.config import validate
+from megalite.config.estimate import estimate_stages
+from megalite.config.run import ConfigError, from_flat
+from tools.submit import (
+    ROOT,
+    JobConfig,
+    keep,
+    problems_of,
+    read,
+    sbatch_options,
+    script,
+    seconds,
+    snapshot_folder,
+)
 
 SLURM = ROOT / "examples/slurm"
 RECIPES = sorted(SLURM.glob("recipes/*.yaml"))

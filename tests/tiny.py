@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megalite.config import RunConfig
+from megalite.config.run import RunConfig
 from megalite.data.build import blended, build_sources
 from megalite.parallel.collectives import Group
 from megalite.parallel.context import ParallelContext

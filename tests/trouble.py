@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megalite.cli import parse_and_check
+from megalite.config.cli import parse_and_check
 from megalite.parallel.launch import detect
 
 

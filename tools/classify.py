@@ -17,7 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from megalite.checkpoint.folder import CheckpointError
 from megalite.data.build import special_ids
-from megalite.data.classification import SUFFIXES, Example, Quoting, Rows, classes_of, frame, read_examples, refuse
+from megalite.data.classification import (
+    SUFFIXES,
+    Example,
+    Quoting,
+    Rows,
+    classes_of,
+    frame,
+    read_examples,
+    refuse,
+)
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError
 from megalite.training.finetune_config import ClassifierDescription

@@ -16,7 +16,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
 from megalite.checkpoint.folder import CheckpointError, checkpoint_folder, latest_iteration
-from megalite.config import RunConfig
+from megalite.config.rules.files import read_config
+from megalite.config.run import RunConfig
 from megalite.data.classification import (
     SUFFIXES,
     Columns,
@@ -31,7 +32,6 @@ from megalite.data.classification import (
 )
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError, with_tokenizer
-from megalite.rules.files import read_config
 from megalite.training.finetune_config import ClassifierDescription, FinetuneConfig, bert_tokenizer
 
 SHOWN_CLASSES = 20

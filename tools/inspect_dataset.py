@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from megalite.data.config import TokenizerType
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
-from megalite.data.indexed_verify import verify
 from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer
+from megalite.preprocess.indexed_verify import verify
 
 SAMPLED = 1 << 20
 """Sequences whose lengths are looked at: all of them, or evenly spaced ones."""

@@ -16,7 +16,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
 from megalite.data.indexed import DatasetError, IndexedDataset
-from megalite.data.merge import find_prefixes, merge
+from megalite.preprocess.merge import find_prefixes, merge
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
 from megalite.data.indexed import DatasetError
-from megalite.data.inputs import left_out
-from megalite.data.journal import FolderError
-from megalite.data.preprocess import preprocess
-from megalite.data.preprocess_config import PreprocessConfig, find_problems
-from megalite.data.progress import Progress, show_progress
 from megalite.data.tokenizers import TokenizerError
+from megalite.preprocess.config import PreprocessConfig, find_problems
+from megalite.preprocess.inputs import left_out
+from megalite.preprocess.journal import FolderError
+from megalite.preprocess.progress import Progress, show_progress
+from megalite.preprocess.run import preprocess
 
 SHOWN = 5
 """Files to name that are not read."""

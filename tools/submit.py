@@ -23,7 +23,15 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megalite import cli, validate
-from megalite.config import ConfigError, Problem, RunConfig, example, options_of, to_yaml, with_values
+from megalite.config.run import (
+    ConfigError,
+    Problem,
+    RunConfig,
+    example,
+    options_of,
+    to_yaml,
+    with_values,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 WORD = r"[A-Za-z0-9_.,:=@%+*/\[\]-]+"

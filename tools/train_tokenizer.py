@@ -19,9 +19,9 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
 
 from megalite.data.indexed import DatasetError
-from megalite.data.inputs import STDIN, expand
-from megalite.data.preprocess import read_texts
 from megalite.data.tokenizers import TokenizerError, train_bpe, train_sentencepiece, train_wordpiece
+from megalite.preprocess.inputs import STDIN, expand
+from megalite.preprocess.run import read_texts
 
 OUTPUTS = {
     "sentencepiece-bpe": (".model",),

@@ -23,9 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from megalite import cli
-from megalite.config import ConfigError, Problem
+from megalite.config.run import ConfigError, Problem
 from megalite.parallel.launch import LaunchInfo, detect
-from megalite.training.plan import Plan, plan
+from megalite.verify.plan import Plan, plan
 
 
 def main() -> int:
@@ -49,8 +49,8 @@ def main() -> int:
 def verify(planned: Plan, launch: LaunchInfo, folder: Path) -> int:
     """Run both layouts and print the report; the exit status. Under a launcher all ranks but the first only record."""
     from megalite.training.pretrain import explain
-    from megalite.training.record import RanksFailed, discard_record, record, record_on_ranks
-    from megalite.training.verify import Rounding, compare, report
+    from megalite.verify.compare import Rounding, compare, report
+    from megalite.verify.record import RanksFailed, discard_record, record, record_on_ranks
 
     chosen, reference = (folder / name for name in ("chosen", "reference"))
     model, data = planned.chosen.model, planned.chosen.data

@@ -96,7 +96,9 @@ class _Tokenizer:
 def dataset(prefix, samples, length, cache):
     """Start-up and random fetches of GPTDataset; the first build fills the cache and does not count."""
     import numpy
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     def build():

@@ -25,10 +25,10 @@ from examples.quickstart.phases import (
     read_metrics,
     time_table,
 )
-from megalite.cli import read
-from megalite.config import RunConfig
+from megalite.config.cli import read
+from megalite.config.run import RunConfig
+from megalite.config.validate import resolve
 from megalite.data.build import build_sources
-from megalite.validate import resolve
 
 RUN = Path("runs/quickstart-bert")
 CONFIG = "examples/quickstart/bert.yaml"

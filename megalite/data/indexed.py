@@ -95,8 +95,8 @@ class IndexedDataset:
     """An indexed dataset opened for reading through memory maps, in an instant whatever its size.
 
     Opening checks the header, the sizes of both files, the ends of the index, and SAMPLED places between them;
-    megalite.data.indexed_verify checks every entry. Raises DatasetError when a file is missing, is no MMIDIDX v1 file,
-    is cut short, or does not fit its partner.
+    megalite.preprocess.indexed_verify checks every entry. Raises DatasetError when a file is missing, is no MMIDIDX v1
+    file, is cut short, or does not fit its partner.
     """
 
     def __init__(self, prefix: str | Path):

@@ -10,7 +10,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megalite.models.batch import Microbatch
 from megalite.parallel.collectives import Transfer, exchange
 from megalite.parallel.context import ParallelContext
-from megalite.pipeline.schedules import FORWARD, Action, Message, forward_only, program, schedule_named
+from megalite.pipeline.schedules import (
+    FORWARD,
+    Action,
+    Message,
+    forward_only,
+    program,
+    schedule_named,
+)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from megalite.config import RunConfig
+from megalite.config.run import RunConfig
 from megalite.data.bert import BertLoader
 from megalite.data.indexed import DatasetError
 from megalite.data.sampler import BatchLoader, first_sample

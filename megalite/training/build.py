@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megalite import __version__
-from megalite.config import RunConfig, to_flat
+from megalite.config.run import RunConfig, to_flat
 from megalite.kernels import native
 from megalite.models.bert import Bert
 from megalite.models.gpt import GPT

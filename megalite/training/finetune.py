@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from megalite.checkpoint.folder import CheckpointError
 from megalite.checkpoint.load import Checkpoint
-from megalite.config import RunConfig
+from megalite.config.run import RunConfig
 from megalite.data.classification import Rows, order
 from megalite.models.batch import Microbatch
 from megalite.models.classifier import Classifier

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megalite.config import ConfigError, RunConfig, from_flat, to_flat, with_values
+from megalite.config.run import ConfigError, RunConfig, from_flat, to_flat, with_values
 from megalite.data.build import special_ids
 from megalite.data.classification import Columns
 from megalite.data.config import TOKENIZER_FILES

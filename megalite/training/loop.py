@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from megalite.checkpoint.fence import Claim
-from megalite.config import RunConfig
+from megalite.config.run import RunConfig
 from megalite.data.indexed import DatasetError
 from megalite.models.flops import flops_per_sequence
 from megalite.parallel.activity import Activity

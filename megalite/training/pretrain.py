@@ -15,7 +15,7 @@ import torch
 
 from megalite.checkpoint.fence import Claim
 from megalite.checkpoint.folder import CheckpointError, latest_iteration
-from megalite.config import RunConfig, to_yaml
+from megalite.config.run import RunConfig, to_yaml
 from megalite.data.build import blended, build_sources, data_state
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError
@@ -26,7 +26,6 @@ from megalite.parallel.agreement import RanksDiffer
 from megalite.parallel.collectives import barrier, gather_objects
 from megalite.parallel.context import DeviceError, ParallelContext, tell_torchrun
 from megalite.parallel.launch import LaunchInfo
-from megalite.parallel.watchdog import LostContact, Watchdog
 from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import Parts, build_context, build_model, build_parts
 from megalite.training.loop import Trainer
@@ -36,6 +35,7 @@ from megalite.training.signals import StopSignals
 from megalite.training.startup import check_data, check_stragglers, claim_folder
 from megalite.training.state import Progress, load_state, settle_data
 from megalite.training.writers import Writers, watching_writers
+from megalite.watch.watchdog import LostContact, Watchdog
 
 EXPECTED_ERRORS = (
     CheckpointError,

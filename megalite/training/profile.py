@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megalite.config.training import TrainingConfig
 from megalite.parallel.collectives import barrier
 from megalite.parallel.context import ParallelContext
-from megalite.training.config import TrainingConfig
 
 MOST_EVENTS = 1_000_000
 """Allocations that a snapshot of GPU memory remembers."""

@@ -12,7 +12,7 @@ from megalite.checkpoint.folder import CheckpointError
 from megalite.checkpoint.format import Piece
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
-from megalite.config import RunConfig, from_flat, to_flat, to_yaml
+from megalite.config.run import RunConfig, from_flat, to_flat, to_yaml
 from megalite.data.sources import DataState
 from megalite.parallel.context import ParallelContext
 from megalite.training.build import Parts

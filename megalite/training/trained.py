@@ -7,7 +7,7 @@ import yaml
 
 from megalite.checkpoint.folder import CheckpointError
 from megalite.checkpoint.load import Checkpoint
-from megalite.config import RunConfig, from_flat
+from megalite.config.run import RunConfig, from_flat
 from megalite.data.tokenizers import Tokenizer, trained_tokenizer, with_tokenizer
 from megalite.models.stage import Stage
 from megalite.parallel.context import ParallelContext, choose_device

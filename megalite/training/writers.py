@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from megalite.config import RunConfig, to_flat
+from megalite.config.run import RunConfig, to_flat
 
 CLOSE_SECONDS = 60.0
 """A writer that has not sent its last numbers by then is left behind."""

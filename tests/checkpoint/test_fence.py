@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from megalite.checkpoint.fence import CONTINUE_FILE, Claim
-from megalite.checkpoint.folder import INDEX_FILE, LATEST_FILE, CheckpointError, latest_iteration, list_iterations
+from megalite.checkpoint.folder import (
+    INDEX_FILE,
+    LATEST_FILE,
+    CheckpointError,
+    latest_iteration,
+    list_iterations,
+)
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
 from tests.checkpoint.helpers import ALONE, FILE_OPERATIONS, names_in, whole

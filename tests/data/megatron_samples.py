@@ -26,7 +26,9 @@ def digest(rows) -> str:
 
 def samples(case: dict) -> list[str]:
     """Digest of the samples that were asked for, of each split; empty for one that is."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     blend = ([case["prefix"]], None)

@@ -21,9 +21,9 @@ import pytest
 from megalite.data.bert import BertDataset, BertLoader
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.indexed import HEADER, DatasetError, IndexedDataset
-from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.masking import SpecialIds
 from megalite.data.sampler import first_sample
+from megalite.preprocess.indexed_writer import IndexedWriter
 
 ROOT = Path(__file__).parents[2]
 SPECIAL = SpecialIds(cls=2, sep=3, mask=4, pad=0)

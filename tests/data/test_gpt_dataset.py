@@ -10,9 +10,9 @@ from megalite.data.build import blended, build_sources, data_state
 from megalite.data.config import DataConfig
 from megalite.data.gpt import GPTDataset, Permutation, parse_split, split_documents
 from megalite.data.indexed import DatasetError, IndexedDataset
-from megalite.data.indexed_writer import IndexedWriter
 from megalite.kernels.philox import counters, key_of, philox4x32
 from megalite.nn.config import ModelConfig
+from megalite.preprocess.indexed_writer import IndexedWriter
 
 
 def permutation(n, seed=0):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from megalite.data.indexed import CHUNK, SAMPLED, DatasetError, DatasetInfo, IndexedDataset, spread
-from megalite.data.indexed_verify import MOST, verify
-from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.streams import GatheredStream
+from megalite.preprocess.indexed_verify import MOST, verify
+from megalite.preprocess.indexed_writer import IndexedWriter
 
 INFO = DatasetInfo("ByteTokenizer", 257, 256, "00", 3, 7)
 

@@ -18,9 +18,9 @@ import pytest
 from megalite.data.build import build_sources, data_state
 from megalite.data.config import DataConfig
 from megalite.data.indexed import DatasetError, IndexedDataset
-from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.megatron_order import MegatronOrderDataset, split_sequences
 from megalite.nn.config import ModelConfig
+from megalite.preprocess.indexed_writer import IndexedWriter
 from tests.data.megatron_samples import DOCUMENTS, digest
 
 FIND = "import importlib.util, sys; sys.exit(importlib.util.find_spec('megatron') is None)"

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megalite.config.estimate import estimate_stages, model_parameters
+from megalite.config.validate import resolve
 from megalite.data.bert import BertLoader
 from megalite.data.build import blended, build_sources
 from megalite.data.tokenizers import build_tokenizer
-from megalite.estimate import estimate_stages, model_parameters
 from megalite.models.batch import Microbatch
 from megalite.models.bert import Bert
 from megalite.models.flops import flops_per_sequence
@@ -22,7 +23,6 @@ from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rng import CountedRng
 from megalite.training.batches import build_batches
 from megalite.training.build import build_model
-from megalite.validate import resolve
 from tests.layouts import GPT2, LLAMA, POST_NORM, Layout, as_bert, configuration
 from tests.test_layouts import samples_of
 from tests.tiny import ONE_PROCESS, build, context_of

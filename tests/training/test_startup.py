@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import replace
 
-from megalite.config import from_flat
+from megalite.config.run import from_flat
 from megalite.kernels import native
 from megalite.parallel.agreement import RanksDiffer
 from megalite.parallel.config import ParallelConfig

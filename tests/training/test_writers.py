@@ -16,7 +16,7 @@ import torch
 from megalite import cli, validate
 from megalite.checkpoint.fence import Claim
 from megalite.checkpoint.folder import CheckpointError
-from megalite.config import from_flat
+from megalite.config.run import from_flat
 from megalite.parallel.context import ParallelContext
 from megalite.training import loop, writers
 from megalite.training.build import build_model
@@ -139,7 +139,7 @@ WITHOUT = """
 import sys
 for name in ("wandb", "tensorboard"):
     sys.modules[name] = None
-from megalite.cli import parse_and_check
+from megalite.config.cli import parse_and_check
 parse_and_check(sys.argv[1:])
 """
 

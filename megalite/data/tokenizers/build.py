@@ -15,8 +15,8 @@ from megalite.data.tokenizers.huggingface import (
     HuggingFaceTokenizer,
 )
 from megalite.data.tokenizers.plain import ByteTokenizer, NullTokenizer
-from megalite.data.tokenizers.ranks import TikTokenizer
-from megalite.data.tokenizers.sentencepieces import SentencePieceTokenizer
+from megalite.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from megalite.data.tokenizers.tiktoken import TikTokenizer
 
 KINDS: dict[str, Callable[..., ReferenceTokenizer]] = {
     "SentencePieceTokenizer": SentencePieceTokenizer,

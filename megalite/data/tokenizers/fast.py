@@ -7,7 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.data.tokenizers.base import Encoded, ReferenceTokenizer, TokenizerError, encoded, library, shortened
+from megalite.data.tokenizers.base import (
+    Encoded,
+    ReferenceTokenizer,
+    TokenizerError,
+    encoded,
+    library,
+    shortened,
+)
 
 PROBE = (
     "The quick  brown fox's 12345 jumps,\r\n\r\n\tover  the lazy dog!!  ",

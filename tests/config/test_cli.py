@@ -1,0 +1,323 @@
+"""Flags and YAML files -> RunConfig, the help, and how problems are told. Pure."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megalite import cli
+from megalite.config.run import ConfigError, RunConfig, from_flat, options, to_flat, to_yaml
+from megalite.parallel.launch import LaunchInfo
+
+ROOT = Path(cli.__file__).parents[2]
+SOUND = ["--mock-data", "--vocab-size", "512", "--train-iters", "10"]
+
+
+def problems_of(*argv: str) -> list[str]:
+    """What is said of each mistake in a command line."""
+    with pytest.raises(ConfigError) as caught:
+        cli.read(list(argv))
+    return [f"{p.message} | {p.fix}" for p in caught.value.problems]
+
+
+def write(folder: Path, text: str) -> str:
+    (folder / "run.yaml").write_text(text)
+    return str(folder / "run.yaml")
+
+
+def another_value(option):
+    """A value that is not the option's default."""
+    if option.kind is bool:
+        return not option.default
+    if option.choices:
+        return next(choice for choice in option.choices if choice != option.default)
+    return {int: 7, float: 0.25, str: "somewhere", tuple: ("0.3", "some where", "0.7", "-else")}[option.kind]
+
+
+# Flags --------------------------------------------------------------------------------------------------------------
+
+
+def test_no_flags_give_the_defaults():
+    assert cli.read([]) == RunConfig()
+
+
+@pytest.mark.parametrize("key", list(options()))
+def test_each_flag_sets_its_field_and_no_other(key):
+    option, value = options()[key], another_value(options()[key])
+    for spelling in (option.flag, option.flag[:2] + option.flag[2:].replace("-", "_"), *option.aliases):
+        if option.kind is bool:
+            off = spelling.replace("--no", "-") if key.startswith("no_") else "--no-" + spelling[2:]
+            argvs = [[spelling if value else off]]
+        elif option.kind is tuple:
+            argvs = [[spelling, *value], [spelling, *value, "--seed", "1234"]]
+        else:
+            argvs = [[spelling, str(value)], [f"{spelling}={value}"]]
+        for argv in argvs:
+            assert to_flat(cli.read(argv)) == to_flat(RunConfig()) | {key: value}, argv
+
+
+def test_every_field_of_every_dataclass_is_an_option():
+    fields = [f.name for section in dataclasses.fields(RunConfig) for f in dataclasses.fields(section.type)]
+    assert list(options()) == fields == list(to_flat(RunConfig()))
+
+
+def test_the_last_of_several_wins():
+    argv = "--tp 2 --tensor-model-parallel-size=4 --sp --no-sequence-parallel --lr 1 --lr 2e-4"
+    config = cli.read(argv.split())
+    assert (config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel) == (4, False)
+    assert config.optimizer.lr == 2e-4
+
+
+def test_switches_have_one_natural_opposite():
+    for argv, value in (("--no-load-optim", True), ("--no-load-optim --load-optim", False)):
+        assert cli.read(argv.split()).checkpoint.no_load_optim is value
+    assert cli.read(["--exit-signal-handler"]) == RunConfig()
+    assert not cli.read(["--no-exit-signal-handler"]).training.exit_signal_handler
+    assert "--no-load-optim" in problems_of("--no-no-load-optim")[0]
+
+
+def test_values_may_begin_with_a_dash_or_be_joined():
+    config = cli.read(["--lr", "-1", "--save=--odd", "--seed=-3"])
+    assert (config.optimizer.lr, config.checkpoint.save, config.training.seed) == (-1.0, "--odd", -3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--tensor-model-paralel-size 8", "unknown flag --tensor-model-paralel-size --tensor-model-parallel-size"),
+        ("--tensor-model 8", "unknown --tensor-model"),  # no abbreviations
+        ("--no-swigluu", "--no-swiglu"),
+        ("--num-layers 1e3", "--num-layers '1e3' whole number"),
+        ("--num-layers 2.0", "'2.0' whole number"),
+        ("--lr fast", "--lr 'fast' number"),
+        ("--optimizer adm", "'adm' adam, sgd"),
+        ("--save", "--save needs a value"),
+        ("--save --swiglu", "--save needs a value"),
+        ("--swiglu=yes", "--swiglu takes no value"),
+        ("--swiglu true", "unexpected 'true'"),
+        ("stray", "unexpected 'stray'"),
+        ("--num-layers unset", "'unset' whole number"),
+        ("--config", "--config needs a value"),
+    ],
+)
+def test_a_mistake_on_the_command_line(argv, words):
+    (said,) = problems_of(*argv.split())
+    for word in words.split():
+        assert word in said
+
+
+def test_all_mistakes_of_flags_and_file_at_once(tmp_path):
+    file = write(tmp_path, "num_layer: 3\nlr: fast\nswiglu: 1\noptimizer: adm\n")
+    said = problems_of("--tpp", "2", "--num-layers", "x", "--config", file, "--pp")
+    assert len(said) == 7
+    for word in ("num_layers", "lr: 'fast'", "swiglu: 1", "'adm'", "--tpp", "--num-layers: 'x'", "--pp needs"):
+        assert sum(word in line for line in said) == 1, word
+
+
+# YAML files ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_with_either_spelling(tmp_path):
+    file = write(tmp_path, "num-layers: 3\nhidden_size: 64\ntp: 2\nsp: true\nlr: 1e-4\nmin-lr: 0\nsave: null\n")
+    config = cli.read(["--config", file])
+    changed = dict(num_layers=3, hidden_size=64, tensor_model_parallel_size=2, sequence_parallel=True, lr=1e-4)
+    assert to_flat(config) == to_flat(RunConfig()) | changed
+    assert isinstance(config.optimizer.min_lr, float)
+
+
+def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
+    file = write(tmp_path, "num_layers: 3\nswiglu: true\nno_load_optim: true\nsave: out\nsave_interval: 5\n")
+    argv = f"--num-layers 4 --no-swiglu --config={file} --load-optim --save unset --save-interval unset"
+    assert to_flat(cli.read(argv.split())) == to_flat(RunConfig()) | {"num_layers": 4}
+
+
+def test_the_whole_configuration_survives_a_file(tmp_path):
+    odd = {key: another_value(option) for key, option in options().items()}
+    odd = from_flat(odd | {"lr": 1 / 3, "save": "null", "preset": "bert-base"})
+    for config in (RunConfig(), odd):
+        assert cli.read(["--config", write(tmp_path, to_yaml(config))]) == config
+        assert from_flat(to_flat(config)) == config
+        assert list(yaml.safe_load(to_yaml(config))) == list(options())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("num_layer: 3", "unknown 'num_layer' num_layers"),
+        ("model:\n  num_layers: 3", "unknown 'model'"),
+        ("num_layers: 3\nnum_layers: 4", "'num_layers' twice"),
+        ("num_layers: 3\nnum-layers: 4", "'num_layers' and 'num-layers' are the same"),
+        ("tp: 3\ntensor_model_parallel_size: 4", "'tp' and 'tensor_model_parallel_size' are the same"),
+        ("num_layers: '3'", "'3' whole number"),
+        ("num_layers: true", "True whole number"),
+        ("num_layers: null", "None whole number"),
+        ("num_layers: 3.0", "3.0 whole number"),
+        ("swiglu: 'yes'", "'yes' true or false"),
+        ("lr: true", "True number"),
+        ("save: 3", "3 text"),
+        ("split: [1, 2]", "[1, 2] text"),
+        ("normalization: rmsnorm", "'rmsnorm' RMSNorm"),
+        ("3: 4", "unknown 3"),
+        ("- a\n- b", "list names"),
+        ("just text", "str names"),
+        ("a: [", "not YAML line"),
+    ],
+)
+def test_a_mistake_in_a_file(tmp_path, text, words):
+    file = write(tmp_path, text)
+    (said,) = problems_of("--config", file)
+    for word in (file, *words.split()):
+        assert word in said
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert "No such file" in problems_of("--config", str(tmp_path / "absent.yaml"))[0]
+    assert "directory" in problems_of("--config", str(tmp_path))[0]
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
+    assert "not UTF-8" in problems_of("--config", str(tmp_path / "binary"))[0]
+    assert cli.read(["--config", write(tmp_path, "# nothing\n")]) == RunConfig()
+
+
+def test_from_flat_raises_with_every_problem():
+    with pytest.raises(ConfigError, match="num_layer'.*hidden_size: 'a'"):
+        from_flat({"num_layer": 1, "hidden_size": "a"})
+
+
+# What the user sees -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from megalite import cli\n"
+        "try: cli.parse(['--help'], 'Pretrain a GPT.')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(time.perf_counter() - start, file=sys.stderr)"
+    )
+    env = {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stderr) < 3  # 0.3 s on an idle machine; importing torch alone would take longer than this
+    return done.stdout
+
+
+def test_help_shows_every_flag_its_default_and_its_words(help_text):
+    flat = " ".join(help_text.replace("│", " ").split())
+    for option in options().values():
+        shown = option.flag if option.default is not True else "--no-" + option.flag[2:]
+        assert f" {shown} " in flat
+        for alias in option.aliases:
+            assert f" {alias}" in flat
+    assert flat.count("(default: ") == len(options()) + 1  # and --config
+    assert "Pretrain a GPT." in flat and "--config FILE.yaml" in flat
+
+
+def test_help_is_grouped_and_fits_100_columns(help_text):
+    for section in dataclasses.fields(RunConfig):
+        assert f"─ {section.name} options ─" in help_text
+    assert max(map(len, help_text.splitlines())) <= 100
+    for silly in ("--no-no-", "None", "{None}"):
+        assert silly not in help_text
+
+
+def launch(rank: int = 0, world_size: int = 1) -> LaunchInfo:
+    return LaunchInfo(rank, world_size, rank, world_size, "env://", "torchrun")
+
+
+def test_problems_are_told_by_the_first_rank_only(capsys, monkeypatch):
+    """The other leaves it the time to: a launcher ends all ranks as soon as one has ended."""
+    monkeypatch.setattr(cli, "FAREWELL_SECONDS", 0.3)
+    for argv in (["--tp", "8"], ["--nonsense"]):
+        for rank in (0, 1):
+            began = time.monotonic()
+            with pytest.raises(SystemExit) as end:
+                cli.parse_and_check(argv, launch=launch(rank, 2))
+            assert end.value.code == 2 and (time.monotonic() - began >= 0.3 or rank == 0)
+            out, err = capsys.readouterr()
+            assert out == "" and ("fix: " in err) == (rank == 0) and bool(err) == (rank == 0)
+
+
+def test_help_is_told_by_the_first_rank_only(capsys):
+    for rank in (0, 1):
+        with pytest.raises(SystemExit) as end:
+            cli.parse_and_check(["--help"], "Pretrain.", launch=launch(rank, 2))
+        assert end.value.code == 0
+        assert ("Pretrain." in capsys.readouterr().out) == (rank == 0)
+
+
+def test_a_sound_configuration_comes_back_resolved():
+    config = cli.parse_and_check([*SOUND, "--micro-batch-size", "3"], launch=launch(0, 4))
+    assert (config.data.global_batch_size, config.model.ffn_hidden_size) == (12, 3072)
+
+
+def test_world_size_checks_a_layout_and_exits(capsys):
+    argv = [*SOUND, "--tp", "2", "--pp", "4", "--global-batch-size", "32", "--sp", "--world-size"]
+    with pytest.raises(SystemExit) as end:
+        cli.parse_and_check([*argv, "16"], launch=launch())
+    assert end.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("16 = tensor 2 x pipeline 4 x data 2", "16 for each", "bubble 18.8%", "3 + 3 + 3 + 3", "memory"):
+        assert words in said
+    with pytest.raises(SystemExit) as end:
+        cli.parse_and_check([*argv, "12"], launch=launch())
+    assert end.value.code == 2
+    assert "12 ranks" in capsys.readouterr().err
+
+
+def test_a_preset_stands_between_the_defaults_and_what_is_given(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: bert-large\nnum_layers: 3\n")
+    model = cli.read(["--config", str(file), "--hidden-size", "512"]).model
+    assert (model.num_layers, model.hidden_size, model.num_attention_heads, model.gelu) == (3, 512, 16, "erf")
+    assert cli.read(["--preset", "gpt2-xl"]).model.hidden_size == 1600
+
+
+@pytest.mark.parametrize(
+    ("argv", "program", "message", "fix"),
+    [
+        ("--preset bert-base", "gpt", "--preset bert-base is a model that this", "python pretrain_bert.py"),
+        ("--preset gpt2", "bert", "--preset gpt2 is a model that this", "python pretrain_gpt.py"),
+        ("--architecture gpt", "bert", "--architecture gpt is a model that this", "python pretrain_gpt.py"),
+        (
+            "--preset gpt2 --architecture bert",
+            "bert",
+            "gpt2 is the shape of a GPT, but --architecture is bert",
+            "leave",
+        ),
+        ("--preset bert-base --architecture gpt", None, "the shape of a BERT, but --architecture is gpt", "leave out"),
+    ],
+)
+def test_a_program_trains_its_own_model_only(argv, program, message, fix):
+    with pytest.raises(ConfigError) as error:
+        cli.read(argv.split(), program)
+    (problem,) = error.value.problems
+    assert message in problem.message and fix in problem.fix
+
+
+def test_each_program_s_own_model_needs_no_flag(capsys):
+    flags = "--mock-data --vocab-size 512 --train-iters 2 --world-size 1".split()
+    for program, shown in (("gpt", "GPT, 12 layers"), ("bert", "BERT, 12 layers")):
+        with pytest.raises(SystemExit) as end:
+            cli.parse_and_check(flags, architecture=program)
+        assert end.value.code == 0 and shown in capsys.readouterr().out
+
+
+def test_the_help_of_a_gpt_has_no_flags_of_a_bert(capsys):
+    for program, found in (("gpt", False), ("bert", True)):
+        with pytest.raises(SystemExit):
+            cli.parse(["--help"], "", architecture=program)
+        assert ("--mask-prob" in capsys.readouterr().out) == found
+
+
+def test_a_broken_launcher_is_a_problem(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        cli.parse_and_check(SOUND)
+    assert end.value.code == 2 and "RANK" in capsys.readouterr().err

@@ -1,0 +1,40 @@
+"""Small corpora, and preprocessing them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from megalite.preprocess.config import PreprocessConfig
+from megalite.preprocess.inputs import read_blocks, shard_ranges
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+DOCUMENTS = [{"id": i, "text": f"Document {i}: né\n" * (1 + i % 7), "title": f"t{i}"} for i in range(400)]
+
+
+def write_jsonl(path, documents=DOCUMENTS):
+    path.write_text(
+        "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents), encoding="utf-8"
+    )
+    return str(path)
+
+
+def config(tmp_path, *inputs, name="out", **changes):
+    settings = {"tokenizer_type": "ByteTokenizer", "append_eod": True, "workers": 1, **changes}
+    return PreprocessConfig(inputs, str(tmp_path / name), **settings)
+
+
+def blocks_of(*files):
+    return read_blocks(list(files), shard_ranges(list(files), 0, 1), ("text",))
+
+
+def content(tmp_path, name, kind="document"):
+    """The bytes of a dataset."""
+    return [(tmp_path / f"{name}_text_{kind}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")]
+
+
+def run_tool(tool, *arguments):
+    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
