@@ -27,7 +27,7 @@ from megalite.data.mock import MockDataset  # noqa: E402
 from megalite.parallel.context import ParallelContext  # noqa: E402
 from megalite.parallel.launch import detect  # noqa: E402
 from megalite.training.batches import build_batches  # noqa: E402
-from megalite.training.build import build_context, build_parts  # noqa: E402
+from megalite.training.build import build_components, build_context  # noqa: E402
 
 SHAPE = dict(
     num_layers=8, hidden_size=512, num_attention_heads=8, seq_length=256, vocab_size=8192,
@@ -96,7 +96,7 @@ def copy_weights(plain: PlainGPT, ours: dict[str, torch.Tensor]) -> None:
 
 def our_step(config: RunConfig, context: ParallelContext):
     """(step function that returns the loss, the model) of megalite."""
-    parts = build_parts(config, context)
+    parts = build_components(config, context)
     dataset = MockDataset(config.model.vocab_size, config.model.seq_length, 1, "train")
     data = build_batches(config, dataset, parts.model)
     taken = 0

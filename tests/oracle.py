@@ -369,7 +369,7 @@ def loss_and_gradients(
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """What `train` ends with."""
 
     params: Parameters
@@ -391,7 +391,7 @@ def train(
     max_norm: float = 0.0,
     steps: int | None = None,
     dropout: Dropout | None = None,
-) -> Trained:
+) -> LoadedModel:
     """AdamW as in Loshchilov and Hutter's algorithm 2, the decay multiplied by the learning rate as well.
 
     `lr` is one number or one for each step; `max_norm` of 0 does not clip; `steps` (default: one per batch) goes round
@@ -420,7 +420,7 @@ def train(
             variance = second[name] / (1 - betas[1] ** step)
             decay = weight_decay * params[name] if decays(name) else 0.0
             params[name] = params[name] - rates[step - 1] * (mean / (variance.sqrt() + epsilon) + decay)
-    return Trained(params, losses, grad_norms)
+    return LoadedModel(params, losses, grad_norms)
 
 
 def samples_of_step(dropout: Dropout, step: int, rows: int) -> Tensor:

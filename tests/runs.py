@@ -31,7 +31,7 @@ from megalite.preprocess.config import PreprocessConfig
 from megalite.preprocess.indexed_writer import IndexedWriter
 from megalite.preprocess.run import preprocess
 from megalite.training.batches import GlobalBatches, build_batches
-from megalite.training.build import build_context, build_model, build_parts
+from megalite.training.build import build_components, build_context, build_model
 from megalite.training.pretrain import pretrain
 from tests.data.tokenizer_files import make_files
 from tests.pool import RankPool, RanksFailed
@@ -191,7 +191,7 @@ def kept_for_backward(bench: Bench, flags: dict, ranks: int) -> dict:
     """What one microbatch leaves in memory after its forward, and the gradient that comes of it."""
     config = sound(flags, ranks, bench.new_folder())
     context, _ = build_context(config, ALONE)
-    parts = build_parts(config, context)
+    parts = build_components(config, context)
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -208,7 +208,7 @@ def kept_for_backward(bench: Bench, flags: dict, ranks: int) -> dict:
 def passes_of_rank(launch: LaunchInfo, config: RunConfig) -> str:
     """F and B in the order in which a stage's forwards and backwards come."""
     context, _ = build_context(config, launch)
-    parts = build_parts(config, context)
+    parts = build_components(config, context)
     order = []
     parts.model.register_forward_pre_hook(lambda *_: order.append("F"))
     norm = next(p for name, p in parts.model.named_parameters() if name.endswith("attention_norm.weight"))

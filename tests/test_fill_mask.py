@@ -10,7 +10,7 @@ from megalite.checkpoint.folder import CheckpointError
 from megalite.data.tokenizers import TokenizerError, train_wordpiece
 from megalite.models.batch import Microbatch
 from megalite.parallel.launch import LaunchInfo
-from megalite.training.trained import load_trained
+from megalite.training.trained import load_model
 from tests.runs import console_of, sound
 from tools import fill_mask
 
@@ -58,7 +58,7 @@ def test_blanks_are_filled_with_the_model_s_first_guesses(made, fill):
     lines = printed.splitlines()
     assert lines[0] == "the state of the [MASK] is [MASK]" and lines[3] == "[MASK]" and len(lines) == 5
     given = dict(tokenizer_type="BertWordPieceLowerCase", vocab_file=str(made / "vocab.txt"))
-    trained = load_trained(made / "bert/saved", "bert", device="cpu", **given)
+    trained = load_model(made / "bert/saved", "bert", device="cpu", **given)
     special, (ids,) = trained.tokenizer.special, trained.tokenizer.encode_batch(["the state of the"]).split()
     mask, (between,) = special["[MASK]"], trained.tokenizer.encode_batch(["is"]).split()
     row = [special["[CLS]"], *ids, mask, *between, mask, special["[SEP]"]]
@@ -108,8 +108,8 @@ def test_all_that_is_wrong_is_said(fill):
 
 def test_a_trained_model_is_of_the_kind_that_is_asked_for(made):
     with pytest.raises(CheckpointError, match="holds a BERT, not a GPT"):
-        load_trained(made / "bert/saved", "gpt", device="cpu")
+        load_model(made / "bert/saved", "gpt", device="cpu")
     with pytest.raises(TokenizerError, match="257 entries, the model only 110"):
-        load_trained(made / "gpt/saved", "gpt", device="cpu", tokenizer_type="ByteTokenizer")
+        load_model(made / "gpt/saved", "gpt", device="cpu", tokenizer_type="ByteTokenizer")
     with pytest.raises(CheckpointError, match="iter_0000007 does not exist"):
-        load_trained(made / "gpt/saved", "gpt", step=7, device="cpu")
+        load_model(made / "gpt/saved", "gpt", step=7, device="cpu")

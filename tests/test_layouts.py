@@ -11,7 +11,7 @@ import torch
 from megalite.data.build import blended, build_sources
 from megalite.optim.schedule import learning_rate
 from megalite.training.batches import build_batches
-from megalite.training.build import build_context, build_parts
+from megalite.training.build import build_components, build_context
 from megalite.verify.compare import Rounding
 from tests import oracle
 from tests.layouts import (
@@ -105,7 +105,7 @@ def train_on_rank(launch, layout: Layout, params, flags: dict, steps: int):
     the final weights."""
     config = configuration(layout, **flags, eod_mask_loss=True)
     context, _ = build_context(config, launch)
-    parts = build_parts(config, context)
+    parts = build_components(config, context)
     if params is not None:
         set_parameters(parts, params)
     data = build_batches(config, samples_of(layout.shape), parts.model, eod=MASKED)

@@ -8,7 +8,7 @@ import torch
 from megalite.data.indexed import DatasetError
 from megalite.models.gpt import GPT
 from megalite.training.batches import build_batches
-from megalite.training.build import build_model, build_parts
+from megalite.training.build import build_components, build_model
 from tests import runs
 from tests.layouts import Layout, configuration
 from tests.tiny import build
@@ -61,7 +61,7 @@ def step_of(tiny, data, weights):
 def test_each_term_has_its_weight():
     """In the gradient as in the loss, which is what each term alone, a GPT's loss, gives."""
     tiny = build()
-    parts = build_parts(tiny.config, tiny.context, even_and_odd)
+    parts = build_components(tiny.config, tiny.context, even_and_odd)
     tiny = replace(tiny, parts=parts)
     data = build_batches(tiny.config, Rows(lambda i, j: (7 * i + 3 * j * j) % 257), parts.model)
     sums, of_even = step_of(tiny, data, [1.0, 0.0])[0], step_of(tiny, data, [1.0, 0.0])[1]

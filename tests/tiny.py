@@ -11,7 +11,7 @@ from megalite.parallel.context import ParallelContext
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import ParallelLayout
 from megalite.training.batches import GlobalBatches, build_batches
-from megalite.training.build import Parts, build_context, build_parts
+from megalite.training.build import TrainingComponents, build_components, build_context
 from tests.layouts import Layout, configuration
 
 ONE_PROCESS = LaunchInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, init_method="", source="tests")
@@ -26,7 +26,7 @@ class Tiny:
 
     config: RunConfig
     context: ParallelContext
-    parts: Parts
+    parts: TrainingComponents
     data: GlobalBatches
 
     def gradient(self, consumed: int = 0) -> torch.Tensor:
@@ -47,7 +47,7 @@ def build(layout: Layout = SINGLE, launch: LaunchInfo = ONE_PROCESS, **flags) ->
     config = configuration(layout, **flags)
     context, _ = build_context(config, launch)
     dataset = blended(build_sources(config.data, config.model, 5, {"train": STEPS}, config.bert)["train"])
-    parts = build_parts(config, context)
+    parts = build_components(config, context)
     return Tiny(config, context, parts, build_batches(config, dataset, parts.model, eod=0))
 
 

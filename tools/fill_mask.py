@@ -55,9 +55,9 @@ def fill(options: Options) -> None:
     from megalite.data.build import special_ids
     from megalite.data.indexed import DatasetError
     from megalite.models.batch import Microbatch
-    from megalite.training.trained import load_trained
+    from megalite.training.trained import load_model
 
-    trained = load_trained(
+    trained = load_model(
         options.load, "bert", options.ckpt_step, options.device, tokenizer_type=options.tokenizer_type,
         vocab_file=options.vocab_file, tokenizer_model=options.tokenizer_model,
     )  # fmt: skip

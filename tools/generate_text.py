@@ -65,9 +65,9 @@ def sample(options: Options) -> None:
     import torch
 
     from megalite.models.generate import generate
-    from megalite.training.trained import load_trained
+    from megalite.training.trained import load_model
 
-    trained = load_trained(
+    trained = load_model(
         options.load, "gpt", options.ckpt_step, options.device, tokenizer_type=options.tokenizer_type,
         tokenizer_model=options.tokenizer_model, vocab_file=options.vocab_file, merge_file=options.merge_file,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """One writer at a time: a run claims its folder, and a run that was replaced can write no checkpoint any more.
 
 A node may be cut off while its job is requeued elsewhere: its ranks go on, come back, and must not write over what
-their successor has saved. Looking at the claim before acting is not enough, since a run may be suspended in between; so
-the owner acts only through a folder named by its token, its desk. What is to be seen is renamed from there, what is to
-go is renamed to there, and what is renamed beside it is named by a path through it. The next owner removes the desk;
+their successor has saved. Looking at the lease before acting is not enough, since a run may be suspended in between; so
+the owner acts only through a folder named by its token, its staging_dir. What is to be seen is renamed from there, what is to
+go is renamed to there, and what is renamed beside it is named by a path through it. The next owner removes the staging_dir;
 from then on each of these renames fails. Imports no torch.
 """
 
@@ -24,21 +24,21 @@ OWNER_FILE = "owner.json"
 CONTINUE_FILE = "to-be-continued"
 """Left by a run that its time limit ended: a job script that finds it starts the same command again."""
 DESK = ".writing."
-"""Before the owner's token: name of its desk."""
+"""Before the owner's token: name of its staging_dir."""
 MOVED_MEANWHILE = {errno.ENOENT, errno.ESTALE, errno.ENOTEMPTY, errno.EEXIST}
-"""What removing a desk may meet while its owner, or another run that claims the folder, moves what is in it."""
+"""What removing a staging_dir may meet while its owner, or another run that claims the folder, moves what is in it."""
 
 
 @dataclass(frozen=True)
-class Claim:
+class Lease:
     """The right to write checkpoints to a folder, until another run claims it."""
 
     root: Path
     token: str
 
     @classmethod
-    def take(cls, root: str | Path) -> "Claim":
-        """Claim a folder, made if it is absent. Once this returns, whoever held it before can change nothing there.
+    def take(cls, root: str | Path) -> "Lease":
+        """Lease a folder, made if it is absent. Once this returns, whoever held it before can change nothing there.
 
         Raises CheckpointError when yet another run claims it meanwhile, OSError when nothing can be written.
         """
@@ -53,41 +53,41 @@ class Claim:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, root / OWNER_FILE)
-        claim = cls(root, owner["token"])
-        claim.desk.mkdir()
-        desks = [desk for desk in root.glob(f"{DESK}*") if desk != claim.desk]
-        with claim._explaining():
-            for desk in desks:
-                claim._remove_desk(desk)
+        lease = cls(root, owner["token"])
+        lease.staging_dir.mkdir()
+        desks = [staging_dir for staging_dir in root.glob(f"{DESK}*") if staging_dir != lease.staging_dir]
+        with lease._explaining():
+            for staging_dir in desks:
+                lease._remove_desk(staging_dir)
             with suppress(FileNotFoundError):
-                os.rename(root / CONTINUE_FILE, claim.desk / CONTINUE_FILE)
-            claim.clear()
+                os.rename(root / CONTINUE_FILE, lease.staging_dir / CONTINUE_FILE)
+            lease.clear()
             fsync_folder(root)
-        return claim
+        return lease
 
     @property
-    def desk(self) -> Path:
+    def staging_dir(self) -> Path:
         """The folder through which the owner acts; gone once another run has claimed the root."""
         return self.root / f"{DESK}{self.token}"
 
-    def _remove_desk(self, desk: Path) -> None:
-        """Take a desk away that was found after this run had made its own."""
-        while desk.exists():
-            # A desk is made after its owner's name is there. So one that was found before this look is of a run before
+    def _remove_desk(self, staging_dir: Path) -> None:
+        """Take a staging_dir away that was found after this run had made its own."""
+        while staging_dir.exists():
+            # A staging_dir is made after its owner's name is there. So one that was found before this look is of a run before
             # this one: who claims the folder later loses nothing here, however late this run goes on.
             self.check()
             # Entry by entry, and deleted elsewhere: none may be renamed by its owner while only a part of it is left.
             try:
-                for entry in desk.iterdir():
-                    os.rename(entry, self.desk / uuid.uuid4().hex)
-                desk.rmdir()
+                for entry in staging_dir.iterdir():
+                    os.rename(entry, self.staging_dir / uuid.uuid4().hex)
+                staging_dir.rmdir()
             except OSError as error:
                 if error.errno not in MOVED_MEANWHILE:
                     raise
 
     def clear(self) -> None:
-        """Delete what lies on the desk. What resists is told in a line, and left for the next time."""
-        for entry in self.desk.iterdir():
+        """Delete what lies on the staging_dir. What resists is told in a line, and left for the next time."""
+        for entry in self.staging_dir.iterdir():
             try:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             except OSError as error:
@@ -103,12 +103,12 @@ class Claim:
                 "this one was replaced, and ends"
             )
 
-    def ask_to_be_continued(self, reason: str) -> None:
+    def request_requeue(self, reason: str) -> None:
         """Tell the job script that the run has saved and wants to go on. Raises CheckpointError when the run was
         replaced, OSError when the file cannot be written."""
         with self._explaining():
-            (self.desk / CONTINUE_FILE).write_text(reason + "\n")
-            os.rename(self.desk / CONTINUE_FILE, self.root / CONTINUE_FILE)
+            (self.staging_dir / CONTINUE_FILE).write_text(reason + "\n")
+            os.rename(self.staging_dir / CONTINUE_FILE, self.root / CONTINUE_FILE)
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:

@@ -47,7 +47,7 @@ def listing(heading: str, problems: Sequence[str], total: int | None = None) -> 
 
 
 @dataclass(frozen=True)
-class Piece:
+class Shard:
     """A rank's part of a global tensor. `tensor` may be any view of shape `box.shape`; an empty box holds nothing.
 
     Raises ValueError when tensor, box and global shape do not fit together.

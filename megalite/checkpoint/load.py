@@ -25,7 +25,7 @@ from megalite.checkpoint.format import (
     SAFETENSORS_DTYPES,
     SHOWN_PROBLEMS,
     Index,
-    Piece,
+    Shard,
     StoredBox,
     StoredTensor,
     lies_within,
@@ -116,7 +116,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: {name}: {filled} of the {box.numel} elements of {box} are stored")
         return out
 
-    def check(self, pieces: Iterable[Piece]) -> None:
+    def check(self, pieces: Iterable[Shard]) -> None:
         """Raise one CheckpointError that lists every piece whose name is missing or whose global shape differs."""
         pieces = list(pieces)
         missing = sorted({piece.name for piece in pieces if piece.name not in self._index.tensors})
@@ -132,7 +132,7 @@ class Checkpoint:
         total = len(missing) + len(problems)
         raise CheckpointError(listing(f"{self.folder} does not hold what is wanted:", lines, total))
 
-    def read_into(self, piece: Piece) -> None:
+    def read_into(self, piece: Shard) -> None:
         """Fill the piece's tensor from the checkpoint, converted to its dtype and device. Raises as `check` does."""
         self.check([piece])
         with torch.no_grad():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.fence import Claim
+from megalite.checkpoint.fence import Lease
 from megalite.checkpoint.folder import (
     INDEX_FILE,
     LATEST_FILE,
@@ -24,7 +24,7 @@ from megalite.checkpoint.format import (
     CONFIG_FILE,
     PRIVATE_PREFIX,
     Index,
-    Piece,
+    Shard,
     StoredBox,
     StoredFile,
     StoredTensor,
@@ -39,35 +39,35 @@ from megalite.parallel.collectives import Group, gather_objects
 def write(
     root: str | Path,
     iteration: int,
-    pieces: Iterable[Piece],
+    pieces: Iterable[Shard],
     private: dict[str, torch.Tensor],
     state: dict,
     config_yaml: str,
     world: Group,
     keep_last: int | None = None,
-    claim: Claim | None = None,
+    lease: Lease | None = None,
 ) -> Path:
     """Write the checkpoint `root/iter_N` and make it the latest; every rank of `world` calls this. Returns its folder.
 
     Together the ranks' pieces must cover every named tensor exactly once. `private` tensors belong to this rank alone
     (random streams). `state` (JSON), `config_yaml` and `keep_last` are taken from rank 0; `keep_last` removes all but
-    that many newest checkpoints, counted up to this one. `root` must be the same folder on every rank. `claim` is rank
+    that many newest checkpoints, counted up to this one. `root` must be the same folder on every rank. `lease` is rank
     0's; without one it claims `root` now.
 
     Raises CheckpointError on every rank when any rank fails, or another run has claimed `root`; the previous checkpoint
     then stays the latest.
     """
-    claim = _on_first(world, lambda: claim or Claim.take(root))
+    lease = _on_first(world, lambda: lease or Lease.take(root))
     try:
-        draft, texts = _on_first(world, lambda: _begin(claim, iteration, state, config_yaml, keep_last))
+        draft, texts = _on_first(world, lambda: _begin(lease, iteration, state, config_yaml, keep_last))
         parts = _on_all(world, lambda: _write_part(draft, world.rank, pieces, private))
-        _on_first(world, lambda: _commit(claim, draft, iteration, parts, texts))
+        _on_first(world, lambda: _commit(lease, draft, iteration, parts, texts))
     except CheckpointError:
-        _on_first(world, lambda: _give_up(claim))
+        _on_first(world, lambda: _give_up(lease))
         raise
     # The others wait here, where a long deletion is not taken for a hang.
-    _on_first(world, lambda: _prune(claim, iteration, keep_last))
-    return claim.root / iteration_folder(iteration)
+    _on_first(world, lambda: _prune(lease, iteration, keep_last))
+    return lease.root / iteration_folder(iteration)
 
 
 @dataclass(frozen=True)
@@ -102,26 +102,26 @@ def _describe(error: Exception) -> str:
 
 
 def _begin(
-    claim: Claim, iteration: int, state: dict, config_yaml: str, keep_last: int | None
+    lease: Lease, iteration: int, state: dict, config_yaml: str, keep_last: int | None
 ) -> tuple[Path, dict[str, str]]:
-    """Make the draft folder on the owner's desk. Returns it, and the contents of its text files."""
+    """Make the draft folder on the owner's staging_dir. Returns it, and the contents of its text files."""
     texts = {STATE_FILE: json.dumps(state, indent=1), CONFIG_FILE: config_yaml}
     if keep_last is not None and keep_last < 1:
         raise CheckpointError(f"keep_last must be at least 1, or None to keep all; got {keep_last}")
-    claim.clear()
-    draft = claim.desk / iteration_folder(iteration)
+    lease.clear()
+    draft = lease.staging_dir / iteration_folder(iteration)
     draft.mkdir()
     return draft, texts
 
 
-def _give_up(claim: Claim) -> None:
+def _give_up(lease: Lease) -> None:
     """Remove the draft. Raises CheckpointError when the run was replaced: that is then the reason."""
     with suppress(OSError, ValueError):
-        claim.check()
-        claim.clear()
+        lease.check()
+        lease.clear()
 
 
-def _write_part(draft: Path, rank: int, pieces: Iterable[Piece], private: dict[str, torch.Tensor]) -> _Part:
+def _write_part(draft: Path, rank: int, pieces: Iterable[Shard], private: dict[str, torch.Tensor]) -> _Part:
     tensors = {PRIVATE_PREFIX + name: tensor for name, tensor in private.items()}
     stored: dict[str, StoredTensor] = {}
     for piece in pieces:
@@ -153,9 +153,9 @@ def _merge(parts: list[_Part]) -> dict[str, StoredTensor]:
     return merged
 
 
-def _commit(claim: Claim, draft: Path, iteration: int, parts: list[_Part], texts: dict[str, str]) -> None:
+def _commit(lease: Lease, draft: Path, iteration: int, parts: list[_Part], texts: dict[str, str]) -> None:
     """Write text files and index, then rename: draft to folder, and the name of the latest last."""
-    root = claim.root
+    root = lease.root
     files = {name: write_file(draft / name, [text.encode()]) for name, text in texts.items()}
     files |= {rank_file(rank): part.file for rank, part in enumerate(parts)}
     index = Index(iteration, len(parts), _merge(parts), files)
@@ -165,21 +165,21 @@ def _commit(claim: Claim, draft: Path, iteration: int, parts: list[_Part], texts
             raise CheckpointError(f"{path} is not there as it was written: is {root} the same folder on every node?")
     write_file(draft / INDEX_FILE, [index.to_json().encode()])
     fsync_folder(draft)
-    fresh = claim.desk / LATEST_FILE
+    fresh = lease.staging_dir / LATEST_FILE
     write_file(fresh, [f"{iteration}\n".encode()])
-    _move_in(claim, draft, iteration)
+    _move_in(lease, draft, iteration)
     fsync_folder(root)
     os.replace(fresh, root / LATEST_FILE)
     fsync_folder(root)
 
 
-def _move_in(claim: Claim, draft: Path, iteration: int) -> None:
+def _move_in(lease: Lease, draft: Path, iteration: int) -> None:
     """Rename the draft to `iter_N`. What stands there is kept under the next free name, `iter_N.replaced-K`.
 
     Should that be the latest and the run be killed right now, readers still find it: the highest K stands in for a
     missing `iter_N`.
     """
-    root, folder = claim.root, claim.root / iteration_folder(iteration)
+    root, folder = lease.root, lease.root / iteration_folder(iteration)
     if not folder.exists():
         os.rename(draft, folder)
         return
@@ -199,14 +199,14 @@ def _move_in(claim: Claim, draft: Path, iteration: int) -> None:
     print(f"checkpoint: {folder} existed already and was moved to {aside}", flush=True)
 
 
-def _prune(claim: Claim, latest: int, keep_last: int | None) -> None:
+def _prune(lease: Lease, latest: int, keep_last: int | None) -> None:
     """Remove all but the `keep_last` newest checkpoints up to `latest`; later ones (an older branch) are left alone."""
     if keep_last is None:
         return
     try:
-        for iteration in [number for number in list_iterations(claim.root) if number <= latest][:-keep_last]:
+        for iteration in [number for number in list_iterations(lease.root) if number <= latest][:-keep_last]:
             # Renamed first: a kill in the middle of the deletion leaves nothing that looks like a checkpoint.
-            os.rename(claim.root / iteration_folder(iteration), claim.desk / iteration_folder(iteration))
-        claim.clear()
+            os.rename(lease.root / iteration_folder(iteration), lease.staging_dir / iteration_folder(iteration))
+        lease.clear()
     except OSError as error:
         print(f"checkpoint: could not remove what is older than the last {keep_last}: {error}", flush=True)

@@ -32,7 +32,7 @@ from megalite.nn.config import ModelConfig
 
 PAGE_WIDTH = 100
 """Columns that problems are wrapped to."""
-FAREWELL_SECONDS = 3.0
+OTHERS_FIRST_SECONDS = 3.0
 """For which ranks that are quiet let another speak first: a launcher ends all when one has ended."""
 
 
@@ -238,7 +238,7 @@ def read_yaml(file: str) -> tuple[dict[str, Any], list[Problem]]:
 def refuse(problems: list[Problem], quiet: bool = False, rank: int = 0) -> NoReturn:
     """Print every problem with its fix to stderr, or, if quiet, leave another rank the time to; exit with status 2."""
     if quiet:
-        time.sleep(FAREWELL_SECONDS)
+        time.sleep(OTHERS_FIRST_SECONDS)
     else:
         program = os.path.basename(sys.argv[0]) + (f": rank {rank} on {os.uname().nodename}" if rank else "")
         print(report(problems, program), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Parts of an indexed dataset as flat sequences of tokens."""
+"""TrainingComponents of an indexed dataset as flat sequences of tokens."""
 
 from __future__ import annotations
 

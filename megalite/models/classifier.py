@@ -10,7 +10,7 @@ from megalite.nn.config import ModelConfig
 from megalite.nn.dropout import EMBEDDING, HiddenDropout
 from megalite.nn.linear import ReplicatedLinear
 from megalite.parallel.context import ParallelContext
-from megalite.parallel.rng import CountedRng
+from megalite.parallel.rng import CounterBasedRng
 
 
 class Classifier(BertEncoder):
@@ -36,7 +36,7 @@ class Classifier(BertEncoder):
         self.freeze_encoder = freeze_encoder
         # Tied, since then there is no weight of an output layer, which a classifier does not have.
         model = replace(model, untie_embeddings_and_output_weights=False)
-        super().__init__(model, context, CountedRng.for_seed(seed), range(model.num_layers), seed=seed)
+        super().__init__(model, context, CounterBasedRng.for_seed(seed), range(model.num_layers), seed=seed)
         for name, parameter in self.parameters_by_name.items():
             parameter.requires_grad_(not freeze_encoder or name.split(".")[0] in self.heads)
 

@@ -9,7 +9,7 @@ from megalite.models.batch import Microbatch
 from megalite.nn.block import Block
 from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.nn.dropout import EMBEDDING, HiddenDropout
-from megalite.nn.embedding import Embedding, VocabularyWeight
+from megalite.nn.embedding import Embedding, VocabParallelWeight
 from megalite.nn.init import initialize
 from megalite.nn.norm import Norm
 from megalite.nn.parameter import name_parameters
@@ -24,7 +24,7 @@ class TiedCopy(nn.Module):
 
     def __init__(self, model: ModelConfig, context: ParallelContext, dtype):
         super().__init__()
-        self.word_embeddings = VocabularyWeight(model, context, dtype, tied_copy=True)
+        self.word_embeddings = VocabParallelWeight(model, context, dtype, tied_copy=True)
 
 
 class Stage(nn.Module):
@@ -80,7 +80,7 @@ class Stage(nn.Module):
             self.final_norm = nn.Identity() if model.post_norm else Norm(*shared)
             self.build_heads()
             if not model.tied:
-                self.output = VocabularyWeight(model, context, dtype)
+                self.output = VocabParallelWeight(model, context, dtype)
         self.parameters_by_name = name_parameters(self)
         initialize(self.parameters_by_name, seed)
         self._rotary_table = None

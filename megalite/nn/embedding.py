@@ -63,7 +63,7 @@ class _Lookup(torch.autograd.Function):
         return None, None
 
 
-class VocabularyWeight(nn.Module):
+class VocabParallelWeight(nn.Module):
     """A [v, h] weight split by rows: of the word embedding, of its tied copy, or of an output layer."""
 
     def __init__(self, model: ModelConfig, context: ParallelContext, dtype, tied_copy: bool = False):
@@ -95,7 +95,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.group = context.tensor
         self.sequence_parallel = sequence_parallel and self.group.size > 1
-        self.word_embeddings = VocabularyWeight(model, context, dtype)
+        self.word_embeddings = VocabParallelWeight(model, context, dtype)
         parts = (model, context, dtype, self.sequence_parallel)
         self.position_embeddings = self.token_type_embeddings = None
         if model.position_embedding_type == "learned_absolute":

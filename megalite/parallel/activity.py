@@ -64,12 +64,12 @@ class Activity:
         self._phase, self._seconds = "", defaultdict(float)
         self._phase_began = self._changed = clock()
 
-    def enters(self, doing: str, step: int | None = None) -> None:
+    def set_state(self, doing: str, step: int | None = None) -> None:
         """From here on the rank is "starting", "training", "evaluating" or "saving"."""
         self.doing, self.step = doing, self.step if step is None else step
         self._changed = self._clock()
 
-    def begins(
+    def record(
         self, kind: str, group: str, ranks: Sequence[int], shape: tuple = (), dtype: str = "", patient: bool = False
     ) -> Call:
         """Note a collective or a transfer that is about to be posted."""

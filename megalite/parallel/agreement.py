@@ -8,7 +8,7 @@ from typing import Any
 
 LINGER_SECONDS = 10.0
 """Rank 0, in whose process the store may live, waits so long for the others to have read the verdict."""
-FAREWELL_SECONDS = 1.0
+OTHERS_FIRST_SECONDS = 1.0
 """The others let rank 0 speak first, so long: a launcher ends all when one has ended."""
 
 
@@ -37,7 +37,7 @@ def compare_facts(store: Any, rank: int, world_size: int, facts: Mapping[str, An
             time.sleep(0.01)
             read = store.add("facts/read", 0)
         if rank:
-            time.sleep(FAREWELL_SECONDS)
+            time.sleep(OTHERS_FIRST_SECONDS)
         raise RanksDiffer(verdict if rank == 0 else "")
 
 

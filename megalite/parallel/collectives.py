@@ -69,7 +69,7 @@ def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
 def _call(group: Group, kind: str, tensor: torch.Tensor | None = None) -> Call:
     """Note that this rank begins a call of the whole group."""
     content = () if tensor is None else (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-    return group.activity.begins(kind, group.name, group.ranks, *content, patient=group.patient)
+    return group.activity.record(kind, group.name, group.ranks, *content, patient=group.patient)
 
 
 def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum", async_op: bool = False):
@@ -168,7 +168,7 @@ def _transfer_call(transfer: Transfer, group: Group) -> Call:
     ends = group.ranks[group.rank], group.ranks[transfer.peer]
     ends = ends if transfer.send else ends[::-1]
     tensor = transfer.tensor
-    return group.activity.begins(
+    return group.activity.record(
         "transfer", group.name, ends, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     )
 

@@ -66,14 +66,14 @@ def dropout(x: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tens
 
 
 @dataclass(frozen=True)
-class CountedRng:
+class CounterBasedRng:
     """The layout-independent scheme: no streams, no state. What is drawn depends on the key and on where it goes."""
 
     key: tuple[int, int]
     """Philox key of the dropout masks of a run."""
 
     @classmethod
-    def for_seed(cls, seed: int) -> "CountedRng":
+    def for_seed(cls, seed: int) -> "CounterBasedRng":
         """The scheme of a run, the same on every rank."""
         return cls(key_of(seed, "dropout"))
 
@@ -89,5 +89,5 @@ class CountedRng:
         return nullcontext()
 
 
-Rng = RngTracker | CountedRng
+Rng = RngTracker | CounterBasedRng
 """Where dropout's random numbers come from."""

@@ -50,7 +50,7 @@ class PreprocessConfig:
     """Part I of N, as I/N with I from 0: only this part of the input, into OUTPUT_PREFIX_000I-of-000N. See
     tools/merge_datasets.py."""
     partitions: int = 1
-    """Parts to make at once on this machine, each by its share of --workers, and to merge."""
+    """TrainingComponents to make at once on this machine, each by its share of --workers, and to merge."""
     workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     """Processes that encode; 1 encodes in the main process. Default: one per core."""
 

@@ -15,7 +15,7 @@ from megalite.preprocess.journal import JOURNAL, Journal
 from megalite.preprocess.merge import merge_into
 from megalite.preprocess.progress import Progress
 from megalite.preprocess.run import job_of, known_bytes, preprocess, refuse_existing, too_many
-from megalite.preprocess.workers import deaf_to_interrupts
+from megalite.preprocess.workers import sigint_blocked
 
 
 def preprocess_in_partitions(config: PreprocessConfig, report: Callable[[Progress], None]) -> list[DatasetInfo]:
@@ -104,7 +104,7 @@ def _run(
         for part in parts:
             ours, theirs = context.Pipe(duplex=False)
             running[ours] = context.Process(target=_make, args=(part, theirs))
-            with deaf_to_interrupts():
+            with sigint_blocked():
                 running[ours].start()
             theirs.close()
         waiting = set(running)

@@ -37,7 +37,7 @@ def encoded_blocks(workers: int, build_encoder: Callable, config, blocks: Iterat
         for _ in range(workers):
             ours, theirs = context.Pipe()
             connections[ours] = context.Process(target=_serve, args=(theirs, build_encoder, config), daemon=True)
-            with deaf_to_interrupts():
+            with sigint_blocked():
                 connections[ours].start()
             theirs.close()
         yield _in_order(connections, blocks)
@@ -49,7 +49,7 @@ def encoded_blocks(workers: int, build_encoder: Callable, config, blocks: Iterat
 
 
 @contextmanager
-def deaf_to_interrupts():
+def sigint_blocked():
     """Processes that are started in this block never get Ctrl-C, from their first instant on: it is for this one, which
     gets it after the block, and then ends them."""
     resource_tracker.ensure_running()  # started in the block, it would let the signal through again

@@ -16,7 +16,7 @@ from megalite.optim.optimizer import Optimizer
 from megalite.parallel.context import DeviceError, ParallelContext, choose_device
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import ParallelLayout
-from megalite.parallel.rng import CountedRng, Rng, RngTracker
+from megalite.parallel.rng import CounterBasedRng, Rng, RngTracker
 from megalite.pipeline.engine import PipelineEngine
 from megalite.pipeline.partition import layers_of_stages
 
@@ -52,7 +52,7 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
 
 
 @dataclass
-class Parts:
+class TrainingComponents:
     """The parts of a run that hold a model: built together, since each needs the one before."""
 
     model: Stage
@@ -71,12 +71,16 @@ def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stage:
     return Bert(*arguments, pair=config.pair_head) if config.is_bert else GPT(*arguments)
 
 
-def build_parts(config: RunConfig, context: ParallelContext, build_model: Callable = build_model) -> Parts:
+def build_components(
+    config: RunConfig, context: ParallelContext, build_model: Callable = build_model
+) -> TrainingComponents:
     """Model, engine and optimizer of a resolved configuration."""
     seed = config.training.seed
-    rng = CountedRng.for_seed(seed) if config.training.rng_scheme == "global" else RngTracker.for_rank(seed, context)
+    rng = (
+        CounterBasedRng.for_seed(seed) if config.training.rng_scheme == "global" else RngTracker.for_rank(seed, context)
+    )
     model = build_model(config, context, rng)
     engine = PipelineEngine(model, context, config.data.micro_batch_size, config.parallel.pipeline_schedule)
     tied = TIED_WEIGHT if config.model.tied else None
     optimizer = Optimizer(model.parameters_by_name, context, config.optimizer, config.training.train_iters, tied)
-    return Parts(model, rng, engine, optimizer)
+    return TrainingComponents(model, rng, engine, optimizer)

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from megalite.checkpoint.fence import Claim
+from megalite.checkpoint.fence import Lease
 from megalite.config.run import RunConfig
 from megalite.data.indexed import DatasetError
 from megalite.models.flops import flops_per_sequence
@@ -15,7 +15,7 @@ from megalite.parallel.activity import Activity
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import ParallelContext
 from megalite.training.batches import GlobalBatches
-from megalite.training.build import Parts
+from megalite.training.build import TrainingComponents
 from megalite.training.metrics import by_name, in_words, training_line
 from megalite.training.profile import Profiler
 from megalite.training.replicas import check_replicas
@@ -36,20 +36,20 @@ class Trainer:
 
     config: RunConfig
     context: ParallelContext
-    parts: Parts
+    parts: TrainingComponents
     progress: Progress
     train_data: GlobalBatches
     validation_data: GlobalBatches | None
     metrics: Writers
     """Of rank 0; the others have none."""
-    claim: Claim | None = None
+    lease: Lease | None = None
     """Rank 0's right to write to --save."""
     to_be_continued: bool = False
     """Whether it stopped because its time is over, not because someone wants it to end."""
     step_seconds: float | None = None
     """Running mean of the time of a step, for the time left."""
     looked_at: float = 0.0
-    """When rank 0 last looked whether the claim still stands."""
+    """When rank 0 last looked whether the lease still stands."""
     replicas_equal_at: int | None = None
     """The iteration after which replicas were last found equal."""
 
@@ -77,7 +77,7 @@ class Trainer:
                 self._save()
         finally:
             signals.uninstall()
-            self.context.activity.enters("saving")  # profiles and metrics, which may take their time
+            self.context.activity.set_state("saving")  # profiles and metrics, which may take their time
             profiler.close()
             self.train_data.close()
         return reason or f"all {training.train_iters} iterations are done"
@@ -88,7 +88,7 @@ class Trainer:
 
     def _step(self, iteration: int, signals: StopSignals, start: float) -> str:
         """One optimizer step and its report. Returns the reason to stop after it, or an empty string."""
-        self.context.activity.enters("training", iteration)
+        self.context.activity.set_state("training", iteration)
         began = time.perf_counter()
         optimizer, batch_size = self.parts.optimizer, self.config.data.global_batch_size
         activity = self._begin_timing(iteration)
@@ -158,10 +158,10 @@ class Trainer:
 
     def _look_at_claim(self) -> None:
         """Raises CheckpointError, on rank 0, when this run was replaced. The other ranks learn it as of any failure."""
-        if self.claim is not None and time.monotonic() - self.looked_at >= LOOK_SECONDS:
+        if self.lease is not None and time.monotonic() - self.looked_at >= LOOK_SECONDS:
             self.looked_at = time.monotonic()
             with suppress(OSError, ValueError):  # a disk that does not answer says nothing
-                self.claim.check()
+                self.lease.check()
 
     def _report(
         self, iteration: int, losses: dict[str, float], norm: float, rate: float, seconds: float, phases: dict
@@ -198,7 +198,7 @@ class Trainer:
         totals = torch.zeros(terms + len(model.score_names), dtype=torch.float64, device=device)
         counts = torch.zeros(terms, dtype=torch.float64, device=device)
         model.eval()
-        self.context.activity.enters("evaluating")
+        self.context.activity.set_state("evaluating")
         reason = ""
         for i in range(self.config.training.eval_iters):
             signalled, warned = self._sum_over_ranks(signals.received is not None, signals.warned)
@@ -210,7 +210,7 @@ class Trainer:
             totals += self.parts.engine.evaluate(batches, torch.ones_like(totals))
             counts += self.validation_data.counts(batches)
         model.train()
-        self.context.activity.enters("training")
+        self.context.activity.set_state("training")
         if reason:
             return reason
         sums = self._sum_over_ranks(*self._counted_once(totals), *self._counted_once(counts))
@@ -237,9 +237,9 @@ class Trainer:
         if self.config.training.check_replicas:
             self._check_replicas()  # what is saved must not be what the check would have refused
         began = time.perf_counter()
-        self.context.activity.enters("saving")
-        save_state(self.parts, self.progress, self.config, self.context, self.claim)
-        self.context.activity.enters("training")
+        self.context.activity.set_state("saving")
+        save_state(self.parts, self.progress, self.config, self.context, self.lease)
+        self.context.activity.set_state("training")
         if self.context.rank == 0:
             where = f"{self.config.checkpoint.save} at iteration {self.progress.iteration}"
             print(f"saved {where} in {time.perf_counter() - began:.1f} s", flush=True)

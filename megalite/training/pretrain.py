@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.fence import Claim
+from megalite.checkpoint.fence import Lease
 from megalite.checkpoint.folder import CheckpointError, latest_iteration
 from megalite.config.run import RunConfig, to_yaml
 from megalite.data.build import blended, build_sources, data_state
@@ -27,14 +27,14 @@ from megalite.parallel.collectives import barrier, gather_objects
 from megalite.parallel.context import DeviceError, ParallelContext, tell_torchrun
 from megalite.parallel.launch import LaunchInfo
 from megalite.training.batches import GlobalBatches, build_batches
-from megalite.training.build import Parts, build_context, build_model, build_parts
+from megalite.training.build import TrainingComponents, build_components, build_context, build_model
 from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
 from megalite.training.replicas import ReplicasDiffer
 from megalite.training.signals import StopSignals
-from megalite.training.startup import check_data, check_stragglers, claim_folder
+from megalite.training.startup import check_data, check_stragglers, take_lease
 from megalite.training.state import Progress, load_state, settle_data
-from megalite.training.writers import Writers, watching_writers
+from megalite.training.writers import Writers, tracking_writers
 from megalite.watch.watchdog import LostContact, Watchdog
 
 EXPECTED_ERRORS = (
@@ -87,21 +87,21 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
     try:
         context, description = build_context(config, launch)
         say = partial(print, file=sys.stderr, flush=True)
-        with Watchdog(context, config.parallel.hang_timeout, config.checkpoint.save or ".", say) as dog:
+        with Watchdog(context, config.parallel.hang_timeout, config.checkpoint.save or ".", say) as watchdog:
             signals = StopSignals(catching)
             try:
                 _run(config, context, description, build_model, signals)
-                _part(context, dog)
+                _part(context, watchdog)
             except Exception as error:
                 if _loses_contact(error):
-                    raise _lost_contact(error, dog) from None
+                    raise _lost_contact(error, watchdog) from None
                 message = explain(error)
                 text = "".join(traceback.format_exception_only(error)).strip() if message is None else message
-                if dog.failed(text):
+                if watchdog.failed(text):
                     raise LostContact from None
                 raise
             finally:
-                dog.stops_reporting()
+                watchdog.stop_reporting()
                 context.destroy()
                 signals.uninstall()
     finally:
@@ -124,12 +124,12 @@ def pretrain_or_exit(config: RunConfig, launch: LaunchInfo, build_model: Callabl
         sys.exit((explanation and f"{program}: rank {launch.rank}: {explanation}") or 1)
 
 
-def _part(context: ParallelContext, dog: Watchdog) -> None:
+def _part(context: ParallelContext, watchdog: Watchdog) -> None:
     """Wait for the others at the end, so that one that gets stuck before is a hang."""
     everyone = replace(context.control, patient=False)
-    context.activity.enters("ending")
+    context.activity.set_state("ending")
     barrier(everyone)
-    dog.stops_reporting()
+    watchdog.stop_reporting()
     barrier(everyone)  # nobody reports any more when the first leaves, perhaps with the store
 
 
@@ -145,10 +145,10 @@ def _run(
     seed = config.training.seed
     wanted = _samples_wanted(config)
     sources = build_sources(config.data, config.model, seed, wanted, config.bert)
-    parts = build_parts(config, context, build_model)
+    parts = build_components(config, context, build_model)
     say(_model_line(parts, context))
     say(_kernels_line(parts, config))
-    claim = None if config.training.dry_run else claim_folder(config.checkpoint.save, context)
+    lease = None if config.training.dry_run else take_lease(config.checkpoint.save, context)
     progress = _starting_point(config, parts, context)
     now = data_state(config.data, config.model, seed, wanted["train"], config.bert)
     check_data(now.to_json(), context)
@@ -162,16 +162,16 @@ def _run(
         return
     if config.parallel.check_stragglers:
         check_stragglers(context, say)
-    _train(config, context, parts, progress, batches, claim, signals, say)
+    _train(config, context, parts, progress, batches, lease, signals, say)
 
 
 def _train(
     config: RunConfig,
     context: ParallelContext,
-    parts: Parts,
+    parts: TrainingComponents,
     progress: Progress,
     batches: dict,
-    claim: Claim | None,
+    lease: Lease | None,
     signals: StopSignals,
     say: Callable[[str], None],
 ) -> None:
@@ -180,7 +180,7 @@ def _train(
         return
     metrics = Writers()
     if context.rank == 0:
-        watching = watching_writers(config, progress.iteration, say)
+        watching = tracking_writers(config, progress.iteration, say)
         metrics = Writers(MetricsFile(config.training.metrics_file), *watching)
     told = gather_objects((signals.received, signals.warned), context.control)
     caught = {received.name: warned for received, warned in told if received}
@@ -188,12 +188,12 @@ def _train(
         if caught:
             reason, to_be_continued = f"{' and '.join(caught)} before the first step", all(caught.values())
         else:
-            trainer = Trainer(config, context, parts, progress, batches["train"], batches.get("valid"), metrics, claim)
+            trainer = Trainer(config, context, parts, progress, batches["train"], batches.get("valid"), metrics, lease)
             say(f"training from iteration {progress.iteration} to {config.training.train_iters}")
             reason, to_be_continued = trainer.run(), trainer.to_be_continued
         say(f"stopped at iteration {progress.iteration}: {reason}")
-        if claim is not None and to_be_continued and progress.iteration < config.training.train_iters:
-            claim.ask_to_be_continued(f"stopped at iteration {progress.iteration}: {reason}")
+        if lease is not None and to_be_continued and progress.iteration < config.training.train_iters:
+            lease.request_requeue(f"stopped at iteration {progress.iteration}: {reason}")
         if config.checkpoint.save is None:
             say("no checkpoint was written: --save is not set")
     finally:
@@ -210,7 +210,7 @@ def _samples_wanted(config: RunConfig) -> dict[str, int]:
     return samples
 
 
-def _starting_point(config: RunConfig, parts: Parts, context: ParallelContext) -> Progress:
+def _starting_point(config: RunConfig, parts: TrainingComponents, context: ParallelContext) -> Progress:
     options = config.checkpoint
     if options.load is None:
         return Progress()
@@ -221,7 +221,7 @@ def _starting_point(config: RunConfig, parts: Parts, context: ParallelContext) -
     return load_state(parts, config, context)
 
 
-def _model_line(parts: Parts, context: ParallelContext) -> str:
+def _model_line(parts: TrainingComponents, context: ParallelContext) -> str:
     """Parameters of the whole model and of each stage; collective over the world."""
     held = sum(p.spec.box.numel for p in parts.model.parameters() if p.spec.tensor_sharded or context.tensor.rank == 0)
     copies = sum(p.spec.box.numel for p in parts.model.parameters() if p.spec.tied_copy)
@@ -234,7 +234,7 @@ def _model_line(parts: Parts, context: ParallelContext) -> str:
     return f"{total:,} parameters" + (f"; by stage {by_stage}" if context.pipeline.size > 1 else "")
 
 
-def _kernels_line(parts: Parts, config: RunConfig) -> str:
+def _kernels_line(parts: TrainingComponents, config: RunConfig) -> str:
     """How attention is computed and why, and which kernels there are."""
     attention = next(module for module in parts.model.modules() if isinstance(module, Attention))
     backend, why = attention.backend(attention.qkv.weight, config.is_bert or config.data.reset_attention_mask)
@@ -242,7 +242,7 @@ def _kernels_line(parts: Parts, config: RunConfig) -> str:
     return f"attention: {backend} ({why}); {native.status()}{wide}"
 
 
-def _dry_run(parts: Parts, context: ParallelContext, batches: GlobalBatches, consumed: int, say) -> None:
+def _dry_run(parts: TrainingComponents, context: ParallelContext, batches: GlobalBatches, consumed: int, say) -> None:
     """One global batch forward and backward; prints loss, time, memory and shapes of every stage. Changes nothing."""
     began = time.perf_counter()
     loss = parts.engine.train_step(*batches.at(consumed)).sum().item()

@@ -32,10 +32,10 @@ class Profiler:
             self._begin(iteration)
         yield
         if iteration in self._lasts:
-            self._context.activity.enters("saving")
+            self._context.activity.set_state("saving")
             self.close()
             barrier(self._context.control)
-            self._context.activity.enters("training")
+            self._context.activity.set_state("training")
 
     def close(self) -> None:
         """Write what is open, complete or not. When that fails, a line says so."""

@@ -7,7 +7,7 @@ import torch
 
 from megalite.parallel.collectives import gather_objects
 from megalite.parallel.context import ParallelContext
-from megalite.training.build import Parts
+from megalite.training.build import TrainingComponents
 
 
 class ReplicasDiffer(RuntimeError):
@@ -20,7 +20,7 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def check_replicas(parts: Parts, context: ParallelContext, iteration: int) -> None:
+def check_replicas(parts: TrainingComponents, context: ParallelContext, iteration: int) -> None:
     """Compare hashes of all parameters, and of the optimizer's master weights and moments, among the ranks that hold
     the same box of them: data replicas, tensor ranks of what is not split, first and last stage of a tied embedding.
     Collective over the world.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.fence import OWNER_FILE, Claim
+from megalite.checkpoint.fence import OWNER_FILE, Lease
 from megalite.parallel.agreement import RanksDiffer
 from megalite.parallel.collectives import all_reduce, barrier, gather_objects
 from megalite.parallel.context import ParallelContext
@@ -20,25 +20,25 @@ ROUNDS = 5
 """Measurements of each kind, of which the fastest counts."""
 
 
-def claim_folder(save: str | None, context: ParallelContext) -> Claim | None:
-    """Claim --save for this run, on rank 0, and see that every node finds that claim there. Collective.
+def take_lease(save: str | None, context: ParallelContext) -> Lease | None:
+    """Lease --save for this run, on rank 0, and see that every node finds that lease there. Collective.
 
     Raises RanksDiffer when a rank does not see it, CheckpointError when another run has claimed it meanwhile, OSError
     when nothing can be written.
     """
-    claim = Claim.take(save) if save is not None and context.rank == 0 else None
+    lease = Lease.take(save) if save is not None and context.rank == 0 else None
     if save is not None:
-        token = gather_objects(claim and claim.token, context.control)[0]
+        token = gather_objects(lease and lease.token, context.control)[0]
         try:
             seen = json.loads((Path(save) / OWNER_FILE).read_text())["token"] == token
         except (OSError, ValueError):
             seen = False
-        if claim is not None:
-            claim.check()  # of two runs that start at once, one is replaced already
+        if lease is not None:
+            lease.check()  # of two runs that start at once, one is replaced already
         _all_agree(
             seen, f"--save {save} is not one folder that all nodes share: what rank 0 wrote is missing for", context
         )
-    return claim
+    return lease
 
 
 def check_data(states: dict, context: ParallelContext) -> None:

@@ -7,15 +7,15 @@ import torch
 import yaml
 
 from megalite import __version__
-from megalite.checkpoint.fence import Claim
+from megalite.checkpoint.fence import Lease
 from megalite.checkpoint.folder import CheckpointError
-from megalite.checkpoint.format import Piece
+from megalite.checkpoint.format import Shard
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
 from megalite.config.run import RunConfig, from_flat, to_flat, to_yaml
 from megalite.data.sources import DataState
 from megalite.parallel.context import ParallelContext
-from megalite.training.build import Parts
+from megalite.training.build import TrainingComponents
 
 RNG = "rng."
 OPTIMIZER = "optimizer."
@@ -35,13 +35,13 @@ class Progress:
     """What a reader of the log should know about how this state came about."""
 
 
-def _piece(parameter: torch.nn.Parameter, stored_name: str, tensor: torch.Tensor) -> Piece:
+def _piece(parameter: torch.nn.Parameter, stored_name: str, tensor: torch.Tensor) -> Shard:
     """The part of `tensor`, shaped like the parameter, that belongs to this rank's box."""
     spec = parameter.spec
-    return Piece(stored_name, spec.real(tensor.detach()), spec.global_shape, spec.box)
+    return Shard(stored_name, spec.real(tensor.detach()), spec.global_shape, spec.box)
 
 
-def _owned(parts: Parts, context: ParallelContext) -> Iterator[Piece]:
+def _owned(parts: TrainingComponents, context: ParallelContext) -> Iterator[Shard]:
     """The pieces of model and optimizer that this rank writes. Each box is written once: by data rank 0, by tensor
     rank 0 where all hold the same, and not from a tied copy."""
     parameters, at = parts.model.parameters_by_name, context.coordinates
@@ -59,7 +59,11 @@ def _owned(parts: Parts, context: ParallelContext) -> Iterator[Piece]:
 
 
 def save_state(
-    parts: Parts, progress: Progress, config: RunConfig, context: ParallelContext, claim: Claim | None = None
+    parts: TrainingComponents,
+    progress: Progress,
+    config: RunConfig,
+    context: ParallelContext,
+    lease: Lease | None = None,
 ) -> None:
     """Write a checkpoint of the run to --save. Collective; raises CheckpointError on every rank when any rank fails."""
     state = {
@@ -79,7 +83,7 @@ def save_state(
     checkpoint = config.checkpoint
     write(
         checkpoint.save, progress.iteration, _owned(parts, context), streams, state, to_yaml(config), context.control,
-        checkpoint.keep_last, claim,
+        checkpoint.keep_last, lease,
     )  # fmt: skip
 
 
@@ -99,7 +103,7 @@ def _best_source(checkpoint: Checkpoint, name: str) -> str:
     return master if master in checkpoint.names else name
 
 
-def _load_optimizer(checkpoint: Checkpoint, parts: Parts, config: RunConfig) -> None:
+def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: RunConfig) -> None:
     stored = checkpoint.state["optimizer"]
     if stored != config.optimizer.optimizer:
         raise CheckpointError(
@@ -114,7 +118,7 @@ def _load_optimizer(checkpoint: Checkpoint, parts: Parts, config: RunConfig) -> 
     parts.optimizer.set_steps(checkpoint.state["optimizer_steps"])
 
 
-def _load_master(checkpoint: Checkpoint, parts: Parts) -> None:
+def _load_master(checkpoint: Checkpoint, parts: TrainingComponents) -> None:
     """The master weights of a bf16 model from the best that is stored, which may be finer than bf16."""
     if parts.optimizer.keeps_master:
         parameters = parts.optimizer.parameters
@@ -122,13 +126,13 @@ def _load_master(checkpoint: Checkpoint, parts: Parts) -> None:
         _read(checkpoint, [_piece(parameters[name], _best_source(checkpoint, name), m) for name, m in masters])
 
 
-def _read(checkpoint: Checkpoint, pieces: list[Piece]) -> None:
+def _read(checkpoint: Checkpoint, pieces: list[Shard]) -> None:
     checkpoint.check(pieces)
     for piece in pieces:
         checkpoint.read_into(piece)
 
 
-def load_state(parts: Parts, config: RunConfig, context: ParallelContext) -> Progress:
+def load_state(parts: TrainingComponents, config: RunConfig, context: ParallelContext) -> Progress:
     """Continue from --load: weights, optimizer, random streams and position in the data, as the flags say.
 
     Any layout reads any layout's checkpoint. The streams of --rng-scheme megatron belong to ranks, so under another
@@ -207,7 +211,9 @@ def _changes(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     return notes
 
 
-def _restore_streams(checkpoint, parts: Parts, config: RunConfig, context: ParallelContext, progress: Progress) -> None:
+def _restore_streams(
+    checkpoint, parts: TrainingComponents, config: RunConfig, context: ParallelContext, progress: Progress
+) -> None:
     """Put the random streams where the checkpoint's run had them, if both runs have streams and the layout is its."""
     scheme = config.training.rng_scheme
     stored = checkpoint.state.get("rng_scheme", "megatron")  # the only one before it was noted down

@@ -12,13 +12,13 @@ from megalite.data.tokenizers import Tokenizer, trained_tokenizer, with_tokenize
 from megalite.models.stage import Stage
 from megalite.parallel.context import ParallelContext, choose_device
 from megalite.parallel.launch import LaunchInfo
-from megalite.parallel.rng import CountedRng
+from megalite.parallel.rng import CounterBasedRng
 from megalite.training.build import build_model
 from megalite.training.state import load_weights
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A model and what belongs to it."""
 
     config: RunConfig
@@ -29,9 +29,9 @@ class Trained:
     iteration: int
 
 
-def load_trained(
+def load_model(
     folder: str | Path, architecture: str, step: int | None = None, device: str = "auto", **tokenizer: str | None
-) -> Trained:
+) -> LoadedModel:
     """The model of a checkpoint, of iteration `step` or the latest, and its tokenizer.
 
     device: auto, cpu or cuda. tokenizer: tokenizer_type, tokenizer_model, vocab_file and merge_file, in place of what
@@ -47,6 +47,6 @@ def load_trained(
         used = trained_tokenizer(with_tokenizer(config.data, tokenizer), config.model.vocab_size)
         chosen, _ = choose_device(device, LaunchInfo(0, 1, 0, 1, "", "none"))
         alone = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
-        model = build_model(alone, ParallelContext.single(chosen), CountedRng.for_seed(0)).eval()
+        model = build_model(alone, ParallelContext.single(chosen), CounterBasedRng.for_seed(0)).eval()
         load_weights(checkpoint, model.parameters_by_name)
-        return Trained(config, model, used, checkpoint.iteration)
+        return LoadedModel(config, model, used, checkpoint.iteration)

@@ -88,7 +88,7 @@ def _run_id(save: str | None) -> str:
     return new
 
 
-class Harmless:
+class BackgroundWriter:
     """A writer on a thread of its own, which can neither hold up nor end a training: its first failure is told in a
     line, and it gets no more numbers; what it cannot keep up with is dropped. `make` makes it, on that thread. It gets
     `patience` seconds at the end."""
@@ -149,14 +149,14 @@ class Writers:
             writer.close()
 
 
-def watching_writers(config: RunConfig, iteration: int, say: Callable[[str], None]) -> list[Writer]:
+def tracking_writers(config: RunConfig, iteration: int, say: Callable[[str], None]) -> list[Writer]:
     """The writers that the configuration asks for besides the metrics file, of a run that goes on after `iteration`."""
     training, writers, timeout = config.training, [], config.parallel.hang_timeout
     # The other ranks wait for it meanwhile: both writers together must not look like a hang.
     patience = min(CLOSE_SECONDS, timeout / 4) if timeout else CLOSE_SECONDS
     if training.tensorboard_dir is not None:
         folder = os.path.abspath(training.tensorboard_dir)
-        writers.append(Harmless("TensorBoard", lambda: TensorBoardWriter(folder, iteration), say, patience))
+        writers.append(BackgroundWriter("TensorBoard", lambda: TensorBoardWriter(folder, iteration), say, patience))
     if training.wandb_project is not None:
-        writers.append(Harmless("Weights & Biases", lambda: WandbWriter(config), say, patience))
+        writers.append(BackgroundWriter("Weights & Biases", lambda: WandbWriter(config), say, patience))
     return writers

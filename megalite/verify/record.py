@@ -31,7 +31,7 @@ from megalite.parallel.boxes import Box
 from megalite.parallel.collectives import barrier
 from megalite.parallel.launch import LaunchInfo
 from megalite.training.batches import GlobalBatches, build_batches
-from megalite.training.build import build_context, build_model, build_parts
+from megalite.training.build import build_components, build_context, build_model
 
 ACTIVATION, LOSS, ACTIVATION_GRADIENT, GRADIENT = "activation", "loss", "gradient of activation", "gradient"
 RECORDED_MODULES = (Attention, ColumnParallelLinear, Embedding, HiddenDropout, MLP, Norm)
@@ -58,7 +58,7 @@ class Part:
     """Of shape box.shape."""
 
 
-class MadeUpDocuments:
+class SyntheticDocuments:
     """Made-up samples of at least two documents, padded: microbatches then differ in their number of unmasked tokens,
     and so a loss mask that is forgotten, or a mean of means, shows; and documents that are not kept apart show."""
 
@@ -132,7 +132,7 @@ def record(launch: LaunchInfo, config: RunConfig, folder: str | Path, build_mode
     """
     context, _ = build_context(config, launch)
     try:
-        parts = build_parts(config, context, build_model)
+        parts = build_components(config, context, build_model)
         _stir(parts.model.parameters_by_name, config.training.seed)
         recorder = Recorder(parts.model, config.data.global_batch_size)
         batches, loss_weights = _batches(config, parts.model).at(0)
@@ -167,7 +167,7 @@ def _batches(config: RunConfig, model) -> GlobalBatches:
     if not data.mock_data or config.is_bert:  # BERT's made-up samples are of many lengths already
         return build_batches(config, dataset, model)
     config = replace(config, data=replace(data, eod_mask_loss=True))
-    return build_batches(config, MadeUpDocuments(dataset, config.model.seq_length), model, END)
+    return build_batches(config, SyntheticDocuments(dataset, config.model.seq_length), model, END)
 
 
 def _weighted(part: Part, loss_weights: torch.Tensor) -> Part:

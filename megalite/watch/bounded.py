@@ -16,7 +16,7 @@ ANSWER_SECONDS = 10.0
 Answer = TypeVar("Answer")
 
 
-class Awake:
+class SuspendDetector:
     """Since when this process has run without a break: was not stopped (SIGSTOP), nor asleep with its machine.
 
     Known as long as some thread of it waits by `wait`.
@@ -44,7 +44,7 @@ class BoundedStore:
     Each raises RuntimeError, as the store itself does, when there is no answer within so many `seconds`.
     """
 
-    def __init__(self, store: Any, awake: Awake, seconds: float = ANSWER_SECONDS):
+    def __init__(self, store: Any, awake: SuspendDetector, seconds: float = ANSWER_SECONDS):
         self._store, self._awake, self._seconds = store, awake, seconds
 
     def add(self, key: str, amount: int) -> int:

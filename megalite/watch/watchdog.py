@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megalite.parallel.context import ParallelContext
-from megalite.watch.bounded import ANSWER_SECONDS, Awake, BoundedStore
+from megalite.watch.bounded import ANSWER_SECONDS, BoundedStore, SuspendDetector
 from megalite.watch.verdict import Report, all_stacks, hang_verdict
 
 HUNG = 70
@@ -39,7 +39,7 @@ POLL_SECONDS = 0.2
 """Between two looks at what another rank is to leave in the store: a thousand ranks may look."""
 LINGER_SECONDS = 5.0
 """For which rank 0 keeps the store, at most, for others that do not know yet why the job ends."""
-FAREWELL_SECONDS = 0.5
+OTHERS_FIRST_SECONDS = 0.5
 """Ranks that follow another into its end let it speak first, so long: a launcher ends all when one has ended."""
 
 
@@ -55,7 +55,7 @@ class Watchdog:
 
     def __init__(self, context: ParallelContext, timeout: float, folder: str | Path, say: Callable = print):
         self._context, self._timeout, self._folder, self._say = context, timeout, Path(folder), say
-        self._awake = Awake()
+        self._awake = SuspendDetector()
         # A connection of its own: another one may be blocked in a wait.
         self._store = BoundedStore(context.store.clone(), self._awake)
         self._main = threading.get_ident()
@@ -71,13 +71,13 @@ class Watchdog:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        self.stops_reporting()
+        self.stop_reporting()
         self._gone.set()
         # It may be the last to hold the groups: to free them while Python itself ends would abort the process.
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
-    def stops_reporting(self) -> None:
+    def stop_reporting(self) -> None:
         """From here on the store is left alone, since it may go with the first rank that leaves. What is left to do, to
         leave the groups, must be done within `timeout` seconds: else this rank ends by itself."""
         if not self._over.is_set():
@@ -171,7 +171,7 @@ class Watchdog:
             self._report(stack=self._main_stack(), threads=_all_threads())
             (self._judge if judge else self._wait_for_the_judge)()
             if self._context.rank == 0:
-                time.sleep(FAREWELL_SECONDS / 2)  # the store may live in this process
+                time.sleep(OTHERS_FIRST_SECONDS / 2)  # the store may live in this process
         except Exception as error:
             if judge:
                 self._end_alone(error)
@@ -283,18 +283,18 @@ class Watchdog:
         if first:
             self._store.set("ending", "yes")
             told = self._reason()
-            time.sleep(FAREWELL_SECONDS)
+            time.sleep(OTHERS_FIRST_SECONDS)
             self._store.set("spoken", "yes")
         end = time.monotonic() + 2 * ANSWER_SECONDS
         while not self._store.check("spoken") and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
         self._know([self._context.rank])
         if not first:
-            time.sleep(FAREWELL_SECONDS)
+            time.sleep(OTHERS_FIRST_SECONDS)
         return told
 
     def _reason(self) -> str:
-        time.sleep(FAREWELL_SECONDS)
+        time.sleep(OTHERS_FIRST_SECONDS)
         if not self._store.add("failures", 0):
             before = self._collect(lambda report: True, 0.5)
             dead = self._collect(lambda report: report.beat > before[report.rank].beat, SILENT_BEATS * BEAT_SECONDS)
@@ -319,7 +319,7 @@ def _linger(store: Any, size: int) -> None:
     with suppress(RuntimeError):  # of torch's store, which torchrun may have taken along
         while not store.check([f"knows/{rank}" for rank in range(size)]) and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
-    time.sleep(FAREWELL_SECONDS)
+    time.sleep(OTHERS_FIRST_SECONDS)
 
 
 def _all_threads() -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from megalite.checkpoint.fence import DESK, OWNER_FILE
-from megalite.checkpoint.format import Piece
+from megalite.checkpoint.format import Shard
 from megalite.checkpoint.save import write
 from megalite.parallel.boxes import Box, split
 from megalite.parallel.collectives import Group
@@ -15,16 +15,16 @@ FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os
 """Audit events of the interpreter; os.replace is an os.rename, too."""
 
 
-def whole(name: str, tensor: torch.Tensor) -> Piece:
+def whole(name: str, tensor: torch.Tensor) -> Shard:
     """All of a tensor."""
     shape = tuple(tensor.shape)
-    return Piece(name, tensor, shape, Box.whole(shape))
+    return Shard(name, tensor, shape, Box.whole(shape))
 
 
-def part(name: str, tensor: torch.Tensor, box: Box) -> Piece:
+def part(name: str, tensor: torch.Tensor, box: Box) -> Shard:
     """One box of a tensor, as a view."""
     shape = tuple(tensor.shape)
-    return Piece(name, tensor[box.slices_in(Box.whole(shape))], shape, box)
+    return Shard(name, tensor[box.slices_in(Box.whole(shape))], shape, box)
 
 
 def cut(shape: tuple[int, ...], dim: int, parts: int) -> list[Box]:
@@ -37,7 +37,7 @@ def cut(shape: tuple[int, ...], dim: int, parts: int) -> list[Box]:
     return boxes
 
 
-def save(root: Path, iteration: int, *pieces: Piece, state: dict | None = None, keep_last: int | None = None) -> Path:
+def save(root: Path, iteration: int, *pieces: Shard, state: dict | None = None, keep_last: int | None = None) -> Path:
     """Write a checkpoint from a single rank."""
     return write(root, iteration, pieces, {}, state or {}, "lr: 0.1\n", ALONE, keep_last)
 

@@ -12,7 +12,7 @@ from threading import Barrier, Semaphore, Thread, current_thread
 import pytest
 import torch
 
-from megalite.checkpoint.fence import CONTINUE_FILE, Claim
+from megalite.checkpoint.fence import CONTINUE_FILE, Lease
 from megalite.checkpoint.folder import (
     INDEX_FILE,
     LATEST_FILE,
@@ -25,20 +25,20 @@ from megalite.checkpoint.save import write
 from tests.checkpoint.helpers import ALONE, FILE_OPERATIONS, names_in, whole
 
 
-def save(root, iteration: int, claim: Claim, value: float = 1.0, meanwhile=lambda: None, keep_last=None) -> Path:
+def save(root, iteration: int, lease: Lease, value: float = 1.0, meanwhile=lambda: None, keep_last=None) -> Path:
     """Write a checkpoint; `meanwhile` runs while its tensors are written."""
 
     def pieces():
         yield whole("w", torch.full((2,), value))
         meanwhile()
 
-    return write(root, iteration, pieces(), {}, {}, "", ALONE, keep_last, claim)
+    return write(root, iteration, pieces(), {}, {}, "", ALONE, keep_last, lease)
 
 
 def test_the_latest_claim_counts(tmp_path):
-    first = Claim.take(tmp_path / "c")
+    first = Lease.take(tmp_path / "c")
     save(tmp_path / "c", 1, first)
-    second = Claim.take(tmp_path / "c")
+    second = Lease.take(tmp_path / "c")
     with pytest.raises(CheckpointError, match=r"now belongs to another run \(process \d+ on .*was replaced"):
         save(tmp_path / "c", 2, first)
     save(tmp_path / "c", 2, second, 2.0)
@@ -47,10 +47,10 @@ def test_the_latest_claim_counts(tmp_path):
 
 def test_a_run_that_is_replaced_in_the_middle_of_a_save(tmp_path):
     """Its successor saves the same iteration meanwhile; that one stays."""
-    first, taken = Claim.take(tmp_path), []
+    first, taken = Lease.take(tmp_path), []
 
     def replace():
-        taken.append(Claim.take(tmp_path))
+        taken.append(Lease.take(tmp_path))
         save(tmp_path, 1, taken[0], 2.0)
 
     with pytest.raises(CheckpointError, match="now belongs to another run"):
@@ -104,15 +104,15 @@ def replace_at_each_operation(folder: Path, old_iteration: int, new_iteration: i
     suspended = Suspended()
     for at in itertools.count(1):
         root, ends = folder / str(at), []
-        before = Claim.take(root)
+        before = Lease.take(root)
         for iteration in (10, 20):
             save(root, iteration, before, 0.0)
 
         def old_run(root=root, ends=ends):
             try:
-                claim = Claim.take(root)
-                save(root, old_iteration, claim, 1.0, keep_last=1)
-                claim.ask_to_be_continued("its time is over")
+                lease = Lease.take(root)
+                save(root, old_iteration, lease, 1.0, keep_last=1)
+                lease.request_requeue("its time is over")
                 ends.append("well")
             except Exception as error:
                 ends.append(error)
@@ -123,9 +123,9 @@ def replace_at_each_operation(folder: Path, old_iteration: int, new_iteration: i
         if json.loads((root / "owner.json").read_text())["token"] == before.token:
             suspended.go_on(root)  # it has not begun to replace anyone: who claims now comes before it
             continue
-        successor = Claim.take(root)
+        successor = Lease.take(root)
         saved = save(root, new_iteration, successor, 2.0)
-        successor.ask_to_be_continued("the successor's")
+        successor.request_requeue("the successor's")
 
         def go_on_and_look(root=root, saved=saved):
             suspended.go_on(saved / INDEX_FILE)
@@ -154,13 +154,13 @@ def test_a_run_that_is_replaced_at_any_operation_changes_nothing_any_more(tmp_pa
 def test_of_runs_that_claim_at_once_one_is_the_owner(tmp_path):
     start, claims = Barrier(8), []
 
-    def claim():
+    def lease():
         start.wait()
         with suppress(CheckpointError):
-            claims.append(Claim.take(tmp_path))
+            claims.append(Lease.take(tmp_path))
 
     for _ in range(5):
-        runs = [Thread(target=claim) for _ in range(8)]
+        runs = [Thread(target=lease) for _ in range(8)]
         for run in runs:
             run.start()
         for run in runs:
@@ -175,7 +175,7 @@ def test_of_runs_that_claim_at_once_one_is_the_owner(tmp_path):
 
 
 def test_a_claim_clears_the_mark_of_a_run_that_stopped(tmp_path):
-    Claim.take(tmp_path).ask_to_be_continued("stopped at iteration 3: SIGUSR1")
+    Lease.take(tmp_path).request_requeue("stopped at iteration 3: SIGUSR1")
     assert (tmp_path / CONTINUE_FILE).read_text() == "stopped at iteration 3: SIGUSR1\n"
-    Claim.take(tmp_path)
+    Lease.take(tmp_path)
     assert not (tmp_path / CONTINUE_FILE).exists()

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from megalite.checkpoint.folder import latest_iteration, list_iterations
-from megalite.checkpoint.format import CheckpointError, Piece
+from megalite.checkpoint.format import CheckpointError, Shard
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
 from megalite.parallel.boxes import Box
@@ -118,14 +118,14 @@ def test_read_into_converts_and_fills_views_of_parameters(tmp_path):
     save(tmp_path, 1, whole("w", tensor))
     parameter = torch.nn.Parameter(torch.zeros(8, 4, dtype=torch.bfloat16))
     box = Box((0, 2), (4, 3))
-    Checkpoint.open(tmp_path).read_into(Piece("w", parameter[:3].t(), (4, 6), box))
+    Checkpoint.open(tmp_path).read_into(Shard("w", parameter[:3].t(), (4, 6), box))
     assert torch.equal(parameter[:3].t(), tensor[:, 2:5].bfloat16())
     assert not parameter[3:].any()
 
 
 def test_an_empty_piece_reads_nothing(tmp_path):
     save(tmp_path, 1, whole("w", torch.randn(4, 6)))
-    empty = Piece("w", torch.zeros(0, 6), (4, 6), Box((4, 0), (0, 6)))
+    empty = Shard("w", torch.zeros(0, 6), (4, 6), Box((4, 0), (0, 6)))
     Checkpoint.open(tmp_path).read_into(empty)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megalite.checkpoint.folder import latest_iteration, list_iterations
-from megalite.checkpoint.format import CheckpointError, Piece
+from megalite.checkpoint.format import CheckpointError, Shard
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
 from megalite.parallel.boxes import Box
@@ -51,7 +51,7 @@ def test_a_piece_checks_itself():
     for name, shape, box in [("w", (4, 6), BOTTOM), ("w", (1, 6), TOP), ("w", (4, 6, 1), TOP), ("a@b", (4, 6), TOP)]:
         tensor = TENSOR[:2] if box == TOP else TENSOR
         with pytest.raises(ValueError, match=name):
-            Piece(name, tensor, shape, box)
+            Shard(name, tensor, shape, box)
 
 
 def test_state_that_json_cannot_hold_is_refused(tmp_path):

@@ -232,7 +232,7 @@ def launch(rank: int = 0, world_size: int = 1) -> LaunchInfo:
 
 def test_problems_are_told_by_the_first_rank_only(capsys, monkeypatch):
     """The other leaves it the time to: a launcher ends all ranks as soon as one has ended."""
-    monkeypatch.setattr(cli, "FAREWELL_SECONDS", 0.3)
+    monkeypatch.setattr(cli, "OTHERS_FIRST_SECONDS", 0.3)
     for argv in (["--tp", "8"], ["--nonsense"]):
         for rank in (0, 1):
             began = time.monotonic()

@@ -20,7 +20,7 @@ from megalite.models.flops import flops_per_sequence
 from megalite.nn.config import ModelConfig
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.layout import ParallelLayout
-from megalite.parallel.rng import CountedRng
+from megalite.parallel.rng import CounterBasedRng
 from megalite.training.batches import build_batches
 from megalite.training.build import build_model
 from tests.layouts import GPT2, LLAMA, POST_NORM, Layout, as_bert, configuration
@@ -57,7 +57,9 @@ def test_a_real_encoder_has_hugging_face_s_hidden_states():
         seq_length=c.max_position_embeddings, norm_epsilon=c.layer_norm_eps, norm_placement="post", gelu="erf",
         vocab_size=c.vocab_size,
     )  # fmt: skip
-    model = Bert(shape, ParallelContext.single(), CountedRng.for_seed(0), range(shape.num_layers), pair=False).eval()
+    model = Bert(
+        shape, ParallelContext.single(), CounterBasedRng.for_seed(0), range(shape.num_layers), pair=False
+    ).eval()
     load_hugging_face(model, theirs.state_dict())
     tokenizer = build_tokenizer("BertWordPieceLowerCase", vocab_file=str(MINILM / "vocab.txt"))
     texts = ["The state of the Union is strong.", "Fellow citizens of the Senate and the House:", "Yes."]
@@ -127,7 +129,7 @@ def test_each_stage_reads_what_it_needs():
         {"tokens", "token_types", "segments"}, {"segments"},
         {"segments", "labels", "loss_mask", "pair_label", "pair_mask"},
     ]):  # fmt: skip
-        model = build_model(config, context_of(ParallelLayout(pipeline=3), stage), CountedRng.for_seed(0))
+        model = build_model(config, context_of(ParallelLayout(pipeline=3), stage), CounterBasedRng.for_seed(0))
         assert build_batches(config, samples_of(PRE), model).fields == fields
 
 
@@ -239,10 +241,10 @@ def test_parameters_are_estimated_exactly(shape):
     held = []
     for rank in range(4):
         context = context_of(ParallelLayout(tensor=2, pipeline=2), rank)
-        held.append(build_model(config, context, CountedRng.for_seed(0)))
+        held.append(build_model(config, context, CounterBasedRng.for_seed(0)))
     counts = [sum(p.numel() for p in held[rank].parameters()) for rank in (0, 2)]
     assert [stage.parameters for stage in estimate_stages(config, 4)] == counts
-    one = build_model(config, ParallelContext.single(), CountedRng.for_seed(0))
+    one = build_model(config, ParallelContext.single(), CounterBasedRng.for_seed(0))
     assert model_parameters(config) == sum(p.spec.box.numel for p in one.parameters())
 
 

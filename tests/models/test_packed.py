@@ -8,7 +8,7 @@ import torch
 from megalite.data.sampler import documents
 from megalite.models.batch import Microbatch
 from megalite.parallel.layout import ParallelLayout
-from megalite.parallel.rng import CountedRng
+from megalite.parallel.rng import CounterBasedRng
 from megalite.training.batches import build_batches
 from megalite.training.build import build_model
 from tests.layouts import GPT2, LLAMA, PACKED, Layout, configuration
@@ -94,7 +94,7 @@ def test_a_stage_reads_what_it_needs(case):
                 return torch.cat([rows()[i % 2], torch.tensor([END])]).numpy()
 
         context = context_of(ParallelLayout(pipeline=3), stage)
-        model = build_model(config, context, CountedRng.for_seed(0))
+        model = build_model(config, context, CounterBasedRng.for_seed(0))
         batch = build_batches(config, Watched(), model, eod=END).read(0)[0]
         assert {name for name, value in vars(batch).items() if value is not None} == expected | {"samples"}
         assert bool(touched) == bool(expected)

@@ -5,7 +5,7 @@ import torch
 
 from megalite.nn.dropout import AFTER_MLP, AttentionDropout, HiddenDropout
 from megalite.parallel.layout import ParallelLayout
-from megalite.parallel.rng import CountedRng, RngTracker
+from megalite.parallel.rng import CounterBasedRng, RngTracker
 from megalite.training.batches import build_batches
 from megalite.training.build import build_model
 from tests.layouts import configuration
@@ -18,7 +18,7 @@ TENSORS = ParallelLayout(tensor=4)
 
 def hidden_dropout(layout=TENSORS, rank=0, sequence_parallel=False, scheme="global") -> HiddenDropout:
     context = context_of(layout, rank)
-    rng = CountedRng.for_seed(1) if scheme == "global" else RngTracker.for_rank(1, context)
+    rng = CounterBasedRng.for_seed(1) if scheme == "global" else RngTracker.for_rank(1, context)
     return HiddenDropout(0.5, rng, 2, AFTER_MLP, context, sequence_parallel)
 
 
@@ -34,7 +34,7 @@ def test_parts_of_a_sequence_are_dropped_like_the_whole():
 
 def test_heads_are_dropped_alike_wherever_they_are():
     weights = torch.randn(BATCH, HEADS, SEQUENCE, SEQUENCE)
-    rng = CountedRng.for_seed(1)
+    rng = CounterBasedRng.for_seed(1)
     whole = AttentionDropout(0.5, rng, 2, context_of(ParallelLayout()))(weights, SAMPLES)
     parts = [
         AttentionDropout(0.5, rng, 2, context_of(TENSORS, rank))(part, SAMPLES)
@@ -78,7 +78,7 @@ def test_samples_are_numbered_through_the_whole_run(data, micro_batch_size):
     seen, layout = {}, ParallelLayout(data=data)
     for rank in range(data):
         config, context = configuration(SINGLE, micro_batch_size=micro_batch_size), context_of(layout, rank)
-        batches = build_batches(config, Epochs(), build_model(config, context, CountedRng.for_seed(0)))
+        batches = build_batches(config, Epochs(), build_model(config, context, CounterBasedRng.for_seed(0)))
         for consumed in (0, 8):
             for batch in batches.read(consumed):
                 seen |= dict(zip(batch.samples.tolist(), batch.tokens[:, 0].tolist()))

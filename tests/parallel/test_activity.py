@@ -22,7 +22,7 @@ def test_phases_exclude_each_other(clock):
     clock.now = 1  # belongs to no phase
     with activity.timed("forward"):
         clock.now = 3
-        with activity.waits(activity.begins("all_reduce", "tensor", (0, 1))):
+        with activity.waits(activity.record("all_reduce", "tensor", (0, 1))):
             clock.now = 7
         clock.now = 8
     assert activity.take_seconds() == {"forward": 3, "communication": 4}
@@ -42,14 +42,14 @@ def test_idle_only_where_something_should_happen(clock):
     activity = Activity(clock)
     clock.now = 5
     assert activity.idle_seconds == 0  # starting takes its time
-    activity.enters("training", 1)
+    activity.set_state("training", 1)
     clock.now = 7
     assert activity.idle_seconds == 2
-    with activity.waits(activity.begins("gather_objects", "control", (0, 1), patient=True)):
+    with activity.waits(activity.record("gather_objects", "control", (0, 1), patient=True)):
         clock.now = 70
         assert activity.idle_seconds == 0
-    activity.enters("saving")
-    with activity.waits(activity.begins("all_reduce", "data", (0, 1))):
+    activity.set_state("saving")
+    with activity.waits(activity.record("all_reduce", "data", (0, 1))):
         clock.now = 90
         assert activity.idle_seconds == 20
 
@@ -57,5 +57,5 @@ def test_idle_only_where_something_should_happen(clock):
 def test_calls_are_counted_by_group_and_transfers_by_their_ends():
     activity = Activity()
     calls = [("all_reduce", "data", (0, 1)), ("barrier", "data", (0, 1)), ("transfer", "data", (0, 1))]
-    numbers = [activity.begins(*call).number for call in [*calls, calls[2], ("transfer", "data", (1, 0))]]
+    numbers = [activity.record(*call).number for call in [*calls, calls[2], ("transfer", "data", (1, 0))]]
     assert numbers == [1, 2, 1, 2, 1]

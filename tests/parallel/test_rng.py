@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalite.parallel.layout import ParallelLayout
-from megalite.parallel.rng import REPLICATED, TENSOR, CountedRng, RngTracker, dropout
+from megalite.parallel.rng import REPLICATED, TENSOR, CounterBasedRng, RngTracker, dropout
 from tests.tiny import context_of
 
 LAYOUT = ParallelLayout(tensor=2, pipeline=2, data=2)
@@ -65,13 +65,13 @@ def test_replay_repeats_and_then_goes_on():
 
 
 def test_the_counted_scheme_is_a_key_of_the_seed_and_no_state():
-    rng = CountedRng.for_seed(1234)
+    rng = CounterBasedRng.for_seed(1234)
     assert rng.key == (3775134237, 275618109)  # blake2b of b"i4:1234s7:dropout", a part of the format
-    assert CountedRng.for_seed(1235).key != rng.key
+    assert CounterBasedRng.for_seed(1235).key != rng.key
     assert rng.states() == {}
     rng.restore({"replicated": torch.zeros(5, dtype=torch.uint8)})
     with rng.replay({}):
-        assert rng.key == CountedRng.for_seed(1234).key
+        assert rng.key == CounterBasedRng.for_seed(1234).key
 
 
 def test_other_code_that_draws_is_left_alone_and_leaves_us_alone():

@@ -11,7 +11,7 @@ from megalite.parallel.config import ParallelConfig
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.layout import ParallelLayout
 from megalite.training.build import build_context
-from megalite.training.startup import check_data, check_stragglers, claim_folder, compare_times
+from megalite.training.startup import check_data, check_stragglers, compare_times, take_lease
 
 
 def context_of(launch) -> ParallelContext:
@@ -20,10 +20,10 @@ def context_of(launch) -> ParallelContext:
 
 def claim_on_rank(launch, folders: list[str]) -> str:
     try:
-        claim = claim_folder(folders[launch.rank], context_of(launch))
+        lease = take_lease(folders[launch.rank], context_of(launch))
     except RanksDiffer as error:
         return str(error)
-    return claim.token if claim else "seen"
+    return lease.token if lease else "seen"
 
 
 def test_a_folder_that_only_some_nodes_share(pool, tmp_path):

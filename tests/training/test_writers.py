@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megalite import cli, validate
-from megalite.checkpoint.fence import Claim
+from megalite.checkpoint.fence import Lease
 from megalite.checkpoint.folder import CheckpointError
 from megalite.config.run import from_flat
 from megalite.parallel.context import ParallelContext
@@ -23,7 +23,7 @@ from megalite.training.build import build_model
 from megalite.training.loop import Trainer
 from megalite.training.pretrain import pretrain
 from megalite.training.state import Progress
-from megalite.training.writers import Harmless, Writers, watching_writers
+from megalite.training.writers import BackgroundWriter, Writers, tracking_writers
 from tests.runs import ALONE, working_in
 from tests.test_resume import MODEL, ROOT, resumable
 from tests.test_resume import pretrain_on_rank as train
@@ -87,7 +87,7 @@ class Broken:
 def test_a_writer_that_fails_is_left_alone():
     said: list[str] = []
     writer = Broken()
-    harmless = Harmless("The board", lambda: writer, said.append)
+    harmless = BackgroundWriter("The board", lambda: writer, said.append)
     for iteration in range(4):
         harmless.write(iteration=iteration)
     harmless.close()
@@ -99,7 +99,7 @@ def test_a_writer_that_hangs_holds_up_nothing(monkeypatch):
     monkeypatch.setattr(writers, "MOST_WAITING", 3)
     said: list[str] = []
     never = threading.Event()
-    harmless = Harmless("The board", never.wait, said.append, patience=0.1)
+    harmless = BackgroundWriter("The board", never.wait, said.append, patience=0.1)
     for iteration in range(5):
         harmless.write(iteration=iteration)
     harmless.close()
@@ -116,7 +116,7 @@ def test_a_slow_end_of_the_writers_is_no_hang(monkeypatch):
     monkeypatch.setattr(writers, "TensorBoardWriter", lambda *_: never.wait())
     monkeypatch.setattr(writers, "WandbWriter", lambda *_: never.wait())
     flags = {"hang_timeout": 0.4, "tensorboard_dir": "board", "wandb_project": "demo"}
-    Writers(*watching_writers(from_flat(flags), 0, said.append)).close()
+    Writers(*tracking_writers(from_flat(flags), 0, said.append)).close()
     assert said == [f"{name}: not all was sent within 0.1 s" for name in ("TensorBoard", "Weights & Biases")]
     never.set()
 
@@ -148,7 +148,7 @@ def test_missing_libraries_are_one_problem_each_before_the_start():
     flags = [*MODEL, "--wandb-project", "demo", "--tensorboard-dir", "board"]
     done = subprocess.run([sys.executable, "-c", WITHOUT, *flags], capture_output=True, text=True)
     assert done.returncode == 2 and "2 problems" in done.stderr
-    for text in ("--wandb-project demo needs the library wandb", "--tensorboard-dir board needs", "megalite[watch]"):
+    for text in ("--wandb-project demo needs the library wandb", "--tensorboard-dir board needs", "megalite[tracking]"):
         assert text in done.stderr
 
 
@@ -232,7 +232,7 @@ def test_a_run_that_was_replaced_ends_soon(tmp_path, monkeypatch):
     def build_replaced(*args):
         def replace_at_step_3(*unused):
             if args[1].activity.step == 3:
-                Claim.take(tmp_path / "c")
+                Lease.take(tmp_path / "c")
 
         model = build_model(*args)
         model.register_forward_pre_hook(replace_at_step_3)

@@ -33,7 +33,7 @@ from megalite.verify.record import (
     END,
     GRADIENT,
     LOSS,
-    MadeUpDocuments,
+    SyntheticDocuments,
     record,
 )
 from tests.layouts import GLOBAL_BATCH, LAYOUTS, PACKED, Layout, configuration
@@ -327,7 +327,7 @@ def test_documents_are_kept_apart_in_made_up_data_too():
     made = plan("--reset-attention-mask --tokenizer-type ByteTokenizer --vocab-size 512 --shrink --pp 2".split(), ALONE)
     for config in (made.chosen, made.reference):
         assert config.data.mock_data and config.data.reset_attention_mask and not config.data.reset_position_ids
-    rows = MadeUpDocuments(MockDataset(512, 32, 1, "train"), 32)
+    rows = SyntheticDocuments(MockDataset(512, 32, 1, "train"), 32)
     assert all(1 <= np.count_nonzero(rows[i][:-1] == END) < 32 and (rows[i][:16] == END).any() for i in range(20))
 
 

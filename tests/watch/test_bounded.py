@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from megalite.watch.bounded import Awake, BoundedStore
+from megalite.watch.bounded import BoundedStore, SuspendDetector
 
 CALLS = [("add", "a", 1), ("check", "a"), ("set", "a", "1"), ("get", "a"), ("get_those_there", ["a", "b"])]
 
@@ -21,11 +21,11 @@ class Silent:
 def test_no_call_waits_for_a_store_that_does_not_answer(call):
     name, *arguments = call
     with pytest.raises(RuntimeError, match=r"rank 0, or torchrun on the first node\) does not answer within 0\.1 s"):
-        getattr(BoundedStore(Silent(), Awake(), 0.1), name)(*arguments)
+        getattr(BoundedStore(Silent(), SuspendDetector(), 0.1), name)(*arguments)
 
 
 def test_what_is_asked_is_answered():
-    store = BoundedStore(dist.PrefixStore("x", dist.HashStore()), Awake())
+    store = BoundedStore(dist.PrefixStore("x", dist.HashStore()), SuspendDetector())
     store.set("a", "1")
     assert store.get("a") == b"1" and store.check("a") and not store.check("b")
     assert [store.add("count", 2) for _ in range(2)] == [2, 4]
@@ -34,4 +34,4 @@ def test_what_is_asked_is_answered():
 
 def test_what_the_store_raises_is_raised():
     with pytest.raises(TypeError):
-        BoundedStore(dist.HashStore(), Awake()).set("a", 1)
+        BoundedStore(dist.HashStore(), SuspendDetector()).set("a", 1)

@@ -13,8 +13,8 @@ from megalite.watch.verdict import Report, culprits, hang_verdict
 def report(rank: int, *calls: tuple, waits: bool = True, idle: float = 9.0, blocks: bool = True, **rest) -> Report:
     """A rank that has begun these calls (kind, group, ranks), and waits in the last one."""
     activity = Activity()
-    activity.enters("training", 3)
-    begun = [activity.begins(*call, (4,), "float32") for call in calls]
+    activity.set_state("training", 3)
+    begun = [activity.record(*call, (4,), "float32") for call in calls]
     activity.waiting = begun[-1] if begun and waits and blocks else None
     made = Report.of(activity, rank, f"node{rank // 2}", 100 + rank, blocks, **rest)
     return Report(**{**vars(made), "idle_seconds": idle})

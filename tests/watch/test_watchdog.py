@@ -200,7 +200,7 @@ def rest_after_a_suspension(launch) -> str:
     """Nothing happens before, during and for two seconds after a suspension: less than four seconds awake."""
     context = replace(ParallelContext.single(), store=Suspending())
     with Watchdog(context, 4, "."):
-        context.activity.enters("training", 1)
+        context.activity.set_state("training", 1)
         wait_for(lambda: context.store.check(["resumed"]))
         time.sleep(2)
     return "rested"
@@ -217,7 +217,7 @@ def nothing_more(launch, trouble: str) -> None:
     context = ParallelContext.single()
     context = replace(context, store=Garbling()) if trouble == "garbled" else context
     with Watchdog(context, 2, ".", say if trouble == "unheard" else partial(print, file=sys.stderr)):
-        context.activity.enters("training", 1)
+        context.activity.set_state("training", 1)
         time.sleep(100)
 
 
@@ -339,10 +339,10 @@ def test_a_rank_that_failed_is_not_called_dead():
     """One that fails while another looks who has died."""
     store = Shared()
     first, second = (replace(ParallelContext.single(), store=store, world=Group((0, 1), rank)) for rank in range(2))
-    with Watchdog(first, 0, ".") as dog, Watchdog(second, 0, ".") as failing:
+    with Watchdog(first, 0, ".") as watchdog, Watchdog(second, 0, ".") as failing:
         wait_for(lambda: store.check(["report/1"]))
         threading.Timer(0.7, failing.failed, ["broken"]).start()
-        assert re.fullmatch(r"rank 1 on \S+ failed: broken", dog.why_contact_was_lost())
+        assert re.fullmatch(r"rank 1 on \S+ failed: broken", watchdog.why_contact_was_lost())
 
 
 def test_no_thread_is_left_that_holds_the_groups():

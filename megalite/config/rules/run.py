@@ -250,7 +250,7 @@ def watchers_are_installed(config: RunConfig, world_size: int) -> Iterator[Findi
         given = getattr(config.training, key)
         if given is not None and find_spec(library) is None:
             flag = "--" + key.replace("_", "-")
-            advice = "pip install 'megalite[watch]'"
+            advice = "pip install 'megalite[tracking]'"
             yield Finding(f"{flag} {given} needs the library {library}", (key,), (advice, {key: None}))
 
 

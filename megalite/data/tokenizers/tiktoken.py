@@ -104,7 +104,7 @@ class TikTokenizer(ReferenceTokenizer):
 
 
 def _ranks(content: bytes, path: str | Path) -> dict[bytes, int]:
-    """Piece -> rank, from lines of base64 and a number. Raises TokenizerError."""
+    """Shard -> rank, from lines of base64 and a number. Raises TokenizerError."""
     try:
         lines = [line.split() for line in content.splitlines() if line]
         ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in lines}
