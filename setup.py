@@ -23,7 +23,14 @@ SOURCES = Path("megalite/kernels/csrc")
 OLDEST_TORCH = "0x020a000000000000"
 """The stable ABI of torch 2.10: the library works with it and later ones."""
 # inf and NaN must stay what they are, so no -ffast-math; it would also change the rounding of the whole process.
-COMPILE = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+COMPILE = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-g0",
+]
 
 
 def torch_build() -> tuple[list[str], Path, str | None] | None:
@@ -56,7 +63,12 @@ def cuda_flags(nvcc: str) -> list[str]:
     usual = ";".join(name for name in ("80", "90", "100") if f"sm_{name}" in known)
     names = os.environ.get("MEGALITE_CUDA_ARCHITECTURES", usual).split(";")
     code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    return ["-std=c++17", "-O3", *code, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
+    return [
+        "-std=c++17",
+        "-O3",
+        *code,
+        f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}",
+    ]
 
 
 def say(text: str) -> None:
@@ -102,7 +114,9 @@ class BuildKernels(build_ext):
         for source in sorted(SOURCES.glob("*.cu")):
             target = Path(self.build_temp, source.stem + ".cuda.o")
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.spawn([nvcc, "-c", *cuda_flags(nvcc), "-Xcompiler=-fPIC", str(source), "-o", str(target)])
+            self.spawn(
+                [nvcc, "-c", *cuda_flags(nvcc), "-Xcompiler=-fPIC", str(source), "-o", str(target)]
+            )
             objects.append(str(target))
         extension.extra_objects += objects
         extension.define_macros += [("MEGALITE_CUDA", None), ("USE_CUDA", None)]
@@ -132,7 +146,9 @@ def kernels() -> list[Extension]:
     """The native library, if torch is there to compile against."""
     build = torch_build()
     if build is None:
-        say("native kernels: there is no torch in the environment of the build (pip's --no-build-isolation gives it)")
+        say(
+            "native kernels: there is no torch in the environment of the build (pip's --no-build-isolation gives it)"
+        )
         return []
     include, library, cuda = build
     extension = Extension(
@@ -141,7 +157,11 @@ def kernels() -> list[Extension]:
         depends=[str(path) for path in sorted(SOURCES.iterdir())],
         include_dirs=include,
         library_dirs=[str(library)],
-        libraries=[name for name in ("torch", "torch_cpu", "torch_cuda") if (library / f"lib{name}.so").exists()],
+        libraries=[
+            name
+            for name in ("torch", "torch_cpu", "torch_cuda")
+            if (library / f"lib{name}.so").exists()
+        ],
         define_macros=[("TORCH_TARGET_VERSION", OLDEST_TORCH)],
         extra_compile_args=COMPILE,
         optional=True,

@@ -37,8 +37,16 @@ from megalite.data.tokenizers import build_tokenizer, train_sentencepiece  # noq
 from megalite.preprocess.indexed_writer import IndexedWriter  # noqa: E402
 
 PEER = ROOT / "benchmarks" / "peers" / "megatron_data.py"
-IN_MEMORY, ALONE = "fast tokenizer, texts in memory", "fast tokenizer, a process that reads the file"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+IN_MEMORY, ALONE = (
+    "fast tokenizer, texts in memory",
+    "fast tokenizer, a process that reads the file",
+)
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 def texts_of(path: Path, size: float = 1e12) -> list[str]:
@@ -60,7 +68,14 @@ def tokenizers(args) -> dict[str, tuple[list[str], list[str]]]:
     files = [str(args.vocab_file), str(args.merge_file)]
     return {
         "GPT-2 BPE": (
-            ["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", files[0], "--merge-file", files[1]],
+            [
+                "--tokenizer-type",
+                "GPT2BPETokenizer",
+                "--vocab-file",
+                files[0],
+                "--merge-file",
+                files[1],
+            ],
             ["gpt2", *files],
         ),
         "SentencePiece BPE": (
@@ -84,21 +99,37 @@ def run(command: list[str]) -> tuple[Took, str]:
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         sys.exit(done.stderr)
-    return Took(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime), done.stdout
+    return Took(
+        seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    ), done.stdout
 
 
 def ours(flags: list[str], workers: int, prefix: Path, source: Path) -> tuple[Took, str]:
     """Run tools/preprocess_data.py: what the command took, and where it says that its time went."""
     for path in prefix.parent.glob(prefix.name + "*"):
         path.unlink()
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source), "--append-eod"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "preprocess_data.py"),
+        "--input",
+        str(source),
+        "--append-eod",
+    ]
     took, said = run([*command, "--output-prefix", str(prefix), "--workers", str(workers), *flags])
     return took, said.strip().splitlines()[-1]
 
 
 def theirs(args, words: list[str], workers: int, prefix: Path) -> Took:
     """Megatron-LM's way; what it took from the first line on."""
-    command = [args.peer_python, str(PEER), "preprocess", str(args.jsonl), str(prefix), str(workers), *words]
+    command = [
+        args.peer_python,
+        str(PEER),
+        "preprocess",
+        str(args.jsonl),
+        str(prefix),
+        str(workers),
+        *words,
+    ]
     return Took(**json.loads(run(command)[1].splitlines()[-1]))
 
 
@@ -129,7 +160,15 @@ def preprocess(args) -> None:
         for round_ in range(args.rounds):
             print(f"{name}, round {round_ + 1} of {args.rounds}", file=sys.stderr, flush=True)
             took.setdefault(IN_MEMORY, []).append(tokenizer_in_memory(flags, texts))
-            command = [sys.executable, __file__, "alone", "--jsonl", str(args.jsonl), "--flags", *flags]
+            command = [
+                sys.executable,
+                __file__,
+                "alone",
+                "--jsonl",
+                str(args.jsonl),
+                "--flags",
+                *flags,
+            ]
             took.setdefault(ALONE, []).append(run(command)[0])
             for workers in (1, 2):
                 seconds, where = ours(flags, workers, args.work / f"ours{workers}", args.jsonl)
@@ -157,7 +196,10 @@ def compare(args, took: dict[str, list[Took]]) -> None:
 
     def ratio(one: str, other: str) -> None:
         pairs = list(zip(took[one], took[other]))
-        speed, cpu = middle(b.seconds / a.seconds for a, b in pairs), middle(b[1] / a[1] for a, b in pairs)
+        speed, cpu = (
+            middle(b.seconds / a.seconds for a, b in pairs),
+            middle(b[1] / a[1] for a, b in pairs),
+        )
         print(f"{one} / {other}: {speed}; by CPU time {cpu}")
 
     for other in (IN_MEMORY, ALONE):
@@ -168,7 +210,9 @@ def compare(args, took: dict[str, list[Took]]) -> None:
     for workers in (1, 2):
         ratio(f"megalite, {workers}", f"Megatron's way, {workers}")
         mine, other = args.work / f"ours{workers}_text_document", args.work / f"theirs{workers}"
-        same = all(filecmp.cmp(f"{mine}{end}", f"{other}{end}", shallow=False) for end in (".bin", ".idx"))
+        same = all(
+            filecmp.cmp(f"{mine}{end}", f"{other}{end}", shallow=False) for end in (".bin", ".idx")
+        )
         print(f".bin and .idx, {workers}: {'equal, byte for byte' if same else 'DIFFERENT'}")
 
 
@@ -181,10 +225,24 @@ def memory(args) -> None:
             out.write(once)
     for workers in (1, 2):
         flags = tokenizers(args)["GPT-2 BPE"][0]
-        command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(big), "--append-eod"]
-        command += ["--output-prefix", str(args.work / f"big{workers}"), "--workers", str(workers), *flags]
+        command = [
+            sys.executable,
+            str(ROOT / "tools" / "preprocess_data.py"),
+            "--input",
+            str(big),
+            "--append-eod",
+        ]
+        command += [
+            "--output-prefix",
+            str(args.work / f"big{workers}"),
+            "--workers",
+            str(workers),
+            *flags,
+        ]
         began, peak = time.perf_counter(), 0.0
-        with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
             while process.poll() is None:
                 peak = max(peak, _tree_memory(process.pid))
                 time.sleep(0.1)
@@ -204,7 +262,11 @@ def _tree_memory(pid: int) -> float:
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             total += int(line.split()[1]) * 1024 if line.startswith("Pss:") else 0
-        children = [c for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+        children = [
+            c
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for c in (task / "children").read_text().split()
+        ]
     except OSError:
         return total / 1e6
     return total / 1e6 + sum(_tree_memory(int(child)) for child in children)
@@ -217,24 +279,48 @@ def datasets(args) -> None:
         rng = np.random.default_rng(0)
         while writer.tokens < args.tokens:
             lengths = rng.integers(1, 1000, 10_000)
-            writer.add_documents(rng.integers(1, 50257, lengths.sum(), dtype=np.uint16).tobytes(), lengths)
+            writer.add_documents(
+                rng.integers(1, 50257, lengths.sum(), dtype=np.uint16).tobytes(), lengths
+            )
         writer.finish()
         epoch = writer.tokens // length
-    print(f"{args.tokens:.0e} tokens, sequences of {length}; a process of its own for every figure, page cache warm")
+    print(
+        f"{args.tokens:.0e} tokens, sequences of {length}; a process of its own for every figure, page cache warm"
+    )
     print("| | epochs | start-up, ms | memory, MiB | samples/s |\n|---|---|---|---|---|")
     for epochs in (1, 10):
         rows: dict[str, list[dict]] = {}
         for _ in range(args.rounds):
-            mine = [sys.executable, __file__, "start", "--prefix", prefix, "--seq-length", str(length)]
+            mine = [
+                sys.executable,
+                __file__,
+                "start",
+                "--prefix",
+                prefix,
+                "--seq-length",
+                str(length),
+            ]
             rows.setdefault("megalite", []).append(_json([*mine, "--samples", str(epoch * epochs)]))
             if args.peer_python:
-                peer = [args.peer_python, str(PEER), "dataset", prefix, str(epoch * epochs - 1), str(length)]
-                rows.setdefault("megatron-core, warm cache", []).append(_json([*peer, str(args.work / "cache")]))
+                peer = [
+                    args.peer_python,
+                    str(PEER),
+                    "dataset",
+                    prefix,
+                    str(epoch * epochs - 1),
+                    str(length),
+                ]
+                rows.setdefault("megatron-core, warm cache", []).append(
+                    _json([*peer, str(args.work / "cache")])
+                )
         for case, runs in rows.items():
             start, grown, rate = (
-                statistics.median(run[key] for run in runs) for key in ("start_seconds", "start_mib", "per_second")
+                statistics.median(run[key] for run in runs)
+                for key in ("start_seconds", "start_mib", "per_second")
             )
-            print(f"| {case} | {epochs} | {1e3 * start:.1f} | {grown:.1f} | {rate:,.0f} |", flush=True)
+            print(
+                f"| {case} | {epochs} | {1e3 * start:.1f} | {grown:.1f} | {rate:,.0f} |", flush=True
+            )
     if not args.peer_python:
         print("megatron-core is left out: --peer-python names no Python that has it")
 
@@ -249,7 +335,9 @@ def _json(command: list[str]) -> dict:
 def start(args) -> None:
     """One process of `datasets`: as the peer's, in benchmarks/peers/megatron_data.py."""
     before, began = _anonymous(), time.perf_counter()
-    dataset = GPTDataset(IndexedDataset(args.prefix).tokens(), args.seq_length, 1234, "train", 50257)
+    dataset = GPTDataset(
+        IndexedDataset(args.prefix).tokens(), args.seq_length, 1234, "train", 50257
+    )
     dataset[0]
     seconds, grown = time.perf_counter() - began, _anonymous() - before
     order = np.random.default_rng(1).integers(args.samples, size=5000).tolist()
@@ -268,11 +356,15 @@ def _anonymous() -> float:
 
 def main() -> None:
     """Read the command line and run one of the benchmarks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("preprocess", "memory", "datasets", "alone", "start"))
     parser.add_argument("--jsonl", type=Path)
     parser.add_argument(
-        "--flags", nargs=argparse.REMAINDER, help="of the tokenizer of `alone`, which `preprocess` runs"
+        "--flags",
+        nargs=argparse.REMAINDER,
+        help="of the tokenizer of `alone`, which `preprocess` runs",
     )
     parser.add_argument("--vocab-file", type=Path)
     parser.add_argument("--merge-file", type=Path)
@@ -285,7 +377,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="of `start`")
     args = parser.parse_args()
     if args.what in ("preprocess", "memory"):
-        missing = [flag for flag in ("jsonl", "vocab_file", "merge_file") if getattr(args, flag) is None]
+        missing = [
+            flag for flag in ("jsonl", "vocab_file", "merge_file") if getattr(args, flag) is None
+        ]
         if missing:
             parser.error(f"{args.what} needs --{', --'.join(missing).replace('_', '-')}")
     with tempfile.TemporaryDirectory() as work:

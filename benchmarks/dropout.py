@@ -44,12 +44,19 @@ def in_turn(sides: dict[str, Callable[[], object]], rounds: int, repeat: int) ->
             wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(repeat):
                 run()
-            times[name].append(((time.perf_counter() - wall) / repeat, (time.process_time() - cpu) / repeat))
+            times[name].append(
+                ((time.perf_counter() - wall) / repeat, (time.process_time() - cpu) / repeat)
+            )
     first = next(iter(times.values()))
     for name, own in times.items():
         ratios = [sorted(t[i] / f[i] for t, f in zip(own, first)) for i in (0, 1)]
-        shown = " | ".join(f"{statistics.median(r):.2f} ({r[0]:.2f} .. {r[-1]:.2f})" for r in ratios)
-        print(f"| {name} | {1000 * statistics.median(wall for wall, _ in own):.1f} | {shown} |", flush=True)
+        shown = " | ".join(
+            f"{statistics.median(r):.2f} ({r[0]:.2f} .. {r[-1]:.2f})" for r in ratios
+        )
+        print(
+            f"| {name} | {1000 * statistics.median(wall for wall, _ in own):.1f} | {shown} |",
+            flush=True,
+        )
 
 
 def hidden(rounds: int) -> None:
@@ -79,7 +86,11 @@ def attention(rounds: int) -> None:
     def plain():
         torch.autograd.grad(torch.nn.functional.dropout(x, P), x, gradient)
 
-    in_turn({"attention [4, 8, 256, 256]: torch": plain, "attention [4, 8, 256, 256]: global": ours}, rounds, 2)
+    in_turn(
+        {"attention [4, 8, 256, 256]: torch": plain, "attention [4, 8, 256, 256]: global": ours},
+        rounds,
+        2,
+    )
 
 
 def steps(rounds: int, layers: int) -> None:
@@ -94,12 +105,21 @@ def steps(rounds: int, layers: int) -> None:
     }
     context = ParallelContext.single()
     shape = {**SHAPE, "num_layers": layers, "global_batch_size": SHAPE["micro_batch_size"]}
-    in_turn({name: our_step(from_flat({**shape, **flags}), context)[0] for name, flags in sides.items()}, rounds, 1)
+    in_turn(
+        {
+            name: our_step(from_flat({**shape, **flags}), context)[0]
+            for name, flags in sides.items()
+        },
+        rounds,
+        1,
+    )
 
 
 def main() -> None:
     """Read the flags and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=["operator", "step"], help="only a part")
     parser.add_argument("--rounds", type=int, default=7, help="times that each side is measured")
     parser.add_argument("--layers", type=int, default=8, help="a smaller model, to try the script")

@@ -16,7 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGES = ("dict-gcide", "dict-wn", "python3.11-doc", "linux-doc-6.1")
-PATTERNS = ("usr/share/dictd/*.dict.dz", "usr/share/info/python*.info*.gz", "usr/share/doc/linux-doc-6.1/**/*.gz")
+PATTERNS = (
+    "usr/share/dictd/*.dict.dz",
+    "usr/share/info/python*.info*.gz",
+    "usr/share/doc/linux-doc-6.1/**/*.gz",
+)
 
 
 def texts(folder: Path) -> Iterator[str]:
@@ -41,7 +45,9 @@ def documents(folder: Path, size: int = 2000) -> Iterator[str]:
 
 def main() -> None:
     """Download, unpack, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--megabytes", type=float, default=100)
     args = parser.parse_args()

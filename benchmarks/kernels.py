@@ -63,14 +63,18 @@ def ratio(other: list[float], ours: list[float]) -> str:
     return f"{middle:.2f} ({low:.2f} .. {high:.2f})"
 
 
-def backward_of(output: torch.Tensor, leaves: list[torch.Tensor], grad: torch.Tensor) -> Callable[[], object]:
+def backward_of(
+    output: torch.Tensor, leaves: list[torch.Tensor], grad: torch.Tensor
+) -> Callable[[], object]:
     """Runs the backward of what is there, as often as wanted."""
     return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
 
 
 def softmax(rounds: int) -> None:
     """Scaled causal softmax of 8.4 million scores, beside the eager composition and torch.compile of it."""
-    print("| scores | | ms | eager / ours | compiled / ours | clone / ours |\n|---|---|---|---|---|---|")
+    print(
+        "| scores | | ms | eager / ours | compiled / ours | clone / ours |\n|---|---|---|---|---|---|"
+    )
     for name, dtype in DTYPES.items():
         for shape in ((64, 8, 128, 128), (4, 8, 512, 512), (1, 8, 1024, 1024), (1, 2, 2048, 2048)):
             x, grad = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
@@ -90,17 +94,29 @@ def softmax(rounds: int) -> None:
             for what, sides in (("forward", forward), ("backward", backward)):
                 times = in_turn({**sides, "clone": lambda x=x: x.detach().clone()}, rounds)
                 ours = times["ours"]
-                shown = " | ".join(ratio(times[side], ours) for side in ("eager", "compiled", "clone"))
-                print(f"| {name} {list(shape)} | {what} | {statistics.median(ours):.1f} | {shown} |", flush=True)
+                shown = " | ".join(
+                    ratio(times[side], ours) for side in ("eager", "compiled", "clone")
+                )
+                print(
+                    f"| {name} {list(shape)} | {what} | {statistics.median(ours):.1f} | {shown} |",
+                    flush=True,
+                )
 
 
 def bandwidth(rounds: int) -> None:
     """Scaled causal softmax of 67 million scores, much more than a cache holds, beside a copy of them, in memory that
     is there already: how near the kernel comes to what the memory can do."""
-    print("| scores | ms, forward | ms, backward | copy / forward | copy / backward |\n|---|---|---|---|---|")
+    print(
+        "| scores | ms, forward | ms, backward | copy / forward | copy / backward |\n|---|---|---|---|---|"
+    )
     own, dropout = torch.ops.megalite, (None, None, 0, 0, 0, 0, 1.0)  # there is none
     for name, dtype in DTYPES.items():
-        for shape in ((512, 8, 128, 128), (32, 8, 512, 512), (8, 8, 1024, 1024), (2, 8, 2048, 2048)):
+        for shape in (
+            (512, 8, 128, 128),
+            (32, 8, 512, 512),
+            (8, 8, 1024, 1024),
+            (2, 8, 2048, 2048),
+        ):
             x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
             y, out, lse = torch.empty_like(x), torch.empty_like(x), torch.empty(shape[:-1])
             forward = (x, None, True, 0.125, *dropout, y, lse)
@@ -182,13 +198,21 @@ def family(rounds: int) -> None:
         for what, (plain, fused, leaves) in pairs(dtype).items():
             grad = torch.randn(plain(*leaves).shape).to(dtype)
             both = {
-                side: lambda f=f, leaves=leaves, grad=grad: torch.autograd.grad(f(*leaves), leaves, grad)
+                side: lambda f=f, leaves=leaves, grad=grad: torch.autograd.grad(
+                    f(*leaves), leaves, grad
+                )
                 for side, f in (("plain", plain), ("fused", fused))
             }
-            forward = {side: lambda f=f, leaves=leaves: f(*leaves) for side, f in (("plain", plain), ("fused", fused))}
+            forward = {
+                side: lambda f=f, leaves=leaves: f(*leaves)
+                for side, f in (("plain", plain), ("fused", fused))
+            }
             forward, both = in_turn(forward, rounds), in_turn(both, rounds)
             shown = " | ".join(ratio(times["plain"], times["fused"]) for times in (forward, both))
-            print(f"| {what} | {name} | {statistics.median(both['fused']):.1f} | {shown} |", flush=True)
+            print(
+                f"| {what} | {name} | {statistics.median(both['fused']):.1f} | {shown} |",
+                flush=True,
+            )
         cross_entropy(name, dtype, rounds)
     layer_norm(rounds)
 
@@ -200,7 +224,9 @@ def cross_entropy(name: str, dtype: torch.dtype, rounds: int) -> None:
 
     def plain():
         x = logits.clone().requires_grad_()
-        return torch.autograd.grad(functional.cross_entropy(x, labels, reduction="none"), x, ones.to(dtype))
+        return torch.autograd.grad(
+            functional.cross_entropy(x, labels, reduction="none"), x, ones.to(dtype)
+        )
 
     def fused():
         x = logits.clone()
@@ -213,13 +239,18 @@ def cross_entropy(name: str, dtype: torch.dtype, rounds: int) -> None:
              "fused": lambda: cross_entropy_statistics(logits, labels, 8192)}  # fmt: skip
     forward, both = in_turn(sides, rounds), in_turn({"plain": plain, "fused": fused}, rounds)
     shown = " | ".join(ratio(times["plain"], times["fused"]) for times in (forward, both))
-    print(f"| cross-entropy | {name} | {statistics.median(both['fused']):.1f} | {shown} |", flush=True)
+    print(
+        f"| cross-entropy | {name} | {statistics.median(both['fused']):.1f} | {shown} |", flush=True
+    )
 
 
 def layer_norm(rounds: int) -> None:
     """torch's LayerNorm beside a copy of its input: how much there is to gain."""
     for name, dtype in DTYPES.items():
-        x, grad = torch.randn(1024, 4, 1024).to(dtype).requires_grad_(), torch.randn(1024, 4, 1024).to(dtype)
+        x, grad = (
+            torch.randn(1024, 4, 1024).to(dtype).requires_grad_(),
+            torch.randn(1024, 4, 1024).to(dtype),
+        )
         weight, bias = (torch.randn(1024).to(dtype).requires_grad_() for _ in range(2))
 
         def norm(x=x, weight=weight, bias=bias):
@@ -228,8 +259,12 @@ def layer_norm(rounds: int) -> None:
         leaves = [x, weight, bias]
         run = {
             "forward": norm,
-            "both": lambda norm=norm, leaves=leaves, grad=grad: torch.autograd.grad(norm(), leaves, grad),
-            "RMSNorm": lambda x=x, w=weight, grad=grad: torch.autograd.grad(rms_norm(x, w, 1e-5)[0], [x, w], grad),
+            "both": lambda norm=norm, leaves=leaves, grad=grad: torch.autograd.grad(
+                norm(), leaves, grad
+            ),
+            "RMSNorm": lambda x=x, w=weight, grad=grad: torch.autograd.grad(
+                rms_norm(x, w, 1e-5)[0], [x, w], grad
+            ),
             "clone": lambda x=x: x.detach().clone(),
         }
         times = in_turn(run, rounds)
@@ -262,7 +297,11 @@ def memory() -> None:
             dropout = Dropout(rows, samples, 0, KEY, p)
 
             def drop(weights, p=p):
-                return bias_dropout_add(weights, None, None, rows, samples, 0, *KEY, p) if p else weights
+                return (
+                    bias_dropout_add(weights, None, None, rows, samples, 0, *KEY, p)
+                    if p
+                    else weights
+                )
 
             def eager(q=q, k=k, v=v, drop=drop):
                 return explicit_attention(q, k, v, drop, causal=True)
@@ -272,7 +311,10 @@ def memory() -> None:
 
             needed = []
             for core in (eager, fused):
-                run = lambda core=core, q=q, k=k, v=v, grad=grad: torch.autograd.grad(core(), (q, k, v), grad)  # noqa: E731
+
+                def run(core=core, q=q, k=k, v=v, grad=grad):
+                    return torch.autograd.grad(core(), (q, k, v), grad)
+
                 run()
                 needed.append(f"{peak(run) / (b * n * s * s * dtype.itemsize):.1f}")
             print(f"| {name} | {p} | {' | '.join(needed)} |")
@@ -280,7 +322,9 @@ def memory() -> None:
 
 def main() -> None:
     """Read the flags and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["softmax", "bandwidth", "family", "memory"])
     parser.add_argument("--rounds", type=int, default=15, help="times that each side is measured")
     args = parser.parse_args()

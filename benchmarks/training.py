@@ -64,21 +64,30 @@ class PlainGPT(nn.Module):
         self.words = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
         self.blocks = nn.Sequential(
-            *(PlainBlock(config.hidden_size, config.num_attention_heads, dropout) for _ in range(config.num_layers))
+            *(
+                PlainBlock(config.hidden_size, config.num_attention_heads, dropout)
+                for _ in range(config.num_layers)
+            )
         )
         self.norm = nn.LayerNorm(config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of labels [b, s]."""
-        x = nn.functional.dropout(self.words(tokens) + self.positions.weight[: tokens.shape[1]], self.dropout)
+        x = nn.functional.dropout(
+            self.words(tokens) + self.positions.weight[: tokens.shape[1]], self.dropout
+        )
         logits = self.output(self.norm(self.blocks(x)))
         return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def copy_weights(plain: PlainGPT, ours: dict[str, torch.Tensor]) -> None:
     """Give the plain model our weights."""
-    names = {"words": "embedding.word_embeddings", "positions": "embedding.position_embeddings", "norm": "final_norm"}
+    names = {
+        "words": "embedding.word_embeddings",
+        "positions": "embedding.position_embeddings",
+        "norm": "final_norm",
+    }
     parts = {
         "norm1": "attention_norm", "norm2": "mlp_norm", "qkv": "attention.qkv", "output": "attention.output",
         "up": "mlp.up", "down": "mlp.down",
@@ -117,7 +126,9 @@ def plain_step(config: RunConfig, weights: dict[str, torch.Tensor], fused: bool)
     model = PlainGPT(config.model, config.model.hidden_dropout)
     copy_weights(model, weights)
     o = config.optimizer
-    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=fused or None)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=fused or None
+    )
     dataset = MockDataset(config.model.vocab_size, config.model.seq_length, 1, "train")
     b, taken = config.data.micro_batch_size, 0
 
@@ -151,22 +162,30 @@ def compare(config: RunConfig, rounds: int, steps: int) -> None:
     }
     first = {name: step() for name, step in sides.items()}
     allowed = 1e-4 if config.model.hidden_dropout == 0 else 0.1  # each side drops other elements
-    assert max(first.values()) - min(first.values()) < allowed, f"the sides compute different losses: {first}"
+    assert max(first.values()) - min(first.values()) < allowed, (
+        f"the sides compute different losses: {first}"
+    )
     seconds = {name: [] for name in sides}
     for _ in range(rounds):
         for name, step in sides.items():
             wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(steps):
                 step()
-            seconds[name].append(((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps))
+            seconds[name].append(
+                ((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps)
+            )
     tokens = config.data.micro_batch_size * config.model.seq_length
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {rounds} rounds of {steps} steps")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {rounds} rounds of {steps} steps"
+    )
     for name, times in seconds.items():
         walls = [wall for wall, _ in times]
         line = f"{name:20} {tokens / statistics.median(walls):6.0f} tokens/s | first loss {first[name]:.5f}"
         if name != "megalite":
             for kind, which in (("wall", 0), ("CPU", 1)):
-                ratios = [theirs[which] / ours[which] for theirs, ours in zip(times, seconds["megalite"])]
+                ratios = [
+                    theirs[which] / ours[which] for theirs, ours in zip(times, seconds["megalite"])
+                ]
                 spread = f"[{min(ratios):.3f} .. {max(ratios):.3f}]"
                 line += f" | its {kind} time / ours {statistics.median(ratios):.3f} {spread}"
         print(line)
@@ -192,22 +211,42 @@ def profile(layout: str) -> None:
         step()
     if context.rank == 0:
         print(f"{layout}: {tokens / statistics.median(times):.0f} tokens/s")
-        print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=48))
+        print(
+            trace.key_averages().table(
+                sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=48
+            )
+        )
     context.destroy()
 
 
 def main() -> None:
     """Read the flags and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7, help="times that each side is measured")
     parser.add_argument("--steps", type=int, default=2, help="steps in a measurement")
     parser.add_argument("--no-clip", action="store_true", help="no gradient clipping on any side")
-    parser.add_argument("--profile", choices=["tp2", "pp2"], help="profile two ranks of this layout")
+    parser.add_argument(
+        "--profile", choices=["tp2", "pp2"], help="profile two ranks of this layout"
+    )
     parser.add_argument("--layers", type=int, default=8, help="a smaller model, to try the script")
-    parser.add_argument("--dropout", type=float, default=0.0, help="dropout of weights and hidden states, on all sides")
+    parser.add_argument(
+        "--dropout",
+        type=float,
+        default=0.0,
+        help="dropout of weights and hidden states, on all sides",
+    )
     args = parser.parse_args()
     if args.profile and "RANK" not in os.environ:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+        ]
         os.execvpe(sys.executable, [*launcher, *sys.argv], {**os.environ, "OMP_NUM_THREADS": "1"})
     if args.profile:
         profile(args.profile)

@@ -33,7 +33,10 @@ def rates(*expected: float) -> Check:
 
     def check(before: Run, after: Run):
         assert after.column("learning_rate") == pytest.approx(expected, abs=1e-12)
-        different = [a != near(b) for a, b in zip(after.column("learning_rate"), before.column("learning_rate"))]
+        different = [
+            a != near(b)
+            for a, b in zip(after.column("learning_rate"), before.column("learning_rate"))
+        ]
         losses_from(different.index(True) + 2)(before, after)
 
     return check
@@ -64,7 +67,10 @@ def more_parameters(number: int) -> Check:
     """The whole model has this many parameters more."""
 
     def check(before: Run, after: Run):
-        numbers = [int(re.search(r"([\d,]+) parameters", r.console)[1].replace(",", "")) for r in (before, after)]
+        numbers = [
+            int(re.search(r"([\d,]+) parameters", r.console)[1].replace(",", ""))
+            for r in (before, after)
+        ]
         assert numbers[1] - numbers[0] == number
 
     return check
@@ -130,7 +136,9 @@ def goes_on_from(iteration: int) -> Check:
 
     def check(before: Run, after: Run):
         assert before.iterations[0] <= iteration < after.iterations[0]
-        assert after.metrics == [entry for entry in before.metrics if entry["iteration"] > iteration]
+        assert after.metrics == [
+            entry for entry in before.metrics if entry["iteration"] > iteration
+        ]
 
     return check
 
@@ -139,7 +147,10 @@ def reports(*iterations: int) -> Check:
     """The console has a line for these iterations."""
 
     def check(before: Run, after: Run):
-        shown = [[int(n) for n in re.findall(r"iteration +(\d+)/\d+", run.console)] for run in (before, after)]
+        shown = [
+            [int(n) for n in re.findall(r"iteration +(\d+)/\d+", run.console)]
+            for run in (before, after)
+        ]
         assert shown[1] == list(iterations) != shown[0]
 
     return check

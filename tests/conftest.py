@@ -3,7 +3,9 @@
 import os
 from contextlib import closing
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, here and in the ranks: results are compared to the bit
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is loaded, here and in the ranks: results are compared to the bit
+)
 os.environ["WANDB_MODE"] = "offline"
 
 import pytest

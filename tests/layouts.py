@@ -5,9 +5,18 @@ from dataclasses import dataclass, field, replace
 from megalite.config.run import RunConfig, from_flat
 from tests.oracle import Shape
 
-GPT2 = Shape(layers=4, hidden=32, heads=8, groups=8, head_size=4, ffn=128, vocab=257, seq=16, positions=16)
+GPT2 = Shape(
+    layers=4, hidden=32, heads=8, groups=8, head_size=4, ffn=128, vocab=257, seq=16, positions=16
+)
 LLAMA = replace(
-    GPT2, groups=4, ffn=96, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, bias=False, tied=False
+    GPT2,
+    groups=4,
+    ffn=96,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    swiglu=True,
+    bias=False,
+    tied=False,
 )
 POST_NORM = {"norm_placement": "post", "gelu": "erf", "norm_epsilon": 1e-12}
 
@@ -61,7 +70,9 @@ LAYOUTS = [
     Layout("a rank of padding only", tp=4, flags=sp(make_vocab_size_divisible_by=128)),
     Layout("untied pp2", pp=2, shape=replace(GPT2, tied=False)),
     Layout("no biases tp2", tp=2, shape=replace(GPT2, bias=False)),
-    Layout("no positions tp2+sp", tp=2, shape=replace(GPT2, position_embedding_type="none"), flags=sp()),
+    Layout(
+        "no positions tp2+sp", tp=2, shape=replace(GPT2, position_embedding_type="none"), flags=sp()
+    ),
     Layout("llama", shape=LLAMA),
     Layout("llama tp4+sp", tp=4, shape=LLAMA, flags=sp()),
     Layout("llama dp2 x tp2 x pp2 +sp", dp=2, tp=2, pp=2, shape=LLAMA, flags=sp()),
@@ -76,9 +87,18 @@ LAYOUTS = [
     Layout("packed documents tp2 x pp2", tp=2, pp=2, flags={**PACKED, **FULL}),
     Layout("packed documents tp2+sp", tp=2, flags=sp(**PACKED, **SELECTIVE)),
     Layout("packed llama pp4", pp=4, shape=LLAMA, flags={**PACKED, "micro_batch_size": 2}),
-    Layout("packed llama dp2 x tp2 x pp2 +sp", dp=2, tp=2, pp=2, shape=LLAMA, flags=sp(**PACKED, **FULL)),
+    Layout(
+        "packed llama dp2 x tp2 x pp2 +sp",
+        dp=2,
+        tp=2,
+        pp=2,
+        shape=LLAMA,
+        flags=sp(**PACKED, **FULL),
+    ),
     Layout("masks of documents pp3", pp=3, flags={"reset_attention_mask": True}),
-    Layout("llama, positions of documents pp3", pp=3, shape=LLAMA, flags={"reset_position_ids": True}),
+    Layout(
+        "llama, positions of documents pp3", pp=3, shape=LLAMA, flags={"reset_position_ids": True}
+    ),
 ]
 
 
@@ -101,7 +121,14 @@ def _berts() -> list[Layout]:
 LAYOUTS += [
     *_berts(),
     Layout("bert without pairs pp2", pp=2, shape=as_bert(GPT2, pair=False)),
-    Layout("bert without pairs dp2 x tp2 x pp2 +sp", 2, 2, 2, as_bert(GPT2, pair=False, **POST_NORM), sp()),
+    Layout(
+        "bert without pairs dp2 x tp2 x pp2 +sp",
+        2,
+        2,
+        2,
+        as_bert(GPT2, pair=False, **POST_NORM),
+        sp(),
+    ),
 ]
 
 GLOBAL_BATCH = 8
@@ -109,7 +136,9 @@ GLOBAL_BATCH = 8
 
 def product() -> list[Layout]:
     """Every combination of sizes up to 8 ranks with sequence parallelism, recomputation, schedule and shape."""
-    sizes = [(tp, pp, dp) for tp in (1, 2, 4) for pp in (1, 2, 4) for dp in (1, 2) if tp * pp * dp <= 8]
+    sizes = [
+        (tp, pp, dp) for tp in (1, 2, 4) for pp in (1, 2, 4) for dp in (1, 2) if tp * pp * dp <= 8
+    ]
     recomputes = [{}, SELECTIVE, FULL]
     return [
         Layout(f"{name} dp{dp} tp{tp} pp{pp} {flags}", tp, pp, dp, shape, flags)

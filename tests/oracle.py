@@ -131,7 +131,9 @@ def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def random_parameters(shape: Shape, seed: int = 0, std: float = 0.2, dtype: torch.dtype = torch.float64) -> Parameters:
+def random_parameters(
+    shape: Shape, seed: int = 0, std: float = 0.2, dtype: torch.dtype = torch.float64
+) -> Parameters:
     """Normal numbers everywhere, around 1 for the weights of norms: no bias is zero, so that a lost one is noticed."""
     generator = torch.Generator().manual_seed(seed)
     parameters = {}
@@ -186,7 +188,9 @@ def bert_logits(
     sees = segments[:, :, None] == segments[:, None, :]
     x = embed(params, shape, tokens, token_types, dropout=dropout)
     x = transform(params, shape, x, sees, dropout=dropout)
-    y = norm(params, "mlm_head.norm", shape, gelu(shape, linear(params, "mlm_head.dense", shape, x)))
+    y = norm(
+        params, "mlm_head.norm", shape, gelu(shape, linear(params, "mlm_head.dense", shape, x))
+    )
     scores = y @ output_weight(params, shape).T
     if shape.bias:
         scores = scores + params["mlm_head.bias"]
@@ -238,12 +242,20 @@ def transform(
 
 
 def layer(
-    params: Parameters, i: int, shape: Shape, x: Tensor, sees: Tensor, positions: Tensor, dropout: Dropout | None
+    params: Parameters,
+    i: int,
+    shape: Shape,
+    x: Tensor,
+    sees: Tensor,
+    positions: Tensor,
+    dropout: Dropout | None,
 ) -> Tensor:
     """Layer i of x [r, s, h]."""
 
     def attend(x: Tensor) -> Tensor:
-        return drop(attention(params, i, shape, x, sees, positions, dropout), dropout, i, AFTER_ATTENTION)
+        return drop(
+            attention(params, i, shape, x, sees, positions, dropout), dropout, i, AFTER_ATTENTION
+        )
 
     def feed(x: Tensor) -> Tensor:
         return drop(mlp(params, f"layers.{i}.mlp", shape, x), dropout, i, AFTER_MLP)
@@ -264,7 +276,11 @@ def norm(params: Parameters, name: str, shape: Shape, x: Tensor) -> Tensor:
     """LayerNorm or RMSNorm over h of x [r, s, h]."""
     if shape.normalization == "LayerNorm":
         x = x - x.mean(-1, keepdim=True)
-    x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + shape.norm_epsilon) * params[f"{name}.weight"]
+    x = (
+        x
+        / torch.sqrt((x * x).mean(-1, keepdim=True) + shape.norm_epsilon)
+        * params[f"{name}.weight"]
+    )
     return x + params[f"{name}.bias"] if shape.normalization == "LayerNorm" else x
 
 
@@ -275,7 +291,13 @@ def linear(params: Parameters, name: str, shape: Shape, x: Tensor) -> Tensor:
 
 
 def attention(
-    params: Parameters, i: int, shape: Shape, x: Tensor, sees: Tensor, positions: Tensor, dropout: Dropout | None
+    params: Parameters,
+    i: int,
+    shape: Shape,
+    x: Tensor,
+    sees: Tensor,
+    positions: Tensor,
+    dropout: Dropout | None,
 ) -> Tensor:
     """Layer i's self-attention of x [r, s, h]: token j looks at token k where `sees` [r, j, k]; each key/value head
     serves the q query heads of its group. `positions` are [r, s]."""
@@ -283,12 +305,17 @@ def attention(
     qkv = linear(params, f"layers.{i}.attention.qkv", shape, x)  # [r, s, g, q+2, d]
     query, key, value = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
     if shape.position_embedding_type == "rope":
-        query, key = rotate(query, shape.rotary_base, positions), rotate(key, shape.rotary_base, positions)
+        query, key = (
+            rotate(query, shape.rotary_base, positions),
+            rotate(key, shape.rotary_base, positions),
+        )
     scores = torch.einsum("rjgqd,rkgd->rgqjk", query, key) / sqrt(shape.head_size)
     weights = softmax(scores.masked_fill(~sees[:, None, None], -torch.inf))
     by_head = weights.reshape(rows, shape.heads * s, s)  # row head * s + j, column k
     weights = drop(by_head, dropout, i, ATTENTION_WEIGHTS).reshape(weights.shape)
-    context = torch.einsum("rgqjk,rkgd->rjgqd", weights, value).reshape(rows, s, shape.heads * shape.head_size)
+    context = torch.einsum("rgqjk,rkgd->rjgqd", weights, value).reshape(
+        rows, s, shape.heads * shape.head_size
+    )
     return linear(params, f"layers.{i}.attention.output", shape, context)
 
 
@@ -327,13 +354,17 @@ def gelu(shape: Shape, x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(sqrt(2 / torch.pi) * (x + 0.044715 * x**3)))
 
 
-def loss(params: Parameters, shape: Shape, *batch: Tensor | None, dropout: Dropout | None = None) -> Tensor:
+def loss(
+    params: Parameters, shape: Shape, *batch: Tensor | None, dropout: Dropout | None = None
+) -> Tensor:
     """The loss of a batch, see `Batch`. GPT: the mean cross entropy over all unmasked tokens of all rows given. BERT:
     the sum of its two terms."""
     if shape.architecture == "bert":
         return sum(bert_terms(params, shape, *batch, dropout=dropout))
     tokens, labels, loss_mask, *places = batch
-    return mean_cross_entropy(logits(params, shape, tokens, *places, dropout=dropout), labels, loss_mask)
+    return mean_cross_entropy(
+        logits(params, shape, tokens, *places, dropout=dropout), labels, loss_mask
+    )
 
 
 def bert_terms(
@@ -344,7 +375,11 @@ def bert_terms(
     b = BertBatch(*batch)
     scores, pair_scores = bert_logits(params, shape, b.tokens, b.token_types, b.segments, dropout)
     tokens = mean_cross_entropy(scores, b.labels, b.loss_mask)
-    pairs = mean_cross_entropy(pair_scores, b.pair_label, b.pair_mask) if shape.pair else torch.zeros_like(tokens)
+    pairs = (
+        mean_cross_entropy(pair_scores, b.pair_label, b.pair_mask)
+        if shape.pair
+        else torch.zeros_like(tokens)
+    )
     return tokens, pairs
 
 
@@ -406,7 +441,9 @@ def train(
     losses, grad_norms = [], []
     for step in range(1, steps + 1):
         batch = batches[(step - 1) % len(batches)]
-        dropped = dropout and replace(dropout, samples=samples_of_step(dropout, step - 1, len(batch[0])))
+        dropped = dropout and replace(
+            dropout, samples=samples_of_step(dropout, step - 1, len(batch[0]))
+        )
         value, gradients = loss_and_gradients(params, shape, *batch, dropout=dropped)
         norm = sqrt(sum((g * g).sum().item() for g in gradients.values()))
         clip = min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
@@ -419,7 +456,9 @@ def train(
             mean = first[name] / (1 - betas[0] ** step)
             variance = second[name] / (1 - betas[1] ** step)
             decay = weight_decay * params[name] if decays(name) else 0.0
-            params[name] = params[name] - rates[step - 1] * (mean / (variance.sqrt() + epsilon) + decay)
+            params[name] = params[name] - rates[step - 1] * (
+                mean / (variance.sqrt() + epsilon) + decay
+            )
     return LoadedModel(params, losses, grad_norms)
 
 

@@ -39,12 +39,19 @@ def drop(x: Tensor, dropout: Dropout | None, layer: int, site: int) -> Tensor:
     return torch.where(keep.to(x.device), x * (1 / (1 - p)), 0)
 
 
-def keep_mask(seed: int, layer: int, site: int, samples: Tensor, rows: int, columns: int, p: float) -> Tensor:
+def keep_mask(
+    seed: int, layer: int, site: int, samples: Tensor, rows: int, columns: int, p: float
+) -> Tensor:
     """Which elements of [r, rows, columns] stay, bool; `samples` is [r]."""
     numbers = (samples.cpu().numpy(), np.arange(rows), np.arange(columns))
     sample, row, column = np.meshgrid(*numbers, indexing="ij")
     place = 8 * layer + site
-    counter = [column // 256 * 64 + column % 64, row, sample % 2**32, sample // 2**32 + 2**16 * place]
+    counter = [
+        column // 256 * 64 + column % 64,
+        row,
+        sample % 2**32,
+        sample // 2**32 + 2**16 * place,
+    ]
     words = philox(np.stack(counter, axis=-1), key_of(seed))
     word = np.take_along_axis(words, (column // 64 % 4)[..., None], axis=-1)[..., 0]
     return torch.from_numpy(word >= round(p * 2**32))

@@ -34,7 +34,9 @@ GRACE_SECONDS = 0.5
 """After a first failure the other ranks get this long to report one of their own."""
 STACK_SIGNAL = signal.SIGUSR2
 """Not SIGUSR1, which asks a training run to save and exit."""
-WAITING_FOR_OTHERS = re.compile(r"distributed_c10d\.py|[Cc]onnection (reset|closed|refused)|[Bb]roken pipe")
+WAITING_FOR_OTHERS = re.compile(
+    r"distributed_c10d\.py|[Cc]onnection (reset|closed|refused)|[Bb]roken pipe"
+)
 """In the trace of a rank that is a victim: it was in communication, or lost its peer."""
 
 
@@ -48,7 +50,9 @@ class RanksFailed(Exception):
         self.ranks = [failure.rank for failure in failures]
         lines = [f"{what}:", *(f"  rank {failure.rank} {failure.summary}" for failure in failures)]
         lines += [f"  finished: ranks {finished}"] if finished else []
-        lines += [f"\n--- rank {failure.rank}\n{failure.trace}" for failure in failures if failure.trace]
+        lines += [
+            f"\n--- rank {failure.rank}\n{failure.trace}" for failure in failures if failure.trace
+        ]
         super().__init__("\n".join(lines))
 
 
@@ -91,7 +95,9 @@ class Worker:
         with suppress(ProcessLookupError):
             os.kill(self.process.pid, STACK_SIGNAL)
         size, deadline = 0, time.monotonic() + 2
-        while time.monotonic() < deadline:  # the dump has no end mark: it is complete when it stops growing
+        while (
+            time.monotonic() < deadline
+        ):  # the dump has no end mark: it is complete when it stops growing
             time.sleep(0.05)
             size, before = self.log.stat().st_size, size
             if size == before > 0:
@@ -100,7 +106,9 @@ class Worker:
 
     def output(self) -> str:
         """The log, without the frames below the rank's own function."""
-        below = re.compile(rf'  File "{re.escape(__file__)}", .*(\n  (File|\.\.\.).*)*|Extension modules: .*')
+        below = re.compile(
+            rf'  File "{re.escape(__file__)}", .*(\n  (File|\.\.\.).*)*|Extension modules: .*'
+        )
         return below.sub("", self.log.read_text(errors="replace")).rstrip()
 
 
@@ -121,7 +129,9 @@ class RankPool:
         self._discard(self._workers)
         self._folder.cleanup()
 
-    def run(self, function: Callable, world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(
+        self, function: Callable, world_size: int, *args: Any, timeout: float = 60.0
+    ) -> list[Any]:
         """`function(launch, *args)` on ranks 0 .. world_size - 1 at once; their results, by rank.
 
         The function is found by its name: it stands at the top level of a module. Arguments and results travel by
@@ -178,7 +188,9 @@ class RankPool:
             worker.kill()
 
 
-def _collect(workers: list[Worker], tasks: list[bytes], timeout: float) -> tuple[dict[int, Any], list[Failure]]:
+def _collect(
+    workers: list[Worker], tasks: list[bytes], timeout: float
+) -> tuple[dict[int, Any], list[Failure]]:
     """Give each worker its task and wait for all: results by rank, and failures, causes first."""
     pending = {worker.connection: rank for rank, worker in enumerate(workers)}
     results: dict[int, Any] = {}
@@ -196,8 +208,14 @@ def _collect(workers: list[Worker], tasks: list[bytes], timeout: float) -> tuple
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             else:
                 results[rank] = outcome[0]
-    how = f"was not done {GRACE_SECONDS:g} s later" if failures else f"was not done after {timeout:g} s"
-    failures += [Failure(rank, time.monotonic(), how, workers[rank].stack()) for rank in pending.values()]
+    how = (
+        f"was not done {GRACE_SECONDS:g} s later"
+        if failures
+        else f"was not done after {timeout:g} s"
+    )
+    failures += [
+        Failure(rank, time.monotonic(), how, workers[rank].stack()) for rank in pending.values()
+    ]
     return results, sorted(failures, key=lambda failure: failure.order)
 
 
@@ -209,7 +227,11 @@ def _receive(worker: Worker, rank: int) -> "tuple[Any] | Failure":
         when = time.monotonic()
         worker.process.join(timeout=5)
         code = worker.process.exitcode
-        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"exited with status {code}"
+        how = (
+            f"was killed by {signal.Signals(-code).name}"
+            if code and code < 0
+            else f"exited with status {code}"
+        )
         return Failure(rank, when, how, worker.output(), died=True)
     return (content[0],) if succeeded else Failure(rank, *content)
 
@@ -243,7 +265,9 @@ def _serve(connection: Connection, log: Path) -> None:
 
 def _trace_of(error: BaseException) -> str:
     """The traceback as text, without this module's frame."""
-    return "".join(traceback.format_exception(type(error), error, error.__traceback__.tb_next)).rstrip()
+    return "".join(
+        traceback.format_exception(type(error), error, error.__traceback__.tb_next)
+    ).rstrip()
 
 
 def _reset(environment: dict[str, str], folder: str) -> None:

@@ -57,7 +57,9 @@ class Run:
     def metrics(self) -> list[dict]:
         """Lines of the metrics file; times only as the number of tokens that they stand for."""
         path = self.folder / "metrics.jsonl"
-        entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        entries = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
         for entry in entries:
             if "loss" in entry:
                 entry["tokens"] = round(entry.pop("tokens_per_second") * entry["step_seconds"])
@@ -67,7 +69,9 @@ class Run:
 
     @cached_property
     def files(self) -> set[str]:
-        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
+        return {
+            str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()
+        }
 
     def column(self, name: str) -> list:
         """The values of one quantity, in the order of the metrics file."""
@@ -112,7 +116,9 @@ def working_in(folder: Path):
         os.chdir(before)
 
 
-def console_of(launch: LaunchInfo, config: RunConfig, folder: Path, build_model: Callable = build_model) -> str:
+def console_of(
+    launch: LaunchInfo, config: RunConfig, folder: Path, build_model: Callable = build_model
+) -> str:
     """Run the training of one rank in a folder; what it printed, without the configuration and without times."""
     with working_in(folder), redirect_stdout(io.StringIO()) as printed:
         pretrain(config, launch, build_model)
@@ -138,7 +144,10 @@ class Bench:
         every kind of tokenizer, and numbers below 97 that any of them might have made."""
         draw = random.Random(1)
         words = ["".join(draw.choices("aeioulmnrst", k=draw.randint(2, 8))) for _ in range(120)]
-        texts = {name: [" ".join(draw.choices(words, k=draw.randint(3, 30))) for _ in range(60)] for name in ("a", "b")}
+        texts = {
+            name: [" ".join(draw.choices(words, k=draw.randint(3, 30))) for _ in range(60)]
+            for name in ("a", "b")
+        }
         for name, lines in texts.items():
             rows = [json.dumps({"text": line}) for line in lines]
             (self.folder / f"{name}.jsonl").write_text("\n".join(rows))
@@ -146,9 +155,17 @@ class Bench:
             (self.folder / f"{name}.model").write_bytes(train_sentencepiece(texts["a"], size))
         for name, source in (("bytes", "a"), ("other", "b"), ("pieces", "a"), ("more", "a")):
             model = self.folder / f"{name}.model"
-            tokenizer = ("SentencePieceTokenizer", str(model)) if model.exists() else ("ByteTokenizer", None)
+            tokenizer = (
+                ("SentencePieceTokenizer", str(model))
+                if model.exists()
+                else ("ByteTokenizer", None)
+            )
             jsonl = (str(self.folder / f"{source}.jsonl"),)
-            preprocess(PreprocessConfig(jsonl, str(self.folder / name), *tokenizer, append_eod=True, workers=1))
+            preprocess(
+                PreprocessConfig(
+                    jsonl, str(self.folder / name), *tokenizer, append_eod=True, workers=1
+                )
+            )
         bpe = build_tokenizer("GPT2BPETokenizer", **make_files(self.folder)["GPT2BPETokenizer"])
         merges = (self.folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         (self.folder / "other.txt").write_text("\n".join(merges[:-1]), encoding="utf-8")
@@ -198,7 +215,9 @@ def kept_for_backward(bench: Bench, flags: dict, ranks: int) -> dict:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    rows = torch.arange(config.model.seq_length + 1).expand(config.data.global_batch_size, -1).numpy()
+    rows = (
+        torch.arange(config.model.seq_length + 1).expand(config.data.global_batch_size, -1).numpy()
+    )
     batches, weights = GlobalBatches(BatchLoader(rows, 1, 1, 0), parts.model, 1).at(0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         parts.engine.train_step(batches, weights)
@@ -211,9 +230,13 @@ def passes_of_rank(launch: LaunchInfo, config: RunConfig) -> str:
     parts = build_components(config, context)
     order = []
     parts.model.register_forward_pre_hook(lambda *_: order.append("F"))
-    norm = next(p for name, p in parts.model.named_parameters() if name.endswith("attention_norm.weight"))
+    norm = next(
+        p for name, p in parts.model.named_parameters() if name.endswith("attention_norm.weight")
+    )
     norm.register_post_accumulate_grad_hook(lambda _: order.append("B"))
-    rows = torch.zeros(config.data.global_batch_size, config.model.seq_length + 1, dtype=torch.int64).numpy()
+    rows = torch.zeros(
+        config.data.global_batch_size, config.model.seq_length + 1, dtype=torch.int64
+    ).numpy()
     parts.engine.train_step(*build_batches(config, rows, parts.model).at(0))
     return "".join(order)
 
@@ -252,7 +275,9 @@ def waiting_for_slow_rank(bench: Bench, flags: dict, ranks: int) -> str:
     """What is said in the end, by the watchdog or by the ranks."""
     folder = bench.new_folder()
     try:
-        return bench.pool.run(with_a_slow_rank, ranks, sound(flags | {"metrics_file": None}, ranks, folder), folder)[0]
+        return bench.pool.run(
+            with_a_slow_rank, ranks, sound(flags | {"metrics_file": None}, ranks, folder), folder
+        )[0]
     except RanksFailed as failed:
         return str(failed)
 
@@ -298,7 +323,11 @@ def refusal_or_run(bench: Bench, flags: dict, ranks: int) -> str:
     """Why the checks refuse the configuration, else what the training prints."""
     with working_in(bench.new_folder()):
         problems = validate.check(from_flat(flags), ranks)
-    return "; ".join(p.message for p in problems) if problems else training(bench, flags, ranks).console
+    return (
+        "; ".join(p.message for p in problems)
+        if problems
+        else training(bench, flags, ranks).console
+    )
 
 
 def complaints(bench: Bench, flags: dict, ranks: int) -> str:

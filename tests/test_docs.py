@@ -21,8 +21,12 @@ SMALLER = {
 
 
 def test_the_library_example_runs():
-    code = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / "library.md").read_text(), re.DOTALL))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=DOCS.parent)
+    code = "\n".join(
+        re.findall(r"```python\n(.*?)```", (DOCS / "library.md").read_text(), re.DOTALL)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=DOCS.parent
+    )
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[2]) for line in done.stdout.splitlines() if " loss " in line]
     assert len(losses) == 10 and losses[-1] < losses[0]
@@ -31,7 +35,9 @@ def test_the_library_example_runs():
 
 def test_the_commands_of_bert_run(tmp_path):
     """From text to filled blanks and a classifier, with smaller numbers."""
-    script = "".join(re.findall(r"^```bash\n(.*?)^```$", (DOCS / "bert.md").read_text(), re.M | re.S))
+    script = "".join(
+        re.findall(r"^```bash\n(.*?)^```$", (DOCS / "bert.md").read_text(), re.M | re.S)
+    )
     for shown, smaller in SMALLER.items():
         assert script.count(shown) == 1, shown
         script = script.replace(shown, smaller)
@@ -41,18 +47,27 @@ def test_the_commands_of_bert_run(tmp_path):
     words = ["".join(draw.choices("aeioulmnrst", k=draw.randint(2, 8))) for _ in range(300)]
     sentences = [" ".join(draw.choices(words, k=9)).capitalize() + "." for _ in range(2000)]
     texts = [" ".join(sentences[i : i + 20]) for i in range(0, len(sentences), 20)]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     run = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=environment() | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:]
-    assert "saved checkpoints at iteration 2" in run.stdout and "the people of the united [MASK] ." in run.stdout
+    assert (
+        "saved checkpoints at iteration 2" in run.stdout
+        and "the people of the united [MASK] ." in run.stdout
+    )
     lines = [json.loads(line) for line in (tmp_path / "classes.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and {line["label"] for line in lines} <= {"glad", "sad"}
 
 
 def test_the_table_of_layouts_lists_each_with_a_small_difference():
-    rows = dict(re.findall(r"^\| (.+?) \| \d.* \| (\S+) \|$", (DOCS / "layouts.md").read_text(), re.MULTILINE))
+    rows = dict(
+        re.findall(
+            r"^\| (.+?) \| \d.* \| (\S+) \|$", (DOCS / "layouts.md").read_text(), re.MULTILINE
+        )
+    )
     assert list(rows) == [layout.name for layout in LAYOUTS], "run python -m tests.layouts_table"
     assert all(float(difference) < 1e-9 for difference in rows.values())

@@ -26,8 +26,12 @@ BERT = SHAPE | {"architecture": "bert"}
 def made(tmp_path_factory, pool):
     """A folder with a vocabulary, a BERT saved by 2x2x2 ranks, and a GPT."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "vocab.txt").write_bytes(train_wordpiece(["the state of the union is strong"] * 9, 43))
-    flags = BERT | dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)
+    (folder / "vocab.txt").write_bytes(
+        train_wordpiece(["the state of the union is strong"] * 9, 43)
+    )
+    flags = BERT | dict(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True
+    )
     pool.run(console_of, 8, sound(flags, 8, folder / "bert"), folder / "bert")
     console_of(ALONE, sound(SHAPE, 1, folder / "gpt"), folder / "gpt")
     return folder
@@ -38,8 +42,20 @@ def fill(made, monkeypatch, capsys):
     """The tool's output, or what it says where it must end with another status."""
 
     def run(*words: str, status: int = 0, load: str = "bert", vocabulary: bool = True) -> str:
-        named = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(made / "vocab.txt")]
-        argv = ["--load", str(made / load / "saved"), "--device", "cpu", *(named if vocabulary else []), *words]
+        named = [
+            "--tokenizer-type",
+            "BertWordPieceLowerCase",
+            "--vocab-file",
+            str(made / "vocab.txt"),
+        ]
+        argv = [
+            "--load",
+            str(made / load / "saved"),
+            "--device",
+            "cpu",
+            *(named if vocabulary else []),
+            *words,
+        ]
         monkeypatch.setattr(sys, "argv", ["fill_mask.py", *argv])
         found = 0
         try:
@@ -56,18 +72,30 @@ def fill(made, monkeypatch, capsys):
 def test_blanks_are_filled_with_the_model_s_first_guesses(made, fill):
     printed = fill("--text", "the state of the [MASK] is [MASK]", "[MASK]", "--top", "3")
     lines = printed.splitlines()
-    assert lines[0] == "the state of the [MASK] is [MASK]" and lines[3] == "[MASK]" and len(lines) == 5
+    assert (
+        lines[0] == "the state of the [MASK] is [MASK]" and lines[3] == "[MASK]" and len(lines) == 5
+    )
     given = dict(tokenizer_type="BertWordPieceLowerCase", vocab_file=str(made / "vocab.txt"))
     trained = load_model(made / "bert/saved", "bert", device="cpu", **given)
-    special, (ids,) = trained.tokenizer.special, trained.tokenizer.encode_batch(["the state of the"]).split()
+    special, (ids,) = (
+        trained.tokenizer.special,
+        trained.tokenizer.encode_batch(["the state of the"]).split(),
+    )
     mask, (between,) = special["[MASK]"], trained.tokenizer.encode_batch(["is"]).split()
     row = [special["[CLS]"], *ids, mask, *between, mask, special["[SEP]"]]
     with torch.no_grad():
-        logits = trained.model(None, Microbatch(torch.tensor([row])))[:, 0, : trained.tokenizer.vocab_size]
+        logits = trained.model(None, Microbatch(torch.tensor([row])))[
+            :, 0, : trained.tokenizer.vocab_size
+        ]
     logits[:, [special[name] for name in ("[CLS]", "[SEP]", "[MASK]", "[PAD]")]] = float("-inf")
-    for line, place in zip(lines[1:3], [i for i, token in enumerate(row) if token == mask], strict=True):
+    for line, place in zip(
+        lines[1:3], [i for i, token in enumerate(row) if token == mask], strict=True
+    ):
         shares, best = logits[place].double().softmax(-1).topk(3)
-        wanted = [f"{trained.tokenizer.decode([i])} {s:.1%}" for i, s in zip(best.tolist(), shares.tolist())]
+        wanted = [
+            f"{trained.tokenizer.decode([i])} {s:.1%}"
+            for i, s in zip(best.tolist(), shares.tolist())
+        ]
         assert line.strip() == ", ".join(wanted)
     assert [float(share) for share in re.findall(r"([\d.]+)%", lines[1])] == sorted(
         map(float, re.findall(r"([\d.]+)%", lines[1])), reverse=True
@@ -86,19 +114,35 @@ def test_special_tokens_are_no_answers(fill):
 def test_the_space_before_a_blank_is_not_a_token(made, fill, tmp_path):
     """Byte-level tokens hold the space before a word; what stands before a blank must not end in one of its own."""
     tokenizers = pytest.importorskip("tokenizers")
-    pieces = ["<s>", "</s>", "<mask>", "<pad>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())][:110]
+    pieces = [
+        "<s>",
+        "</s>",
+        "<mask>",
+        "<pad>",
+        *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    ][:110]
     model = tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [])
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / "tokenizer.json")]
-    spaced, joined = (fill("--text", text, *flags, vocabulary=False) for text in ("we are [MASK]", "we are[MASK]"))
+    flags = [
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        str(tmp_path / "tokenizer.json"),
+    ]
+    spaced, joined = (
+        fill("--text", text, *flags, vocabulary=False) for text in ("we are [MASK]", "we are[MASK]")
+    )
     assert spaced.splitlines()[1] == joined.splitlines()[1]
 
 
 def test_all_that_is_wrong_is_said(fill):
     said = fill("--text", "no blank", "none here", "--top", "0", status=2)
-    assert all(words in said for words in ("--top 0", "'no blank'", "'none here'")) and said.count("\n") == 3
+    assert (
+        all(words in said for words in ("--top 0", "'no blank'", "'none here'"))
+        and said.count("\n") == 3
+    )
     assert "holds a GPT, not a BERT" in fill("--text", "[MASK]", status=1, load="gpt")
     assert "names no tokenizer" in fill("--text", "[MASK]", status=1, vocabulary=False)
     assert "no such folder" in fill("--text", "[MASK]", "--load", "nowhere", status=2)

@@ -48,7 +48,11 @@ def task(count: int, seed: int) -> list[dict]:
     draw = random.Random(seed)
     labels = [draw.choice(("sad", "sad", "glad")) for _ in range(count)]
     return [
-        {"text": marked(draw, label), "label": label, "other": marked(draw, draw.choice(("sad", "glad")))}
+        {
+            "text": marked(draw, label),
+            "label": label,
+            "other": marked(draw, draw.choice(("sad", "glad"))),
+        }
         for label in labels
     ]
 
@@ -73,7 +77,9 @@ def made(tmp_path_factory, pool) -> Path:
     write(folder / "valid.tsv", task(100, 2))
     vocabulary = train_wordpiece([row["text"] for row in task(200, 1)], 100)
     (folder / "vocab.txt").write_bytes(vocabulary)
-    flags = SHAPE | dict(vocab_size=110, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    flags = SHAPE | dict(
+        vocab_size=110, tensor_model_parallel_size=2, pipeline_model_parallel_size=2
+    )
     pool.run(console_of, 4, sound(flags, 4, folder / "pairs"), folder / "pairs")
     alone = LaunchInfo(0, 1, 0, 1, "", "none")
     flags = SHAPE | dict(vocab_size=110, bert_pair="none")
@@ -88,7 +94,13 @@ def flags_of(made: Path, more: dict) -> list[str]:
         "--tokenizer-type": "BertWordPieceCase", "--vocab-file": made / "vocab.txt",
     }  # fmt: skip
     flags |= TASK | more
-    return [str(word) for flag, value in flags.items() if value is not None for word in (flag, value) if word != ""]
+    return [
+        str(word)
+        for flag, value in flags.items()
+        if value is not None
+        for word in (flag, value)
+        if word != ""
+    ]
 
 
 @pytest.fixture
@@ -116,14 +128,18 @@ def run(made, monkeypatch, capsys):
 
 def accuracy_of(printed: str) -> tuple[float, float]:
     """(accuracy, baseline) of the last line on the validation."""
-    found = re.search(r"^accuracy (\S+) on 100 .* class of the training data: (\S+)$", printed, re.MULTILINE)
+    found = re.search(
+        r"^accuracy (\S+) on 100 .* class of the training data: (\S+)$", printed, re.MULTILINE
+    )
     return float(found[1]), float(found[2])
 
 
 def epochs_of(printed: str) -> list[list[float]]:
     """Training loss, validation loss, accuracy, baseline of each epoch."""
     pattern = r"^epoch \d+/\d+ \| training loss (\S+) \| validation loss (\S+) \| accuracy (\S+) \| baseline (\S+)$"
-    return [[float(number) for number in line] for line in re.findall(pattern, printed, re.MULTILINE)]
+    return [
+        [float(number) for number in line] for line in re.findall(pattern, printed, re.MULTILINE)
+    ]
 
 
 def test_it_learns_saves_and_predicts(made, run, tmp_path):
@@ -132,12 +148,26 @@ def test_it_learns_saves_and_predicts(made, run, tmp_path):
     sad = sum(row["label"] == "sad" for row in task(100, 2)) / 100
     assert baseline == pytest.approx(sad, abs=1e-4) and accuracy > 0.95
     epochs = epochs_of(printed)
-    assert len(epochs) == 4 and epochs[-1][0] < epochs[0][0] / 2 and epochs[-1][2:] == [accuracy, baseline]
-    assert "200 training examples, 0 of them cut to 24 tokens" in printed and "2 classes: glad, sad" in printed
+    assert (
+        len(epochs) == 4
+        and epochs[-1][0] < epochs[0][0] / 2
+        and epochs[-1][2:] == [accuracy, baseline]
+    )
+    assert (
+        "200 training examples, 0 of them cut to 24 tokens" in printed
+        and "2 classes: glad, sad" in printed
+    )
     # The folder may move, and the vocabulary with it.
     (tmp_path / "new/classifier").rename(tmp_path / "moved")
-    flags = {"--classifier": tmp_path / "moved", "--input": made / "valid.tsv", "--device": "cpu", "--batch-size": 7}
-    printed = run(flags | {"--output": tmp_path / "out.jsonl", "--label-key": "label"}, tool=classify)
+    flags = {
+        "--classifier": tmp_path / "moved",
+        "--input": made / "valid.tsv",
+        "--device": "cpu",
+        "--batch-size": 7,
+    }
+    printed = run(
+        flags | {"--output": tmp_path / "out.jsonl", "--label-key": "label"}, tool=classify
+    )
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     right = [line["label"] == row["label"] for line, row in zip(lines, task(100, 2), strict=True)]
     assert sum(right) / 100 == accuracy and f"accuracy {accuracy:.4f}" in printed
@@ -145,13 +175,22 @@ def test_it_learns_saves_and_predicts(made, run, tmp_path):
     # Padding to other lengths changes nothing.
     run(flags | {"--output": tmp_path / "one.jsonl", "--batch-size": 1}, tool=classify)
     alone = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
-    assert [a["probability"] for a in alone] == pytest.approx([line["probability"] for line in lines], abs=1e-5)
+    assert [a["probability"] for a in alone] == pytest.approx(
+        [line["probability"] for line in lines], abs=1e-5
+    )
     assert "out.jsonl exists" in run(flags | {"--output": tmp_path / "out.jsonl"}, 2, classify)
     (tmp_path / "moved/vocab.txt").write_text((made / "vocab.txt").read_text() + "more\n")
-    assert "not the one that the classifier was trained" in run(flags | {"--output": tmp_path / "x.jsonl"}, 1, classify)
+    assert "not the one that the classifier was trained" in run(
+        flags | {"--output": tmp_path / "x.jsonl"}, 1, classify
+    )
     (tmp_path / "moved/classifier.json").write_text("{")
     assert "no classifier that" in run(flags | {"--output": tmp_path / "x.jsonl"}, 1, classify)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["moved", "new", "one.jsonl", "out.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "moved",
+        "new",
+        "one.jsonl",
+        "out.jsonl",
+    ]
 
 
 def test_a_seed_repeats_its_numbers_and_jsonl_gives_the_same(made, run):
@@ -168,7 +207,9 @@ def test_of_a_pair_the_model_can_tell_which_text_is_which(run):
     printed = run({"--pair-key": "text", "--text-key": "other", "--epochs": 10, "--seq-length": 23})
     accuracy, baseline = accuracy_of(printed)
     assert accuracy > baseline + 0.15
-    swapped = epochs_of(run({"--pair-key": "other", "--text-key": "text", "--epochs": 1, "--seq-length": 23}))
+    swapped = epochs_of(
+        run({"--pair-key": "other", "--text-key": "text", "--epochs": 1, "--seq-length": 23})
+    )
     assert swapped[0] != epochs_of(printed)[0]
 
 
@@ -178,8 +219,12 @@ def test_weights_are_the_checkpoints_and_a_frozen_encoder_stays(made, run, tmp_p
     for flag, folder in (("--freeze-encoder", "frozen"), ("--no-freeze-encoder", "free")):
         run({flag: "", "--epochs": 1, "--save": tmp_path / folder, "--weight-decay": 0})
         weights = load_file(tmp_path / folder / "classifier.safetensors")
-        assert not [name for name in weights if name.startswith(("mlm_head", "pair_head", "output"))]
-        same = {name for name in weights if name in stored and torch.equal(weights[name], stored[name])}
+        assert not [
+            name for name in weights if name.startswith(("mlm_head", "pair_head", "output"))
+        ]
+        same = {
+            name for name in weights if name in stored and torch.equal(weights[name], stored[name])
+        }
         encoder = {name for name in weights if not name.startswith(("classifier", "pooler"))}
         assert weights.keys() - stored.keys() == {"classifier.weight", "classifier.bias"}
         assert same == (encoder if folder == "frozen" else set())
@@ -204,7 +249,9 @@ def test_a_share_for_validation_is_chosen_by_the_seed_alone():
 def test_a_share_for_validation_in_a_run(run):
     printed = run({"--valid": None, "--valid-share": 0.25, "--epochs": 1})
     assert "150 training examples" in printed and "50 validation examples" in printed
-    assert "--valid-share 0.001 of 200 examples are 0" in run({"--valid": None, "--valid-share": 0.001}, 1)
+    assert "--valid-share 0.001 of 200 examples are 0" in run(
+        {"--valid": None, "--valid-share": 0.001}, 1
+    )
 
 
 def test_frames():
@@ -224,13 +271,26 @@ def test_frames():
     assert batch["tokens"].tolist() == [[1, 97, 2, 98, 2, 0, 0, 0], [1, 97, 98, 2, 99, 100, 101, 2]]
     assert batch["token_types"].tolist() == [[0, 0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]
     assert batch["segments"].tolist() == [[1, 1, 1, 1, 1, 0, 0, 0], [1] * 8]
-    single = frame([Example("abcdefgh", None, None), Example("a", None, None)], ByteTokenizer(), special, 6, None)
-    assert [row.tolist() for row in single.tokens] == [[1, 97, 98, 99, 100, 2], [1, 97, 2]] and single.cut == 1
+    single = frame(
+        [Example("abcdefgh", None, None), Example("a", None, None)],
+        ByteTokenizer(),
+        special,
+        6,
+        None,
+    )
+    assert [row.tolist() for row in single.tokens] == [
+        [1, 97, 98, 99, 100, 2],
+        [1, 97, 2],
+    ] and single.cut == 1
     assert single.labels is None and single.batch([0, 1])["token_types"].sum() == 0
 
 
 def test_classes_are_sorted_numbers_by_value():
-    assert classes_of([Example("", None, label) for label in ("10", "9", "-1", "9")]) == ["-1", "9", "10"]
+    assert classes_of([Example("", None, label) for label in ("10", "9", "-1", "9")]) == [
+        "-1",
+        "9",
+        "10",
+    ]
     assert classes_of([Example("", None, label) for label in ("10", "9", "a")]) == ["10", "9", "a"]
 
 
@@ -240,10 +300,16 @@ def read(path: Path, content: str | bytes, quoting="csv"):
 
 
 def test_quotes_of_tsv(tmp_path):
-    content = '\ufefflabel\ttext\tid\r\n1\t"a\tb ""c"""\t7\r\n2\t"two\nlines"\t8\n3\tan "inner" one\t9\n'
+    content = (
+        '\ufefflabel\ttext\tid\r\n1\t"a\tb ""c"""\t7\r\n2\t"two\nlines"\t8\n3\tan "inner" one\t9\n'
+    )
     examples, problems = read(tmp_path / "a.tsv", content)
     assert not problems
-    assert [(e.text, e.label) for e in examples] == [('a\tb "c"', "1"), ("two\nlines", "2"), ('an "inner" one', "3")]
+    assert [(e.text, e.label) for e in examples] == [
+        ('a\tb "c"', "1"),
+        ("two\nlines", "2"),
+        ('an "inner" one', "3"),
+    ]
     content = 'label\ttext\n1\t"open\n2\tclosed" again\n3\t"open\n4\t"\n'
     examples, problems = read(tmp_path / "a.tsv", content)
     assert [e.label for e in examples] == []
@@ -256,9 +322,17 @@ def test_quotes_of_tsv(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}', "line 2: no key 'label'; keys here: text"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1}\n{"text": "b"}',
+            "line 2: no key 'label'; keys here: text",
+        ),
         ("a.jsonl", '{"text": " ", "label": ""}', "line 1: 'text' is empty; 'label' is empty"),
-        ("a.jsonl", '{"text": 3, "label": true}', "'text' is int, not text; 'label' is bool, not text or a whole"),
+        (
+            "a.jsonl",
+            '{"text": 3, "label": true}',
+            "'text' is int, not text; 'label' is bool, not text or a whole",
+        ),
         ("a.jsonl", "\n", "line 1: the line is empty"),
         ("a.jsonl", '{"text": "a"', "line 1: invalid JSON: Expecting ',' delimiter at column 13"),
         ("a.jsonl", "[" * 100_000, "line 1: JSON that cannot be read"),
@@ -267,7 +341,11 @@ def test_quotes_of_tsv(tmp_path):
         ("a.jsonl", b'{"text": "\xff", "label": 1}', "line 1: not UTF-8: byte 0xff at column 11"),
         ("a.jsonl", "", "no examples"),
         ("a.tsv", "text\tlabel\n", "no examples"),
-        ("a.tsv", "text\tlabel\na\t1\n\xe9\xe9\t1\nb\n".encode("latin1"), "line 3: not UTF-8: byte 0xe9 at column 1"),
+        (
+            "a.tsv",
+            "text\tlabel\na\t1\n\xe9\xe9\t1\nb\n".encode("latin1"),
+            "line 3: not UTF-8: byte 0xe9 at column 1",
+        ),
         ("a.tsv", "text\tlabel\na\t1\tx\n", "line 2: 3 columns; the header has 2 columns"),
         ("a.tsv", "text\tlabel\na\t1\n\n", "line 3: the line is empty; the header has 2 columns"),
         ("a.tsv", "text\tlabel\na\t\n", "line 2: 'label' is empty"),
@@ -285,17 +363,33 @@ def test_all_that_is_wrong_with_the_files_is_said_at_once(made, run, tmp_path):
     bad = write(tmp_path / "bad.jsonl", [{"text": "a", "label": 1}] + [{"text": ""}] * 12)
     other = write(tmp_path / "other.jsonl", [{"label": 1}])
     said = run(
-        {"--train": bad, "--valid": other, "--seq-length": 25, "--tokenizer-type": None, "--vocab-file": None}, 1
+        {
+            "--train": bad,
+            "--valid": other,
+            "--seq-length": 25,
+            "--tokenizer-type": None,
+            "--vocab-file": None,
+        },
+        1,
     )
     assert "--seq-length 25: the model has 24 positions; use 24 or less" in said
     assert "names no tokenizer" in said and "line 2: 'text' is empty; no key 'label'" in said
     assert said.count("line ") == 8 and "and 5 more" in said
-    said = run({"--train": write(tmp_path / "train.tsv", [{"text": "a", "label": "good"}] * 2), "--epochs": 1}, 1)
+    said = run(
+        {
+            "--train": write(tmp_path / "train.tsv", [{"text": "a", "label": "good"}] * 2),
+            "--epochs": 1,
+        },
+        1,
+    )
     assert "needs two classes, all labels are 'good'" in said
     odd = write(tmp_path / "odd.jsonl", [{"text": "a", "label": x} for x in ("sad", "odd", "new")])
     said = run({"--valid": odd}, 1)
     for label in ("odd", "new"):
-        assert f"label {label!r} is in the validation data but not in the training data, which has glad, sad" in said
+        assert (
+            f"label {label!r} is in the validation data but not in the training data, which has glad, sad"
+            in said
+        )
 
 
 @pytest.mark.parametrize(
@@ -321,7 +415,11 @@ def test_wrong_flags_and_files_are_said_before_torch_is_loaded(made, tmp_path):
         "--lr": 0.0, "--weight-decay": -1.0, "--warmup-fraction": 1.0, "--dropout": 1.0, "--save": made,
     }  # fmt: skip
     said = [f"{flag} {value}" for flag, value in wrong.items()]
-    said += ["give one of --valid FILE and --valid-share", "must differ: they are text, text", "ends in .tsv or .jsonl"]
+    said += [
+        "give one of --valid FILE and --valid-share",
+        "must differ: they are text, text",
+        "ends in .tsv or .jsonl",
+    ]
     bad = write(tmp_path / "a.jsonl", [{"text": "a"}])
     tool = ROOT / "tools/finetune_classifier.py"
     code = (
@@ -333,7 +431,10 @@ def test_wrong_flags_and_files_are_said_before_torch_is_loaded(made, tmp_path):
         ({"--train": bad}, 1, [f"{bad}, line 1: no key 'label'"]),
     ):
         done = subprocess.run(
-            [sys.executable, "-c", code, *flags_of(made, flags)], capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", code, *flags_of(made, flags)],
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert (done.returncode, done.stdout) == (status, "False\n"), done.stderr
         assert [text for text in wanted if text not in done.stderr] == []

@@ -45,7 +45,10 @@ class Samples:
     def __init__(self, shape: oracle.Shape, count: int):
         generator = torch.Generator().manual_seed(7)
         self.rows = torch.randint(shape.vocab, (count, shape.seq + 1), generator=generator)
-        masked = torch.rand(count, shape.seq + 1, generator=generator) < torch.rand(count, 1, generator=generator) * 0.8
+        masked = (
+            torch.rand(count, shape.seq + 1, generator=generator)
+            < torch.rand(count, 1, generator=generator) * 0.8
+        )
         self.rows[masked] = MASKED
 
     def __getitem__(self, i: int):
@@ -57,7 +60,9 @@ class BertSamples:
 
     def __init__(self, shape: oracle.Shape):
         config = configuration(Layout("any", shape=shape))
-        sources = build_sources(config.data, config.model, 7, {"train": STEPS * GLOBAL_BATCH}, config.bert)
+        sources = build_sources(
+            config.data, config.model, 7, {"train": STEPS * GLOBAL_BATCH}, config.bert
+        )
         self.dataset = blended(sources["train"])
 
     def __getitem__(self, i: int):
@@ -67,14 +72,18 @@ class BertSamples:
 @cache
 def samples_of(shape: oracle.Shape) -> Samples | BertSamples:
     """What a step takes GLOBAL_BATCH samples of."""
-    return BertSamples(shape) if shape.architecture == "bert" else Samples(shape, STEPS * GLOBAL_BATCH)
+    return (
+        BertSamples(shape) if shape.architecture == "bert" else Samples(shape, STEPS * GLOBAL_BATCH)
+    )
 
 
 def batch_for_oracle(shape: oracle.Shape, step: int, packing: tuple[str, ...] = ()) -> oracle.Batch:
     numbers = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
     samples = [samples_of(shape)[i] for i in numbers]
     if shape.architecture == "bert":
-        return oracle.BertBatch(*(torch.from_numpy(np.stack([s[key] for s in samples])) for key in BERT_FIELDS))
+        return oracle.BertBatch(
+            *(torch.from_numpy(np.stack([s[key] for s in samples])) for key in BERT_FIELDS)
+        )
     rows = torch.from_numpy(np.stack(samples))
     tokens = rows[:, :-1]
     positions, segments = oracle.documents(tokens, MASKED)
@@ -88,7 +97,9 @@ def set_parameters(parts, params) -> None:
     with torch.no_grad():
         for name, parameter in parts.model.parameters_by_name.items():
             spec = parameter.spec
-            spec.real(parameter).copy_(params[name][spec.box.slices_in(spec.box.whole(spec.global_shape))])
+            spec.real(parameter).copy_(
+                params[name][spec.box.slices_in(spec.box.whole(spec.global_shape))]
+            )
     parts.optimizer.refresh_master()
 
 
@@ -125,14 +136,20 @@ def train_on_rank(launch, layout: Layout, params, flags: dict, steps: int):
 
 
 @cache
-def expected(shape: oracle.Shape, packing: tuple[str, ...] = (), dropout: oracle.Dropout | None = None):
+def expected(
+    shape: oracle.Shape, packing: tuple[str, ...] = (), dropout: oracle.Dropout | None = None
+):
     """Parameters, first loss, first gradients and five steps of the oracle, in float64."""
     params = oracle.random_parameters(shape, seed=1)
-    loss, gradients = oracle.loss_and_gradients(params, shape, *batch_for_oracle(shape, 0, packing), dropout=dropout)
+    loss, gradients = oracle.loss_and_gradients(
+        params, shape, *batch_for_oracle(shape, 0, packing), dropout=dropout
+    )
     config = configuration(Layout("any", shape=shape))
     rates = [learning_rate(i + 1, config.optimizer, STEPS) for i in range(STEPS)]
     batches = [batch_for_oracle(shape, step, packing) for step in range(STEPS)]
-    trained = oracle.train(params, shape, batches, rates, weight_decay=0.1, max_norm=0.5, dropout=dropout)
+    trained = oracle.train(
+        params, shape, batches, rates, weight_decay=0.1, max_norm=0.5, dropout=dropout
+    )
     return params, loss, gradients, trained
 
 
@@ -142,13 +159,18 @@ def largest_difference(parts: list, wanted: dict, shapes: dict) -> float:
     Also checks that the boxes of all ranks together cover every tensor.
     """
     overall = max(value.abs().max().item() for value in wanted.values())
-    worst, seen = 0.0, {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    worst, seen = (
+        0.0,
+        {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()},
+    )
     for name, box, values in parts:
         index = box.slices_in(box.whole(shapes[name]))
         seen[name][index] = True
         if box.numel:
             scale = max(wanted[name].abs().max().item(), overall)
-            worst = max(worst, (values.double() - wanted[name][index].double()).abs().max().item() / scale)
+            worst = max(
+                worst, (values.double() - wanted[name][index].double()).abs().max().item() / scale
+            )
     missing = [name for name, mask in seen.items() if not mask.all()]
     assert not missing, f"no rank holds all of {missing}"
     return worst
@@ -157,7 +179,10 @@ def largest_difference(parts: list, wanted: dict, shapes: dict) -> float:
 def terms_of(results: list, layout: Layout) -> list[list[float]]:
     """The global terms of each step's loss: sums over data ranks of the last stage's (tensor rank 0's)."""
     last = [r for rank, r in enumerate(results) if rank >= (layout.pp - 1) * layout.dp * layout.tp]
-    return [[sum(terms) for terms in zip(*(r[0][i] for r in last[:: layout.tp]))] for i in range(len(results[0][0]))]
+    return [
+        [sum(terms) for terms in zip(*(r[0][i] for r in last[:: layout.tp]))]
+        for i in range(len(results[0][0]))
+    ]
 
 
 def losses_of(results: list, layout: Layout) -> list[float]:
@@ -165,7 +190,9 @@ def losses_of(results: list, layout: Layout) -> list[float]:
     return [sum(terms) for terms in terms_of(results, layout)]
 
 
-def assert_equal_the_oracle(results: list, layout: Layout, dropout: oracle.Dropout | None, record_property) -> None:
+def assert_equal_the_oracle(
+    results: list, layout: Layout, dropout: oracle.Dropout | None, record_property
+) -> None:
     """Loss and every gradient to 1e-9 in float64, then the losses, norms and weights of five steps of AdamW."""
     params, loss, gradients, trained = expected(layout.shape, layout.packing, dropout)
     shapes = oracle.parameter_shapes(layout.shape)
@@ -179,10 +206,15 @@ def assert_equal_the_oracle(results: list, layout: Layout, dropout: oracle.Dropo
     assert losses == pytest.approx(trained.losses, rel=1e-9)
     for result in results:
         assert result[1] == pytest.approx(trained.grad_norms, rel=1e-9)
-    assert largest_difference([box for r in results for box in r[3]], trained.params, shapes) < WEIGHTS_WITHIN
+    assert (
+        largest_difference([box for r in results for box in r[3]], trained.params, shapes)
+        < WEIGHTS_WITHIN
+    )
     if layout.shape.pair:
         batch = batch_for_oracle(layout.shape, 0)
-        terms = [term.item() for term in oracle.bert_terms(params, layout.shape, *batch, dropout=dropout)]
+        terms = [
+            term.item() for term in oracle.bert_terms(params, layout.shape, *batch, dropout=dropout)
+        ]
         assert terms_of(results, layout)[0] == pytest.approx(terms, rel=1e-9)
 
 
@@ -202,7 +234,9 @@ def test_layouts_equal_the_oracle_with_dropout(pool, layout, record_property):
     """As above, with dropout at every place: what is dropped must not depend on how the model and the samples lie."""
     params, loss_without, _, _ = expected(layout.shape, layout.packing)
     results = pool.run(train_on_rank, layout.world_size, layout, params, DROPOUT, STEPS)
-    assert losses_of(results, layout)[0] != pytest.approx(loss_without, rel=1e-3), "nothing was dropped"
+    assert losses_of(results, layout)[0] != pytest.approx(loss_without, rel=1e-3), (
+        "nothing was dropped"
+    )
     assert_equal_the_oracle(results, layout, DROPPED, record_property)
 
 
@@ -210,7 +244,10 @@ def test_the_samples_of_a_bert_leave_nothing_untried():
     """Padding, pairs of both kinds and rows without one, rows that differ in what is to be predicted."""
     batch = batch_for_oracle(as_bert(GPT2), 0)
     assert 0 < batch.segments.sum() < batch.segments.numel() and batch.token_types.sum() > 0
-    assert set(batch.pair_label[batch.pair_mask > 0].tolist()) == {0, 1} and 0 in batch.pair_mask.tolist()
+    assert (
+        set(batch.pair_label[batch.pair_mask > 0].tolist()) == {0, 1}
+        and 0 in batch.pair_mask.tolist()
+    )
     assert len(set(batch.loss_mask.sum(dim=1).tolist())) > 1
 
 
@@ -219,7 +256,9 @@ def one_process(pool, shape: oracle.Shape, packing: tuple[str, ...], steps: int,
     """Terms of the losses, norms, first gradients by name and final weights by name of a single process, a sample at a
     time."""
     layout = Layout("single", shape=shape, flags=dict.fromkeys(packing, True))
-    losses, norms, *tensors = pool.run(train_on_rank, 1, layout, expected(shape)[0], flags, steps)[0]
+    losses, norms, *tensors = pool.run(train_on_rank, 1, layout, expected(shape)[0], flags, steps)[
+        0
+    ]
     return losses, norms, *({name: values for name, _, values in boxes} for boxes in tensors)
 
 
@@ -239,7 +278,9 @@ IN_SHORT = [
     [pytest.param(x, marks=() if x.name in IN_SHORT else pytest.mark.slow) for x in LAYOUTS],
     ids=lambda layout: layout.name,
 )
-def test_layouts_equal_the_oracle_under_each_backend(pool, layout, backend, dropout, record_property):
+def test_layouts_equal_the_oracle_under_each_backend(
+    pool, layout, backend, dropout, record_property
+):
     """The tests above take what `auto` takes: sdpa, or with dropout fused-softmax."""
     params = expected(layout.shape, layout.packing)[0]
     flags = (DROPOUT if dropout else {}) | {"attention_backend": backend}
@@ -254,12 +295,18 @@ LOW_PRECISION = [
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.name in LOW_PRECISION], ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "layout", [x for x in LAYOUTS if x.name in LOW_PRECISION], ids=lambda layout: layout.name
+)
 def test_layouts_equal_one_process_in_low_precision(pool, layout, precision, record_property):
     """Loss and every gradient within what rounding alone explains."""
     params = expected(layout.shape)[0]
-    (terms,), _, gradients, _ = one_process(pool, layout.shape, layout.packing, 1, precision=precision)
-    results = pool.run(train_on_rank, layout.world_size, layout, params, {"precision": precision}, 1)
+    (terms,), _, gradients, _ = one_process(
+        pool, layout.shape, layout.packing, 1, precision=precision
+    )
+    results = pool.run(
+        train_on_rank, layout.world_size, layout, params, {"precision": precision}, 1
+    )
     difference = largest_difference(
         [box for r in results for box in r[2]], gradients, oracle.parameter_shapes(layout.shape)
     )
@@ -271,7 +318,10 @@ def test_layouts_equal_one_process_in_low_precision(pool, layout, precision, rec
     assert difference < bound
 
 
-LONG = {"gpt2": replace(GPT2, seq=256, positions=256), "llama": replace(LLAMA, seq=256, positions=256)}
+LONG = {
+    "gpt2": replace(GPT2, seq=256, positions=256),
+    "llama": replace(LLAMA, seq=256, positions=256),
+}
 
 
 @pytest.mark.parametrize("shape", LONG.values(), ids=LONG)
@@ -285,7 +335,9 @@ def test_bf16_gradients_of_many_tokens_equal_the_oracle(pool, shape):
     largest = max(gradient.norm().item() for gradient in gradients.values())
     for name, _, values in results[0][2]:
         # Where a gradient is mathematically zero (the key bias), all of it is rounding: relative to the largest.
-        error = (values.double() - gradients[name]).norm().item() / max(gradients[name].norm().item(), 0.05 * largest)
+        error = (values.double() - gradients[name]).norm().item() / max(
+            gradients[name].norm().item(), 0.05 * largest
+        )
         # As Rounding has it, but for the norm of a tensor's error, which grows with the root mean square of a rounding,
         # u / sqrt(3); twice, for what the layers amplify.
         roundings = 2 * (4 * shape.layers + 1) + 2 * 6 * shape.layers

@@ -9,7 +9,9 @@ import torch
 from tests import oracle
 from tests.oracle import Parameters, Shape
 
-GPT2 = Shape(layers=3, hidden=24, heads=4, groups=4, head_size=6, ffn=40, vocab=61, seq=10, positions=16)
+GPT2 = Shape(
+    layers=3, hidden=24, heads=4, groups=4, head_size=6, ffn=40, vocab=61, seq=10, positions=16
+)
 LLAMA = Shape(
     layers=3,
     hidden=24,
@@ -84,7 +86,9 @@ def gpt2_from_oracle(params: Parameters, shape: Shape) -> Parameters:
             if our_name == "attention.qkv":
                 weight = weight.transpose(0, 1).reshape(-1, shape.hidden)
                 bias = bias.transpose(0, 1).reshape(-1)
-            theirs[f"transformer.h.{i}.{their_name}.weight"] = weight.T if weight.dim() == 2 else weight
+            theirs[f"transformer.h.{i}.{their_name}.weight"] = (
+                weight.T if weight.dim() == 2 else weight
+            )
             theirs[f"transformer.h.{i}.{their_name}.bias"] = bias
     return theirs
 
@@ -100,7 +104,9 @@ def oracle_from_gpt2(theirs: Parameters, shape: Shape) -> Parameters:
         params["output.weight"] = theirs["lm_head.weight"]
     for i in range(shape.layers):
         for our_name, their_name in GPT2_LAYER.items():
-            weight, bias = (theirs[f"transformer.h.{i}.{their_name}.{kind}"] for kind in ("weight", "bias"))
+            weight, bias = (
+                theirs[f"transformer.h.{i}.{their_name}.{kind}"] for kind in ("weight", "bias")
+            )
             weight = weight.T if weight.dim() == 2 else weight
             if our_name == "attention.qkv":
                 heads = (3, shape.heads, shape.head_size)
@@ -129,8 +135,12 @@ def llama_from_oracle(params: Parameters, shape: Shape) -> Parameters:
         name, kind = full_name.rsplit(".", 1)
         path = llama_path(name)
         if name.endswith("attention.qkv"):
-            parts = dict(zip(("q_proj", "k_proj", "v_proj"), value.split([q, 1, 1], dim=1), strict=True))
-            theirs |= {f"{path}.{part}.{kind}": heads.flatten(0, 2) for part, heads in parts.items()}
+            parts = dict(
+                zip(("q_proj", "k_proj", "v_proj"), value.split([q, 1, 1], dim=1), strict=True)
+            )
+            theirs |= {
+                f"{path}.{part}.{kind}": heads.flatten(0, 2) for part, heads in parts.items()
+            }
         elif name.endswith("mlp.up"):
             theirs |= {f"{path}.gate_proj.{kind}": value[0], f"{path}.up_proj.{kind}": value[1]}
         else:
@@ -149,7 +159,9 @@ def oracle_from_llama(theirs: Parameters, shape: Shape) -> Parameters:
             heads = [x.reshape(shape.groups, -1, shape.head_size, *x.shape[1:]) for x in heads]
             params[full_name] = torch.cat(heads, dim=1)
         elif name.endswith("mlp.up"):
-            params[full_name] = torch.stack([theirs[f"{path}.{part}_proj.{kind}"] for part in ("gate", "up")])
+            params[full_name] = torch.stack(
+                [theirs[f"{path}.{part}_proj.{kind}"] for part in ("gate", "up")]
+            )
         else:
             params[full_name] = theirs[f"{path}.{kind}"]
     return params
@@ -265,17 +277,27 @@ def test_logits_and_gradients_equal_hugging_face(name, packed):
         tokens[torch.tensor([0, 0, 1, 2]), torch.tensor([3, 6, 0, 8])] = END
         positions, segments = places = oracle.documents(tokens, END)
         sees = (segments[:, :, None] == segments[:, None, :]).tril()
-        mask = torch.zeros(sees.shape, dtype=torch.float64).masked_fill(~sees, torch.finfo(torch.float64).min)
+        mask = torch.zeros(sees.shape, dtype=torch.float64).masked_fill(
+            ~sees, torch.finfo(torch.float64).min
+        )
         told = {"position_ids": positions, "attention_mask": mask[:, None]}
     their_logits = model(input_ids=tokens, use_cache=False, **told).logits
-    assert_close({"logits": oracle.logits(params, shape, tokens, *places)}, {"logits": their_logits.detach()}, bound)
+    assert_close(
+        {"logits": oracle.logits(params, shape, tokens, *places)},
+        {"logits": their_logits.detach()},
+        bound,
+    )
 
-    losses = torch.nn.functional.cross_entropy(their_logits.transpose(1, 2), labels, reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        their_logits.transpose(1, 2), labels, reduction="none"
+    )
     their_loss = losses[counted].mean()
     their_loss.backward()
     value, gradients = oracle.loss_and_gradients(params, shape, tokens, labels, counted, *places)
     assert value == pytest.approx(their_loss.item(), rel=bound)
-    assert_close(gradients, from_theirs({key: p.grad for key, p in parameters.items()}, shape), bound)
+    assert_close(
+        gradients, from_theirs({key: p.grad for key, p in parameters.items()}, shape), bound
+    )
 
 
 @pytest.mark.parametrize(
@@ -283,7 +305,13 @@ def test_logits_and_gradients_equal_hugging_face(name, packed):
     [
         GPT2,
         LLAMA,
-        dataclasses.replace(LLAMA, position_embedding_type="none", normalization="LayerNorm", bias=True, swiglu=False),
+        dataclasses.replace(
+            LLAMA,
+            position_embedding_type="none",
+            normalization="LayerNorm",
+            bias=True,
+            swiglu=False,
+        ),
         dataclasses.replace(GPT2, gelu="erf"),
     ],
     ids=["gpt2", "llama", "no-positions", "erf"],
@@ -292,7 +320,9 @@ def test_gradients_equal_finite_differences(shape):
     assert_finite_differences(oracle.random_parameters(shape), shape, batch(shape))
 
 
-def assert_finite_differences(params: Parameters, shape: Shape, data: oracle.Batch, **options) -> None:
+def assert_finite_differences(
+    params: Parameters, shape: Shape, data: oracle.Batch, **options
+) -> None:
     """Along one random direction per parameter: (loss(p + eu) - loss(p - eu)) / 2e = <gradient, u>.
 
     With e = 1e-5 the difference of two losses near 4 is rounded to about 1e-15 / 1e-5 = 1e-10, and what central
@@ -316,7 +346,9 @@ def test_masked_tokens_do_not_count():
     tokens, labels, mask = batch(GPT2, rows=4)
     mask[:2, 3:] = False
     whole = oracle.loss(params, GPT2, tokens, labels, mask)
-    halves = [oracle.loss(params, GPT2, tokens[i], labels[i], mask[i]) for i in (slice(0, 2), slice(2, 4))]
+    halves = [
+        oracle.loss(params, GPT2, tokens[i], labels[i], mask[i]) for i in (slice(0, 2), slice(2, 4))
+    ]
     counts = [mask[:2].sum(), mask[2:].sum()]
     weighted = (halves[0] * counts[0] + halves[1] * counts[1]) / sum(counts)
     assert whole.item() == pytest.approx(weighted.item(), rel=1e-14)
@@ -330,13 +362,24 @@ def test_training_equals_torch_adamw(max_norm):
     start = oracle.random_parameters(shape)
     batches = [batch(shape, seed=seed) for seed in range(3)]
     trained = oracle.train(
-        start, shape, batches, rates, betas=(0.9, 0.95), epsilon=1e-6, weight_decay=0.3, max_norm=max_norm, steps=5
+        start,
+        shape,
+        batches,
+        rates,
+        betas=(0.9, 0.95),
+        epsilon=1e-6,
+        weight_decay=0.3,
+        max_norm=max_norm,
+        steps=5,
     )
 
     params = {name: value.clone().requires_grad_() for name, value in start.items()}
     groups = [
         {"params": [p for name, p in params.items() if p.dim() > 1], "weight_decay": 0.3},
-        {"params": [p for name, p in params.items() if p.dim() == 1], "weight_decay": 0.0},  # LLAMA: the norms
+        {
+            "params": [p for name, p in params.items() if p.dim() == 1],
+            "weight_decay": 0.0,
+        },  # LLAMA: the norms
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-6)
     for step, rate in enumerate(rates):
@@ -354,12 +397,19 @@ def test_training_equals_torch_adamw(max_norm):
     # Differences grow along the trajectory: an update of a tiny gradient is its sign times the rate.
     assert_close(trained.params, {name: p.detach() for name, p in params.items()}, bound=1e-10)
     assert trained.losses[3] < trained.losses[0]
-    assert all(torch.equal(start[name], value) for name, value in oracle.random_parameters(shape).items())
+    assert all(
+        torch.equal(start[name], value) for name, value in oracle.random_parameters(shape).items()
+    )
 
 
 def test_decay_spares_biases_and_norms():
     spared = {name for name in oracle.parameter_shapes(GPT2) if not oracle.decays(name)}
-    layer = ("attention_norm.weight", "attention_norm.bias", "attention.qkv.bias", "attention.output.bias")
+    layer = (
+        "attention_norm.weight",
+        "attention_norm.bias",
+        "attention.qkv.bias",
+        "attention.output.bias",
+    )
     layer += ("mlp_norm.weight", "mlp_norm.bias", "mlp.up.bias", "mlp.down.bias")
     expected = {f"layers.{i}.{part}" for i in range(GPT2.layers) for part in layer}
     assert spared == expected | {"final_norm.weight", "final_norm.bias"}

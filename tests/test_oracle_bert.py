@@ -28,7 +28,13 @@ BERT = Shape(
 )
 PRE = replace(BERT, norm_placement="pre")
 MODERN = replace(
-    PRE, groups=2, position_embedding_type="rope", normalization="RMSNorm", swiglu=True, bias=False, tied=False
+    PRE,
+    groups=2,
+    position_embedding_type="rope",
+    normalization="RMSNorm",
+    swiglu=True,
+    bias=False,
+    tied=False,
 )
 
 
@@ -150,18 +156,28 @@ def test_logits_terms_and_gradients_equal_hugging_face(gelu, pair, tied):
     pytest.importorskip("transformers")
     shape = replace(BERT, gelu=gelu, pair=pair, tied=tied)
     params, data = oracle.random_parameters(shape), batch(shape)
-    bound, text, leaves = tolerance(shape, data.tokens.numel()), data.segments == 1, leaves_of(params)
+    bound, text, leaves = (
+        tolerance(shape, data.tokens.numel()),
+        data.segments == 1,
+        leaves_of(params),
+    )
     theirs = their_output(bert_model(shape), leaves, shape, data)
 
-    scores, pair_scores = oracle.bert_logits(params, shape, data.tokens, data.token_types, data.segments)
+    scores, pair_scores = oracle.bert_logits(
+        params, shape, data.tokens, data.token_types, data.segments
+    )
     their_scores = theirs.prediction_logits if pair else theirs.logits
     assert_close({"logits": scores[text]}, {"logits": their_scores.detach()[text]}, bound)
     terms = [cross_entropy(their_scores[data.loss_mask], data.labels[data.loss_mask]).item(), 0.0]
     if pair:
         their_pairs = theirs.seq_relationship_logits.detach()
         assert_close({"pairs": pair_scores}, {"pairs": their_pairs}, bound)
-        terms[1] = cross_entropy(their_pairs[data.pair_mask], data.pair_label[data.pair_mask]).item()
-    assert [term.item() for term in oracle.bert_terms(params, shape, *data)] == pytest.approx(terms, rel=bound)
+        terms[1] = cross_entropy(
+            their_pairs[data.pair_mask], data.pair_label[data.pair_mask]
+        ).item()
+    assert [term.item() for term in oracle.bert_terms(params, shape, *data)] == pytest.approx(
+        terms, rel=bound
+    )
 
     value, gradients = oracle.loss_and_gradients(params, shape, *data)
     assert value == pytest.approx(theirs.loss.item(), rel=bound)
@@ -175,11 +191,21 @@ def test_layers_equal_torchs_transformer_encoder(placement):
     data, leaves = batch(shape), leaves_of(oracle.random_parameters(shape))
     text, bound = data.segments == 1, tolerance(shape, data.tokens.numel())
     x = oracle.embed(leaves, shape, data.tokens, data.token_types)
-    ours = oracle.transform(leaves, shape, x, data.segments[:, :, None] == data.segments[:, None, :])[text]
+    ours = oracle.transform(
+        leaves, shape, x, data.segments[:, :, None] == data.segments[:, None, :]
+    )[text]
 
     pre, kind = placement == "pre", {"dtype": torch.float64}
     layer = torch.nn.TransformerEncoderLayer(
-        shape.hidden, shape.heads, shape.ffn, 0.0, "gelu", shape.norm_epsilon, True, norm_first=pre, **kind
+        shape.hidden,
+        shape.heads,
+        shape.ffn,
+        0.0,
+        "gelu",
+        shape.norm_epsilon,
+        True,
+        norm_first=pre,
+        **kind,
     )
     final = torch.nn.LayerNorm(shape.hidden, shape.norm_epsilon, **kind) if pre else None
     encoder = torch.nn.TransformerEncoder(layer, shape.layers, final, enable_nested_tensor=False)
@@ -190,7 +216,11 @@ def test_layers_equal_torchs_transformer_encoder(placement):
 
     assert_close({"hidden": ours.detach()}, {"hidden": theirs.detach()}, bound)
     weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(3), dtype=ours.dtype)
-    used = {name: leaf for name, leaf in leaves.items() if not name.startswith(("mlm_head", "pooler", "pair_head"))}
+    used = {
+        name: leaf
+        for name, leaf in leaves.items()
+        if not name.startswith(("mlm_head", "pooler", "pair_head"))
+    }
     gradients = [dict(zip(used, torch.autograd.grad((y * weight).sum(), used.values(), retain_graph=True)))
                  for y in (ours, theirs)]  # fmt: skip
     assert_close(*gradients, bound)
@@ -221,7 +251,12 @@ def torch_encoder_from_oracle(params: Parameters) -> Parameters:
 
 @pytest.mark.parametrize(
     "shape",
-    [BERT, PRE, MODERN, replace(MODERN, norm_placement="post", pair=False, position_embedding_type="none")],
+    [
+        BERT,
+        PRE,
+        MODERN,
+        replace(MODERN, norm_placement="post", pair=False, position_embedding_type="none"),
+    ],
     ids=["post", "pre", "modern", "modern-post-mlm"],
 )
 def test_gradients_equal_finite_differences(shape):
@@ -250,13 +285,19 @@ def test_what_is_in_the_padding_changes_nothing_and_what_is_in_the_text_does(sha
 @pytest.mark.parametrize("shape", [BERT, MODERN], ids=["post", "modern"])
 def test_terms_are_means_over_all_tokens_and_all_pairs(shape):
     """Those of two parts weighted by what they count; with dropout too, which knows samples and not rows."""
-    params, data, samples = oracle.random_parameters(shape), batch(shape), torch.tensor([7, 3, 2**33, 4])
+    params, data, samples = (
+        oracle.random_parameters(shape),
+        batch(shape),
+        torch.tensor([7, 3, 2**33, 4]),
+    )
     dropout = oracle.Dropout(1234, attention=0.2, hidden=0.1, samples=samples)
     whole = oracle.bert_terms(params, shape, *data, dropout=dropout)
     sums = [0.0, 0.0]
     for rows in (torch.tensor([2, 0]), torch.tensor([1, 3])):
         part = BertBatch(*(value[rows] for value in data))
-        terms = oracle.bert_terms(params, shape, *part, dropout=replace(dropout, samples=samples[rows]))
+        terms = oracle.bert_terms(
+            params, shape, *part, dropout=replace(dropout, samples=samples[rows])
+        )
         for i, mask in enumerate((part.loss_mask, part.pair_mask)):
             sums[i] += (terms[i] * mask.sum()).item()
     means = [sums[0] / data.loss_mask.sum().item(), sums[1] / data.pair_mask.sum().item()]
@@ -274,7 +315,9 @@ def test_a_term_that_counts_nothing_is_0():
     for part, left_out in (("mlm_head", no_tokens), (("pooler", "pair_head"), no_pairs)):
         _, gradients = oracle.loss_and_gradients(params, BERT, *left_out)
         for name, gradient in gradients.items():
-            assert gradient.isfinite().all() and gradient.any().item() != name.startswith(part), name
+            assert gradient.isfinite().all() and gradient.any().item() != name.startswith(part), (
+                name
+            )
 
 
 def test_names_in_the_order_of_the_model():
@@ -300,7 +343,9 @@ def test_which_parameters_decay_and_which_are_around_1():
     params = oracle.random_parameters(BERT)
     for name, value in params.items():
         is_norm = name.endswith(".weight") and value.dim() == 1
-        assert value.mean().item() == pytest.approx(float(is_norm), abs=0.3), name  # 5 x 0.2 / sqrt(12) for the fewest
+        assert value.mean().item() == pytest.approx(float(is_norm), abs=0.3), (
+            name
+        )  # 5 x 0.2 / sqrt(12) for the fewest
         assert oracle.decays(name) == (name.endswith(".weight") and not is_norm), name
 
 

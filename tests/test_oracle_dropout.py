@@ -27,13 +27,27 @@ SEVERAL = Dropout(1234, attention=0.3, hidden=0.2, samples=torch.tensor([70000, 
 @pytest.mark.parametrize(
     ("counter", "key", "answer"),
     [
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+        (
+            "00000000 00000000 00000000 00000000",
+            "00000000 00000000",
+            "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+        ),
+        (
+            "ffffffff ffffffff ffffffff ffffffff",
+            "ffffffff ffffffff",
+            "408f276d 41c83b0e a20bc7c6 6d5451fd",
+        ),
+        (
+            "243f6a88 85a308d3 13198a2e 03707344",
+            "a4093822 299f31d0",
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
     ],
 )
 def test_known_answers_of_random123(counter, key, answer):
-    counter, key, answer = ([int(word, 16) for word in text.split()] for text in (counter, key, answer))
+    counter, key, answer = (
+        [int(word, 16) for word in text.split()] for text in (counter, key, answer)
+    )
     assert philox(np.array([counter]), tuple(key)).tolist() == [answer]
 
 
@@ -43,7 +57,9 @@ def test_the_documents_example():
     words = philox(np.array([[108, 10, 70000, 1114112]]), key)[0].tolist()
     assert words == [0x49E3754B, 0x1D08A425, 0xFF258373, 0xC113EC6A]
     for p, stays in ((0.1, True), (0x49E3754B / 2**32, True), (0x49E3754C / 2**32, False)):
-        keep = keep_mask(1234, 2, AFTER_ATTENTION, torch.tensor([5, 70000]), rows=11, columns=301, p=p)
+        keep = keep_mask(
+            1234, 2, AFTER_ATTENTION, torch.tensor([5, 70000]), rows=11, columns=301, p=p
+        )
         assert keep.shape == (2, 11, 301) and keep[1, 10, 300].item() == stays
 
 
@@ -61,7 +77,9 @@ def test_elements_by_their_counters(layer, site, sample, row, column, counter, w
     """An element goes as soon as p passes its word."""
     value = int(philox(np.array([counter]), key_of(-7))[0, word])
     for threshold, stays in ((value, True), (value + 1, False)):
-        keep = keep_mask(-7, layer, site, torch.tensor([sample]), row + 1, column + 1, threshold / 2**32)
+        keep = keep_mask(
+            -7, layer, site, torch.tensor([sample]), row + 1, column + 1, threshold / 2**32
+        )
         assert keep[0, row, column].item() == stays
 
 
@@ -87,10 +105,16 @@ def drop_as_documented(monkeypatch, shape: Shape, dropout: Dropout) -> list[tupl
     places = [(i, site) for i in layers for site in (ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP)]
     places.insert(0, (0, EMBEDDING))
 
-    def drop_here(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    def drop_here(
+        x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> torch.Tensor:
         layer, site = places.pop(0)
-        assert training and p == (dropout.attention if site == ATTENTION_WEIGHTS else dropout.hidden)
-        rows = x[0].numel() // x.shape[-1]  # [r, s, h], or [r, n, s, s] whose rows count through the heads
+        assert training and p == (
+            dropout.attention if site == ATTENTION_WEIGHTS else dropout.hidden
+        )
+        rows = (
+            x[0].numel() // x.shape[-1]
+        )  # [r, s, h], or [r, n, s, s] whose rows count through the heads
         keep = keep_mask(dropout.seed, layer, site, dropout.samples, rows, x.shape[-1], p)
         return x * keep.reshape(x.shape) / (1 - p)
 
@@ -100,25 +124,29 @@ def drop_as_documented(monkeypatch, shape: Shape, dropout: Dropout) -> list[tupl
 
 def their_gpt2_loss(params: Parameters, data: oracle.Batch) -> torch.Tensor:
     hidden = SEVERAL.hidden
-    model = test_oracle.gpt2_model(GPT2, attn_pdrop=SEVERAL.attention, resid_pdrop=hidden, embd_pdrop=hidden).train()
+    model = test_oracle.gpt2_model(
+        GPT2, attn_pdrop=SEVERAL.attention, resid_pdrop=hidden, embd_pdrop=hidden
+    ).train()
     tokens, labels, mask = data
     told = {"input_ids": tokens, "use_cache": False}
-    scores = torch.func.functional_call(model, test_oracle.gpt2_from_oracle(params, GPT2), kwargs=told).logits
+    scores = torch.func.functional_call(
+        model, test_oracle.gpt2_from_oracle(params, GPT2), kwargs=told
+    ).logits
     return torch.nn.functional.cross_entropy(scores[mask], labels[mask])
 
 
 def their_bert_loss(params: Parameters, data: oracle.Batch) -> torch.Tensor:
-    probabilities = {"attention_probs_dropout_prob": SEVERAL.attention, "hidden_dropout_prob": SEVERAL.hidden}
+    probabilities = {
+        "attention_probs_dropout_prob": SEVERAL.attention,
+        "hidden_dropout_prob": SEVERAL.hidden,
+    }
     model = test_oracle_bert.bert_model(BERT, **probabilities).train()
     return test_oracle_bert.their_output(model, params, BERT, data).loss
 
 
 @pytest.mark.parametrize(
     ("shape", "batch", "their_loss"),
-    [
-        (GPT2, test_oracle.batch, their_gpt2_loss),
-        (BERT, test_oracle_bert.batch, their_bert_loss),
-    ],
+    [(GPT2, test_oracle.batch, their_gpt2_loss), (BERT, test_oracle_bert.batch, their_bert_loss)],
     ids=["gpt2", "bert"],
 )
 def test_loss_and_gradients_equal_hugging_face(monkeypatch, shape, batch, their_loss):
@@ -135,20 +163,34 @@ def test_loss_and_gradients_equal_hugging_face(monkeypatch, shape, batch, their_
     assert abs(value - oracle.loss(params, shape, *data).item()) > 1e-3
 
 
-@pytest.mark.parametrize("shape", [GPT2, LLAMA, BERT, PRE, MODERN], ids=["gpt2", "llama", "post", "pre", "modern"])
+@pytest.mark.parametrize(
+    "shape", [GPT2, LLAMA, BERT, PRE, MODERN], ids=["gpt2", "llama", "post", "pre", "modern"]
+)
 def test_gradients_equal_finite_differences(shape):
     batch = test_oracle.batch if shape.architecture == "gpt" else test_oracle_bert.batch
-    assert_finite_differences(oracle.random_parameters(shape), shape, batch(shape, rows=4), dropout=SEVERAL)
+    assert_finite_differences(
+        oracle.random_parameters(shape), shape, batch(shape, rows=4), dropout=SEVERAL
+    )
 
 
 @pytest.mark.parametrize("given", [False, True])
 def test_training_counts_samples_on(given):
     """With a rate of 0 each step's loss is that of the same weights, under the step's own sample numbers."""
-    params, batches = oracle.random_parameters(BERT), [test_oracle_bert.batch(BERT, seed=seed) for seed in (1, 2)]
-    samples = torch.tensor([[5, 1, 7, 2], [9, 9, 0, 3], [4, 8, 6, 11]]) if given else torch.arange(12).reshape(3, 4)
+    params, batches = (
+        oracle.random_parameters(BERT),
+        [test_oracle_bert.batch(BERT, seed=seed) for seed in (1, 2)],
+    )
+    samples = (
+        torch.tensor([[5, 1, 7, 2], [9, 9, 0, 3], [4, 8, 6, 11]])
+        if given
+        else torch.arange(12).reshape(3, 4)
+    )
     dropout = replace(SEVERAL, samples=samples if given else None)
     trained = oracle.train(params, BERT, batches, 0.0, steps=3, dropout=dropout)
     steps = zip((batches[0], batches[1], batches[0]), samples)
-    expected = [oracle.loss(params, BERT, *data, dropout=replace(SEVERAL, samples=s)).item() for data, s in steps]
+    expected = [
+        oracle.loss(params, BERT, *data, dropout=replace(SEVERAL, samples=s)).item()
+        for data, s in steps
+    ]
     assert trained.losses == pytest.approx(expected, rel=1e-14)
     assert len({round(value, 6) for value in expected}) == 3

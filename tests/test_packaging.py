@@ -14,7 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 SOURCES = sorted((ROOT / "megalite").rglob("*.py"))
-PROGRAMS = ["pretrain_gpt.py", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tools").glob("*.py")))]
+PROGRAMS = [
+    "pretrain_gpt.py",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tools").glob("*.py"))),
+]
 
 
 def requirements(name: str) -> set[str]:
@@ -32,7 +35,10 @@ def third_party_imports(path: Path, everywhere: bool) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.split(".")[0])
-    return {"pyyaml" if name == "yaml" else name for name in names - sys.stdlib_module_names - {"megalite"}}
+    return {
+        "pyyaml" if name == "yaml" else name
+        for name in names - sys.stdlib_module_names - {"megalite"}
+    }
 
 
 def test_what_loading_megalite_needs_is_required():
@@ -42,7 +48,9 @@ def test_what_loading_megalite_needs_is_required():
 
 def test_whatever_else_is_imported_has_an_extra():
     used = set().union(*(third_party_imports(path, everywhere=True) for path in SOURCES))
-    assert used <= set().union(*map(requirements, ("dependencies", "tokenizers", "data", "plot", "watch")))
+    assert used <= set().union(
+        *map(requirements, ("dependencies", "tokenizers", "data", "plot", "watch"))
+    )
 
 
 def test_nothing_is_required_that_is_not_used():
@@ -60,7 +68,9 @@ def test_torch_is_pinned_in_one_place():
 
 def build_wheel(source: Path, out: Path, **environment: str) -> zipfile.ZipFile:
     """megalite's wheel, built in this environment from a copy of what it is built from."""
-    shutil.copytree(ROOT / "megalite", source / "megalite", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(
+        ROOT / "megalite", source / "megalite", ignore=shutil.ignore_patterns("__pycache__", "*.so")
+    )
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     run = subprocess.run(
@@ -74,7 +84,9 @@ def build_wheel(source: Path, out: Path, **environment: str) -> zipfile.ZipFile:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
     """megalite's wheel, built where there is no compiler."""
-    return build_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel"), CC="false", CXX="false")
+    return build_wheel(
+        tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel"), CC="false", CXX="false"
+    )
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
@@ -82,11 +94,16 @@ def test_with_a_compiler_one_wheel_has_the_kernels_for_all_pythons(tmp_path):
     wheel = build_wheel(tmp_path / "source", tmp_path / "out")
     assert "-cp310-abi3-" in wheel.filename
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert held - {str(path.relative_to(ROOT)) for path in SOURCES} == {"megalite/kernels/native_library.so"}
+    assert held - {str(path.relative_to(ROOT)) for path in SOURCES} == {
+        "megalite/kernels/native_library.so"
+    }
     wheel.extractall(tmp_path / "installed")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     environment.pop("MEGALITE_KERNELS", None)
-    for switch, expected in (({}, "CPU:  native"), ({"MEGALITE_KERNELS": "off"}, "native kernels: none")):
+    for switch, expected in (
+        ({}, "CPU:  native"),
+        ({"MEGALITE_KERNELS": "off"}, "native kernels: none"),
+    ):
         run = subprocess.run(
             [sys.executable, "-m", "megalite.kernels"],
             cwd=tmp_path, env=environment | switch, capture_output=True, text=True,

@@ -18,8 +18,16 @@ def write(path: Path, *lines: dict, end: str = "") -> Path:
 
 
 def test_repeated_iterations_count_as_they_were_last(tmp_path):
-    lines = [{"iteration": i, "loss": loss} for i, loss in [(1, 9.0), (2, 8.0), (3, 7.0), (2, 8.5), (3, 7.5)]]
-    path = write(tmp_path / "m.jsonl", *lines, {"iteration": 3, "validation_loss": 7.25}, end='{"iteration": 4, "lo')
+    lines = [
+        {"iteration": i, "loss": loss}
+        for i, loss in [(1, 9.0), (2, 8.0), (3, 7.0), (2, 8.5), (3, 7.5)]
+    ]
+    path = write(
+        tmp_path / "m.jsonl",
+        *lines,
+        {"iteration": 3, "validation_loss": 7.25},
+        end='{"iteration": 4, "lo',
+    )
     curves = read_curves(path)
     assert curves.training == [(1, 9.0), (2, 8.5), (3, 7.5)]
     assert curves.validation == [(3, 7.25)]
@@ -60,4 +68,8 @@ def test_a_missing_file_and_an_unknown_format_are_one_line(tmp_path):
     ]:
         run = subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True)
         assert run.returncode == 1
-        assert run.stderr.startswith("error: ") and message in run.stderr and run.stderr.count("\n") == 1
+        assert (
+            run.stderr.startswith("error: ")
+            and message in run.stderr
+            and run.stderr.count("\n") == 1
+        )

@@ -13,7 +13,9 @@ from tests.pool import RanksFailed
 
 def join(launch) -> None:
     """Make this rank part of a gloo world."""
-    dist.init_process_group("gloo", init_method=launch.init_method, rank=launch.rank, world_size=launch.world_size)
+    dist.init_process_group(
+        "gloo", init_method=launch.init_method, rank=launch.rank, world_size=launch.world_size
+    )
 
 
 def sum_of_ranks(launch, factor):
@@ -104,7 +106,9 @@ def test_results_come_by_rank(pool):
         results = pool.run(sum_of_ranks, world_size, 10)
         assert [launch.rank for launch, _ in results] == list(range(world_size))
         assert {launch.world_size for launch, _ in results} == {world_size}
-        assert [total.item() for _, total in results] == [10.0 * sum(range(world_size))] * world_size
+        assert [total.item() for _, total in results] == [
+            10.0 * sum(range(world_size))
+        ] * world_size
 
 
 def test_nothing_remains_from_an_earlier_call(pool):
@@ -136,7 +140,9 @@ def test_a_rank_that_raises_is_named_first(pool, function):
     assert_works(pool)
 
 
-@pytest.mark.parametrize("how, said", [("exit", "exited with status 7"), ("kill", "was killed by SIGKILL")])
+@pytest.mark.parametrize(
+    "how, said", [("exit", "exited with status 7"), ("kill", "was killed by SIGKILL")]
+)
 def test_a_rank_that_dies_is_named_first(pool, how, said):
     with pytest.raises(RanksFailed, match=f"rank 1 {said}") as failed:
         pool.run(die_on_rank_1, 3, how, timeout=20)
@@ -159,7 +165,10 @@ def test_a_hang_shows_who_is_waited_for(pool):
     assert time.monotonic() - start < 6
     message = str(failed.value)
     assert failed.value.ranks[0] == 1 and sorted(failed.value.ranks) == [0, 1, 2]
-    assert "in oversleep" in message.split("--- rank")[1] and "in all_reduce" in message.split("--- rank")[2]
+    assert (
+        "in oversleep" in message.split("--- rank")[1]
+        and "in all_reduce" in message.split("--- rank")[2]
+    )
     assert "finished: ranks [3]" in message
     assert "/pool.py" not in message
     assert_works(pool)

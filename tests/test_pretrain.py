@@ -29,10 +29,14 @@ MODEL = """
 def start(*command: str | Path, **variables: str | int) -> subprocess.Popen:
     """Start Python with these arguments and environment variables."""
     launcher = re.compile(r"SLURM_|(MASTER_(ADDR|PORT)|(LOCAL_)?(RANK|WORLD_SIZE))$")
-    environment = {k: v for k, v in os.environ.items() if not launcher.match(k)} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if not launcher.match(k)} | {
+        "OMP_NUM_THREADS": "1"
+    }
     environment |= {name: str(value) for name, value in variables.items()}
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, *map(str, command)], stdout=pipe, stderr=pipe, text=True, env=environment)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=pipe, stderr=pipe, text=True, env=environment
+    )
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -52,7 +56,9 @@ def as_srun(rank: int, port: int) -> dict:
 def on_two_ranks(*flags: str | Path) -> list[tuple[int, str, str]]:
     """Run the main program as two ranks of srun."""
     port = free_port()
-    return [ended(p) for p in [start(PROGRAM, *MODEL, *flags, **as_srun(rank, port)) for rank in (0, 1)]]
+    return [
+        ended(p) for p in [start(PROGRAM, *MODEL, *flags, **as_srun(rank, port)) for rank in (0, 1)]
+    ]
 
 
 def free_port() -> int:
@@ -146,7 +152,10 @@ def test_a_dry_run_by_torchrun(tmp_path):
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     status, output, errors = ended(start(*torchrun, PROGRAM, *MODEL, *flags))
     assert status == 0, errors
-    assert "launched by torchrun" in output and "rank 1 (stage 0, data 0, tensor 1): layers 0-1, peak" in output
+    assert (
+        "launched by torchrun" in output
+        and "rank 1 (stage 0, data 0, tensor 1): layers 0-1, peak" in output
+    )
     assert re.search(r"layers\.1\.mlp\.up\.weight \[32, 16\]", output)
     assert "loss 4.1" in output and "nothing was saved" in output
     assert list(tmp_path.iterdir()) == []
@@ -157,12 +166,14 @@ def test_a_dry_run_by_torchrun(tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_all_ranks(tmp_path):
     """The message once for all ranks and without a traceback; what was saved before is whole."""
-    ends = on_two_ranks("--lr", "1e30", "--train-iters", "5", "--save", tmp_path / "saved", "--save-interval", "1")
+    ends = on_two_ranks(
+        "--lr", "1e30", "--train-iters", "5", "--save", tmp_path / "saved", "--save-interval", "1"
+    )
     errors = "".join(errors for _, _, errors in ends)
     assert [status for status, _, _ in ends] == [1, 1], errors
-    assert re.fullmatch(r"pretrain_gpt\.py: rank [01]: the gradient norm of iteration 2 is nan; [^\n]+\n", errors), (
-        errors
-    )
+    assert re.fullmatch(
+        r"pretrain_gpt\.py: rank [01]: the gradient norm of iteration 2 is nan; [^\n]+\n", errors
+    ), errors
     assert latest_iteration(tmp_path / "saved") == 1
     with Checkpoint.open(tmp_path / "saved") as checkpoint:
         checkpoint.verify()
@@ -174,7 +185,15 @@ def test_what_stops_one_rank_is_told_by_it_and_by_one_that_loses_contact(tmp_pat
     with IndexedWriter(tmp_path / "bad", np.uint16) as writer:
         writer.add_document(np.array([1] * 40 + [60000] * 24))
         writer.finish()
-    data = ["--no-mock-data", "--data-path", tmp_path / "bad", "--split", "1", "--global-batch-size", "2"]
+    data = [
+        "--no-mock-data",
+        "--data-path",
+        tmp_path / "bad",
+        "--split",
+        "1",
+        "--global-batch-size",
+        "2",
+    ]
     (status, _, errors), (other_status, _, other_errors) = on_two_ranks(*data, "--train-iters", "5")
     assert (status, other_status) == (1, 1)
     wanted = r"pretrain_gpt\.py: rank 0: split 'train', [^\n]* id 60000, but the vocabulary has 61 entries[^\n]*\n"
@@ -198,22 +217,33 @@ def said_by_main(monkeypatch, *flags: str | Path) -> str:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
 def test_a_missing_gpu_is_told_in_a_line(monkeypatch):
     said = said_by_main(monkeypatch, "--device", "cuda")
-    assert said.startswith("pretrain_gpt.py: rank 0: --device cuda: 0 GPU(s)") and "--device cpu" in said
+    assert (
+        said.startswith("pretrain_gpt.py: rank 0: --device cuda: 0 GPU(s)")
+        and "--device cpu" in said
+    )
 
 
 def test_a_damaged_checkpoint_is_told_in_a_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", [PROGRAM, *MODEL, "--train-iters", "1", "--save", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", [PROGRAM, *MODEL, "--train-iters", "1", "--save", str(tmp_path)]
+    )
     pretrain_gpt.main()
     (weights,) = tmp_path.glob("iter_*/weights-*")
     weights.write_bytes(weights.read_bytes()[:-1])
     said = said_by_main(monkeypatch, "--load", tmp_path)
-    assert re.fullmatch(r"pretrain_gpt\.py: rank 0: .*iter_0000001: weights-.* has \d+ bytes instead of \d+", said)
+    assert re.fullmatch(
+        r"pretrain_gpt\.py: rank 0: .*iter_0000001: weights-.* has \d+ bytes instead of \d+", said
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_told_in_a_line(monkeypatch):
     said = said_by_main(monkeypatch, "--metrics-file", "/dev/full")
-    assert said.startswith("pretrain_gpt.py: rank 0: ") and "No space left" in said and "/dev/full" in said
+    assert (
+        said.startswith("pretrain_gpt.py: rank 0: ")
+        and "No space left" in said
+        and "/dev/full" in said
+    )
 
 
 def test_an_error_in_the_program_keeps_its_traceback():

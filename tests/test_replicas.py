@@ -28,7 +28,9 @@ def checked(launch, layout: Layout, rank: int, name: str) -> str:
     tiny = build(layout, launch, precision="bf16")
     tiny.train(2)
     tensors = dict(tiny.parts.model.parameters_by_name)
-    tensors |= {f"optimizer.{kind}.{name}": tensor for kind, name, tensor in tiny.parts.optimizer.state()}
+    tensors |= {
+        f"optimizer.{kind}.{name}": tensor for kind, name, tensor in tiny.parts.optimizer.state()
+    }
     if launch.rank == rank and name:
         flip_bit(tensors[name])
     try:
@@ -46,12 +48,27 @@ LAYOUT = Layout("2x2x2", dp=2, tp=2, pp=2, flags=sp())
     [
         (1, "layers.0.mlp_norm.weight", "rank 1 differ(s) from the other 3 of ranks [0, 1, 2, 3]"),
         (6, "layers.3.mlp.down.bias", "rank 6 differ(s) from the other 3 of ranks [4, 5, 6, 7]"),
-        (7, "embedding.word_embeddings.weight", "rank 7 differ(s) from the other 3 of ranks [1, 3, 5, 7]"),
+        (
+            7,
+            "embedding.word_embeddings.weight",
+            "rank 7 differ(s) from the other 3 of ranks [1, 3, 5, 7]",
+        ),
         (2, "layers.1.attention.qkv.weight", "ranks [0, 2] do not agree"),
-        (5, "optimizer.master.final_norm.weight", "rank 5 differ(s) from the other 3 of ranks [4, 5, 6, 7]"),
+        (
+            5,
+            "optimizer.master.final_norm.weight",
+            "rank 5 differ(s) from the other 3 of ranks [4, 5, 6, 7]",
+        ),
         (3, "optimizer.exp_avg_sq.layers.0.mlp.up.bias", "ranks [1, 3] do not agree"),
     ],
-    ids=["tp and dp replicas", "a bias", "tied embedding", "dp replicas only", "a master weight", "a moment"],
+    ids=[
+        "tp and dp replicas",
+        "a bias",
+        "tied embedding",
+        "dp replicas only",
+        "a master weight",
+        "a moment",
+    ],
 )
 def test_a_flipped_bit_is_found(pool, rank, name, holders):
     messages = pool.run(checked, 8, LAYOUT, rank, name)

@@ -46,7 +46,9 @@ def train(pool, ranks: int, *flags) -> str:
 def start(*flags) -> subprocess.Popen:
     """pretrain_gpt.py as a process of its own, to be stopped."""
     command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *MODEL, *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def curve(*paths: Path) -> list[dict]:
@@ -80,17 +82,26 @@ def test_exit_interval_and_resume_to_the_bit(pool, tmp_path, undisturbed):
     assert curve(tmp_path / "m.jsonl") == curve(undisturbed)
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "which", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name
+)
 def test_a_signal_saves_and_the_run_goes_on_to_the_bit(pool, tmp_path, undisturbed, which):
     run = start(*resumable(tmp_path))
-    wait_for(lambda: (tmp_path / "m.jsonl").exists() and (tmp_path / "m.jsonl").read_text().count("\n") >= 2)
+    wait_for(
+        lambda: (
+            (tmp_path / "m.jsonl").exists() and (tmp_path / "m.jsonl").read_text().count("\n") >= 2
+        )
+    )
     run.send_signal(which)
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 0 and f": {which.name}" in output
     assert len(list((tmp_path / "c").glob("iter_*"))) == 1
     train(pool, 1, *resumable(tmp_path))
     # An evaluation that the signal met was given up.
-    steps, wanted = ([line for line in curve(path) if "loss" in line] for path in (tmp_path / "m.jsonl", undisturbed))
+    steps, wanted = (
+        [line for line in curve(path) if "loss" in line]
+        for path in (tmp_path / "m.jsonl", undisturbed)
+    )
     assert steps == wanted
 
 
@@ -111,12 +122,19 @@ def signalled_early(launch, flags: list[str], which: signal.Signals, meeting: bo
 
 
 @pytest.mark.parametrize(
-    ("which", "meeting"), [(signal.SIGUSR1, True), (signal.SIGUSR1, False), (signal.SIGTERM, False)], ids=str
+    ("which", "meeting"),
+    [(signal.SIGUSR1, True), (signal.SIGUSR1, False), (signal.SIGTERM, False)],
+    ids=str,
 )
-def test_a_signal_before_the_first_step_ends_the_run_in_good_order(pool, tmp_path, undisturbed, which, meeting):
+def test_a_signal_before_the_first_step_ends_the_run_in_good_order(
+    pool, tmp_path, undisturbed, which, meeting
+):
     flags = list(map(str, resumable(tmp_path)))
     said = pool.run(signalled_early, 2, flags, which, meeting)[0]
-    assert f"stopped at iteration 0: {which.name} before the first step\n" in said and "training from" not in said
+    assert (
+        f"stopped at iteration 0: {which.name} before the first step\n" in said
+        and "training from" not in said
+    )
     assert (tmp_path / "c/to-be-continued").exists() == (which == signal.SIGUSR1)
     train(pool, 1, *flags)
     assert curve(tmp_path / "m.jsonl") == curve(undisturbed)
@@ -124,7 +142,11 @@ def test_a_signal_before_the_first_step_ends_the_run_in_good_order(pool, tmp_pat
 
 def test_a_signal_in_an_evaluation_saves_at_once(tmp_path):
     run = start(*resumable(tmp_path), "--eval-interval", "2", "--eval-iters", "1000000")
-    wait_for(lambda: (tmp_path / "m.jsonl").exists() and (tmp_path / "m.jsonl").read_text().count("\n") >= 2)
+    wait_for(
+        lambda: (
+            (tmp_path / "m.jsonl").exists() and (tmp_path / "m.jsonl").read_text().count("\n") >= 2
+        )
+    )
     time.sleep(0.2)
     run.send_signal(signal.SIGTERM)
     output, _ = run.communicate(timeout=20)
@@ -134,9 +156,14 @@ def test_a_signal_in_an_evaluation_saves_at_once(tmp_path):
 
 def test_killed_runs_lose_nothing_that_was_saved(pool, tmp_path, undisturbed):
     """SIGKILL at moments that may lie inside a save: each next run starts from a whole checkpoint and ends the same."""
-    flags, attempts = resumable(tmp_path)[:4], [tmp_path / f"{attempt}.jsonl" for attempt in range(3)]
+    flags, attempts = (
+        resumable(tmp_path)[:4],
+        [tmp_path / f"{attempt}.jsonl" for attempt in range(3)],
+    )
     for attempt, metrics in enumerate(attempts):
-        kill_after_first_line([*flags, "--save-interval", "1", "--metrics-file", metrics], metrics, 0.004 * attempt)
+        kill_after_first_line(
+            [*flags, "--save-interval", "1", "--metrics-file", metrics], metrics, 0.004 * attempt
+        )
     train(pool, 1, *flags, "--metrics-file", tmp_path / "last.jsonl")
     assert curve(*attempts, tmp_path / "last.jsonl") == curve(undisturbed)
 
@@ -153,7 +180,14 @@ def kill_after_first_line(flags: list, metrics: Path, delay: float) -> None:
 @pytest.mark.parametrize("scheme", ["global", "megatron"])
 def test_eight_ranks_stop_and_resume_to_the_bit(pool, tmp_path, scheme):
     """dp=2 x tp=2 x pp=2 with sequence parallelism, dropout and bf16: undisturbed, and stopped in the middle."""
-    layout = [*EIGHT_RANKS, "--bf16", "--recompute-granularity", "selective", "--rng-scheme", scheme]
+    layout = [
+        *EIGHT_RANKS,
+        "--bf16",
+        "--recompute-granularity",
+        "selective",
+        "--rng-scheme",
+        scheme,
+    ]
     train(pool, 8, *layout, "--metrics-file", tmp_path / "whole.jsonl")
     train(pool, 8, *layout, *resumable(tmp_path), "--exit-interval", "7")
     train(pool, 8, *layout, *resumable(tmp_path))
@@ -168,7 +202,9 @@ def test_resuming_in_another_layout_continues_the_same_curve(pool, tmp_path):
     train(pool, 8, *EIGHT_RANKS, *exact, *resumable(tmp_path), "--exit-interval", "4")
     said = train(pool, 1, *exact, *resumable(tmp_path), "--exit-interval", "8")
     train(pool, 2, "--pp", "2", *exact, *resumable(tmp_path))
-    for one, other in zip(curve(tmp_path / "whole.jsonl"), curve(tmp_path / "m.jsonl"), strict=True):
+    for one, other in zip(
+        curve(tmp_path / "whole.jsonl"), curve(tmp_path / "m.jsonl"), strict=True
+    ):
         assert one == pytest.approx(other, rel=1e-9)
     assert "at iteration 4" in said and "drop" not in said.partition("resumed from")[2]
 
@@ -200,7 +236,11 @@ def blend(folder: Path, **weights: float) -> list[str]:
             with IndexedWriter(folder / name, np.uint16) as writer:
                 writer.add_document(np.random.default_rng(ord(name)).integers(0, 131, 4000))
                 writer.finish()
-    return ["--no-mock-data", "--data-path", *(w for name in weights for w in (str(weights[name]), str(folder / name)))]
+    return [
+        "--no-mock-data",
+        "--data-path",
+        *(w for name in weights for w in (str(weights[name]), str(folder / name))),
+    ]
 
 
 def test_a_blend_may_change_in_the_middle(tmp_path):
@@ -211,30 +251,53 @@ def test_a_blend_may_change_in_the_middle(tmp_path):
     def say(*flags: str) -> str:
         """What pretrain_gpt.py says."""
         command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *config, *flags]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         return done.stdout + done.stderr
 
     say(*blend(tmp_path, a=3, b=1))
     again = [*blend(tmp_path, b=1, c=1), "--load", str(tmp_path / "run")]
     refused = say(*again)
-    assert "the training data is not what" in refused and "c is new, or has other contents" in refused
+    assert (
+        "the training data is not what" in refused and "c is new, or has other contents" in refused
+    )
     assert "a is no longer used" in refused and "fix: --allow-data-change" in refused
     said = say(*again, "--allow-data-change")
-    assert "the training data changes here" in said and "b from sample 8" in said and "c from sample 0" in said
+    assert (
+        "the training data changes here" in said
+        and "b from sample 8" in said
+        and "c from sample 0" in said
+    )
     state = json.loads((tmp_path / "run" / "iter_0000008" / "state.json").read_text())["data"]
-    assert [(s["consumed"], s["weight"]) for s in state["sources"]] == [(8, 1), (0, 1)] and state["start"] == 32
-    assert [s["consumed"] for s in state["before"][0]["sources"]] == Blend([3, 1]).counts(32).tolist() == [24, 8]
+    assert [(s["consumed"], s["weight"]) for s in state["sources"]] == [(8, 1), (0, 1)] and state[
+        "start"
+    ] == 32
+    assert (
+        [s["consumed"] for s in state["before"][0]["sources"]]
+        == Blend([3, 1]).counts(32).tolist()
+        == [24, 8]
+    )
 
 
 def test_megatrons_order_asks_before_it_becomes_another(tmp_path):
     """Within an epoch it is the same for any number of iterations; more epochs shuffle anew what was seen already."""
     quiet = "--eval-interval 0 --eval-iters 0 --split 1 --sample-order megatron --exit-interval 4".split()
-    config = [*MODEL, *quiet, *blend(tmp_path, a=1)[:2], str(tmp_path / "a"), "--save", str(tmp_path / "run")]
+    config = [
+        *MODEL,
+        *quiet,
+        *blend(tmp_path, a=1)[:2],
+        str(tmp_path / "a"),
+        "--save",
+        str(tmp_path / "run"),
+    ]
 
     def say(*flags: str) -> str:
         """What pretrain_gpt.py says; 4,000 tokens are 15 iterations of 8 samples of 32."""
         command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *config, *flags]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         return done.stdout + done.stderr
 
     say("--train-iters", "12")
@@ -243,4 +306,6 @@ def test_megatrons_order_asks_before_it_becomes_another(tmp_path):
     assert "the training data is not what" in refused and "epochs 1 -> 3" in refused
     assert "fix: --allow-data-change" in refused
     assert "stopped at iteration 8" in say(*again, "--train-iters", "15")
-    assert "changes here: epochs 1 -> 3" in say(*again, "--train-iters", "45", "--allow-data-change")
+    assert "changes here: epochs 1 -> 3" in say(
+        *again, "--train-iters", "45", "--allow-data-change"
+    )

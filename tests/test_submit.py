@@ -31,10 +31,15 @@ RECIPES = sorted(SLURM.glob("recipes/*.yaml"))
 FILES = sorted([*SLURM.glob("*.sbatch"), *SLURM.glob("*.sh")])
 SIZES = {"gpt-1.3b": 1, "gpt-7b": 4, "gpt-20b": 8, "gpt-175b": 128}
 """Nodes of 8 GPUs for each recipe."""
-MADE_UP = dict(data_path=None, tokenizer_type=None, vocab_file=None, merge_file=None, mock_data=True, vocab_size=50257)
-MOCK = (
-    "--mock-data --vocab-size 9 --data-path unset --tokenizer-type unset --vocab-file unset --merge-file unset".split()
+MADE_UP = dict(
+    data_path=None,
+    tokenizer_type=None,
+    vocab_file=None,
+    merge_file=None,
+    mock_data=True,
+    vocab_size=50257,
 )
+MOCK = "--mock-data --vocab-size 9 --data-path unset --tokenizer-type unset --vocab-file unset --merge-file unset".split()
 SOUND = "--mock-data --vocab-size 512 --train-iters 10 --run-dir runs/x --nodes 2".split()
 
 
@@ -57,27 +62,43 @@ def test_job_scripts_are_clean(file):
     assert subprocess.run(["bash", "-n", file]).returncode == 0
     text = file.read_text()
     assert not re.search(
-        r"--(partition|account|qos|nodelist|reservation)|module load|/(scratch|gpfs|lustre|home)/", text
+        r"--(partition|account|qos|nodelist|reservation)|module load|/(scratch|gpfs|lustre|home)/",
+        text,
     )
 
 
 @pytest.mark.parametrize("number", ["0", "010", "x", "-1", "a[$(touch owned)]", "--nodes=4"])
 def test_what_is_no_number_of_jobs_is_refused_before_any_is_submitted(number, tmp_path):
     """In bash, 010 is eight, and the index of an array may be a command."""
-    for name, *words in (["chain.sh", number, "a.sbatch"], ["preprocess.sh", "data/c", "--input", "c.jsonl"]):
+    for name, *words in (
+        ["chain.sh", number, "a.sbatch"],
+        ["preprocess.sh", "data/c", "--input", "c.jsonl"],
+    ):
         command = ["bash", SLURM / name, *words]
         done = subprocess.run(
-            command, cwd=tmp_path, env=os.environ | {"SHARDS": number}, capture_output=True, text=True
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"SHARDS": number},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 2 and f"{number} is no number of " in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("file", sorted(SLURM.glob("pretrain_*.sbatch")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "file", sorted(SLURM.glob("pretrain_*.sbatch")), ids=lambda path: path.name
+)
 def test_elsewhere_than_in_the_checkout_a_job_script_ends_with_that(file, tmp_path):
     environment = os.environ | dict.fromkeys(("SAVE", "IMAGE", "MOUNT"), str(tmp_path))
-    done = subprocess.run(["bash", file], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "supervise.sh: No such file" in done.stderr
+    done = subprocess.run(
+        ["bash", file], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr.count("\n") == 1
+        and "supervise.sh: No such file" in done.stderr
+    )
 
 
 def test_the_scripts_of_both_models_differ_in_the_model_only():
@@ -94,14 +115,23 @@ def test_there_is_a_recipe_for_each_size():
 def test_a_recipe_is_sound_for_its_nodes_and_fits(recipe, tmp_path):
     """The first line says on how many nodes, and the line of the layout how the ranks are spread."""
     text = recipe.read_text()
-    nodes, gpus, memory = map(int, re.search(r"on (\d+) nodes? of (\d+) GPUs with (\d+) GB", text).groups())
+    nodes, gpus, memory = map(
+        int, re.search(r"on (\d+) nodes? of (\d+) GPUs with (\d+) GB", text).groups()
+    )
     assert (nodes, gpus) == (SIZES[recipe.stem], 8)
     config = from_flat(yaml.safe_load(text) | MADE_UP | {"save": "unmade"})
-    check = re.search(r"Check: python (.*)", text)[1].replace("THIS", str(recipe)).replace("FOLDER", "unmade").split()
+    check = (
+        re.search(r"Check: python (.*)", text)[1]
+        .replace("THIS", str(recipe))
+        .replace("FOLDER", "unmade")
+        .split()
+    )
     done = subprocess.run([sys.executable, *check, *MOCK], cwd=ROOT, capture_output=True, text=True)
     assert f"ranks         {nodes * gpus} = tensor " in done.stdout, done.stderr
     shellcheck(keep(JobConfig(str(tmp_path), nodes), config, tmp_path / "submitted-1"))
-    layout = dict(re.findall(r"\b(tp|pp|dp)=(\d+)", text.partition("Layout: ")[2].partition(". ")[0]))
+    layout = dict(
+        re.findall(r"\b(tp|pp|dp)=(\d+)", text.partition("Layout: ")[2].partition(". ")[0])
+    )
     sizes = {key: int(layout.get(key, 1)) for key in ("tp", "pp", "dp")}
     assert (sizes["tp"], sizes["pp"]) == (
         config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size,
@@ -115,7 +145,10 @@ def test_a_recipe_is_sound_for_its_nodes_and_fits(recipe, tmp_path):
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_what_is_written_is_clean(job, launcher, tmp_path):
-    made = JobConfig(**vars(job) | {"launcher": launcher, "options": ("--constraint=a100",), "save_before_end": 77})
+    made = JobConfig(
+        **vars(job)
+        | {"launcher": launcher, "options": ("--constraint=a100",), "save_before_end": 77}
+    )
     file = keep(made, from_flat(MADE_UP), snapshot_folder(made))
     shellcheck(file)
     assert "#SBATCH --constraint=a100\n" in file.read_text()
@@ -129,14 +162,31 @@ def test_what_is_kept_runs_by_itself(job, tmp_path):
     config = from_flat(MADE_UP | {"train_iters": 3, "num_layers": 2})
     file = keep(job, config, snapshot_folder(job))
     code = file.parent / "code"
-    command = [sys.executable, code / "pretrain_gpt.py", "--config", file.parent / "config.yaml", "--world-size", "8"]
+    command = [
+        sys.executable,
+        code / "pretrain_gpt.py",
+        "--config",
+        file.parent / "config.yaml",
+        "--world-size",
+        "8",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "layers        2" in done.stdout, done.stderr
     assert snapshot_folder(job).name == "submitted-2"
 
 
-HOSTILE = ["x; touch owned", "$(touch owned)", "`touch owned`", "a'b", 'a"b', "a\nb", "#!", "--wrap=touch owned", "a b"]
+HOSTILE = [
+    "x; touch owned",
+    "$(touch owned)",
+    "`touch owned`",
+    "a'b",
+    'a"b',
+    "a\nb",
+    "#!",
+    "--wrap=touch owned",
+    "a b",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -170,13 +220,17 @@ TAKEN = """--wrap=true --output=x --error=x --out=x --nodes=3 --node=3 --nod=3 -
 def test_options_that_would_undo_what_the_script_needs_are_refused(option):
     """Whole, or as short as sbatch takes them; by themselves or among others."""
     for options in [(option,), ("--exclusive", option), (f"--exclusive {option}",)]:
-        assert [problem.message for problem in problems_of(JobConfig("run", 1, options=options))], options
+        assert [problem.message for problem in problems_of(JobConfig("run", 1, options=options))], (
+            options
+        )
 
 
 def test_other_options_are_handed_on():
     job, _ = read([*SOUND, "--options=--exclude=node[1-3,7] --exclusive", "--partition", "gpu"])
     assert sbatch_options(job)[-2:] == ["--exclude=node[1-3,7]", "--exclusive"]
-    assert not problems_of(JobConfig("run", 1, options=("--partition=gpu", "--mail-user=a@b.org", "--nodelist=a")))
+    assert not problems_of(
+        JobConfig("run", 1, options=("--partition=gpu", "--mail-user=a@b.org", "--nodelist=a"))
+    )
     assert problems_of(JobConfig("run", 1, options=("--partition=gpu",), partition="cpu"))
 
 
@@ -190,7 +244,9 @@ def problems(*argv: str) -> list[str]:
 def test_all_problems_before_anything_is_submitted(tmp_path):
     file = tmp_path / "cluster.yaml"
     file.write_text("partitoin: gpu\nlauncher: foo\nsave_before_end: soon\nnodes: [1, 2]\n")
-    assert problems("--cluster", str(file), "--bogus", "1", "--lr", "x", "--save=y", "--options=-N3") == [
+    assert problems(
+        "--cluster", str(file), "--bogus", "1", "--lr", "x", "--save=y", "--options=-N3"
+    ) == [
         f"--cluster {file}: unknown partitoin",
         f"--cluster {file}: launcher: 'foo' is not one of srun, torchrun",
         f"--cluster {file}: save_before_end: 'soon' is not a whole number",
@@ -221,11 +277,15 @@ def test_numbers_that_sbatch_would_refuse_are_refused():
         "--gpus-per-node -1 must be at least 0"
     ]
     assert read([*SOUND, "--gpus-per-node", "0", "--ranks-per-node", "1"])[0].ranks == 1
-    assert problems(*SOUND, "--save-before-end", "65536") == ["--save-before-end 65536 is more than SLURM takes, 65535"]
+    assert problems(*SOUND, "--save-before-end", "65536") == [
+        "--save-before-end 65536 is more than SLURM takes, 65535"
+    ]
     assert read([*SOUND, "--save-before-end", "65535"])[0].save_before_end == 65535
 
 
-@pytest.mark.parametrize("flag", ["--nodes 0", "--ranks-per-node 0", "--cpus-per-rank 0", "--save-before-end 0"])
+@pytest.mark.parametrize(
+    "flag", ["--nodes 0", "--ranks-per-node 0", "--cpus-per-rank 0", "--save-before-end 0"]
+)
 def test_numbers_below_one_are_refused(flag):
     assert problems(*SOUND, *flag.split()) == [f"{flag} must be at least 1"]
 
@@ -237,14 +297,28 @@ def test_what_follows_from_the_job_is_refused_however_it_is_written(key, tmp_pat
     flag = "--" + key.replace("_", "-")
     for name in {key, key.replace("_", "-")}:
         recipe.write_text(f"{name}: {value}\n")
-        for words in ([f"--{name}", value], [f"--{name}={value}"], ["--config", str(recipe)], [f"--config={recipe}"]):
-            assert problems(*SOUND, *words) == [f"{flag}: follows from --run-dir and --nodes"], words
+        for words in (
+            [f"--{name}", value],
+            [f"--{name}={value}"],
+            ["--config", str(recipe)],
+            [f"--config={recipe}"],
+        ):
+            assert problems(*SOUND, *words) == [f"{flag}: follows from --run-dir and --nodes"], (
+                words
+            )
     recipe.write_text(f"{key}: null\n")
     read([*SOUND, "--config", str(recipe)])
 
 
 def test_a_time_limit_leaves_time_to_save():
-    limits = {"90": 5400, "90:30": 5430, "24:00:00": 86400, "1-12": 129600, "1-0:30": 88200, "1-0:0:5": 86405}
+    limits = {
+        "90": 5400,
+        "90:30": 5430,
+        "24:00:00": 86400,
+        "1-12": 129600,
+        "1-0:30": 88200,
+        "1-0:0:5": 86405,
+    }
     assert {text: seconds(text) for text in limits} == limits
     for text in ("soon", "1:2:3:4", "-5", "1-", "", "1.5"):
         assert seconds(text) is None
@@ -283,7 +357,11 @@ def test_the_cluster_file_of_the_docs_is_read(tmp_path):
     (shown,) = re.findall(r"^```yaml\n(.*?)```", (ROOT / "docs/slurm.md").read_text(), re.M | re.S)
     (tmp_path / "my.yaml").write_text(shown)
     job, _ = read([*SOUND, "--cluster", str(tmp_path / "my.yaml")])
-    assert (job.account, job.time, job.options) == ("0123", "12:00:00", ("--constraint=a100", "--exclusive"))
+    assert (job.account, job.time, job.options) == (
+        "0123",
+        "12:00:00",
+        ("--constraint=a100", "--exclusive"),
+    )
 
 
 def test_other_folders_beside_the_copies_do_no_harm(job, tmp_path):
@@ -294,17 +372,27 @@ def test_other_folders_beside_the_copies_do_no_harm(job, tmp_path):
 
 def test_a_number_of_a_job_may_name_its_cluster(tmp_path):
     """sbatch --parsable prints number;cluster where there are several; a dependency takes the number only."""
-    (tmp_path / "sbatch").write_text('#!/bin/bash\necho "$*" >>"$TRACE"\necho "$(wc -l <"$TRACE");alpha"\n')
+    (tmp_path / "sbatch").write_text(
+        '#!/bin/bash\necho "$*" >>"$TRACE"\necho "$(wc -l <"$TRACE");alpha"\n'
+    )
     (tmp_path / "sbatch").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TRACE": str(tmp_path / "trace")}
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "TRACE": str(tmp_path / "trace"),
+    }
 
     def run(*command: str) -> tuple[str, list[str]]:
         (tmp_path / "trace").write_text("")
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
         return done.stdout, re.findall(r"--dependency=\S+", (tmp_path / "trace").read_text())
 
     said, after = run("examples/slurm/chain.sh", "3", "a.sbatch")
-    assert said == "job 1\njob 2\njob 3\n" and after == ["--dependency=afterok:1", "--dependency=afterok:2"]
+    assert said == "job 1\njob 2\njob 3\n" and after == [
+        "--dependency=afterok:1",
+        "--dependency=afterok:2",
+    ]
     said, after = run("examples/slurm/preprocess.sh", "data/c", "--input", "c.jsonl")
     assert said.startswith("array 1, then merge 2: ") and after == ["--dependency=afterok:1"]
     said, _ = run(sys.executable, "tools/submit.py", *SOUND, "--run-dir", str(tmp_path / "run"))
@@ -327,10 +415,16 @@ def test_the_script_finds_relative_data_wherever_it_is_submitted_again(job, tmp_
 def test_without_sbatch_the_script_is_left_and_named(tmp_path):
     command = [sys.executable, ROOT / "tools/submit.py", *SOUND, "--run-dir", tmp_path / "run"]
     environment = os.environ | {"PATH": str(tmp_path)}
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert (
-        done.returncode == 1 and done.stderr.startswith("error: sbatch cannot be run") and done.stderr.count("\n") == 1
+        done.returncode == 1
+        and done.stderr.startswith("error: sbatch cannot be run")
+        and done.stderr.count("\n") == 1
     )
     assert (tmp_path / "run/submitted-1/job.sbatch").exists()
-    dry = subprocess.run([*map(str, command), "--dry-run"], cwd=tmp_path, capture_output=True, text=True)
+    dry = subprocess.run(
+        [*map(str, command), "--dry-run"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert dry.stdout.startswith("#!/bin/bash\n") and not (tmp_path / "run/submitted-2").exists()

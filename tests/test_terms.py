@@ -78,9 +78,14 @@ def test_each_term_has_its_weight():
 def test_a_term_that_counts_nothing_has_no_weight():
     tiny = build()
     model = even_and_odd(tiny.config, tiny.context, tiny.parts.rng)
-    assert build_batches(tiny.config, Rows(lambda i, j: 2 * j), model).at(0)[1].tolist() == [1 / 128, 0.0]
+    assert build_batches(tiny.config, Rows(lambda i, j: 2 * j), model).at(0)[1].tolist() == [
+        1 / 128,
+        0.0,
+    ]
     config = replace(tiny.config, data=replace(tiny.config.data, eod_mask_loss=True))
-    with pytest.raises(DatasetError, match="the loss counts no token of the global batch at sample 8"):
+    with pytest.raises(
+        DatasetError, match="the loss counts no token of the global batch at sample 8"
+    ):
         build_batches(config, Rows(lambda i, j: 4), model, eod=4).at(8)
 
 
@@ -92,19 +97,33 @@ def test_a_weight_is_needed_for_each_term():
 
 def test_each_term_is_reported(pool, tmp_path):
     """On the console and in the metrics file, under any layout the same, beside their sum."""
-    flags = dict(train_iters=3, eval_interval=3, eval_iters=2, log_interval=3, metrics_file="metrics.jsonl")
+    flags = dict(
+        train_iters=3, eval_interval=3, eval_iters=2, log_interval=3, metrics_file="metrics.jsonl"
+    )
     found = []
     for name, layout in (("one", Layout("one")), ("eight", Layout("eight", dp=2, tp=2, pp=2))):
         config = configuration(layout, **flags)
-        console = pool.run(runs.console_of, layout.world_size, config, tmp_path / name, even_and_odd)[0]
+        console = pool.run(
+            runs.console_of, layout.world_size, config, tmp_path / name, even_and_odd
+        )[0]
         found.append(runs.Run(console, tmp_path / name))
     one, eight = found
     for prefix in ("", "validation_"):
-        even, odd, total = (one.column(f"{prefix}{name}") for name in ("even_loss", "odd_loss", "loss"))
+        even, odd, total = (
+            one.column(f"{prefix}{name}") for name in ("even_loss", "odd_loss", "loss")
+        )
         assert total == [e + o for e, o in zip(even, odd)] and len(total) == (1 if prefix else 3)
         assert all(4 < e < 7 and 4 < o < 7 and e != o for e, o in zip(even, odd))
         for name in ("even_loss", "odd_loss", "loss"):
-            assert eight.column(f"{prefix}{name}") == pytest.approx(one.column(f"{prefix}{name}"), rel=1e-9)
-    last = {name: one.column(name)[-1] for name in ("loss", "even_loss", "odd_loss", "validation_odd_loss")}
+            assert eight.column(f"{prefix}{name}") == pytest.approx(
+                one.column(f"{prefix}{name}"), rel=1e-9
+            )
+    last = {
+        name: one.column(name)[-1]
+        for name in ("loss", "even_loss", "odd_loss", "validation_odd_loss")
+    }
     shown = f"loss {last['loss']:.4f} | even loss {last['even_loss']:.4f} | odd loss {last['odd_loss']:.4f} | lr"
-    assert shown in one.console and f"validation odd loss {last['validation_odd_loss']:.4f}" in one.console
+    assert (
+        shown in one.console
+        and f"validation odd loss {last['validation_odd_loss']:.4f}" in one.console
+    )

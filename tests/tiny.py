@@ -14,7 +14,9 @@ from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import TrainingComponents, build_components, build_context
 from tests.layouts import Layout, configuration
 
-ONE_PROCESS = LaunchInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, init_method="", source="tests")
+ONE_PROCESS = LaunchInfo(
+    rank=0, world_size=1, local_rank=0, local_world_size=1, init_method="", source="tests"
+)
 SINGLE = Layout("single")
 STEPS = 1000
 """More than any test takes."""
@@ -46,7 +48,9 @@ def build(layout: Layout = SINGLE, launch: LaunchInfo = ONE_PROCESS, **flags) ->
     where that matters."""
     config = configuration(layout, **flags)
     context, _ = build_context(config, launch)
-    dataset = blended(build_sources(config.data, config.model, 5, {"train": STEPS}, config.bert)["train"])
+    dataset = blended(
+        build_sources(config.data, config.model, 5, {"train": STEPS}, config.bert)["train"]
+    )
     parts = build_components(config, context)
     return Tiny(config, context, parts, build_batches(config, dataset, parts.model, eod=0))
 
@@ -54,6 +58,10 @@ def build(layout: Layout = SINGLE, launch: LaunchInfo = ONE_PROCESS, **flags) ->
 def context_of(layout: ParallelLayout, rank: int = 0) -> ParallelContext:
     """The context that a rank would have, without the other ranks: good for building, not for communication."""
     place = layout.coordinates(rank)
-    groups = {axis: Group(tuple(range(size)), getattr(place, axis)) for axis, size in vars(layout).items()}
+    groups = {
+        axis: Group(tuple(range(size)), getattr(place, axis)) for axis, size in vars(layout).items()
+    }
     world = Group(tuple(range(layout.world_size)), rank)
-    return ParallelContext(layout, place, torch.device("cpu"), world, control=world, embedding=None, **groups)
+    return ParallelContext(
+        layout, place, torch.device("cpu"), world, control=world, embedding=None, **groups
+    )

@@ -31,4 +31,7 @@ def history(path: Path) -> list[dict[str, float]]:
     import json
 
     rows = [record.history.item for record in wandb_records(path) if record.HasField("history")]
-    return [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
+    return [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row}
+        for row in rows
+    ]

@@ -13,7 +13,9 @@ from typing import Literal, NoReturn
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # this checkout's megalite, installed or not
 
 from megalite.checkpoint.folder import CheckpointError
 from megalite.data.build import special_ids
@@ -54,13 +56,19 @@ class Options:
     def problems(self) -> list[str]:
         """Everything wrong with these values, each with what would work."""
         checks = [
-            (not Path(self.classifier).is_dir(), f"--classifier {self.classifier}: there is no such folder"),
+            (
+                not Path(self.classifier).is_dir(),
+                f"--classifier {self.classifier}: there is no such folder",
+            ),
             (
                 Path(self.input).suffix not in SUFFIXES,
                 f"--input {self.input}: give a file that ends in {' or '.join(SUFFIXES)}",
             ),
             (not Path(self.input).is_file(), f"--input {self.input}: there is no such file"),
-            (Path(self.output).exists(), f"--output {self.output} exists: give the name of a new file"),
+            (
+                Path(self.output).exists(),
+                f"--output {self.output} exists: give the name of a new file",
+            ),
             (
                 not Path(self.output).parent.is_dir(),
                 f"--output {self.output}: make the folder first: mkdir -p {Path(self.output).parent}",
@@ -73,11 +81,18 @@ class Options:
 def read(options: Options, about: ClassifierDescription) -> tuple[list[Example], Rows]:
     """The texts, as they are and framed. Raises DatasetError with all that is wrong with them, TokenizerError."""
     tokenizer = about.tokenizer()
-    examples, problems = read_examples(options.input, replace(about.columns, label=options.label_key), options.quoting)
+    examples, problems = read_examples(
+        options.input, replace(about.columns, label=options.label_key), options.quoting
+    )
     refuse(problems)
     if options.label_key is not None:
         unknown = [label for label in classes_of(examples) if label not in about.classes]
-        refuse([f"label {label!r} is none of the classes, {', '.join(about.classes)}" for label in unknown])
+        refuse(
+            [
+                f"label {label!r} is none of the classes, {', '.join(about.classes)}"
+                for label in unknown
+            ]
+        )
     return examples, frame(examples, tokenizer, special_ids(tokenizer), about.seq_length, None)
 
 
@@ -94,7 +109,9 @@ def classify(options: Options, about: ClassifierDescription, rows: Rows) -> list
     draft = Path(f"{options.output}.{os.getpid()}.partial")
     with draft.open("w", encoding="utf-8") as file:
         for label, probability in zip(labels, probabilities.tolist()):
-            file.write(json.dumps({"label": label, "probability": probability}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps({"label": label, "probability": probability}, ensure_ascii=False) + "\n"
+            )
     draft.rename(options.output)
     return labels
 

@@ -11,7 +11,9 @@ from typing import Literal
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # this checkout's megalite, installed or not
 
 MASK = "[MASK]"
 
@@ -28,7 +30,9 @@ class Options:
     """Tokens to show for each blank, the most probable first."""
     ckpt_step: int | None = None
     """Iteration to load. Unset: the latest."""
-    tokenizer_type: Literal["BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer"] | None = None
+    tokenizer_type: (
+        Literal["BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer"] | None
+    ) = None
     """Tokenizer. Unset: the one in the checkpoint's configuration."""
     vocab_file: str | None = None
     """Its vocab.txt (BertWordPiece*). Unset: the one in the checkpoint's configuration."""
@@ -58,11 +62,19 @@ def fill(options: Options) -> None:
     from megalite.training.trained import load_model
 
     trained = load_model(
-        options.load, "bert", options.ckpt_step, options.device, tokenizer_type=options.tokenizer_type,
-        vocab_file=options.vocab_file, tokenizer_model=options.tokenizer_model,
-    )  # fmt: skip
+        options.load,
+        "bert",
+        options.ckpt_step,
+        options.device,
+        tokenizer_type=options.tokenizer_type,
+        vocab_file=options.vocab_file,
+        tokenizer_model=options.tokenizer_model,
+    )
     model, tokenizer, special = trained.model, trained.tokenizer, special_ids(trained.tokenizer)
-    print(f"iteration {trained.iteration} of {options.load}, on {model.context.device}", file=sys.stderr)
+    print(
+        f"iteration {trained.iteration} of {options.load}, on {model.context.device}",
+        file=sys.stderr,
+    )
     rows = []
     for text in options.text:
         row = [special.cls]
@@ -81,8 +93,13 @@ def fill(options: Options) -> None:
             logits = model(None, Microbatch(tokens))[:, 0, : tokenizer.vocab_size]
         logits[:, list(astuple(special))] = float("-inf")  # no words
         for place in (tokens[0] == special.mask).nonzero().flatten():
-            shares, ids = logits[place].double().softmax(dim=-1).topk(min(options.top, tokenizer.vocab_size))
-            words = (f"{tokenizer.decode([i])} {share:.1%}" for i, share in zip(ids.tolist(), shares.tolist()))
+            shares, ids = (
+                logits[place].double().softmax(dim=-1).topk(min(options.top, tokenizer.vocab_size))
+            )
+            words = (
+                f"{tokenizer.decode([i])} {share:.1%}"
+                for i, share in zip(ids.tolist(), shares.tolist())
+            )
             print("  " + ", ".join(words))
 
 

@@ -13,7 +13,9 @@ from typing import Annotated, Literal, NoReturn
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # this checkout's megalite, installed or not
 
 from megalite.checkpoint.folder import CheckpointError, checkpoint_folder, latest_iteration
 from megalite.config.rules.files import read_config
@@ -61,10 +63,14 @@ class Options:
     """Of .tsv files. csv: a field in quotes may hold tabs and line breaks; none: quotes are ordinary characters."""
     seq_length: int | None = None
     """Tokens that a text or pair is cut to, [CLS] and [SEP] among them. Unset: the checkpoint's."""
-    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(
+        default_factory=FinetuneConfig
+    )
     ckpt_step: int | None = None
     """Iteration to load. Unset: the latest."""
-    tokenizer_type: Literal["BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer"] | None = None
+    tokenizer_type: (
+        Literal["BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer"] | None
+    ) = None
     """Tokenizer. Unset: the one in the checkpoint's configuration."""
     vocab_file: str | None = None
     """Its vocab.txt (BertWordPiece*). Unset: the one in the checkpoint's configuration."""
@@ -82,7 +88,10 @@ class Options:
         """Everything wrong with these values, each with what would work."""
         checks = [
             (not Path(self.load).is_dir(), f"--load {self.load}: there is no such folder"),
-            ((self.valid is None) == (self.valid_share is None), "give one of --valid FILE and --valid-share 0.1"),
+            (
+                (self.valid is None) == (self.valid_share is None),
+                "give one of --valid FILE and --valid-share 0.1",
+            ),
             (
                 self.valid_share is not None and not 0 < self.valid_share < 1,
                 f"--valid-share {self.valid_share}: use a share between 0 and 1",
@@ -95,12 +104,17 @@ class Options:
                 self.save is not None and Path(self.save).exists(),
                 f"--save {self.save} exists: give the name of a new folder",
             ),
-            (self.save is not None and not writable(self.save), f"--save {self.save}: not a place to write to"),
+            (
+                self.save is not None and not writable(self.save),
+                f"--save {self.save}: not a place to write to",
+            ),
         ]
         for flag, path in (("--train", self.train), ("--valid", self.valid)):
             if path is not None:
                 wrong_kind = Path(path).suffix not in SUFFIXES
-                checks.append((wrong_kind, f"{flag} {path}: give a file that ends in {' or '.join(SUFFIXES)}"))
+                checks.append(
+                    (wrong_kind, f"{flag} {path}: give a file that ends in {' or '.join(SUFFIXES)}")
+                )
                 checks.append((not Path(path).is_file(), f"{flag} {path}: there is no such file"))
         return [text for wrong, text in checks if wrong] + self.config.problems()
 
@@ -143,7 +157,9 @@ def prepare(options: Options) -> Prepared:
         train, valid = hold_out(train, options.valid_share, options.config.seed)
     classes = classes_of(train)
     if len(classes) < 2:
-        raise DatasetError(f"{options.train}: a classifier needs two classes, all labels are {classes[0]!r}")
+        raise DatasetError(
+            f"{options.train}: a classifier needs two classes, all labels are {classes[0]!r}"
+        )
     refuse(unseen_labels(valid, classes))
     labels = [example.label for example in train]
     most_frequent = max(classes, key=labels.count)
@@ -158,7 +174,9 @@ def prepare(options: Options) -> Prepared:
 
 def configuration(options: Options) -> RunConfig:
     """That of the run which wrote the checkpoint, with the tokenizer of the flags. Raises CheckpointError."""
-    iteration = options.ckpt_step if options.ckpt_step is not None else latest_iteration(options.load)
+    iteration = (
+        options.ckpt_step if options.ckpt_step is not None else latest_iteration(options.load)
+    )
     folder = checkpoint_folder(options.load, iteration) if iteration is not None else None
     if folder is None:
         what = "a checkpoint" if iteration is None else f"the checkpoint of iteration {iteration}"
@@ -168,17 +186,29 @@ def configuration(options: Options) -> RunConfig:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: its configuration cannot be read: {error}") from None
     if not run.is_bert:
-        raise CheckpointError(f"--load {options.load} holds a GPT; give a checkpoint of pretrain_bert.py")
-    given = {name: getattr(options, name) for name in ("tokenizer_type", "vocab_file", "tokenizer_model")}
+        raise CheckpointError(
+            f"--load {options.load} holds a GPT; give a checkpoint of pretrain_bert.py"
+        )
+    given = {
+        name: getattr(options, name) for name in ("tokenizer_type", "vocab_file", "tokenizer_model")
+    }
     return replace(run, data=with_tokenizer(run.data, given))
 
 
 def length_problems(run: RunConfig, seq_length: int, least: int) -> list[str]:
     """A row must hold a token of each text, and fit the model's positions."""
-    most = run.model.positions if run.model.position_embedding_type == "learned_absolute" else seq_length
+    most = (
+        run.model.positions
+        if run.model.position_embedding_type == "learned_absolute"
+        else seq_length
+    )
     if least <= seq_length <= most:
         return []
-    limit = f"use {least} or more" if seq_length < least else f"the model has {most} positions; use {most} or less"
+    limit = (
+        f"use {least} or more"
+        if seq_length < least
+        else f"the model has {most} positions; use {most} or less"
+    )
     return [f"--seq-length {seq_length}: {limit}, [CLS] and [SEP] among them"]
 
 
@@ -192,13 +222,21 @@ def train(options: Options, prepared: Prepared) -> None:
     about = prepared.description
     device, _ = choose_device(options.device, LaunchInfo(0, 1, 0, 1, "", "none"))
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
-        model = pretrained_classifier(checkpoint, about.config, len(about.classes), options.config, device)
+        model = pretrained_classifier(
+            checkpoint, about.config, len(about.classes), options.config, device
+        )
         print(f"iteration {checkpoint.iteration} of {options.load}, on {device}")
     if not about.config.pair_head:
-        print("the checkpoint was trained with --bert-pair none and has no pooler: a new one is trained")
+        print(
+            "the checkpoint was trained with --bert-pair none and has no pooler: a new one is trained"
+        )
     for name, rows in (("training", prepared.train), ("validation", prepared.valid)):
         print(f"{len(rows)} {name} examples, {rows.cut} of them cut to {about.seq_length} tokens")
-    shown = about.classes if len(about.classes) <= SHOWN_CLASSES else [*about.classes[:SHOWN_CLASSES], "..."]
+    shown = (
+        about.classes
+        if len(about.classes) <= SHOWN_CLASSES
+        else [*about.classes[:SHOWN_CLASSES], "..."]
+    )
     print(f"{len(about.classes)} classes: {', '.join(shown)}", flush=True)
     for epoch in finetune(model, prepared.train, prepared.valid, options.config):
         print(
@@ -225,7 +263,9 @@ def main() -> None:
     """Read the flags, report all problems at once (status 2, or 1 for what is in the files), train."""
     options = tyro.cli(Options, description=__doc__)
     if problems := options.problems():
-        print("\n".join(f"finetune_classifier.py: {problem}" for problem in problems), file=sys.stderr)
+        print(
+            "\n".join(f"finetune_classifier.py: {problem}" for problem in problems), file=sys.stderr
+        )
         raise SystemExit(2)
     try:
         prepared = prepare(options)

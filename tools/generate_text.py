@@ -11,7 +11,9 @@ from typing import Literal
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # this checkout's megalite, installed or not
 
 from megalite.data.config import TokenizerType
 
@@ -51,10 +53,16 @@ class Options:
         """Everything wrong with these values, each with what would work."""
         checks = [
             (self.max_new_tokens < 1, f"--max-new-tokens {self.max_new_tokens}: use 1 or more"),
-            (self.temperature < 0, f"--temperature {self.temperature}: use 0 (most likely token) or more"),
+            (
+                self.temperature < 0,
+                f"--temperature {self.temperature}: use 0 (most likely token) or more",
+            ),
             (self.top_k < 0, f"--top-k {self.top_k}: use 0 (all) or more"),
             (not 0 < self.top_p <= 1, f"--top-p {self.top_p}: use a share above 0 and up to 1"),
-            (not self.prompt.isprintable() and "\udc80" <= max(self.prompt) <= "\udcff", "--prompt: not UTF-8 text"),
+            (
+                not self.prompt.isprintable() and "\udc80" <= max(self.prompt) <= "\udcff",
+                "--prompt: not UTF-8 text",
+            ),
             (not Path(self.load).is_dir(), f"--load {self.load}: there is no such folder"),
         ]
         return [text for wrong, text in checks if wrong]
@@ -68,18 +76,33 @@ def sample(options: Options) -> None:
     from megalite.training.trained import load_model
 
     trained = load_model(
-        options.load, "gpt", options.ckpt_step, options.device, tokenizer_type=options.tokenizer_type,
-        tokenizer_model=options.tokenizer_model, vocab_file=options.vocab_file, merge_file=options.merge_file,
-    )  # fmt: skip
+        options.load,
+        "gpt",
+        options.ckpt_step,
+        options.device,
+        tokenizer_type=options.tokenizer_type,
+        tokenizer_model=options.tokenizer_model,
+        vocab_file=options.vocab_file,
+        merge_file=options.merge_file,
+    )
     model, tokenizer = trained.model, trained.tokenizer
-    print(f"iteration {trained.iteration} of {options.load}, on {model.context.device}", file=sys.stderr)
+    print(
+        f"iteration {trained.iteration} of {options.load}, on {model.context.device}",
+        file=sys.stderr,
+    )
     ids = tokenizer.encode_batch([options.prompt]).ids.tolist() or [tokenizer.eod]
     prompt = torch.tensor([ids], device=model.context.device)
     shown = tokenizer.decode(ids) if options.prompt else ""
     print(shown, end="", flush=True)
     made = []
     for token in generate(
-        model, prompt, options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.seed
+        model,
+        prompt,
+        options.max_new_tokens,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
     ):
         if token.item() == tokenizer.eod:
             break

@@ -17,7 +17,9 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # this checkout's megalite, installed or not
 
 from megalite.data.config import TokenizerType
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
@@ -61,14 +63,20 @@ def tokenizer_of(config: InspectConfig) -> Tokenizer | None:
             raise TokenizerError("files of a tokenizer are given, but no --tokenizer-type")
         return None
     return build_tokenizer(
-        config.tokenizer_type, config.tokenizer_model, config.vocab_file, config.merge_file, config.vocab_size
+        config.tokenizer_type,
+        config.tokenizer_model,
+        config.vocab_file,
+        config.merge_file,
+        config.vocab_size,
     )
 
 
 def sizes(dataset: IndexedDataset, info: DatasetInfo | None) -> dict[str, str]:
     """What to tell of a dataset, by name."""
     count = len(dataset)
-    places = np.arange(count) if count <= SAMPLED else np.arange(SAMPLED) * (count - 1) // (SAMPLED - 1)
+    places = (
+        np.arange(count) if count <= SAMPLED else np.arange(SAMPLED) * (count - 1) // (SAMPLED - 1)
+    )
     lengths = dataset.lengths[places]
     told = {
         "documents": f"{dataset.num_documents:,}",
@@ -80,14 +88,19 @@ def sizes(dataset: IndexedDataset, info: DatasetInfo | None) -> dict[str, str]:
     if count:
         of = "" if count <= SAMPLED else f" (of {SAMPLED:,} evenly spaced ones)"
         low, middle, high = int(lengths.min()), float(np.median(lengths)), int(lengths.max())
-        told["tokens in a sequence"] = f"{low:,} to {high:,}, median {middle:g}, mean {lengths.mean():.1f}{of}"
+        told["tokens in a sequence"] = (
+            f"{low:,} to {high:,}, median {middle:g}, mean {lengths.mean():.1f}{of}"
+        )
     if info is None:
         told["made by"] = "not known: there is no .json beside it"
     else:
         end = "none" if info.eod is None else info.eod
         told["made by"] = f"{info.tokenizer_type}, {info.vocab_size:,} ids, end of document {end}"
         told["tokenizer's sha256"] = info.tokenizer_sha256
-        for name, value in (("split into sentences", info.sentences), ("documents end with it", info.append_eod)):
+        for name, value in (
+            ("split into sentences", info.sentences),
+            ("documents end with it", info.append_eod),
+        ):
             told[name] = {None: "not told", True: "yes", False: "no"}[value]
     return told
 
@@ -114,11 +127,19 @@ def show(config: InspectConfig, dataset: IndexedDataset, tokenizer: Tokenizer | 
     for number in sorted(random.sample(every, count)) if config.random else every[:count]:
         stream = dataset.tokens(number, number + 1)
         ids = [int(i) for i in stream.read(0, min(config.tokens, len(stream)))]
-        if tokenizer is not None and (foreign := [i for i in ids if not 0 <= i < tokenizer.vocab_size]):
-            raise DatasetError(f"document {number}: id {foreign[0]}, but the tokenizer has {tokenizer.vocab_size} ids")
+        if tokenizer is not None and (
+            foreign := [i for i in ids if not 0 <= i < tokenizer.vocab_size]
+        ):
+            raise DatasetError(
+                f"document {number}: id {foreign[0]}, but the tokenizer has {tokenizer.vocab_size} ids"
+            )
         text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
         more = " ..." if len(stream) > len(ids) else ""
-        console.print(f"document {number}, {len(stream):,} tokens: {text}{more}", markup=False, highlight=False)
+        console.print(
+            f"document {number}, {len(stream):,} tokens: {text}{more}",
+            markup=False,
+            highlight=False,
+        )
 
 
 def checked(dataset: IndexedDataset) -> list[str]:
@@ -151,7 +172,9 @@ def main() -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if config.verify and not problems:
-        print(f"verified: all {len(dataset):,} sequences and {dataset.num_documents:,} documents are sound")
+        print(
+            f"verified: all {len(dataset):,} sequences and {dataset.num_documents:,} documents are sound"
+        )
     return 1 if problems else 0
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # this checkout's megalite, installed or not
 
 from megalite.data.indexed import DatasetError, IndexedDataset
 from megalite.preprocess.merge import find_prefixes, merge

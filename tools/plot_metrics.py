@@ -49,7 +49,9 @@ def read_curves(path: Path) -> Curves:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise MetricsError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+        raise MetricsError(
+            f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+        ) from None
     training, validation = {}, {}
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
@@ -59,7 +61,9 @@ def read_curves(path: Path) -> Curves:
             if "validation_loss" in values:
                 validation[values["iteration"]] = values["validation_loss"]
         except (json.JSONDecodeError, TypeError, KeyError):
-            raise MetricsError(f"{path}, line {number}: not an object with an iteration: {line[:60]}") from None
+            raise MetricsError(
+                f"{path}, line {number}: not an object with an iteration: {line[:60]}"
+            ) from None
     if not training and not validation:
         raise MetricsError(f"{path}: no training or validation loss in it")
     return Curves(sorted(training.items()), sorted(validation.items()))
@@ -76,14 +80,26 @@ def draw(config: PlotConfig, runs: list[Curves]) -> None:
     for number, (path, run) in enumerate(zip(config.files, runs, strict=True)):
         color, of = f"C{number}", f" ({path})" if len(runs) > 1 else ""
         if run.training:
-            axes.plot(*zip(*run.training, strict=True), color=color, alpha=0.5, linewidth=1, label=f"training{of}")
+            axes.plot(
+                *zip(*run.training, strict=True),
+                color=color,
+                alpha=0.5,
+                linewidth=1,
+                label=f"training{of}",
+            )
         if run.validation:
             axes.plot(
-                *zip(*run.validation, strict=True), "o-", color=color, markersize=4, markeredgecolor="black",
+                *zip(*run.validation, strict=True),
+                "o-",
+                color=color,
+                markersize=4,
+                markeredgecolor="black",
                 label=f"validation{of}",
-            )  # fmt: skip
+            )
     for iteration in config.resumed_at:
-        axes.axvline(iteration, color="gray", linestyle="--", linewidth=1, label=f"resumed at {iteration}")
+        axes.axvline(
+            iteration, color="gray", linestyle="--", linewidth=1, label=f"resumed at {iteration}"
+        )
     axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=config.title)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -101,7 +117,10 @@ def main() -> int:
     except ImportError:
         print("error: drawing needs matplotlib: pip install 'megalite[plot]'", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:  # ValueError: also an ending that matplotlib does not know
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # ValueError: also an ending that matplotlib does not know
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(config.output)

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # this checkout's megalite, installed or not
 
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError
@@ -41,7 +43,10 @@ def main() -> int:
         print(f"not read, of no known kind: {', '.join(passed[:SHOWN])}{more}", file=sys.stderr)
     tokenizer = config.tokenizer
     why = f" ({tokenizer.why})" if tokenizer.why else ""
-    print(f"{config.tokenizer_type}, {tokenizer.vocab_size:,} ids, {tokenizer.backend} backend{why}", file=sys.stderr)
+    print(
+        f"{config.tokenizer_type}, {tokenizer.vocab_size:,} ids, {tokenizer.backend} backend{why}",
+        file=sys.stderr,
+    )
     last = Progress(0)
 
     def remember(progress: Progress) -> None:
@@ -61,7 +66,9 @@ def main() -> int:
             print(f"{config.folder} keeps what is done. {GO_ON}", file=sys.stderr)
         return 1
     for key, info in zip(config.json_keys, infos, strict=True):
-        print(f"{config.prefix(key)}.bin, .idx: {info.documents:,} documents, {info.tokens:,} tokens")
+        print(
+            f"{config.prefix(key)}.bin, .idx: {info.documents:,} documents, {info.tokens:,} tokens"
+        )
     bad_lines = Path(config.bad_lines)
     if bad_lines.exists():
         print(f"{bad_lines.read_bytes().count(10):,} bad lines were left out: see {bad_lines}")

@@ -96,7 +96,11 @@ class JobConfig:
     def places(self) -> dict[str, str]:
         """Where the training reads and writes, by flag."""
         checkpoints = str(self.run / "checkpoints")
-        return {"save": checkpoints, "load": checkpoints, "metrics_file": str(self.run / "metrics.jsonl")}
+        return {
+            "save": checkpoints,
+            "load": checkpoints,
+            "metrics_file": str(self.run / "metrics.jsonl"),
+        }
 
 
 class SubmitError(RuntimeError):
@@ -105,17 +109,28 @@ class SubmitError(RuntimeError):
 
 def sbatch_options(job: JobConfig) -> list[str]:
     """The options of sbatch."""
-    return [*(f"--{key}={value}" for key, value in _own_options(job).items()), "--requeue", *_further_options(job)]
+    return [
+        *(f"--{key}={value}" for key, value in _own_options(job).items()),
+        "--requeue",
+        *_further_options(job),
+    ]
 
 
 def _own_options(job: JobConfig) -> dict[str, Any]:
     tasks, ranks_per_task = (job.ranks, 1) if job.launcher == "srun" else (1, job.ranks)
     cpus = job.cpus_per_rank and job.cpus_per_rank * ranks_per_task
     wanted = {
-        "job-name": job.name, "nodes": job.nodes, "ntasks-per-node": tasks, "cpus-per-task": cpus, "time": job.time,
-        "gpus-per-node": job.gpus_per_node or None, "signal": f"B:USR1@{job.save_before_end}", "open-mode": "append",
-        "partition": job.partition, "account": job.account,
-    }  # fmt: skip
+        "job-name": job.name,
+        "nodes": job.nodes,
+        "ntasks-per-node": tasks,
+        "cpus-per-task": cpus,
+        "time": job.time,
+        "gpus-per-node": job.gpus_per_node or None,
+        "signal": f"B:USR1@{job.save_before_end}",
+        "open-mode": "append",
+        "partition": job.partition,
+        "account": job.account,
+    }
     return {key: value for key, value in wanted.items() if value is not None}
 
 
@@ -126,7 +141,8 @@ def _further_options(job: JobConfig) -> list[str]:
 def problems_of(job: JobConfig) -> list[Problem]:
     """What is wrong with the job itself."""
     numbers = {"--ranks-per-node": job.ranks} | {
-        f"--{name.replace('_', '-')}": getattr(job, name) for name in ("nodes", "save_before_end", "cpus_per_rank")
+        f"--{name.replace('_', '-')}": getattr(job, name)
+        for name in ("nodes", "save_before_end", "cpus_per_rank")
     }
     problems = [
         Problem(f"{flag} {value} must be at least 1", f"{flag} 1")
@@ -134,26 +150,45 @@ def problems_of(job: JobConfig) -> list[Problem]:
         if value is not None and value < 1
     ]
     if job.gpus_per_node < 0:
-        problems.append(Problem(f"--gpus-per-node {job.gpus_per_node} must be at least 0", "--gpus-per-node 0"))
+        problems.append(
+            Problem(f"--gpus-per-node {job.gpus_per_node} must be at least 0", "--gpus-per-node 0")
+        )
     if job.save_before_end > LONGEST_WARNING:
-        message = f"--save-before-end {job.save_before_end} is more than SLURM takes, {LONGEST_WARNING}"
+        message = (
+            f"--save-before-end {job.save_before_end} is more than SLURM takes, {LONGEST_WARNING}"
+        )
         problems.append(Problem(message, f"--save-before-end {LONGEST_WARNING}"))
     limit = seconds(job.time)
     if limit is None:
-        problems.append(Problem(f"--time {job.time!r} is no time limit", "hours:minutes:seconds, or days-hours"))
+        problems.append(
+            Problem(f"--time {job.time!r} is no time limit", "hours:minutes:seconds, or days-hours")
+        )
     elif job.save_before_end >= limit:
         message = f"--save-before-end {job.save_before_end} is not less than the {limit} seconds of --time {job.time}"
         problems.append(Problem(message, "a longer --time, or a smaller --save-before-end"))
     for key, value in _own_options(job).items():
         if not re.fullmatch(WORD, str(value)):
-            problems.append(Problem(f"{f'--{key}={value}'!r} is no option for sbatch", "one word, without spaces"))
+            problems.append(
+                Problem(
+                    f"{f'--{key}={value}'!r} is no option for sbatch", "one word, without spaces"
+                )
+            )
     for option in _further_options(job):
         name = option.partition("=")[0].removeprefix("--")
         if not re.fullmatch(f"--{WORD}", option):
-            problems.append(Problem(f"--options: {option!r} is none here", "--NAME=VALUE, or --NAME"))
+            problems.append(
+                Problem(f"--options: {option!r} is none here", "--NAME=VALUE, or --NAME")
+            )
         # sbatch takes any unambiguous beginning of an option for the whole.
-        elif name.startswith("ntasks") or any(taken.startswith(name) for taken in (*SET_HERE, *_own_options(job))):
-            problems.append(Problem(f"--options: {option} would undo what is set here", "leave it out, or see --help"))
+        elif name.startswith("ntasks") or any(
+            taken.startswith(name) for taken in (*SET_HERE, *_own_options(job))
+        ):
+            problems.append(
+                Problem(
+                    f"--options: {option} would undo what is set here",
+                    "leave it out, or see --help",
+                )
+            )
     # An empty one, of a variable that is not set, would be the folder where one stands.
     if not job.run_dir or "\n" in job.run_dir or "%" in job.run_dir:
         message = f"--run-dir {job.run_dir!r} cannot be a folder for SLURM's logs"
@@ -179,10 +214,15 @@ def script(job: JobConfig, snapshot: Path) -> str:
     supervise, program, config, save = (
         shlex.quote(str(path))
         for path in (
-            code / "examples/slurm/supervise.sh", code / job.program, snapshot / "config.yaml", job.places["save"],
+            code / "examples/slurm/supervise.sh",
+            code / job.program,
+            snapshot / "config.yaml",
+            job.places["save"],
         )
-    )  # fmt: skip
-    places = " ".join(f"--{key.replace('_', '-')} {shlex.quote(value)}" for key, value in job.places.items())
+    )
+    places = " ".join(
+        f"--{key.replace('_', '-')} {shlex.quote(value)}" for key, value in job.places.items()
+    )
     python, step = shlex.quote(job.python), f"supervise {save} srun --kill-on-bad-exit=1"
     if job.launcher == "srun":
         launch = [f"{step} {python} \\"]
@@ -212,8 +252,13 @@ def script(job: JobConfig, snapshot: Path) -> str:
 
 def snapshot_folder(job: JobConfig) -> Path:
     """Where this submission keeps its code and configuration: the next free number."""
-    numbers = [re.fullmatch(r"submitted-([0-9]+)", path.name) for path in job.run.glob("submitted-*")]
-    return job.run / f"submitted-{max((int(number[1]) for number in numbers if number), default=0) + 1}"
+    numbers = [
+        re.fullmatch(r"submitted-([0-9]+)", path.name) for path in job.run.glob("submitted-*")
+    ]
+    return (
+        job.run
+        / f"submitted-{max((int(number[1]) for number in numbers if number), default=0) + 1}"
+    )
 
 
 def keep(job: JobConfig, config: RunConfig, snapshot: Path) -> Path:
@@ -233,9 +278,13 @@ def submit(job: JobConfig, file: Path) -> str:
     """Hand the script to sbatch; returns the number of the job. Raises SubmitError."""
     log = f"--output={job.run}/job-%j.out"
     try:
-        done = subprocess.run(["sbatch", "--parsable", log, str(file)], capture_output=True, text=True)
+        done = subprocess.run(
+            ["sbatch", "--parsable", log, str(file)], capture_output=True, text=True
+        )
     except OSError as error:
-        raise SubmitError(f"sbatch cannot be run: {error.strerror}; {file} is ready for it") from None
+        raise SubmitError(
+            f"sbatch cannot be run: {error.strerror}; {file} is ready for it"
+        ) from None
     if done.returncode:
         raise SubmitError(f"sbatch refused {file}: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]
@@ -254,15 +303,21 @@ def read(argv: list[str]) -> tuple[JobConfig, RunConfig]:
     for key, value in missing.items():
         if key not in said:
             problems.append(Problem(f"{known[key].flag} is missing", f"{known[key].flag} {value}"))
-    job = JobConfig(**{key: known[key].from_words([value]) for key, value in missing.items()} | asked)
+    job = JobConfig(
+        **{key: known[key].from_words([value]) for key, value in missing.items()} | asked
+    )
     problems += problems_of(job)
     values = (cli.read_yaml(recipe)[0] if recipe is not None else {}) | flags
     owned = ", ".join(
-        "--" + key.replace("_", "-") for key in (*job.places, "world_size") if values.get(key) is not None
+        "--" + key.replace("_", "-")
+        for key in (*job.places, "world_size")
+        if values.get(key) is not None
     )
     if owned:
         problems.append(Problem(f"{owned}: follows from --run-dir and --nodes", "leave it out"))
-    config = cli.build(recipe, flags, problems, job.program.removeprefix("pretrain_").removesuffix(".py"))
+    config = cli.build(
+        recipe, flags, problems, job.program.removeprefix("pretrain_").removesuffix(".py")
+    )
     problems = validate.check(with_values(config, job.places), job.nodes * job.ranks)
     if problems:
         raise ConfigError(problems)
@@ -279,16 +334,29 @@ def read_cluster(path: str) -> tuple[dict[str, Any], list[Problem]]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return {}, [Problem(f"--cluster {path}: {error}", "a YAML file of flags of this program")]
     if not isinstance(written, dict):
-        return {}, [Problem(f"--cluster {path} holds no names and values", "write one `name: value` a line")]
-    known = {key: option for key, option in options_of(JobConfig).items() if key not in ("cluster", "dry_run")}
+        return {}, [
+            Problem(f"--cluster {path} holds no names and values", "write one `name: value` a line")
+        ]
+    known = {
+        key: option
+        for key, option in options_of(JobConfig).items()
+        if key not in ("cluster", "dry_run")
+    }
     values, problems = {}, []
     for name, value in written.items():
-        option, words = known.get(name.replace("-", "_")), value if isinstance(value, list) else [value]
+        option, words = (
+            known.get(name.replace("-", "_")),
+            value if isinstance(value, list) else [value],
+        )
         if option is None:
-            problems.append(Problem(f"--cluster {path}: unknown {name}", f"names are {', '.join(known)}"))
+            problems.append(
+                Problem(f"--cluster {path}: unknown {name}", f"names are {', '.join(known)}")
+            )
             continue
         try:
-            if not all(isinstance(word, str) for word in words) or (len(words) != 1 and option.kind is not tuple):
+            if not all(isinstance(word, str) for word in words) or (
+                len(words) != 1 and option.kind is not tuple
+            ):
                 raise ValueError
             values[option.key] = option.from_words(words)
         except ValueError:
@@ -315,11 +383,17 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     run = shlex.quote(str(job.run))
-    print(f"job {number}: {job.nodes} node(s) x {job.ranks} ranks; code and configuration in {snapshot}")
+    print(
+        f"job {number}: {job.nodes} node(s) x {job.ranks} ranks; code and configuration in {snapshot}"
+    )
     print(f"  watch:   tail -F {run}/job-{number}.out        squeue --job {number}")
-    print(f"  stop:    scancel {number}                      (ranks save first, within the KillWait of SLURM)")
+    print(
+        f"  stop:    scancel {number}                      (ranks save first, within the KillWait of SLURM)"
+    )
     print(f"           scancel --signal=TERM {number}        (save first, however long it takes)")
-    print(f"  resume:  sbatch --output={run}/job-%j.out {shlex.quote(str(snapshot / 'job.sbatch'))}")
+    print(
+        f"  resume:  sbatch --output={run}/job-%j.out {shlex.quote(str(snapshot / 'job.sbatch'))}"
+    )
     return 0
 
 

@@ -16,7 +16,9 @@ from typing import Literal
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megalite, installed or not
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # this checkout's megalite, installed or not
 
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError, train_bpe, train_sentencepiece, train_wordpiece
@@ -45,7 +47,9 @@ class TrainTokenizerConfig:
     OUTPUT_PREFIX-vocab.txt (wordpiece)."""
     vocab_size: int
     """Entries of the vocabulary, bytes and special pieces among them."""
-    kind: Literal["sentencepiece-bpe", "sentencepiece-unigram", "bpe", "wordpiece"] = "sentencepiece-bpe"
+    kind: Literal["sentencepiece-bpe", "sentencepiece-unigram", "bpe", "wordpiece"] = (
+        "sentencepiece-bpe"
+    )
     """For --tokenizer-type SentencePieceTokenizer (the first two), GPT2BPETokenizer (bpe) or BertWordPieceCase
     (wordpiece; with --lowercase BertWordPieceLowerCase)."""
     lowercase: bool = False
@@ -64,18 +68,26 @@ def find_problems(config: TrainTokenizerConfig) -> list[str]:
     _, problems = expand(config.input)
     least = LEAST[config.kind]
     if config.vocab_size <= least:
-        problems.append(f"--vocab-size {config.vocab_size}: must be above {least}, the bytes and special pieces")
+        problems.append(
+            f"--vocab-size {config.vocab_size}: must be above {least}, the bytes and special pieces"
+        )
     if config.kind == "wordpiece" and STDIN in config.input:
         problems.append(
             "--input -: --kind wordpiece reads the text twice, standard input can be read once; give a file"
         )
     if config.lowercase and config.kind != "wordpiece":
-        problems.append(f"--lowercase: --kind {config.kind} keeps text as it is; only wordpiece can lower it")
+        problems.append(
+            f"--lowercase: --kind {config.kind} keeps text as it is; only wordpiece can lower it"
+        )
     folder = Path(config.output_prefix).parent
     if not folder.is_dir():
-        problems.append(f"--output-prefix {config.output_prefix}: make the folder first: mkdir -p {folder}")
+        problems.append(
+            f"--output-prefix {config.output_prefix}: make the folder first: mkdir -p {folder}"
+        )
     for path in filter(Path.exists, config.outputs):
-        problems.append(f"--output-prefix {config.output_prefix}: {path} exists; delete it or choose another prefix")
+        problems.append(
+            f"--output-prefix {config.output_prefix}: {path} exists; delete it or choose another prefix"
+        )
     return problems
 
 
@@ -96,7 +108,9 @@ def train(config: TrainTokenizerConfig) -> tuple[bytes, ...]:
         return train_bpe(texts, config.vocab_size)
     if config.kind == "wordpiece":
         return (train_wordpiece(texts, config.vocab_size, config.lowercase),)
-    return (train_sentencepiece(texts, config.vocab_size, config.kind.removeprefix("sentencepiece-")),)
+    return (
+        train_sentencepiece(texts, config.vocab_size, config.kind.removeprefix("sentencepiece-")),
+    )
 
 
 def write(contents: tuple[bytes, ...], paths: list[Path]) -> None:

@@ -35,7 +35,13 @@ def main() -> int:
     try:
         launch = detect(os.environ)
     except ValueError as error:
-        cli.refuse([Problem(str(error), "start with torchrun or srun, or with none of their variables set")])
+        cli.refuse(
+            [
+                Problem(
+                    str(error), "start with torchrun or srun, or with none of their variables set"
+                )
+            ]
+        )
     try:
         planned = plan(sys.argv[1:], launch)
     except ConfigError as error:
@@ -54,7 +60,9 @@ def verify(planned: Plan, launch: LaunchInfo, folder: Path) -> int:
 
     chosen, reference = (folder / name for name in ("chosen", "reference"))
     model, data = planned.chosen.model, planned.chosen.data
-    rounding = Rounding(model, planned.chosen.optimizer.precision, data.global_batch_size * model.seq_length)
+    rounding = Rounding(
+        model, planned.chosen.optimizer.precision, data.global_batch_size * model.seq_length
+    )
     try:
         for place in (chosen, reference):
             place.mkdir(parents=True, exist_ok=True)
@@ -73,7 +81,11 @@ def verify(planned: Plan, launch: LaunchInfo, folder: Path) -> int:
         record_on_ranks(planned.reference, planned.reference_ranks, reference)
         found = compare(reference, planned.reference_ranks, chosen, planned.ranks, rounding)
     except Exception as error:  # never status 1, which says that numbers differ
-        explanation = str(error) if isinstance(error, RanksFailed) else explain(error) or traceback.format_exc()
+        explanation = (
+            str(error)
+            if isinstance(error, RanksFailed)
+            else explain(error) or traceback.format_exc()
+        )
         print(f"verify_layouts.py: {explanation}", file=sys.stderr)
         return 2
     print(heading(planned), report(found), found.verdict, sep="\n\n")
@@ -123,7 +135,11 @@ def layout(config, ranks: int) -> str:
     words = [f"dp={ranks // (t * stages)} x tp={t} x pp={stages} on {ranks} rank(s), {p.device}"]
     words += ["sequence parallel"] if p.sequence_parallel else []
     words += [p.pipeline_schedule] if stages > 1 else []
-    words += [f"recompute {config.recompute.granularity}"] if config.recompute.granularity != "none" else []
+    words += (
+        [f"recompute {config.recompute.granularity}"]
+        if config.recompute.granularity != "none"
+        else []
+    )
     return ", ".join(words)
 
 

@@ -80,7 +80,10 @@ def preprocess(source, prefix, workers, kind, *files):
     size = 50257 if kind == "gpt2" else 8000
     encoder, started, used = Encoder(kind, *files), time.perf_counter(), _cpu_seconds()
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=DType.optimal_dtype(size))
-    with open(source, encoding="utf-8") as lines, multiprocessing.Pool(int(workers), encoder.start) as pool:
+    with (
+        open(source, encoding="utf-8") as lines,
+        multiprocessing.Pool(int(workers), encoder.start) as pool,
+    ):
         for ids in pool.imap(encoder.encode, lines, 32):
             builder.add_document(ids, [len(ids)])
     builder.finalize(prefix + ".idx")
@@ -119,7 +122,11 @@ def dataset(prefix, samples, length, cache):
     began = time.perf_counter()
     for i in order:
         train[i]
-    return {"start_seconds": seconds, "start_mib": grown, "per_second": len(order) / (time.perf_counter() - began)}
+    return {
+        "start_seconds": seconds,
+        "start_mib": grown,
+        "per_second": len(order) / (time.perf_counter() - began),
+    }
 
 
 def _cpu_seconds() -> float:

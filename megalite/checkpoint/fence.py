@@ -45,8 +45,14 @@ class Lease:
         root = Path(root)
         root.mkdir(parents=True, exist_ok=True)
         job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
-        who = f"process {os.getpid()} on {os.uname().nodename}" + (f", job {job}, restart {restarts}" if job else "")
-        owner = {"token": uuid.uuid4().hex, "who": who, "since": datetime.now().isoformat(timespec="seconds")}
+        who = f"process {os.getpid()} on {os.uname().nodename}" + (
+            f", job {job}, restart {restarts}" if job else ""
+        )
+        owner = {
+            "token": uuid.uuid4().hex,
+            "who": who,
+            "since": datetime.now().isoformat(timespec="seconds"),
+        }
         draft = root / f".{OWNER_FILE}.{owner['token']}"
         with open(draft, "w") as file:
             json.dump(owner, file)
@@ -55,7 +61,9 @@ class Lease:
         os.replace(draft, root / OWNER_FILE)
         lease = cls(root, owner["token"])
         lease.staging_dir.mkdir()
-        desks = [staging_dir for staging_dir in root.glob(f"{DESK}*") if staging_dir != lease.staging_dir]
+        desks = [
+            staging_dir for staging_dir in root.glob(f"{DESK}*") if staging_dir != lease.staging_dir
+        ]
         with lease._explaining():
             for staging_dir in desks:
                 lease._remove_desk(staging_dir)

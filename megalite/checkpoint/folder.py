@@ -21,7 +21,9 @@ def iteration_folder(iteration: int) -> str:
 def list_iterations(root: str | Path) -> list[int]:
     """Iterations with a committed checkpoint under their own name in `root`, ascending; [] when there is no folder."""
     names = [path.parent.name for path in Path(root).glob(f"iter_*/{INDEX_FILE}")]
-    return sorted(int(match[1]) for match in map(re.compile(r"iter_(\d{7,})").fullmatch, names) if match)
+    return sorted(
+        int(match[1]) for match in map(re.compile(r"iter_(\d{7,})").fullmatch, names) if match
+    )
 
 
 def latest_iteration(root: str | Path) -> int | None:
@@ -44,14 +46,19 @@ def latest_iteration(root: str | Path) -> int | None:
 def replaced_folders(root: str | Path, iteration: int) -> list[Path]:
     """`iter_N.replaced-K` folders of an iteration, the newest (highest K) last."""
     prefix = f"{iteration_folder(iteration)}.replaced-"
-    numbered = [path for path in Path(root).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdecimal()]
+    numbered = [
+        path for path in Path(root).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdecimal()
+    ]
     return sorted(numbered, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
 def checkpoint_folder(root: str | Path, iteration: int) -> Path | None:
     """Where a checkpoint lies: `iter_N`, or, when a run was killed between moving an old one aside and moving the new
     one in (see save.py), what it had moved aside. None when there is neither."""
-    folders = [Path(root) / iteration_folder(iteration), *reversed(replaced_folders(root, iteration))]
+    folders = [
+        Path(root) / iteration_folder(iteration),
+        *reversed(replaced_folders(root, iteration)),
+    ]
     return next((folder for folder in folders if (folder / INDEX_FILE).is_file()), None)
 
 

@@ -63,15 +63,20 @@ class Shard:
         if not self.name or PRIVATE_PREFIX in self.name:
             raise ValueError(f"a piece needs a name without {PRIVATE_PREFIX!r}; got {self.name!r}")
         if tuple(self.tensor.shape) != tuple(self.box.shape):
-            raise ValueError(f"{self.name}: the tensor has shape {tuple(self.tensor.shape)}, its box {self.box.shape}")
+            raise ValueError(
+                f"{self.name}: the tensor has shape {tuple(self.tensor.shape)}, its box {self.box.shape}"
+            )
         if not lies_within(self.box, self.global_shape):
-            raise ValueError(f"{self.name}: {self.box} does not lie in the global shape {self.global_shape}")
+            raise ValueError(
+                f"{self.name}: {self.box} does not lie in the global shape {self.global_shape}"
+            )
 
 
 def lies_within(box: Box, shape: Sequence[int]) -> bool:
     """Whether `box` is a part of a tensor of this shape (same number of dims, no element outside)."""
     return len(box.offset) == len(box.shape) == len(shape) and all(
-        0 <= start and 0 <= size and start + size <= length for start, size, length in zip(box.offset, box.shape, shape)
+        0 <= start and 0 <= size and start + size <= length
+        for start, size, length in zip(box.offset, box.shape, shape)
     )
 
 
@@ -96,7 +101,10 @@ class StoredTensor:
         """Why the boxes are not exactly the tensor: one outside, two that overlap, elements that none covers."""
         outside = [part for part in self.boxes if not lies_within(part.box, self.shape)]
         if outside:
-            return [f"{name}: {part.box} in {part.file} lies outside the shape {self.shape}" for part in outside]
+            return [
+                f"{name}: {part.box} in {part.file} lies outside the shape {self.shape}"
+                for part in outside
+            ]
         overlapping = [
             f"{name}: {one.box} in {one.file} and {other.box} in {other.file} overlap"
             for one, other in itertools.combinations(self.boxes, 2)
@@ -104,7 +112,9 @@ class StoredTensor:
         ]
         covered, wanted = sum(part.box.numel for part in self.boxes), Box.whole(self.shape).numel
         if not overlapping and covered != wanted:
-            return [f"{name}: only {covered} of the {wanted} elements of shape {self.shape} are covered"]
+            return [
+                f"{name}: only {covered} of the {wanted} elements of shape {self.shape} are covered"
+            ]
         return overlapping
 
 
@@ -128,8 +138,14 @@ class Index:
     def to_json(self) -> str:
         """The text of index.json."""
         tensors = {name: _tensor_to_dict(tensor) for name, tensor in self.tensors.items()}
-        files = {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()}
-        header = {"format_version": FORMAT_VERSION, "iteration": self.iteration, "world_size": self.world_size}
+        files = {
+            name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()
+        }
+        header = {
+            "format_version": FORMAT_VERSION,
+            "iteration": self.iteration,
+            "world_size": self.world_size,
+        }
         return json.dumps({**header, "files": files, "names": tensors})
 
     @classmethod
@@ -139,12 +155,19 @@ class Index:
             raw = json.loads(text)
             version = raw["format_version"]
             if version != FORMAT_VERSION:
-                raise CheckpointError(f"format version {version}; this megalite reads version {FORMAT_VERSION}")
+                raise CheckpointError(
+                    f"format version {version}; this megalite reads version {FORMAT_VERSION}"
+                )
             tensors = {name: _tensor_from_dict(item) for name, item in raw["names"].items()}
-            files = {name: StoredFile(int(item["bytes"]), str(item["sha256"])) for name, item in raw["files"].items()}
+            files = {
+                name: StoredFile(int(item["bytes"]), str(item["sha256"]))
+                for name, item in raw["files"].items()
+            }
             index = cls(int(raw["iteration"]), int(raw["world_size"]), tensors, files)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{INDEX_FILE} is damaged ({type(error).__name__}: {error})") from error
+            raise CheckpointError(
+                f"{INDEX_FILE} is damaged ({type(error).__name__}: {error})"
+            ) from error
         index._refuse_if_unsound()
         return index
 
@@ -152,13 +175,19 @@ class Index:
         for name in self.files:
             # A name such as ../../secret would make the reader open files outside the checkpoint's folder.
             if name in ("", ".", "..") or "/" in name or "\\" in name:
-                raise CheckpointError(f"{INDEX_FILE}: unsafe file name {name!r}: it must lie in this folder")
+                raise CheckpointError(
+                    f"{INDEX_FILE}: unsafe file name {name!r}: it must lie in this folder"
+                )
         for name, tensor in self.tensors.items():
             for part in tensor.boxes:
                 if part.file not in self.files:
-                    raise CheckpointError(f"{INDEX_FILE}: {name} lies in {part.file!r}, which is not listed")
+                    raise CheckpointError(
+                        f"{INDEX_FILE}: {name} lies in {part.file!r}, which is not listed"
+                    )
                 if not lies_within(part.box, tensor.shape):
-                    raise CheckpointError(f"{INDEX_FILE}: {name}: {part.box} lies outside the shape {tensor.shape}")
+                    raise CheckpointError(
+                        f"{INDEX_FILE}: {name}: {part.box} lies outside the shape {tensor.shape}"
+                    )
 
 
 def _tensor_to_dict(tensor: StoredTensor) -> dict:
@@ -166,12 +195,18 @@ def _tensor_to_dict(tensor: StoredTensor) -> dict:
         {"file": part.file, "key": part.key, "offset": part.box.offset, "shape": part.box.shape}
         for part in tensor.boxes
     ]
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": tensor.shape, "boxes": boxes}
+    return {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": tensor.shape,
+        "boxes": boxes,
+    }
 
 
 def _tensor_from_dict(item: dict) -> StoredTensor:
     boxes = tuple(
-        StoredBox(str(part["file"]), str(part["key"]), Box(_ints(part["offset"]), _ints(part["shape"])))
+        StoredBox(
+            str(part["file"]), str(part["key"]), Box(_ints(part["offset"]), _ints(part["shape"]))
+        )
         for part in item["boxes"]
     )
     return StoredTensor(_DTYPE_NAMES[item["dtype"]], _ints(item["shape"]), boxes)
@@ -210,10 +245,16 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> StoredFile:
     entries, end = {}, 0
     for key, tensor in ordered:
         if tensor.dtype not in SAFETENSORS_DTYPES:
-            raise CheckpointError(f"{key}: {tensor.dtype} cannot be stored; possible: {', '.join(_DTYPE_NAMES)}")
+            raise CheckpointError(
+                f"{key}: {tensor.dtype} cannot be stored; possible: {', '.join(_DTYPE_NAMES)}"
+            )
         start, end = end, end + tensor.numel() * tensor.element_size()
         shape = list(tensor.shape)
-        entries[key] = {"dtype": SAFETENSORS_DTYPES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+        entries[key] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     contents = (_raw_bytes(tensor) for _, tensor in ordered)

@@ -104,16 +104,22 @@ class Checkpoint:
         stored = self._stored(name)
         box = Box.whole(stored.shape) if box is None else box
         if not lies_within(box, stored.shape):
-            raise CheckpointError(f"{self.folder}: {name} has shape {stored.shape}; {box} does not lie in it")
+            raise CheckpointError(
+                f"{self.folder}: {name} has shape {stored.shape}; {box} does not lie in it"
+            )
         out = torch.empty(box.shape, dtype=stored.dtype)
         filled = 0
         for part in stored.boxes:
             common = part.box.intersect(box)
             if common:
-                out[common.slices_in(box)] = self._slice(part, stored.dtype)[common.slices_in(part.box)]
+                out[common.slices_in(box)] = self._slice(part, stored.dtype)[
+                    common.slices_in(part.box)
+                ]
                 filled += common.numel
         if filled != box.numel:
-            raise CheckpointError(f"{self.folder}: {name}: {filled} of the {box.numel} elements of {box} are stored")
+            raise CheckpointError(
+                f"{self.folder}: {name}: {filled} of the {box.numel} elements of {box} are stored"
+            )
         return out
 
     def check(self, pieces: Iterable[Shard]) -> None:
@@ -128,7 +134,9 @@ class Checkpoint:
         if not missing and not problems:
             return
         # Finding near names is slow: only for those that are shown.
-        lines = [f"{name}: not stored{self._nearest(name)}" for name in missing[:SHOWN_PROBLEMS]] + problems
+        lines = [
+            f"{name}: not stored{self._nearest(name)}" for name in missing[:SHOWN_PROBLEMS]
+        ] + problems
         total = len(missing) + len(problems)
         raise CheckpointError(listing(f"{self.folder} does not hold what is wanted:", lines, total))
 
@@ -154,7 +162,11 @@ class Checkpoint:
 
         Reads everything. Raises CheckpointError that lists all damage.
         """
-        problems = [problem for name, tensor in self._index.tensors.items() for problem in tensor.problems(name)]
+        problems = [
+            problem
+            for name, tensor in self._index.tensors.items()
+            for problem in tensor.problems(name)
+        ]
         for name, file in self._index.files.items():
             if _sha256(self.folder / name) != file.sha256:
                 problems.append(f"{name}: its checksum differs from the index")
@@ -165,7 +177,9 @@ class Checkpoint:
         try:
             return self._index.tensors[name]
         except KeyError:
-            raise CheckpointError(f"{self.folder}: {name} is not stored{self._nearest(name)}") from None
+            raise CheckpointError(
+                f"{self.folder}: {name} is not stored{self._nearest(name)}"
+            ) from None
 
     def _nearest(self, name: str) -> str:
         near = difflib.get_close_matches(name, self._index.tensors, n=2)
@@ -185,9 +199,14 @@ class Checkpoint:
             data = self._file(part.file).get_slice(part.key)
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / part.file}: {error}") from error
-        found, expected = (tuple(data.get_shape()), data.get_dtype()), (part.box.shape, SAFETENSORS_DTYPES[dtype])
+        found, expected = (
+            (tuple(data.get_shape()), data.get_dtype()),
+            (part.box.shape, SAFETENSORS_DTYPES[dtype]),
+        )
         if found != expected:
-            raise CheckpointError(f"{self.folder / part.file}: {part.key} is {found}, the index says {expected}")
+            raise CheckpointError(
+                f"{self.folder / part.file}: {part.key} is {found}, the index says {expected}"
+            )
         return data
 
 
@@ -199,7 +218,9 @@ def _find(root: Path, step: int | None) -> Path:
         raise CheckpointError(f"{root / LATEST_FILE} does not exist; {root} holds {there}")
     folder = checkpoint_folder(root, iteration)
     if folder is None:
-        raise CheckpointError(f"{root / iteration_folder(iteration)} does not exist; {root} holds {there}")
+        raise CheckpointError(
+            f"{root / iteration_folder(iteration)} does not exist; {root} holds {there}"
+        )
     return folder
 
 

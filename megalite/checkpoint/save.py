@@ -59,7 +59,9 @@ def write(
     """
     lease = _on_first(world, lambda: lease or Lease.take(root))
     try:
-        draft, texts = _on_first(world, lambda: _begin(lease, iteration, state, config_yaml, keep_last))
+        draft, texts = _on_first(
+            world, lambda: _begin(lease, iteration, state, config_yaml, keep_last)
+        )
         parts = _on_all(world, lambda: _write_part(draft, world.rank, pieces, private))
         _on_first(world, lambda: _commit(lease, draft, iteration, parts, texts))
     except CheckpointError:
@@ -83,7 +85,9 @@ def _on_all(world: Group, action: Callable) -> list:
     result, failure = None, None
     try:
         result = action()
-    except Exception as error:  # whatever it is, the other ranks wait for the outcome below and must learn of it
+    except (
+        Exception
+    ) as error:  # whatever it is, the other ranks wait for the outcome below and must learn of it
         failure = error
     outcomes = gather_objects((result, failure and _describe(failure)), world)
     reasons = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(outcomes) if reason]
@@ -121,7 +125,9 @@ def _give_up(lease: Lease) -> None:
         lease.clear()
 
 
-def _write_part(draft: Path, rank: int, pieces: Iterable[Shard], private: dict[str, torch.Tensor]) -> _Part:
+def _write_part(
+    draft: Path, rank: int, pieces: Iterable[Shard], private: dict[str, torch.Tensor]
+) -> _Part:
     tensors = {PRIVATE_PREFIX + name: tensor for name, tensor in private.items()}
     stored: dict[str, StoredTensor] = {}
     for piece in pieces:
@@ -153,7 +159,9 @@ def _merge(parts: list[_Part]) -> dict[str, StoredTensor]:
     return merged
 
 
-def _commit(lease: Lease, draft: Path, iteration: int, parts: list[_Part], texts: dict[str, str]) -> None:
+def _commit(
+    lease: Lease, draft: Path, iteration: int, parts: list[_Part], texts: dict[str, str]
+) -> None:
     """Write text files and index, then rename: draft to folder, and the name of the latest last."""
     root = lease.root
     files = {name: write_file(draft / name, [text.encode()]) for name, text in texts.items()}
@@ -162,7 +170,9 @@ def _commit(lease: Lease, draft: Path, iteration: int, parts: list[_Part], texts
     for name, file in files.items():
         path = draft / name
         if not path.exists() or path.stat().st_size != file.bytes:
-            raise CheckpointError(f"{path} is not there as it was written: is {root} the same folder on every node?")
+            raise CheckpointError(
+                f"{path} is not there as it was written: is {root} the same folder on every node?"
+            )
     write_file(draft / INDEX_FILE, [index.to_json().encode()])
     fsync_folder(draft)
     fresh = lease.staging_dir / LATEST_FILE
@@ -204,9 +214,17 @@ def _prune(lease: Lease, latest: int, keep_last: int | None) -> None:
     if keep_last is None:
         return
     try:
-        for iteration in [number for number in list_iterations(lease.root) if number <= latest][:-keep_last]:
+        for iteration in [number for number in list_iterations(lease.root) if number <= latest][
+            :-keep_last
+        ]:
             # Renamed first: a kill in the middle of the deletion leaves nothing that looks like a checkpoint.
-            os.rename(lease.root / iteration_folder(iteration), lease.staging_dir / iteration_folder(iteration))
+            os.rename(
+                lease.root / iteration_folder(iteration),
+                lease.staging_dir / iteration_folder(iteration),
+            )
         lease.clear()
     except OSError as error:
-        print(f"checkpoint: could not remove what is older than the last {keep_last}: {error}", flush=True)
+        print(
+            f"checkpoint: could not remove what is older than the last {keep_last}: {error}",
+            flush=True,
+        )

@@ -73,7 +73,10 @@ class _GPTCommandLine(_CommandLine):
 
 
 def parse(
-    argv: list[str] | None = None, description: str = "", quiet: bool = False, architecture: str | None = None
+    argv: list[str] | None = None,
+    description: str = "",
+    quiet: bool = False,
+    architecture: str | None = None,
 ) -> RunConfig:
     """Read flags and the --config file. --help prints the help and exits 0; mistakes are all printed, then exit 2.
 
@@ -90,7 +93,10 @@ def parse(
 
 
 def parse_and_check(
-    argv: list[str] | None = None, description: str = "", launch=None, architecture: str | None = None
+    argv: list[str] | None = None,
+    description: str = "",
+    launch=None,
+    architecture: str | None = None,
 ) -> RunConfig:
     """`parse`, then every check for this world size, then the configuration with all its defaults filled in.
 
@@ -105,7 +111,14 @@ def parse_and_check(
         try:
             launch = detect(os.environ)
         except ValueError as error:
-            refuse([Problem(str(error), "start with torchrun or srun, or with none of their variables set")])
+            refuse(
+                [
+                    Problem(
+                        str(error),
+                        "start with torchrun or srun, or with none of their variables set",
+                    )
+                ]
+            )
     quiet = launch.rank != 0
     config = parse(argv, description, quiet, architecture)
     world_size = config.parallel.world_size or launch.world_size
@@ -133,7 +146,10 @@ def read(argv: list[str], architecture: str | None = None) -> RunConfig:
 
 
 def build(
-    file: str | None, flags: dict[str, Any], problems: list[Problem], architecture: str | None = None
+    file: str | None,
+    flags: dict[str, Any],
+    problems: list[Problem],
+    architecture: str | None = None,
 ) -> RunConfig:
     """`read` from what `read_flags` returns."""
     values = {}
@@ -147,7 +163,9 @@ def build(
         raise ConfigError([*problems, *error.problems]) from None
     asked = config.model.architecture
     if architecture not in (None, asked):
-        cause = "--preset " + config.model.preset if config.model.preset else "--architecture " + asked
+        cause = (
+            "--preset " + config.model.preset if config.model.preset else "--architecture " + asked
+        )
         message = f"{cause} is a model that this program does not train"
         problems.append(Problem(message, f"python pretrain_{asked}.py", ("architecture", "preset")))
     if problems:
@@ -155,7 +173,9 @@ def build(
     return config
 
 
-def read_flags(argv: list[str], more: Iterable[Option] = ()) -> tuple[str | None, dict[str, Any], list[Problem]]:
+def read_flags(
+    argv: list[str], more: Iterable[Option] = ()
+) -> tuple[str | None, dict[str, Any], list[Problem]]:
     """(file of --config, values by key, problems). `--flag value` or `--flag=value`; hyphens or underscores; the last
     of several wins; a value may not start with two dashes unless joined by `=`. more: options that are not those of a
     run, and hide those of the same name."""
@@ -173,7 +193,12 @@ def read_flags(argv: list[str], more: Iterable[Option] = ()) -> tuple[str | None
             values[switches[flag][0].key] = switches[flag][1]
         elif flag in valued:
             option, words = valued[flag], [text] if joined else []
-            while not joined and rest and not rest[0].startswith("--") and (option.kind is tuple or not words):
+            while (
+                not joined
+                and rest
+                and not rest[0].startswith("--")
+                and (option.kind is tuple or not words)
+            ):
                 words.append(rest.pop(0))
             _read_value(option, name, words, values, problems)
         else:
@@ -183,19 +208,27 @@ def read_flags(argv: list[str], more: Iterable[Option] = ()) -> tuple[str | None
     return values.pop("config", None), values, problems
 
 
-def _read_value(option: Option, name: str, words: list[str], values: dict, problems: list[Problem]) -> None:
+def _read_value(
+    option: Option, name: str, words: list[str], values: dict, problems: list[Problem]
+) -> None:
     """Put the value of one flag, written as these words, into `values`, or a problem into `problems`."""
     fix = f"for example {name} {example(option)}"
     if not words:
         problems.append(
-            Problem(f"{name} needs a value: {option.expected.replace('null', 'unset')}", fix, (option.key,))
+            Problem(
+                f"{name} needs a value: {option.expected.replace('null', 'unset')}",
+                fix,
+                (option.key,),
+            )
         )
         return
     try:
         values[option.key] = option.from_words(words)
     except ValueError:
         expected = option.expected.replace("null", "unset")
-        problems.append(Problem(f"{name}: {' '.join(words)!r} is not {expected}", fix, (option.key,)))
+        problems.append(
+            Problem(f"{name}: {' '.join(words)!r} is not {expected}", fix, (option.key,))
+        )
 
 
 def _unknown_flag(token: str, flag: str, switches: dict, valued: dict) -> Problem:
@@ -203,11 +236,15 @@ def _unknown_flag(token: str, flag: str, switches: dict, valued: dict) -> Proble
     if flag in switches:
         return Problem(f"{token}: {flag} takes no value", " or ".join(switches[flag][0].switches))
     if not flag.startswith("-"):
-        return Problem(f"unexpected {token!r}: values follow a flag, and switches take none", "remove it")
+        return Problem(
+            f"unexpected {token!r}: values follow a flag, and switches take none", "remove it"
+        )
     if flag in ELSEWHERE:
         return Problem(f"unknown flag {flag}", ELSEWHERE[flag])
     match = nearest(flag, [*switches, *valued])
-    return Problem(f"unknown flag {flag}", f"{match}" if match else "remove it (--help lists the flags)")
+    return Problem(
+        f"unknown flag {flag}", f"{match}" if match else "remove it (--help lists the flags)"
+    )
 
 
 def read_yaml(file: str) -> tuple[dict[str, Any], list[Problem]]:
@@ -220,16 +257,26 @@ def read_yaml(file: str) -> tuple[dict[str, Any], list[Problem]]:
             loaded = yaml.SafeLoader("").construct_document(node) if node is not None else {}
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        return {}, [Problem(f"--config {file}: {reason}", "give the path of a YAML file", ("config",))]
+        return {}, [
+            Problem(f"--config {file}: {reason}", "give the path of a YAML file", ("config",))
+        ]
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
-        return {}, [Problem(f"--config {file} is not YAML: {where}", "write one `name: value` a line", ("config",))]
+        return {}, [
+            Problem(
+                f"--config {file} is not YAML: {where}",
+                "write one `name: value` a line",
+                ("config",),
+            )
+        ]
     if not isinstance(loaded, dict):
         wrong = f"--config {file} holds a {type(loaded).__name__}, not names and values"
         return {}, [Problem(wrong, "write one `name: value` a line", ("config",))]
     keys = [key.value for key, _ in node.value] if node is not None else []
     repeated = [
-        Problem(f"{key!r} is given twice", "keep one of them") for key in sorted(set(keys)) if keys.count(key) > 1
+        Problem(f"{key!r} is given twice", "keep one of them")
+        for key in sorted(set(keys))
+        if keys.count(key) > 1
     ]
     values, problems = read_flat(loaded)
     return values, [Problem(f"{file}: {p.message}", p.fix, p.flags) for p in (*repeated, *problems)]
@@ -240,7 +287,9 @@ def refuse(problems: list[Problem], quiet: bool = False, rank: int = 0) -> NoRet
     if quiet:
         time.sleep(OTHERS_FIRST_SECONDS)
     else:
-        program = os.path.basename(sys.argv[0]) + (f": rank {rank} on {os.uname().nodename}" if rank else "")
+        program = os.path.basename(sys.argv[0]) + (
+            f": rank {rank} on {os.uname().nodename}" if rank else ""
+        )
         print(report(problems, program), file=sys.stderr)
     raise SystemExit(2)
 
@@ -248,7 +297,10 @@ def refuse(problems: list[Problem], quiet: bool = False, rank: int = 0) -> NoRet
 def report(problems: list[Problem], program: str) -> str:
     """The problems, numbered and wrapped, each with its fix."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    lines = [f"{program}: {count} in the configuration, nothing was started (--help explains the flags).", ""]
+    lines = [
+        f"{program}: {count} in the configuration, nothing was started (--help explains the flags).",
+        "",
+    ]
     for number, problem in enumerate(problems, 1):
         lines += _wrap(f"{number:3}. ", problem.message)
         lines += _wrap("     fix: ", problem.fix)
@@ -276,12 +328,21 @@ def show_help(description: str, quiet: bool = False, architecture: str | None = 
     try:
         if not quiet:
             print(description.strip(), end="\n\n")  # tyro would join its lines
-        shown = (_GPTCommandLine if architecture == "gpt" else _CommandLine)(model=ModelConfig(architecture or "gpt"))
+        shown = (_GPTCommandLine if architecture == "gpt" else _CommandLine)(
+            model=ModelConfig(architecture or "gpt")
+        )
         tyro.cli(
-            type(shown), default=shown, description="", args=["-h"], config=marks, registry=registry,
+            type(shown),
+            default=shown,
+            description="",
+            args=["-h"],
+            config=marks,
+            registry=registry,
             console_outputs=not quiet,
-        )  # fmt: skip
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough; the flush at exit must not complain either
+        )
+    except (
+        BrokenPipeError
+    ):  # the reader, such as `head`, has seen enough; the flush at exit must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
 
@@ -291,7 +352,9 @@ def _help_registry() -> tyro.constructors.ConstructorRegistry:
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
-    def optional(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    def optional(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec | None:
         arms = getattr(info.type, "__args__", ())
         if type(None) not in arms:
             return None

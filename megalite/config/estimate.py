@@ -44,11 +44,17 @@ def estimate_stages(config: RunConfig, world_size: int) -> list[StageEstimate]:
     stages = []
     for stage, layers in enumerate(layers_of_stages(m, p, config.predicted)):
         parameters = _parameters(config, len(layers), t, rows, stage == 0, stage == p - 1)
-        activations = _activation_bytes(config, len(layers), microbatches_in_flight(config, world_size, stage))
+        activations = _activation_bytes(
+            config, len(layers), microbatches_in_flight(config, world_size, stage)
+        )
         if stage == p - 1:
             logits = config.predicted * m.seq_length * config.data.micro_batch_size * rows // t
             activations += 2 * max(4, _element_bytes(config)) * logits
-        stages.append(StageEstimate(layers, parameters, parameters * _bytes_per_parameter(config), activations))
+        stages.append(
+            StageEstimate(
+                layers, parameters, parameters * _bytes_per_parameter(config), activations
+            )
+        )
     return stages
 
 
@@ -138,18 +144,32 @@ def summary(config: RunConfig, world_size: int) -> str:
     rows = (
         ("model", _model(config)),
         ("ranks", layout),
-        ("parameters", f"{_short(model_parameters(config))}; {_short(stage.parameters)} on a rank of stage {fullest}"),
+        (
+            "parameters",
+            f"{_short(model_parameters(config))}; {_short(stage.parameters)} on a rank of stage {fullest}",
+        ),
         ("layers", f"{' + '.join(str(len(s.layers)) for s in stages)} ({p.pipeline_schedule})"),
-        ("global batch", f"{batch} sequences of {m.seq_length} tokens, {config.data.micro_batch_size} a microbatch"),
-        ("microbatches", f"{steps} for each data-parallel rank; pipeline bubble {bubble:.1%} of the ideal time"),
-        ("length", f"{iterations} iterations, {samples} sequences, {_short(samples * m.seq_length)} tokens"),
+        (
+            "global batch",
+            f"{batch} sequences of {m.seq_length} tokens, {config.data.micro_batch_size} a microbatch",
+        ),
+        (
+            "microbatches",
+            f"{steps} for each data-parallel rank; pipeline bubble {bubble:.1%} of the ideal time",
+        ),
+        (
+            "length",
+            f"{iterations} iterations, {samples} sequences, {_short(samples * m.seq_length)} tokens",
+        ),
         (
             "memory",
             f"roughly {_short(stage.total_bytes)}B on a rank of stage {fullest}, the fullest: "
             f"{_short(stage.state_bytes)}B of weights and optimizer, {_short(stage.activation_bytes)}B of activations",
         ),
     )
-    return "\n".join(["The configuration is sound. Nothing was started.", *(f"  {a:14}{b}" for a, b in rows)])
+    return "\n".join(
+        ["The configuration is sound. Nothing was started.", *(f"  {a:14}{b}" for a, b in rows)]
+    )
 
 
 def _model(config: RunConfig) -> str:

@@ -102,13 +102,22 @@ class Option:
     def switches(self) -> dict[str, bool]:
         """For a bool: the flags that turn it on and off. The opposite of --no-x is --x."""
         flags = (self.flag, *self.aliases)
-        opposite = {flag: "--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:] for flag in flags}
+        opposite = {
+            flag: "--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:]
+            for flag in flags
+        }
         return dict.fromkeys(flags, True) | dict.fromkeys(opposite.values(), False)
 
     @property
     def expected(self) -> str:
         """The values it takes, in words."""
-        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "text"}
+        kinds = {
+            bool: "true or false",
+            int: "a whole number",
+            float: "a number",
+            str: "text",
+            tuple: "text",
+        }
         words = "one of " + ", ".join(self.choices) if self.choices else kinds[self.kind]
         return words + (", or null" if self.optional else "")
 
@@ -121,7 +130,11 @@ class Option:
             return f"leave out {flag}"
         if self.kind is tuple:
             return f"{flag} {' '.join(value)}"
-        return f"{flag} {value:g}" if isinstance(value, float) and float(f"{value:g}") == value else f"{flag} {value}"
+        return (
+            f"{flag} {value:g}"
+            if isinstance(value, float) and float(f"{value:g}") == value
+            else f"{flag} {value}"
+        )
 
     def accept(self, value: Any) -> Any:
         """The value as this option's type. Raises ValueError for another type or an unknown choice.
@@ -133,7 +146,11 @@ class Option:
             return None
         if self.kind is tuple:
             words = (value,) if type(value) is str else value
-            if not isinstance(words, (list, tuple)) or not words or not {type(w) for w in words} <= {str, int, float}:
+            if (
+                not isinstance(words, (list, tuple))
+                or not words
+                or not {type(w) for w in words} <= {str, int, float}
+            ):
                 raise ValueError(f"{value!r} is not {self.expected}")
             return tuple(map(str, words))
         if self.kind is float and type(value) in (int, str):
@@ -158,7 +175,9 @@ def options() -> dict[str, Option]:
     for section in dataclasses.fields(RunConfig):
         for key, option in options_of(section.type, section.name).items():
             if key in found:
-                raise TypeError(f"field {key} is in two sections: {found[key].section} and {section.name}")
+                raise TypeError(
+                    f"field {key} is in two sections: {found[key].section} and {section.name}"
+                )
             found[key] = option
     return found
 
@@ -166,12 +185,18 @@ def options() -> dict[str, Option]:
 def options_of(kind: type, section: str = "") -> dict[str, Option]:
     """The options of one dataclass by their keys."""
     hints = get_type_hints(kind, include_extras=True)
-    return {entry.name: _option(section, entry, hints[entry.name]) for entry in dataclasses.fields(kind)}
+    return {
+        entry.name: _option(section, entry, hints[entry.name]) for entry in dataclasses.fields(kind)
+    }
 
 
 def _option(section: str, entry: dataclasses.Field, hint: Any) -> Option:
     """Read an option from a dataclass field and its resolved type, such as Annotated[Literal["a", "b"] | None, ...]."""
-    aliases = tuple(a for note in getattr(hint, "__metadata__", ()) for a in getattr(note, "aliases", None) or ())
+    aliases = tuple(
+        a
+        for note in getattr(hint, "__metadata__", ())
+        for a in getattr(note, "aliases", None) or ()
+    )
     kind = hint.__origin__ if hasattr(hint, "__metadata__") else hint
     optional = get_origin(kind) in (Union, types.UnionType)
     if optional:
@@ -216,17 +241,25 @@ def read_flat(flat: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         option = by_name.get(str(name).replace("-", "_"))
         if option is None:
             match = nearest(str(name).replace("-", "_"), by_name)
-            problems.append(Problem(f"unknown key {name!r}", f"write {match}" if match else "remove it"))
+            problems.append(
+                Problem(f"unknown key {name!r}", f"write {match}" if match else "remove it")
+            )
         elif option.key in values:
             problems.append(
-                Problem(f"{spelt[option.key]!r} and {name!r} are the same", "keep one of them", (option.key,))
+                Problem(
+                    f"{spelt[option.key]!r} and {name!r} are the same",
+                    "keep one of them",
+                    (option.key,),
+                )
             )
         else:
             try:
                 values[option.key], spelt[option.key] = option.accept(value), name
             except ValueError:
                 shown = f"{name}: {value!r} is not {option.expected}"
-                problems.append(Problem(shown, f"for example {name}: {example(option)}", (option.key,)))
+                problems.append(
+                    Problem(shown, f"for example {name}: {example(option)}", (option.key,))
+                )
     return values, problems
 
 
@@ -235,7 +268,9 @@ def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     sections = {}
     for key, value in values.items():
         sections.setdefault(options()[key].section, {})[key] = value
-    replaced = {name: dataclasses.replace(getattr(config, name), **part) for name, part in sections.items()}
+    replaced = {
+        name: dataclasses.replace(getattr(config, name), **part) for name, part in sections.items()
+    }
     return dataclasses.replace(config, **replaced)
 
 
@@ -243,7 +278,10 @@ def to_yaml(config: RunConfig) -> str:
     """The whole configuration as a YAML file that --config reads back to the same values."""
     import yaml
 
-    flat = {key: list(value) if isinstance(value, tuple) else value for key, value in to_flat(config).items()}
+    flat = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in to_flat(config).items()
+    }
     return yaml.safe_dump(flat, sort_keys=False)
 
 
@@ -256,4 +294,8 @@ def example(option: Option) -> str:
     """A value that the option takes: its default where it has one."""
     if option.default is not None and option.default is not dataclasses.MISSING:
         return str(option.default).lower() if option.kind is bool else str(option.default)
-    return option.choices[0] if option.choices else {int: "1", float: "1.0", str: "NAME", tuple: "NAME"}[option.kind]
+    return (
+        option.choices[0]
+        if option.choices
+        else {int: "1", float: "1.0", str: "NAME", tuple: "NAME"}[option.kind]
+    )

@@ -28,7 +28,9 @@ def check(config: RunConfig, world_size: int) -> list[Problem]:
     problems = out_of_range(config)
     senseless = {flag for problem in problems for flag in problem.flags}
     sane = with_values(config, {key: options()[key].default for key in senseless})
-    found = [(rule, finding) for rule in (*PURE_RULES, *FILE_RULES) for finding in rule(sane, world_size)]
+    found = [
+        (rule, finding) for rule in (*PURE_RULES, *FILE_RULES) for finding in rule(sane, world_size)
+    ]
     before = failures(sane, world_size)
     for rule, finding in found:
         if senseless.isdisjoint(finding.flags):
@@ -45,10 +47,16 @@ def concerns_files(problem: Problem) -> bool:
 
 def failures(config: RunConfig, world_size: int) -> set[tuple[str, tuple[str, ...]]]:
     """(rule, flags) of every finding of the rules that read no file."""
-    return {(rule.__name__, finding.flags) for rule in PURE_RULES for finding in rule(config, world_size)}
+    return {
+        (rule.__name__, finding.flags)
+        for rule in PURE_RULES
+        for finding in rule(config, world_size)
+    }
 
 
-def _offers(config: RunConfig, world_size: int, rule: Rule, finding: Finding, before: set) -> list[str]:
+def _offers(
+    config: RunConfig, world_size: int, rule: Rule, finding: Finding, before: set
+) -> list[str]:
     """The candidates that repair the finding and break nothing that was sound, as flags to type."""
     offers, offered, alone = [], {}, (rule.__name__, finding.flags)
     for candidate in finding.candidates:
@@ -61,7 +69,9 @@ def _offers(config: RunConfig, world_size: int, rule: Rule, finding: Finding, be
         if offered.get(keys, 0) < OFFERED_PER_FLAG and after <= before - {alone}:
             offered[keys] = offered.get(keys, 0) + 1
             offers.append(_typed(candidate))
-    return offers or [_typed(c) + " (with the other problems mended)" for c in finding.candidates[:1]]
+    return offers or [
+        _typed(c) + " (with the other problems mended)" for c in finding.candidates[:1]
+    ]
 
 
 def _typed(candidate: dict[str, Any]) -> str:
@@ -104,5 +114,8 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     if o.lr_decay_style != "constant":
         values["lr_decay_iters"] = decay
     if o.lr_warmup_fraction is not None:
-        values |= {"lr_warmup_iters": round(o.lr_warmup_fraction * decay), "lr_warmup_fraction": None}
+        values |= {
+            "lr_warmup_iters": round(o.lr_warmup_fraction * decay),
+            "lr_warmup_fraction": None,
+        }
     return with_values(config, values)

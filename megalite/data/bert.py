@@ -49,10 +49,17 @@ class BertDataset:
     """
 
     def __init__(
-        self, indexed: IndexedDataset, documents: tuple[int, int], seq_length: int, seed: int, split_name: str,
-        special: SpecialIds, vocab_size: int, starts_word: np.ndarray | None = None,
+        self,
+        indexed: IndexedDataset,
+        documents: tuple[int, int],
+        seq_length: int,
+        seed: int,
+        split_name: str,
+        special: SpecialIds,
+        vocab_size: int,
+        starts_word: np.ndarray | None = None,
         config: BertDataConfig | None = None,
-    ):  # fmt: skip
+    ):
         self.config = config or BertDataConfig()
         pair = self.config.bert_pair
         frame = 2 if pair == "none" else 3
@@ -67,7 +74,9 @@ class BertDataset:
             )
         self.seq_length, self.max_tokens = seq_length, seq_length - frame
         self.special, self.vocab_size, self.split_name = special, vocab_size, split_name
-        self.runs = SentenceRuns(indexed, documents, self.max_tokens, seed, split_name, across=pair == "none")
+        self.runs = SentenceRuns(
+            indexed, documents, self.max_tokens, seed, split_name, across=pair == "none"
+        )
         self._masker = Masker(special, vocab_size, starts_word, self.config)
         self._key = key_of(seed, "bert sample", split_name)
 
@@ -92,7 +101,11 @@ class BertDataset:
         numbers = self._numbers(i, DRAWS + self.seq_length)
         parts, label = self._parts(i, _Draws.of(numbers))
         labels = np.full(self.seq_length, self.special.pad, np.int64)
-        token_types, segments, loss_mask = np.zeros_like(labels), np.zeros_like(labels), np.zeros_like(labels, "f4")
+        token_types, segments, loss_mask = (
+            np.zeros_like(labels),
+            np.zeros_like(labels),
+            np.zeros_like(labels, "f4"),
+        )
         labels[0], length = self.special.cls, 1
         for number, part in enumerate(parts):
             stop = length + part.stop - part.start
@@ -101,11 +114,18 @@ class BertDataset:
             length = stop + 1
         segments[:length] = 1
         tokens = labels.copy()
-        tokens[:length], loss_mask[:length] = self._masker(labels[:length], numbers[DRAWS : DRAWS + length])
+        tokens[:length], loss_mask[:length] = self._masker(
+            labels[:length], numbers[DRAWS : DRAWS + length]
+        )
         return {
-            "tokens": tokens, "token_types": token_types, "segments": segments, "labels": labels,
-            "loss_mask": loss_mask, "pair_label": np.int64(label or 0), "pair_mask": np.float32(label is not None),
-        }  # fmt: skip
+            "tokens": tokens,
+            "token_types": token_types,
+            "segments": segments,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "pair_label": np.int64(label or 0),
+            "pair_mask": np.float32(label is not None),
+        }
 
     def _numbers(self, i: int, count: int) -> np.ndarray:
         """The first of the random numbers of sample i, uint32 [count, 4]: its draws, then one row for each token."""
@@ -162,8 +182,14 @@ class BertDataset:
         if whole.size < 2:
             return [whole]
         place = start + (draws.place * whole.size >> 32)
-        borders = [border for border in self.runs.sentence(document, place) if start < border < stop]
-        cut = min(borders, key=lambda border: abs(border - place)) if borders else max(place, start + 1)
+        borders = [
+            border for border in self.runs.sentence(document, place) if start < border < stop
+        ]
+        cut = (
+            min(borders, key=lambda border: abs(border - place))
+            if borders
+            else max(place, start + 1)
+        )
         return [Run(document, start, cut), Run(document, cut, stop)]
 
     def _widened(self, run: Run, size: int) -> Run:
@@ -216,7 +242,9 @@ def _trim(a: Run, b: Run, target: int, draws: _Draws) -> list[Run]:
         return [a, b]
     keep = min(sizes[0], max(target - sizes[1], target - target // 2))
     trimmed = []
-    for run, size, kept, word in zip((a, b), sizes, (keep, target - keep), (draws.trim_a, draws.trim_b), strict=True):
+    for run, size, kept, word in zip(
+        (a, b), sizes, (keep, target - keep), (draws.trim_a, draws.trim_b), strict=True
+    ):
         start = run.start + (word * (size - kept + 1) >> 32)
         trimmed.append(Run(run.document, start, start + kept))
     return trimmed
@@ -231,7 +259,9 @@ class BertLoader:
         data_size, data_rank: the data-parallel size and this rank's place in it.
     """
 
-    fields = frozenset(("tokens", "token_types", "segments", "labels", "loss_mask", "pair_label", "pair_mask"))
+    fields = frozenset(
+        ("tokens", "token_types", "segments", "labels", "loss_mask", "pair_label", "pair_mask")
+    )
     """Names of the arrays in a batch."""
 
     def __init__(self, dataset: BertDataset, micro_batch_size: int, data_size: int, data_rank: int):
@@ -240,11 +270,17 @@ class BertLoader:
                 f"no batches of {micro_batch_size} samples for data-parallel rank {data_rank} of {data_size}"
             )
         self.dataset = dataset
-        self.micro_batch_size, self.data_size, self.data_rank = micro_batch_size, data_size, data_rank
+        self.micro_batch_size, self.data_size, self.data_rank = (
+            micro_batch_size,
+            data_size,
+            data_rank,
+        )
 
     def batch(self, consumed: int, microbatch: int) -> dict[str, np.ndarray]:
         """Microbatch number `microbatch` of the step before which `consumed` samples were used: the arrays of
         BertDataset, stacked to [b, s], the pair's label and mask to [b]."""
-        first = first_sample(consumed, microbatch, self.micro_batch_size, self.data_size, self.data_rank)
+        first = first_sample(
+            consumed, microbatch, self.micro_batch_size, self.data_size, self.data_rank
+        )
         samples = [self.dataset[first + j] for j in range(self.micro_batch_size)]
         return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

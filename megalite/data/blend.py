@@ -27,7 +27,10 @@ class Blend:
         total = math.fsum(weights)
         self.shares = np.array([weight / total for weight in weights])
         """float64 [k], sum 1."""
-        self._last = (0, np.zeros(len(weights), np.int64))  # replaced as a whole: other threads see one or the other
+        self._last = (
+            0,
+            np.zeros(len(weights), np.int64),
+        )  # replaced as a whole: other threads see one or the other
 
     def counts(self, n: int) -> np.ndarray:
         """int64 [k]: samples of each source among the first n, 0 <= n <= 2^50."""
@@ -77,7 +80,11 @@ class BlendedDataset:
     """
 
     def __init__(
-        self, datasets: Sequence, weights: Sequence[float], start: int = 0, consumed: Sequence[int] | None = None
+        self,
+        datasets: Sequence,
+        weights: Sequence[float],
+        start: int = 0,
+        consumed: Sequence[int] | None = None,
     ):
         self.datasets, self.start = list(datasets), start
         self.consumed = [0] * len(self.datasets) if consumed is None else list(consumed)
@@ -91,13 +98,20 @@ class BlendedDataset:
         """Sample i of the run. Raises IndexError for one before `start`."""
         if i < self.start:
             raise IndexError(f"sample {i}: this blend begins at sample {self.start}")
-        source, number = self._blend[i - self.start] if len(self.datasets) > 1 else (0, i - self.start)
+        source, number = (
+            self._blend[i - self.start] if len(self.datasets) > 1 else (0, i - self.start)
+        )
         return self.datasets[source][self.consumed[source] + number]
 
     def consumed_at(self, i: int) -> list[int]:
         """Samples of each source used before sample i >= start of the run."""
-        return [used + int(count) for used, count in zip(self.consumed, self._blend.counts(i - self.start))]
+        return [
+            used + int(count)
+            for used, count in zip(self.consumed, self._blend.counts(i - self.start))
+        ]
 
     def fingerprint(self) -> str:
         """Tells the content of the sources from other content."""
-        return hashlib.sha256("\n".join(dataset.fingerprint() for dataset in self.datasets).encode()).hexdigest()
+        return hashlib.sha256(
+            "\n".join(dataset.fingerprint() for dataset in self.datasets).encode()
+        ).hexdigest()

@@ -25,7 +25,11 @@ Dataset = GPTDataset | MegatronOrderDataset | MockDataset | BertDataset
 
 
 def build_sources(
-    data: DataConfig, model: ModelConfig, seed: int, samples: Mapping[str, int], bert: BertDataConfig | None = None
+    data: DataConfig,
+    model: ModelConfig,
+    seed: int,
+    samples: Mapping[str, int],
+    bert: BertDataConfig | None = None,
 ) -> dict[str, list[tuple[Source, Dataset]]]:
     """The datasets of each wanted split ("train", "valid", "test"), with their weights.
 
@@ -42,7 +46,9 @@ def build_sources(
     for split, number in samples.items():
         flag, words = data.words_of(split)
         if words is None:
-            raise DatasetError(f"no data for {split} samples: give {flag} PREFIX, or --mock-data with --vocab-size")
+            raise DatasetError(
+                f"no data for {split} samples: give {flag} PREFIX, or --mock-data with --vocab-size"
+            )
         whole = flag != "--data-path"
         built[split] = [
             (source, _dataset(data, model, seed, split, source.prefix, number, whole, bert))
@@ -51,21 +57,33 @@ def build_sources(
     return built
 
 
-def _mock(model: ModelConfig, seed: int, split: str, bert: BertDataConfig | None) -> MockDataset | BertDataset:
+def _mock(
+    model: ModelConfig, seed: int, split: str, bert: BertDataConfig | None
+) -> MockDataset | BertDataset:
     if model.architecture != "bert":
         return MockDataset(model.vocab_size, model.seq_length, seed, split)
     made, s, v = MockSentences(model.vocab_size, seed, split), model.seq_length, model.vocab_size
-    return BertDataset(made, (0, made.num_documents), s, seed, split, made.special, v, made.starts_word, bert)
+    return BertDataset(
+        made, (0, made.num_documents), s, seed, split, made.special, v, made.starts_word, bert
+    )
 
 
 def _dataset(
-    data: DataConfig, model: ModelConfig, seed: int, split: str, prefix: str, samples: int, whole: bool,
+    data: DataConfig,
+    model: ModelConfig,
+    seed: int,
+    split: str,
+    prefix: str,
+    samples: int,
+    whole: bool,
     bert: BertDataConfig | None,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     """The samples of one split of one source; of all its documents when the source is for this split alone."""
     indexed, s, v = IndexedDataset(prefix), model.seq_length, model.vocab_size
     if data.sample_order == "megatron":
-        return MegatronOrderDataset(indexed, _shares(data, split, whole), split, s, seed, samples, v)
+        return MegatronOrderDataset(
+            indexed, _shares(data, split, whole), split, s, seed, samples, v
+        )
     first, last = documents = _documents(data, indexed, split, whole)
     if first == last:
         raise DatasetError(
@@ -75,7 +93,9 @@ def _dataset(
     if model.architecture == "bert":
         tokenizer = configured_tokenizer(data, v)
         starts_word = getattr(tokenizer, "starts_word", None)
-        return BertDataset(indexed, documents, s, seed, split, special_ids(tokenizer), v, starts_word, bert)
+        return BertDataset(
+            indexed, documents, s, seed, split, special_ids(tokenizer), v, starts_word, bert
+        )
     return GPTDataset(indexed.tokens(first, last), s, seed, split, v)
 
 
@@ -91,9 +111,15 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(*whole[0])
 
 
-def _documents(data: DataConfig, indexed: IndexedDataset, split: str, whole: bool) -> tuple[int, int]:
+def _documents(
+    data: DataConfig, indexed: IndexedDataset, split: str, whole: bool
+) -> tuple[int, int]:
     """[first, last) document of a split."""
-    return (0, indexed.num_documents) if whole else split_documents(data.split, indexed.num_documents)[split]
+    return (
+        (0, indexed.num_documents)
+        if whole
+        else split_documents(data.split, indexed.num_documents)[split]
+    )
 
 
 def _shares(data: DataConfig, split: str, whole: bool) -> str:
@@ -102,16 +128,27 @@ def _shares(data: DataConfig, split: str, whole: bool) -> str:
 
 
 def data_state(
-    data: DataConfig, model: ModelConfig, seed: int, samples: int, bert: BertDataConfig | None = None
+    data: DataConfig,
+    model: ModelConfig,
+    seed: int,
+    samples: int,
+    bert: BertDataConfig | None = None,
 ) -> DataState:
     """The state of a run that starts with the configured training data, and takes so many samples of it in all.
 
     Opens the files; builds no order. Raises DatasetError for two sources of equal contents.
     """
     order = {"seed": seed, "seq_length": model.seq_length}
-    order |= vars(bert or BertDataConfig()) if model.architecture == "bert" else {"sample_order": data.sample_order}
+    order |= (
+        vars(bert or BertDataConfig())
+        if model.architecture == "bert"
+        else {"sample_order": data.sample_order}
+    )
     if data.mock_data:
-        return DataState(order, (UsedSource(MOCK.prefix, 1.0, _mock(model, seed, "train", bert).fingerprint(), 0),))
+        return DataState(
+            order,
+            (UsedSource(MOCK.prefix, 1.0, _mock(model, seed, "train", bert).fingerprint(), 0),),
+        )
     flag, words = data.words_of("train")
     used, whole = [], flag != "--data-path"
     for source in parse_sources(words, flag):
@@ -132,7 +169,12 @@ def data_state(
 
 def blended(sources: list[tuple[Source, object]], state: DataState | None = None) -> BlendedDataset:
     """One dataset of weighted sources, each going on where `state` says. None: from their first samples."""
-    datasets, weights = [dataset for _, dataset in sources], [source.weight for source, _ in sources]
+    datasets, weights = (
+        [dataset for _, dataset in sources],
+        [source.weight for source, _ in sources],
+    )
     if state is None:
         return BlendedDataset(datasets, weights)
-    return BlendedDataset(datasets, weights, state.start, [source.consumed for source in state.sources])
+    return BlendedDataset(
+        datasets, weights, state.start, [source.consumed for source in state.sources]
+    )

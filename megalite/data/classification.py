@@ -46,7 +46,9 @@ class Example(NamedTuple):
     label: str | None
 
 
-def read_examples(path: str, columns: Columns, quoting: Quoting = "csv") -> tuple[list[Example], list[str]]:
+def read_examples(
+    path: str, columns: Columns, quoting: Quoting = "csv"
+) -> tuple[list[Example], list[str]]:
     """(examples, problems): every line of a .tsv file with a header or of a .jsonl file, by its suffix.
 
     A problem names file and line: not UTF-8, invalid JSON, another number of columns than the header, a column or key
@@ -55,7 +57,9 @@ def read_examples(path: str, columns: Columns, quoting: Quoting = "csv") -> tupl
     examples, problems = [], []
     with open(path, "rb") as file:
         lines = _Lines(file)
-        rows = _tsv_rows(lines, columns, quoting) if Path(path).suffix == ".tsv" else _json_rows(lines)
+        rows = (
+            _tsv_rows(lines, columns, quoting) if Path(path).suffix == ".tsv" else _json_rows(lines)
+        )
         for row in rows:
             try:
                 examples.append(_example(row, columns))
@@ -83,11 +87,15 @@ class _Lines:
                 yield line.decode("utf-8-sig" if self.number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 self.first = self.number
-                self.complain(f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}")
+                self.complain(
+                    f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}"
+                )
 
     def complain(self, problem: str) -> None:
         several = self.first < self.number
-        self.problems.append(f"line{'s' * several} {f'{self.first} to ' * several}{self.number}: {problem}")
+        self.problems.append(
+            f"line{'s' * several} {f'{self.first} to ' * several}{self.number}: {problem}"
+        )
 
 
 def _json_rows(lines: _Lines) -> Iterator[dict]:
@@ -96,7 +104,11 @@ def _json_rows(lines: _Lines) -> Iterator[dict]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            reason = f"invalid JSON: {error.msg} at column {error.colno}" if line.strip() else "the line is empty"
+            reason = (
+                f"invalid JSON: {error.msg} at column {error.colno}"
+                if line.strip()
+                else "the line is empty"
+            )
             lines.complain(reason)
         except (ValueError, RecursionError) as error:
             lines.complain(f"JSON that cannot be read: {error}")
@@ -116,11 +128,17 @@ def _tsv_rows(lines: _Lines, columns: Columns, quoting: Quoting) -> Iterator[dic
         try:
             fields = next(reader)
             if any("\n" in field and "\t" in field for field in fields):
-                raise csv.Error("a field in quotes that holds a line break and a tab; is a quote not closed?")
+                raise csv.Error(
+                    "a field in quotes that holds a line break and a tab; is a quote not closed?"
+                )
         except StopIteration:
             return
         except csv.Error as error:
-            advice = "; where quotes are ordinary characters, give --quoting none" if quoting == "csv" else ""
+            advice = (
+                "; where quotes are ordinary characters, give --quoting none"
+                if quoting == "csv"
+                else ""
+            )
             lines.complain(f"{error}{advice}")
             continue
         if header is None:
@@ -164,7 +182,9 @@ def refuse(problems: Sequence[str]) -> None:
     """Raise DatasetError with the first 10 problems and the number of the others, if there are any."""
     if problems:
         more = len(problems) - SHOWN_PROBLEMS
-        raise DatasetError("\n  ".join([*problems[:SHOWN_PROBLEMS], *([f"and {more} more"] if more > 0 else [])]))
+        raise DatasetError(
+            "\n  ".join([*problems[:SHOWN_PROBLEMS], *([f"and {more} more"] if more > 0 else [])])
+        )
 
 
 def classes_of(examples: Iterable[Example]) -> list[str]:
@@ -180,7 +200,9 @@ def order(n: int, seed: int, *what: str | int) -> np.ndarray:
     return Permutation(n, keys.tolist())(np.arange(n)).astype(np.int64)
 
 
-def hold_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+def hold_out(
+    examples: list[Example], share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
     """(training, validation): a share of the examples, chosen at random, is held out. Raises DatasetError when that
     leaves one of the two without any."""
     count = round(share * len(examples))
@@ -230,17 +252,29 @@ class Rows:
         tokens = np.full((len(chosen), lengths.max()), self.pad, np.int64)
         tokens[column < lengths] = np.concatenate([self.tokens[i] for i in chosen])
         types = (column >= second) & (column < lengths)
-        return {"tokens": tokens, "token_types": types.astype(np.int64), "segments": (column < lengths).astype("i8")}
+        return {
+            "tokens": tokens,
+            "token_types": types.astype(np.int64),
+            "segments": (column < lengths).astype("i8"),
+        }
 
 
 def frame(
-    examples: list[Example], tokenizer: Tokenizer, special: SpecialIds, seq_length: int, classes: list[str] | None
+    examples: list[Example],
+    tokenizer: Tokenizer,
+    special: SpecialIds,
+    seq_length: int,
+    classes: list[str] | None,
 ) -> Rows:
     """Encode and frame examples. A text loses tokens at its end, of a pair the longer one first, until the row has
     `seq_length` tokens. classes: their labels, each one of these; None: labels are not read."""
     first = tokenizer.encode_batch([example.text for example in examples]).split()
     paired = examples[0].pair is not None
-    other = tokenizer.encode_batch([example.pair for example in examples]).split() if paired else [None] * len(first)
+    other = (
+        tokenizer.encode_batch([example.pair for example in examples]).split()
+        if paired
+        else [None] * len(first)
+    )
     cls, sep = np.array([special.cls]), np.array([special.sep])
     tokens, second, cut = [], [], 0
     for a, b in zip(first, other):
@@ -249,7 +283,13 @@ def frame(
         kept = min(sizes[0], max(room - sizes[1], room - room // 2))
         cut += sum(sizes) > room
         a = np.concatenate([cls, a[:kept], sep])
-        tokens.append(np.concatenate([a, b[: room - kept], sep] if paired else [a]).astype(np.int64))
+        tokens.append(
+            np.concatenate([a, b[: room - kept], sep] if paired else [a]).astype(np.int64)
+        )
         second.append(len(a))
-    labels = None if classes is None else np.array([classes.index(example.label) for example in examples])
+    labels = (
+        None
+        if classes is None
+        else np.array([classes.index(example.label) for example in examples])
+    )
     return Rows(tokens, second, labels, special.pad, cut)

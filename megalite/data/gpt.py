@@ -82,8 +82,19 @@ class WindowDataset:
         vocab_size: when given, ids at or above it are an error.
     """
 
-    def __init__(self, stream: TokenStream | GatheredStream, seq_length: int, split_name: str, vocab_size: int | None):
-        self.stream, self.seq_length, self.split_name, self.vocab_size = stream, seq_length, split_name, vocab_size
+    def __init__(
+        self,
+        stream: TokenStream | GatheredStream,
+        seq_length: int,
+        split_name: str,
+        vocab_size: int | None,
+    ):
+        self.stream, self.seq_length, self.split_name, self.vocab_size = (
+            stream,
+            seq_length,
+            split_name,
+            vocab_size,
+        )
         self._unsigned = np.dtype(f"u{stream.dtype.itemsize}")
         self._checks = vocab_size is not None and vocab_size <= np.iinfo(self._unsigned).max
 
@@ -122,9 +133,13 @@ class GPTDataset(WindowDataset):
     """
 
     def __init__(
-        self, stream: TokenStream | GatheredStream, seq_length: int, seed: int, split_name: str,
+        self,
+        stream: TokenStream | GatheredStream,
+        seq_length: int,
+        seed: int,
+        split_name: str,
         vocab_size: int | None = None,
-    ):  # fmt: skip
+    ):
         if len(stream) < seq_length + 1:
             raise DatasetError(
                 f"split '{split_name}' has {len(stream)} tokens but needs at least seq-length + 1 = {seq_length + 1}. "
@@ -151,7 +166,9 @@ class GPTDataset(WindowDataset):
         """Offset of the epoch's first window and the order of its windows."""
         key = key_of(self.seed, "gpt windows", self.split_name, epoch)
         numbers = [int(n) for n in philox4x32(counters(0, 5), key).reshape(-1).view("<u8")]
-        return numbers[0] % self._offsets, Permutation(self.windows_per_epoch, numbers[1 : 1 + Permutation.ROUNDS])
+        return numbers[0] % self._offsets, Permutation(
+            self.windows_per_epoch, numbers[1 : 1 + Permutation.ROUNDS]
+        )
 
 
 def parse_split(text: str) -> list[Fraction]:
@@ -164,7 +181,9 @@ def parse_split(text: str) -> list[Fraction]:
     except (ValueError, ZeroDivisionError):
         shares = []
     if not 1 <= len(shares) <= len(SPLITS) or min(shares) < 0 or sum(shares) == 0:
-        raise DatasetError(f"--split {text}: needs one to three numbers for train, valid and test, such as 969,30,1")
+        raise DatasetError(
+            f"--split {text}: needs one to three numbers for train, valid and test, such as 969,30,1"
+        )
     shares += [Fraction(0)] * (len(SPLITS) - len(shares))
     return [share / sum(shares) for share in shares]
 

@@ -124,13 +124,19 @@ class IndexedDataset:
     def _read_index(self) -> None:
         path, size = self.index_path, self.index_path.stat().st_size
         if size < HEADER.size:
-            raise DatasetError(f"{path}: {size} bytes, too short for an MMIDIDX header of {HEADER.size}. {REMAKE}")
+            raise DatasetError(
+                f"{path}: {size} bytes, too short for an MMIDIDX header of {HEADER.size}. {REMAKE}"
+            )
         with path.open("rb") as file:
             magic, version, code, sequences, boundaries = HEADER.unpack(file.read(HEADER.size))
         if magic != MAGIC:
-            raise DatasetError(f"{path}: starts with {magic!r}, not {MAGIC!r}: no MMIDIDX file. {REMAKE}")
+            raise DatasetError(
+                f"{path}: starts with {magic!r}, not {MAGIC!r}: no MMIDIDX file. {REMAKE}"
+            )
         if version != VERSION:
-            raise DatasetError(f"{path}: MMIDIDX version {version}; only version {VERSION} is known. {REMAKE}")
+            raise DatasetError(
+                f"{path}: MMIDIDX version {version}; only version {VERSION} is known. {REMAKE}"
+            )
         if code not in DTYPES or np.dtype(DTYPES[code]).kind == "f":
             raise DatasetError(
                 f"{path}: dtype code {code} is no integer type; token ids are codes 1 to 5 or 8. {REMAKE}"
@@ -160,7 +166,10 @@ class IndexedDataset:
                 f"sequences. {REMAKE}"
             )
         places = spread(count)
-        for problem in (*self.boundary_problems(spread(len(bounds))), *self.sequence_problems(places)):
+        for problem in (
+            *self.boundary_problems(spread(len(bounds))),
+            *self.sequence_problems(places),
+        ):
             raise DatasetError(problem)
         if count and (self.offsets[0] != 0 or len(self.breaks(places))):
             return False
@@ -176,8 +185,16 @@ class IndexedDataset:
         """Which of these sequences do not lie in the .bin file."""
         itemsize, size = self.dtype.itemsize, self.bin_size
         lengths, offsets = self.lengths[places].astype(np.int64), self.offsets[places]
-        ends = offsets + lengths * itemsize  # beyond 2^63 they wrap, so offsets are compared with the size too
-        bad = (lengths < 0) | (offsets < 0) | (offsets > size) | (offsets % itemsize != 0) | (ends > size)
+        ends = (
+            offsets + lengths * itemsize
+        )  # beyond 2^63 they wrap, so offsets are compared with the size too
+        bad = (
+            (lengths < 0)
+            | (offsets < 0)
+            | (offsets > size)
+            | (offsets % itemsize != 0)
+            | (ends > size)
+        )
         for i in np.flatnonzero(bad):
             yield (
                 f"{self.bin_path}: sequence {places[i]} of {lengths[i]} tokens should lie at bytes {offsets[i]} to "
@@ -214,7 +231,9 @@ class IndexedDataset:
         start = int(self.offsets[i]) // self.dtype.itemsize
         return self.ids[start : start + int(self.lengths[i])]
 
-    def tokens(self, first_document: int = 0, last_document: int | None = None) -> "TokenStream | GatheredStream":
+    def tokens(
+        self, first_document: int = 0, last_document: int | None = None
+    ) -> "TokenStream | GatheredStream":
         """The tokens of documents [first_document, last_document) as one stream.
 
         Two look-ups where the sequences are contiguous; otherwise a GatheredStream, which reads that part of the index.
@@ -228,7 +247,10 @@ class IndexedDataset:
         first, last = (int(self.document_indices[i]) for i in (first_document, last_document))
         if not self.contiguous:
             return GatheredStream(self, np.arange(first, last), documents)
-        ends = (int(self.offsets[i]) // self.dtype.itemsize if i < len(self) else len(self.ids) for i in (first, last))
+        ends = (
+            int(self.offsets[i]) // self.dtype.itemsize if i < len(self) else len(self.ids)
+            for i in (first, last)
+        )
         return TokenStream(self, *ends, documents)
 
     def fingerprint(self) -> str:

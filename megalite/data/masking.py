@@ -39,9 +39,20 @@ class Masker:
     and when whole words are wanted and starts_word is missing or of another size.
     """
 
-    def __init__(self, special: SpecialIds, vocab_size: int, starts_word: np.ndarray | None, config: BertDataConfig):
+    def __init__(
+        self,
+        special: SpecialIds,
+        vocab_size: int,
+        starts_word: np.ndarray | None,
+        config: BertDataConfig,
+    ):
         ids = sorted(astuple(special))
-        if len(set(ids)) < len(ids) or ids[0] < 0 or ids[-1] >= vocab_size or vocab_size == len(ids):
+        if (
+            len(set(ids)) < len(ids)
+            or ids[0] < 0
+            or ids[-1] >= vocab_size
+            or vocab_size == len(ids)
+        ):
             raise DatasetError(
                 f"{special} in a vocabulary of {vocab_size}: these ids must differ, be below the size of the "
                 "vocabulary, and not be all of it"
@@ -56,7 +67,9 @@ class Masker:
         self._special_ids = ids
         self._maskable = np.ones(vocab_size, bool)
         self._maskable[ids] = False
-        self._starts_word = np.asarray(starts_word, bool) if config.whole_word_mask else np.ones(vocab_size, bool)
+        self._starts_word = (
+            np.asarray(starts_word, bool) if config.whole_word_mask else np.ones(vocab_size, bool)
+        )
         shares = 1 / np.arange(1, config.max_ngrams + 1)
         self._ngram_bounds = np.cumsum(shares / shares.sum())[:-1]
 
@@ -71,7 +84,9 @@ class Masker:
         maskable = self._maskable[tokens]
         count = int(maskable.sum())
         if count:
-            chosen = self._choose(tokens, maskable, max(1, round(self.config.mask_prob * count)), numbers)
+            chosen = self._choose(
+                tokens, maskable, max(1, round(self.config.mask_prob * count)), numbers
+            )
         else:
             chosen = maskable
         return np.where(chosen, self._replacements(tokens, numbers), tokens), chosen
@@ -90,7 +105,9 @@ class Masker:
         word = np.cumsum(begins) - 1
         lengths = np.bincount(word[maskable])
         sizes = 1 + np.searchsorted(self._ngram_bounds, numbers[first, 3] / 2**32, side="right")
-        taken = _take_words(first.tolist(), (first + lengths).tolist(), order.tolist(), sizes.tolist(), budget)
+        taken = _take_words(
+            first.tolist(), (first + lengths).tolist(), order.tolist(), sizes.tolist(), budget
+        )
         if any(taken):
             return maskable & np.array(taken)[word]
         chosen[first[order[0]] + numbers[first[order[0]], 3] % lengths[order[0]]] = True
@@ -102,10 +119,14 @@ class Masker:
         for special in self._special_ids:
             random += random >= special
         kind = numbers[:, 1] / 2**32
-        return np.where(kind < MASKED, self.special.mask, np.where(kind < MASKED + RANDOM, random, tokens))
+        return np.where(
+            kind < MASKED, self.special.mask, np.where(kind < MASKED + RANDOM, random, tokens)
+        )
 
 
-def _take_words(first: list[int], stop: list[int], order: list[int], sizes: list[int], budget: int) -> list[bool]:
+def _take_words(
+    first: list[int], stop: list[int], order: list[int], sizes: list[int], budget: int
+) -> list[bool]:
     """Which words to take, word w being tokens [first[w], stop[w]), with at most `budget` tokens.
 
     In the given order, each word begins a run of sizes[w] words, if it fits itself. A run ends early before a word

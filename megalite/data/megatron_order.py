@@ -42,7 +42,9 @@ def epochs_of(tokens: int, seq_length: int, samples: int) -> Epochs:
     """How often a run of so many samples goes through a split of so many tokens."""
     epochs = -(-(samples * seq_length + 1) // tokens)
     before_last = ((epochs - 1) * tokens - 1) // seq_length
-    apart = epochs > 1 and samples - before_last < int(SEPARATE_BELOW * ((tokens - 1) // seq_length))
+    apart = epochs > 1 and samples - before_last < int(
+        SEPARATE_BELOW * ((tokens - 1) // seq_length)
+    )
     return Epochs(epochs, apart, before_last)
 
 
@@ -64,9 +66,15 @@ class MegatronOrderDataset(WindowDataset):
     """
 
     def __init__(
-        self, indexed: IndexedDataset, split: str, split_name: str, seq_length: int, seed: int, samples: int,
+        self,
+        indexed: IndexedDataset,
+        split: str,
+        split_name: str,
+        seq_length: int,
+        seed: int,
+        samples: int,
         vocab_size: int | None = None,
-    ):  # fmt: skip
+    ):
         if not 0 <= seed < 2**32 or len(indexed) >= 2**31:
             raise DatasetError(
                 f"--sample-order megatron: takes a --seed below 2^32 and fewer than 2^31 sequences, not {seed} and the "
@@ -84,7 +92,10 @@ class MegatronOrderDataset(WindowDataset):
         order = np.tile(np.arange(first, last, dtype=np.int32), epochs)
         _shuffle(order, (epochs - 1) * (last - first) if apart else len(order), random)
         super().__init__(
-            GatheredStream(indexed, order, f"sequences {first}:{last}"), seq_length, split_name, vocab_size
+            GatheredStream(indexed, order, f"sequences {first}:{last}"),
+            seq_length,
+            split_name,
+            vocab_size,
         )
         count = (epochs * tokens - 1) // seq_length
         self._windows = np.arange(count, dtype=np.uint32 if count < 2**32 - 2 else np.int64)
@@ -96,7 +107,9 @@ class MegatronOrderDataset(WindowDataset):
     def window(self, i: int) -> int:
         """Token of the shuffled sequences at which sample i starts. Raises IndexError outside of 0 .. len - 1."""
         if not 0 <= i < len(self):
-            raise IndexError(f"sample {i}: split '{self.split_name}' has {len(self)} in the order of megatron")
+            raise IndexError(
+                f"sample {i}: split '{self.split_name}' has {len(self)} in the order of megatron"
+            )
         return int(self._windows[i]) * self.seq_length
 
 

@@ -22,8 +22,15 @@ class MockDataset:
     def __init__(self, vocab_size: int, seq_length: int, seed: int, split: str):
         if not 2 <= vocab_size < 2**31:
             raise ValueError(f"--mock-data needs 2 <= --vocab-size < 2^31, not {vocab_size}")
-        self.vocab_size, self.seq_length, self.seed, self.split = vocab_size, seq_length, seed, split
-        self.multiplier = next(a for a in range(int(vocab_size * 0.618) or 1, 0, -1) if gcd(a, vocab_size) == 1)
+        self.vocab_size, self.seq_length, self.seed, self.split = (
+            vocab_size,
+            seq_length,
+            seed,
+            split,
+        )
+        self.multiplier = next(
+            a for a in range(int(vocab_size * 0.618) or 1, 0, -1) if gcd(a, vocab_size) == 1
+        )
         self.increment = vocab_size // 3 + 1
         self._powers = self._powers_of_the_rule()
 
@@ -33,7 +40,10 @@ class MockDataset:
         for _ in range(self.seq_length):
             a, c = powers[-1]
             powers.append(
-                (a * self.multiplier % self.vocab_size, (c * self.multiplier + self.increment) % self.vocab_size)
+                (
+                    a * self.multiplier % self.vocab_size,
+                    (c * self.multiplier + self.increment) % self.vocab_size,
+                )
             )
         return tuple(np.array(powers, dtype=np.int64).T)
 
@@ -42,7 +52,9 @@ class MockDataset:
         if i < 0:
             raise IndexError(f"sample {i}: samples count from 0")
         length = self.seq_length + 1
-        words = philox4x32(counters(int(i) * length, length), key_of(self.seed, "mock data", self.split))
+        words = philox4x32(
+            counters(int(i) * length, length), key_of(self.seed, "mock data", self.split)
+        )
         fresh = words[:, 0].astype(np.int64) % self.vocab_size
         restart = words[:, 1] >= REPEAT_PROBABILITY * 2**32
         restart[0] = True
@@ -75,23 +87,29 @@ class MockSentences:
         self.vocab_size, self.split = vocab_size, split
         self.starts_word = np.arange(vocab_size) % 3 > 0
         shape = (self.num_documents, self.MOST_TOKENS)
-        words = philox4x32(counters(0, shape[0] * shape[1]), key_of(seed, "mock sentences", split)).reshape(*shape, 4)
+        words = philox4x32(
+            counters(0, shape[0] * shape[1]), key_of(seed, "mock sentences", split)
+        ).reshape(*shape, 4)
         sizes = 1 + words[:, 0, 0] % self.MOST_TOKENS
         within = np.arange(self.MOST_TOKENS) < sizes[:, None]
         begins = words[:, :, 1] % 12 == 0
         begins[:, 0] = True
         first = np.flatnonzero(begins[within])  # tokens that begin a sentence
-        self.ids = np.concatenate([self.num_special + rows[i][: sizes[i]] for i in range(len(sizes))]).astype(
-            self.dtype
-        )
+        self.ids = np.concatenate(
+            [self.num_special + rows[i][: sizes[i]] for i in range(len(sizes))]
+        ).astype(self.dtype)
         self.offsets = first * self.dtype.itemsize
         self.lengths = np.diff(first, append=len(self.ids)).astype(np.int32)
-        self.document_indices = np.searchsorted(first, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))
+        self.document_indices = np.searchsorted(
+            first, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        )
 
     def tokens(self, first_document: int, last_document: int) -> TokenStream:
         """The tokens of documents [first, last) as one stream."""
         edges = np.append(self.offsets // self.dtype.itemsize, len(self.ids))
-        start, stop = (int(edges[self.document_indices[i]]) for i in (first_document, last_document))
+        start, stop = (
+            int(edges[self.document_indices[i]]) for i in (first_document, last_document)
+        )
         return TokenStream(self, start, stop, f"{first_document}:{last_document}")
 
     def fingerprint(self) -> str:

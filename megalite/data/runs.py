@@ -64,9 +64,14 @@ class SentenceRuns:
     """
 
     def __init__(
-        self, indexed: IndexedDataset, documents: tuple[int, int], max_tokens: int, seed: int, split_name: str,
+        self,
+        indexed: IndexedDataset,
+        documents: tuple[int, int],
+        max_tokens: int,
+        seed: int,
+        split_name: str,
         across: bool = False,
-    ):  # fmt: skip
+    ):
         first, last = documents
         self.stream = indexed.tokens(first, last)
         if len(self.stream) == 0:
@@ -105,7 +110,9 @@ class SentenceRuns:
             document = bisect_right(range(self.documents), token, key=self._edge) - 1
             start, stop = self._edge(document), self._edge(document + 1)
             number = (token - start) * self._runs(document) // (stop - start)
-        return Run(document, self._cut(document, number, phase), self._cut(document, number + 1, phase))
+        return Run(
+            document, self._cut(document, number, phase), self._cut(document, number + 1, phase)
+        )
 
     def sentence(self, document: int, token: int) -> tuple[int, int]:
         """[start, stop) of the sentence that has this token, both tokens of the split."""
@@ -120,7 +127,12 @@ class SentenceRuns:
     def _order(self, epoch: int) -> _Epoch:
         key = key_of(self.seed, "bert runs", self.split_name, epoch)
         numbers = [int(n) for n in philox4x32(counters(0, 5), key).reshape(-1).view("<u8")]
-        return _Epoch(epoch, numbers[0] % self.max_tokens, numbers[1], Permutation(self.per_epoch, numbers[2:]))
+        return _Epoch(
+            epoch,
+            numbers[0] % self.max_tokens,
+            numbers[1],
+            Permutation(self.per_epoch, numbers[2:]),
+        )
 
     def _start(self, sequence: int) -> int:
         """First token of a sequence, or after the last one the number of tokens."""

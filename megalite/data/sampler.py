@@ -3,7 +3,9 @@
 import numpy as np
 
 
-def first_sample(consumed: int, microbatch: int, micro_batch_size: int, data_size: int, data_rank: int) -> int:
+def first_sample(
+    consumed: int, microbatch: int, micro_batch_size: int, data_size: int, data_rank: int
+) -> int:
     """Index of the sample in row 0 of a rank's microbatch; row j holds the j-th after it.
 
     The one map from samples to ranks: with `consumed` samples used before this step, b rows in a microbatch and dp
@@ -27,17 +29,31 @@ class BatchLoader:
     """
 
     def __init__(
-        self, dataset, micro_batch_size: int, data_size: int, data_rank: int, *, eod: int | None = None,
-        eod_mask_loss: bool = False, reset_position_ids: bool = False, reset_attention_mask: bool = False,
-    ):  # fmt: skip
+        self,
+        dataset,
+        micro_batch_size: int,
+        data_size: int,
+        data_rank: int,
+        *,
+        eod: int | None = None,
+        eod_mask_loss: bool = False,
+        reset_position_ids: bool = False,
+        reset_attention_mask: bool = False,
+    ):
         if micro_batch_size < 1 or not 0 <= data_rank < data_size:
             raise ValueError(
                 f"no batches of {micro_batch_size} samples for data-parallel rank {data_rank} of {data_size}"
             )
         if eod is None and (eod_mask_loss or reset_position_ids or reset_attention_mask):
-            raise ValueError("masks and positions of documents need to know the token that ends one: give eod")
+            raise ValueError(
+                "masks and positions of documents need to know the token that ends one: give eod"
+            )
         self.dataset = dataset
-        self.micro_batch_size, self.data_size, self.data_rank = micro_batch_size, data_size, data_rank
+        self.micro_batch_size, self.data_size, self.data_rank = (
+            micro_batch_size,
+            data_size,
+            data_rank,
+        )
         self.eod, self.eod_mask_loss = eod, eod_mask_loss
         self.fields = {"tokens", "labels", "loss_mask"}
         self.fields |= {"positions"} if reset_position_ids else set()
@@ -49,7 +65,9 @@ class BatchLoader:
         tokens, labels: int64 [b, s], labels one token ahead; loss_mask: float32 [b, s], 1 where the label counts; and
         where asked for, positions and segments: int64 [b, s]. The names are those in `fields`.
         """
-        first = first_sample(consumed, microbatch, self.micro_batch_size, self.data_size, self.data_rank)
+        first = first_sample(
+            consumed, microbatch, self.micro_batch_size, self.data_size, self.data_rank
+        )
         samples = np.stack([self.dataset[first + j] for j in range(self.micro_batch_size)])
         tokens, labels = np.ascontiguousarray(samples[:, :-1]), np.ascontiguousarray(samples[:, 1:])
         counted = tokens != self.eod if self.eod_mask_loss else np.ones(tokens.shape)

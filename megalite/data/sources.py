@@ -31,15 +31,25 @@ def parse_sources(words: Sequence[str], flag: str = "--data-path") -> tuple[Sour
     weights, prefixes = words[::2], words[1::2]
     wrong = [text for text in weights if not _is_weight(text)]
     if wrong or len(words) % 2:
-        blamed = f"{wrong[0]!r} is no weight above 0" if wrong else f"{words[-1]!r} has no prefix after it"
+        blamed = (
+            f"{wrong[0]!r} is no weight above 0"
+            if wrong
+            else f"{words[-1]!r} has no prefix after it"
+        )
         raise DatasetError(
             f"{flag} {' '.join(words)}: {blamed}; give one prefix, or weights and prefixes in turn: 0.3 a 0.7 b"
         )
     places = [os.path.realpath(f"{prefix}.idx") for prefix in prefixes]
-    repeated = [prefix for number, prefix in enumerate(prefixes) if places[number] in places[:number]]
+    repeated = [
+        prefix for number, prefix in enumerate(prefixes) if places[number] in places[:number]
+    ]
     if repeated:
-        raise DatasetError(f"{flag}: {', '.join(repeated)} given twice; name each once, with the sum of its weights")
-    return tuple(Source(float(weight), prefix) for weight, prefix in zip(weights, prefixes, strict=True))
+        raise DatasetError(
+            f"{flag}: {', '.join(repeated)} given twice; name each once, with the sum of its weights"
+        )
+    return tuple(
+        Source(float(weight), prefix) for weight, prefix in zip(weights, prefixes, strict=True)
+    )
 
 
 def _is_weight(text: str) -> bool:
@@ -110,19 +120,29 @@ class DataState:
         if self._blended() == other._blended():
             return found
         known = {source.content: source for source in self.sources}
-        earlier = {UsedSource(**source).content for state in self.before for source in state["sources"]}
+        earlier = {
+            UsedSource(**source).content for state in self.before for source in state["sources"]
+        }
         for source in other.sources:
             was = known.get(source.content)
             if was is None:
                 back = source.content in earlier
-                found.append(f"{source.prefix} is {'back' if back else 'new, or has other contents'}")
+                found.append(
+                    f"{source.prefix} is {'back' if back else 'new, or has other contents'}"
+                )
                 continue
             if was.documents != source.documents:
-                found.append(f"documents of {source.prefix} {was.documents} -> {source.documents} (--split)")
+                found.append(
+                    f"documents of {source.prefix} {was.documents} -> {source.documents} (--split)"
+                )
             if was.weight != source.weight:
                 found.append(f"weight of {source.prefix} {was.weight:g} -> {source.weight:g}")
         kept = {source.content for source in other.sources}
-        found += [f"{source.prefix} is no longer used" for source in self.sources if source.content not in kept]
+        found += [
+            f"{source.prefix} is no longer used"
+            for source in self.sources
+            if source.content not in kept
+        ]
         return found or ["the sources are named in another order"]
 
     def _blended(self) -> list[tuple[str, float]]:
@@ -139,7 +159,9 @@ class DataState:
     def consumed_at(self, sample: int) -> list[int]:
         """Samples of each source used before sample number `sample` >= start of the run."""
         counts = Blend([source.weight for source in self.sources]).counts(sample - self.start)
-        return [source.consumed + int(count) for source, count in zip(self.sources, counts, strict=True)]
+        return [
+            source.consumed + int(count) for source, count in zip(self.sources, counts, strict=True)
+        ]
 
     def followed_by(self, other: "DataState", at: int) -> "DataState":
         """`other` from sample `at` on, each source going on where it was: no sample of it comes again.
@@ -147,8 +169,17 @@ class DataState:
         A source that was used earlier, was left out and is back goes on from there too.
         """
         used = zip(self.sources, self.consumed_at(at), strict=True)
-        ended = replace(self, sources=tuple(replace(s, consumed=count) for s, count in used), before=())
-        before = (*self.before, {key: value for key, value in ended.to_json().items() if key != "before"})
-        last = {source["fingerprint"]: source["consumed"] for state in before for source in state["sources"]}
+        ended = replace(
+            self, sources=tuple(replace(s, consumed=count) for s, count in used), before=()
+        )
+        before = (
+            *self.before,
+            {key: value for key, value in ended.to_json().items() if key != "before"},
+        )
+        last = {
+            source["fingerprint"]: source["consumed"]
+            for state in before
+            for source in state["sources"]
+        }
         sources = tuple(replace(s, consumed=last.get(s.fingerprint, 0)) for s in other.sources)
         return replace(other, sources=sources, start=at, before=before)

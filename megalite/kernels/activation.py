@@ -15,26 +15,38 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """gelu(x + bias) for x [..., columns] and bias [columns] or None."""
     _check_bias_gelu(x, bias)
     if not native.takes(x) or x.numel() == 0:
-        return torch.nn.functional.gelu(x if bias is None else x + bias, approximate=GELU).contiguous()
-    y, bias = torch.empty_like(x, memory_format=torch.contiguous_format), None if bias is None else bias.contiguous()
+        return torch.nn.functional.gelu(
+            x if bias is None else x + bias, approximate=GELU
+        ).contiguous()
+    y, bias = (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        None if bias is None else bias.contiguous(),
+    )
     torch.ops.megalite._bias_gelu(native.as_rows(x), bias, None, native.as_rows(y))
     return y
 
 
 @native.operator("bias_gelu_backward")
-def bias_gelu_backward(grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def bias_gelu_backward(
+    grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     """The gradient of x + bias."""
     if not native.takes(x) or x.numel() == 0:
         added = x if bias is None else x + bias
         return torch.ops.aten.gelu_backward(grad, added, approximate=GELU).contiguous()
-    dx, bias = torch.empty_like(x, memory_format=torch.contiguous_format), None if bias is None else bias.contiguous()
+    dx, bias = (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        None if bias is None else bias.contiguous(),
+    )
     torch.ops.megalite._bias_gelu(native.as_rows(x), bias, native.as_rows(grad), native.as_rows(dx))
     return dx
 
 
 def _check_bias_gelu(x: torch.Tensor, bias: torch.Tensor | None) -> None:
     if x.dim() == 0 or not x.is_floating_point():
-        raise TypeError(f"bias_gelu takes floating-point tensors [..., columns], not {x.dtype} {tuple(x.shape)}")
+        raise TypeError(
+            f"bias_gelu takes floating-point tensors [..., columns], not {x.dtype} {tuple(x.shape)}"
+        )
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(f"the bias is {tuple(bias.shape)}, not {tuple(x.shape[-1:])}")
     if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
@@ -89,7 +101,9 @@ def swiglu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _check_swiglu(x: torch.Tensor) -> None:
     if x.dim() == 0 or not x.is_floating_point():
-        raise TypeError(f"swiglu takes floating-point tensors [..., 2 f], not {x.dtype} {tuple(x.shape)}")
+        raise TypeError(
+            f"swiglu takes floating-point tensors [..., 2 f], not {x.dtype} {tuple(x.shape)}"
+        )
     if x.shape[-1] % 2:
         raise ValueError(f"swiglu takes gate and up in one tensor [..., 2 f], not {tuple(x.shape)}")
 

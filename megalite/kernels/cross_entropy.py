@@ -18,7 +18,11 @@ def _check(logits: torch.Tensor, labels: torch.Tensor, valid: int) -> None:
             f"cross-entropy takes floating-point logits [..., v] with 0 <= valid <= v, not {logits.dtype} "
             f"{tuple(logits.shape)} with valid = {valid}"
         )
-    if labels.shape != logits.shape[:-1] or labels.dtype != torch.int64 or labels.device != logits.device:
+    if (
+        labels.shape != logits.shape[:-1]
+        or labels.dtype != torch.int64
+        or labels.device != logits.device
+    ):
         raise ValueError(
             f"labels are int64 {tuple(logits.shape[:-1])} on {logits.device}, not {labels.dtype} {tuple(labels.shape)} "
             f"on {labels.device}"
@@ -34,7 +38,9 @@ def cross_entropy_statistics(
     A label outside of 0 .. valid - 1 is that of another rank: its logit counts as 0. fp32, or fp64 for fp64.
     """
     _check(logits, labels, valid)
-    top, total, target = (torch.empty(labels.shape, dtype=_wide(logits), device=logits.device) for _ in range(3))
+    top, total, target = (
+        torch.empty(labels.shape, dtype=_wide(logits), device=logits.device) for _ in range(3)
+    )
     if labels.numel() == 0 or valid == 0:
         return top.fill_(float("-inf")), total.zero_(), target.zero_()
     if native.takes(logits):
@@ -45,7 +51,11 @@ def cross_entropy_statistics(
     x = logits[..., :valid].to(top.dtype)
     top = x.amax(dim=-1)
     elsewhere = (labels < 0) | (labels >= valid)
-    target = x.gather(-1, labels.masked_fill(elsewhere, 0).unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
+    target = (
+        x.gather(-1, labels.masked_fill(elsewhere, 0).unsqueeze(-1))
+        .squeeze(-1)
+        .masked_fill(elsewhere, 0.0)
+    )
     shift = top.masked_fill(top == float("-inf"), 0)
     return top, (x - shift.unsqueeze(-1)).exp_().sum(dim=-1), target
 
@@ -58,7 +68,9 @@ def cross_entropy_gradient_(
     _check(logits, labels, valid)
     for name, t in (("lse", lse), ("grad", grad)):
         if t.shape != labels.shape or t.dtype != _wide(logits) or t.device != logits.device:
-            raise ValueError(f"{name} is {t.dtype} {tuple(t.shape)}, not {_wide(logits)} {tuple(labels.shape)}")
+            raise ValueError(
+                f"{name} is {t.dtype} {tuple(t.shape)}, not {_wide(logits)} {tuple(labels.shape)}"
+            )
     if logits.numel() == 0:
         return
     if native.takes(logits) and logits.is_contiguous():
@@ -78,7 +90,9 @@ def cross_entropy_gradient_(
 @cross_entropy_statistics.register_fake
 def _(logits, labels, valid):
     _check(logits, labels, valid)
-    return tuple(torch.empty(labels.shape, dtype=_wide(logits), device=logits.device) for _ in range(3))
+    return tuple(
+        torch.empty(labels.shape, dtype=_wide(logits), device=logits.device) for _ in range(3)
+    )
 
 
 @cross_entropy_gradient_.register_fake

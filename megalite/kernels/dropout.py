@@ -26,11 +26,15 @@ _LARGE_BLOCK = 1 << 22
 def place(layer: int, site: int) -> int:
     """The number of a dropout site in the counter: 8 * layer + site. Raises ValueError outside 0 <= site < 8."""
     if not 0 <= site < 8 or not 0 <= layer < 8192:
-        raise ValueError(f"dropout has sites 0..7 of layers 0..8191, not site {site} of layer {layer}")
+        raise ValueError(
+            f"dropout has sites 0..7 of layers 0..8191, not site {site} of layer {layer}"
+        )
     return 8 * layer + site
 
 
-def _philox(x0: torch.Tensor, x1: torch.Tensor, x2: torch.Tensor, x3: torch.Tensor, key: tuple[int, int]):
+def _philox(
+    x0: torch.Tensor, x1: torch.Tensor, x2: torch.Tensor, x3: torch.Tensor, key: tuple[int, int]
+):
     """Philox 4x32-10 (Salmon et al. 2011) on int64 tensors that hold 32-bit words and broadcast: four words."""
     for i in range(ROUNDS):
         k0, k1 = ((k + i * step) & MASK for k, step in zip(key, KEY_STEPS))
@@ -43,7 +47,12 @@ def _philox(x0: torch.Tensor, x1: torch.Tensor, x2: torch.Tensor, x3: torch.Tens
 
 
 def keep_mask(
-    rows: torch.Tensor, samples: torch.Tensor, columns: int, place: int, key: tuple[int, int], p: float
+    rows: torch.Tensor,
+    samples: torch.Tensor,
+    columns: int,
+    place: int,
+    key: tuple[int, int],
+    p: float,
 ) -> torch.Tensor:
     """Which elements are kept: bool [..., columns], for row numbers and sample numbers that broadcast to [...]."""
     rows, samples = torch.broadcast_tensors(rows, samples)
@@ -57,11 +66,17 @@ def keep_mask(
     for i in range(0, rows.shape[0], step):
         part = slice(i, i + step)
         for w, word in enumerate(_philox(x0, x1[part], x2[part], x3[part], key)):
-            torch.ge(word.expand(-1, counters).view(-1, counters // 64, 64), threshold, out=keep[part, :, w])
+            torch.ge(
+                word.expand(-1, counters).view(-1, counters // 64, 64),
+                threshold,
+                out=keep[part, :, w],
+            )
     return keep.view(rows.shape[0], 4 * counters)[:, :columns].reshape(*shape, columns)
 
 
-def check_dropout(x: torch.Tensor, rows: torch.Tensor | None, samples: torch.Tensor | None, p: float) -> None:
+def check_dropout(
+    x: torch.Tensor, rows: torch.Tensor | None, samples: torch.Tensor | None, p: float
+) -> None:
     """Raise ValueError or TypeError unless rows and samples (both or neither) broadcast to x's rows and 0 <= p < 1."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout takes 0 <= p < 1, not {p}")
@@ -77,19 +92,25 @@ def check_dropout(x: torch.Tensor, rows: torch.Tensor | None, samples: torch.Ten
         leading = x.shape[:-1]
         fits = zip(numbers.shape[::-1], leading[::-1])
         if numbers.dim() > len(leading) or any(n not in (1, size) for n, size in fits):
-            raise ValueError(f"{name} {tuple(numbers.shape)} do not broadcast to the rows {tuple(leading)}")
+            raise ValueError(
+                f"{name} {tuple(numbers.shape)} do not broadcast to the rows {tuple(leading)}"
+            )
 
 
 def _check(x, bias, residual, rows, samples, p) -> None:
     if x.dim() == 0 or not x.is_floating_point():
-        raise TypeError(f"dropout takes floating-point tensors [..., columns], not {x.dtype} {tuple(x.shape)}")
+        raise TypeError(
+            f"dropout takes floating-point tensors [..., columns], not {x.dtype} {tuple(x.shape)}"
+        )
     for name, other, shape in (("bias", bias, x.shape[-1:]), ("residual", residual, x.shape)):
         if other is None:
             continue
         if other.shape != shape:
             raise ValueError(f"the {name} is {tuple(other.shape)}, not {tuple(shape)}")
         if other.dtype != x.dtype or other.device != x.device:
-            raise TypeError(f"the {name} is {other.dtype} on {other.device}, x is {x.dtype} on {x.device}")
+            raise TypeError(
+                f"the {name} is {other.dtype} on {other.device}, x is {x.dtype} on {x.device}"
+            )
     check_dropout(x, rows, samples, p)
 
 
@@ -117,7 +138,9 @@ def bias_dropout_add(
         return _native(x, bias, residual, rows, samples, place, key0, key1, p)
     y = x if bias is None else x + bias
     keep = keep_mask(rows, samples, x.shape[-1], place, (key0, key1), p)
-    y = torch.where(keep, y * (1 / (1 - p)), 0)  # one rounding: in bf16, 1 / 0.9 itself would be 0.16% too small
+    y = torch.where(
+        keep, y * (1 / (1 - p)), 0
+    )  # one rounding: in bf16, 1 / 0.9 itself would be 0.16% too small
     return y if residual is None else y.add_(residual)
 
 
@@ -127,7 +150,9 @@ def _native(x, bias, residual, rows, samples, place, key0, key1, p) -> torch.Ten
     bias = bias if bias is None else bias.contiguous()
     rows, samples = (native.row_numbers(part, x.shape[:-1]) for part in (rows, samples))
     words = native.dropout_words(place, key0, key1, p)
-    torch.ops.megalite._bias_dropout_add(native.as_rows(x), bias, residual, rows, samples, *words, native.as_rows(y))
+    torch.ops.megalite._bias_dropout_add(
+        native.as_rows(x), bias, residual, rows, samples, *words, native.as_rows(y)
+    )
     return y
 
 

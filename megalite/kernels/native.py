@@ -27,7 +27,9 @@ def _load() -> str | None:
     if switch.lower() in OFF:
         return f"{SWITCH}={switch} turns them off"
     if switch:
-        raise ValueError(f"{SWITCH} is {switch!r}: {', '.join(OFF)} turn the native kernels off, unset leaves them on")
+        raise ValueError(
+            f"{SWITCH} is {switch!r}: {', '.join(OFF)} turn the native kernels off, unset leaves them on"
+        )
     if not LIBRARY.exists():
         return "they were not built: `pip install --no-build-isolation` with a C++ compiler (docs/kernels.md)"
     try:
@@ -43,9 +45,11 @@ MISSING = _load()
 
 def _has(device: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    return MISSING is None and key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "megalite::_softmax_forward", key
-    )  # fmt: skip
+    return (
+        MISSING is None
+        and key is not None
+        and torch._C._dispatch_has_kernel_for_dispatch_key("megalite::_softmax_forward", key)
+    )
 
 
 DEVICES = tuple(device for device in ("cpu", "cuda") if _has(device))
@@ -63,7 +67,9 @@ def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable:
         @wraps(body)
         def checked(*args, **kwargs):
             if forward_ad._current_level >= 0:
-                raise NotImplementedError(f"megalite::{name} has no forward-mode derivative (jvp, dual tensors)")
+                raise NotImplementedError(
+                    f"megalite::{name} has no forward-mode derivative (jvp, dual tensors)"
+                )
             return body(*args, **kwargs)
 
         return torch.library.custom_op(f"megalite::{name}", checked, mutates_args=mutates)
@@ -80,13 +86,21 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     """A tensor [..., columns] as the kernels see it, contiguous [i, j, k, columns]."""
     x = x.contiguous()
     leading = x.shape[:-1]
-    return x.view(*[1] * (3 - len(leading)), *leading, -1) if len(leading) <= 3 else x.view(1, 1, -1, x.shape[-1])
+    return (
+        x.view(*[1] * (3 - len(leading)), *leading, -1)
+        if len(leading) <= 3
+        else x.view(1, 1, -1, x.shape[-1])
+    )
 
 
 def row_numbers(numbers: torch.Tensor, leading: torch.Size) -> torch.Tensor:
     """Row or sample numbers, broadcast to the leading dims of a tensor: a view [i, j, k] where there are up to 3."""
     numbers = numbers.expand(leading)
-    return numbers.view(*[1] * (3 - len(leading)), *leading) if len(leading) <= 3 else numbers.reshape(1, 1, -1)
+    return (
+        numbers.view(*[1] * (3 - len(leading)), *leading)
+        if len(leading) <= 3
+        else numbers.reshape(1, 1, -1)
+    )
 
 
 def dropout_words(place: int, key0: int, key1: int, p: float) -> tuple[int, int, int, int, float]:
@@ -97,7 +111,10 @@ def dropout_words(place: int, key0: int, key1: int, p: float) -> tuple[int, int,
 def report() -> list[str]:
     """What is available, and why something is not, in lines."""
     if MISSING:
-        return [f"native kernels: none, {MISSING}", "everything runs by compositions of PyTorch operations"]
+        return [
+            f"native kernels: none, {MISSING}",
+            "everything runs by compositions of PyTorch operations",
+        ]
     lanes = torch.ops.megalite._cpu_lanes()
     name = {16: "AVX-512", 8: "AVX2"}.get(lanes, "any processor")
     lines = [f"CPU:  native, {lanes} lanes ({name}), {torch.get_num_threads()} thread(s)"]

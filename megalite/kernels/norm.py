@@ -36,14 +36,24 @@ def rms_norm_forward(
         return y.contiguous(), s if residual is None else (x + residual).contiguous(), scale
     residual = None if residual is None else native.as_rows(residual)
     torch.ops.megalite._rms_norm_forward(
-        native.as_rows(x), residual, weight.contiguous(), epsilon, y, None if residual is None else s, scale
+        native.as_rows(x),
+        residual,
+        weight.contiguous(),
+        epsilon,
+        y,
+        None if residual is None else s,
+        scale,
     )
     return y, s, scale
 
 
 @native.operator("rms_norm_backward")
 def rms_norm_backward(
-    grad: torch.Tensor, grad_sum: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+    grad: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    s: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of s (that of its other uses, grad_sum, added) and of the weight."""
     if s.numel() == 0:
@@ -61,24 +71,37 @@ def rms_norm_backward(
     ds = torch.empty_like(s, memory_format=torch.contiguous_format)
     grad_sum = None if grad_sum is None else native.as_rows(grad_sum)
     torch.ops.megalite._rms_norm_backward(
-        native.as_rows(s), weight.contiguous(), native.as_rows(grad), grad_sum, scale.contiguous(), group, ds, parts
+        native.as_rows(s),
+        weight.contiguous(),
+        native.as_rows(grad),
+        grad_sum,
+        scale.contiguous(),
+        group,
+        ds,
+        parts,
     )
     return ds, parts.sum(dim=0).to(weight.dtype)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:
     if x.dim() < 2 or not x.is_floating_point():
-        raise TypeError(f"rms_norm takes floating-point tensors [..., rows, h], not {x.dtype} {tuple(x.shape)}")
+        raise TypeError(
+            f"rms_norm takes floating-point tensors [..., rows, h], not {x.dtype} {tuple(x.shape)}"
+        )
     for name, other, shape in (("weight", weight, x.shape[-1:]), ("residual", residual, x.shape)):
         if other is None:
             continue
         if other.shape != shape:
             raise ValueError(f"the {name} is {tuple(other.shape)}, not {tuple(shape)}")
         if other.dtype != x.dtype or other.device != x.device:
-            raise TypeError(f"the {name} is {other.dtype} on {other.device}, x is {x.dtype} on {x.device}")
+            raise TypeError(
+                f"the {name} is {other.dtype} on {other.device}, x is {x.dtype} on {x.device}"
+            )
 
 
-def _outputs(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _outputs(
+    x: torch.Tensor, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     s = x.new_empty(0) if residual is None else torch.empty_like(y)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -105,7 +128,9 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, grad_sum, _):
-    ds, grad_weight = rms_norm_backward(grad, grad_sum if ctx.has_residual else None, *ctx.saved_tensors)
+    ds, grad_weight = rms_norm_backward(
+        grad, grad_sum if ctx.has_residual else None, *ctx.saved_tensors
+    )
     return ds, grad_weight, None, ds if ctx.has_residual else None
 
 

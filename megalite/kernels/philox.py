@@ -55,7 +55,9 @@ def philox4x32(counter: np.ndarray, key: Sequence[int]) -> np.ndarray:
     """
     counter = np.asarray(counter, dtype=np.uint32)
     if counter.ndim == 0 or counter.shape[-1] != 4 or len(key) != 2:
-        raise ValueError(f"Philox needs counters [..., 4] and a key of 2 words, not {counter.shape} and {len(key)}")
+        raise ValueError(
+            f"Philox needs counters [..., 4] and a key of 2 words, not {counter.shape} and {len(key)}"
+        )
     flat = counter.reshape(-1, 4)
     words = np.empty((len(flat), 4), dtype=np.uint32)
     size = min(BLOCK, len(flat))

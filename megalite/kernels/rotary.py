@@ -30,12 +30,20 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -
 
 def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     if x.dim() != 4 or not x.is_floating_point() or x.shape[-1] % 2:
-        raise ValueError(f"rotary takes floating-point heads [s, b, n, d], d even, not {x.dtype} {tuple(x.shape)}")
+        raise ValueError(
+            f"rotary takes floating-point heads [s, b, n, d], d even, not {x.dtype} {tuple(x.shape)}"
+        )
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype != x.dtype or table.device != x.device:
-            raise TypeError(f"{name} is {table.dtype} on {table.device}, x is {x.dtype} on {x.device}")
+            raise TypeError(
+                f"{name} is {table.dtype} on {table.device}, x is {x.dtype} on {x.device}"
+            )
         fits = zip(table.shape, x.shape)
-        if table.dim() != 4 or table.shape[-1] != x.shape[-1] or any(t not in (1, size) for t, size in fits):
+        if (
+            table.dim() != 4
+            or table.shape[-1] != x.shape[-1]
+            or any(t not in (1, size) for t, size in fits)
+        ):
             raise ValueError(f"{name} {tuple(table.shape)} does not broadcast to {tuple(x.shape)}")
 
 

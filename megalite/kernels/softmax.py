@@ -33,13 +33,19 @@ def scaled_softmax(x: torch.Tensor, scale: float, dropout: Dropout | None = None
     return _softmax(x, scale, None, False, dropout)
 
 
-def scaled_causal_softmax(x: torch.Tensor, scale: float, dropout: Dropout | None = None) -> torch.Tensor:
+def scaled_causal_softmax(
+    x: torch.Tensor, scale: float, dropout: Dropout | None = None
+) -> torch.Tensor:
     """The same where query i sees keys 0 to i only."""
     return _softmax(x, scale, None, True, dropout)
 
 
 def scaled_masked_softmax(
-    x: torch.Tensor, scale: float, mask: torch.Tensor, causal: bool = False, dropout: Dropout | None = None
+    x: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor,
+    causal: bool = False,
+    dropout: Dropout | None = None,
 ) -> torch.Tensor:
     """The same where a query sees the keys for which the mask is true: bool, of any shape that broadcasts to x's, such
     as [b, 1, 1, s_k] for padding or [b, 1, s_q, s_k]; and when causal none that comes after it."""
@@ -101,12 +107,16 @@ def softmax_backward(
         return torch.empty_like(grad, memory_format=torch.contiguous_format)
     drop = rows is not None and round(p * 2**32) > 0
     if not native.takes(grad) or (p > 0 and not drop):
-        return _composite_backward(grad, lse, y, x, scale, mask, causal, rows, samples, place, key0, key1, p)
+        return _composite_backward(
+            grad, lse, y, x, scale, mask, causal, rows, samples, place, key0, key1, p
+        )
     grad = grad.contiguous()
     dropout = _native_dropout(grad, rows if drop else None, samples, place, key0, key1, p)
     result, mask = torch.empty_like(grad), _native_mask(grad, mask)
     x, y = (None if t is None else t.contiguous() for t in (x, y))
-    torch.ops.megalite._softmax_backward(grad, x, y, mask, causal, scale, *dropout, result, lse.contiguous())
+    torch.ops.megalite._softmax_backward(
+        grad, x, y, mask, causal, scale, *dropout, result, lse.contiguous()
+    )
     return result
 
 
@@ -122,7 +132,9 @@ def _check(x, mask, rows, samples, p) -> None:
         if mask.device != x.device:
             raise ValueError(f"the mask is on {mask.device}, the scores are on {x.device}")
         if mask.dim() > 4 or any(m not in (1, s) for m, s in zip(mask.shape[::-1], x.shape[::-1])):
-            raise ValueError(f"a mask {tuple(mask.shape)} does not broadcast to the scores {tuple(x.shape)}")
+            raise ValueError(
+                f"a mask {tuple(mask.shape)} does not broadcast to the scores {tuple(x.shape)}"
+            )
     check_dropout(x, rows, samples, p)
 
 
@@ -152,11 +164,15 @@ def _scores(x: torch.Tensor, scale: float, mask: torch.Tensor | None, causal: bo
     """scale * x in fp32 or more, -inf where a query does not see the key."""
     scores = x.to(_outputs(x[:0])[1].dtype) * scale
     if causal:
-        scores.masked_fill_(torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu_(1), float("-inf"))
+        scores.masked_fill_(
+            torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu_(1), float("-inf")
+        )
     return scores if mask is None else scores.masked_fill_(~mask, float("-inf"))
 
 
-def _composite(x, scale, mask, causal, rows, samples, place, key0, key1, p) -> tuple[torch.Tensor, torch.Tensor]:
+def _composite(
+    x, scale, mask, causal, rows, samples, place, key0, key1, p
+) -> tuple[torch.Tensor, torch.Tensor]:
     scores = _scores(x, scale, mask, causal)
     y, lse = scores.softmax(dim=-1), scores.logsumexp(dim=-1)
     if mask is not None:
@@ -172,7 +188,7 @@ def _composite(x, scale, mask, causal, rows, samples, place, key0, key1, p) -> t
 
 def _composite_backward(
     grad, lse, y, x, scale, mask, causal, rows, samples, place, key0, key1, p
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     d = grad.to(lse.dtype)
     if p > 0:
         y = (_scores(x, scale, mask, causal) - lse.unsqueeze(-1)).exp_()

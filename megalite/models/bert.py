@@ -113,7 +113,11 @@ class Bert(BertEncoder):
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """[..., h] -> [..., v/t]."""
         return column_parallel_linear(
-            self.mlm_head(x), self.output_weight, self.mlm_head.bias, self.context.tensor, sequence_parallel=False
+            self.mlm_head(x),
+            self.output_weight,
+            self.mlm_head.bias,
+            self.context.tensor,
+            sequence_parallel=False,
         )
 
     def _masked_tokens(self, x: torch.Tensor, batch: Microbatch) -> list[torch.Tensor]:
@@ -122,7 +126,9 @@ class Bert(BertEncoder):
         logits, labels = self._logits(x[chosen]), batch.labels.t()[chosen]
         spec, group = self.output_weight.spec, self.context.tensor
         # Before the loss, which overwrites the logits.
-        right = [] if self.training else [(vocab_parallel_argmax(logits, spec, group) == labels).sum()]
+        right = (
+            [] if self.training else [(vocab_parallel_argmax(logits, spec, group) == labels).sum()]
+        )
         total = vocab_parallel_cross_entropy(logits, labels, spec, group).sum()
         return [total, *(count.to(total.dtype) for count in right)]
 
@@ -132,5 +138,9 @@ class Bert(BertEncoder):
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         losses = nn.functional.cross_entropy(logits, batch.pair_label, reduction="none")
         total = (losses * batch.pair_mask).sum()
-        right = [] if self.training else [((logits.argmax(dim=-1) == batch.pair_label) * batch.pair_mask).sum()]
+        right = (
+            []
+            if self.training
+            else [((logits.argmax(dim=-1) == batch.pair_label) * batch.pair_mask).sum()]
+        )
         return [total, *(count.to(total.dtype) for count in right)]

@@ -29,14 +29,24 @@ class Classifier(BertEncoder):
     """Modules after the encoder."""
 
     def __init__(
-        self, model: ModelConfig, context: ParallelContext, classes: int, dropout: float = 0.0,
-        freeze_encoder: bool = False, seed: int = 1234,
-    ):  # fmt: skip
-        self.classes, self.head_dropout_probability = classes, dropout  # before nn.Module's own: build_heads needs them
+        self,
+        model: ModelConfig,
+        context: ParallelContext,
+        classes: int,
+        dropout: float = 0.0,
+        freeze_encoder: bool = False,
+        seed: int = 1234,
+    ):
+        self.classes, self.head_dropout_probability = (
+            classes,
+            dropout,
+        )  # before nn.Module's own: build_heads needs them
         self.freeze_encoder = freeze_encoder
         # Tied, since then there is no weight of an output layer, which a classifier does not have.
         model = replace(model, untie_embeddings_and_output_weights=False)
-        super().__init__(model, context, CounterBasedRng.for_seed(seed), range(model.num_layers), seed=seed)
+        super().__init__(
+            model, context, CounterBasedRng.for_seed(seed), range(model.num_layers), seed=seed
+        )
         for name, parameter in self.parameters_by_name.items():
             parameter.requires_grad_(not freeze_encoder or name.split(".")[0] in self.heads)
 
@@ -44,9 +54,16 @@ class Classifier(BertEncoder):
         """Pooler, dropout at a place that no layer uses, and the linear layer."""
         model, context = self.config, self.context
         h, std = model.hidden_size, model.init_method_std
-        self.pooler = ReplicatedLinear(h, h, std, not model.disable_bias_linear, context, self.dtype)
+        self.pooler = ReplicatedLinear(
+            h, h, std, not model.disable_bias_linear, context, self.dtype
+        )
         self.head_dropout = HiddenDropout(
-            self.head_dropout_probability, self.rng, model.num_layers, EMBEDDING, context, sequence_parallel=False
+            self.head_dropout_probability,
+            self.rng,
+            model.num_layers,
+            EMBEDDING,
+            context,
+            sequence_parallel=False,
         )
         self.classifier = ReplicatedLinear(h, self.classes, std, True, context, self.dtype)
 

@@ -18,7 +18,9 @@ def choose(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities, order = (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    probabilities, order = (
+        (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    )
     if top_k > 0:
         probabilities[..., top_k:] = 0
     before = probabilities.cumsum(dim=-1) - probabilities
@@ -49,14 +51,20 @@ def generate(
             "(0 = the most likely token; no limit), top_p above 0 and at most 1"
         )
     if model.context.world_size != 1:
-        raise ValueError(f"sampling runs in one process; this model is spread over {model.context.world_size} ranks")
+        raise ValueError(
+            f"sampling runs in one process; this model is spread over {model.context.world_size} ranks"
+        )
     if prompt.shape[1] == 0:
-        raise ValueError("the prompt has no tokens: give at least one to start from, such as end of document")
+        raise ValueError(
+            "the prompt has no tokens: give at least one to start from, such as end of document"
+        )
     model.eval()
     generator = torch.Generator(prompt.device).manual_seed(seed)
     text = prompt
     for _ in range(max_new_tokens):
-        logits = model(None, Microbatch(text[:, -model.config.positions :]))[-1, :, : model.config.vocab_size]
+        logits = model(None, Microbatch(text[:, -model.config.positions :]))[
+            -1, :, : model.config.vocab_size
+        ]
         token = choose(logits, temperature, top_k, top_p, generator)
         yield token
         text = torch.cat([text, token.unsqueeze(1)], dim=1)

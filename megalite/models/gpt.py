@@ -34,8 +34,12 @@ class GPT(Stage):
         if not self.context.is_last_stage:
             return x
         weight = self.output_weight
-        logits = column_parallel_linear(x, weight, None, self.context.tensor, self.sequence_parallel)
+        logits = column_parallel_linear(
+            x, weight, None, self.context.tensor, self.sequence_parallel
+        )
         if batch.labels is None:
             return logits
-        losses = vocab_parallel_cross_entropy(logits, batch.labels.t(), weight.spec, self.context.tensor)
+        losses = vocab_parallel_cross_entropy(
+            logits, batch.labels.t(), weight.spec, self.context.tensor
+        )
         return (losses * batch.loss_mask.t()).sum().unsqueeze(0)

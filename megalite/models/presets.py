@@ -32,6 +32,10 @@ def preset(name: PresetName) -> dict[str, Any]:
     if name.startswith("megatron"):
         return {"architecture": "bert", **shape, "seq_length": 512}
     return {
-        "architecture": "bert", **shape, "seq_length": 512, "norm_placement": "post", "gelu": "erf",
+        "architecture": "bert",
+        **shape,
+        "seq_length": 512,
+        "norm_placement": "post",
+        "gelu": "erf",
         "norm_epsilon": 1e-12,
-    }  # fmt: skip
+    }

@@ -58,7 +58,9 @@ class Stage(nn.Module):
         seed: int = 1234,
     ):
         super().__init__()
-        if model.vocab_size is None or (model.hidden_size % model.num_attention_heads and model.kv_channels is None):
+        if model.vocab_size is None or (
+            model.hidden_size % model.num_attention_heads and model.kv_channels is None
+        ):
             raise ValueError(
                 f"a {type(self).__name__} needs a vocab_size (it is {model.vocab_size}) and a hidden_size "
                 f"{model.hidden_size} that its {model.num_attention_heads} heads divide, or kv_channels"
@@ -71,11 +73,15 @@ class Stage(nn.Module):
         if first:
             self.embedding = Embedding(*shared, self.token_types)
             self.embedding_norm = Norm(*shared) if model.post_norm else nn.Identity()
-            self.embedding_dropout = HiddenDropout(model.hidden_dropout, rng, 0, EMBEDDING, context, sequence_parallel)
+            self.embedding_dropout = HiddenDropout(
+                model.hidden_dropout, rng, 0, EMBEDDING, context, sequence_parallel
+            )
         elif last and model.tied:
             self.embedding = TiedCopy(model, context, dtype)
         parts = (model, recompute_config, context, rng)
-        self.layers = nn.ModuleDict({str(i): Block(*parts, i, *shared[2:], causal=self.causal) for i in layers})
+        self.layers = nn.ModuleDict(
+            {str(i): Block(*parts, i, *shared[2:], causal=self.causal) for i in layers}
+        )
         if last:
             self.final_norm = nn.Identity() if model.post_norm else Norm(*shared)
             self.build_heads()
@@ -90,7 +96,9 @@ class Stage(nn.Module):
 
     def hidden_shape(self, microbatch: int) -> tuple[int, int, int]:
         """Shape of what passes between stages: [s, b, h], or [s/t, b, h] under sequence parallelism."""
-        length = self.config.seq_length // (self.context.tensor.size if self.sequence_parallel else 1)
+        length = self.config.seq_length // (
+            self.context.tensor.size if self.sequence_parallel else 1
+        )
         return length, microbatch, self.config.hidden_size
 
     @property
@@ -112,7 +120,9 @@ class Stage(nn.Module):
         """[v/t, h] of the output layer, on the last stage."""
         return self.embedding.word_embeddings.weight if self.config.tied else self.output.weight
 
-    def hidden(self, x: torch.Tensor | None, batch: Microbatch, mask: torch.Tensor | None) -> torch.Tensor:
+    def hidden(
+        self, x: torch.Tensor | None, batch: Microbatch, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """This stage's share of the transformer: hidden states, after the final norm on the last stage.
 
         x: those of the previous stage; None on the first, which starts from the batch's tokens. mask: which tokens see
@@ -120,14 +130,18 @@ class Stage(nn.Module):
         """
         if self.context.is_first_stage:
             length = batch.tokens.shape[1]
-            x = self.embedding_norm(self.embedding(batch.tokens, batch.positions, batch.token_types))
+            x = self.embedding_norm(
+                self.embedding(batch.tokens, batch.positions, batch.token_types)
+            )
             x = self.embedding_dropout(x, batch.samples)
         else:
             length = x.shape[0] * (self.context.tensor.size if self.sequence_parallel else 1)
         x = self._run_layers(x, self._rotary(length, batch.positions), mask, batch.samples)
         return self.final_norm(x) if self.context.is_last_stage else x
 
-    def _rotary(self, length: int, positions: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _rotary(
+        self, length: int, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The rotary table of the whole sequence, made at its first use for a length, or its rows for each token's
         position; None with other kinds of positions."""
         model = self.config
@@ -135,7 +149,9 @@ class Stage(nn.Module):
             return None
         if self._rotary_table is None or self._rotary_table[0].shape[0] != length:
             device = self.context.device
-            self._rotary_table = rotary_table(length, model.head_size, model.rotary_base, self.dtype, device)
+            self._rotary_table = rotary_table(
+                length, model.head_size, model.rotary_base, self.dtype, device
+            )
         return self._rotary_table if positions is None else table_at(self._rotary_table, positions)
 
     def _run_layers(self, x: torch.Tensor, rotary, mask, samples) -> torch.Tensor:
@@ -144,7 +160,11 @@ class Stage(nn.Module):
         full = config.granularity == "full" and torch.is_grad_enabled()
         n = config.recompute_num_layers
         whole = full and config.recompute_method == "uniform"
-        groups = [layers[i : i + n] for i in range(0, len(layers), n)] if whole else [[layer] for layer in layers]
+        groups = (
+            [layers[i : i + n] for i in range(0, len(layers), n)]
+            if whole
+            else [[layer] for layer in layers]
+        )
         for index, group in enumerate(groups):
 
             def run(x, group=group):

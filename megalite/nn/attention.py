@@ -28,10 +28,16 @@ def attention_mask(segments: torch.Tensor, causal: bool) -> torch.Tensor:
 def _for_each_head(q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of groups [b, g, s, d], repeated for each query head of q [b, n, s, d]."""
     repeat = q.shape[1] // k.shape[1]
-    return (k, v) if repeat == 1 else (k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1))
+    return (
+        (k, v)
+        if repeat == 1
+        else (k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1))
+    )
 
 
-def explicit_attention(q, k, v, drop, causal: bool, mask: torch.Tensor | None = None) -> torch.Tensor:
+def explicit_attention(
+    q, k, v, drop, causal: bool, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Attention with the scores formed: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d].
 
     A token sees what `mask` says, or without one every token, when causal only those up to itself. The softmax is taken
@@ -44,11 +50,15 @@ def explicit_attention(q, k, v, drop, causal: bool, mask: torch.Tensor | None = 
     elif causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
-    softmax_dtype = torch.float32 if scores.dtype in (torch.bfloat16, torch.float16) else scores.dtype
+    softmax_dtype = (
+        torch.float32 if scores.dtype in (torch.bfloat16, torch.float16) else scores.dtype
+    )
     return drop(scores.softmax(dim=-1, dtype=softmax_dtype).to(q.dtype)) @ v
 
 
-def fused_softmax_attention(q, k, v, dropout, causal: bool, mask: torch.Tensor | None = None) -> torch.Tensor:
+def fused_softmax_attention(
+    q, k, v, dropout, causal: bool, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """The same as `explicit_attention` with scale, mask, softmax and counted dropout (or None) in one kernel."""
     k, v = _for_each_head(q, k, v)
     scores, scale = q @ k.transpose(-1, -2), 1 / math.sqrt(q.shape[-1])
@@ -59,15 +69,26 @@ def fused_softmax_attention(q, k, v, dropout, causal: bool, mask: torch.Tensor |
 
 @cache
 def torch_kernel(
-    device: torch.device, dtype: torch.dtype, repeat: int, head_size: int, masked: bool, causal: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    repeat: int,
+    head_size: int,
+    masked: bool,
+    causal: bool,
 ) -> str | None:
     """The fused kernel that scaled_dot_product_attention takes for such tensors, `repeat` query heads to one of keys;
     None where it has none and would form the scores."""
     q = torch.empty(1, repeat, 16, head_size, device=device, dtype=dtype, requires_grad=True)
     mask = torch.ones(1, 1, 16, 16, device=device, dtype=torch.bool) if masked else None
     causal = causal and not masked
-    choice = torch._fused_sdp_choice(q, q[:, :1], q[:, :1], mask, 0.0, causal, enable_gqa=repeat > 1)
-    return None if choice == SDPBackend.MATH.value else SDPBackend(choice).name.lower().replace("_", " ")
+    choice = torch._fused_sdp_choice(
+        q, q[:, :1], q[:, :1], mask, 0.0, causal, enable_gqa=repeat > 1
+    )
+    return (
+        None
+        if choice == SDPBackend.MATH.value
+        else SDPBackend(choice).name.lower().replace("_", " ")
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -81,9 +102,16 @@ class Attention(nn.Module):
     [q + 2, d, h] of qkv: its q query heads, then its key, then its value; so a rank's share is one box."""
 
     def __init__(
-        self, model: ModelConfig, recompute_config: RecomputeConfig, context: ParallelContext, rng: Rng, layer: int,
-        dtype: torch.dtype, sequence_parallel: bool, causal: bool,
-    ):  # fmt: skip
+        self,
+        model: ModelConfig,
+        recompute_config: RecomputeConfig,
+        context: ParallelContext,
+        rng: Rng,
+        layer: int,
+        dtype: torch.dtype,
+        sequence_parallel: bool,
+        causal: bool,
+    ):
         super().__init__()
         self.causal = causal
         self.queries_per_group = model.num_attention_heads // model.query_groups
@@ -93,11 +121,18 @@ class Attention(nn.Module):
         self.recompute = recompute_config.granularity == "selective"
         std, bias = model.init_method_std, not model.disable_bias_linear
         features = (model.query_groups, self.queries_per_group + 2, model.head_size)
-        self.qkv = ColumnParallelLinear(model.hidden_size, features, 0, std, bias, context, dtype, sequence_parallel)
+        self.qkv = ColumnParallelLinear(
+            model.hidden_size, features, 0, std, bias, context, dtype, sequence_parallel
+        )
         self.output = RowParallelLinear(
-            model.num_attention_heads * model.head_size, model.hidden_size, std / math.sqrt(2 * model.num_layers), bias,
-            context, dtype, sequence_parallel,
-        )  # fmt: skip
+            model.num_attention_heads * model.head_size,
+            model.hidden_size,
+            std / math.sqrt(2 * model.num_layers),
+            bias,
+            context,
+            dtype,
+            sequence_parallel,
+        )
 
     def forward(
         self,
@@ -125,25 +160,42 @@ class Attention(nn.Module):
         where the wanted one cannot drop weights."""
         p, streams = self.dropout.p if self.training else 0.0, isinstance(self.rng, RngTracker)
         if p > 0 and (self.wanted == "sdpa" or (self.wanted == "fused-softmax" and streams)):
-            raise ValueError(f"attention by {self.wanted} cannot drop weights as this random-number scheme says")
+            raise ValueError(
+                f"attention by {self.wanted} cannot drop weights as this random-number scheme says"
+            )
         if self.wanted != "auto":
             return self.wanted, f"--attention-backend {self.wanted}"
         if p > 0 and streams:
             return "eager", "dropout draws from --rng-scheme megatron's streams"
         if p > 0:
-            return "fused-softmax", "it drops weights by counting, as torch's fused attention cannot"
-        kernel = _torch_kernel(x.device, x.dtype, self.queries_per_group, self.head_size, masked, self.causal)
+            return (
+                "fused-softmax",
+                "it drops weights by counting, as torch's fused attention cannot",
+            )
+        kernel = _torch_kernel(
+            x.device, x.dtype, self.queries_per_group, self.head_size, masked, self.causal
+        )
         if kernel is None and native.takes(x):
             return "fused-softmax", "nothing is dropped, but torch has no fused attention for this"
-        return "sdpa", f"nothing is dropped; torch's {kernel or 'operations: it has no fused attention for this'}"
+        return (
+            "sdpa",
+            f"nothing is dropped; torch's {kernel or 'operations: it has no fused attention for this'}",
+        )
 
-    def _core(self, q, k, v, mask: torch.Tensor | None, samples: torch.Tensor | None) -> torch.Tensor:
+    def _core(
+        self, q, k, v, mask: torch.Tensor | None, samples: torch.Tensor | None
+    ) -> torch.Tensor:
         """The attention core: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]."""
         p = self.dropout.p if self.training else 0.0
         backend, _ = self.backend(q, mask is not None)
         if backend == "sdpa":
             return nn.functional.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=self.causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
+                q,
+                k,
+                v,
+                mask,
+                is_causal=self.causal and mask is None,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
         if backend == "fused-softmax":
             counted = self.dropout.counted(*q.shape[1:3], samples) if p else None

@@ -20,19 +20,30 @@ class Block(nn.Module):
     """A transformer layer: hidden states [s, b, h] ([s/t, b, h] with sequence parallelism)."""
 
     def __init__(
-        self, model: ModelConfig, recompute_config: RecomputeConfig, context: ParallelContext, rng: Rng, layer: int,
-        dtype: torch.dtype, sequence_parallel: bool, causal: bool,
-    ):  # fmt: skip
+        self,
+        model: ModelConfig,
+        recompute_config: RecomputeConfig,
+        context: ParallelContext,
+        rng: Rng,
+        layer: int,
+        dtype: torch.dtype,
+        sequence_parallel: bool,
+        causal: bool,
+    ):
         super().__init__()
         self.post_norm = model.post_norm
         self.attention_norm = Norm(model, context, dtype, sequence_parallel)
-        self.attention = Attention(model, recompute_config, context, rng, layer, dtype, sequence_parallel, causal)
+        self.attention = Attention(
+            model, recompute_config, context, rng, layer, dtype, sequence_parallel, causal
+        )
         self.attention_dropout = HiddenDropout(
             model.hidden_dropout, rng, layer, AFTER_ATTENTION, context, sequence_parallel
         )
         self.mlp_norm = Norm(model, context, dtype, sequence_parallel)
         self.mlp = MLP(model, context, dtype, sequence_parallel)
-        self.mlp_dropout = HiddenDropout(model.hidden_dropout, rng, layer, AFTER_MLP, context, sequence_parallel)
+        self.mlp_dropout = HiddenDropout(
+            model.hidden_dropout, rng, layer, AFTER_MLP, context, sequence_parallel
+        )
 
     def forward(
         self,

@@ -24,7 +24,15 @@ def _needed(samples: torch.Tensor | None) -> torch.Tensor:
 class HiddenDropout(nn.Module):
     """residual + dropout(x + bias) on hidden states [s, b, h], or on this rank's part [s/t, b, h] of the sequence."""
 
-    def __init__(self, p: float, rng: Rng, layer: int, site: int, context: ParallelContext, sequence_parallel: bool):
+    def __init__(
+        self,
+        p: float,
+        rng: Rng,
+        layer: int,
+        site: int,
+        context: ParallelContext,
+        sequence_parallel: bool,
+    ):
         super().__init__()
         self.p, self.rng, self.place = p, rng, place(layer, site)
         self.part = context.tensor.rank if sequence_parallel and context.tensor.size > 1 else 0
@@ -42,8 +50,12 @@ class HiddenDropout(nn.Module):
         if self.training and self.p > 0 and not isinstance(self.rng, RngTracker):
             samples = _needed(samples)
             length = x.shape[0]
-            rows = torch.arange(self.part * length, (self.part + 1) * length, device=x.device).unsqueeze(1)
-            return bias_dropout_add(x, bias, residual, rows, samples, self.place, *self.rng.key, self.p)
+            rows = torch.arange(
+                self.part * length, (self.part + 1) * length, device=x.device
+            ).unsqueeze(1)
+            return bias_dropout_add(
+                x, bias, residual, rows, samples, self.place, *self.rng.key, self.p
+            )
         x = x if bias is None else x + bias
         if self.training and self.p > 0:
             x = dropout(x, self.p, self.rng[self.stream])
@@ -69,5 +81,7 @@ class AttentionDropout(nn.Module):
         """The same dropout for a fused softmax of scores [b, heads, queries, keys], under the scheme of counters."""
         samples = _needed(samples)
         first = self.part * heads * queries
-        rows = torch.arange(first, first + heads * queries, device=samples.device).view(heads, queries)
+        rows = torch.arange(first, first + heads * queries, device=samples.device).view(
+            heads, queries
+        )
         return Dropout(rows, samples[:, None, None], self.place, self.rng.key, self.p)

@@ -18,18 +18,27 @@ def padded_vocabulary(vocab_size: int, divisible_by: int, tensor: int) -> int:
 
 def _rows_held(model: ModelConfig, context: ParallelContext) -> tuple[int, int, int]:
     """Of this rank's part of the vocabulary: rows in memory, first entry, entries without padding."""
-    rows = padded_vocabulary(model.vocab_size, model.make_vocab_size_divisible_by, context.tensor.size)
+    rows = padded_vocabulary(
+        model.vocab_size, model.make_vocab_size_divisible_by, context.tensor.size
+    )
     rows //= context.tensor.size
     start = min(rows * context.tensor.rank, model.vocab_size)
     return rows, start, min(rows, model.vocab_size - start)
 
 
-def vocabulary_parameter(model: ModelConfig, context: ParallelContext, dtype, tied_copy: bool = False) -> nn.Parameter:
+def vocabulary_parameter(
+    model: ModelConfig, context: ParallelContext, dtype, tied_copy: bool = False
+) -> nn.Parameter:
     """This rank's rows [v_padded / t, h] of a [v, h] weight. The box leaves padding out; it may be empty."""
     rows, start, entries = _rows_held(model, context)
     box = Box((start, 0), (entries, model.hidden_size))
     spec = ParameterSpec(
-        (model.vocab_size, model.hidden_size), box, True, "normal", model.init_method_std, tied_copy=tied_copy
+        (model.vocab_size, model.hidden_size),
+        box,
+        True,
+        "normal",
+        model.init_method_std,
+        tied_copy=tied_copy,
     )
     return make_parameter((rows, model.hidden_size), spec, dtype, context.device)
 
@@ -37,7 +46,9 @@ def vocabulary_parameter(model: ModelConfig, context: ParallelContext, dtype, ti
 def vocabulary_bias(model: ModelConfig, context: ParallelContext, dtype) -> nn.Parameter:
     """This rank's entries [v_padded / t] of a bias [v] of the output layer."""
     rows, start, entries = _rows_held(model, context)
-    spec = ParameterSpec((model.vocab_size,), Box((start,), (entries,)), True, "zeros", weight_decay=False)
+    spec = ParameterSpec(
+        (model.vocab_size,), Box((start,), (entries,)), True, "zeros", weight_decay=False
+    )
     return make_parameter((rows,), spec, dtype, context.device)
 
 
@@ -56,7 +67,9 @@ class _Lookup(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         main = getattr(ctx.weight, "main_grad", None)
         dtype = torch.float32 if ctx.weight.dtype == torch.bfloat16 else ctx.weight.dtype
-        total = torch.ops.aten.embedding_dense_backward(grad.to(dtype), ids, ctx.weight.shape[0], -1, False)
+        total = torch.ops.aten.embedding_dense_backward(
+            grad.to(dtype), ids, ctx.weight.shape[0], -1, False
+        )
         if main is None:
             return None, total.to(ctx.weight.dtype)
         main.add_(total)
@@ -66,7 +79,9 @@ class _Lookup(torch.autograd.Function):
 class VocabParallelWeight(nn.Module):
     """A [v, h] weight split by rows: of the word embedding, of its tied copy, or of an output layer."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, dtype, tied_copy: bool = False):
+    def __init__(
+        self, model: ModelConfig, context: ParallelContext, dtype, tied_copy: bool = False
+    ):
         super().__init__()
         self.weight = vocabulary_parameter(model, context, dtype, tied_copy)
 
@@ -74,11 +89,23 @@ class VocabParallelWeight(nn.Module):
 class SmallEmbedding(nn.Module):
     """A learned table [rows, h], of positions or token types; every tensor-parallel rank holds all of it."""
 
-    def __init__(self, rows: int, model: ModelConfig, context: ParallelContext, dtype, sequence_parallel: bool):
+    def __init__(
+        self,
+        rows: int,
+        model: ModelConfig,
+        context: ParallelContext,
+        dtype,
+        sequence_parallel: bool,
+    ):
         super().__init__()
         shape = (rows, model.hidden_size)
         spec = ParameterSpec(
-            shape, Box.whole(shape), False, "normal", model.init_method_std, sequence_partial=sequence_parallel
+            shape,
+            Box.whole(shape),
+            False,
+            "normal",
+            model.init_method_std,
+            sequence_partial=sequence_parallel,
         )
         self.weight = make_parameter(shape, spec, dtype, context.device)
 
@@ -90,7 +117,12 @@ class Embedding(nn.Module):
     """
 
     def __init__(
-        self, model: ModelConfig, context: ParallelContext, dtype, sequence_parallel: bool, token_types: int = 0
+        self,
+        model: ModelConfig,
+        context: ParallelContext,
+        dtype,
+        sequence_parallel: bool,
+        token_types: int = 0,
     ):
         super().__init__()
         self.group = context.tensor
@@ -104,7 +136,10 @@ class Embedding(nn.Module):
             self.token_type_embeddings = SmallEmbedding(token_types, *parts)
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor | None = None, token_types: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        token_types: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Look up and sum over ranks: ids that another rank holds contribute zeros here. `positions` [b, s] choose rows
         of the learned table; None: 0 to s - 1. `token_types` [b, s] choose rows of the other; None: all of type 0."""
@@ -118,7 +153,9 @@ class Embedding(nn.Module):
             elsewhere = (local < 0) | (local >= weight.spec.box.shape[0])
             x = _Lookup.apply(local.masked_fill(elsewhere, 0), weight)
             x = x.masked_fill(elsewhere.unsqueeze(-1), 0.0)
-            reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_tensor_region
+            reduce = (
+                reduce_scatter_sequence if self.sequence_parallel else reduce_from_tensor_region
+            )
             x = reduce(x, self.group)
         start = x.shape[0] * self.group.rank if self.sequence_parallel else 0
         here = slice(start, start + x.shape[0])

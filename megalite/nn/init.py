@@ -17,7 +17,9 @@ def _normals(key: tuple[int, int], first: np.ndarray) -> np.ndarray:
     counter = np.zeros((first.size, 4), np.uint32)
     counter[:, 0], counter[:, 1] = first & np.uint64(0xFFFFFFFF), first >> np.uint64(32)
     words = philox4x32(counter, key)
-    uniform = (words.astype(np.float64) + 0.5) * 2.0**-32  # in (0, 1), never 0: the logarithm is finite
+    uniform = (
+        words.astype(np.float64) + 0.5
+    ) * 2.0**-32  # in (0, 1), never 0: the logarithm is finite
     radius = np.sqrt(-2.0 * np.log(uniform[:, :2]))
     angle = 2.0 * math.pi * uniform[:, 2:]
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
@@ -34,7 +36,9 @@ def _runs(shape: tuple[int, ...], box: Box) -> tuple[np.ndarray, int]:
     if len(shape) > dims:
         starts += np.uint64(np.ravel_multi_index(box.offset[dims:], shape[dims:]))
     for dim in range(dims - 1, -1, -1):
-        rows = (np.arange(box.shape[dim], dtype=np.uint64) + np.uint64(box.offset[dim])) * np.uint64(inner)
+        rows = (
+            np.arange(box.shape[dim], dtype=np.uint64) + np.uint64(box.offset[dim])
+        ) * np.uint64(inner)
         starts = (rows[:, None] + starts[None, :]).reshape(-1)
         inner *= shape[dim]
     return starts, length
@@ -57,7 +61,9 @@ def normal(seed: int, name: str, shape: tuple[int, ...], box: Box) -> np.ndarray
             counters = (begin // np.uint64(4))[:, None] + np.arange(size // 4 + 2, dtype=np.uint64)
             values = _normals(key, counters.reshape(-1)).reshape(begin.size, -1)
             index = (begin % np.uint64(4)).astype(np.int64)[:, None] + np.arange(size)
-            out[row : row + step, column : column + size] = np.take_along_axis(values, index, axis=1)
+            out[row : row + step, column : column + size] = np.take_along_axis(
+                values, index, axis=1
+            )
     return out.reshape(box.shape)
 
 
@@ -70,7 +76,9 @@ def initialize(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
             if spec.box.numel == 0:
                 continue  # a rank of vocabulary padding only
             if spec.init == "normal":
-                values = torch.from_numpy(normal(seed, name, spec.global_shape, spec.box)).mul_(spec.std)
+                values = torch.from_numpy(normal(seed, name, spec.global_shape, spec.box)).mul_(
+                    spec.std
+                )
                 spec.real(parameter).copy_(values)
             else:
                 spec.real(parameter).fill_({"zeros": 0.0, "ones": 1.0}[spec.init])

@@ -13,7 +13,9 @@ from megalite.parallel.collectives import Group, all_gather, all_reduce, reduce_
 from megalite.parallel.context import ParallelContext
 
 
-def _weight_gradient(weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+def _weight_gradient(
+    weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor | None:
     """grad^T x, added to `weight.main_grad` (and then None is returned) when the optimizer has attached one.
 
     Accumulating inside the product saves a pass over the weights, and rounds once to fp32 where a bf16 gradient
@@ -46,7 +48,9 @@ class _ColumnParallel(torch.autograd.Function):
         ctx.weight, ctx.group, ctx.sequence_parallel = weight, group, sequence_parallel
         ctx.bias_shape = None if bias is None else bias.shape
         whole = all_gather(x.contiguous(), group) if sequence_parallel else x
-        return nn.functional.linear(whole, weight.view(-1, x.shape[-1]), None if bias is None else bias.view(-1))
+        return nn.functional.linear(
+            whole, weight.view(-1, x.shape[-1]), None if bias is None else bias.view(-1)
+        )
 
     @staticmethod
     def backward(ctx, grad):
@@ -91,7 +95,11 @@ class _RowParallel(torch.autograd.Function):
 
 
 def column_parallel_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group, sequence_parallel: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    group: Group,
+    sequence_parallel: bool,
 ) -> torch.Tensor:
     """x W^T + b with W's leading dims split over the group: [..., h] -> [..., f/t].
 
@@ -107,7 +115,17 @@ class ColumnParallelLinear(nn.Module):
     `features` is the global output shape, for example (g, q + 2, d) for a fused query, key and value projection.
     """
 
-    def __init__(self, in_features, features, split_dim, std, bias, context: ParallelContext, dtype, sequence_parallel):
+    def __init__(
+        self,
+        in_features,
+        features,
+        split_dim,
+        std,
+        bias,
+        context: ParallelContext,
+        dtype,
+        sequence_parallel,
+    ):
         super().__init__()
         self.group, self.sequence_parallel = context.tensor, sequence_parallel
         start, size = split(features[split_dim], self.group.size, self.group.rank)
@@ -143,16 +161,30 @@ class ReplicatedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., h] -> [..., f]."""
-        return column_parallel_linear(x, self.weight, self.bias, self.alone, sequence_parallel=False)
+        return column_parallel_linear(
+            x, self.weight, self.bias, self.alone, sequence_parallel=False
+        )
 
 
 class RowParallelLinear(nn.Module):
     """A linear layer whose input features are split over tensor-parallel ranks. Its bias is left for the caller to add,
     after the sum over ranks, together with dropout and the residual."""
 
-    def __init__(self, in_features, out_features, std, bias, context: ParallelContext, dtype, sequence_parallel):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        std,
+        bias,
+        context: ParallelContext,
+        dtype,
+        sequence_parallel,
+    ):
         super().__init__()
-        self.group, self.sequence_parallel = context.tensor, sequence_parallel and context.tensor.size > 1
+        self.group, self.sequence_parallel = (
+            context.tensor,
+            sequence_parallel and context.tensor.size > 1,
+        )
         start, size = split(in_features, self.group.size, self.group.rank)
         box = Box((0, start), (out_features, size))
         spec = ParameterSpec((out_features, in_features), box, True, "normal", std)
@@ -161,7 +193,12 @@ class RowParallelLinear(nn.Module):
         if bias:
             whole = Box.whole((out_features,))
             spec = ParameterSpec(
-                (out_features,), whole, False, "zeros", weight_decay=False, sequence_partial=self.sequence_parallel
+                (out_features,),
+                whole,
+                False,
+                "zeros",
+                weight_decay=False,
+                sequence_partial=self.sequence_parallel,
             )
             self.bias = make_parameter((out_features,), spec, dtype, context.device)
 

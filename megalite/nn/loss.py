@@ -39,11 +39,15 @@ def vocab_parallel_cross_entropy(
     `weight` is the spec of the output weight: its box says which entries these logits are for; padding counts for
     nothing.
     """
-    return _VocabParallelCrossEntropy.apply(logits, labels, weight.box.offset[0], weight.box.shape[0], group)
+    return _VocabParallelCrossEntropy.apply(
+        logits, labels, weight.box.offset[0], weight.box.shape[0], group
+    )
 
 
 @torch.no_grad()
-def vocab_parallel_argmax(logits: torch.Tensor, weight: ParameterSpec, group: Group) -> torch.Tensor:
+def vocab_parallel_argmax(
+    logits: torch.Tensor, weight: ParameterSpec, group: Group
+) -> torch.Tensor:
     """The entry with the largest logit, the first of several: logits [..., v/t] -> int64 [...]. `weight` as above."""
     start, valid = weight.box.offset[0], weight.box.shape[0]
     if valid == 0:  # a rank of padding only

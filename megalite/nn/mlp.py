@@ -19,7 +19,9 @@ def gelu(x: torch.Tensor, form: str) -> torch.Tensor:
 class MLP(nn.Module):
     """down(gelu(up(x))), or down(silu(gate) * up) with gate and up as one weight [2, f, h]; f split over ranks."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, dtype, sequence_parallel: bool):
+    def __init__(
+        self, model: ModelConfig, context: ParallelContext, dtype, sequence_parallel: bool
+    ):
         super().__init__()
         self.swiglu, self.gelu = model.swiglu, model.gelu
         features, split_dim = ((2, model.ffn), 1) if model.swiglu else ((model.ffn,), 0)
@@ -28,7 +30,13 @@ class MLP(nn.Module):
             model.hidden_size, features, split_dim, std, bias, context, dtype, sequence_parallel
         )
         self.down = RowParallelLinear(
-            model.ffn, model.hidden_size, std / math.sqrt(2 * model.num_layers), bias, context, dtype, sequence_parallel
+            model.ffn,
+            model.hidden_size,
+            std / math.sqrt(2 * model.num_layers),
+            bias,
+            context,
+            dtype,
+            sequence_parallel,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

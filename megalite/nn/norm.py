@@ -16,14 +16,18 @@ class Norm(nn.Module):
     Every tensor-parallel rank holds all of it; under sequence parallelism each sees its part of the sequence only.
     """
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, dtype, sequence_parallel: bool):
+    def __init__(
+        self, model: ModelConfig, context: ParallelContext, dtype, sequence_parallel: bool
+    ):
         super().__init__()
         self.epsilon = model.norm_epsilon
         shape = (model.hidden_size,)
 
         def parameter(init):
             partial = sequence_parallel and context.tensor.size > 1
-            spec = ParameterSpec(shape, Box.whole(shape), False, init, weight_decay=False, sequence_partial=partial)
+            spec = ParameterSpec(
+                shape, Box.whole(shape), False, init, weight_decay=False, sequence_partial=partial
+            )
             return make_parameter(shape, spec, dtype, context.device)
 
         self.weight = parameter("ones")
@@ -36,5 +40,7 @@ class Norm(nn.Module):
         if x.dtype == torch.bfloat16 and not x.is_cuda:
             # torch's CPU kernel sums the gradients of weight and bias over the tokens in bf16, and loses most of them.
             weight, bias = self.weight.float(), self.bias.float()
-            return nn.functional.layer_norm(x.float(), weight.shape, weight, bias, self.epsilon).to(x.dtype)
+            return nn.functional.layer_norm(x.float(), weight.shape, weight, bias, self.epsilon).to(
+                x.dtype
+            )
         return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)

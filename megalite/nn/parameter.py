@@ -38,7 +38,9 @@ class ParameterSpec:
         return tensor[tuple(slice(0, n) for n in self.box.shape)]
 
 
-def make_parameter(local_shape, spec: ParameterSpec, dtype: torch.dtype, device: torch.device) -> torch.nn.Parameter:
+def make_parameter(
+    local_shape, spec: ParameterSpec, dtype: torch.dtype, device: torch.device
+) -> torch.nn.Parameter:
     """A zero-filled parameter with its spec attached; `init.initialize` fills it once it has its name."""
     parameter = torch.nn.Parameter(torch.zeros(local_shape, dtype=dtype, device=device))
     parameter.spec = spec

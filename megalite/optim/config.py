@@ -42,4 +42,6 @@ class OptimizerConfig:
     @property
     def dtype(self) -> str:
         """Name of the torch dtype of the working weights."""
-        return {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}["bf16" if self.bf16 else self.precision]
+        return {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}[
+            "bf16" if self.bf16 else self.precision
+        ]

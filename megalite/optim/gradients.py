@@ -14,10 +14,17 @@ class GradientBuffer:
     slice does it.
     """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], context: ParallelContext, tied: str | None = None):
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        context: ParallelContext,
+        tied: str | None = None,
+    ):
         """`tied` names the parameter that first and last stage hold copies of, if there is one."""
         self.context, self.tied = context, tied
-        self.parameters = dict(sorted(parameters.items(), key=lambda item: not item[1].spec.sequence_partial))
+        self.parameters = dict(
+            sorted(parameters.items(), key=lambda item: not item[1].spec.sequence_partial)
+        )
         dtypes = {p.dtype for p in parameters.values()}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         total = sum(p.numel() for p in parameters.values())

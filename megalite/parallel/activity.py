@@ -35,7 +35,9 @@ class Call:
     def __str__(self) -> str:
         content = f" of {list(self.shape)} {self.dtype}" if self.dtype else ""
         if self.kind == "transfer":
-            return f"transfer {self.number} from rank {self.ranks[0]} to rank {self.ranks[1]}{content}"
+            return (
+                f"transfer {self.number} from rank {self.ranks[0]} to rank {self.ranks[1]}{content}"
+            )
         shown = ", ".join(map(str, self.ranks[:8])) + (", ..." if len(self.ranks) > 8 else "")
         return f"{self.kind}{content}, call {self.number} of the {self.group} group (ranks {shown})"
 
@@ -70,7 +72,13 @@ class Activity:
         self._changed = self._clock()
 
     def record(
-        self, kind: str, group: str, ranks: Sequence[int], shape: tuple = (), dtype: str = "", patient: bool = False
+        self,
+        kind: str,
+        group: str,
+        ranks: Sequence[int],
+        shape: tuple = (),
+        dtype: str = "",
+        patient: bool = False,
     ) -> Call:
         """Note a collective or a transfer that is about to be posted."""
         key = call_key(kind, group, ranks)

@@ -28,13 +28,18 @@ class Box:
     def intersect(self, other: "Box") -> "Box | None":
         """The box common to both, or None when they share no element."""
         start = tuple(map(max, self.offset, other.offset))
-        stop = tuple(min(o + n, p + m) for o, n, p, m in zip(self.offset, self.shape, other.offset, other.shape))
+        stop = tuple(
+            min(o + n, p + m)
+            for o, n, p, m in zip(self.offset, self.shape, other.offset, other.shape)
+        )
         shape = tuple(b - a for a, b in zip(start, stop))
         return Box(start, shape) if all(n > 0 for n in shape) else None
 
     def slices_in(self, outer: "Box") -> tuple[slice, ...]:
         """Indices of this box in a tensor that holds `outer`."""
-        return tuple(slice(o - p, o - p + n) for o, n, p in zip(self.offset, self.shape, outer.offset))
+        return tuple(
+            slice(o - p, o - p + n) for o, n, p in zip(self.offset, self.shape, outer.offset)
+        )
 
 
 def split(length: int, parts: int, index: int) -> tuple[int, int]:

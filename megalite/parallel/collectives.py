@@ -62,13 +62,17 @@ def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
     # gloo reduces raw memory: a strided view would be silently wrong.
     if not tensor.is_contiguous():
         shape = tuple(tensor.shape)
-        raise ValueError(f"a collective needs a contiguous tensor; got shape {shape}, strides {tensor.stride()}")
+        raise ValueError(
+            f"a collective needs a contiguous tensor; got shape {shape}, strides {tensor.stride()}"
+        )
     return tensor
 
 
 def _call(group: Group, kind: str, tensor: torch.Tensor | None = None) -> Call:
     """Note that this rank begins a call of the whole group."""
-    content = () if tensor is None else (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    content = (
+        () if tensor is None else (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    )
     return group.activity.record(kind, group.name, group.ranks, *content, patient=group.patient)
 
 
@@ -104,7 +108,9 @@ def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):
     if group.size == 1:
         return (tensor, DONE) if async_op else tensor
     if tensor.shape[0] % group.size:
-        raise ValueError(f"cannot scatter dim 0 of shape {tuple(tensor.shape)} over {group.size} ranks")
+        raise ValueError(
+            f"cannot scatter dim 0 of shape {tuple(tensor.shape)} over {group.size} ranks"
+        )
     out = tensor.new_empty((tensor.shape[0] // group.size, *tensor.shape[1:]))
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     with group.activity.waits(_call(group, "reduce_scatter", tensor)) as call:
@@ -151,7 +157,12 @@ def exchange(transfers: Sequence[Transfer], group: Group) -> list:
     Neither a sent tensor may be changed nor a received one read before its handle was waited for.
     """
     operations = [
-        dist.P2POp(dist.isend if t.send else dist.irecv, _contiguous(t.tensor), group.ranks[t.peer], group=group.handle)
+        dist.P2POp(
+            dist.isend if t.send else dist.irecv,
+            _contiguous(t.tensor),
+            group.ranks[t.peer],
+            group=group.handle,
+        )
         for t in transfers
     ]
     if not operations:

@@ -35,7 +35,9 @@ def choose_device(wanted: str, launch: LaunchInfo) -> tuple[torch.device, str]:
     enough = gpus >= launch.local_world_size
     found = f"{gpus} GPU(s) on this node for {launch.local_world_size} local rank(s)"
     if wanted == "cuda" and not enough:
-        raise DeviceError(f"--device cuda: {found}; start fewer ranks per node, or use --device cpu")
+        raise DeviceError(
+            f"--device cuda: {found}; start fewer ranks per node, or use --device cpu"
+        )
     if enough:
         return torch.device("cuda", launch.local_rank), found
     return torch.device("cpu"), found
@@ -91,7 +93,15 @@ class ParallelContext:
         """A context of one rank, without any process group."""
         alone = Group((0,), 0)
         return cls(
-            ParallelLayout(), Coordinates(0, 0, 0), torch.device(device), alone, alone, alone, alone, alone, None
+            ParallelLayout(),
+            Coordinates(0, 0, 0),
+            torch.device(device),
+            alone,
+            alone,
+            alone,
+            alone,
+            alone,
+            None,
         )
 
     @classmethod
@@ -110,14 +120,18 @@ class ParallelContext:
         layout's world size is not the launcher's, RanksDiffer when the facts differ.
         """
         if layout.world_size != launch.world_size:
-            raise ValueError(f"layout {layout} has {layout.world_size} ranks; the launcher started {launch.world_size}")
+            raise ValueError(
+                f"layout {layout} has {layout.world_size} ranks; the launcher started {launch.world_size}"
+            )
         device = torch.device(device)
         if layout.world_size == 1:
             return cls.single(device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         timeout = timedelta(minutes=timeout_minutes)
-        store, _, _ = next(dist.rendezvous(launch.init_method, launch.rank, launch.world_size, timeout=timeout))
+        store, _, _ = next(
+            dist.rendezvous(launch.init_method, launch.rank, launch.world_size, timeout=timeout)
+        )
         store.set_timeout(timeout)
         store = dist.PrefixStore(launch.incarnation, store)
         own = dist.PrefixStore("megalite", store)
@@ -141,9 +155,15 @@ class ParallelContext:
             found = None
             for ranks in groups:
                 alone = len(ranks) == 1
-                handle = None if alone else dist.new_group(list(ranks), timeout, backend=backend, group_desc=name)
+                handle = (
+                    None
+                    if alone
+                    else dist.new_group(list(ranks), timeout, backend=backend, group_desc=name)
+                )
                 if launch.rank in ranks:
-                    found = Group(ranks, ranks.index(launch.rank), handle, name, activity, name == "control")
+                    found = Group(
+                        ranks, ranks.index(launch.rank), handle, name, activity, name == "control"
+                    )
             return found
 
         everyone = range(layout.world_size)

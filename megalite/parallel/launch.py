@@ -29,7 +29,9 @@ def first_host(nodelist: str) -> str:
     """
     first = re.match(r"(?:[^\[\],\s]|\[\d[\d,-]*\])+(?=,|$)", nodelist.strip())
     if not first:
-        raise ValueError(f"cannot read the SLURM node list {nodelist!r}: expected a form such as node[01-04,7]")
+        raise ValueError(
+            f"cannot read the SLURM node list {nodelist!r}: expected a form such as node[01-04,7]"
+        )
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first.group())
 
 
@@ -42,12 +44,16 @@ def tasks_on_node(tasks_per_node: str, node: int) -> int:
     for part in tasks_per_node.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if not match:
-            raise ValueError(f"cannot read SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r}: expected a form like 4(x2),2")
+            raise ValueError(
+                f"cannot read SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r}: expected a form like 4(x2),2"
+            )
         tasks, nodes = int(match[1]), int(match[2] or 1)
         if place < nodes:
             return tasks
         place -= nodes
-    raise ValueError(f"SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r} has no node number {node} (SLURM_NODEID)")
+    raise ValueError(
+        f"SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r} has no node number {node} (SLURM_NODEID)"
+    )
 
 
 def _integer(environ: Mapping[str, str], name: str) -> int:
@@ -66,20 +72,28 @@ def detect(environ: Mapping[str, str]) -> LaunchInfo:
     if "RANK" in environ or "WORLD_SIZE" in environ:
         rank, world = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
         local_rank = _integer(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else rank
-        local_world = _integer(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else world
+        local_world = (
+            _integer(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else world
+        )
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
         if world > 1 and missing:
-            raise ValueError(f"RANK and WORLD_SIZE={world} are set, but not {' and '.join(missing)}: where ranks meet")
+            raise ValueError(
+                f"RANK and WORLD_SIZE={world} are set, but not {' and '.join(missing)}: where ranks meet"
+            )
         return LaunchInfo(rank, world, local_rank, local_world, "env://", "torchrun")
     # A shell inside an allocation (salloc, sbatch's batch step) has SLURM_JOB_ID but is no step of `srun`.
     in_step = environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environ
     if in_step and environ.get("SLURM_STEP_NODELIST"):
-        world = _integer(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
+        world = _integer(
+            environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+        )
         tasks = environ.get("SLURM_STEP_TASKS_PER_NODE")
         local_world = tasks_on_node(tasks, _integer(environ, "SLURM_NODEID")) if tasks else world
         host = environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"])
         job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
-        restart = _integer(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
+        restart = (
+            _integer(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
+        )
         # One port for each start of a job step, since ranks of the start before may still be there; outside the range
         # that systems hand out for outgoing connections.
         port = environ.get("MASTER_PORT") or 10_000 + (31 * job + step + 7919 * restart) % 20_000

@@ -35,9 +35,13 @@ class ParallelLayout:
     def for_world(cls, world_size: int, tensor: int = 1, pipeline: int = 1) -> "ParallelLayout":
         """The layout whose data axis takes all that tensor and pipeline leave. Raises ValueError if nothing fits."""
         if tensor < 1 or pipeline < 1 or world_size < 1:
-            raise ValueError(f"sizes must be at least 1, not world {world_size}, tensor {tensor}, pipeline {pipeline}")
+            raise ValueError(
+                f"sizes must be at least 1, not world {world_size}, tensor {tensor}, pipeline {pipeline}"
+            )
         if world_size % (tensor * pipeline):
-            raise ValueError(f"{world_size} ranks cannot be divided into tensor {tensor} x pipeline {pipeline}")
+            raise ValueError(
+                f"{world_size} ranks cannot be divided into tensor {tensor} x pipeline {pipeline}"
+            )
         return cls(tensor, pipeline, world_size // (tensor * pipeline))
 
     @property

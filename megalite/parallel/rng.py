@@ -22,7 +22,9 @@ class RngTracker:
     """
 
     def __init__(self, seeds: dict[str, int], device: torch.device | str = "cpu"):
-        self._generators = {name: torch.Generator(device).manual_seed(seed) for name, seed in seeds.items()}
+        self._generators = {
+            name: torch.Generator(device).manual_seed(seed) for name, seed in seeds.items()
+        }
 
     @classmethod
     def for_rank(cls, seed: int, context: ParallelContext) -> "RngTracker":

@@ -56,12 +56,20 @@ class PipelineEngine:
     terms of the loss over this microbatch, [k].
     """
 
-    def __init__(self, stage: nn.Module, context: ParallelContext, micro_batch_size: int, schedule: str = "1f1b"):
+    def __init__(
+        self,
+        stage: nn.Module,
+        context: ParallelContext,
+        micro_batch_size: int,
+        schedule: str = "1f1b",
+    ):
         self.stage, self.context = stage, context
         self.micro_batch_size = micro_batch_size
         self.schedule: Callable = schedule_named(schedule)
 
-    def train_step(self, microbatches: list[Microbatch], loss_weights: torch.Tensor | Sequence[float]) -> torch.Tensor:
+    def train_step(
+        self, microbatches: list[Microbatch], loss_weights: torch.Tensor | Sequence[float]
+    ) -> torch.Tensor:
         """Forward and backward of all microbatches; gradients of `(sums * loss_weights).sum()` are accumulated.
 
         Returns the k weighted terms of the loss, [k], which are zeros on all but the last stage. A term's weight is
@@ -70,15 +78,21 @@ class PipelineEngine:
         return self._run(self.schedule, microbatches, loss_weights)
 
     @torch.no_grad()
-    def evaluate(self, microbatches: list[Microbatch], loss_weights: torch.Tensor | Sequence[float]) -> torch.Tensor:
+    def evaluate(
+        self, microbatches: list[Microbatch], loss_weights: torch.Tensor | Sequence[float]
+    ) -> torch.Tensor:
         """The same terms without gradients."""
         return self._run(forward_only, microbatches, loss_weights)
 
-    def _run(self, schedule: Callable, microbatches: list[Microbatch], loss_weights) -> torch.Tensor:
+    def _run(
+        self, schedule: Callable, microbatches: list[Microbatch], loss_weights
+    ) -> torch.Tensor:
         pipeline = self.context.pipeline
         weights = torch.as_tensor(loss_weights, dtype=torch.float64, device=self.context.device)
         run = _Run(microbatches, weights, torch.zeros(len(weights), device=self.context.device))
-        for step in program(schedule(pipeline.size, pipeline.rank, len(microbatches)), pipeline.rank, pipeline.size):
+        for step in program(
+            schedule(pipeline.size, pipeline.rank, len(microbatches)), pipeline.rank, pipeline.size
+        ):
             self._post(run, step.messages)
             if step.action is not None:
                 forward = step.action.kind == FORWARD
@@ -98,7 +112,9 @@ class PipelineEngine:
                 transfers.append(Transfer(run.outgoing.pop(key), message.target, send=True))
             else:
                 shape = self.stage.hidden_shape(self.micro_batch_size)
-                arriving[key] = torch.empty(shape, dtype=self.stage.dtype, device=self.context.device)
+                arriving[key] = torch.empty(
+                    shape, dtype=self.stage.dtype, device=self.context.device
+                )
                 transfers.append(Transfer(arriving[key], message.source, send=False))
         self._finish_sending(run)
         handles = exchange(transfers, self.context.pipeline)
@@ -107,7 +123,9 @@ class PipelineEngine:
         for handle, transfer in zip(handles, transfers if not merged else [None] * len(handles)):
             if merged or not transfer.send:
                 handle.wait()
-        run.sending = [(h, t.tensor) for h, t in zip(handles, transfers) if t.send] if not merged else []
+        run.sending = (
+            [(h, t.tensor) for h, t in zip(handles, transfers) if t.send] if not merged else []
+        )
         run.incoming.update(arriving)
 
     def _finish_sending(self, run: _Run) -> None:
@@ -124,7 +142,9 @@ class PipelineEngine:
         if self.context.is_last_stage:
             if output.shape != run.loss_weights.shape:
                 shapes = f"{tuple(output.shape)}, the weights {tuple(run.loss_weights.shape)}"
-                raise ValueError(f"the last stage's sums of loss terms have shape {shapes}: one weight for each term")
+                raise ValueError(
+                    f"the last stage's sums of loss terms have shape {shapes}: one weight for each term"
+                )
             losses = output * run.loss_weights.to(output.dtype)
             run.losses = run.losses + losses.detach()
             kept.output = losses.sum()

@@ -9,7 +9,9 @@ def output_cost(vocab_size: int, hidden_size: int, ffn_size: int, swiglu: bool) 
     return vocab_size * hidden_size / layer
 
 
-def partition(num_layers: int, stages: int, first_cost: float = 0.0, last_cost: float = 0.0) -> list[range]:
+def partition(
+    num_layers: int, stages: int, first_cost: float = 0.0, last_cost: float = 0.0
+) -> list[range]:
     """Consecutive layers for each stage, at least one each.
 
     Equal shares when they divide evenly, as users of pipelines expect. Otherwise the largest load is made as small as
@@ -17,7 +19,9 @@ def partition(num_layers: int, stages: int, first_cost: float = 0.0, last_cost: 
     output layer and loss on the last. Raises ValueError with more stages than layers.
     """
     if not 1 <= stages <= num_layers:
-        raise ValueError(f"cannot divide {num_layers} layers into {stages} stages: each needs at least one")
+        raise ValueError(
+            f"cannot divide {num_layers} layers into {stages} stages: each needs at least one"
+        )
     counts = [num_layers // stages] * stages
     if num_layers % stages:
         load = [1.0] * stages
@@ -38,5 +42,7 @@ def layers_of_stages(model: ModelConfig, stages: int, predicted: float) -> list[
 
     The embedding is a look-up and weighs nothing beside a layer. Raises ValueError with more stages than layers.
     """
-    last_cost = predicted * output_cost(model.vocab_size, model.hidden_size, model.ffn, model.swiglu)
+    last_cost = predicted * output_cost(
+        model.vocab_size, model.hidden_size, model.ffn, model.swiglu
+    )
     return partition(model.num_layers, stages, first_cost=0.0, last_cost=last_cost)

@@ -104,8 +104,12 @@ def validate(schedules: list[list[Action]], microbatches: int, backward: bool = 
         place = {action: at for at, action in enumerate(actions)}
         for i in range(microbatches if backward else 0):
             if place[Action(BACKWARD, i)] < place[Action(FORWARD, i)]:
-                raise ScheduleError(f"stage {stage} runs the backward of microbatch {i} before its forward")
-    validate_messages([program(actions, stage, len(schedules)) for stage, actions in enumerate(schedules)])
+                raise ScheduleError(
+                    f"stage {stage} runs the backward of microbatch {i} before its forward"
+                )
+    validate_messages(
+        [program(actions, stage, len(schedules)) for stage, actions in enumerate(schedules)]
+    )
 
 
 def validate_messages(programs: list[list[Step]]) -> None:
@@ -126,7 +130,9 @@ def validate_messages(programs: list[list[Step]]) -> None:
                 peer = message.target if message.source == stage else message.source
                 met = first_between(peer, message.source, message.target)
                 if met is not None and met != message:
-                    raise ScheduleError(f"stages {stage} and {peer} post different messages: {message} and {met}")
+                    raise ScheduleError(
+                        f"stages {stage} and {peer} post different messages: {message} and {met}"
+                    )
                 if met is not None:
                     waiting[stage].remove(message)
                     waiting[peer].remove(message)
@@ -137,4 +143,6 @@ def validate_messages(programs: list[list[Step]]) -> None:
                 moved = True
         if not moved:
             stuck = {stage: messages for stage, messages in enumerate(waiting) if messages}
-            raise ScheduleError(f"deadlock: stages wait for messages that nobody will meet: {stuck}")
+            raise ScheduleError(
+                f"deadlock: stages wait for messages that nobody will meet: {stuck}"
+            )

@@ -51,16 +51,22 @@ class PreprocessConfig:
     tools/merge_datasets.py."""
     partitions: int = 1
     """TrainingComponents to make at once on this machine, each by its share of --workers, and to merge."""
-    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers: int = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     """Processes that encode; 1 encodes in the main process. Default: one per core."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that encodes, built once. Raises TokenizerError."""
         return build_tokenizer(
-            self.tokenizer_type, self.tokenizer_model, self.vocab_file, self.merge_file, self.vocab_size,
+            self.tokenizer_type,
+            self.tokenizer_model,
+            self.vocab_file,
+            self.merge_file,
+            self.vocab_size,
             self.tokenizer_backend,
-        )  # fmt: skip
+        )
 
     def __getstate__(self) -> dict:
         """What another process needs to know; it builds a tokenizer of its own."""
@@ -75,7 +81,11 @@ class PreprocessConfig:
     def stem(self) -> str:
         """The output prefix, with the shard in its name."""
         shard, shards = self.place
-        return f"{self.output_prefix}_{shard:04d}-of-{shards:04d}" if self.shard else self.output_prefix
+        return (
+            f"{self.output_prefix}_{shard:04d}-of-{shards:04d}"
+            if self.shard
+            else self.output_prefix
+        )
 
     def prefix(self, key: str) -> str:
         """Prefix of the dataset made from a JSON key."""
@@ -88,8 +98,14 @@ class PreprocessConfig:
 
     def existing_outputs(self) -> list[str]:
         """Files that this would write and that are there already."""
-        datasets = (dataset_path(self.prefix(key), s) for key in self.json_keys for s in (".bin", ".idx", ".json"))
-        return list(dict.fromkeys(str(path) for path in (*datasets, Path(self.bad_lines)) if path.exists()))
+        datasets = (
+            dataset_path(self.prefix(key), s)
+            for key in self.json_keys
+            for s in (".bin", ".idx", ".json")
+        )
+        return list(
+            dict.fromkeys(str(path) for path in (*datasets, Path(self.bad_lines)) if path.exists())
+        )
 
     @property
     def folder(self) -> Path:
@@ -109,9 +125,13 @@ def find_problems(config: PreprocessConfig) -> list[str]:
     if config.max_bad_lines < 0:
         problems.append(f"--max-bad-lines {config.max_bad_lines}: needs at least 0")
     if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
-        problems.append(f"--json-keys {' '.join(config.json_keys)}: needs at least one key, and each once")
+        problems.append(
+            f"--json-keys {' '.join(config.json_keys)}: needs at least one key, and each once"
+        )
     if len(config.json_keys) > 1 and any(map(is_text, files)):
-        problems.append(f"--json-keys {' '.join(config.json_keys)}: .txt files have no keys; give one")
+        problems.append(
+            f"--json-keys {' '.join(config.json_keys)}: .txt files have no keys; give one"
+        )
     problems += _shard_problems(config, files) + _output_problems(config)
     try:
         tokenizer = config.tokenizer
@@ -125,7 +145,9 @@ def find_problems(config: PreprocessConfig) -> list[str]:
         except DatasetError as error:
             problems.append(str(error))
         if not re.fullmatch("[a-z]{2,3}(-[a-z]+)*", config.language):
-            problems.append(f"--language {config.language}: needs an ISO 639 code in small letters, such as en or de")
+            problems.append(
+                f"--language {config.language}: needs an ISO 639 code in small letters, such as en or de"
+            )
     elif config.language != "en":
         problems.append(f"--language {config.language} has no effect without --split-sentences")
     return problems
@@ -141,9 +163,13 @@ def _shard_problems(config: PreprocessConfig, files: list[str]) -> list[str]:
         problems.append(f"--partitions {config.partitions}: needs at least 1")
     split = config.partitions > 1 or config.shard is not None
     if config.partitions > 1 and config.shard is not None:
-        problems.append(f"--partitions {config.partitions} and --shard {config.shard}: give one of them")
+        problems.append(
+            f"--partitions {config.partitions} and --shard {config.shard}: give one of them"
+        )
     if split and STDIN in files:
-        problems.append("--input -: standard input cannot be split; leave out --shard and --partitions")
+        problems.append(
+            "--input -: standard input cannot be split; leave out --shard and --partitions"
+        )
     return problems
 
 
@@ -151,12 +177,18 @@ def _output_problems(config: PreprocessConfig) -> list[str]:
     problems = []
     folder = dataset_path(config.output_prefix, ".idx").parent
     if not folder.is_dir():
-        problems.append(f"--output-prefix {config.output_prefix}: make the folder first: mkdir -p {folder}")
+        problems.append(
+            f"--output-prefix {config.output_prefix}: make the folder first: mkdir -p {folder}"
+        )
     elif not os.access(folder, os.W_OK):
-        problems.append(f"--output-prefix {config.output_prefix}: the folder {folder} is not writable")
+        problems.append(
+            f"--output-prefix {config.output_prefix}: the folder {folder} is not writable"
+        )
     if config.shard is not None and not re.fullmatch(r"\d+/\d+", config.shard):
         return problems
-    if not config.folder.exists():  # otherwise a run that was interrupted while it gave files their names goes on
+    if (
+        not config.folder.exists()
+    ):  # otherwise a run that was interrupted while it gave files their names goes on
         problems += [
             f"--output-prefix {config.output_prefix}: {path} exists; delete it or choose another prefix"
             for path in config.existing_outputs()
@@ -169,5 +201,7 @@ def sentence_splitter(language: str) -> Callable[[str], list[str]]:
     try:
         import sentencex
     except ImportError:
-        raise DatasetError("--split-sentences needs the sentencex library: pip install sentencex") from None
+        raise DatasetError(
+            "--split-sentences needs the sentencex library: pip install sentencex"
+        ) from None
     return lambda text: sentencex.segment(language, text)

@@ -53,7 +53,9 @@ class TextReader:
         self._decode = msgspec.json.Decoder(row).decode
         self._refusals = (msgspec.MsgspecError, ValueError, RecursionError)
 
-    def parse(self, data: bytes, is_text: bool) -> tuple[int, list[list[str]], list[tuple[int, str]]]:
+    def parse(
+        self, data: bytes, is_text: bool
+    ) -> tuple[int, list[list[str]], list[tuple[int, str]]]:
         """(number of lines, the texts of each key, bad lines)
 
         A line is judged by itself, whatever stands beside it: its bytes are UTF-8, and msgspec or else Python's json,
@@ -76,13 +78,22 @@ class TextReader:
         texts, bad = [[] for _ in self.keys], []
         for number, line in enumerate(lines):
             try:
-                row = [line.removeprefix(BOM).decode()] if is_text else self._row(line.removeprefix(BOM))
+                row = (
+                    [line.removeprefix(BOM).decode()]
+                    if is_text
+                    else self._row(line.removeprefix(BOM))
+                )
                 for text in row:
                     text.encode()
                 if not all(row):
                     raise ValueError("the text is empty")
             except UnicodeDecodeError as error:
-                bad.append((number, f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}"))
+                bad.append(
+                    (
+                        number,
+                        f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}",
+                    )
+                )
             except UnicodeEncodeError:
                 bad.append((number, "half of a surrogate pair, no Unicode text"))
             except ValueError as error:
@@ -104,8 +115,16 @@ class TextReader:
             row = json.loads(decoded)
         except json.JSONDecodeError as error:
             start = line.strip()
-            several = "; each line must hold one JSON object" if start == b"{" or start.startswith(b"[") else ""
-            reason = f"invalid JSON: {error.msg} at column {error.colno}{several}" if start else "the line is empty"
+            several = (
+                "; each line must hold one JSON object"
+                if start == b"{" or start.startswith(b"[")
+                else ""
+            )
+            reason = (
+                f"invalid JSON: {error.msg} at column {error.colno}{several}"
+                if start
+                else "the line is empty"
+            )
             raise ValueError(reason) from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"JSON that cannot be read: {error}") from None
@@ -113,7 +132,11 @@ class TextReader:
             raise ValueError(f"a JSON object is needed, not {type(row).__name__}")
         for key in self.keys:
             if not isinstance(row.get(key), str):
-                found = f"{key!r} is {type(row[key]).__name__}, not text" if key in row else f"no key {key!r}"
+                found = (
+                    f"{key!r} is {type(row[key]).__name__}, not text"
+                    if key in row
+                    else f"no key {key!r}"
+                )
                 raise ValueError(f"{found}; keys here: {', '.join(row) or 'none'}")
         return [row[key] for key in self.keys]
 
@@ -129,7 +152,11 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, keys: tuple[str, ...], append_eod: bool, split: Callable[[str], list[str]] | None
+        self,
+        tokenizer: Tokenizer,
+        keys: tuple[str, ...],
+        append_eod: bool,
+        split: Callable[[str], list[str]] | None,
     ):
         self.tokenizer, self.reader, self.split = tokenizer, TextReader(keys), split
         self.eod = tokenizer.eod if append_eod else None
@@ -170,7 +197,9 @@ class Encoder:
         """Raises TextError for a text that the tokenizer has no ids for."""
         counts = None
         if self.split is not None:
-            sentences = [[s for s in map(str.strip, self.split(text)) if s] or [text] for text in texts]
+            sentences = [
+                [s for s in map(str.strip, self.split(text)) if s] or [text] for text in texts
+            ]
             counts = np.array([len(found) for found in sentences], "<i4")
             texts = [sentence for found in sentences for sentence in found]
         ids, lengths = self.tokenizer.encode_batch(texts)

@@ -12,7 +12,9 @@ MOST = 20
 """Problems told before the check gives up."""
 
 
-def verify(data: IndexedDataset, progress: Callable[[float], None] = lambda share: None) -> list[str]:
+def verify(
+    data: IndexedDataset, progress: Callable[[float], None] = lambda share: None
+) -> list[str]:
     """Everything that is wrong with an opened dataset, at most MOST problems, in bounded memory.
 
     Every length, offset and document boundary is checked; where opening, which looks at a sample, found the sequences
@@ -37,7 +39,10 @@ def _problems(data: IndexedDataset, progress: Callable[[float], None]) -> Iterat
             f"{data.prefix}.json tells of {info.documents:,} documents and {info.tokens:,} tokens, the files hold "
             f"{data.num_documents:,} and {data.num_tokens:,}: they do not belong together, or are damaged. {REMAKE}"
         )
-    parts = [(data.sequence_problems, len(data)), (data.boundary_problems, len(data.document_indices))]
+    parts = [
+        (data.sequence_problems, len(data)),
+        (data.boundary_problems, len(data.document_indices)),
+    ]
     if data.contiguous:
         parts.append((partial(_breaks, data), len(data)))
     if info is not None:

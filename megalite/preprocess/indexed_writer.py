@@ -47,13 +47,17 @@ class IndexedWriter:
     Raises DatasetError when the dataset exists already, at the start and again before the renames.
     """
 
-    def __init__(self, prefix: str | Path, dtype, folder: Path | None = None, state: dict | None = None):
+    def __init__(
+        self, prefix: str | Path, dtype, folder: Path | None = None, state: dict | None = None
+    ):
         self.dtype = np.dtype(dtype).newbyteorder("<")
         codes = {np.dtype(name): code for code, name in DTYPES.items()}
         if self.dtype.kind not in "iu" or self.dtype not in codes:
             raise DatasetError(f"{prefix}: token ids cannot be stored as {np.dtype(dtype)}")
         self._code = codes[self.dtype]
-        self._finals = {suffix: dataset_path(prefix, suffix) for suffix in (".bin", ".json", ".idx")}
+        self._finals = {
+            suffix: dataset_path(prefix, suffix) for suffix in (".bin", ".json", ".idx")
+        }
         self.refuse_existing()
         self._folder = folder
         self._tag = f".{os.getpid()}-{secrets.token_hex(4)}.partial" if folder is None else ""
@@ -72,11 +76,17 @@ class IndexedWriter:
         except FileNotFoundError:
             if mode != "r+":
                 raise
-            raise FolderError(f"{self._partial(suffix)} is gone: delete {self._folder} to start anew") from None
+            raise FolderError(
+                f"{self._partial(suffix)} is gone: delete {self._folder} to start anew"
+            ) from None
 
     def _go_on(self, state: dict) -> None:
         """Cut the files back to a state that `state` told of them. Raises FolderError when they are shorter."""
-        self.sequences, self.documents, self.tokens = state["sequences"], state["documents"], state["tokens"]
+        self.sequences, self.documents, self.tokens = (
+            state["sequences"],
+            state["documents"],
+            state["tokens"],
+        )
         sizes = (self.tokens * self.dtype.itemsize, 4 * self.sequences, 8 * (self.documents + 1))
         for (suffix, file), size in zip(self._files.items(), sizes, strict=True):
             if file.seek(0, os.SEEK_END) < size:
@@ -104,7 +114,9 @@ class IndexedWriter:
         """Raises DatasetError when the dataset exists."""
         existing = [str(path) for path in self._finals.values() if path.exists()]
         if existing:
-            raise DatasetError(f"{', '.join(existing)} exists already. Delete it or choose another --output-prefix")
+            raise DatasetError(
+                f"{', '.join(existing)} exists already. Delete it or choose another --output-prefix"
+            )
 
     def add_document(self, *sequences: np.ndarray) -> None:
         """Append one document made of these sequences (usually one)."""
@@ -119,7 +131,9 @@ class IndexedWriter:
             raise DatasetError(f"id {ids[stored != ids][0]} cannot be stored as {self.dtype.name}")
         return stored
 
-    def add_documents(self, data: bytes | np.ndarray, lengths: np.ndarray, sequences: np.ndarray | None = None) -> None:
+    def add_documents(
+        self, data: bytes | np.ndarray, lengths: np.ndarray, sequences: np.ndarray | None = None
+    ) -> None:
         """Append documents: their ids in one go, in the writer's dtype, the length of each sequence, and how many
         sequences each document has (None: one)."""
         lengths = np.asarray(lengths, "<i4")
@@ -129,7 +143,9 @@ class IndexedWriter:
     def append(self, dataset: IndexedDataset) -> None:
         """Append all documents of another dataset, in bounded memory."""
         if dataset.dtype != self.dtype:
-            raise DatasetError(f"{dataset.prefix} holds {dataset.dtype.name}, the others {self.dtype.name}")
+            raise DatasetError(
+                f"{dataset.prefix} holds {dataset.dtype.name}, the others {self.dtype.name}"
+            )
         bounds = dataset.document_indices
         if not dataset.contiguous:
             for first, last in pairwise(map(int, bounds)):
@@ -140,7 +156,9 @@ class IndexedWriter:
         for start in range(0, len(dataset), CHUNK):
             self._files[".lengths"].write(dataset.lengths[start : start + CHUNK].tobytes())
         for start in range(1, len(bounds), CHUNK):
-            self._files[".documents"].write((bounds[start : start + CHUNK] + self.sequences).tobytes())
+            self._files[".documents"].write(
+                (bounds[start : start + CHUNK] + self.sequences).tobytes()
+            )
         self.sequences += len(dataset)
         self.documents += dataset.num_documents
         self.tokens += dataset.num_tokens
@@ -148,7 +166,9 @@ class IndexedWriter:
     def _write(self, data: bytes | np.ndarray, lengths: np.ndarray, boundaries: np.ndarray) -> None:
         tokens, size = int(lengths.sum(dtype=np.int64)), memoryview(data).nbytes
         if size != tokens * self.dtype.itemsize:
-            raise DatasetError(f"{size} bytes given for {tokens} tokens of {self.dtype.itemsize} bytes")
+            raise DatasetError(
+                f"{size} bytes given for {tokens} tokens of {self.dtype.itemsize} bytes"
+            )
         self._files[".bin"].write(data)
         self._files[".lengths"].write(lengths.tobytes())
         self._files[".documents"].write(boundaries.astype("<i8").tobytes())
@@ -170,7 +190,11 @@ class IndexedWriter:
             self._files[".json"].write((json.dumps(asdict(info), indent=2) + "\n").encode())
         self.state()
         self.refuse_existing()
-        renames = [(self._partial(suffix), final) for suffix, final in self._finals.items() if suffix in self._files]
+        renames = [
+            (self._partial(suffix), final)
+            for suffix, final in self._finals.items()
+            if suffix in self._files
+        ]
         for suffix in (".bin", ".json", ".idx"):
             if suffix in self._files:
                 self._files.pop(suffix).close()
@@ -184,7 +208,9 @@ class IndexedWriter:
             index.write(block)
         offset = 0
         for block in _blocks(self._files[".lengths"]):
-            ends = offset + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * self.dtype.itemsize
+            ends = (
+                offset + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * self.dtype.itemsize
+            )
             index.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
             offset = int(ends[-1])
         for block in _blocks(self._files[".documents"]):

@@ -56,7 +56,9 @@ def kind_of(path: str) -> str:
     suffix = suffix_of(path)
     if path == STDIN:
         return "stdin"
-    return {".txt": "text", ".parquet": "parquet"}.get(suffix) or ("compressed" if suffix in COMPRESSED else "plain")
+    return {".txt": "text", ".parquet": "parquet"}.get(suffix) or (
+        "compressed" if suffix in COMPRESSED else "plain"
+    )
 
 
 def is_text(path: str) -> bool:
@@ -91,10 +93,18 @@ def expand(inputs: tuple[str, ...]) -> tuple[list[str], list[str]]:
             piped = "not a file; pipe what it gives to --input -"
             problems.append(f"--input {name}: {piped if os.path.exists(name) else 'no such file'}")
         files += found
-    problems += [f"--input {path}: not readable" for path in files if path != STDIN and not os.access(path, os.R_OK)]
+    problems += [
+        f"--input {path}: not readable"
+        for path in files
+        if path != STDIN and not os.access(path, os.R_OK)
+    ]
     problems += [f"--input {path}: given twice" for path in _repeated(files)]
     known = f"no known kind of compression: make it one of {', '.join(COMPRESSED)}, or unpack it"
-    problems += [f"--input {path}: {suffix_of(path)} is {known}" for path in files if suffix_of(path) in UNKNOWN]
+    problems += [
+        f"--input {path}: {suffix_of(path)} is {known}"
+        for path in files
+        if suffix_of(path) in UNKNOWN
+    ]
     for suffix in sorted({suffix_of(path) for path in files} & LIBRARIES.keys()):
         if importlib.util.find_spec(LIBRARIES[suffix]) is None:
             problems.append(
@@ -105,7 +115,13 @@ def expand(inputs: tuple[str, ...]) -> tuple[list[str], list[str]]:
 
 def left_out(inputs: Iterable[str]) -> list[str]:
     """Files in folders among the inputs that are of no known kind, and so are not read."""
-    return [path for name in inputs if os.path.isdir(name) for path in _files_in(name) if not _is_input(path)]
+    return [
+        path
+        for name in inputs
+        if os.path.isdir(name)
+        for path in _files_in(name)
+        if not _is_input(path)
+    ]
 
 
 def _repeated(files: list[str]) -> list[str]:

@@ -31,15 +31,22 @@ class Journal:
         try:
             folder.mkdir(exist_ok=True)
         except FileExistsError:
-            raise FolderError(f"{folder} is no folder, but the output is to grow there: delete it") from None
+            raise FolderError(
+                f"{folder} is no folder, but the output is to grow there: delete it"
+            ) from None
         self._lock = open(folder / "lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
-            raise FolderError(f"{folder}: another process is writing this output; wait for it, or stop it") from None
+            raise FolderError(
+                f"{folder}: another process is writing this output; wait for it, or stop it"
+            ) from None
         except OSError as error:  # Lustre and others may be mounted without locks
-            print(f"{folder} cannot be locked ({error}): start no second run of this output", file=sys.stderr)
+            print(
+                f"{folder} cannot be locked ({error}): start no second run of this output",
+                file=sys.stderr,
+            )
         try:
             self.state = self._read()
         except FolderError:
@@ -51,16 +58,21 @@ class Journal:
         if not path.exists():
             return None
         if not self._resumable:
-            raise FolderError(f"standard input cannot be taken up again: delete {self.folder} to start anew")
+            raise FolderError(
+                f"standard input cannot be taken up again: delete {self.folder} to start anew"
+            )
         try:
             stored = json.loads(path.read_text())
             before, state = stored["job"], stored["state"]
         except (ValueError, KeyError, TypeError):
             raise FolderError(f"{path} is damaged: delete {self.folder} to start anew") from None
-        different = [key for key in {**before, **self._job} if before.get(key) != self._job.get(key)]
+        different = [
+            key for key in {**before, **self._job} if before.get(key) != self._job.get(key)
+        ]
         if different:
             changes = "; ".join(
-                f"{key} was {_short(before.get(key))}, is {_short(self._job.get(key))}" for key in different
+                f"{key} was {_short(before.get(key))}, is {_short(self._job.get(key))}"
+                for key in different
             )
             raise FolderError(
                 f"{self.folder} is what an interrupted run left, which was another job: {changes}. Run that one again "

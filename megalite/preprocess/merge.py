@@ -40,14 +40,19 @@ def _sets_of_shards(prefixes: Sequence[str]) -> dict[str, list[tuple[str, int, i
     sets: dict[str, list[tuple[str, int, int]]] = {}
     for prefix in map(str, prefixes):
         if match := SHARD.search(Path(prefix).name):
-            sets.setdefault(SHARD.sub("", prefix), []).append((prefix, int(match[1]), int(match[2])))
+            sets.setdefault(SHARD.sub("", prefix), []).append(
+                (prefix, int(match[1]), int(match[2]))
+            )
     return sets
 
 
 def _shard_problems(prefixes: list[str]) -> Iterator[str]:
     """Shards of a set that are not there, stand in another order than in the whole, or beside the whole."""
     for whole, shards in _sets_of_shards(prefixes).items():
-        numbers, counts = [number for _, number, _ in shards], sorted({count for _, _, count in shards})
+        numbers, counts = (
+            [number for _, number, _ in shards],
+            sorted({count for _, _, count in shards}),
+        )
         missing = sorted(set(range(counts[-1])) - set(numbers))
         if whole in prefixes:
             yield f"--input: {whole} is given beside its shards; name the one or the others"
@@ -68,7 +73,9 @@ def merge(prefixes: Sequence[str], output_prefix: str | Path) -> DatasetInfo | N
     """
     folder = dataset_path(output_prefix, ".partial")
     if not folder.parent.is_dir():
-        raise DatasetError(f"--output-prefix {output_prefix}: make the folder first: mkdir -p {folder.parent}")
+        raise DatasetError(
+            f"--output-prefix {output_prefix}: make the folder first: mkdir -p {folder.parent}"
+        )
     with Journal(folder, {"merge": list(map(str, prefixes))}) as journal:
         if journal.state is None:
             renames = merge_into(folder, prefixes, output_prefix)
@@ -77,7 +84,9 @@ def merge(prefixes: Sequence[str], output_prefix: str | Path) -> DatasetInfo | N
     return DatasetInfo.read(output_prefix)
 
 
-def merge_into(folder: Path, prefixes: Sequence[str], output_prefix: str | Path) -> list[tuple[Path, Path]]:
+def merge_into(
+    folder: Path, prefixes: Sequence[str], output_prefix: str | Path
+) -> list[tuple[Path, Path]]:
     """Write what `merge` does to files in a folder. Returns the renames that are left to do. Raises DatasetError."""
     datasets, infos, problems = [], {}, []
     for prefix in prefixes:
@@ -124,7 +133,11 @@ def _differences(infos: dict[str, DatasetInfo | None]) -> Iterator[str]:
 def _changed_inputs(infos: dict[str, DatasetInfo | None]) -> Iterator[str]:
     """Shards that were cut from other inputs than the first of their set: the whole would lack or repeat lines."""
     for shards in _sets_of_shards([*infos]).values():
-        told = [(prefix, infos[prefix].inputs) for prefix, _, _ in shards if infos[prefix] and infos[prefix].inputs]
+        told = [
+            (prefix, infos[prefix].inputs)
+            for prefix, _, _ in shards
+            if infos[prefix] and infos[prefix].inputs
+        ]
         for prefix, inputs in told[1:]:
             if inputs != told[0][1]:
                 yield (
@@ -136,5 +149,11 @@ def _changed_inputs(infos: dict[str, DatasetInfo | None]) -> Iterator[str]:
 def _whole(infos: list[DatasetInfo | None], documents: int, tokens: int) -> DatasetInfo | None:
     if infos[0] is None:
         return None
-    agreed = {name: getattr(infos[0], name) for name in TOLD if all(getattr(i, name) is not None for i in infos)}
-    return replace(infos[0], documents=documents, tokens=tokens, inputs=None, **dict.fromkeys(TOLD) | agreed)
+    agreed = {
+        name: getattr(infos[0], name)
+        for name in TOLD
+        if all(getattr(i, name) is not None for i in infos)
+    }
+    return replace(
+        infos[0], documents=documents, tokens=tokens, inputs=None, **dict.fromkeys(TOLD) | agreed
+    )

@@ -18,7 +18,9 @@ from megalite.preprocess.run import job_of, known_bytes, preprocess, refuse_exis
 from megalite.preprocess.workers import sigint_blocked
 
 
-def preprocess_in_partitions(config: PreprocessConfig, report: Callable[[Progress], None]) -> list[DatasetInfo]:
+def preprocess_in_partitions(
+    config: PreprocessConfig, report: Callable[[Progress], None]
+) -> list[DatasetInfo]:
     """What `preprocess` does, by --partitions processes with outputs of their own.
 
     Finished parts are kept when it is interrupted, and unfinished ones go on. Raises what `preprocess` raises.
@@ -36,17 +38,23 @@ def preprocess_in_partitions(config: PreprocessConfig, report: Callable[[Progres
             journal.end(journal.state["renames"])
         except BaseException:
             if not [*config.folder.glob("*.idx"), *config.folder.glob(f"*/{JOURNAL}")]:
-                shutil.rmtree(config.folder, ignore_errors=True)  # no part has anything to go on from
+                shutil.rmtree(
+                    config.folder, ignore_errors=True
+                )  # no part has anything to go on from
             raise
     return [DatasetInfo.read(config.prefix(key)) for key in config.json_keys]
 
 
-def _make_all(config: PreprocessConfig, files: list[str], report: Callable[[Progress], None]) -> list[tuple[str, str]]:
+def _make_all(
+    config: PreprocessConfig, files: list[str], report: Callable[[Progress], None]
+) -> list[tuple[str, str]]:
     """Make the parts, and the whole of them in the folder. Returns the renames that are left to do."""
     began = time.perf_counter()
     parts = [_part(config, number) for number in range(config.partitions)]
     finished = [_finished(part, files) for part in parts if _is_finished(part)]
-    done = _run([part for part in parts if not _is_finished(part)], finished, config.max_bad_lines, report)
+    done = _run(
+        [part for part in parts if not _is_finished(part)], finished, config.max_bad_lines, report
+    )
     whole = Progress.total([_finished(part, files) for part in parts])
     whole.bytes_now, whole.tokens_now, whole.spent = done.bytes_now, done.tokens_now, done.spent
     if whole.bad_lines > config.max_bad_lines:
@@ -59,7 +67,9 @@ def _make_all(config: PreprocessConfig, files: list[str], report: Callable[[Prog
         renames.append((config.folder / "bad_lines.tsv", config.bad_lines))
         renames[0][0].write_bytes(lines)
     for key in config.json_keys:
-        renames += merge_into(config.folder, [part.prefix(key) for part in parts], config.prefix(key))
+        renames += merge_into(
+            config.folder, [part.prefix(key) for part in parts], config.prefix(key)
+        )
     whole.seconds = time.perf_counter() - began
     report(whole)
     return [(str(source), str(final)) for source, final in renames]
@@ -68,7 +78,13 @@ def _make_all(config: PreprocessConfig, files: list[str], report: Callable[[Prog
 def _part(config: PreprocessConfig, number: int) -> PreprocessConfig:
     shard = f"{number}/{config.partitions}"
     workers = max(1, config.workers // config.partitions)
-    return replace(config, output_prefix=str(config.folder / "part"), shard=shard, partitions=1, workers=workers)
+    return replace(
+        config,
+        output_prefix=str(config.folder / "part"),
+        shard=shard,
+        partitions=1,
+        workers=workers,
+    )
 
 
 def _is_finished(part: PreprocessConfig) -> bool:
@@ -90,7 +106,10 @@ def _finished(part: PreprocessConfig, files: list[str]) -> Progress:
 
 
 def _run(
-    parts: list[PreprocessConfig], finished: list[Progress], max_bad_lines: int, report: Callable[[Progress], None]
+    parts: list[PreprocessConfig],
+    finished: list[Progress],
+    max_bad_lines: int,
+    report: Callable[[Progress], None],
 ) -> Progress:
     """Run the parts, each in a process, beside those that are finished. Returns what all have done.
 
@@ -115,13 +134,17 @@ def _run(
                 except EOFError:
                     running[connection].join()
                     if running[connection].exitcode:
-                        raise DatasetError(f"a part ended with status {running[connection].exitcode}") from None
+                        raise DatasetError(
+                            f"a part ended with status {running[connection].exitcode}"
+                        ) from None
                     waiting.remove(connection)
                     continue
                 if isinstance(told, Exception):
                     raise told
                 progress[connection] = told
-                total = Progress.total([told, *(p for c, p in progress.items() if c is not connection), *finished])
+                total = Progress.total(
+                    [told, *(p for c, p in progress.items() if c is not connection), *finished]
+                )
                 if total.bad_lines > max_bad_lines:
                     raise too_many(total.last_bad_line, total.bad_lines, max_bad_lines)
             if len(progress) == len(parts):

@@ -19,7 +19,9 @@ class Progress:
     bytes_now: int = 0
     """Of those done, the ones of this run; the others are an interrupted one's."""
     tokens_now: int = 0
-    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "parse", "encode", "write"), 0.0))
+    spent: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("read", "parse", "encode", "write"), 0.0)
+    )
     """Seconds of all processes by what they were spent on."""
     bad_lines: int = 0
     last_bad_line: str = ""
@@ -28,7 +30,15 @@ class Progress:
     @classmethod
     def total(cls, parts: list["Progress"]) -> "Progress":
         """Of several runs at once, together."""
-        summed = ("bytes_total", "bytes_done", "documents", "tokens", "bytes_now", "tokens_now", "bad_lines")
+        summed = (
+            "bytes_total",
+            "bytes_done",
+            "documents",
+            "tokens",
+            "bytes_now",
+            "tokens_now",
+            "bad_lines",
+        )
         spent = {name: sum(part.spent[name] for part in parts) for name in parts[0].spent}
         totals = {name: sum(getattr(part, name) for part in parts) for name in summed}
         seconds, bad = max(part.seconds for part in parts), [part.last_bad_line for part in parts]
@@ -62,7 +72,9 @@ def show_progress(seconds_between_lines: float = 5.0):
         columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         with Bar(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("starting")
-            yield lambda p: bar.update(task, description=str(p), completed=p.bytes_done, total=p.bytes_total or None)
+            yield lambda p: bar.update(
+                task, description=str(p), completed=p.bytes_done, total=p.bytes_total or None
+            )
         return
     next_line, shown = seconds_between_lines, None
 

@@ -43,7 +43,9 @@ class BadLineError(DatasetError):
 def too_many(line: str, number: int, most: int) -> BadLineError:
     """What is said of bad line `number`, one more than the `most` that are left out."""
     more = f" This is bad line {number}." if most else ""
-    return BadLineError(f"{line}.{more} --max-bad-lines N leaves out up to N such lines (now {most})")
+    return BadLineError(
+        f"{line}.{more} --max-bad-lines N leaves out up to N such lines (now {most})"
+    )
 
 
 def build_encoder(config: PreprocessConfig) -> Encoder:
@@ -82,14 +84,18 @@ def preprocess(
 def refuse_existing(config: PreprocessConfig) -> None:
     """Raises DatasetError when a file is there already that the job would write."""
     if existing := config.existing_outputs():
-        raise DatasetError(f"{', '.join(existing)} exists already. Delete it or choose another --output-prefix")
+        raise DatasetError(
+            f"{', '.join(existing)} exists already. Delete it or choose another --output-prefix"
+        )
 
 
 def job_of(config: PreprocessConfig, files: list[str]) -> dict:
     """What decides the bytes of the output, to tell whether an interrupted run was this one."""
     stats = [os.stat(path) for path in files if path != STDIN]
     return {
-        "input": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats)] if stats else list(files),
+        "input": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats)]
+        if stats
+        else list(files),
         "tokenizer": [config.tokenizer_type, config.tokenizer.vocab_size, config.tokenizer.sha256],
         "json keys": list(config.json_keys),
         "append eod": config.append_eod,
@@ -110,7 +116,9 @@ def known_bytes(files: list[str], ranges: list[tuple[int, int, int]]) -> int:
 class _Run:
     """The making of one output, from its beginning or from what the journal says."""
 
-    def __init__(self, config: PreprocessConfig, files: list[str], journal: Journal, stack: ExitStack):
+    def __init__(
+        self, config: PreprocessConfig, files: list[str], journal: Journal, stack: ExitStack
+    ):
         self.config, self.files, self.journal, self.stack = config, files, journal, stack
         state = journal.state or {
             "after": [0, 0],
@@ -125,20 +133,28 @@ class _Run:
             for key, kept in zip(config.json_keys, state["writers"], strict=True)
         ]
         self.after, self.line, self.bad = tuple(state["after"]), state["line"], state["bad"]
-        self.bad_file = stack.enter_context(open(journal.folder / "bad_lines.tsv", "a+b" if journal.state else "w+b"))
+        self.bad_file = stack.enter_context(
+            open(journal.folder / "bad_lines.tsv", "a+b" if journal.state else "w+b")
+        )
         if self.bad_file.seek(0, os.SEEK_END) < state["bad_bytes"]:
-            raise FolderError(f"{self.bad_file.name} is damaged: delete {journal.folder} to start anew")
+            raise FolderError(
+                f"{self.bad_file.name} is damaged: delete {journal.folder} to start anew"
+            )
         self.bad_file.truncate(state["bad_bytes"])
         self.bad_file.seek(state["bad_bytes"])
         self.ranges = shard_ranges(files, *config.place)
         done = self._bytes_before(self.after, sizes_of(files))
-        self.progress = Progress(known_bytes(files, self.ranges), bytes_done=done, bad_lines=self.bad)
+        self.progress = Progress(
+            known_bytes(files, self.ranges), bytes_done=done, bad_lines=self.bad
+        )
         self._committed = time.monotonic(), 0
         self._before: dict[int, int] = {}
 
     def _bytes_before(self, after: tuple[int, int], sizes: list[int]) -> int:
         return sum(
-            min(stop, sizes[number]) - start if number < after[0] else max(0, min(after[1], sizes[number]) - start)
+            min(stop, sizes[number]) - start
+            if number < after[0]
+            else max(0, min(after[1], sizes[number]) - start)
             for number, start, stop in self.ranges
             if number <= after[0]
         )
@@ -147,7 +163,9 @@ class _Run:
         """Encode and write what is left, and leave complete files and their renames to the journal."""
         began, progress = time.perf_counter(), self.progress
         blocks = read_blocks(self.files, self.ranges, self.config.json_keys, self.after)
-        encoded = self.stack.enter_context(encoded_blocks(self.config.workers, build_encoder, self.config, blocks))
+        encoded = self.stack.enter_context(
+            encoded_blocks(self.config.workers, build_encoder, self.config, blocks)
+        )
         for block, result in encoded:
             self._write(block, result)
             progress.seconds = time.perf_counter() - began
@@ -155,8 +173,12 @@ class _Run:
         if not self.writers[0].documents and not self.config.shard:
             raise DatasetError(f"{', '.join(map(shown, self.config.input))}: no documents")
         self._commit()
-        renames = [(self.journal.folder / "bad_lines.tsv", self.config.bad_lines)] if self.bad else []
-        renames += [rename for writer in self.writers for rename in writer.seal(self._describe(writer))]
+        renames = (
+            [(self.journal.folder / "bad_lines.tsv", self.config.bad_lines)] if self.bad else []
+        )
+        renames += [
+            rename for writer in self.writers for rename in writer.seal(self._describe(writer))
+        ]
         self.journal.commit({"renames": [[str(source), str(final)] for source, final in renames]})
         progress.seconds = time.perf_counter() - began
         report(progress)
@@ -176,7 +198,10 @@ class _Run:
         progress.documents, progress.tokens = self.writers[0].documents, tokens
         progress.tokens_now += tokens - before
         when, written = self._committed
-        if time.monotonic() - when > COMMIT_SECONDS or progress.tokens_now - written > COMMIT_TOKENS:
+        if (
+            time.monotonic() - when > COMMIT_SECONDS
+            or progress.tokens_now - written > COMMIT_TOKENS
+        ):
             self._commit()
         for name, seconds in zip(("read", "parse", "encode"), result.seconds):
             progress.spent[name] += seconds
@@ -192,7 +217,9 @@ class _Run:
             self.bad += 1
             if self.bad > self.config.max_bad_lines:
                 raise too_many(text, self.bad, self.config.max_bad_lines)
-            self.bad_file.write(f"{block.path}\t{first + offset}\t{reason}\n".encode(errors="replace"))
+            self.bad_file.write(
+                f"{block.path}\t{first + offset}\t{reason}\n".encode(errors="replace")
+            )
             if self.bad <= SHOWN_BAD_LINES:
                 print(f"left out: {text}", file=sys.stderr)
             self.progress.bad_lines, self.progress.last_bad_line = self.bad, text
@@ -208,7 +235,12 @@ class _Run:
         self.bad_file.flush()
         os.fsync(self.bad_file.fileno())
         writers = [writer.state() for writer in self.writers]
-        state = {"after": self.after, "line": self.line, "bad": self.bad, "bad_bytes": self.bad_file.tell()}
+        state = {
+            "after": self.after,
+            "line": self.line,
+            "bad": self.bad,
+            "bad_bytes": self.bad_file.tell(),
+        }
         self.journal.commit({**state, "writers": writers})
         self._committed = time.monotonic(), self.progress.tokens_now
 
@@ -219,9 +251,16 @@ class _Run:
         except TokenizerError:
             eod = None
         return DatasetInfo(
-            self.config.tokenizer_type, tokenizer.vocab_size, eod, tokenizer.sha256, writer.documents, writer.tokens,
-            self.config.split_sentences, self.config.append_eod, _digest(self.files) if self.config.shard else None,
-        )  # fmt: skip
+            self.config.tokenizer_type,
+            tokenizer.vocab_size,
+            eod,
+            tokenizer.sha256,
+            writer.documents,
+            writer.tokens,
+            self.config.split_sentences,
+            self.config.append_eod,
+            _digest(self.files) if self.config.shard else None,
+        )
 
 
 def _digest(files: list[str]) -> str:

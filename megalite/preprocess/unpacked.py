@@ -13,7 +13,20 @@ from megalite.data.indexed import DatasetError
 COMPRESSED = (".gz", ".xz", ".zst")
 LIBRARIES = {".zst": "zstandard", ".parquet": "pyarrow"}
 """Libraries that not every installation has, by the suffix of the files that need them."""
-UNKNOWN = (".bz2", ".zip", ".lz4", ".7z", ".br", ".z", ".tar", ".tgz", ".lzma", ".zstd", ".sz", ".rar")
+UNKNOWN = (
+    ".bz2",
+    ".zip",
+    ".lz4",
+    ".7z",
+    ".br",
+    ".z",
+    ".tar",
+    ".tgz",
+    ".lzma",
+    ".zstd",
+    ".sz",
+    ".rar",
+)
 """Suffixes of compressed files that are not read."""
 BUFFER_BYTES, COMPRESSED_BYTES = 1 << 20, 1 << 16
 """Bytes that are held unpacked, and that are unpacked at a time."""
@@ -46,7 +59,9 @@ def _decompressor(suffix: str):
         return lzma.LZMADecompressor(lzma.FORMAT_XZ)
     import zstandard
 
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()  # as zstd --long=31 makes them
+    return zstandard.ZstdDecompressor(
+        max_window_size=1 << 31
+    ).decompressobj()  # as zstd --long=31 makes them
 
 
 def _decompressed(file: BinaryIO, suffix: str) -> Iterator[bytes]:
@@ -75,13 +90,25 @@ def _parquet_lines(path: str, keys: tuple[str, ...]) -> Iterator[bytes]:
     file = ParquetFile(path)
     missing = [key for key in keys if key not in file.schema_arrow.names]
     if missing:
-        raise DatasetError(f"{path}: no column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}")
+        raise DatasetError(
+            f"{path}: no column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}"
+        )
     kinds = {key: file.schema_arrow.field(key).type for key in keys}
-    kinds = {key: kind.value_type if types.is_dictionary(kind) else kind for key, kind in kinds.items()}
-    binary = {key for key, kind in kinds.items() if types.is_binary(kind) or types.is_large_binary(kind)}
+    kinds = {
+        key: kind.value_type if types.is_dictionary(kind) else kind for key, kind in kinds.items()
+    }
+    binary = {
+        key for key, kind in kinds.items() if types.is_binary(kind) or types.is_large_binary(kind)
+    }
     for key in kinds.keys() - binary:
-        if not (types.is_string(kinds[key]) or types.is_large_string(kinds[key]) or types.is_null(kinds[key])):
-            raise DatasetError(f"{path}: column {key} holds {kinds[key]}, not text; --json-keys names columns of text")
+        if not (
+            types.is_string(kinds[key])
+            or types.is_large_string(kinds[key])
+            or types.is_null(kinds[key])
+        ):
+            raise DatasetError(
+                f"{path}: column {key} holds {kinds[key]}, not text; --json-keys names columns of text"
+            )
     for batch in file.iter_batches(batch_size=1000, columns=list(keys)):
         rows = batch.to_pylist()
         for row in rows if binary else ():
@@ -125,8 +152,12 @@ def _explaining_damage(path: str):
     except DatasetError:
         raise
     except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise DatasetError(f"{path}: cannot be read to its end, damaged or cut short ({error})") from None
+        raise DatasetError(
+            f"{path}: cannot be read to its end, damaged or cut short ({error})"
+        ) from None
     except Exception as error:  # zstandard's and pyarrow's have no common parent
         if type(error).__module__.split(".")[0] in ("zstd", "zstandard", "pyarrow"):
-            raise DatasetError(f"{path}: cannot be read to its end, damaged or cut short ({error})") from None
+            raise DatasetError(
+                f"{path}: cannot be read to its end, damaged or cut short ({error})"
+            ) from None
         raise

@@ -36,7 +36,9 @@ def encoded_blocks(workers: int, build_encoder: Callable, config, blocks: Iterat
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            connections[ours] = context.Process(target=_serve, args=(theirs, build_encoder, config), daemon=True)
+            connections[ours] = context.Process(
+                target=_serve, args=(theirs, build_encoder, config), daemon=True
+            )
             with sigint_blocked():
                 connections[ours].start()
             theirs.close()
@@ -62,7 +64,9 @@ def sigint_blocked():
 
 def _serve(connection: Connection, build_encoder: Callable, config) -> None:
     """A worker: encode what comes until the other end is closed, which it is also when the main process is killed."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # of the tokenizers library: this is one of many processes
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # of the tokenizers library: this is one of many processes
     jobs = SimpleQueue()
     # A thread takes blocks in, so that the main process can always give one, however large, and never waits for a
     # worker that waits for it to take a result.

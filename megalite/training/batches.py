@@ -50,20 +50,28 @@ class GlobalBatches:
     def counts(self, batches: list[Microbatch]) -> torch.Tensor:
         """How many items each of the k terms of the loss counts in these microbatches, fp64 [k]: zeros before the last
         stage."""
-        counts = torch.zeros(len(self.model.loss_names), dtype=torch.float64, device=self.context.device)
+        counts = torch.zeros(
+            len(self.model.loss_names), dtype=torch.float64, device=self.context.device
+        )
         for batch in batches if self.context.is_last_stage else []:
             counts += self.model.loss_counts(batch)
         return counts
 
     def _read_arrays(self, consumed: int) -> list[dict[str, np.ndarray]]:
         """What the stage needs of each microbatch; nothing is read where it needs nothing."""
-        return [self.loader.batch(consumed, i) if self.fields else {} for i in range(self.microbatches)]
+        return [
+            self.loader.batch(consumed, i) if self.fields else {} for i in range(self.microbatches)
+        ]
 
     def _microbatches(self, consumed: int, arrays: list[dict[str, np.ndarray]]) -> list[Microbatch]:
         device, loader, batches = self.context.device, self.loader, []
         for i, read in enumerate(arrays):
-            first = first_sample(consumed, i, loader.micro_batch_size, loader.data_size, loader.data_rank)
-            batch = Microbatch(samples=torch.arange(first, first + loader.micro_batch_size, device=device))
+            first = first_sample(
+                consumed, i, loader.micro_batch_size, loader.data_size, loader.data_rank
+            )
+            batch = Microbatch(
+                samples=torch.arange(first, first + loader.micro_batch_size, device=device)
+            )
             for name in self.fields:
                 setattr(batch, name, torch.from_numpy(read[name]).to(device))
             batches.append(batch)
@@ -83,7 +91,10 @@ def build_batches(config: RunConfig, dataset, model, eod: int | None = None) -> 
     if eod is None and data.eod_matters:
         eod = configured_tokenizer(data, config.model.vocab_size).eod
     loader = BatchLoader(
-        *share, eod=eod, eod_mask_loss=data.eod_mask_loss, reset_position_ids=data.reset_position_ids,
+        *share,
+        eod=eod,
+        eod_mask_loss=data.eod_mask_loss,
+        reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,
-    )  # fmt: skip
+    )
     return GlobalBatches(loader, model, data.global_batch_size)

@@ -31,23 +31,40 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
     """
     parallel = config.parallel
     layout = ParallelLayout.for_world(
-        launch.world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        launch.world_size,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
     )
     device, why = choose_device(parallel.device, launch)
     backend = parallel.distributed_backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
-        raise DeviceError(f"--distributed-backend nccl works between GPUs: {why}; use --distributed-backend gloo")
+        raise DeviceError(
+            f"--distributed-backend nccl works between GPUs: {why}; use --distributed-backend gloo"
+        )
     if backend == "gloo" and device.type == "cuda" and launch.world_size > 1:
-        raise DeviceError("--distributed-backend gloo cannot send tensors of GPUs between stages; use nccl")
+        raise DeviceError(
+            "--distributed-backend gloo cannot send tensors of GPUs between stages; use nccl"
+        )
     if device.type == "cpu" and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Otherwise every rank would start as many threads as the node has cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
     # Without the kernels on one node, sums are rounded otherwise there: copies of weights would drift apart.
-    facts = {"megalite": __version__, "torch": torch.__version__, "kernels": native.status(), **to_flat(config)}
-    context = ParallelContext.create(layout, launch, device, backend, parallel.distributed_timeout_minutes, facts)
-    via = f"{backend}, launched by {launch.source}" if launch.world_size > 1 else "one process, no launcher"
+    facts = {
+        "megalite": __version__,
+        "torch": torch.__version__,
+        "kernels": native.status(),
+        **to_flat(config),
+    }
+    context = ParallelContext.create(
+        layout, launch, device, backend, parallel.distributed_timeout_minutes, facts
+    )
+    via = (
+        f"{backend}, launched by {launch.source}"
+        if launch.world_size > 1
+        else "one process, no launcher"
+    )
     return context, f"{launch.world_size} rank(s) on {device.type} ({why}); {via}; layout {layout}"
 
 
@@ -63,11 +80,19 @@ class TrainingComponents:
 
 def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stage:
     """This rank's stage of the model, a GPT or a BERT, with its initial weights."""
-    layers = layers_of_stages(config.model, context.pipeline.size, config.predicted)[context.pipeline.rank]
+    layers = layers_of_stages(config.model, context.pipeline.size, config.predicted)[
+        context.pipeline.rank
+    ]
     arguments = (
-        config.model, context, rng, layers, getattr(torch, config.optimizer.dtype), config.parallel.sequence_parallel,
-        config.recompute, config.training.seed,
-    )  # fmt: skip
+        config.model,
+        context,
+        rng,
+        layers,
+        getattr(torch, config.optimizer.dtype),
+        config.parallel.sequence_parallel,
+        config.recompute,
+        config.training.seed,
+    )
     return Bert(*arguments, pair=config.pair_head) if config.is_bert else GPT(*arguments)
 
 
@@ -77,10 +102,16 @@ def build_components(
     """Model, engine and optimizer of a resolved configuration."""
     seed = config.training.seed
     rng = (
-        CounterBasedRng.for_seed(seed) if config.training.rng_scheme == "global" else RngTracker.for_rank(seed, context)
+        CounterBasedRng.for_seed(seed)
+        if config.training.rng_scheme == "global"
+        else RngTracker.for_rank(seed, context)
     )
     model = build_model(config, context, rng)
-    engine = PipelineEngine(model, context, config.data.micro_batch_size, config.parallel.pipeline_schedule)
+    engine = PipelineEngine(
+        model, context, config.data.micro_batch_size, config.parallel.pipeline_schedule
+    )
     tied = TIED_WEIGHT if config.model.tied else None
-    optimizer = Optimizer(model.parameters_by_name, context, config.optimizer, config.training.train_iters, tied)
+    optimizer = Optimizer(
+        model.parameters_by_name, context, config.optimizer, config.training.train_iters, tied
+    )
     return TrainingComponents(model, rng, engine, optimizer)

@@ -43,9 +43,18 @@ class FinetuneConfig:
         checks = [
             (self.epochs < 1, f"--epochs {self.epochs}: use 1 or more"),
             (self.batch_size < 1, f"--batch-size {self.batch_size}: use 1 or more"),
-            (not 0 < self.lr < float("inf"), f"--lr {self.lr}: use a number above 0, for example 5e-5"),
-            (not 0 <= self.weight_decay < float("inf"), f"--weight-decay {self.weight_decay}: use 0 or more"),
-            (not 0 <= self.warmup_fraction < 1, f"--warmup-fraction {self.warmup_fraction}: use a share below 1"),
+            (
+                not 0 < self.lr < float("inf"),
+                f"--lr {self.lr}: use a number above 0, for example 5e-5",
+            ),
+            (
+                not 0 <= self.weight_decay < float("inf"),
+                f"--weight-decay {self.weight_decay}: use 0 or more",
+            ),
+            (
+                not 0 <= self.warmup_fraction < 1,
+                f"--warmup-fraction {self.warmup_fraction}: use a share below 1",
+            ),
             (not 0 <= self.dropout < 1, f"--dropout {self.dropout}: use a probability below 1"),
         ]
         return [text for wrong, text in checks if wrong]
@@ -70,7 +79,9 @@ class ClassifierDescription:
         source = source / "tokenizer.json" if source.is_dir() else source
         shutil.copyfile(source, folder / source.name)
         kept = replace(self, config=with_values(self.config, {field: source.name}))
-        text = json.dumps(asdict(kept) | {"config": to_flat(kept.config)}, indent=1, ensure_ascii=False)
+        text = json.dumps(
+            asdict(kept) | {"config": to_flat(kept.config)}, indent=1, ensure_ascii=False
+        )
         (folder / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -84,13 +95,17 @@ class ClassifierDescription:
             config = with_values(config, {field: str(Path(folder) / getattr(config.data, field))})
             return cls(config=config, columns=Columns(**fields.pop("columns")), **fields)
         except (OSError, ConfigError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DatasetError(f"{path}: no classifier that tools/finetune_classifier.py saved: {error}") from None
+            raise DatasetError(
+                f"{path}: no classifier that tools/finetune_classifier.py saved: {error}"
+            ) from None
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises TokenizerError when it is not the one that the classifier was trained with."""
         tokenizer, _ = bert_tokenizer(self.config)
         if tokenizer.sha256 != self.tokenizer_sha256:
-            raise TokenizerError("the tokenizer's file is not the one that the classifier was trained with")
+            raise TokenizerError(
+                "the tokenizer's file is not the one that the classifier was trained with"
+            )
         return tokenizer
 
 

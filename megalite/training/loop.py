@@ -71,13 +71,18 @@ class Trainer:
                     self._save()
                     saved = iteration
                 # Saved before it is evaluated, and an evaluation is given up at a signal: who sends one may not wait.
-                if self._divides(training.eval_interval, iteration) or iteration == training.train_iters:
+                if (
+                    self._divides(training.eval_interval, iteration)
+                    or iteration == training.train_iters
+                ):
                     reason = self._evaluate(iteration, signals) or reason
             if options.save and saved != self.progress.iteration:
                 self._save()
         finally:
             signals.uninstall()
-            self.context.activity.set_state("saving")  # profiles and metrics, which may take their time
+            self.context.activity.set_state(
+                "saving"
+            )  # profiles and metrics, which may take their time
             profiler.close()
             self.train_data.close()
         return reason or f"all {training.train_iters} iterations are done"
@@ -108,7 +113,10 @@ class Trainer:
         *sums, signalled, warned, late = self._sum_over_ranks(
             *told, *self._counted_once(losses), signals.received is not None, signals.warned, late
         )
-        means = {f"{phase}_seconds": total / self.context.world_size for phase, total in zip(PHASES, sums)}
+        means = {
+            f"{phase}_seconds": total / self.context.world_size
+            for phase, total in zip(PHASES, sums)
+        }
         phases = means if self.knows_phases(iteration) else {}
         losses = by_name(self.parts.model.loss_names, sums[len(PHASES) :])
         self.progress.iteration = iteration
@@ -130,7 +138,11 @@ class Trainer:
     def _counted_once(self, values: torch.Tensor) -> list[float]:
         """Quantities of the last stage, so that their sum over all ranks counts each data replica once: its tensor
         ranks all hold the same."""
-        return values.tolist() if self.context.is_last_stage and self.context.tensor.rank == 0 else [0.0] * len(values)
+        return (
+            values.tolist()
+            if self.context.is_last_stage and self.context.tensor.rank == 0
+            else [0.0] * len(values)
+        )
 
     def _sum_over_ranks(self, *values: float) -> list[float]:
         """The sums over all ranks. Collective over the world."""
@@ -153,7 +165,8 @@ class Trainer:
     def _is_reported(self, iteration: int) -> bool:
         """Whether this step has a line on the console."""
         return (
-            self._divides(self.config.training.log_interval, iteration) or iteration == self.config.training.train_iters
+            self._divides(self.config.training.log_interval, iteration)
+            or iteration == self.config.training.train_iters
         )
 
     def _look_at_claim(self) -> None:
@@ -164,7 +177,13 @@ class Trainer:
                 self.lease.check()
 
     def _report(
-        self, iteration: int, losses: dict[str, float], norm: float, rate: float, seconds: float, phases: dict
+        self,
+        iteration: int,
+        losses: dict[str, float],
+        norm: float,
+        rate: float,
+        seconds: float,
+        phases: dict,
     ) -> None:
         self._look_at_claim()
         tokens = self.config.data.global_batch_size * self.config.model.seq_length
@@ -180,11 +199,18 @@ class Trainer:
         }
         self.metrics.write(**line)
         training = self.config.training
-        self.step_seconds = seconds if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * seconds
+        self.step_seconds = (
+            seconds if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * seconds
+        )
         if self.context.rank == 0 and self._is_reported(iteration):
-            flops = flops_per_sequence(self.config.model, self.config.predicted, heads=self.config.is_bert)
+            flops = flops_per_sequence(
+                self.config.model, self.config.predicted, heads=self.config.is_bert
+            )
             flops *= self.config.data.global_batch_size
-            print(training_line(line, losses, training.train_iters, flops, self.step_seconds), flush=True)
+            print(
+                training_line(line, losses, training.train_iters, flops, self.step_seconds),
+                flush=True,
+            )
 
     def _evaluate(self, iteration: int, signals: StopSignals) -> str:
         """Mean loss and scores over the items of --eval-iters batches: always the same, so that they can be compared.
@@ -216,10 +242,14 @@ class Trainer:
         sums = self._sum_over_ranks(*self._counted_once(totals), *self._counted_once(counts))
         totals, counts = sums[: len(totals)], sums[len(totals) :]
         if not any(counts):
-            raise DatasetError(f"the loss counts no token of {self.config.training.eval_iters} validation batches")
+            raise DatasetError(
+                f"the loss counts no token of {self.config.training.eval_iters} validation batches"
+            )
         # A score's items are those of its term.
         means = [total / count if count else 0.0 for total, count in zip(totals, counts * 2)]
-        named = by_name(model.loss_names, means[:terms]) | dict(zip(model.score_names, means[terms:]))
+        named = by_name(model.loss_names, means[:terms]) | dict(
+            zip(model.score_names, means[terms:])
+        )
         losses = {f"validation_{name}": value for name, value in named.items()}
         self.metrics.write(iteration=iteration, **losses)
         if self.context.rank == 0:
@@ -231,7 +261,10 @@ class Trainer:
             check_replicas(self.parts, self.context, self.progress.iteration)
             self.replicas_equal_at = self.progress.iteration
             if self.context.rank == 0:
-                print(f"iteration {self.progress.iteration} | replicas are equal to the bit", flush=True)
+                print(
+                    f"iteration {self.progress.iteration} | replicas are equal to the bit",
+                    flush=True,
+                )
 
     def _save(self) -> None:
         if self.config.training.check_replicas:

@@ -25,7 +25,11 @@ class Prefetcher(Generic[Batches]):
     def get(self, consumed: int, then: int | None) -> Batches:
         """What `read(consumed)` gives; reading at `then` (None: nothing) begins. Raises what `read` raises."""
         ahead, self._ahead = self._ahead, None
-        result = ahead[1].result() if ahead is not None and ahead[0] == consumed else self._read(consumed)
+        result = (
+            ahead[1].result()
+            if ahead is not None and ahead[0] == consumed
+            else self._read(consumed)
+        )
         if then is not None:
             self._ahead = then, self._begin(then)
         return result

@@ -68,7 +68,11 @@ def _loses_contact(error: Exception) -> bool:
 
 def _lost_contact(error: Exception, watchdog: Watchdog) -> LostContact:
     """The error of a rank that lost others, with the reason why they are gone."""
-    calls = [frame.name for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+    calls = [
+        frame.name
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in frame.filename
+    ]
     reason = re.sub(r"^\[.*?\.cc:\d+\] |\. This is .*", "", str(error).splitlines()[0])
     why = watchdog.why_contact_was_lost()
     return LostContact(why and f"{why}\n  (contact was lost in {' > '.join(calls[-2:])}: {reason})")
@@ -87,16 +91,22 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
     try:
         context, description = build_context(config, launch)
         say = partial(print, file=sys.stderr, flush=True)
-        with Watchdog(context, config.parallel.hang_timeout, config.checkpoint.save or ".", say) as watchdog:
+        with Watchdog(
+            context, config.parallel.hang_timeout, config.checkpoint.save or ".", say
+        ) as watchdog:
             signals = StopSignals(catching)
             try:
                 _run(config, context, description, build_model, signals)
-                _part(context, watchdog)
+                _leave_together(context, watchdog)
             except Exception as error:
                 if _loses_contact(error):
                     raise _lost_contact(error, watchdog) from None
                 message = explain(error)
-                text = "".join(traceback.format_exception_only(error)).strip() if message is None else message
+                text = (
+                    "".join(traceback.format_exception_only(error)).strip()
+                    if message is None
+                    else message
+                )
                 if watchdog.failed(text):
                     raise LostContact from None
                 raise
@@ -108,7 +118,9 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
         warning.uninstall()
 
 
-def pretrain_or_exit(config: RunConfig, launch: LaunchInfo, build_model: Callable = build_model) -> None:
+def pretrain_or_exit(
+    config: RunConfig, launch: LaunchInfo, build_model: Callable = build_model
+) -> None:
     """pretrain(), as the last act of a program: what `explain` explains ends the process with that, in place of a
     traceback."""
     try:
@@ -124,7 +136,7 @@ def pretrain_or_exit(config: RunConfig, launch: LaunchInfo, build_model: Callabl
         sys.exit((explanation and f"{program}: rank {launch.rank}: {explanation}") or 1)
 
 
-def _part(context: ParallelContext, watchdog: Watchdog) -> None:
+def _leave_together(context: ParallelContext, watchdog: Watchdog) -> None:
     """Wait for the others at the end, so that one that gets stuck before is a hang."""
     everyone = replace(context.control, patient=False)
     context.activity.set_state("ending")
@@ -134,7 +146,11 @@ def _part(context: ParallelContext, watchdog: Watchdog) -> None:
 
 
 def _run(
-    config: RunConfig, context: ParallelContext, description: str, build_model: Callable, signals: StopSignals
+    config: RunConfig,
+    context: ParallelContext,
+    description: str,
+    build_model: Callable,
+    signals: StopSignals,
 ) -> None:
     def say(text: str) -> None:
         if context.rank == 0:
@@ -155,8 +171,13 @@ def _run(
     settle_data(progress, now, config.checkpoint.allow_data_change)
     for note in progress.notes:
         say(note)
-    datasets = {split: blended(its, progress.data if split == "train" else None) for split, its in sources.items()}
-    batches = {name: build_batches(config, dataset, parts.model) for name, dataset in datasets.items()}
+    datasets = {
+        split: blended(its, progress.data if split == "train" else None)
+        for split, its in sources.items()
+    }
+    batches = {
+        name: build_batches(config, dataset, parts.model) for name, dataset in datasets.items()
+    }
     if config.training.dry_run:
         _dry_run(parts, context, batches["train"], progress.consumed_samples, say)
         return
@@ -176,7 +197,9 @@ def _train(
     say: Callable[[str], None],
 ) -> None:
     if progress.iteration >= config.training.train_iters:
-        say(f"nothing to do: the checkpoint is at iteration {progress.iteration} of {config.training.train_iters}")
+        say(
+            f"nothing to do: the checkpoint is at iteration {progress.iteration} of {config.training.train_iters}"
+        )
         return
     metrics = Writers()
     if context.rank == 0:
@@ -186,13 +209,29 @@ def _train(
     caught = {received.name: warned for received, warned in told if received}
     try:
         if caught:
-            reason, to_be_continued = f"{' and '.join(caught)} before the first step", all(caught.values())
+            reason, to_be_continued = (
+                f"{' and '.join(caught)} before the first step",
+                all(caught.values()),
+            )
         else:
-            trainer = Trainer(config, context, parts, progress, batches["train"], batches.get("valid"), metrics, lease)
+            trainer = Trainer(
+                config,
+                context,
+                parts,
+                progress,
+                batches["train"],
+                batches.get("valid"),
+                metrics,
+                lease,
+            )
             say(f"training from iteration {progress.iteration} to {config.training.train_iters}")
             reason, to_be_continued = trainer.run(), trainer.to_be_continued
         say(f"stopped at iteration {progress.iteration}: {reason}")
-        if lease is not None and to_be_continued and progress.iteration < config.training.train_iters:
+        if (
+            lease is not None
+            and to_be_continued
+            and progress.iteration < config.training.train_iters
+        ):
             lease.request_requeue(f"stopped at iteration {progress.iteration}: {reason}")
         if config.checkpoint.save is None:
             say("no checkpoint was written: --save is not set")
@@ -210,7 +249,9 @@ def _samples_wanted(config: RunConfig) -> dict[str, int]:
     return samples
 
 
-def _starting_point(config: RunConfig, parts: TrainingComponents, context: ParallelContext) -> Progress:
+def _starting_point(
+    config: RunConfig, parts: TrainingComponents, context: ParallelContext
+) -> Progress:
     options = config.checkpoint
     if options.load is None:
         return Progress()
@@ -223,7 +264,11 @@ def _starting_point(config: RunConfig, parts: TrainingComponents, context: Paral
 
 def _model_line(parts: TrainingComponents, context: ParallelContext) -> str:
     """Parameters of the whole model and of each stage; collective over the world."""
-    held = sum(p.spec.box.numel for p in parts.model.parameters() if p.spec.tensor_sharded or context.tensor.rank == 0)
+    held = sum(
+        p.spec.box.numel
+        for p in parts.model.parameters()
+        if p.spec.tensor_sharded or context.tensor.rank == 0
+    )
     copies = sum(p.spec.box.numel for p in parts.model.parameters() if p.spec.tied_copy)
     ranks = gather_objects((context.coordinates, held, copies), context.control)
     stages = [0] * context.pipeline.size
@@ -237,12 +282,16 @@ def _model_line(parts: TrainingComponents, context: ParallelContext) -> str:
 def _kernels_line(parts: TrainingComponents, config: RunConfig) -> str:
     """How attention is computed and why, and which kernels there are."""
     attention = next(module for module in parts.model.modules() if isinstance(module, Attention))
-    backend, why = attention.backend(attention.qkv.weight, config.is_bert or config.data.reset_attention_mask)
+    backend, why = attention.backend(
+        attention.qkv.weight, config.is_bert or config.data.reset_attention_mask
+    )
     wide = "; fp64 takes PyTorch's operations" if config.optimizer.precision == "fp64" else ""
     return f"attention: {backend} ({why}); {native.status()}{wide}"
 
 
-def _dry_run(parts: TrainingComponents, context: ParallelContext, batches: GlobalBatches, consumed: int, say) -> None:
+def _dry_run(
+    parts: TrainingComponents, context: ParallelContext, batches: GlobalBatches, consumed: int, say
+) -> None:
     """One global batch forward and backward; prints loss, time, memory and shapes of every stage. Changes nothing."""
     began = time.perf_counter()
     loss = parts.engine.train_step(*batches.at(consumed)).sum().item()
@@ -268,11 +317,19 @@ def _dry_run(parts: TrainingComponents, context: ParallelContext, batches: Globa
         say(
             f"rank {rank} (stage {at.pipeline}, data {at.data}, tensor {at.tensor}): layers {told['layers']}, "
             f"peak {kind} {told['peak'] / 2**20:,.0f} MiB"
-            + (f", sends {told['passes on']} to the next stage" if at.pipeline < context.pipeline.size - 1 else "")
+            + (
+                f", sends {told['passes on']} to the next stage"
+                if at.pipeline < context.pipeline.size - 1
+                else ""
+            )
         )
     for rank in range(0, context.world_size, context.layout.tensor * context.layout.data):
         say(f"parameters of stage {context.layout.coordinates(rank).pipeline} on rank {rank}:")
         for name, shape in ranks[rank]["parameters"].items():
             say(f"  {name} {shape}")
-    last = [told["loss"] for rank, told in enumerate(ranks) if context.layout.coordinates(rank).tensor == 0]
+    last = [
+        told["loss"]
+        for rank, told in enumerate(ranks)
+        if context.layout.coordinates(rank).tensor == 0
+    ]
     say(f"loss {sum(last):.4f}; nothing was saved")

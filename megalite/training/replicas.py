@@ -29,7 +29,9 @@ def check_replicas(parts: TrainingComponents, context: ParallelContext, iteratio
     """
     parameters = parts.model.parameters_by_name
     tensors = [(name, name, parameter) for name, parameter in parameters.items()]
-    tensors += [(f"optimizer.{kind}.{name}", name, tensor) for kind, name, tensor in parts.optimizer.state()]
+    tensors += [
+        (f"optimizer.{kind}.{name}", name, tensor) for kind, name, tensor in parts.optimizer.state()
+    ]
     mine = {}
     for title, name, tensor in tensors:
         spec = parameters[name].spec
@@ -53,9 +55,13 @@ def check_replicas(parts: TrainingComponents, context: ParallelContext, iteratio
         else:
             problems.append(f"{name} at {offset}: ranks {list(by_rank)} do not agree")
     if problems and context.rank > 0:
-        raise ReplicasDiffer(f"after iteration {iteration}, replicas are not equal: see rank 0's message")
+        raise ReplicasDiffer(
+            f"after iteration {iteration}, replicas are not equal: see rank 0's message"
+        )
     if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        shown = "\n  ".join(problems[:20]) + (
+            f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        )
         raise ReplicasDiffer(
             f"after iteration {iteration}, replicas of {len(problems)} tensor part(s) are not equal to the bit:\n  "
             f"{shown}\nSuspect the memory of those ranks' devices, or code that changes weights on some ranks only. "

@@ -17,7 +17,9 @@ class StopSignals:
         self.received: signal.Signals | None = None
         """The last one caught."""
         self._interrupted = False
-        self._before = {number: signal.signal(number, self._remember) for number in caught} if enabled else {}
+        self._before = (
+            {number: signal.signal(number, self._remember) for number in caught} if enabled else {}
+        )
         # Only now that all are installed: what comes between goes to the one or to the other.
         for outer in (getattr(handler, "__self__", None) for handler in self._before.values()):
             if isinstance(outer, StopSignals):

@@ -36,7 +36,9 @@ def take_lease(save: str | None, context: ParallelContext) -> Lease | None:
         if lease is not None:
             lease.check()  # of two runs that start at once, one is replaced already
         _all_agree(
-            seen, f"--save {save} is not one folder that all nodes share: what rank 0 wrote is missing for", context
+            seen,
+            f"--save {save} is not one folder that all nodes share: what rank 0 wrote is missing for",
+            context,
         )
     return lease
 
@@ -82,7 +84,9 @@ def compare_times(told: list[tuple[str, dict[str, float]]]) -> list[str]:
     lines, slow = [], []
     for kind in told[0][1]:
         by_rank = [1000 * mine[kind] for _, mine in told]
-        median = statistics.median_low(by_rank)  # of two nodes one may be slow: the mean of both would hide it
+        median = statistics.median_low(
+            by_rank
+        )  # of two nodes one may be slow: the mean of both would hide it
         lines.append(f"{kind}: median {median:.2f} ms, slowest {max(by_rank):.2f} ms")
         slow += [
             f"SLOW: rank {rank} on {told[rank][0]}: {ms:.2f} ms, {ms / median:.1f} times the median, for {kind}"

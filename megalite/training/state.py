@@ -82,9 +82,16 @@ def save_state(
     streams = {RNG + name: value for name, value in parts.rng.states().items()}
     checkpoint = config.checkpoint
     write(
-        checkpoint.save, progress.iteration, _owned(parts, context), streams, state, to_yaml(config), context.control,
-        checkpoint.keep_last, lease,
-    )  # fmt: skip
+        checkpoint.save,
+        progress.iteration,
+        _owned(parts, context),
+        streams,
+        state,
+        to_yaml(config),
+        context.control,
+        checkpoint.keep_last,
+        lease,
+    )
 
 
 def load_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter]) -> None:
@@ -123,7 +130,10 @@ def _load_master(checkpoint: Checkpoint, parts: TrainingComponents) -> None:
     if parts.optimizer.keeps_master:
         parameters = parts.optimizer.parameters
         masters = parts.optimizer.master.items()
-        _read(checkpoint, [_piece(parameters[name], _best_source(checkpoint, name), m) for name, m in masters])
+        _read(
+            checkpoint,
+            [_piece(parameters[name], _best_source(checkpoint, name), m) for name, m in masters],
+        )
 
 
 def _read(checkpoint: Checkpoint, pieces: list[Shard]) -> None:
@@ -146,14 +156,26 @@ def load_state(parts: TrainingComponents, config: RunConfig, context: ParallelCo
         else:
             _load_optimizer(checkpoint, parts, config)
         if options.finetune:
-            return Progress(notes=[f"weights from {checkpoint.folder}; everything else starts anew (--finetune)"])
+            return Progress(
+                notes=[
+                    f"weights from {checkpoint.folder}; everything else starts anew (--finetune)"
+                ]
+            )
         state = checkpoint.state
-        data = DataState.from_json(state["data"]) if state.get("data") else None  # older checkpoints do not tell
+        data = (
+            DataState.from_json(state["data"]) if state.get("data") else None
+        )  # older checkpoints do not tell
         progress = Progress(state["iteration"], state["consumed_samples"], data)
         progress.notes.append(f"resumed from {checkpoint.folder} at iteration {progress.iteration}")
         batch = config.data.global_batch_size
-        if config.training.train_samples and progress.consumed_samples != progress.iteration * batch:
-            done = progress.iteration + (config.training.train_samples - progress.consumed_samples) // batch
+        if (
+            config.training.train_samples
+            and progress.consumed_samples != progress.iteration * batch
+        ):
+            done = (
+                progress.iteration
+                + (config.training.train_samples - progress.consumed_samples) // batch
+            )
             raise CheckpointError(
                 f"{checkpoint.folder} has used {progress.consumed_samples} samples in {progress.iteration} iterations, "
                 f"not --global-batch-size {batch} in each, so --train-samples {config.training.train_samples} is no "
@@ -171,7 +193,9 @@ def settle_data(progress: Progress, now: DataState, allow_change: bool) -> None:
     """
     if progress.data is None:
         if progress.consumed_samples:
-            progress.notes.append("the checkpoint does not tell which data it was made with: it is not compared")
+            progress.notes.append(
+                "the checkpoint does not tell which data it was made with: it is not compared"
+            )
         progress.data = replace(now, start=0)
         return
     differences = progress.data.differences(now)
@@ -179,8 +203,12 @@ def settle_data(progress: Progress, now: DataState, allow_change: bool) -> None:
         progress.data = progress.data.at_places_of(now)
     elif allow_change:
         progress.data = progress.data.followed_by(now, progress.consumed_samples)
-        used = ", ".join(f"{source.prefix} from sample {source.consumed}" for source in progress.data.sources)
-        progress.notes.append(f"the training data changes here: {'; '.join(differences)}; now {used}")
+        used = ", ".join(
+            f"{source.prefix} from sample {source.consumed}" for source in progress.data.sources
+        )
+        progress.notes.append(
+            f"the training data changes here: {'; '.join(differences)}; now {used}"
+        )
     else:
         raise CheckpointError(data_changed(differences))
 
@@ -191,12 +219,36 @@ def data_changed(differences: list[str]) -> str:
 
 
 MAY_DIFFER = {
-    "save", "save_interval", "keep_last", "load", "ckpt_step", "no_load_optim", "no_load_rng", "metrics_file",
-    "dry_run", "log_interval", "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "world_size", "device",
-    "distributed_backend", "distributed_timeout_minutes", "hang_timeout", "check_stragglers", "check_replicas",
-    "allow_data_change", "preset", "tensorboard_dir", "wandb_project", "wandb_exp_name", "profile", "profile_dir",
-    "profile_ranks", "attention_backend",
-}  # fmt: skip
+    "save",
+    "save_interval",
+    "keep_last",
+    "load",
+    "ckpt_step",
+    "no_load_optim",
+    "no_load_rng",
+    "metrics_file",
+    "dry_run",
+    "log_interval",
+    "exit_interval",
+    "exit_duration_in_mins",
+    "exit_signal_handler",
+    "world_size",
+    "device",
+    "distributed_backend",
+    "distributed_timeout_minutes",
+    "hang_timeout",
+    "check_stragglers",
+    "check_replicas",
+    "allow_data_change",
+    "preset",
+    "tensorboard_dir",
+    "wandb_project",
+    "wandb_exp_name",
+    "profile",
+    "profile_dir",
+    "profile_ranks",
+    "attention_backend",
+}
 """Fields that change nothing of what is computed."""
 
 
@@ -212,7 +264,11 @@ def _changes(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
 
 
 def _restore_streams(
-    checkpoint, parts: TrainingComponents, config: RunConfig, context: ParallelContext, progress: Progress
+    checkpoint,
+    parts: TrainingComponents,
+    config: RunConfig,
+    context: ParallelContext,
+    progress: Progress,
 ) -> None:
     """Put the random streams where the checkpoint's run had them, if both runs have streams and the layout is its."""
     scheme = config.training.rng_scheme
@@ -225,12 +281,23 @@ def _restore_streams(
         return
     if scheme == "global" or config.checkpoint.no_load_rng:
         return
-    if (checkpoint.state["layout"], checkpoint.state["device"]) != (_layout(context), context.device.type):
-        progress.notes.append("layout or device are other ones: dropout's random streams start from the seed")
+    if (checkpoint.state["layout"], checkpoint.state["device"]) != (
+        _layout(context),
+        context.device.type,
+    ):
+        progress.notes.append(
+            "layout or device are other ones: dropout's random streams start from the seed"
+        )
         return
     private = checkpoint.private(context.rank, context.world_size)
-    parts.rng.restore({name.removeprefix(RNG): value for name, value in private.items() if name.startswith(RNG)})
+    parts.rng.restore(
+        {name.removeprefix(RNG): value for name, value in private.items() if name.startswith(RNG)}
+    )
 
 
 def _layout(context: ParallelContext) -> dict:
-    return {"tensor": context.tensor.size, "pipeline": context.pipeline.size, "data": context.data.size}
+    return {
+        "tensor": context.tensor.size,
+        "pipeline": context.pipeline.size,
+        "data": context.data.size,
+    }

@@ -30,7 +30,11 @@ class LoadedModel:
 
 
 def load_model(
-    folder: str | Path, architecture: str, step: int | None = None, device: str = "auto", **tokenizer: str | None
+    folder: str | Path,
+    architecture: str,
+    step: int | None = None,
+    device: str = "auto",
+    **tokenizer: str | None,
 ) -> LoadedModel:
     """The model of a checkpoint, of iteration `step` or the latest, and its tokenizer.
 
@@ -47,6 +51,8 @@ def load_model(
         used = trained_tokenizer(with_tokenizer(config.data, tokenizer), config.model.vocab_size)
         chosen, _ = choose_device(device, LaunchInfo(0, 1, 0, 1, "", "none"))
         alone = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
-        model = build_model(alone, ParallelContext.single(chosen), CounterBasedRng.for_seed(0)).eval()
+        model = build_model(
+            alone, ParallelContext.single(chosen), CounterBasedRng.for_seed(0)
+        ).eval()
         load_weights(checkpoint, model.parameters_by_name)
         return LoadedModel(config, model, used, checkpoint.iteration)

@@ -55,13 +55,21 @@ class WandbWriter:
         import wandb
 
         settings = wandb.Settings(console="off", silent=True)
-        if hasattr(settings, "finish_timeout"):  # newer than 0.18; else the end of the process waits without a limit
+        if hasattr(
+            settings, "finish_timeout"
+        ):  # newer than 0.18; else the end of the process waits without a limit
             settings.finish_timeout = CLOSE_SECONDS
         self._run = wandb.init(
-            dir=os.path.abspath(os.environ.get("WANDB_DIR", os.curdir)),  # wandb keeps the one of an earlier run else
-            project=config.training.wandb_project, name=config.training.wandb_exp_name,
-            id=_run_id(config.checkpoint.save), resume="allow", config=to_flat(config), settings=settings,
-        )  # fmt: skip
+            dir=os.path.abspath(
+                os.environ.get("WANDB_DIR", os.curdir)
+            ),  # wandb keeps the one of an earlier run else
+            project=config.training.wandb_project,
+            name=config.training.wandb_exp_name,
+            id=_run_id(config.checkpoint.save),
+            resume="allow",
+            config=to_flat(config),
+            settings=settings,
+        )
         self._run.define_metric("*", step_metric="iteration")
 
     def write(self, **values: float) -> None:
@@ -94,7 +102,11 @@ class BackgroundWriter:
     `patience` seconds at the end."""
 
     def __init__(
-        self, name: str, make: Callable[[], Writer], say: Callable[[str], None], patience: float = CLOSE_SECONDS
+        self,
+        name: str,
+        make: Callable[[], Writer],
+        say: Callable[[str], None],
+        patience: float = CLOSE_SECONDS,
     ):
         self._name, self._say, self._patience, self._dropped = name, say, patience, 0
         self._queue: queue.Queue[dict[str, float] | None] = queue.Queue(MOST_WAITING)
@@ -117,7 +129,9 @@ class BackgroundWriter:
         if self._thread.is_alive():
             self._say(f"{self._name}: not all was sent within {self._patience:g} s")
         if self._dropped:
-            self._say(f"{self._name} did not keep up: the numbers of {self._dropped} iterations were dropped")
+            self._say(
+                f"{self._name} did not keep up: the numbers of {self._dropped} iterations were dropped"
+            )
 
     def _serve(self, make: Callable[[], Writer]) -> None:
         rows = iter(self._queue.get, None)
@@ -156,7 +170,13 @@ def tracking_writers(config: RunConfig, iteration: int, say: Callable[[str], Non
     patience = min(CLOSE_SECONDS, timeout / 4) if timeout else CLOSE_SECONDS
     if training.tensorboard_dir is not None:
         folder = os.path.abspath(training.tensorboard_dir)
-        writers.append(BackgroundWriter("TensorBoard", lambda: TensorBoardWriter(folder, iteration), say, patience))
+        writers.append(
+            BackgroundWriter(
+                "TensorBoard", lambda: TensorBoardWriter(folder, iteration), say, patience
+            )
+        )
     if training.wandb_project is not None:
-        writers.append(BackgroundWriter("Weights & Biases", lambda: WandbWriter(config), say, patience))
+        writers.append(
+            BackgroundWriter("Weights & Biases", lambda: WandbWriter(config), say, patience)
+        )
     return writers

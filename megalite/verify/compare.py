@@ -54,7 +54,9 @@ class Rounding:
 
     def _bound(self, products: int, others: int) -> float:
         m, u = self.model, UNIT_ROUNDOFF[self.precision]
-        longest = 1 if self.precision == "bf16" else max(m.vocab_size, m.ffn, m.hidden_size, self.tokens)
+        longest = (
+            1 if self.precision == "bf16" else max(m.vocab_size, m.ffn, m.hidden_size, self.tokens)
+        )
         return 2 * 4 * sqrt(products * longest + others) * u
 
 
@@ -82,10 +84,14 @@ class Difference:
             return f"{self.place} ({self.kind}): no rank computes all of it"
         names = ("sample", "position") if self.kind in (ACTIVATION, ACTIVATION_GRADIENT) else ()
         names = ("microbatch",) if self.kind == LOSS else names
-        known = " ".join(f"{name} {i}" for name, i in zip(names, self.at)) or f"index {list(self.at)}"
+        known = (
+            " ".join(f"{name} {i}" for name, i in zip(names, self.at)) or f"index {list(self.at)}"
+        )
         ranks = ("rank " if len(self.ranks) == 1 else "ranks ") + ", ".join(map(str, self.ranks))
         size = f"difference {self.largest:.0e}, tolerance {self.tolerance:.0e}"
-        return f"{self.place} ({self.kind}): {size}" + (f"; largest at {known}; {ranks}" if self.ranks else "")
+        return f"{self.place} ({self.kind}): {size}" + (
+            f"; largest at {known}; {ranks}" if self.ranks else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -126,12 +132,16 @@ def family(place: str) -> str:
     return re.sub(r"^layers\.\d+\.", "", place)
 
 
-def compare(reference: Path, reference_ranks: int, chosen: Path, ranks: int, rounding: Rounding) -> Comparison:
+def compare(
+    reference: Path, reference_ranks: int, chosen: Path, ranks: int, rounding: Rounding
+) -> Comparison:
     """Compare the records of two layouts: every rank of the chosen one, replicas too, with the reference's tensors."""
     wanted: dict[tuple[str, str], torch.Tensor] = {}
     for rank in range(reference_ranks):
         for part in read_parts(reference, rank):
-            whole = wanted.setdefault((part.kind, part.place), torch.zeros(part.global_shape, dtype=torch.float64))
+            whole = wanted.setdefault(
+                (part.kind, part.place), torch.zeros(part.global_shape, dtype=torch.float64)
+            )
             whole[_index(part)] = part.values.double()
     scales: dict[tuple[str, str], float] = {}
     for (kind, place), whole in wanted.items():
@@ -139,7 +149,10 @@ def compare(reference: Path, reference_ranks: int, chosen: Path, ranks: int, rou
         scales[key] = max(scales.get(key, 0.0), whole.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
     found = {
         key: Difference(
-            *key, rounding.activation(key[1]) if key[0] in (ACTIVATION, LOSS) else rounding.gradient(key[1])
+            *key,
+            rounding.activation(key[1])
+            if key[0] in (ACTIVATION, LOSS)
+            else rounding.gradient(key[1]),
         )
         for key in wanted
     }
@@ -152,7 +165,13 @@ def compare(reference: Path, reference_ranks: int, chosen: Path, ranks: int, rou
                 found[key] = Difference(*key, 0.0, inf, ranks=[rank])
                 continue
             seen[key][_index(part)] = True
-            _measure(found[key], part, wanted[key][_index(part)], scales[part.kind, family(part.place)], rank)
+            _measure(
+                found[key],
+                part,
+                wanted[key][_index(part)],
+                scales[part.kind, family(part.place)],
+                rank,
+            )
             if part.kind == LOSS:
                 got_loss[_index(part)] = part.values.double()
     for key, covered in seen.items():
@@ -176,7 +195,10 @@ def _measure(found: Difference, part: Part, wanted: torch.Tensor, scale: float, 
     largest = difference.max().item()
     if largest > found.largest:
         here = torch.unravel_index(difference.argmax(), difference.shape)
-        found.largest, found.at = largest, tuple(int(i) + start for i, start in zip(here, part.box.offset))
+        found.largest, found.at = (
+            largest,
+            tuple(int(i) + start for i, start in zip(here, part.box.offset)),
+        )
     if largest > found.tolerance and rank not in found.ranks:
         found.ranks.append(rank)
 
@@ -186,7 +208,9 @@ def _in_order(found: dict[tuple[str, str], Difference]) -> list[Difference]:
     forward = [place for kind, place in found if kind in (ACTIVATION, LOSS)]
 
     def module_of(parameter: str) -> str:
-        return max((place for place in forward if parameter.startswith(place + ".")), key=len, default=LOSS)
+        return max(
+            (place for place in forward if parameter.startswith(place + ".")), key=len, default=LOSS
+        )
 
     weights: dict[str, list[str]] = {}
     for kind, place in found:
@@ -207,7 +231,9 @@ def report(comparison: Comparison) -> str:
         for difference in comparison.differences:
             if difference.kind == kind:
                 layer = re.match(r"layers\.(\d+)\.", difference.place)
-                rows.setdefault(family(difference.place), {})[int(layer[1]) if layer else None] = difference
+                rows.setdefault(family(difference.place), {})[int(layer[1]) if layer else None] = (
+                    difference
+                )
         lines += _tables(kind, rows)
     return "\n".join(lines)
 
@@ -215,15 +241,23 @@ def report(comparison: Comparison) -> str:
 def _tables(kind: str, rows: dict[str, dict[int | None, Difference]]) -> list[str]:
     """Lines of text: a row for each place, a column for each layer, `COLUMNS` of them at a time."""
     layers = sorted({layer for row in rows.values() for layer in row if layer is not None})
-    groups: list[list[int | None]] = [layers[i : i + COLUMNS] for i in range(0, len(layers), COLUMNS)]
+    groups: list[list[int | None]] = [
+        layers[i : i + COLUMNS] for i in range(0, len(layers), COLUMNS)
+    ]
     lines = []
     for columns in [*([[None]] if any(None in row for row in rows.values()) else []), *groups]:
         heads = ["largest"] if columns == [None] else [f"layer {i}" for i in columns]
-        lines += ["", f"{kind:38}{'tolerance':>10}" + "".join(f"{head:>9} " for head in heads).rstrip()]
+        lines += [
+            "",
+            f"{kind:38}{'tolerance':>10}" + "".join(f"{head:>9} " for head in heads).rstrip(),
+        ]
         for place, row in rows.items():
             shown = [row[layer] for layer in columns if layer in row]
             if shown:
                 cells = (f"{d.largest:.0e}{'!' if d.exceeds else ' '}" for d in shown)
                 tolerance = f"{min(d.tolerance for d in shown):.0e}"
-                lines.append(f"  {place:36}{tolerance:>10}" + "".join(f"{cell:>10}" for cell in cells).rstrip())
+                lines.append(
+                    f"  {place:36}{tolerance:>10}"
+                    + "".join(f"{cell:>10}" for cell in cells).rstrip()
+                )
     return lines

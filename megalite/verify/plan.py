@@ -36,19 +36,33 @@ def plan(argv: list[str], launch: LaunchInfo) -> Plan:
     problems += [*in_file, *more]
     if launch.source != "none":
         if "--ranks" in numbers:
-            problems.append(Problem(f"--ranks: {launch.source} has started the ranks already", "leave out --ranks"))
+            problems.append(
+                Problem(
+                    f"--ranks: {launch.source} has started the ranks already", "leave out --ranks"
+                )
+            )
         if folder is None:
             fix = "--work-folder FOLDER, one that every rank can write to"
-            problems.append(Problem(f"under {launch.source}, ranks need a place to leave their records", fix))
+            problems.append(
+                Problem(f"under {launch.source}, ranks need a place to leave their records", fix)
+            )
     if problems:
         raise ConfigError(problems)
     asked = with_values(RunConfig(), with_preset(values | flags))
     config = _one_step(asked, not {"data_path", "train_data_path"}.isdisjoint(flags), shrinks)
     p = config.parallel
-    fitting = asked.parallel.world_size or p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    fitting = (
+        asked.parallel.world_size or p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    )
     if config.data.mock_data and config.model.vocab_size is None:
         message = "data is made up here, so the size of the tokenizer's vocabulary is not known"
-        raise ConfigError([Problem(message, "--vocab-size N, or --shrink, or --data-path PREFIX", ("vocab_size",))])
+        raise ConfigError(
+            [
+                Problem(
+                    message, "--vocab-size N, or --shrink, or --data-path PREFIX", ("vocab_size",)
+                )
+            ]
+        )
     ranks = numbers.get("--ranks", fitting) if launch.source == "none" else launch.world_size
     if problems := [*validate.check(config, ranks), *_masks_differ(config)]:
         fixes = [re.sub(r"start (\d+) ranks", r"--ranks \1", p.fix) for p in problems]
@@ -58,12 +72,16 @@ def plan(argv: list[str], launch: LaunchInfo) -> Plan:
     chosen = shrunk(chosen, ranks, data) if shrinks else chosen
     reference, reference_ranks = _reference(chosen, tensor, pipeline, data)
     if problems := validate.check(reference, reference_ranks):
-        raise ConfigError([Problem(f"reference layout: {p.message}", p.fix, p.flags) for p in problems])
+        raise ConfigError(
+            [Problem(f"reference layout: {p.message}", p.fix, p.flags) for p in problems]
+        )
     reference = validate.resolve(reference, reference_ranks)
     return Plan(_packed(chosen, asked), ranks, _packed(reference, asked), reference_ranks, folder)
 
 
-def _own_flags(argv: list[str]) -> tuple[bool, str | None, dict[str, int], list[str], list[Problem]]:
+def _own_flags(
+    argv: list[str],
+) -> tuple[bool, str | None, dict[str, int], list[str], list[Problem]]:
     """(--shrink, --work-folder, numbers by flag, the other arguments, problems)."""
     shrinks, folder, numbers, rest, problems = False, None, {}, [], []
     words = list(argv)
@@ -97,20 +115,28 @@ def _one_step(config: RunConfig, real_data: bool, shrinks: bool) -> RunConfig:
     data, model = config.data, config.model
     if not real_data:
         data = DataConfig(
-            mock_data=True, micro_batch_size=data.micro_batch_size, global_batch_size=data.global_batch_size
+            mock_data=True,
+            micro_batch_size=data.micro_batch_size,
+            global_batch_size=data.global_batch_size,
         )
         if model.vocab_size is None and shrinks:  # it was the tokenizer's
             model = replace(model, vocab_size=1000)
     else:
         data = replace(data, valid_data_path=None)  # nothing is evaluated
     training = TrainingConfig(
-        train_iters=1, eval_interval=0, eval_iters=0, seed=config.training.seed, rng_scheme=config.training.rng_scheme
+        train_iters=1,
+        eval_interval=0,
+        eval_iters=0,
+        seed=config.training.seed,
+        rng_scheme=config.training.rng_scheme,
     )
     optimizer = OptimizerConfig(
         precision=config.optimizer.precision, bf16=config.optimizer.bf16, lr_decay_style="constant"
     )
     parallel = replace(config.parallel, world_size=None)  # it is the number of ranks here
-    return RunConfig(model, parallel, config.recompute, optimizer, data, config.bert, training=training)
+    return RunConfig(
+        model, parallel, config.recompute, optimizer, data, config.bert, training=training
+    )
 
 
 def _packed(config: RunConfig, asked: RunConfig) -> RunConfig:
@@ -172,12 +198,16 @@ def _shrunk_model(m: ModelConfig, t: int, stages: int) -> ModelConfig:
     heads = groups * min(queries, 2)
     head_size = min(m.head_size, 8)
     # The ratio of heads to hidden size stays, and so that of MLP to hidden size.
-    hidden = max(2, round(heads * head_size * m.hidden_size / (m.num_attention_heads * m.head_size)))
+    hidden = max(
+        2, round(heads * head_size * m.hidden_size / (m.num_attention_heads * m.head_size))
+    )
     hidden = min(m.hidden_size, hidden)
     length = min(m.seq_length, 16 * t)
     unit = m.make_vocab_size_divisible_by
     padded, small_unit = m.vocab_size % (unit * t), min(unit, 16)
-    vocabulary = 8 * small_unit * t + (padded % (small_unit * t) or int(padded > 0))  # what is padded stays padded
+    vocabulary = 8 * small_unit * t + (
+        padded % (small_unit * t) or int(padded > 0)
+    )  # what is padded stays padded
     vocabulary, unit = min((vocabulary, small_unit), (m.vocab_size, unit))
     sizes: dict[str, Any] = {
         "num_layers": min(m.num_layers, 2 * stages + int(m.num_layers % stages > 0)),
@@ -187,7 +217,9 @@ def _shrunk_model(m: ModelConfig, t: int, stages: int) -> ModelConfig:
         "kv_channels": head_size,
         "ffn_hidden_size": min(m.ffn, t * max(1, round(hidden * m.ffn / (m.hidden_size * t)))),
         "seq_length": length,
-        "max_position_embeddings": min(m.positions, length if m.positions == m.seq_length else 2 * length),
+        "max_position_embeddings": min(
+            m.positions, length if m.positions == m.seq_length else 2 * length
+        ),
         "make_vocab_size_divisible_by": unit,
         "vocab_size": vocabulary,
         # Products then have about the size they had.

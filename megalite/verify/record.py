@@ -33,7 +33,12 @@ from megalite.parallel.launch import LaunchInfo
 from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import build_components, build_context, build_model
 
-ACTIVATION, LOSS, ACTIVATION_GRADIENT, GRADIENT = "activation", "loss", "gradient of activation", "gradient"
+ACTIVATION, LOSS, ACTIVATION_GRADIENT, GRADIENT = (
+    "activation",
+    "loss",
+    "gradient of activation",
+    "gradient",
+)
 RECORDED_MODULES = (Attention, ColumnParallelLinear, Embedding, HiddenDropout, MLP, Norm)
 """Modules whose outputs are hidden states [s, b, h], or [s, b, f/t] of a column-parallel layer."""
 END = 0
@@ -123,7 +128,9 @@ class Recorder:
         self.parts.append(Part(kind, place, (self.batch_size, length, *features), box, values))
 
 
-def record(launch: LaunchInfo, config: RunConfig, folder: str | Path, build_model: Callable = build_model) -> None:
+def record(
+    launch: LaunchInfo, config: RunConfig, folder: str | Path, build_model: Callable = build_model
+) -> None:
     """Run one step (forward and backward of the first global batch, gradients reduced) as one rank of a resolved
     configuration, and write what it computed to a file of its own in `folder`. Collective over the launcher's ranks.
 
@@ -139,7 +146,10 @@ def record(launch: LaunchInfo, config: RunConfig, folder: str | Path, build_mode
         parts.optimizer.gradients.zero()
         parts.engine.train_step(batches, loss_weights)
         parts.optimizer.gradients.reduce()
-        found = [_weighted(part, loss_weights.cpu()) if part.kind == LOSS else part for part in recorder.parts]
+        found = [
+            _weighted(part, loss_weights.cpu()) if part.kind == LOSS else part
+            for part in recorder.parts
+        ]
         for name, parameter in parts.model.parameters_by_name.items():
             spec = parameter.spec
             values = spec.real(parameter.main_grad).to("cpu", copy=True).contiguous()
@@ -163,7 +173,9 @@ def _stir(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
 def _batches(config: RunConfig, model) -> GlobalBatches:
     data = config.data
     samples = {"train": data.global_batch_size}
-    dataset = blended(build_sources(data, config.model, config.training.seed, samples, config.bert)["train"])
+    dataset = blended(
+        build_sources(data, config.model, config.training.seed, samples, config.bert)["train"]
+    )
     if not data.mock_data or config.is_bert:  # BERT's made-up samples are of many lengths already
         return build_batches(config, dataset, model)
     config = replace(config, data=replace(data, eod_mask_loss=True))
@@ -171,7 +183,9 @@ def _batches(config: RunConfig, model) -> GlobalBatches:
 
 
 def _weighted(part: Part, loss_weights: torch.Tensor) -> Part:
-    return Part(part.kind, part.place, part.global_shape, part.box, part.values.double() * loss_weights)
+    return Part(
+        part.kind, part.place, part.global_shape, part.box, part.values.double() * loss_weights
+    )
 
 
 def record_on_ranks(config: RunConfig, world_size: int, folder: str | Path) -> None:
@@ -180,15 +194,24 @@ def record_on_ranks(config: RunConfig, world_size: int, folder: str | Path) -> N
     fork.set_forkserver_preload([__name__, "torch._dynamo"])
     # A place of its own for each time: what a killed run left there would mislead the next one.
     meet = f"file://{tempfile.mkdtemp(dir=Path(folder).resolve(), prefix='meet-')}/ranks"
-    launches = [LaunchInfo(rank, world_size, rank, world_size, meet, "verify") for rank in range(world_size)]
-    ranks = [fork.Process(target=record, args=(launch, config, folder), daemon=True) for launch in launches]
+    launches = [
+        LaunchInfo(rank, world_size, rank, world_size, meet, "verify") for rank in range(world_size)
+    ]
+    ranks = [
+        fork.Process(target=record, args=(launch, config, folder), daemon=True)
+        for launch in launches
+    ]
     for rank in ranks:
         rank.start()
     try:
         running = list(ranks)
         while running:
             wait([rank.sentinel for rank in running])
-            failed = [f"rank {i} ended with status {rank.exitcode}" for i, rank in enumerate(ranks) if rank.exitcode]
+            failed = [
+                f"rank {i} ended with status {rank.exitcode}"
+                for i, rank in enumerate(ranks)
+                if rank.exitcode
+            ]
             if failed:
                 raise RanksFailed(f"{', '.join(failed)} of {world_size}: see its message above")
             running = [rank for rank in running if rank.exitcode is None]
@@ -208,12 +231,20 @@ def _file_of(folder: str | Path, rank: int) -> Path:
 
 
 def _write(file: Path, parts: list[Part]) -> None:
-    described = json.dumps([(p.kind, p.place, p.global_shape, p.box.offset, p.box.shape) for p in parts])
-    save_file({str(i): part.values for i, part in enumerate(parts)}, file, metadata={"parts": described})
+    described = json.dumps(
+        [(p.kind, p.place, p.global_shape, p.box.offset, p.box.shape) for p in parts]
+    )
+    save_file(
+        {str(i): part.values for i, part in enumerate(parts)}, file, metadata={"parts": described}
+    )
 
 
 def read_parts(folder: str | Path, rank: int) -> Iterator[Part]:
     """What `record` wrote for a rank, in the order of the computation."""
     with safe_open(_file_of(folder, rank), "pt") as file:
-        for i, (kind, place, shape, offset, size) in enumerate(json.loads(file.metadata()["parts"])):
-            yield Part(kind, place, tuple(shape), Box(tuple(offset), tuple(size)), file.get_tensor(str(i)))
+        for i, (kind, place, shape, offset, size) in enumerate(
+            json.loads(file.metadata()["parts"])
+        ):
+            yield Part(
+                kind, place, tuple(shape), Box(tuple(offset), tuple(size)), file.get_tensor(str(i))
+            )

@@ -69,7 +69,11 @@ class BoundedStore:
         wanted = list(keys)
 
         def get() -> dict[str, bytes]:
-            there = wanted if self._store.check(wanted) else [key for key in wanted if self._store.check([key])]
+            there = (
+                wanted
+                if self._store.check(wanted)
+                else [key for key in wanted if self._store.check([key])]
+            )
             return dict(zip(there, self._store.multi_get(there)))
 
         return self._ask(get)

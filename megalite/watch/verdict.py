@@ -39,23 +39,37 @@ class Report:
     """How many reports came before; one that does not grow is of a rank that no longer reports."""
 
     @classmethod
-    def of(cls, activity: Activity, rank: int, host: str, pid: int, blocks: bool, **rest) -> "Report":
+    def of(
+        cls, activity: Activity, rank: int, host: str, pid: int, blocks: bool, **rest
+    ) -> "Report":
         """The report of a rank from its activity."""
         return cls(
-            rank, host, pid, activity.step, activity.doing, activity.idle_seconds,
-            list(activity.latest.values()), activity.waiting, blocks, **rest,
-        )  # fmt: skip
+            rank,
+            host,
+            pid,
+            activity.step,
+            activity.doing,
+            activity.idle_seconds,
+            list(activity.latest.values()),
+            activity.waiting,
+            blocks,
+            **rest,
+        )
 
     def to_json(self) -> str:
         """The report as text. Groups are named by first rank, end and stride, so that its size is not the job's."""
-        return json.dumps(asdict(self), default=lambda ranks: f"{ranks.start}:{ranks.stop}:{ranks.step}")
+        return json.dumps(
+            asdict(self), default=lambda ranks: f"{ranks.start}:{ranks.stop}:{ranks.step}"
+        )
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Report":
         """Back from `to_json`."""
         values = json.loads(text)
         waiting = values["waiting"] and _call(values["waiting"])
-        return cls(**values | {"waiting": waiting, "latest": [_call(call) for call in values["latest"]]})
+        return cls(
+            **values | {"waiting": waiting, "latest": [_call(call) for call in values["latest"]]}
+        )
 
     @property
     def where(self) -> str:
@@ -90,7 +104,9 @@ def culprits(reports: Mapping[int, Report], silent_after: float) -> tuple[dict[i
 
     Where nobody waits for anyone: those of which nothing is heard, else those that stand still outside of calls.
     """
-    begun = {rank: {call.key: call.number for call in report.latest} for rank, report in reports.items()}
+    begun = {
+        rank: {call.key: call.number for call in report.latest} for rank, report in reports.items()
+    }
     missing: dict[tuple, list[int]] = {}
     wanted: dict[int, Why] = {}
     waits = set()
@@ -100,7 +116,9 @@ def culprits(reports: Mapping[int, Report], silent_after: float) -> tuple[dict[i
         for call in reports[rank].awaits:
             place = call.key, call.number
             if place not in missing:
-                missing[place] = [r for r in call.ranks if r in begun and begun[r].get(call.key, 0) < call.number]
+                missing[place] = [
+                    r for r in call.ranks if r in begun and begun[r].get(call.key, 0) < call.number
+                ]
                 wanted |= {other: (call, rank) for other in missing[place] if other not in wanted}
             if missing[place]:
                 waits.add(rank)
@@ -111,11 +129,17 @@ def culprits(reports: Mapping[int, Report], silent_after: float) -> tuple[dict[i
         roots = dict([max(wanted.items(), key=lambda item: reports[item[0]].idle_seconds)])
     if wanted:
         return dict(sorted((roots or wanted).items())), not roots
-    still = silent or {rank for rank, r in reports.items() if r.idle_seconds and not r.waiting} or set(reports)
+    still = (
+        silent
+        or {rank for rank, r in reports.items() if r.idle_seconds and not r.waiting}
+        or set(reports)
+    )
     return dict.fromkeys(sorted(still), (None, None)), False
 
 
-def hang_verdict(reports: Mapping[int, Report], seconds: float, silent_after: float, file: str) -> str:
+def hang_verdict(
+    reports: Mapping[int, Report], seconds: float, silent_after: float, file: str
+) -> str:
     """What is printed when nothing has moved for `seconds`: who, where, missing from what, with its stack."""
     blamed, circle = culprits(reports, silent_after)
     names = ", ".join(map(str, list(blamed)[:16])) + (", ..." if len(blamed) > 16 else "")
@@ -123,16 +147,23 @@ def hang_verdict(reports: Mapping[int, Report], seconds: float, silent_after: fl
     head = f"{count} wait for each other" if circle else f"waiting for {count}"
     lines = [f"HANG: no progress for {seconds:.0f} s, {head}"]
     for rank, (call, waiting) in list(blamed.items())[:CULPRITS_SHOWN]:
-        lines += _blame(reports[rank], call, reports.get(waiting), reports[rank].silent_seconds > silent_after)
+        lines += _blame(
+            reports[rank], call, reports.get(waiting), reports[rank].silent_seconds > silent_after
+        )
     others = len(reports) - len(blamed)
-    lines.append(f"  stacks of all {len(reports)} ranks: {file}" + (f" ({others} only wait)" if others else ""))
+    lines.append(
+        f"  stacks of all {len(reports)} ranks: {file}"
+        + (f" ({others} only wait)" if others else "")
+    )
     return "\n".join(lines)
 
 
 def _blame(report: Report, call: Call | None, waiting: Report | None, silent: bool) -> list[str]:
     lines = [f"  {report.where}: {'last heard: ' if silent else ''}{report.state}"]
     if silent:
-        lines.append("    it does not answer: stopped, cut off from the network, or stuck outside of Python")
+        lines.append(
+            "    it does not answer: stopped, cut off from the network, or stuck outside of Python"
+        )
     if call is not None:
         lines.append(f"    missing from {call}")
         long = f" has waited for {waiting.idle_seconds:.0f} s" if waiting.idle_seconds else " waits"

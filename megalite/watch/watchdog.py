@@ -53,7 +53,9 @@ class Watchdog:
     `folder` is where the file with all stacks is written; `say` prints the verdict.
     """
 
-    def __init__(self, context: ParallelContext, timeout: float, folder: str | Path, say: Callable = print):
+    def __init__(
+        self, context: ParallelContext, timeout: float, folder: str | Path, say: Callable = print
+    ):
         self._context, self._timeout, self._folder, self._say = context, timeout, Path(folder), say
         self._awake = SuspendDetector()
         # A connection of its own: another one may be blocked in a wait.
@@ -61,7 +63,11 @@ class Watchdog:
         self._main = threading.get_ident()
         self._beats, self._seconds = 0, min(BEAT_SECONDS, timeout / 4) if timeout else BEAT_SECONDS
         self._patience = 2 + SILENT_BEATS * self._seconds
-        self._over, self._gone, self._leaving = threading.Event(), threading.Event(), threading.Event()
+        self._over, self._gone, self._leaving = (
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
         self._failed, self._ending = False, 0.0
         self._next_beat, self._heard = -1, time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -86,7 +92,9 @@ class Watchdog:
             self._thread.join()
             if self._timeout:
                 self._dump_stacks_after(self._timeout + ANSWER_SECONDS, exit=True)
-                self._thread = threading.Thread(target=self._watch_the_end, name="watchdog", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._watch_the_end, name="watchdog", daemon=True
+                )
                 self._thread.start()
 
     # What the thread does --------------------------------------------------------------------------------------------
@@ -97,7 +105,9 @@ class Watchdog:
             try:
                 if not self._failed:  # else rank 0 may have ended by now, with the store
                     self._beat()
-            except Exception as error:  # whatever it is, this thread goes on: it alone can end a job that hangs
+            except (
+                Exception
+            ) as error:  # whatever it is, this thread goes on: it alone can end a job that hangs
                 if self._hangs:
                     self._end_alone(error)
             over = self._awake.wait(self._over, self._seconds)
@@ -187,7 +197,9 @@ class Watchdog:
         file = self._folder / f"hang-step-{step}.txt"
         verdict = hang_verdict(reports, idle, SILENT_BEATS * self._seconds, str(file))
         self._say(verdict)  # before the file: its disk may be what hangs
-        threading.Thread(target=self._write_stacks, args=(file, all_stacks(verdict, reports)), daemon=True).start()
+        threading.Thread(
+            target=self._write_stacks, args=(file, all_stacks(verdict, reports)), daemon=True
+        ).start()
         self._wait_for_the_judge()
 
     def _write_stacks(self, file: Path, parts: Iterable[str]) -> None:
@@ -239,7 +251,10 @@ class Watchdog:
             time.sleep(POLL_SECONDS if wanted else 0)
         waited = time.monotonic() - began
         unknown = Report(-1, "a host unknown", 0, 0, "starting", 0.0, [])
-        lost = {rank: replace(found.get(rank, unknown), rank=rank, silent_seconds=waited) for rank in wanted}
+        lost = {
+            rank: replace(found.get(rank, unknown), rank=rank, silent_seconds=waited)
+            for rank in wanted
+        }
         return found | lost
 
     def failed(self, message: str) -> bool:
@@ -249,7 +264,9 @@ class Watchdog:
         self._leaving.set()
         with suppress(RuntimeError):  # of torch's store: the job ends anyway
             number = self._store.add("failures", 1)
-            text = json.dumps([self._context.rank, self._context.host, message or "see what rank 0 says"])
+            text = json.dumps(
+                [self._context.rank, self._context.host, message or "see what rank 0 says"]
+            )
             self._store.set(f"failure/{number}", text)
             self._store.set("ending", "yes")
             same = number > 1 and json.loads(self._store.get("failure/1"))[2] == message
@@ -297,13 +314,18 @@ class Watchdog:
         time.sleep(OTHERS_FIRST_SECONDS)
         if not self._store.add("failures", 0):
             before = self._collect(lambda report: True, 0.5)
-            dead = self._collect(lambda report: report.beat > before[report.rank].beat, SILENT_BEATS * BEAT_SECONDS)
+            dead = self._collect(
+                lambda report: report.beat > before[report.rank].beat, SILENT_BEATS * BEAT_SECONDS
+            )
             silent = [report for report in dead.values() if report.silent_seconds]
-            gone = [report for report in silent if not self._store.check(f"knows/{report.rank}")]  # nor has failed now
+            gone = [
+                report for report in silent if not self._store.check(f"knows/{report.rank}")
+            ]  # nor has failed now
             if gone:
                 self._know(report.rank for report in gone)
                 names = "; ".join(
-                    f"{report.where} died without a word (last heard: {report.state})" for report in gone[:3]
+                    f"{report.where} died without a word (last heard: {report.state})"
+                    for report in gone[:3]
                 )
                 return f"{names}: killed by hand, for want of memory, or with its node (see dmesg and `sacct -j JOB`)"
         if not self._store.add("failures", 0):

@@ -11,7 +11,15 @@ from megalite.parallel.boxes import Box, split
 from megalite.parallel.collectives import Group
 
 ALONE = Group((0,), 0)
-FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
+FILE_OPERATIONS = {
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.scandir",
+    "os.listdir",
+}
 """Audit events of the interpreter; os.replace is an os.rename, too."""
 
 
@@ -33,11 +41,19 @@ def cut(shape: tuple[int, ...], dim: int, parts: int) -> list[Box]:
     for index in range(parts):
         start, size = split(shape[dim], parts, index)
         offset = tuple(start if d == dim else 0 for d in range(len(shape)))
-        boxes.append(Box(offset, tuple(size if d == dim else length for d, length in enumerate(shape))))
+        boxes.append(
+            Box(offset, tuple(size if d == dim else length for d, length in enumerate(shape)))
+        )
     return boxes
 
 
-def save(root: Path, iteration: int, *pieces: Shard, state: dict | None = None, keep_last: int | None = None) -> Path:
+def save(
+    root: Path,
+    iteration: int,
+    *pieces: Shard,
+    state: dict | None = None,
+    keep_last: int | None = None,
+) -> Path:
     """Write a checkpoint from a single rank."""
     return write(root, iteration, pieces, {}, state or {}, "lr: 0.1\n", ALONE, keep_last)
 
@@ -45,4 +61,8 @@ def save(root: Path, iteration: int, *pieces: Shard, state: dict | None = None, 
 def names_in(root: Path) -> list[str]:
     """What lies in a folder, hidden entries included, without what tells the owner. Desks must be empty."""
     assert not list(root.glob(f"{DESK}*/*"))
-    return sorted(path.name for path in root.iterdir() if path.name != OWNER_FILE and not path.name.startswith(DESK))
+    return sorted(
+        path.name
+        for path in root.iterdir()
+        if path.name != OWNER_FILE and not path.name.startswith(DESK)
+    )

@@ -25,7 +25,9 @@ from megalite.checkpoint.save import write
 from tests.checkpoint.helpers import ALONE, FILE_OPERATIONS, names_in, whole
 
 
-def save(root, iteration: int, lease: Lease, value: float = 1.0, meanwhile=lambda: None, keep_last=None) -> Path:
+def save(
+    root, iteration: int, lease: Lease, value: float = 1.0, meanwhile=lambda: None, keep_last=None
+) -> Path:
     """Write a checkpoint; `meanwhile` runs while its tensors are written."""
 
     def pieces():
@@ -39,7 +41,9 @@ def test_the_latest_claim_counts(tmp_path):
     first = Lease.take(tmp_path / "c")
     save(tmp_path / "c", 1, first)
     second = Lease.take(tmp_path / "c")
-    with pytest.raises(CheckpointError, match=r"now belongs to another run \(process \d+ on .*was replaced"):
+    with pytest.raises(
+        CheckpointError, match=r"now belongs to another run \(process \d+ on .*was replaced"
+    ):
         save(tmp_path / "c", 2, first)
     save(tmp_path / "c", 2, second, 2.0)
     assert list_iterations(tmp_path / "c") == [1, 2]
@@ -121,7 +125,9 @@ def replace_at_each_operation(folder: Path, old_iteration: int, new_iteration: i
             assert ends == ["well"] and latest_iteration(root) == old_iteration
             return at - 1
         if json.loads((root / "owner.json").read_text())["token"] == before.token:
-            suspended.go_on(root)  # it has not begun to replace anyone: who claims now comes before it
+            suspended.go_on(
+                root
+            )  # it has not begun to replace anyone: who claims now comes before it
             continue
         successor = Lease.take(root)
         saved = save(root, new_iteration, successor, 2.0)
@@ -132,18 +138,28 @@ def replace_at_each_operation(folder: Path, old_iteration: int, new_iteration: i
             assert (root / CONTINUE_FILE).read_text() == "the successor's\n"
             with Checkpoint.open(root) as checkpoint:
                 checkpoint.verify()
-                assert (checkpoint.iteration, checkpoint.read("w").tolist()) == (new_iteration, [2.0, 2.0])
+                assert (checkpoint.iteration, checkpoint.read("w").tolist()) == (
+                    new_iteration,
+                    [2.0, 2.0],
+                )
 
         save(root, new_iteration + 1, successor, 3.0, meanwhile=go_on_and_look)
         with Checkpoint.open(root) as checkpoint:
             checkpoint.verify()
-            assert (checkpoint.iteration, checkpoint.read("w").tolist()) == (new_iteration + 1, [3.0, 3.0])
-        assert isinstance(ends[0], CheckpointError) and "now belongs to another run" in str(ends[0]), (at, ends)
+            assert (checkpoint.iteration, checkpoint.read("w").tolist()) == (
+                new_iteration + 1,
+                [3.0, 3.0],
+            )
+        assert isinstance(ends[0], CheckpointError) and "now belongs to another run" in str(
+            ends[0]
+        ), (at, ends)
         names_in(root)  # which sees that nothing half-done is left
 
 
 @pytest.mark.parametrize(("old", "new"), [(30, 40), (30, 30), (30, 20), (20, 20)])
-def test_a_run_that_is_replaced_at_any_operation_changes_nothing_any_more(tmp_path, forkserver, old, new):
+def test_a_run_that_is_replaced_at_any_operation_changes_nothing_any_more(
+    tmp_path, forkserver, old, new
+):
     """The successor saves a later checkpoint, the same one, one that the old run was about to delete, one that it was
     about to move aside."""
     with ProcessPoolExecutor(1, forkserver) as process:

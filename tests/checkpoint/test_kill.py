@@ -50,13 +50,17 @@ def save_until_step(root, iteration, last_step):
 
 
 @pytest.mark.parametrize("iteration", [30, 20], ids=["a new iteration", "the latest again"])
-def test_a_kill_before_each_file_operation_leaves_the_latest_or_the_new_one(tmp_path, forkserver, iteration):
+def test_a_kill_before_each_file_operation_leaves_the_latest_or_the_new_one(
+    tmp_path, forkserver, iteration
+):
     values, exit_code = [], None
     while exit_code != 0:
         root = tmp_path / str(len(values))
         save(root, 10, whole("w", torch.tensor(0.0)))
         save(root, 20, whole("w", torch.tensor(1.0)))
-        process = forkserver.Process(target=save_until_step, args=(root, iteration, len(values) + 1), daemon=True)
+        process = forkserver.Process(
+            target=save_until_step, args=(root, iteration, len(values) + 1), daemon=True
+        )
         process.start()
         process.join()
         exit_code = process.exitcode
@@ -77,7 +81,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_latest_checkpoint(tmp_path, forkser
     number, killed_while_saving = -1, 0
     for _ in range(TRIALS):
         here, there = forkserver.Pipe(duplex=False)
-        process = forkserver.Process(target=save_until_killed, args=(tmp_path, number + 1, there), daemon=True)
+        process = forkserver.Process(
+            target=save_until_killed, args=(tmp_path, number + 1, there), daemon=True
+        )
         process.start()
         there.close()
         seconds_of_a_save = here.recv()

@@ -43,7 +43,9 @@ def save_rows_read_columns(launch, root):
 def test_rows_are_read_as_columns_by_all_and_whole_by_one(pool, tmp_path, ranks):
     results = pool.run(save_rows_read_columns, ranks, tmp_path)
     assert torch.equal(torch.cat([columns for _, columns, _ in results], dim=1), numbers(7))
-    assert [(state, private) for state, _, private in results] == [({"from": 0}, rank) for rank in range(ranks)]
+    assert [(state, private) for state, _, private in results] == [
+        ({"from": 0}, rank) for rank in range(ranks)
+    ]
     checkpoint = Checkpoint.open(tmp_path)
     assert torch.equal(checkpoint.read("w"), numbers(7))
     assert checkpoint.private(0, world_size=1) is None

@@ -25,11 +25,19 @@ def random_bits(shape, dtype):
 
 
 def same_bits(one, other):
-    return one.dtype == other.dtype and one.shape == other.shape and raw_bytes(one) == raw_bytes(other)
+    return (
+        one.dtype == other.dtype and one.shape == other.shape and raw_bytes(one) == raw_bytes(other)
+    )
 
 
 def raw_bytes(tensor):
-    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
+    return (
+        tensor.clone(memory_format=torch.contiguous_format)
+        .reshape(-1)
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
 
 
 def edit_index(folder, change):
@@ -75,7 +83,9 @@ def test_every_tensor_in_a_file_is_aligned_to_its_elements(tmp_path):
     content = (folder / "weights-00000.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    starts = {tensor: 8 + length + header[str(tensor.dtype)]["data_offsets"][0] for tensor in tensors}
+    starts = {
+        tensor: 8 + length + header[str(tensor.dtype)]["data_offsets"][0] for tensor in tensors
+    }
     assert all(start % tensor.element_size() == 0 for tensor, start in starts.items())
 
 
@@ -134,7 +144,11 @@ def test_state_configuration_and_private_tensors(tmp_path):
     private = {"rng.default": torch.get_rng_state(), "rng.tensor": torch.arange(0)}
     write(tmp_path, 100, [whole("w", torch.ones(2))], private, state, "tp: 2\n", ALONE)
     checkpoint = Checkpoint.open(tmp_path)
-    assert (checkpoint.iteration, checkpoint.state, checkpoint.config_yaml) == (100, state, "tp: 2\n")
+    assert (checkpoint.iteration, checkpoint.state, checkpoint.config_yaml) == (
+        100,
+        state,
+        "tp: 2\n",
+    )
     assert (checkpoint.world_size, checkpoint.names) == (1, ["w"])
     stored = checkpoint.private(0, world_size=1)
     assert stored.keys() == private.keys()
@@ -156,11 +170,14 @@ def test_what_is_not_there_is_named_with_what_is(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         Checkpoint.open(tmp_path)
     save(tmp_path, 5, whole("layers.0.mlp.up.weight", torch.ones(2, 3)), whole("b", torch.ones(4)))
-    with pytest.raises(CheckpointError, match=r"iter_0000006 does not exist; .* holds iter_0000005"):
+    with pytest.raises(
+        CheckpointError, match=r"iter_0000006 does not exist; .* holds iter_0000005"
+    ):
         Checkpoint.open(tmp_path, step=6)
     checkpoint = Checkpoint.open(tmp_path)
     with pytest.raises(
-        CheckpointError, match=r"layers.0.mlp.uo.weight is not stored \(nearest: layers.0.mlp.up.weight"
+        CheckpointError,
+        match=r"layers.0.mlp.uo.weight is not stored \(nearest: layers.0.mlp.up.weight",
     ):
         checkpoint.read("layers.0.mlp.uo.weight")
     with pytest.raises(CheckpointError, match=r"b has shape \(4,\).* does not lie in it"):
@@ -178,7 +195,11 @@ def test_check_lists_everything_that_does_not_fit_at_once(tmp_path):
     checkpoint.check([whole("up.weight", torch.zeros(2, 3))])
     with pytest.raises(CheckpointError) as caught:
         checkpoint.check(
-            [whole("up.weight", torch.ones(4, 3)), whole("up.wait", torch.ones(1)), whole("zz", torch.ones(1))]
+            [
+                whole("up.weight", torch.ones(4, 3)),
+                whole("up.wait", torch.ones(1)),
+                whole("zz", torch.ones(1)),
+            ]
         )
     text = str(caught.value)
     assert "up.weight: shape (2, 3) is stored, (4, 3) is wanted" in text
@@ -195,7 +216,9 @@ def test_missing_and_truncated_files_are_found_when_opening(tmp_path):
     file = folder / "weights-00000.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match=f"has {len(content) - 1} bytes instead of {len(content)}"):
+    with pytest.raises(
+        CheckpointError, match=f"has {len(content) - 1} bytes instead of {len(content)}"
+    ):
         Checkpoint.open(tmp_path)
     file.unlink()
     (folder / "state.json").unlink()
@@ -226,7 +249,10 @@ def test_a_broken_header_is_an_error_of_the_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda index: index.update(format_version=2), "format version 2; this megalite reads version 1"),
+        (
+            lambda index: index.update(format_version=2),
+            "format version 2; this megalite reads version 1",
+        ),
         (lambda index: index.pop("format_version"), "damaged.*format_version"),
         (lambda index: index.pop("names"), "damaged.*names"),
         (lambda index: index["names"]["w"].update(dtype="object"), "damaged.*object"),
@@ -237,7 +263,10 @@ def test_a_broken_header_is_an_error_of_the_checkpoint(tmp_path):
             lambda index: index["files"].update({"../secret": {"bytes": 1, "sha256": ""}}),
             "unsafe file name '../secret'",
         ),
-        (lambda index: index["files"].update({"..": {"bytes": 1, "sha256": ""}}), "unsafe file name"),
+        (
+            lambda index: index["files"].update({"..": {"bytes": 1, "sha256": ""}}),
+            "unsafe file name",
+        ),
     ],
 )
 def test_an_index_that_is_damaged_or_unsafe_is_refused(tmp_path, change, text):

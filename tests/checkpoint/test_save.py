@@ -35,7 +35,10 @@ def scalar(value):
         ([part("w", TENSOR, TOP), part("w", TENSOR, TOP)], "w: .* overlap"),
         ([part("w", TENSOR, TOP), part("w", TENSOR, Box((1, 0), (2, 6)))], "w: .* overlap"),
         ([part("w", TENSOR, Box((4, 0), (0, 6)))], "w: only 0 of the 24 elements"),
-        ([whole("w", TENSOR), whole("c", torch.ones(2, dtype=torch.complex64))], "complex64 cannot be stored"),
+        (
+            [whole("w", TENSOR), whole("c", torch.ones(2, dtype=torch.complex64))],
+            "complex64 cannot be stored",
+        ),
     ],
     ids=["uncovered", "twice", "overlapping", "all empty", "dtype"],
 )
@@ -48,7 +51,12 @@ def test_pieces_that_do_not_fit_are_refused_before_the_commit(tmp_path, pieces, 
 
 
 def test_a_piece_checks_itself():
-    for name, shape, box in [("w", (4, 6), BOTTOM), ("w", (1, 6), TOP), ("w", (4, 6, 1), TOP), ("a@b", (4, 6), TOP)]:
+    for name, shape, box in [
+        ("w", (4, 6), BOTTOM),
+        ("w", (1, 6), TOP),
+        ("w", (4, 6, 1), TOP),
+        ("a@b", (4, 6), TOP),
+    ]:
         tensor = TENSOR[:2] if box == TOP else TENSOR
         with pytest.raises(ValueError, match=name):
             Shard(name, tensor, shape, box)
@@ -86,7 +94,14 @@ def test_keep_last_spares_a_later_branch_replaced_folders_and_what_is_not_ours(t
     foreign = tmp_path / "iter_0000001" / "mp_rank_00"
     foreign.mkdir(parents=True)
     save(tmp_path, 20, scalar(21), keep_last=1)  # as if resumed from 10
-    expected = ["iter_0000001", "iter_0000020", "iter_0000020.replaced-1", "iter_0000030", "iter_0000040", LATEST]
+    expected = [
+        "iter_0000001",
+        "iter_0000020",
+        "iter_0000020.replaced-1",
+        "iter_0000030",
+        "iter_0000040",
+        LATEST,
+    ]
     assert names_in(tmp_path) == expected
     assert value_at(tmp_path) == 21
     assert foreign.is_dir()
@@ -96,16 +111,25 @@ def test_an_existing_folder_is_moved_aside_and_named(tmp_path, capsys):
     for value in (1, 2, 3):
         save(tmp_path, 10, scalar(value))
     save(tmp_path, 20, scalar(4))
-    assert names_in(tmp_path)[:3] == ["iter_0000010", "iter_0000010.replaced-1", "iter_0000010.replaced-2"]
+    assert names_in(tmp_path)[:3] == [
+        "iter_0000010",
+        "iter_0000010.replaced-1",
+        "iter_0000010.replaced-2",
+    ]
     assert value_at(tmp_path, step=10) == 3
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in lines] == ["iter_0000010.replaced-1", "iter_0000010.replaced-2"]
+    assert [line.split()[-1] for line in lines] == [
+        "iter_0000010.replaced-1",
+        "iter_0000010.replaced-2",
+    ]
 
 
 def test_a_kill_between_moving_aside_and_moving_in_loses_nothing(tmp_path):
     for value in range(12):
         save(tmp_path, 10, scalar(value))
-    os.rename(tmp_path / "iter_0000010", tmp_path / "iter_0000010.replaced-12")  # what such a kill leaves
+    os.rename(
+        tmp_path / "iter_0000010", tmp_path / "iter_0000010.replaced-12"
+    )  # what such a kill leaves
     assert latest_iteration(tmp_path) == 10
     assert value_at(tmp_path) == 11
     save(tmp_path, 10, scalar(12))
@@ -124,7 +148,10 @@ def save_where_moving_in_fails(root):
 
 def test_what_was_moved_aside_comes_back_when_the_new_one_cannot_be_moved_in(tmp_path, forkserver):
     save(tmp_path, 10, scalar(1))
-    with ProcessPoolExecutor(1, forkserver) as process, pytest.raises(CheckpointError, match="the disk is tired"):
+    with (
+        ProcessPoolExecutor(1, forkserver) as process,
+        pytest.raises(CheckpointError, match="the disk is tired"),
+    ):
         process.submit(save_where_moving_in_fails, tmp_path).result()
     assert names_in(tmp_path) == ["iter_0000010", LATEST]
     assert value_at(tmp_path) == 1

@@ -35,7 +35,9 @@ def another_value(option):
         return not option.default
     if option.choices:
         return next(choice for choice in option.choices if choice != option.default)
-    return {int: 7, float: 0.25, str: "somewhere", tuple: ("0.3", "some where", "0.7", "-else")}[option.kind]
+    return {int: 7, float: 0.25, str: "somewhere", tuple: ("0.3", "some where", "0.7", "-else")}[
+        option.kind
+    ]
 
 
 # Flags --------------------------------------------------------------------------------------------------------------
@@ -48,7 +50,11 @@ def test_no_flags_give_the_defaults():
 @pytest.mark.parametrize("key", list(options()))
 def test_each_flag_sets_its_field_and_no_other(key):
     option, value = options()[key], another_value(options()[key])
-    for spelling in (option.flag, option.flag[:2] + option.flag[2:].replace("-", "_"), *option.aliases):
+    for spelling in (
+        option.flag,
+        option.flag[:2] + option.flag[2:].replace("-", "_"),
+        *option.aliases,
+    ):
         if option.kind is bool:
             off = spelling.replace("--no", "-") if key.startswith("no_") else "--no-" + spelling[2:]
             argvs = [[spelling if value else off]]
@@ -61,14 +67,21 @@ def test_each_flag_sets_its_field_and_no_other(key):
 
 
 def test_every_field_of_every_dataclass_is_an_option():
-    fields = [f.name for section in dataclasses.fields(RunConfig) for f in dataclasses.fields(section.type)]
+    fields = [
+        f.name
+        for section in dataclasses.fields(RunConfig)
+        for f in dataclasses.fields(section.type)
+    ]
     assert list(options()) == fields == list(to_flat(RunConfig()))
 
 
 def test_the_last_of_several_wins():
     argv = "--tp 2 --tensor-model-parallel-size=4 --sp --no-sequence-parallel --lr 1 --lr 2e-4"
     config = cli.read(argv.split())
-    assert (config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel) == (4, False)
+    assert (config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel) == (
+        4,
+        False,
+    )
     assert config.optimizer.lr == 2e-4
 
 
@@ -82,13 +95,20 @@ def test_switches_have_one_natural_opposite():
 
 def test_values_may_begin_with_a_dash_or_be_joined():
     config = cli.read(["--lr", "-1", "--save=--odd", "--seed=-3"])
-    assert (config.optimizer.lr, config.checkpoint.save, config.training.seed) == (-1.0, "--odd", -3)
+    assert (config.optimizer.lr, config.checkpoint.save, config.training.seed) == (
+        -1.0,
+        "--odd",
+        -3,
+    )
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("--tensor-model-paralel-size 8", "unknown flag --tensor-model-paralel-size --tensor-model-parallel-size"),
+        (
+            "--tensor-model-paralel-size 8",
+            "unknown flag --tensor-model-paralel-size --tensor-model-parallel-size",
+        ),
         ("--tensor-model 8", "unknown --tensor-model"),  # no abbreviations
         ("--no-swigluu", "--no-swiglu"),
         ("--num-layers 1e3", "--num-layers '1e3' whole number"),
@@ -114,7 +134,15 @@ def test_all_mistakes_of_flags_and_file_at_once(tmp_path):
     file = write(tmp_path, "num_layer: 3\nlr: fast\nswiglu: 1\noptimizer: adm\n")
     said = problems_of("--tpp", "2", "--num-layers", "x", "--config", file, "--pp")
     assert len(said) == 7
-    for word in ("num_layers", "lr: 'fast'", "swiglu: 1", "'adm'", "--tpp", "--num-layers: 'x'", "--pp needs"):
+    for word in (
+        "num_layers",
+        "lr: 'fast'",
+        "swiglu: 1",
+        "'adm'",
+        "--tpp",
+        "--num-layers: 'x'",
+        "--pp needs",
+    ):
         assert sum(word in line for line in said) == 1, word
 
 
@@ -122,15 +150,22 @@ def test_all_mistakes_of_flags_and_file_at_once(tmp_path):
 
 
 def test_a_file_with_either_spelling(tmp_path):
-    file = write(tmp_path, "num-layers: 3\nhidden_size: 64\ntp: 2\nsp: true\nlr: 1e-4\nmin-lr: 0\nsave: null\n")
+    file = write(
+        tmp_path,
+        "num-layers: 3\nhidden_size: 64\ntp: 2\nsp: true\nlr: 1e-4\nmin-lr: 0\nsave: null\n",
+    )
     config = cli.read(["--config", file])
-    changed = dict(num_layers=3, hidden_size=64, tensor_model_parallel_size=2, sequence_parallel=True, lr=1e-4)
+    changed = dict(
+        num_layers=3, hidden_size=64, tensor_model_parallel_size=2, sequence_parallel=True, lr=1e-4
+    )
     assert to_flat(config) == to_flat(RunConfig()) | changed
     assert isinstance(config.optimizer.min_lr, float)
 
 
 def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
-    file = write(tmp_path, "num_layers: 3\nswiglu: true\nno_load_optim: true\nsave: out\nsave_interval: 5\n")
+    file = write(
+        tmp_path, "num_layers: 3\nswiglu: true\nno_load_optim: true\nsave: out\nsave_interval: 5\n"
+    )
     argv = f"--num-layers 4 --no-swiglu --config={file} --load-optim --save unset --save-interval unset"
     assert to_flat(cli.read(argv.split())) == to_flat(RunConfig()) | {"num_layers": 4}
 
@@ -151,7 +186,10 @@ def test_the_whole_configuration_survives_a_file(tmp_path):
         ("model:\n  num_layers: 3", "unknown 'model'"),
         ("num_layers: 3\nnum_layers: 4", "'num_layers' twice"),
         ("num_layers: 3\nnum-layers: 4", "'num_layers' and 'num-layers' are the same"),
-        ("tp: 3\ntensor_model_parallel_size: 4", "'tp' and 'tensor_model_parallel_size' are the same"),
+        (
+            "tp: 3\ntensor_model_parallel_size: 4",
+            "'tp' and 'tensor_model_parallel_size' are the same",
+        ),
         ("num_layers: '3'", "'3' whole number"),
         ("num_layers: true", "True whole number"),
         ("num_layers: null", "None whole number"),
@@ -201,9 +239,13 @@ def help_text() -> str:
         "print(time.perf_counter() - start, file=sys.stderr)"
     )
     env = {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
-    assert float(done.stderr) < 3  # 0.3 s on an idle machine; importing torch alone would take longer than this
+    assert (
+        float(done.stderr) < 3
+    )  # 0.3 s on an idle machine; importing torch alone would take longer than this
     return done.stdout
 
 
@@ -262,7 +304,13 @@ def test_world_size_checks_a_layout_and_exits(capsys):
         cli.parse_and_check([*argv, "16"], launch=launch())
     assert end.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("16 = tensor 2 x pipeline 4 x data 2", "16 for each", "bubble 18.8%", "3 + 3 + 3 + 3", "memory"):
+    for words in (
+        "16 = tensor 2 x pipeline 4 x data 2",
+        "16 for each",
+        "bubble 18.8%",
+        "3 + 3 + 3 + 3",
+        "memory",
+    ):
         assert words in said
     with pytest.raises(SystemExit) as end:
         cli.parse_and_check([*argv, "12"], launch=launch())
@@ -274,23 +322,43 @@ def test_a_preset_stands_between_the_defaults_and_what_is_given(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("preset: bert-large\nnum_layers: 3\n")
     model = cli.read(["--config", str(file), "--hidden-size", "512"]).model
-    assert (model.num_layers, model.hidden_size, model.num_attention_heads, model.gelu) == (3, 512, 16, "erf")
+    assert (model.num_layers, model.hidden_size, model.num_attention_heads, model.gelu) == (
+        3,
+        512,
+        16,
+        "erf",
+    )
     assert cli.read(["--preset", "gpt2-xl"]).model.hidden_size == 1600
 
 
 @pytest.mark.parametrize(
     ("argv", "program", "message", "fix"),
     [
-        ("--preset bert-base", "gpt", "--preset bert-base is a model that this", "python pretrain_bert.py"),
+        (
+            "--preset bert-base",
+            "gpt",
+            "--preset bert-base is a model that this",
+            "python pretrain_bert.py",
+        ),
         ("--preset gpt2", "bert", "--preset gpt2 is a model that this", "python pretrain_gpt.py"),
-        ("--architecture gpt", "bert", "--architecture gpt is a model that this", "python pretrain_gpt.py"),
+        (
+            "--architecture gpt",
+            "bert",
+            "--architecture gpt is a model that this",
+            "python pretrain_gpt.py",
+        ),
         (
             "--preset gpt2 --architecture bert",
             "bert",
             "gpt2 is the shape of a GPT, but --architecture is bert",
             "leave",
         ),
-        ("--preset bert-base --architecture gpt", None, "the shape of a BERT, but --architecture is gpt", "leave out"),
+        (
+            "--preset bert-base --architecture gpt",
+            None,
+            "the shape of a BERT, but --architecture is gpt",
+            "leave out",
+        ),
     ],
 )
 def test_a_program_trains_its_own_model_only(argv, program, message, fix):

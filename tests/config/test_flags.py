@@ -80,14 +80,23 @@ DEEP = {"num_layers": 4, "attention_dropout": 0.1}
 FULL = {**DEEP, "recompute_granularity": "full"}
 SGD = {"optimizer": "sgd"}
 SAVES = {"save": "saved"}
-REAL = dict(mock_data=False, vocab_size=None, data_path="../bytes_text_document", tokenizer_type="ByteTokenizer")
+REAL = dict(
+    mock_data=False,
+    vocab_size=None,
+    data_path="../bytes_text_document",
+    tokenizer_type="ByteTokenizer",
+)
 PIECES = dict(
-    data_path="../pieces_text_document", tokenizer_type="SentencePieceTokenizer", tokenizer_model="../pieces.model"
+    data_path="../pieces_text_document",
+    tokenizer_type="SentencePieceTokenizer",
+    tokenizer_model="../pieces.model",
 )
 MEGATRON = {**REAL, "sample_order": "megatron"}
 PLAIN = REAL | {"data_path": "../plain"}
 """Numbers that any tokenizer might have made; bytes are 257 entries."""
-BPE = dict(tokenizer_type="GPT2BPETokenizer", vocab_file="../vocab.json", merge_file="../merges.txt")
+BPE = dict(
+    tokenizer_type="GPT2BPETokenizer", vocab_file="../vocab.json", merge_file="../merges.txt"
+)
 CASED = dict(tokenizer_type="BertWordPieceCase", vocab_file="../cased.txt")
 BERT = {"architecture": "bert"}
 PRESET_SHAPES = {
@@ -116,11 +125,24 @@ FLAGS: dict[str, list[Effect]] = {
     # model
     "architecture": [effect("bert", losses_from(1), says("mlm loss"))],
     "preset": [
-        Effect(name, (has(preset=name, num_layers=layers, hidden_size=hidden, **family),), observe=runs.of_the_preset)
+        Effect(
+            name,
+            (has(preset=name, num_layers=layers, hidden_size=hidden, **family),),
+            observe=runs.of_the_preset,
+        )
         for names, family in (
-            (("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), {"seq_length": 1024, "architecture": "gpt"}),
-            (("bert-base", "bert-large"), {"architecture": "bert", "norm_placement": "post", "gelu": "erf"}),
-            (("megatron-bert-1.3b", "megatron-bert-3.9b"), {"architecture": "bert", "norm_placement": "pre"}),
+            (
+                ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
+                {"seq_length": 1024, "architecture": "gpt"},
+            ),
+            (
+                ("bert-base", "bert-large"),
+                {"architecture": "bert", "norm_placement": "post", "gelu": "erf"},
+            ),
+            (
+                ("megatron-bert-1.3b", "megatron-bert-3.9b"),
+                {"architecture": "bert", "norm_placement": "pre"},
+            ),
         )
         for name, (layers, hidden) in zip(names, PRESET_SHAPES[names[0]])
     ],
@@ -138,15 +160,27 @@ FLAGS: dict[str, list[Effect]] = {
         effect("none", losses_from(1), base=ROPE),
     ],
     "rotary_base": [effect(10.0, losses_from(1), base=ROPE)],
-    "normalization": [effect("RMSNorm", losses_from(1), more_parameters(-(2 * LAYERS + 1) * HIDDEN))],
-    "norm_placement": [dry("post", prints("embedding_norm.weight [16]"), leaves_out("final_norm.weight"), base=BERT)],
-    "gelu": [effect("erf", slightly_other_losses, base={"init_method_std": 1.0, "precision": "fp64"})],
+    "normalization": [
+        effect("RMSNorm", losses_from(1), more_parameters(-(2 * LAYERS + 1) * HIDDEN))
+    ],
+    "norm_placement": [
+        dry(
+            "post", prints("embedding_norm.weight [16]"), leaves_out("final_norm.weight"), base=BERT
+        )
+    ],
+    "gelu": [
+        effect("erf", slightly_other_losses, base={"init_method_std": 1.0, "precision": "fp64"})
+    ],
     "norm_epsilon": [effect(0.1, losses_from(1))],
     "swiglu": [dry(True, shape("layers.0.mlp.up.weight", 2, 64, 16))],
-    "disable_bias_linear": [dry(True, leaves_out("layers.0.attention.qkv.bias"), leaves_out("layers.1.mlp.down.bias"))],
+    "disable_bias_linear": [
+        dry(True, leaves_out("layers.0.attention.qkv.bias"), leaves_out("layers.1.mlp.down.bias"))
+    ],
     "untie_embeddings_and_output_weights": [dry(True, shape("output.weight", 128, 16))],
     "vocab_size": [effect(100, losses_from(1), more_parameters((100 - VOCABULARY) * HIDDEN))],
-    "make_vocab_size_divisible_by": [dry(32, shape("embedding.word_embeddings.weight", 64, 16), same_dry_loss)],
+    "make_vocab_size_divisible_by": [
+        dry(32, shape("embedding.word_embeddings.weight", 64, 16), same_dry_loss)
+    ],
     "attention_dropout": [effect(0.5, losses_from(1))],
     "attention_backend": [
         effect(name, same_losses, says(f"attention: {name} (--attention-backend {name})"))
@@ -159,7 +193,9 @@ FLAGS: dict[str, list[Effect]] = {
         effect("selective", less_is_kept, base=DEEP, observe=runs.kept_for_backward),
         effect("full", less_is_kept, base=DEEP, observe=runs.kept_for_backward),
     ],
-    "recompute_activations": [effect(True, less_is_kept, base=DEEP, observe=runs.kept_for_backward)],
+    "recompute_activations": [
+        effect(True, less_is_kept, base=DEEP, observe=runs.kept_for_backward)
+    ],
     "recompute_method": [effect("block", more_is_kept, base=FULL, observe=runs.kept_for_backward)],
     "recompute_num_layers": [effect(2, less_is_kept, base=FULL, observe=runs.kept_for_backward)],
     # optimizer
@@ -188,26 +224,52 @@ FLAGS: dict[str, list[Effect]] = {
     # data
     "data_path": [
         effect("../other_text_document", losses_from(1), base=REAL),
-        effect(("1", "../bytes_text_document", "1", "../other_text_document"), losses_from(1), base=REAL),
+        effect(
+            ("1", "../bytes_text_document", "1", "../other_text_document"),
+            losses_from(1),
+            base=REAL,
+        ),
     ],
-    "train_data_path": [effect("../other_text_document", losses_from(1), other_validation, base=REAL)],
+    "train_data_path": [
+        effect("../other_text_document", losses_from(1), other_validation, base=REAL)
+    ],
     "valid_data_path": [effect("../other_text_document", same_losses, other_validation, base=REAL)],
-    "sample_order": [effect("megatron", losses_from(1), base=REAL), effect("counted", losses_from(1), base=MEGATRON)],
-    "mock_data": [effect(True, losses_from(1), base={**REAL, "vocab_size": 257}, also={"data_path": None})],
+    "sample_order": [
+        effect("megatron", losses_from(1), base=REAL),
+        effect("counted", losses_from(1), base=MEGATRON),
+    ],
+    "mock_data": [
+        effect(True, losses_from(1), base={**REAL, "vocab_size": 257}, also={"data_path": None})
+    ],
     "split": [effect("50,25,25", same_losses, other_validation, base={**REAL, "split": "50,50,0"})],
     "tokenizer_type": [
         effect("SentencePieceTokenizer", more_parameters(43 * HIDDEN), base=REAL, also=PIECES),
         effect(
-            "ByteTokenizer", more_parameters(-43 * HIDDEN), base=REAL | PIECES, also=REAL | {"tokenizer_model": None}
+            "ByteTokenizer",
+            more_parameters(-43 * HIDDEN),
+            base=REAL | PIECES,
+            also=REAL | {"tokenizer_model": None},
         ),
         *(
-            effect(also["tokenizer_type"], more_parameters((size - 257) * HIDDEN), base=PLAIN, also=also)
+            effect(
+                also["tokenizer_type"],
+                more_parameters((size - 257) * HIDDEN),
+                base=PLAIN,
+                also=also,
+            )
             for size, also in (
                 (330, BPE),
-                (120, CASED | {"tokenizer_type": "BertWordPieceLowerCase", "vocab_file": "../uncased.txt"}),
+                (
+                    120,
+                    CASED
+                    | {"tokenizer_type": "BertWordPieceLowerCase", "vocab_file": "../uncased.txt"},
+                ),
                 (130, CASED),
                 (332, {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "../hf"}),
-                (50257, {"tokenizer_type": "TikTokenizer", "tokenizer_model": "../r50k_base.tiktoken"}),
+                (
+                    50257,
+                    {"tokenizer_type": "TikTokenizer", "tokenizer_model": "../r50k_base.tiktoken"},
+                ),
                 (100, {"tokenizer_type": "NullTokenizer", "vocab_size": 100}),
             )
         ),
@@ -223,7 +285,12 @@ FLAGS: dict[str, list[Effect]] = {
         )
     ],
     "tokenizer_model": [
-        effect("../more.model", more_parameters(20 * HIDDEN), base=REAL | PIECES, also={"data_path": MORE_PIECES})
+        effect(
+            "../more.model",
+            more_parameters(20 * HIDDEN),
+            base=REAL | PIECES,
+            also={"data_path": MORE_PIECES},
+        )
     ],
     "micro_batch_size": [
         dry(2, prints("dry run: 2 microbatches"), same_dry_loss),
@@ -245,12 +312,20 @@ FLAGS: dict[str, list[Effect]] = {
     ],
     "whole_word_mask": [effect(True, losses_from(1), base=BERT)],
     "max_ngrams": [effect(3, losses_from(1), base=BERT)],
-    "tensor_model_parallel_size": [dry(2, shape("layers.0.mlp.up.weight", 32, 16), same_dry_loss, ranks=2)],
+    "tensor_model_parallel_size": [
+        dry(2, shape("layers.0.mlp.up.weight", 32, 16), same_dry_loss, ranks=2)
+    ],
     "pipeline_model_parallel_size": [
         dry(2, prints("rank 1 (stage 1, data 0, tensor 0): layers 1-1"), same_dry_loss, ranks=2)
     ],
     "sequence_parallel": [
-        dry(True, says("sends [8, 1, 16] to the next stage"), same_dry_loss, base=TENSORS | STAGES, ranks=4)
+        dry(
+            True,
+            says("sends [8, 1, 16] to the next stage"),
+            same_dry_loss,
+            base=TENSORS | STAGES,
+            ranks=4,
+        )
     ],
     "pipeline_schedule": [
         effect(
@@ -273,11 +348,20 @@ FLAGS: dict[str, list[Effect]] = {
     "device": [
         effect("auto", says("on cpu (0 GPU(s) on this node", "on cuda")),
         effect("cpu", says("on cpu (asked for with --device cpu)"), base={"device": "auto"}),
-        effect("cuda", says("--device cuda: 0 GPU(s) on this node", "on cuda"), observe=runs.refusal_or_start),
+        effect(
+            "cuda",
+            says("--device cuda: 0 GPU(s) on this node", "on cuda"),
+            observe=runs.refusal_or_start,
+        ),
     ],
     "distributed_backend": [
         effect("nccl", says("nccl works on GPUs only"), observe=runs.refusal_or_start),
-        effect("gloo", says("on cpu"), base={"distributed_backend": "nccl"}, observe=runs.refusal_or_start),
+        effect(
+            "gloo",
+            says("on cpu"),
+            base={"distributed_backend": "nccl"},
+            observe=runs.refusal_or_start,
+        ),
     ],
     "distributed_timeout_minutes": [
         effect(
@@ -312,15 +396,22 @@ FLAGS: dict[str, list[Effect]] = {
     "allow_data_change": [
         effect(
             True,
-            says("the training data changes here: seed 1234 -> 7", instead_of="the training data is not what"),
+            says(
+                "the training data changes here: seed 1234 -> 7",
+                instead_of="the training data is not what",
+            ),
             base={**RESUMED, "seed": 7},
             observe=runs.refusal_or_run,
         )
     ],
-    "no_load_rng": [effect(True, losses_from(1), base={**RESUMED, **STREAMS, "load": "../trained-with-streams"})],
+    "no_load_rng": [
+        effect(True, losses_from(1), base={**RESUMED, **STREAMS, "load": "../trained-with-streams"})
+    ],
     # training
     "train_iters": [effect(5, becomes("iterations", [1, 2, 3, 4, 5]))],
-    "train_samples": [effect(24, column("consumed_samples", 4, 8, 12, 16, 20, 24), also={"train_iters": None})],
+    "train_samples": [
+        effect(24, column("consumed_samples", 4, 8, 12, 16, 20, 24), also={"train_iters": None})
+    ],
     "eval_interval": [
         effect(1, becomes("validated", [1, 2, 3, 4])),
         effect(0, becomes("validated", []), also={"eval_iters": 100}),
@@ -330,17 +421,31 @@ FLAGS: dict[str, list[Effect]] = {
         effect(0, becomes("validated", []), also={"eval_interval": 1000}),
     ],
     "log_interval": [effect(3, reports(3, 4))],
-    "metrics_file": [effect("metrics.jsonl", becomes("files", {"metrics.jsonl"}), base={"metrics_file": None})],
+    "metrics_file": [
+        effect("metrics.jsonl", becomes("files", {"metrics.jsonl"}), base={"metrics_file": None})
+    ],
     "tensorboard_dir": [effect("board", lists("board/events"), same_losses)],
     "wandb_project": [effect("demo", lists("wandb/offline-run-"), same_losses)],
-    "wandb_exp_name": [effect("second", named("second"), base={"wandb_project": "demo"}, observe=runs.wandb_name)],
+    "wandb_exp_name": [
+        effect("second", named("second"), base={"wandb_project": "demo"}, observe=runs.wandb_name)
+    ],
     "profile": [effect("2-3", lists("profile/iteration-2-rank-00000.trace.json.gz"), same_losses)],
-    "profile_dir": [effect("traces", lists("traces/iteration-2-rank-00000"), base={"profile": "2-2"})],
-    "profile_ranks": [effect(("0", "1"), lists("profile/iteration-2-rank-00001"), base={"profile": "2-2"}, ranks=2)],
+    "profile_dir": [
+        effect("traces", lists("traces/iteration-2-rank-00000"), base={"profile": "2-2"})
+    ],
+    "profile_ranks": [
+        effect(
+            ("0", "1"), lists("profile/iteration-2-rank-00001"), base={"profile": "2-2"}, ranks=2
+        )
+    ],
     "exit_interval": [effect(3, stops_at(3, "--exit-interval 3"))],
     "exit_duration_in_mins": [effect(1e-6, stops_at(1, "--exit-duration-in-mins 1e-06 are over"))],
     "exit_signal_handler": [
-        effect(False, says("ended at once", instead_of="stopped at iteration 1: SIGUSR1"), observe=runs.signalled)
+        effect(
+            False,
+            says("ended at once", instead_of="stopped at iteration 1: SIGUSR1"),
+            observe=runs.signalled,
+        )
     ],
     "seed": [effect(7, losses_from(1))],
     "rng_scheme": [
@@ -367,11 +472,14 @@ def test_every_flag_and_every_choice_has_an_entry():
     assert set(FLAGS) == set(options())
     for key, option in options().items():
         if option.choices:
-            assert {option.default, *(e.value for e in FLAGS[key])} - {None} == set(option.choices), key
+            assert {option.default, *(e.value for e in FLAGS[key])} - {None} == set(
+                option.choices
+            ), key
 
 
 @pytest.mark.parametrize(
-    ("key", "effect"), [pytest.param(key, e, id=f"{key}={e.value}") for key, es in FLAGS.items() for e in es]
+    ("key", "effect"),
+    [pytest.param(key, e, id=f"{key}={e.value}") for key, es in FLAGS.items() for e in es],
 )
 def test_each_flag_does_what_it_is_for(bench, key, effect):
     base = {**BASE, **effect.base}
@@ -379,7 +487,9 @@ def test_each_flag_does_what_it_is_for(bench, key, effect):
     after = bench.observe(effect.observe, {**base, key: effect.value, **effect.also}, effect.ranks)
     for check in effect.checks:
         check(before, after)
-    assert any(fails(check, before) for check in effect.checks), "the checks would accept a flag that does nothing"
+    assert any(fails(check, before) for check in effect.checks), (
+        "the checks would accept a flag that does nothing"
+    )
 
 
 def fails(check: Check, observation: Any) -> bool:
@@ -393,5 +503,7 @@ def fails(check: Check, observation: Any) -> bool:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
 def test_nccl_on_a_machine_without_gpus_is_told_before_the_ranks_meet(bench):
-    said = runs.refusal_or_start(bench, {**BASE, "device": "auto", "distributed_backend": "nccl"}, 1)
+    said = runs.refusal_or_start(
+        bench, {**BASE, "device": "auto", "distributed_backend": "nccl"}, 1
+    )
     assert "nccl works between GPUs" in said and "--distributed-backend gloo" in said

@@ -27,22 +27,46 @@ BERT = {"architecture": "bert"}
 CASES = {
     # what is wrong: (changes of SOUND, ranks, words that the problem must have)
     "heads of hidden": (dict(hidden_size=770), 1, "--hidden-size 770 --num-attention-heads 12"),
-    "groups of heads": (dict(num_query_groups=5), 1, "--num-attention-heads 12 --num-query-groups 5"),
+    "groups of heads": (
+        dict(num_query_groups=5),
+        1,
+        "--num-attention-heads 12 --num-query-groups 5",
+    ),
     "odd rope": (dict(position_embedding_type="rope", kv_channels=63), 1, "rope 63"),
     "positions": (dict(seq_length=2048, max_position_embeddings=1024), 1, "2048 1024"),
     "heads of tp": (dict(tensor_model_parallel_size=8), 8, "--num-attention-heads 12 --tp 8"),
-    "groups of tp": (dict(num_query_groups=3, tensor_model_parallel_size=4), 4, "--num-query-groups 3 --tp 4"),
-    "ffn of tp": (dict(ffn_hidden_size=1002, tensor_model_parallel_size=4), 4, "--ffn-hidden-size 1002 --tp 4"),
+    "groups of tp": (
+        dict(num_query_groups=3, tensor_model_parallel_size=4),
+        4,
+        "--num-query-groups 3 --tp 4",
+    ),
+    "ffn of tp": (
+        dict(ffn_hidden_size=1002, tensor_model_parallel_size=4),
+        4,
+        "--ffn-hidden-size 1002 --tp 4",
+    ),
     "sp alone": (dict(sequence_parallel=True), 2, "--tp is 1"),
     "sp alone, one rank": (dict(sequence_parallel=True), 1, "--tp is 1"),
-    "sequence of tp": (dict(sequence_parallel=True, seq_length=1022, tensor_model_parallel_size=4), 4, "1022 --tp 4"),
+    "sequence of tp": (
+        dict(sequence_parallel=True, seq_length=1022, tensor_model_parallel_size=4),
+        4,
+        "1022 --tp 4",
+    ),
     "stages": (dict(num_layers=4, pipeline_model_parallel_size=5), 5, "--pp 5 --num-layers 4"),
-    "ranks": (dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 6, "6 ranks --tp 2 --pp 2"),
+    "ranks": (
+        dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+        6,
+        "6 ranks --tp 2 --pp 2",
+    ),
     "one rank": (dict(tensor_model_parallel_size=4), 1, "1 rank cannot"),
     "replicas": (dict(check_replicas=5), 1, "--check-replicas 5 one rank"),
     "backend": (dict(device="cpu", distributed_backend="nccl"), 1, "nccl cpu"),
     "batch": (dict(global_batch_size=18, micro_batch_size=4), 3, "18 4 3 12"),
-    "recompute forms": (dict(recompute_granularity="full", recompute_activations=True), 1, "selective full"),
+    "recompute forms": (
+        dict(recompute_granularity="full", recompute_activations=True),
+        1,
+        "selective full",
+    ),
     "recompute layers": (
         dict(recompute_granularity="full", recompute_num_layers=7, pipeline_model_parallel_size=2),
         2,
@@ -52,7 +76,11 @@ CASES = {
     "min lr": (dict(min_lr=1e-3), 1, "--min-lr 0.001 --lr 0.0003"),
     "warm-up twice": (dict(lr_warmup_iters=2, lr_warmup_fraction=0.1), 1, "0.1 2"),
     "warm-up past decay": (dict(lr_warmup_iters=8, lr_decay_iters=5), 1, "8 5"),
-    "warm-up past end": (dict(lr_warmup_iters=10, lr_decay_style="constant"), 1, "--lr-warmup-iters 10"),
+    "warm-up past end": (
+        dict(lr_warmup_iters=10, lr_decay_style="constant"),
+        1,
+        "--lr-warmup-iters 10",
+    ),
     "fused attention with dropout": (
         dict(attention_backend="sdpa"),
         1,
@@ -75,15 +103,27 @@ CASES = {
     "idle momentum": (dict(sgd_momentum=0.5), 1, "--sgd-momentum 0.5 sgd"),
     "idle beta": (dict(optimizer="sgd", adam_beta2=0.95), 1, "--adam-beta2 0.95 adam"),
     "idle min lr": (dict(lr_decay_style="constant", min_lr=1e-5), 1, "--min-lr 1e-05 constant"),
-    "idle decay": (dict(lr_decay_style="constant", lr_decay_iters=5), 1, "--lr-decay-iters 5 constant"),
+    "idle decay": (
+        dict(lr_decay_style="constant", lr_decay_iters=5),
+        1,
+        "--lr-decay-iters 5 constant",
+    ),
     "profile": (dict(profile="12-10"), 1, "--profile 12-10 ascending"),
     "profile words": (dict(profile="10"), 1, "--profile 10 first-last"),
     "profile twice": (dict(profile="2-5,4-6"), 1, "--profile 2-5,4-6 ascending"),
-    "profile ranks": (dict(profile="2-5", profile_ranks=("0", "8", "x")), 2, "--profile-ranks 8 x 0 to 1"),
+    "profile ranks": (
+        dict(profile="2-5", profile_ranks=("0", "8", "x")),
+        2,
+        "--profile-ranks 8 x 0 to 1",
+    ),
     "idle profile ranks": (dict(profile_ranks=("1",)), 2, "--profile-ranks 1 without --profile"),
     "idle profile folder": (dict(profile_dir="x"), 1, "--profile-dir x without --profile"),
     "idle name": (dict(wandb_exp_name="x"), 1, "--wandb-exp-name x without --wandb-project"),
-    "idle watchdog": (dict(hang_timeout=900.0), 1, "--hang-timeout 900 --distributed-timeout-minutes"),
+    "idle watchdog": (
+        dict(hang_timeout=900.0),
+        1,
+        "--hang-timeout 900 --distributed-timeout-minutes",
+    ),
     "no time": (dict(hang_timeout=-1.0), 1, "--hang-timeout -1 at least 0"),
     "idle save interval": (dict(save_interval=5), 1, "--save-interval 5 without --save"),
     "idle keep last": (dict(keep_last=5), 1, "--keep-last 5 without --save"),
@@ -95,29 +135,51 @@ CASES = {
         1,
         "--no-load-rng --rng-scheme global",
     ),
-    "idle scheme": (dict(rng_scheme="megatron", hidden_dropout=0.0, attention_dropout=0.0), 1, "megatron dropout"),
+    "idle scheme": (
+        dict(rng_scheme="megatron", hidden_dropout=0.0, attention_dropout=0.0),
+        1,
+        "megatron dropout",
+    ),
     "idle model": (dict(tokenizer_model="x.model"), 1, "--tokenizer-model x.model"),
     "idle order": (dict(sample_order="megatron"), 1, "--sample-order megatron --mock-data"),
     "idle change of data": (dict(allow_data_change=True), 1, "--allow-data-change without --load"),
-    "idle vocabulary": (dict(vocab_file="x.txt"), 1, "--vocab-file x.txt GPT2BPETokenizer BertWordPieceCase"),
+    "idle vocabulary": (
+        dict(vocab_file="x.txt"),
+        1,
+        "--vocab-file x.txt GPT2BPETokenizer BertWordPieceCase",
+    ),
     "idle merges": (dict(merge_file="x.txt"), 1, "--merge-file x.txt GPT2BPETokenizer"),
     "idle split": (dict(split="1,1,1"), 1, "--split 1,1,1 --mock-data"),
     "post-norm of a GPT": (dict(norm_placement="post"), 1, "--norm-placement post BERT"),
     "idle masks": (dict(mask_prob=0.2), 1, "--mask-prob 0.2 GPT"),
     "idle pairs": (dict(bert_pair="none"), 1, "--bert-pair none GPT"),
     "idle gelu": (dict(swiglu=True, gelu="erf"), 1, "--gelu erf --swiglu"),
-    "idle order of a BERT": (BERT | dict(sample_order="megatron"), 1, "--sample-order megatron BERT"),
+    "idle order of a BERT": (
+        BERT | dict(sample_order="megatron"),
+        1,
+        "--sample-order megatron BERT",
+    ),
     "idle documents of a BERT": (BERT | dict(eod_mask_loss=True), 1, "--eod-mask-loss BERT"),
     "no room": (BERT | dict(seq_length=4), 1, "--seq-length 4"),
     "mock vocabulary of a BERT": (BERT | dict(vocab_size=5), 1, "--vocab-size 5 4 special"),
     "mask all": (BERT | dict(mask_prob=1.5), 1, "--mask-prob 1.5 at most 1"),
     "shorten all": (BERT | dict(short_seq_prob=-0.5), 1, "--short-seq-prob -0.5 at least 0"),
-    "idle evaluations": (dict(eval_iters=20, eval_interval=0), 1, "--eval-iters 20 --eval-interval 0"),
-    "idle evaluation interval": (dict(eval_iters=0, eval_interval=20), 1, "--eval-interval 20 --eval-iters 0"),
+    "idle evaluations": (
+        dict(eval_iters=20, eval_interval=0),
+        1,
+        "--eval-iters 20 --eval-interval 0",
+    ),
+    "idle evaluation interval": (
+        dict(eval_iters=0, eval_interval=20),
+        1,
+        "--eval-interval 20 --eval-iters 0",
+    ),
 }
 
 
-def fixed(config: RunConfig, world_size: int, problem: validate.Problem) -> list[tuple[str, RunConfig, int]]:
+def fixed(
+    config: RunConfig, world_size: int, problem: validate.Problem
+) -> list[tuple[str, RunConfig, int]]:
     """(offer, configuration, ranks) for each offer of the fix that can be typed."""
     results = []
     for offer in problem.fix.split(", or "):
@@ -133,7 +195,9 @@ def fixed(config: RunConfig, world_size: int, problem: validate.Problem) -> list
     return results
 
 
-def assert_one_problem(config: RunConfig, world_size: int, words: str, least_offers: int = 1) -> None:
+def assert_one_problem(
+    config: RunConfig, world_size: int, words: str, least_offers: int = 1
+) -> None:
     """There is one problem, it has these words, and every offer of its fix repairs it and causes no other."""
     problems = validate.check(config, world_size)
     assert len(problems) == 1, problems
@@ -174,7 +238,9 @@ NUMBERS = [o.key for o in options().values() if o.kind in (int, float)]
 def test_a_number_below_its_range(key):
     problems = validate.check(from_flat(SOUND | {key: -2}), 1)
     assert len(problems) == 1 and f"{options()[key].flag} -2" in problems[0].message
-    assert [validate.check(repaired, 1) for _, repaired, _ in fixed(from_flat(SOUND), 1, problems[0])] == [[]]
+    assert [
+        validate.check(repaired, 1) for _, repaired, _ in fixed(from_flat(SOUND), 1, problems[0])
+    ] == [[]]
 
 
 @pytest.mark.parametrize("key", [o.key for o in options().values() if o.kind is float])
@@ -184,7 +250,9 @@ def test_a_number_that_is_none(key, value):
     assert [p.flags for p in problems] == [(key,)]
 
 
-@pytest.mark.parametrize("key", ["attention_dropout", "hidden_dropout", "adam_beta1", "lr_warmup_fraction"])
+@pytest.mark.parametrize(
+    "key", ["attention_dropout", "hidden_dropout", "adam_beta1", "lr_warmup_fraction"]
+)
 def test_a_fraction_must_be_below_one(key):
     problems = validate.check(from_flat(SOUND | {key: 1.0}), 1)
     assert len(problems) == 1 and "below 1" in problems[0].message
@@ -194,15 +262,31 @@ def test_no_combination_of_senseless_numbers_crashes():
     for pair in itertools.combinations(NUMBERS, 2):
         problems = validate.check(from_flat(SOUND | dict.fromkeys(pair, 0)), 3)
         reported = {flag for p in problems for flag in p.flags}
-        must = {key for key in pair if any(p.flags == (key,) for p in validate.out_of_range(from_flat({key: 0})))}
+        must = {
+            key
+            for key in pair
+            if any(p.flags == (key,) for p in validate.out_of_range(from_flat({key: 0})))
+        }
         assert must <= reported
 
 
 def test_all_problems_at_once():
-    flat = dict(num_attention_heads=12, num_layers=4, tensor_model_parallel_size=8, pipeline_model_parallel_size=5)
+    flat = dict(
+        num_attention_heads=12,
+        num_layers=4,
+        tensor_model_parallel_size=8,
+        pipeline_model_parallel_size=5,
+    )
     problems = validate.check(from_flat(flat | {"micro_batch_size": 2, "global_batch_size": 7}), 1)
     text = cli.report(problems, "pretrain_gpt.py")
-    for words in ("--num-attention-heads 12", "--pp 5", "--num-layers 4", "--global-batch-size 7", "1 rank", "no data"):
+    for words in (
+        "--num-attention-heads 12",
+        "--pp 5",
+        "--num-layers 4",
+        "--global-batch-size 7",
+        "1 rank",
+        "no data",
+    ):
         assert words in text
     assert "6 problems" in text and text.count("fix: ") == 6
     assert "--tp 6, or --tp 4, or --num-attention-heads 16" in text
@@ -218,7 +302,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, documents in (("corpus", 20), ("longer", 200)):
         sha256, tokens = build_tokenizer("ByteTokenizer").sha256, 100 * documents
-        write_dataset(name, documents, DatasetInfo("ByteTokenizer", 257, 256, sha256, documents, tokens))
+        write_dataset(
+            name, documents, DatasetInfo("ByteTokenizer", 257, 256, sha256, documents, tokens)
+        )
     return tmp_path
 
 
@@ -238,7 +324,12 @@ def checkpoint(folder, *iterations: int, latest=None) -> None:
     (folder / "latest_checkpointed_iteration.txt").write_text(str(latest or iterations[-1]))
 
 
-REAL = {"data_path": "corpus", "tokenizer_type": "ByteTokenizer", "train_iters": 10, "seq_length": 64}
+REAL = {
+    "data_path": "corpus",
+    "tokenizer_type": "ByteTokenizer",
+    "train_iters": 10,
+    "seq_length": 64,
+}
 QUIET = {"eval_interval": 0, "eval_iters": 0}
 
 
@@ -248,16 +339,26 @@ def real(**changes) -> RunConfig:
 
 def test_sound_files(folder):
     assert validate.check(real(), 1) == []
-    assert validate.check(real(save="new", load="new", save_interval=5, metrics_file="m.jsonl"), 1) == []
+    assert (
+        validate.check(real(save="new", load="new", save_interval=5, metrics_file="m.jsonl"), 1)
+        == []
+    )
 
 
 BPE = dict(
-    tokenizer_type="GPT2BPETokenizer", vocab_file="vocab.json", merge_file="merges.txt", data_path="plain"
+    tokenizer_type="GPT2BPETokenizer",
+    vocab_file="vocab.json",
+    merge_file="merges.txt",
+    data_path="plain",
 )  # of the folder with tokenizers
 HF = dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="hf", data_path="plain")
 
 FILE_CASES = {
-    "both sources": (dict(mock_data=True, split="969,30,1", vocab_size=257), "corpus --mock-data", 2),
+    "both sources": (
+        dict(mock_data=True, split="969,30,1", vocab_size=257),
+        "corpus --mock-data",
+        2,
+    ),
     "no such data": (dict(data_path="corpsu"), "corpsu.bin corpsu.idx", 1),
     "suffix in prefix": (dict(data_path="corpus.bin"), "corpus.bin.idx", 1),
     "no vocabulary": (dict(tokenizer_type=None), "--vocab-size --tokenizer-type", 0),
@@ -269,16 +370,36 @@ FILE_CASES = {
         "--sample-order --data-path 2",
         1,
     ),
-    "no data to evaluate": (dict(data_path=None, train_data_path="corpus", split="969,30,1"), "valid", 1),
-    "little data to evaluate": (dict(valid_data_path="corpus", data_path="longer", seq_length=2500), "valid 2000", 2),
+    "no data to evaluate": (
+        dict(data_path=None, train_data_path="corpus", split="969,30,1"),
+        "valid",
+        1,
+    ),
+    "little data to evaluate": (
+        dict(valid_data_path="corpus", data_path="longer", seq_length=2500),
+        "valid 2000",
+        2,
+    ),
     "idle path": (
         dict(train_data_path="corpus", valid_data_path="longer", split="969,30,1"),
         "--data-path corpus --train-data-path",
         1,
     ),
-    "validation on training data": (dict(train_data_path="./corpus"), "./corpus --train-data-path --data-path", 1),
-    "validation on all": (dict(valid_data_path="corpus"), "corpus --data-path --valid-data-path", 1),
-    "idle validation": (dict(valid_data_path="longer", eval_iters=0, eval_interval=0), "--valid-data-path", 1),
+    "validation on training data": (
+        dict(train_data_path="./corpus"),
+        "./corpus --train-data-path --data-path",
+        1,
+    ),
+    "validation on all": (
+        dict(valid_data_path="corpus"),
+        "corpus --data-path --valid-data-path",
+        1,
+    ),
+    "idle validation": (
+        dict(valid_data_path="longer", eval_iters=0, eval_interval=0),
+        "--valid-data-path",
+        1,
+    ),
     "malformed split": (dict(split="a,b"), "--split a,b", 1),
     "no share to train": (dict(split="0,1,0"), "0,1,0", 1),
     "no share to evaluate": (dict(split="1,0,0"), "1,0,0 valid 0", 2),
@@ -288,16 +409,48 @@ FILE_CASES = {
     "small vocabulary, no tokenizer": (dict(vocab_size=200, tokenizer_type=None), "200 257", 1),
     "no model named": (dict(tokenizer_type="SentencePieceTokenizer"), "--tokenizer-model", 0),
     "no merges named": (BPE | dict(merge_file=None), "--merge-file", 0),
-    "no size of ids": (dict(tokenizer_type="NullTokenizer", data_path="plain"), "NullTokenizer --vocab-size", 1),
-    "misspelt vocabulary": (BPE | dict(vocab_file="vocba.json"), "--vocab-file vocba.json: no such file", 1),
-    "wrong merges": (BPE | dict(merge_file="vocab.json"), "--merge-file vocab.json: no byte-level BPE", 0),
-    "a folder without tokenizer": (HF | dict(tokenizer_model="."), "tokenizer.json: no such file", 0),
+    "no size of ids": (
+        dict(tokenizer_type="NullTokenizer", data_path="plain"),
+        "NullTokenizer --vocab-size",
+        1,
+    ),
+    "misspelt vocabulary": (
+        BPE | dict(vocab_file="vocba.json"),
+        "--vocab-file vocba.json: no such file",
+        1,
+    ),
+    "wrong merges": (
+        BPE | dict(merge_file="vocab.json"),
+        "--merge-file vocab.json: no byte-level BPE",
+        0,
+    ),
+    "a folder without tokenizer": (
+        HF | dict(tokenizer_model="."),
+        "tokenizer.json: no such file",
+        0,
+    ),
     "small vocabulary of files": (BPE | dict(vocab_size=329), "329 330", 2),
-    "merges of no use": (HF | dict(merge_file="merges.txt"), "--merge-file merges.txt no effect", 1),
+    "merges of no use": (
+        HF | dict(merge_file="merges.txt"),
+        "--merge-file merges.txt no effect",
+        1,
+    ),
     "idle model": (dict(tokenizer_model="x.model"), "--tokenizer-model x.model", 1),
-    "idle mask": (dict(eod_mask_loss=True, tokenizer_type=None, vocab_size=257), "--eod-mask-loss", 1),
-    "idle positions": (dict(reset_position_ids=True, tokenizer_type=None, vocab_size=257), "--reset-position-ids", 1),
-    "idle segments": (dict(reset_attention_mask=True, tokenizer_type=None, vocab_size=257), "-attention-mask", 1),
+    "idle mask": (
+        dict(eod_mask_loss=True, tokenizer_type=None, vocab_size=257),
+        "--eod-mask-loss",
+        1,
+    ),
+    "idle positions": (
+        dict(reset_position_ids=True, tokenizer_type=None, vocab_size=257),
+        "--reset-position-ids",
+        1,
+    ),
+    "idle segments": (
+        dict(reset_attention_mask=True, tokenizer_type=None, vocab_size=257),
+        "-attention-mask",
+        1,
+    ),
     "positions of no use": (
         dict(reset_position_ids=True, position_embedding_type="none"),
         "--reset-position-ids --position-embedding-type none",
@@ -307,7 +460,10 @@ FILE_CASES = {
 
 
 BERT_FILES = BERT | dict(
-    data_path="sentences", tokenizer_type="BertWordPieceCase", vocab_file="cased.txt", split="80,20,0"
+    data_path="sentences",
+    tokenizer_type="BertWordPieceCase",
+    vocab_file="cased.txt",
+    split="80,20,0",
 )
 BERT_FILE_CASES = {
     "one sentence a document": (dict(data_path="plain"), "plain --split-sentences", 1),
@@ -353,7 +509,9 @@ def test_what_the_description_says_of_sentences_counts(folder, tokenizers):
     """Documents of one sentence are sentences if they were split; of several, they are none if they were not."""
     shutil.copytree(tokenizers[0], folder, dirs_exist_ok=True)
     cased = build_tokenizer("BertWordPieceCase", vocab_file="cased.txt")
-    info = DatasetInfo("BertWordPieceCase", cased.vocab_size, cased.eod, cased.sha256, 20, 2000, True)
+    info = DatasetInfo(
+        "BertWordPieceCase", cased.vocab_size, cased.eod, cased.sha256, 20, 2000, True
+    )
     write_dataset("plain", 20, info)
     assert validate.check(real(**BERT_FILES | {"data_path": "plain"}), 1) == []
     with IndexedWriter("sentences", np.uint16) as writer:
@@ -368,7 +526,9 @@ def test_one_document_has_no_next_sentence_whatever_the_split(folder, tokenizers
         writer.add_documents(*sentences_of(1))
         writer.finish(None)
     for split in ("100,0,0", "50,50,0"):
-        for problem in validate.check(real(**BERT_FILES | {"split": split, "bert_pair": "nsp"} | QUIET), 1):
+        for problem in validate.check(
+            real(**BERT_FILES | {"split": split, "bert_pair": "nsp"} | QUIET), 1
+        ):
             assert problem.fix == "more data"
 
 
@@ -384,15 +544,34 @@ def test_whole_words_need_to_be_known(folder, tmp_path):
 
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    library.Tokenizer(library.models.WordPiece(vocabulary, unk_token="[UNK]")).save(str(tmp_path / "words.json"))
-    library.Tokenizer(library.models.BPE(vocabulary, [], unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    library.Tokenizer(library.models.WordPiece(vocabulary, unk_token="[UNK]")).save(
+        str(tmp_path / "words.json")
+    )
+    library.Tokenizer(library.models.BPE(vocabulary, [], unk_token="[UNK]")).save(
+        str(tmp_path / "tokenizer.json")
+    )
     with IndexedWriter("sentences", np.uint16) as writer:
         writer.add_documents(*sentences_of(20))
         writer.finish(None)
-    hf = dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="tokenizer.json", vocab_file=None, vocab_size=97)
+    hf = dict(
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model="tokenizer.json",
+        vocab_file=None,
+        vocab_size=97,
+    )
     assert validate.check(real(**BERT_FILES | hf), 1) == []
-    assert_one_problem(real(**BERT_FILES | hf, whole_word_mask=True), 1, "--whole-word-mask HuggingFaceTokenizer", 1)
-    assert validate.check(real(**BERT_FILES | hf | {"tokenizer_model": "words.json"}, whole_word_mask=True), 1) == []
+    assert_one_problem(
+        real(**BERT_FILES | hf, whole_word_mask=True),
+        1,
+        "--whole-word-mask HuggingFaceTokenizer",
+        1,
+    )
+    assert (
+        validate.check(
+            real(**BERT_FILES | hf | {"tokenizer_model": "words.json"}, whole_word_mask=True), 1
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("key", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])
@@ -409,10 +588,16 @@ def test_a_tokenizer_that_ends_no_document(key, folder):
         sentence_iterator=iter(["the quick brown fox jumps over the lazy dog " * 3] * 50), model_prefix="endless",
         vocab_size=29, eos_id=-1, minloglevel=3,
     )  # fmt: skip
-    config = real(tokenizer_type="SentencePieceTokenizer", tokenizer_model="endless.model", data_path="endless")
+    config = real(
+        tokenizer_type="SentencePieceTokenizer",
+        tokenizer_model="endless.model",
+        data_path="endless",
+    )
     write_dataset("endless", 20, None)
     assert validate.check(config, 1) == []
-    assert_one_problem(with_values(config, {key: True}), 1, f"{options()[key].flag} end-of-document")
+    assert_one_problem(
+        with_values(config, {key: True}), 1, f"{options()[key].flag} end-of-document"
+    )
 
 
 def test_every_kind_of_tokenizer_is_sound(folder, tokenizers):
@@ -457,12 +642,16 @@ def test_tokenizer_against_data(folder):
     spm = dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model="a.model")
     assert_one_problem(real(**spm), 1, "SentencePieceTokenizer ByteTokenizer", 0)
     write_dataset(
-        "pieces", 20, DatasetInfo("SentencePieceTokenizer", 300, 2, hashlib.sha256(model).hexdigest(), 20, 2000)
+        "pieces",
+        20,
+        DatasetInfo("SentencePieceTokenizer", 300, 2, hashlib.sha256(model).hexdigest(), 20, 2000),
     )
     assert validate.check(real(**spm, data_path="pieces"), 1) == []
     write_dataset("others", 20, DatasetInfo("SentencePieceTokenizer", 300, 2, "0" * 64, 20, 2000))
     assert_one_problem(real(**spm, data_path="others"), 1, "a.model 300 000000000000", 0)
-    assert_one_problem(real(**spm | dict(tokenizer_model="b.model", data_path="pieces")), 1, "b.model", 1)
+    assert_one_problem(
+        real(**spm | dict(tokenizer_model="b.model", data_path="pieces")), 1, "b.model", 1
+    )
     assert validate.resolve(real(**spm, data_path="pieces"), 1).model.vocab_size == 300
 
 
@@ -481,7 +670,9 @@ def test_iterations_to_load(folder):
     checkpoint(folder / "torn", 10, latest=20)
     assert_one_problem(real(load="torn"), 1, "torn 20", 1)
     (folder / "torn" / "latest_checkpointed_iteration.txt").unlink()
-    assert validate.check(real(load="torn"), 1) == []  # without the file, the highest iteration is the latest
+    assert (
+        validate.check(real(load="torn"), 1) == []
+    )  # without the file, the highest iteration is the latest
     (folder / "torn" / "latest_checkpointed_iteration.txt").write_text("release")
     assert_one_problem(real(load="torn"), 1, "torn release", 1)
     (folder / "torn" / "iter_0000010").rename(folder / "torn" / "iter_0000010.replaced-1")
@@ -509,10 +700,22 @@ def test_every_file_rule_is_reported(folder):
     """The cases above reach every rule: here each is triggered by name."""
     checkpoint(folder / "run", 10)
     (folder / "file").write_text("")
-    wrong = real(data_path="absent", tokenizer_type="SentencePieceTokenizer", tokenizer_model="absent", save="run")
+    wrong = real(
+        data_path="absent",
+        tokenizer_type="SentencePieceTokenizer",
+        tokenizer_model="absent",
+        save="run",
+    )
     more = real(load="absent", metrics_file=".", vocab_size=1)
-    found = {rule.__name__ for rule in FILE_RULES for config in (wrong, more) for _ in rule(config, 1)}
-    assert found >= {"data_files_are_sound", "tokenizer_fits", "checkpoint_is_there", "checkpoints_stay_apart"}
+    found = {
+        rule.__name__ for rule in FILE_RULES for config in (wrong, more) for _ in rule(config, 1)
+    }
+    assert found >= {
+        "data_files_are_sound",
+        "tokenizer_fits",
+        "checkpoint_is_there",
+        "checkpoints_stay_apart",
+    }
     assert "results_can_be_written" in found
 
 
@@ -520,7 +723,13 @@ def test_every_file_rule_is_reported(folder):
 
 
 def test_resolve_fills_in_what_follows(folder):
-    given = dict(train_iters=None, train_samples=80, lr_warmup_fraction=0.25, bf16=True, recompute_activations=True)
+    given = dict(
+        train_iters=None,
+        train_samples=80,
+        lr_warmup_fraction=0.25,
+        bf16=True,
+        recompute_activations=True,
+    )
     config = real(**given, swiglu=True, num_attention_heads=12)
     resolved = validate.resolve(config, 8)
     flat = to_flat(resolved)
@@ -538,7 +747,11 @@ def test_resolve_fills_in_what_follows(folder):
 
 @pytest.mark.parametrize("case", ["plain", "constant", "swiglu"])
 def test_a_resolved_configuration_is_sound(case):
-    changes = {"plain": {}, "constant": dict(lr_decay_style="constant"), "swiglu": dict(swiglu=True)}[case]
+    changes = {
+        "plain": {},
+        "constant": dict(lr_decay_style="constant"),
+        "swiglu": dict(swiglu=True),
+    }[case]
     resolved = validate.resolve(from_flat(SOUND | changes), 4)
     assert validate.check(resolved, 4) == [] and validate.resolve(resolved, 4) == resolved
 
@@ -552,16 +765,25 @@ def test_checks_import_no_torch(folder):
         "assert 'torch' not in sys.modules"
     )
     env = {"PYTHONPATH": str(cli.__file__).rsplit("/megalite/", 1)[0], "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert "parameters" in done.stdout
 
 
 def test_no_configuration_crashes_a_rule_and_every_offer_repairs_its_problem():
     draw = random.Random(0)
-    pool = {int: [1, 2, 3, 4, 6, 8, 12, 0, 512, 7], float: [0.0, 0.1, 0.5, 1.0], str: ["9,1", "x"], bool: [True, False]}
+    pool = {
+        int: [1, 2, 3, 4, 6, 8, 12, 0, 512, 7],
+        float: [0.0, 0.1, 0.5, 1.0],
+        str: ["9,1", "x"],
+        bool: [True, False],
+    }
     pool[tuple] = [["x"], ["1", "x", "2", "y"], ["x", "y"]]
-    drawable = [option for option in options().values() if option.key not in ("save", "metrics_file")]
+    drawable = [
+        option for option in options().values() if option.key not in ("save", "metrics_file")
+    ]
     for _ in range(100):
         picked = draw.sample(drawable, draw.randint(1, 12))
         config = from_flat(SOUND | {o.key: draw.choice(o.choices or pool[o.kind]) for o in picked})

@@ -21,7 +21,9 @@ DOCUMENTS = [[[1, 2, 3]], [[4], [5, 6]], [[7]], [[65535, 0, 9, 9]]]
 
 def digest(rows) -> str:
     """Of int64 arrays, one after another."""
-    return hashlib.sha256(b"".join(np.ascontiguousarray(row, "<i8").tobytes() for row in rows)).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join(np.ascontiguousarray(row, "<i8").tobytes() for row in rows)
+    ).hexdigest()[:16]
 
 
 def samples(case: dict) -> list[str]:
@@ -32,7 +34,11 @@ def samples(case: dict) -> list[str]:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     blend = ([case["prefix"]], None)
-    given = {"blend": blend, "split": case["split"]} if case["split"] else {"blend_per_split": [blend, blend, None]}
+    given = (
+        {"blend": blend, "split": case["split"]}
+        if case["split"]
+        else {"blend_per_split": [blend, blend, None]}
+    )
     config = GPTDatasetConfig(
         random_seed=case["seed"], sequence_length=case["seq_length"], path_to_cache=case["cache"],
         tokenizer=_Tokenizer(), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,

@@ -107,7 +107,9 @@ def test_every_token_is_used_in_every_epoch(corpus, s):
             assert consecutive(tokens) and len(tokens) <= limit
             runs[tokens[0], tokens[-1] + 1] += 1
         ends = [stop for _, stop in sorted(runs)]
-        assert [start for start, _ in sorted(runs)] == [0, *ends[:-1]] and ends[-1] == corpus.num_tokens
+        assert [start for start, _ in sorted(runs)] == [0, *ends[:-1]] and ends[
+            -1
+        ] == corpus.num_tokens
         assert len(runs) == -(-corpus.num_tokens // limit)
 
 
@@ -161,7 +163,11 @@ def test_segments_are_whole_sentences_until_they_are_trimmed(tmp_path, s):
         a, b = (b, a) if label else (a, b)
         if len(a) + len(b) < s - 3:  # the document has no more
             one_sentence = not starts & set(range(a[0] + 1, b[-1] + 1))
-            assert b[0] == a[-1] + 1 and {a[0], b[-1] + 1} <= starts and (b[0] in starts or one_sentence)
+            assert (
+                b[0] == a[-1] + 1
+                and {a[0], b[-1] + 1} <= starts
+                and (b[0] in starts or one_sentence)
+            )
             assert a[0] in edges or b[-1] + 1 in edges
         else:
             full += 1
@@ -197,12 +203,16 @@ def test_how_a_pair_looks_does_not_tell_its_label(tmp_path, kind, s, pair):
     data = dataset_of(tmp_path / "a", LEAKS[kind])
     starts = set(np.cumsum([0, *data.lengths]).tolist())
     seen = [
-        (outward(parts, starts, s - 3), label) for parts, label in parts_of_pairs(bert(data, s, bert_pair=pair), 4000)
+        (outward(parts, starts, s - 3), label)
+        for parts, label in parts_of_pairs(bert(data, s, bert_pair=pair), 4000)
     ]
     half = len(seen) // 2
     for look in seen[0][0]:
         counts = Counter((looks[look], label) for looks, label in seen[:half])
-        right = sum((counts[looks[look], 1] > counts[looks[look], 0]) == label for looks, label in seen[half:])
+        right = sum(
+            (counts[looks[look], 1] > counts[looks[look], 0]) == label
+            for looks, label in seen[half:]
+        )
         assert abs(right / half - 0.5) < 5 * sqrt((2 if pair == "nsp" else 1) * 0.25 / half), look
 
 
@@ -211,7 +221,9 @@ def test_cuts_move_from_epoch_to_epoch(tmp_path):
     cuts = set()
     for epoch in range(10):
         first = epoch * dataset.samples_per_epoch
-        cuts.add(tuple(sorted({places(dataset[first + i])[0] for i in range(dataset.samples_per_epoch)})))
+        cuts.add(
+            tuple(sorted({places(dataset[first + i])[0] for i in range(dataset.samples_per_epoch)}))
+        )
     assert len(cuts) > 5
 
 
@@ -243,14 +255,24 @@ def test_the_frame_of_a_sample(corpus):
             parts = text(sample)
             assert sample["pair_mask"] == (len(parts) == 2) and all(parts)
             assert len(parts) == (2 if pair != "none" and len(places(sample)) > 1 else 1)
-            frame = [SPECIAL.cls, *chain(*([token + BASE for token in part] + [SPECIAL.sep] for part in parts))]
+            frame = [
+                SPECIAL.cls,
+                *chain(*([token + BASE for token in part] + [SPECIAL.sep] for part in parts)),
+            ]
             padding = [0] * (s - len(frame))
             assert sample["labels"].tolist() == frame + padding
             assert sample["segments"].tolist() == [1] * len(frame) + padding
             second = len(parts[1]) + 1 if len(parts) == 2 else 0
-            assert sample["token_types"].tolist() == [0] * (len(frame) - second) + [1] * second + padding
+            assert (
+                sample["token_types"].tolist()
+                == [0] * (len(frame) - second) + [1] * second + padding
+            )
             masked = sample["loss_mask"] == 1
-            assert masked.sum() == sample["loss_mask"].sum() == max(1, round(0.15 * len(places(sample))))
+            assert (
+                masked.sum()
+                == sample["loss_mask"].sum()
+                == max(1, round(0.15 * len(places(sample))))
+            )
             assert (sample["labels"][masked] >= BASE).all()
             assert np.array_equal(sample["tokens"][~masked], sample["labels"][~masked])
 
@@ -280,14 +302,21 @@ def test_half_of_the_next_sentences_are_of_another_document(tmp_path):
         sample = dataset[i]
         a, b = text(sample)
         documents = [np.searchsorted(edges, part[0], side="right") for part in (a, b)]
-        assert consecutive(a) and consecutive(b) and (documents[0] != documents[1]) == bool(sample["pair_label"])
+        assert (
+            consecutive(a)
+            and consecutive(b)
+            and (documents[0] != documents[1]) == bool(sample["pair_label"])
+        )
         assert sample["pair_label"] or a[-1] < b[0]
         labels += int(sample["pair_label"])
         seconds[int(documents[1])] += int(sample["pair_label"])
     draws = epochs * per_epoch
     assert abs(labels - draws * 0.5 * 59 / 60) <= 5 * sqrt(2 * draws * 0.5 * 0.5)
     mean = labels / 60
-    assert all(abs(count - mean) <= 5 * sqrt(mean) for count in seconds.values()) and len(seconds) == 60
+    assert (
+        all(abs(count - mean) <= 5 * sqrt(mean) for count in seconds.values())
+        and len(seconds) == 60
+    )
 
 
 def test_parts_too_long_together_are_trimmed_to_fit(tmp_path):
@@ -302,7 +331,9 @@ def test_parts_too_long_together_are_trimmed_to_fit(tmp_path):
         assert len(a) + len(b) <= 29 and consecutive(a) and consecutive(b)
         if sample["pair_label"] and (len(a), len(b)) == (15, 14):
             trimmed[a[0] % 29, b[0] % 29] += 1
-    assert len({start for start, _ in trimmed}) == 6, "A, the first 20 tokens of a document, begins at 0 to 5"
+    assert len({start for start, _ in trimmed}) == 6, (
+        "A, the first 20 tokens of a document, begins at 0 to 5"
+    )
     assert len({start for _, start in trimmed}) == 7, "B, the last 20 tokens, begins at 9 to 15"
 
 
@@ -312,12 +343,17 @@ def test_samples_are_short_as_often_as_asked(tmp_path):
     dataset, draws = bert(data, short_seq_prob=0.3), 4000
     lengths = Counter(len(places(dataset[i])) for i in range(draws))
     assert near(draws - lengths[29], draws, 0.3 * 27 / 28)
-    assert all(near(lengths[n], draws, 0.3 / 28) for n in range(2, 29)) and sum(lengths.values()) == draws
+    assert (
+        all(near(lengths[n], draws, 0.3 / 28) for n in range(2, 29))
+        and sum(lengths.values()) == draws
+    )
     dataset = bert(data, short_seq_prob=0.0)
     assert {len(places(dataset[i])) for i in range(100)} == {29}
     dataset, draws = bert(dataset_of(tmp_path / "b", [[1] * 300]), 6, short_seq_prob=1.0), 1000
     lengths = Counter(len(places(dataset[i])) for i in range(draws))
-    assert set(lengths) == {2, 3} and near(lengths[2], draws, 1 / 2), "targets of 2 and 3 for runs of 3"
+    assert set(lengths) == {2, 3} and near(lengths[2], draws, 1 / 2), (
+        "targets of 2 and 3 for runs of 3"
+    )
 
 
 def test_short_samples_leave_out_little_and_something_else_in_every_epoch(tmp_path):
@@ -329,7 +365,11 @@ def test_short_samples_leave_out_little_and_something_else_in_every_epoch(tmp_pa
     for epoch in range(8):
         first = epoch * dataset.samples_per_epoch
         now = set(chain(*(places(dataset[first + i]) for i in range(dataset.samples_per_epoch))))
-        assert 0 < data.num_tokens - len(now) < 29 * (runs * probability / 2 + 5 * sqrt(runs * probability / 3))
+        assert (
+            0
+            < data.num_tokens - len(now)
+            < 29 * (runs * probability / 2 + 5 * sqrt(runs * probability / 3))
+        )
         seen |= now
     assert len(seen) == data.num_tokens
 
@@ -358,7 +398,9 @@ def test_samples_depend_on_the_index_alone(tmp_path, pair):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", script, str(tmp_path / "a"), pair]
-    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    found = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
     assert found.stdout.strip() == digest(samples)
 
 
@@ -380,7 +422,9 @@ def test_seed_split_and_epoch_change_samples(tmp_path):
     one = bert(data)
     others = [bert(data, seed=2), bert(data, split="valid")]
     assert len({digest([dataset[i] for i in range(20)]) for dataset in [one, *others]}) == 3
-    assert digest([one[i] for i in range(20)]) != digest([one[i + one.samples_per_epoch] for i in range(20)])
+    assert digest([one[i] for i in range(20)]) != digest(
+        [one[i + one.samples_per_epoch] for i in range(20)]
+    )
 
 
 def test_masks_differ_from_epoch_to_epoch(tmp_path):
@@ -415,7 +459,10 @@ def test_scattered_sequences_give_the_same_samples(tmp_path):
     scattered = IndexedDataset(tmp_path / "b")
     assert not scattered.contiguous
     for documents in ((0, 60), (7, 31)):
-        samples = [[bert(source, documents=documents)[i] for i in range(100)] for source in (data, scattered)]
+        samples = [
+            [bert(source, documents=documents)[i] for i in range(100)]
+            for source in (data, scattered)
+        ]
         assert digest(samples[0]) == digest(samples[1])
 
 
@@ -440,7 +487,8 @@ SIZES = (1, 2, 3, 4, 6, 12)
 
 
 @pytest.mark.parametrize(
-    ("micro_batch_size", "data_size"), [(b, dp) for b in SIZES for dp in SIZES if 12 % (b * dp) == 0]
+    ("micro_batch_size", "data_size"),
+    [(b, dp) for b in SIZES for dp in SIZES if 12 % (b * dp) == 0],
 )
 def test_a_global_batch_is_the_next_samples_in_any_layout(tmp_path, micro_batch_size, data_size):
     dataset = bert(dataset_of(tmp_path / "a", CORPORA["articles"]), bert_pair="nsp")
@@ -468,7 +516,9 @@ def test_shapes_of_a_batch(tmp_path):
     assert all(array.flags.c_contiguous for array in batch.values())
 
 
-@pytest.mark.parametrize(("micro_batch_size", "data_size", "data_rank"), [(0, 1, 0), (1, 2, 2), (1, 2, -1)])
+@pytest.mark.parametrize(
+    ("micro_batch_size", "data_size", "data_rank"), [(0, 1, 0), (1, 2, 2), (1, 2, -1)]
+)
 def test_impossible_ranks_are_refused(micro_batch_size, data_size, data_rank):
     with pytest.raises(ValueError, match=f"rank {data_rank} of {data_size}"):
         BertLoader(None, micro_batch_size, data_size, data_rank)
@@ -476,13 +526,19 @@ def test_impossible_ranks_are_refused(micro_batch_size, data_size, data_rank):
 
 def test_errors_name_split_and_numbers(tmp_path):
     data = dataset_of(tmp_path / "a", [[3, 4], [], [0], [7]])
-    with pytest.raises(DatasetError, match=r"--seq-length 4 has no room for two tokens .* give 5 or more"):
+    with pytest.raises(
+        DatasetError, match=r"--seq-length 4 has no room for two tokens .* give 5 or more"
+    ):
         bert(data, 4)
-    with pytest.raises(DatasetError, match=r"--seq-length 3 has no room for two tokens .* give 4 or more"):
+    with pytest.raises(
+        DatasetError, match=r"--seq-length 3 has no room for two tokens .* give 4 or more"
+    ):
         bert(data, 3, bert_pair="none")
     with pytest.raises(DatasetError, match=r"split 'train' has no tokens in its 2 documents"):
         bert(data, documents=(1, 3))
-    with pytest.raises(DatasetError, match=r"split 'valid' has 1 documents, but next-sentence prediction"):
+    with pytest.raises(
+        DatasetError, match=r"split 'valid' has 1 documents, but next-sentence prediction"
+    ):
         bert(data, documents=(0, 1), split="valid", bert_pair="nsp")
     with pytest.raises(IndexError, match="-1"):
         bert(data)[-1]
@@ -493,8 +549,12 @@ def test_errors_name_split_and_numbers(tmp_path):
 def test_ids_outside_the_vocabulary_are_refused(tmp_path):
     data = dataset_of(tmp_path / "a", [[9]])
     assert BertDataset(data, (0, 1), 32, 1, "train", SPECIAL, 14)[0]["labels"].max() == 13
-    with pytest.raises(DatasetError, match=r"split 'train'.* id 13, but the vocabulary has 13 entries"):
-        BertDataset(data, (0, 1), 32, 1, "train", SPECIAL, 13, config=BertDataConfig(bert_pair="none"))[0]
+    with pytest.raises(
+        DatasetError, match=r"split 'train'.* id 13, but the vocabulary has 13 entries"
+    ):
+        BertDataset(
+            data, (0, 1), 32, 1, "train", SPECIAL, 13, config=BertDataConfig(bert_pair="none")
+        )[0]
     with IndexedWriter(tmp_path / "b", "i4") as writer:
         writer.add_document(np.array([7, -1, 8]))
         writer.finish()

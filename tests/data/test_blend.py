@@ -9,7 +9,14 @@ import pytest
 
 from megalite.data.blend import MOST, Blend, BlendedDataset
 
-WEIGHTS = [[1], [0.3, 0.7], [1, 1, 1], [1e-6, 1], [5, 3, 2, 1e-3], [1 / (j + 1) for j in range(100)]]
+WEIGHTS = [
+    [1],
+    [0.3, 0.7],
+    [1, 1, 1],
+    [1e-6, 1],
+    [5, 3, 2, 1e-3],
+    [1 / (j + 1) for j in range(100)],
+]
 
 
 def walked(weights, n: int) -> list[int]:
@@ -17,7 +24,10 @@ def walked(weights, n: int) -> list[int]:
     total = sum(map(Fraction, weights))
     counts, sources = [0] * len(weights), []
     for _ in range(n):
-        source = max(range(len(weights)), key=lambda j: (Fraction(weights[j]) / total / (2 * counts[j] + 1), -j))
+        source = max(
+            range(len(weights)),
+            key=lambda j: (Fraction(weights[j]) / total / (2 * counts[j] + 1), -j),
+        )
         counts[source] += 1
         sources.append(source)
     return sources
@@ -53,7 +63,10 @@ def test_far_out_too(weights, n):
     for i in range(n, n + 40):
         assert (Blend(weights).counts(i) == before).all()
         # Half of k and one for the method; float64 shares are off by 2^-53 of n, which is less than one.
-        assert all(abs(int(c) - share * i) <= Fraction(len(weights), 2) + 2 for c, share in zip(before, shares))
+        assert all(
+            abs(int(c) - share * i) <= Fraction(len(weights), 2) + 2
+            for c, share in zip(before, shares)
+        )
         after = walking.counts(i + 1)
         assert sorted(np.unique(after - before).tolist()) == ([0, 1] if len(weights) > 1 else [1])
         assert (after - before).sum() == 1 and walking[i][0] == int((after - before).argmax())
@@ -99,6 +112,7 @@ def test_what_makes_no_sense_is_refused():
 
 def test_fingerprints_tell_sources_apart():
     prints = {
-        BlendedDataset([Numbers(n) for n in names], [1] * len(names)).fingerprint() for names in ("ab", "ac", "a")
+        BlendedDataset([Numbers(n) for n in names], [1] * len(names)).fingerprint()
+        for names in ("ab", "ac", "a")
     }
     assert len(prints) == 3

@@ -75,7 +75,8 @@ def test_permutations_are_random():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "s"), [(1000, 10), (1009, 10), (64, 32), (65, 32), (33, 32), (40, 32), (2, 1), (3, 1), (500, 1)]
+    ("tokens", "s"),
+    [(1000, 10), (1009, 10), (64, 32), (65, 32), (33, 32), (40, 32), (2, 1), (3, 1), (500, 1)],
 )
 def test_every_epoch_covers_its_windows_once(tmp_path, tokens, s):
     data = dataset_of(tmp_path / "a", [tokens // 2, tokens - tokens // 2])
@@ -103,7 +104,9 @@ def test_samples_depend_on_the_index_alone(tmp_path):
 
 def test_threads_in_different_epochs_do_not_disturb_each_other(tmp_path):
     dataset = GPTDataset(dataset_of(tmp_path / "a", [1000]).tokens(), 16, 3, "train")
-    places = [[epoch * dataset.windows_per_epoch + i % 50 for i in range(2000)] for epoch in range(4)]
+    places = [
+        [epoch * dataset.windows_per_epoch + i % 50 for i in range(2000)] for epoch in range(4)
+    ]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda mine: [dataset.window(i) for i in mine], places))
     alone = GPTDataset(dataset.stream, 16, 3, "train")
@@ -129,7 +132,9 @@ def test_the_order_is_what_it_was(tmp_path):
 
 def test_errors_name_split_and_numbers(tmp_path):
     stream = dataset_of(tmp_path / "a", [16]).tokens()
-    with pytest.raises(DatasetError, match=r"split 'valid' has 16 tokens but needs at least seq-length \+ 1 = 17"):
+    with pytest.raises(
+        DatasetError, match=r"split 'valid' has 16 tokens but needs at least seq-length \+ 1 = 17"
+    ):
         GPTDataset(stream, 16, 0, "valid")
     with pytest.raises(IndexError, match="-1"):
         GPTDataset(stream, 8, 0, "train")[-1]
@@ -138,7 +143,9 @@ def test_errors_name_split_and_numbers(tmp_path):
 def test_ids_outside_the_vocabulary_are_refused(tmp_path):
     stream = dataset_of(tmp_path / "a", [9]).tokens()
     assert GPTDataset(stream, 8, 0, "train", vocab_size=9)[0].tolist() == list(range(9))
-    with pytest.raises(DatasetError, match=r"split 'train'.* id 8, but the vocabulary has 8 entries"):
+    with pytest.raises(
+        DatasetError, match=r"split 'train'.* id 8, but the vocabulary has 8 entries"
+    ):
         GPTDataset(stream, 8, 0, "train", vocab_size=8)[0]
     with IndexedWriter(tmp_path / "b", "i4") as writer:
         writer.add_document(np.array([3, -1, 2]))
@@ -158,7 +165,11 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path):
         (
             "1,1,1",
             10**18 + 1,
-            [(0, 333333333333333334), (333333333333333334, 666666666666666667), (666666666666666667, 10**18 + 1)],
+            [
+                (0, 333333333333333334),
+                (333333333333333334, 666666666666666667),
+                (666666666666666667, 10**18 + 1),
+            ],
         ),
         ("1,1,1", 0, [(0, 0), (0, 0), (0, 0)]),
     ],
@@ -176,7 +187,10 @@ def test_bad_splits_are_refused(text):
 
 
 def built(data: DataConfig, model: ModelConfig, *splits: str) -> dict:
-    return {name: blended(its) for name, its in build_sources(data, model, 1, dict.fromkeys(splits, 40)).items()}
+    return {
+        name: blended(its)
+        for name, its in build_sources(data, model, 1, dict.fromkeys(splits, 40)).items()
+    }
 
 
 def test_datasets_of_a_configuration(tmp_path):
@@ -185,10 +199,16 @@ def test_datasets_of_a_configuration(tmp_path):
     model = ModelConfig(seq_length=16, vocab_size=1000)
     datasets = built(data, model, "train", "valid")
     assert list(datasets) == ["train", "valid"]
-    seen = {split: {int(t) for i in range(200) for t in dataset[i]} for split, dataset in datasets.items()}
+    seen = {
+        split: {int(t) for i in range(200) for t in dataset[i]}
+        for split, dataset in datasets.items()
+    }
     assert max(seen["train"]) < 900 <= min(seen["valid"])
     assert len({dataset.fingerprint() for dataset in datasets.values()}) == 2
-    with pytest.raises(DatasetError, match=r"split 'test' is empty: --split 90,10,0 gives it none of the 20 documents"):
+    with pytest.raises(
+        DatasetError,
+        match=r"split 'test' is empty: --split 90,10,0 gives it none of the 20 documents",
+    ):
         built(data, model, "train", "test")
     with pytest.raises(DatasetError, match="--data-path PREFIX, or --mock-data"):
         built(DataConfig(), model, "train")
@@ -203,16 +223,24 @@ def test_blends_and_data_of_one_split(tmp_path):
         dataset_of(tmp_path / name, [50] * 20)
     a, b, c = (str(tmp_path / name) for name in "abc")
     model = ModelConfig(seq_length=16, vocab_size=1000)
-    blend = built(DataConfig(data_path=("3", a, "1", b), split="90,10,0"), model, "train", "valid")["train"]
+    blend = built(DataConfig(data_path=("3", a, "1", b), split="90,10,0"), model, "train", "valid")[
+        "train"
+    ]
     assert blend.consumed_at(400) == [300, 100]
     alone = built(DataConfig(data_path=(b,), split="90,10,0"), model, "train")["train"]
-    assert [blend.datasets[1][i].tolist() for i in range(9)] == [alone[i].tolist() for i in range(9)]
+    assert [blend.datasets[1][i].tolist() for i in range(9)] == [
+        alone[i].tolist() for i in range(9)
+    ]
     own = DataConfig(train_data_path=(a,), valid_data_path=("1", b, "1", c))
     datasets = built(own, model, "train", "valid")
-    assert max(int(t) for i in range(200) for t in datasets["train"][i]) >= 950  # every document, whatever --split says
+    assert (
+        max(int(t) for i in range(200) for t in datasets["train"][i]) >= 950
+    )  # every document, whatever --split says
     assert len(datasets["valid"].datasets) == 2
     state = data_state(own, model, 1, 40)
-    assert [source.fingerprint for source in state.sources] == [datasets["train"].datasets[0].fingerprint()]
+    assert [source.fingerprint for source in state.sources] == [
+        datasets["train"].datasets[0].fingerprint()
+    ]
 
 
 def test_two_sources_of_equal_contents_are_refused(tmp_path):
@@ -220,5 +248,7 @@ def test_two_sources_of_equal_contents_are_refused(tmp_path):
     for name in "ab":
         dataset_of(tmp_path / name, [50] * 20)
     blend = DataConfig(data_path=("1", str(tmp_path / "a"), "1", str(tmp_path / "b")), split="1")
-    with pytest.raises(DatasetError, match="/a and .*/b hold the same; name one, with the sum of the weights"):
+    with pytest.raises(
+        DatasetError, match="/a and .*/b hold the same; name one, with the sum of the weights"
+    ):
         data_state(blend, ModelConfig(seq_length=16, vocab_size=1000), 1, 40)

@@ -50,7 +50,12 @@ def test_writer_makes_the_golden_bytes(tmp_path):
 def test_reader_reads_the_golden_bytes(tmp_path, modes):
     data = IndexedDataset(put(tmp_path / "a", GOLDEN_IDX + modes))
     assert (len(data), data.num_documents, data.num_tokens, data.dtype) == (4, 3, 7, np.uint16)
-    assert [data.sequence(i).tolist() for i in range(4)] == [[10, 11, 12], [13], [], [65535, 15, 16]]
+    assert [data.sequence(i).tolist() for i in range(4)] == [
+        [10, 11, 12],
+        [13],
+        [],
+        [65535, 15, 16],
+    ]
     assert data.tokens().read(0, 7).tolist() == [10, 11, 12, 13, 65535, 15, 16]
     assert DatasetInfo.read(tmp_path / "a") is None
 
@@ -108,7 +113,11 @@ def damaged(at, form, *values):
         (damaged(9, "<Q", 2), GOLDEN_BIN, "version 2; only version 1"),
         (damaged(17, "<B", 9), GOLDEN_BIN, "dtype code 9"),
         (damaged(17, "<B", 6), GOLDEN_BIN, "dtype code 6"),
-        (GOLDEN_IDX[:-1], GOLDEN_BIN, r"113 bytes, but 4 sequences and 4 document boundaries take 114"),
+        (
+            GOLDEN_IDX[:-1],
+            GOLDEN_BIN,
+            r"113 bytes, but 4 sequences and 4 document boundaries take 114",
+        ),
         (GOLDEN_IDX + b"\0", GOLDEN_BIN, r"115 bytes, but .* cut short"),
         (damaged(18, "<Q", 2**60), GOLDEN_BIN, "sequences and 4 document boundaries take"),
         (damaged(82, "<q", 1), GOLDEN_BIN, "run from 1 to 4, not from 0 to 4"),
@@ -116,7 +125,11 @@ def damaged(at, form, *values):
         (damaged(90, "<q", 4), GOLDEN_BIN, "go backwards"),
         (damaged(34, "<i", -3), GOLDEN_BIN, "sequence 0 of -3 tokens"),
         (damaged(58, "<q", 7), GOLDEN_BIN, "sequence 1 of 1 tokens should lie at bytes 7 to 9"),
-        (damaged(74, "<q", 10), GOLDEN_BIN, "sequence 3 of 3 tokens .* 10 to 16, but the file has 14"),
+        (
+            damaged(74, "<q", 10),
+            GOLDEN_BIN,
+            "sequence 3 of 3 tokens .* 10 to 16, but the file has 14",
+        ),
         (GOLDEN_IDX, GOLDEN_BIN[:-1], r"a\.bin: sequence 3 .* but the file has 13"),
         (GOLDEN_IDX, GOLDEN_BIN + b"\0\0", r"16 bytes, but .*a\.idx tells of 14"),
     ],
@@ -152,7 +165,9 @@ def test_scattered_sequences_are_gathered(tmp_path):
     """Sequences of [3, 1, 0, 3] tokens stored back to front read like the contiguous file."""
     offsets = struct.pack("<4q", 8, 6, 2, 0)
     prefix = put(
-        tmp_path / "a", GOLDEN_IDX[:50] + offsets + GOLDEN_IDX[82:], struct.pack("<7H", 65535, 15, 16, 13, 10, 11, 12)
+        tmp_path / "a",
+        GOLDEN_IDX[:50] + offsets + GOLDEN_IDX[82:],
+        struct.pack("<7H", 65535, 15, 16, 13, 10, 11, 12),
     )
     data = IndexedDataset(prefix)
     expected = [10, 11, 12, 13, 65535, 15, 16]
@@ -197,13 +212,22 @@ def test_opening_a_large_file_looks_at_a_sample_and_verify_at_everything(tmp_pat
     assert verify(IndexedDataset(large(tmp_path / "sound"))) == []
     for name, at, form, value, message in [
         ("length", 4 * between, "<i", -1, "sequence 5 of -1 tokens"),
-        ("offset", offset, "<q", 2**63 - 2, "sequence 5 of 1 tokens should lie at bytes 9223372036854775806"),
+        (
+            "offset",
+            offset,
+            "<q",
+            2**63 - 2,
+            "sequence 5 of 1 tokens should lie at bytes 9223372036854775806",
+        ),
         ("gap", offset, "<q", 8, "sequence 5 starts at byte 8, not where the one before ends"),
         ("boundary", boundary, "<q", 9999, "go backwards .* 9999, then 6 for document 5"),
     ]:
         found, *_ = verify(IndexedDataset(large(tmp_path / name, (at, form, value))))
         assert re.search(message, found), found
-    for name, at, form, value in [("a", 4 * looked_at, "<i", -1), ("b", 12 * LARGE + 8 * bound, "<q", 9999)]:
+    for name, at, form, value in [
+        ("a", 4 * looked_at, "<i", -1),
+        ("b", 12 * LARGE + 8 * bound, "<q", 9999),
+    ]:
         with pytest.raises(DatasetError, match="-1 tokens|go backwards"):
             IndexedDataset(large(tmp_path / name, (at, form, value)))
 
@@ -212,16 +236,23 @@ def test_verify_lists_problems_up_to_a_limit(tmp_path):
     between = [i for i in range(50) if not np.isin([i, i - 1], spread(LARGE)).any()]
     damage = [(4 * i, "<i", -1) for i in between]
     two = verify(IndexedDataset(large(tmp_path / "two", *damage[:2])))
-    assert [f"sequence {i} of -1" in text for i, text in zip(between[:2], two, strict=False)] == [True, True]
+    assert [f"sequence {i} of -1" in text for i, text in zip(between[:2], two, strict=False)] == [
+        True,
+        True,
+    ]
     assert len(verify(IndexedDataset(large(tmp_path / "many", *damage)))) == MOST < len(damage)
 
 
 def test_verify_compares_with_the_description(tmp_path):
     shares = []
-    sound = large(tmp_path / "sound", info=DatasetInfo("ByteTokenizer", LARGE, None, "", LARGE, LARGE))
+    sound = large(
+        tmp_path / "sound", info=DatasetInfo("ByteTokenizer", LARGE, None, "", LARGE, LARGE)
+    )
     assert verify(IndexedDataset(sound), shares.append) == []
     assert shares == sorted(shares) and shares[-1] == 1
-    wrong = IndexedDataset(large(tmp_path / "wrong", info=DatasetInfo("ByteTokenizer", 9000, None, "", LARGE, 7)))
+    wrong = IndexedDataset(
+        large(tmp_path / "wrong", info=DatasetInfo("ByteTokenizer", 9000, None, "", LARGE, 7))
+    )
     counts, ids = verify(wrong)
     assert f"{LARGE:,} documents and 7 tokens, the files hold {LARGE:,} and {LARGE:,}" in counts
     assert "id 9000 at token 9000" in ids and f"9000 entries ({LARGE - 9000} such ids" in ids
@@ -276,9 +307,15 @@ def test_the_writer_refuses_what_it_cannot_store(tmp_path):
     for dtype in ("f4", "u4"):
         with pytest.raises(DatasetError, match="cannot be stored"):
             IndexedWriter(tmp_path / "a", dtype)
-    with IndexedWriter(tmp_path / "a", "u2") as writer, pytest.raises(DatasetError, match="5 bytes given for 3 tokens"):
+    with (
+        IndexedWriter(tmp_path / "a", "u2") as writer,
+        pytest.raises(DatasetError, match="5 bytes given for 3 tokens"),
+    ):
         writer.add_documents(b"12345", np.array([3]))
-    with IndexedWriter(tmp_path / "a", "u2") as writer, pytest.raises(DatasetError, match="id 65536"):
+    with (
+        IndexedWriter(tmp_path / "a", "u2") as writer,
+        pytest.raises(DatasetError, match="id 65536"),
+    ):
         writer.add_document(np.array([1, 65536]))
 
 

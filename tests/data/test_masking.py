@@ -26,14 +26,18 @@ def masker(starts_word=None, vocab_size=V, **config):
 def sentence(n):
     """n tokens of text in the frame of a pair."""
     ids = 5 + np.arange(n) % (V - 5)
-    return np.concatenate([[SPECIAL.cls], ids[: n // 2], [SPECIAL.sep], ids[n // 2 :], [SPECIAL.sep]])
+    return np.concatenate(
+        [[SPECIAL.cls], ids[: n // 2], [SPECIAL.sep], ids[n // 2 :], [SPECIAL.sep]]
+    )
 
 
 def near(count, draws, probability):
     return abs(count - draws * probability) <= 5 * sqrt(draws * probability * (1 - probability))
 
 
-@pytest.mark.parametrize(("n", "expected"), [(1, 1), (3, 1), (10, 2), (11, 2), (100, 15), (509, 76)])
+@pytest.mark.parametrize(
+    ("n", "expected"), [(1, 1), (3, 1), (10, 2), (11, 2), (100, 15), (509, 76)]
+)
 def test_number_of_masked_tokens(n, expected):
     for which in range(20):
         seen, chosen = masker()(sentence(n), numbers(n + 3, which))
@@ -52,7 +56,9 @@ def test_replacements_are_80_10_10_and_random_ids_are_uniform():
     total, ids = 60 * draws, V - 4
     assert sum(kinds.values()) == total
     assert near(kinds["mask"], total, 0.8)
-    assert near(kinds["random"], total, 0.1 * (1 - 1 / ids)), "a random id is the token's own once in 96"
+    assert near(kinds["random"], total, 0.1 * (1 - 1 / ids)), (
+        "a random id is the token's own once in 96"
+    )
     assert near(kinds["kept"], total, 0.1 * (1 + 1 / ids))
     assert set(random) - {2, 3, 4, 0} == {1, *range(5, V)} and not random.keys() & {2, 3, 0}
     assert all(near(random[i], kinds["random"], 1 / ids) for i in {1, *range(5, V)})
@@ -96,12 +102,16 @@ def test_words_are_masked_whole_and_the_budget_holds(n, max_ngrams):
     for which in range(100):
         tokens = sentence(n)
         tokens[tokens > 4] = rng.integers(5, V, n)
-        chosen = masker(pieces(), whole_word_mask=True, max_ngrams=max_ngrams)(tokens, numbers(n + 3, which))[1]
+        chosen = masker(pieces(), whole_word_mask=True, max_ngrams=max_ngrams)(
+            tokens, numbers(n + 3, which)
+        )[1]
         words = words_of(tokens, pieces())
         assert 1 <= chosen.sum() <= round(0.15 * n)
         assert chosen.sum() >= round(0.15 * n) - max(len(word) for word in words) + 1
         whole = [bool(chosen[word[0]]) for word in words]
-        assert all((chosen[word] == choice).all() for word, choice in zip(words, whole, strict=True))
+        assert all(
+            (chosen[word] == choice).all() for word, choice in zip(words, whole, strict=True)
+        )
 
 
 def test_a_word_longer_than_the_budget_gives_one_token():
@@ -113,7 +123,9 @@ def test_a_word_longer_than_the_budget_gives_one_token():
         chosen = masker(starts, whole_word_mask=True)(tokens, numbers(12, which))[1]
         assert chosen.sum() == 1
         where[int(chosen.argmax())] += 1
-    assert set(where) == set(range(1, 11)) and all(near(count, 1000, 0.1) for count in where.values())
+    assert set(where) == set(range(1, 11)) and all(
+        near(count, 1000, 0.1) for count in where.values()
+    )
 
 
 @pytest.mark.parametrize("pieces_per_word", [1, 2])
@@ -121,14 +133,18 @@ def test_ngrams_are_as_long_as_one_over_n_says(pieces_per_word):
     """A budget of three words of 1000: the first n-gram always fits, and hardly ever meets the next one."""
     words, draws, sizes = 1000, 600, Counter()
     tokens = np.concatenate([[2], np.tile([7, 8][:pieces_per_word], words), [3]])
-    mask = masker(np.arange(V) == 7, whole_word_mask=pieces_per_word > 1, max_ngrams=3, mask_prob=3 / words)
+    mask = masker(
+        np.arange(V) == 7, whole_word_mask=pieces_per_word > 1, max_ngrams=3, mask_prob=3 / words
+    )
     for which in range(draws):
         random = numbers(len(tokens), which)
         chosen = mask(tokens, random)[1][1:-1].reshape(words, -1)
         assert (chosen.all(axis=1) == chosen.any(axis=1)).all() and chosen[:, 0].sum() == 3
         first = int(random[1:-1:pieces_per_word, 0].argmin())
         sizes[int(np.append(chosen[first:, 0], False).argmin())] += 1
-    assert all(near(sizes[size], draws, share) for size, share in {1: 6 / 11, 2: 3 / 11, 3: 2 / 11}.items()), sizes
+    assert all(
+        near(sizes[size], draws, share) for size, share in {1: 6 / 11, 2: 3 / 11, 3: 2 / 11}.items()
+    ), sizes
 
 
 def test_ngrams_stay_within_a_segment():
@@ -145,7 +161,9 @@ def test_nothing_to_mask():
     assert seen.tolist() == [2, 3] and not chosen.any()
 
 
-@pytest.mark.parametrize("special", [SpecialIds(1, 2, 3, 3), SpecialIds(1, 2, 3, 100), SpecialIds(1, 2, 3, -1)])
+@pytest.mark.parametrize(
+    "special", [SpecialIds(1, 2, 3, 3), SpecialIds(1, 2, 3, 100), SpecialIds(1, 2, 3, -1)]
+)
 def test_special_ids_that_do_not_fit_are_refused(special):
     with pytest.raises(DatasetError, match="in a vocabulary of 100: these ids must differ"):
         Masker(special, V, None, BertDataConfig())
@@ -154,7 +172,9 @@ def test_special_ids_that_do_not_fit_are_refused(special):
 def test_other_errors():
     with pytest.raises(DatasetError, match="not be all of it"):
         Masker(SpecialIds(0, 1, 2, 3), 4, None, BertDataConfig())
-    with pytest.raises(DatasetError, match="which of the 100 tokens begin a word, but none is known"):
+    with pytest.raises(
+        DatasetError, match="which of the 100 tokens begin a word, but none is known"
+    ):
         masker(whole_word_mask=True)
     with pytest.raises(DatasetError, match="but 99 are known"):
         masker(np.ones(99, bool), whole_word_mask=True)

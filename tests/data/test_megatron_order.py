@@ -53,19 +53,32 @@ def prefix(tmp_path_factory) -> str:
     random = np.random.default_rng(5)
     with IndexedWriter(path, np.uint16) as writer:
         while writer.tokens < 10_000:
-            pieces = [random.integers(0, 50000, random.integers(0, 120)) for _ in range(random.integers(1, 3))]
+            pieces = [
+                random.integers(0, 50000, random.integers(0, 120))
+                for _ in range(random.integers(1, 3))
+            ]
             writer.add_document(*pieces)
         writer.finish()
     return path
 
 
 def ours(prefix: str, case: dict) -> list[str]:
-    paths = {"data_path": (prefix,)} if case["split"] else {"train_data_path": (prefix,), "valid_data_path": (prefix,)}
+    paths = (
+        {"data_path": (prefix,)}
+        if case["split"]
+        else {"train_data_path": (prefix,), "valid_data_path": (prefix,)}
+    )
     data = DataConfig(**paths, split=case["split"] or "969,30,1", sample_order="megatron")
-    counts = {name: count for name, count in zip(("train", "valid", "test"), case["samples"]) if count}
-    built = build_sources(data, ModelConfig(seq_length=case["seq_length"], vocab_size=50257), case["seed"], counts)
+    counts = {
+        name: count for name, count in zip(("train", "valid", "test"), case["samples"]) if count
+    }
+    built = build_sources(
+        data, ModelConfig(seq_length=case["seq_length"], vocab_size=50257), case["seed"], counts
+    )
     datasets = {name: dataset for name, ((_, dataset),) in built.items()}
-    found = {name: digest(dataset[i] for i in range(counts[name])) for name, dataset in datasets.items()}
+    found = {
+        name: digest(dataset[i] for i in range(counts[name])) for name, dataset in datasets.items()
+    }
     return [found.get(name, digest([])) for name in ("train", "valid", "test")]
 
 
@@ -73,8 +86,12 @@ def megatron(*words: str, stdin: str = "") -> str:
     """What the script prints in a Python that has megatron-core. Skips where there is none."""
     python = os.environ.get("MEGATRON_PYTHON", sys.executable)
     if subprocess.run([python, "-c", FIND], capture_output=True).returncode:
-        pytest.skip("megatron-core is not installed, and MEGATRON_PYTHON names no Python that has it")
-    done = subprocess.run([python, SCRIPT, *words], input=stdin, capture_output=True, text=True, timeout=120)
+        pytest.skip(
+            "megatron-core is not installed, and MEGATRON_PYTHON names no Python that has it"
+        )
+    done = subprocess.run(
+        [python, SCRIPT, *words], input=stdin, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
 
@@ -98,10 +115,16 @@ def test_files_are_megatrons_to_the_byte(tmp_path):
         writer.finish()
     megatron("write", str(tmp_path / "theirs"))
     for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (
+            tmp_path / f"theirs{suffix}"
+        ).read_bytes()
     sequences, boundaries = json.loads(megatron("read", str(tmp_path / "ours")))
     dataset = IndexedDataset(tmp_path / "theirs")
-    assert [dataset.sequence(i).tolist() for i in range(len(dataset))] == sequences == [*chain(*DOCUMENTS)]
+    assert (
+        [dataset.sequence(i).tolist() for i in range(len(dataset))]
+        == sequences
+        == [*chain(*DOCUMENTS)]
+    )
     assert dataset.document_indices.tolist() == boundaries
 
 
@@ -148,7 +171,9 @@ def test_a_checkpoint_knows_how_many_epochs_its_order_was_made_for(prefix):
     epoch = (IndexedDataset(prefix).num_tokens - 1) // s
     assert state(epoch // 2).differences(state(epoch)) == []
     assert state(epoch).differences(state(epoch * 3)) == ["epochs 1 -> 3"]
-    assert state(2 * epoch).differences(state(epoch + epoch // 2)) == ["last-epoch-apart False -> True"]
+    assert state(2 * epoch).differences(state(epoch + epoch // 2)) == [
+        "last-epoch-apart False -> True"
+    ]
     assert state(5, "counted").differences(state(5000, "counted")) == []
     assert state(5, "counted").order == {"seed": 1, "seq_length": s, "sample_order": "counted"}
     untold = replace(state(5), order=state(5).order | {})

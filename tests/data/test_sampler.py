@@ -32,7 +32,8 @@ SIZES = (1, 2, 3, 4, 6, 12)
 
 
 @pytest.mark.parametrize(
-    ("micro_batch_size", "data_size"), [(b, dp) for b in SIZES for dp in SIZES if 12 % (b * dp) == 0]
+    ("micro_batch_size", "data_size"),
+    [(b, dp) for b in SIZES for dp in SIZES if 12 % (b * dp) == 0],
 )
 def test_a_global_batch_is_the_next_samples_in_any_layout(micro_batch_size, data_size):
     found = rows(Numbered(), micro_batch_size, data_size, consumed=100, global_batch=12)
@@ -42,7 +43,10 @@ def test_a_global_batch_is_the_next_samples_in_any_layout(micro_batch_size, data
 
 
 def test_the_map_of_samples_to_ranks():
-    assert first_sample(1000, microbatch=3, micro_batch_size=4, data_size=2, data_rank=1) == 1000 + 3 * 8 + 4
+    assert (
+        first_sample(1000, microbatch=3, micro_batch_size=4, data_size=2, data_rank=1)
+        == 1000 + 3 * 8 + 4
+    )
 
 
 def test_types_and_masks():
@@ -79,12 +83,20 @@ def test_positions_start_anew_after_the_end_of_a_document():
 def test_what_is_asked_for_comes_with_the_batch(asked):
     rows = np.array([(*row, 1) for row in ROWS])
     loader = BatchLoader(
-        rows, 2, 1, 0, eod=END, reset_position_ids="positions" in asked, reset_attention_mask="segments" in asked
+        rows,
+        2,
+        1,
+        0,
+        eod=END,
+        reset_position_ids="positions" in asked,
+        reset_attention_mask="segments" in asked,
     )
     batch = loader.batch(0, 1)
     assert set(batch) == loader.fields == {"tokens", "labels", "loss_mask", *asked}
     for place, name in enumerate(("positions", "segments")):
-        assert name not in asked or batch[name].tolist() == [row[place] for row in list(ROWS.values())[2:]]
+        assert name not in asked or batch[name].tolist() == [
+            row[place] for row in list(ROWS.values())[2:]
+        ]
     assert batch["loss_mask"].all(), "nothing is masked unless that is asked for"
 
 
@@ -94,7 +106,9 @@ def test_documents_without_an_end_are_refused(flag):
         BatchLoader(Numbered(), 1, 1, 0, **{flag: True})
 
 
-@pytest.mark.parametrize(("micro_batch_size", "data_size", "data_rank"), [(0, 1, 0), (1, 2, 2), (1, 2, -1)])
+@pytest.mark.parametrize(
+    ("micro_batch_size", "data_size", "data_rank"), [(0, 1, 0), (1, 2, 2), (1, 2, -1)]
+)
 def test_impossible_ranks_are_refused(micro_batch_size, data_size, data_rank):
     with pytest.raises(ValueError, match=f"rank {data_rank} of {data_size}"):
         BatchLoader(Numbered(), micro_batch_size, data_size, data_rank)

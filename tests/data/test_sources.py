@@ -10,7 +10,9 @@ ORDER = {"seed": 1, "seq_length": 8, "sample_order": "counted"}
 
 def state(*sources: tuple[str, float], order=ORDER) -> DataState:
     """Sources by name and weight; the fingerprint is the name."""
-    return DataState(order, tuple(UsedSource(f"/data/{name}", weight, name, 0) for name, weight in sources))
+    return DataState(
+        order, tuple(UsedSource(f"/data/{name}", weight, name, 0) for name, weight in sources)
+    )
 
 
 def test_sources_are_weights_and_prefixes():
@@ -37,13 +39,18 @@ def test_other_patterns_are_refused(words, said):
 
 def test_same_data_elsewhere_is_no_difference():
     before = state(("a", 1), ("b", 2))
-    moved = DataState(ORDER, tuple(UsedSource("/new" + s.prefix, s.weight, s.fingerprint, 0) for s in before.sources))
+    moved = DataState(
+        ORDER,
+        tuple(UsedSource("/new" + s.prefix, s.weight, s.fingerprint, 0) for s in before.sources),
+    )
     assert before.differences(moved) == []
     assert [s.prefix for s in before.at_places_of(moved).sources] == ["/new/data/a", "/new/data/b"]
 
 
 def test_every_difference_is_told():
-    found = state(("a", 1), ("b", 2)).differences(state(("a", 3), ("c", 2), order={**ORDER, "seed": 2}))
+    found = state(("a", 1), ("b", 2)).differences(
+        state(("a", 3), ("c", 2), order={**ORDER, "seed": 2})
+    )
     assert found == [
         "seed 1 -> 2", "weight of /data/a 1 -> 3", "/data/c is new, or has other contents", "/data/b is no longer used"
     ]  # fmt: skip
@@ -72,7 +79,9 @@ def taken(documents: str) -> DataState:
 
 
 def test_other_documents_of_a_source_are_no_new_source():
-    assert taken("0:19").differences(taken("0:18")) == ["documents of /data/a [0:19] -> [0:18] (--split)"]
+    assert taken("0:19").differences(taken("0:18")) == [
+        "documents of /data/a [0:19] -> [0:18] (--split)"
+    ]
 
 
 def test_a_source_that_was_left_out_is_back():
@@ -82,4 +91,6 @@ def test_a_source_that_was_left_out_is_back():
 
 def test_only_ratios_of_weights_matter():
     assert state(("a", 3), ("b", 1)).differences(state(("a", 0.75), ("b", 0.25))) == []
-    assert state(("a", 3), ("b", 1)).differences(state(("a", 3), ("b", 2))) == ["weight of /data/b 1 -> 2"]
+    assert state(("a", 3), ("b", 1)).differences(state(("a", 3), ("b", 2))) == [
+        "weight of /data/b 1 -> 2"
+    ]

@@ -51,7 +51,13 @@ def model_path(files):
     return Path(files["SentencePieceTokenizer"]["tokenizer_model"])
 
 
-EXACT = ["ByteTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer", "TikTokenizer"]
+EXACT = [
+    "ByteTokenizer",
+    "SentencePieceTokenizer",
+    "GPT2BPETokenizer",
+    "HuggingFaceTokenizer",
+    "TikTokenizer",
+]
 """Kinds that give back any text."""
 FAST = EXACT[1:]
 
@@ -79,7 +85,9 @@ def test_what_holds_for_every_kind(files, backend):
         assert [len(ids) for ids in tokenizer.encode_batch(["", ""]).split()] == [0, 0]
         assert 0 <= tokenizer.eod < tokenizer.vocab_size and tokenizer.decode([tokenizer.eod]) == ""
         assert tokenizer.sha256 == build_tokenizer(kind, **given).sha256
-        assert tokenizer.backend == ("fast" if backend == "auto" and kind in FAST else "reference"), tokenizer.why
+        assert tokenizer.backend == (
+            "fast" if backend == "auto" and kind in FAST else "reference"
+        ), tokenizer.why
         assert bool(tokenizer.why) == (backend == "auto" and kind not in FAST)
         with pytest.raises(UnicodeEncodeError):
             tokenizer.encode_batch(["1 2", "half \ud800"])
@@ -91,7 +99,12 @@ def test_training_is_deterministic_and_has_the_ids_it_promises(model_path):
     again = train_sentencepiece(SENTENCES, 330)
     assert again == model_path.read_bytes()
     processor = sentencepiece.SentencePieceProcessor(model_proto=again)
-    assert (processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id()) == (0, 1, 2, 3)
+    assert (processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id()) == (
+        0,
+        1,
+        2,
+        3,
+    )
     tokenizer = build_tokenizer("SentencePieceTokenizer", str(model_path))
     assert (tokenizer.vocab_size, tokenizer.eod) == (330, 2)
 
@@ -99,7 +112,9 @@ def test_training_is_deterministic_and_has_the_ids_it_promises(model_path):
 def test_digests_tell_models_apart(model_path, tmp_path):
     other = tmp_path / "o.model"
     other.write_bytes(train_sentencepiece(TEXTS[:2] * 3, 321))
-    digests = {build_tokenizer("SentencePieceTokenizer", str(path)).sha256 for path in (model_path, other)}
+    digests = {
+        build_tokenizer("SentencePieceTokenizer", str(path)).sha256 for path in (model_path, other)
+    }
     assert len(digests | {ByteTokenizer.sha256}) == 3
 
 
@@ -128,7 +143,9 @@ def test_unusable_models(tmp_path, model_path):
         with pytest.raises(TokenizerError, match=message):
             build_tokenizer(kind, model)
     tokenizer = build_tokenizer("SentencePieceTokenizer", str(tmp_path / "headless.model"))
-    with pytest.raises(TokenizerError, match=r"headless\.model: the model has no end-of-sentence piece"):
+    with pytest.raises(
+        TokenizerError, match=r"headless\.model: the model has no end-of-sentence piece"
+    ):
         _ = tokenizer.eod
 
 
@@ -146,8 +163,18 @@ def broken_source():
 @pytest.mark.parametrize(
     ("texts", "vocab_size", "error", "message"),
     [
-        (["too little text"], 9000, TokenizerError, r"--vocab-size 9000 does not fit this text: .*<= \d+"),
-        (["too little text"], 100, TokenizerError, r"--vocab-size 100 does not fit this text: .*required_chars"),
+        (
+            ["too little text"],
+            9000,
+            TokenizerError,
+            r"--vocab-size 9000 does not fit this text: .*<= \d+",
+        ),
+        (
+            ["too little text"],
+            100,
+            TokenizerError,
+            r"--vocab-size 100 does not fit this text: .*required_chars",
+        ),
         ([], 300, TokenizerError, "input is empty"),
         (["\n", ""], 300, TokenizerError, "input is empty"),
         (broken_source(), 300, OSError, "disk on fire"),
@@ -187,20 +214,36 @@ def random_texts(seed: int, count: int) -> list[str]:
     return ["".join(piece() for _ in range(draw.randint(0, 30))) for _ in range(count)]
 
 
-FAST_FILES = [*((kind, None) for kind in FAST), ("TikTokenizer", "r50k_base"), ("TikTokenizer", "o200k_base")]
+FAST_FILES = [
+    *((kind, None) for kind in FAST),
+    ("TikTokenizer", "r50k_base"),
+    ("TikTokenizer", "o200k_base"),
+]
 
 
 @pytest.mark.parametrize(("kind", "encoding"), FAST_FILES)
 def test_both_backends_give_the_same_ids(kind, encoding, files, model_path):
     pytest.importorskip("gigatoken")
-    given = {"tokenizer_model": str(model_path.with_name(f"{encoding}.tiktoken"))} if encoding else files[kind]
-    fast, reference = (build_tokenizer(kind, **given, backend=backend) for backend in ("fast", "reference"))
-    assert (fast.backend, fast.vocab_size, fast.eod) == ("fast", reference.vocab_size, reference.eod)
+    given = (
+        {"tokenizer_model": str(model_path.with_name(f"{encoding}.tiktoken"))}
+        if encoding
+        else files[kind]
+    )
+    fast, reference = (
+        build_tokenizer(kind, **given, backend=backend) for backend in ("fast", "reference")
+    )
+    assert (fast.backend, fast.vocab_size, fast.eod) == (
+        "fast",
+        reference.vocab_size,
+        reference.eod,
+    )
     texts = [*TEXTS, *random_texts(1, 1000)]
     got, expected = fast.encode_batch(texts), reference.encode_batch(texts)
     assert np.array_equal(got.lengths, expected.lengths) and np.array_equal(got.ids, expected.ids)
     fast.check(texts)
-    assert [fast.decode(ids) for ids in got.split()] == [reference.decode(ids) for ids in got.split()]
+    assert [fast.decode(ids) for ids in got.split()] == [
+        reference.decode(ids) for ids in got.split()
+    ]
 
 
 def test_the_fast_backend_forgets_words_before_they_fill_memory(model_path, monkeypatch):
@@ -208,7 +251,9 @@ def test_the_fast_backend_forgets_words_before_they_fill_memory(model_path, monk
     tokenizer = build_tokenizer("SentencePieceTokenizer", str(model_path), backend="fast")
     expected, loads = tokenizer.encode_batch(TEXTS), []
     load = tokenizer.reference.load_fast
-    monkeypatch.setattr(tokenizer.reference, "load_fast", lambda library: loads.append(1) or load(library))
+    monkeypatch.setattr(
+        tokenizer.reference, "load_fast", lambda library: loads.append(1) or load(library)
+    )
     most = tokenizer._most_bytes
     for held, wanted in ((most, 0), (most + 1, 1), (most + 2, 1), (most + fast.CACHE_BYTES + 2, 2)):
         monkeypatch.setattr(fast, "resident_bytes", lambda held=held: held)
@@ -225,8 +270,12 @@ def test_a_difference_is_shown(files):
     other = merges.with_name("other.txt")
     other.write_text("\n".join([lines[0], *lines[:0:-1]]), encoding="utf-8")
     tokenizer = build_tokenizer("GPT2BPETokenizer", **good)
-    tokenizer.load_fast = build_tokenizer("GPT2BPETokenizer", **good | {"merge_file": str(other)}).load_fast
-    with pytest.raises(TokenizerError, match=r"gigatoken: \[.*reference: \[.*--tokenizer-backend reference"):
+    tokenizer.load_fast = build_tokenizer(
+        "GPT2BPETokenizer", **good | {"merge_file": str(other)}
+    ).load_fast
+    with pytest.raises(
+        TokenizerError, match=r"gigatoken: \[.*reference: \[.*--tokenizer-backend reference"
+    ):
         CheckedTokenizer(tokenizer)
 
 
@@ -241,7 +290,9 @@ def test_backends_that_cannot_be(files, model_path, monkeypatch):
         with pytest.raises(TokenizerError, match=f"--tokenizer-backend fast, {kind}: .*{words}"):
             build_tokenizer(kind, **given, backend="fast")
         assert words in build_tokenizer(kind, **given, backend="auto").why
-    with pytest.raises(TokenizerError, match="--tokenizer-backend slow: known are auto, reference, fast"):
+    with pytest.raises(
+        TokenizerError, match="--tokenizer-backend slow: known are auto, reference, fast"
+    ):
         build_tokenizer("ByteTokenizer", backend="slow")
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     auto = build_tokenizer("GPT2BPETokenizer", **files["GPT2BPETokenizer"], backend="auto")
@@ -281,14 +332,24 @@ def test_no_model_gets_other_ids_by_itself(options, tmp_path):
 
 def test_gpt2_numbers_its_files_as_they_say(files):
     tokenizer = build_tokenizer("GPT2BPETokenizer", **files["GPT2BPETokenizer"])
-    vocabulary = json.loads(Path(files["GPT2BPETokenizer"]["vocab_file"]).read_text(encoding="utf-8"))
-    assert tokenizer.vocab_size == len(vocabulary) == 330 and tokenizer.eod == vocabulary["<|endoftext|>"] == 0
+    vocabulary = json.loads(
+        Path(files["GPT2BPETokenizer"]["vocab_file"]).read_text(encoding="utf-8")
+    )
+    assert (
+        tokenizer.vocab_size == len(vocabulary) == 330
+        and tokenizer.eod == vocabulary["<|endoftext|>"] == 0
+    )
     assert tokenizer.encode_batch(["!"]).ids.tolist() == [vocabulary["!"]]
 
 
 def test_a_vocabulary_with_capitals_is_not_for_lowered_text(files):
-    with pytest.raises(TokenizerError, match=r"\d+ of 130 pieces have capital letters, such as '.+', .* --lowercase"):
-        build_tokenizer("BertWordPieceLowerCase", vocab_file=files["BertWordPieceCase"]["vocab_file"])
+    with pytest.raises(
+        TokenizerError,
+        match=r"\d+ of 130 pieces have capital letters, such as '.+', .* --lowercase",
+    ):
+        build_tokenizer(
+            "BertWordPieceLowerCase", vocab_file=files["BertWordPieceCase"]["vocab_file"]
+        )
 
 
 @pytest.mark.parametrize("kind", ["BertWordPieceLowerCase", "BertWordPieceCase"])
@@ -298,12 +359,15 @@ def test_bert_agrees_with_transformers(kind, files):
     tokenizer = build_tokenizer(kind, **files[kind])
     pieces = Path(path).read_text(encoding="utf-8").splitlines()
     peer = transformers.BertTokenizer(
-        vocab={piece: number for number, piece in enumerate(pieces)}, do_lower_case=tokenizer.lowercase
+        vocab={piece: number for number, piece in enumerate(pieces)},
+        do_lower_case=tokenizer.lowercase,
     )
     texts = [text for text in random_texts(2, 300) if "[MASK]" not in text] + SENTENCES[:3]
     for text, ids in zip(texts, tokenizer.encode_batch(texts).split()):
         assert ids.tolist() == peer.encode(text, add_special_tokens=False), text
-    assert tokenizer.special == {token: pieces.index(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
+    assert tokenizer.special == {
+        token: pieces.index(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    }
     assert tokenizer.eod == tokenizer.special["[SEP]"]
     assert tokenizer.starts_word.tolist() == [not piece.startswith("##") for piece in pieces]
     assert not tokenizer.starts_word.all()
@@ -313,7 +377,10 @@ def test_bert_agrees_with_transformers(kind, files):
 
 def test_bert_keeps_or_drops_case_and_accents(files):
     text = "Citizens café the"
-    lower, cased = (build_tokenizer(kind, **files[kind]) for kind in ("BertWordPieceLowerCase", "BertWordPieceCase"))
+    lower, cased = (
+        build_tokenizer(kind, **files[kind])
+        for kind in ("BertWordPieceLowerCase", "BertWordPieceCase")
+    )
     assert lower.decode(lower.encode_batch([text]).ids) == "citizens cafe the"
     assert np.array_equal(lower.encode_batch([text]).ids, lower.encode_batch([text.upper()]).ids)
     assert not np.array_equal(cased.encode_batch(["the"]).ids, cased.encode_batch(["The"]).ids)
@@ -330,7 +397,9 @@ def test_the_end_of_document_of_a_tokenizer_json(files, tmp_path):
     unnamed = build_tokenizer("HuggingFaceTokenizer", str(alone))
     assert unnamed.eod == vocabulary["<|endoftext|>"] and unnamed.sha256 == tokenizer.sha256
     long = "the state of the Union " * 10
-    assert unnamed.decode(unnamed.encode_batch([long]).ids) == long  # neither cut to 8 ids nor put in a template
+    assert (
+        unnamed.decode(unnamed.encode_batch([long]).ids) == long
+    )  # neither cut to 8 ids nor put in a template
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<none>"}))
     with pytest.raises(TokenizerError, match="no token ends documents: <none>"):
         _ = unnamed.eod
@@ -339,7 +408,10 @@ def test_the_end_of_document_of_a_tokenizer_json(files, tmp_path):
 def test_null_tokenizer():
     tokenizer = build_tokenizer("NullTokenizer", vocab_size=50)
     assert (tokenizer.vocab_size, tokenizer.eod) == (50, 49)
-    assert [ids.tolist() for ids in tokenizer.encode_batch(["0 7  48\n3", ""]).split()] == [[0, 7, 48, 3], []]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(["0 7  48\n3", ""]).split()] == [
+        [0, 7, 48, 3],
+        [],
+    ]
     assert tokenizer.decode([0, 7, 49]) == "0 7"
     for text in ("1 50", "1 -1", "1 x", "1.5", "\u0661", "9" * 5000):
         with pytest.raises(TokenizerError, match="no id from 0 to 49"):
@@ -350,7 +422,11 @@ def test_every_wrong_flag_is_told_at_once(files, tmp_path):
     absent = str(tmp_path / "absent")
     with pytest.raises(TokenizerError) as raised:
         build_tokenizer("GPT2BPETokenizer", tokenizer_model="x", vocab_file=absent)
-    for part in ("--tokenizer-model x: GPT2BPETokenizer does not read it", f"{absent}: no such", "needs --merge-file"):
+    for part in (
+        "--tokenizer-model x: GPT2BPETokenizer does not read it",
+        f"{absent}: no such",
+        "needs --merge-file",
+    ):
         assert part in str(raised.value)
     with pytest.raises(TokenizerError, match="NullTokenizer needs --vocab-size"):
         build_tokenizer("NullTokenizer")
@@ -360,11 +436,21 @@ def test_every_wrong_flag_is_told_at_once(files, tmp_path):
     ("kind", "name", "content", "message"),
     [
         ("GPT2BPETokenizer", "a.json", b"[", "no byte-level BPE vocabulary"),
-        ("GPT2BPETokenizer", "a.json", b'{"a": 0}', "no byte-level BPE vocabulary|255 of the 256 bytes"),
+        (
+            "GPT2BPETokenizer",
+            "a.json",
+            b'{"a": 0}',
+            "no byte-level BPE vocabulary|255 of the 256 bytes",
+        ),
         ("BertWordPieceCase", "a.txt", b"[PAD]\n[UNK]\nthe\n", r"lacks \[CLS\] \[SEP\] \[MASK\]"),
         ("BertWordPieceCase", "a.txt", b"\xff\n", "not UTF-8"),
         ("HuggingFaceTokenizer", "tokenizer.json", b"{}", "no tokenizer.json"),
-        ("TikTokenizer", "mine.tiktoken", b"", "must have r50k_base, cl100k_base, o200k_base in it"),
+        (
+            "TikTokenizer",
+            "mine.tiktoken",
+            b"",
+            "must have r50k_base, cl100k_base, o200k_base in it",
+        ),
         ("TikTokenizer", "r50k_base.tiktoken", b"not ranks", "not a file of ranks"),
         ("TikTokenizer", "r50k_base.tiktoken", b"YQ== 0\n", "not a file of ranks"),
     ],
@@ -380,11 +466,17 @@ def test_files_that_are_no_tokenizer(kind, name, content, message, files, tmp_pa
 
 @pytest.mark.parametrize(
     ("kind", "library"),
-    [("GPT2BPETokenizer", "tokenizers"), ("BertWordPieceCase", "tokenizers"), ("TikTokenizer", "tiktoken")],
+    [
+        ("GPT2BPETokenizer", "tokenizers"),
+        ("BertWordPieceCase", "tokenizers"),
+        ("TikTokenizer", "tiktoken"),
+    ],
 )
 def test_other_missing_libraries(kind, library, files, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(TokenizerError, match=f"{kind} needs the {library} library: pip install {library}"):
+    with pytest.raises(
+        TokenizerError, match=f"{kind} needs the {library} library: pip install {library}"
+    ):
         build_tokenizer(kind, **files[kind])
 
 
@@ -400,7 +492,10 @@ def test_training_in_other_processes_gives_the_same(tmp_path):
         "results = [*train_bpe(texts, 400), train_wordpiece(texts, 200), train_wordpiece(texts, 200, True)];"
         "print([hashlib.sha256(result).hexdigest() for result in results])"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(3)]
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        for _ in range(3)
+    ]
     assert runs[0].stdout and len({run.stdout for run in runs}) == 1, runs[0].stderr
 
 

@@ -18,13 +18,19 @@ KINDS = {
     "sentencepiece-unigram": ("SentencePieceTokenizer", {"tokenizer_model": ".model"}, []),
     "bpe": ("GPT2BPETokenizer", {"vocab_file": "-vocab.json", "merge_file": "-merges.txt"}, []),
     "wordpiece": ("BertWordPieceCase", {"vocab_file": "-vocab.txt"}, []),
-    "wordpiece, lower case": ("BertWordPieceLowerCase", {"vocab_file": "-vocab.txt"}, ["--lowercase"]),
+    "wordpiece, lower case": (
+        "BertWordPieceLowerCase",
+        {"vocab_file": "-vocab.txt"},
+        ["--lowercase"],
+    ),
 }
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
     """The tool with these arguments."""
-    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -33,19 +39,27 @@ def test_what_is_written_is_a_tokenizer(kind, tmp_path):
         pytest.importorskip(library)
     name, outputs, more = KINDS[kind]
     size = 130 if name.startswith("Bert") else 310
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in SENTENCES))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"body": text}) + "\n" for text in SENTENCES)
+    )
     arguments = ["--input", tmp_path / "a.jsonl", "--json-key", "body", "--vocab-size", size, *more]
     arguments += ["--kind", kind.split(",")[0], "--output-prefix", tmp_path / "t"]
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(tmp_path)) == sorted(["a.jsonl", *("t" + suffix for suffix in outputs.values())])
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        ["a.jsonl", *("t" + suffix for suffix in outputs.values())]
+    )
     files = {field: str(tmp_path / ("t" + suffix)) for field, suffix in outputs.items()}
     tokenizer = build_tokenizer(name, **files)
     assert tokenizer.vocab_size == size
     ids = tokenizer.encode_batch(SENTENCES[:3])
-    assert ids.lengths.sum() < sum(map(len, SENTENCES[:3]))  # pieces of several letters were learned
+    assert ids.lengths.sum() < sum(
+        map(len, SENTENCES[:3])
+    )  # pieces of several letters were learned
     again = run(*arguments)
-    assert again.returncode == 2 and all(f"{path} exists" in again.stderr for path in files.values())
+    assert again.returncode == 2 and all(
+        f"{path} exists" in again.stderr for path in files.values()
+    )
 
 
 def test_what_is_refused(tmp_path):
@@ -61,13 +75,38 @@ def test_what_is_refused(tmp_path):
 
 def test_what_cannot_be_read_twice_or_written_is_one_line(tmp_path):
     pytest.importorskip("tokenizers")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
-    done = run("--input", "-", "--kind", "wordpiece", "--vocab-size", 130, "--output-prefix", tmp_path / "t")
-    assert done.returncode == 2 and "error: --input -: --kind wordpiece reads the text twice" in done.stderr
-    command = [sys.executable, TOOL, "--input", tmp_path / "a.jsonl", "--kind", "bpe", "--vocab-size", "310"]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in SENTENCES)
+    )
+    done = run(
+        "--input",
+        "-",
+        "--kind",
+        "wordpiece",
+        "--vocab-size",
+        130,
+        "--output-prefix",
+        tmp_path / "t",
+    )
+    assert (
+        done.returncode == 2
+        and "error: --input -: --kind wordpiece reads the text twice" in done.stderr
+    )
+    command = [
+        sys.executable,
+        TOOL,
+        "--input",
+        tmp_path / "a.jsonl",
+        "--kind",
+        "bpe",
+        "--vocab-size",
+        "310",
+    ]
     done = subprocess.run(
         [*command, "--output-prefix", tmp_path / "t"], capture_output=True, text=True, timeout=120,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
     )  # fmt: skip
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    ), done.stderr
     assert os.listdir(tmp_path) == ["a.jsonl"]

@@ -30,7 +30,9 @@ def make_files(folder: Path) -> dict[str, dict[str, str]]:
     contents["vocab.json"], contents["merges.txt"] = train_bpe(SENTENCES, 330)
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    bpe = tokenizers.Tokenizer(
+        tokenizers.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    )
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(["<|endoftext|>", "<|user|>", "[MASK]"])
@@ -40,7 +42,9 @@ def make_files(folder: Path) -> dict[str, dict[str, str]]:
     bpe.enable_truncation(8)
     (folder / "hf").mkdir()
     bpe.save(str(folder / "hf" / "tokenizer.json"))
-    (folder / "hf" / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|user|>"}}))
+    (folder / "hf" / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<|user|>"}})
+    )
     for name in ("r50k_base", "cl100k_base", "o200k_base"):
         (folder / f"{name}.tiktoken").write_bytes(ranks(json.loads(contents["vocab.json"])))
     path = lambda name: str(folder / name)  # noqa: E731 - a short name for a long line, five times
@@ -60,7 +64,11 @@ def ranks(vocabulary: dict[str, int]) -> bytes:
     """A byte-level vocabulary as a file of ranks; its letters stand for bytes as GPT-2's do."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
-    byte_of = {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
-    ordered = [piece for piece in sorted(vocabulary, key=vocabulary.get) if piece != "<|endoftext|>"]
+    byte_of = {chr(byte): byte for byte in plain} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
+    ordered = [
+        piece for piece in sorted(vocabulary, key=vocabulary.get) if piece != "<|endoftext|>"
+    ]
     pieces = [bytes(byte_of[letter] for letter in piece) for piece in ordered]
     return b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(pieces))

@@ -21,13 +21,21 @@ CSRC = HERE.parents[1] / "megalite" / "kernels" / "csrc"
 def cuda_include() -> Path | None:
     """The folder of CUDA's headers, if there is one: of CUDA_HOME, beside nvcc, or in the usual place."""
     nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
+    homes = [
+        os.environ.get("CUDA_HOME"),
+        nvcc and Path(nvcc).resolve().parent.parent,
+        "/usr/local/cuda",
+    ]
     folders = (Path(home) / "include" for home in homes if home)
     return next((folder for folder in folders if (folder / "cuda_runtime.h").exists()), None)
 
 
 CUDA_INCLUDE = cuda_include()
-CPU_LEVELS = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+CPU_LEVELS = {
+    "baseline": set(),
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+}
 """The builds of the CPU's kernels and the processor flags that each needs."""
 TYPES = ("float32", "float16", "bfloat16")
 
@@ -36,9 +44,24 @@ def build(folder: Path, emulated: bool, *flags: str, compiler: str = "g++") -> P
     """Compile a shared library of the CPU's kernels or, `emulated`, of the CUDA sources; raises on any warning."""
     library = folder / f"{'cuda' if emulated else 'cpu'}{'_'.join(flags).replace('=', '_')}.so"
     sources = sorted(CSRC.glob("*.cu" if emulated else "cpu_*.cpp"))
-    language = ["-DMEGALITE_EMULATION", "-isystem", CUDA_INCLUDE, "-I", HERE, "-x", "c++"] if emulated else []
+    language = (
+        ["-DMEGALITE_EMULATION", "-isystem", CUDA_INCLUDE, "-I", HERE, "-x", "c++"]
+        if emulated
+        else []
+    )
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-    command = [compiler, "-std=c++17", "-fPIC", "-shared", *warnings, *flags, *language, *sources, "-o", library]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        *warnings,
+        *flags,
+        *language,
+        *sources,
+        "-o",
+        library,
+    ]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
     return library
@@ -142,14 +165,19 @@ def encode(x: np.ndarray, dtype: str) -> np.ndarray:
 def decode(x: np.ndarray) -> np.ndarray:
     """What `encode` made, as float64."""
     with np.errstate(invalid="ignore"):  # a NaN is a NaN
-        return ((x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x).astype(np.float64)
+        return ((x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x).astype(
+            np.float64
+        )
 
 
 def _per_row(values: np.ndarray | None, leading: tuple[int, ...]) -> PerRow:
     if values is None:
         return PerRow()
     view = np.broadcast_to(values, leading)
-    return PerRow(view.ctypes.data, (ctypes.c_int64 * 3)(*(stride // view.itemsize for stride in view.strides[:3])))
+    return PerRow(
+        view.ctypes.data,
+        (ctypes.c_int64 * 3)(*(stride // view.itemsize for stride in view.strides[:3])),
+    )
 
 
 def _dropout(dropout: Dropout | None, leading: tuple[int, ...]) -> DropoutStruct:
@@ -157,7 +185,9 @@ def _dropout(dropout: Dropout | None, leading: tuple[int, ...]) -> DropoutStruct
         return DropoutStruct()
     rows, samples, place, key, p = dropout
     numbers = _per_row(rows, leading), _per_row(samples, leading)
-    return DropoutStruct(*numbers, place, (ctypes.c_uint32 * 2)(*key), round(p * 2**32) - 1, 1 / (1 - p))
+    return DropoutStruct(
+        *numbers, place, (ctypes.c_uint32 * 2)(*key), round(p * 2**32) - 1, 1 / (1 - p)
+    )
 
 
 def _pointer(x: np.ndarray | None) -> int | None:
@@ -181,9 +211,16 @@ class Target:
         call = getattr(self.library, f"megalite_{kernel}_{self.level}")
         middle = rows // 3  # ranges of rows, as threads have them
         for begin, end in ((0, middle), (middle, rows)):
-            call(ctypes.byref(struct), ctypes.c_int64(begin), ctypes.c_int64(end), ctypes.c_void_p(scratch.ctypes.data))
+            call(
+                ctypes.byref(struct),
+                ctypes.c_int64(begin),
+                ctypes.c_int64(end),
+                ctypes.c_void_p(scratch.ctypes.data),
+            )
 
-    def softmax(self, x, scale, mask=None, causal=False, dropout=None) -> tuple[np.ndarray, np.ndarray]:
+    def softmax(
+        self, x, scale, mask=None, causal=False, dropout=None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(output, lse) of the forward; x is encoded, [i, j, k, columns]."""
         out, lse = np.full_like(x, 77), np.full(x.shape[:3], 77, np.float32)
         struct = SoftmaxStruct(
@@ -193,7 +230,9 @@ class Target:
         self._run("softmax_forward", struct)
         return decode(out), lse.astype(np.float64)
 
-    def softmax_backward(self, grad, scale, y=None, x=None, lse=None, mask=None, causal=False, dropout=None):
+    def softmax_backward(
+        self, grad, scale, y=None, x=None, lse=None, mask=None, causal=False, dropout=None
+    ):
         """Gradient of x, from y or from x, lse (float32), mask and dropout."""
         out = np.full_like(grad, 77)
         struct = SoftmaxStruct(
@@ -228,15 +267,21 @@ class Target:
         self._run(kernel, SwiGluStruct(shape, _type(x), *map(_pointer, (x, grad, out))))
         return decode(out)
 
-    def rms_norm(self, x, residual, weight, epsilon: float, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def rms_norm(
+        self, x, residual, weight, epsilon: float, group: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(y, s, scale) of x [rows, columns], `group` rows to a lane group."""
         y, s, scale = np.full_like(x, 77), np.full_like(x, 77), np.full(len(x), 77, np.float32)
         shape = Shape((-(-len(x) // group), 1, 1), x.shape[1])
         pointers = map(_pointer, (x, residual, weight, None, None, y, s, scale, None))
-        self._run("rms_norm_forward", RmsNormStruct(shape, _type(x), len(x), group, epsilon, *pointers))
+        self._run(
+            "rms_norm_forward", RmsNormStruct(shape, _type(x), len(x), group, epsilon, *pointers)
+        )
         return decode(y), decode(s), scale
 
-    def rms_norm_backward(self, s, weight, grad, grad_sum, scale, group: int) -> tuple[np.ndarray, np.ndarray]:
+    def rms_norm_backward(
+        self, s, weight, grad, grad_sum, scale, group: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(gradient of s, parts of the weight's gradient [groups, columns])."""
         ds, parts = np.full_like(s, 77), np.full((-(-len(s) // group), s.shape[1]), 77, np.float32)
         pointers = map(_pointer, (s, None, weight, grad, grad_sum, ds, None, scale, parts))
@@ -248,7 +293,9 @@ class Target:
         """x [i, j, k, d] of any strides but the last, turned by tables that broadcast to it."""
         out = np.full(x.shape, 77, x.dtype)
         tables = (_per_row(t[..., 0], x.shape[:3]) for t in (x, cos, sin))
-        struct = RotaryStruct(Shape(x.shape[:3], x.shape[3]), _type(x), inverse, *tables, _pointer(out))
+        struct = RotaryStruct(
+            Shape(x.shape[:3], x.shape[3]), _type(x), inverse, *tables, _pointer(out)
+        )
         self._run("rotary", struct)
         return decode(out)
 
@@ -256,7 +303,14 @@ class Target:
         """(largest logit, sum of exp, the label's logit), [3, rows]."""
         results = np.full((3, len(logits)), 77, np.float32)
         struct = CrossEntropyStruct(
-            _rows(logits), _type(logits), valid, _pointer(logits), _pointer(labels), *map(_pointer, results), None, None
+            _rows(logits),
+            _type(logits),
+            valid,
+            _pointer(logits),
+            _pointer(labels),
+            *map(_pointer, results),
+            None,
+            None,
         )
         self._run("cross_entropy_forward", struct)
         return results.astype(np.float64)

@@ -59,7 +59,9 @@ def softmax(x, scale, mask=None, causal=False, dropout=None):
     # score. One such error in the numerator, one in the sum, whose additions come on top.
     largest = np.abs(np.where(seen, scale * x, 0)).max(axis=-1, keepdims=True, initial=0)
     bound = UNIT * (2 * 4 * largest + 2 * EXP + x.shape[-1] + 4)
-    lse_bound = (bound[..., 0] + UNIT * (2 * largest[..., 0] + 4)) + UNIT * np.where(np.isfinite(lse), np.abs(lse), 0)
+    lse_bound = (bound[..., 0] + UNIT * (2 * largest[..., 0] + 4)) + UNIT * np.where(
+        np.isfinite(lse), np.abs(lse), 0
+    )
     return y, lse, bound * np.abs(y), lse_bound
 
 
@@ -75,7 +77,10 @@ def softmax_backward(grad, scale, y=None, x=None, lse=None, mask=None, causal=Fa
         bound = UNIT * (4 * size + EXP)
         grad = np.where(kept(dropout, x.shape), grad / (1 - dropout.p), 0)
     products = y * grad
-    total, magnitude = products.sum(axis=-1, keepdims=True), np.abs(products).sum(axis=-1, keepdims=True)
+    total, magnitude = (
+        products.sum(axis=-1, keepdims=True),
+        np.abs(products).sum(axis=-1, keepdims=True),
+    )
     dx = scale * y * (grad - total)
     of_sum = (UNIT * (y.shape[-1] + 4) + bound) * magnitude
     return dx, np.abs(scale * y) * (of_sum + (bound + 6 * UNIT) * (np.abs(grad) + np.abs(total)))
@@ -102,11 +107,20 @@ def bias_gelu(x, bias, grad=None):
     c, k = 2 * np.sqrt(2 / np.pi), 0.044715
     argument = c * (v + k * v**3)
     s = _sigmoid(argument)
-    of_sigmoid = UNIT * (8 * np.abs(argument) * (1 - s) + EXP + 4)  # relative: 8 roundings in the argument
+    of_sigmoid = UNIT * (
+        8 * np.abs(argument) * (1 - s) + EXP + 4
+    )  # relative: 8 roundings in the argument
     if grad is None:
-        return v * s, np.abs(v) * (s * of_sigmoid + TINY) + 1.2 * of_sum  # 1.2: no slope of gelu is steeper
+        return v * s, np.abs(v) * (
+            s * of_sigmoid + TINY
+        ) + 1.2 * of_sum  # 1.2: no slope of gelu is steeper
     steep = np.abs(v) * c * (1 + 3 * k * v**2) * (s + TINY / UNIT)
-    bound = TINY + s * of_sigmoid + steep * ((1 - s) * (of_sigmoid + 8 * UNIT) + s * of_sigmoid + 2 * UNIT) + of_sum
+    bound = (
+        TINY
+        + s * of_sigmoid
+        + steep * ((1 - s) * (of_sigmoid + 8 * UNIT) + s * of_sigmoid + 2 * UNIT)
+        + of_sum
+    )
     return grad * (s + v * s * (1 - s) * c * (1 + 3 * k * v**2)), np.abs(grad) * (bound + 4 * UNIT)
 
 
@@ -136,9 +150,16 @@ def rms_norm_backward(s, weight, grad, grad_sum, scale, group):
     """(ds, parts of dw, bounds on the errors of both), from the scale that the forward gave."""
     scale = scale[:, None].astype(np.float64)
     n, d = s * scale, grad * weight
-    mean, magnitude = (d * n).mean(axis=-1, keepdims=True), np.abs(d * n).mean(axis=-1, keepdims=True)
+    mean, magnitude = (
+        (d * n).mean(axis=-1, keepdims=True),
+        np.abs(d * n).mean(axis=-1, keepdims=True),
+    )
     ds = scale * (d - n * mean) + (0 if grad_sum is None else grad_sum)
-    bound = scale * UNIT * (8 * (np.abs(d) + np.abs(n * mean)) + (s.shape[-1] + 8) * np.abs(n) * magnitude)
+    bound = (
+        scale
+        * UNIT
+        * (8 * (np.abs(d) + np.abs(n * mean)) + (s.shape[-1] + 8) * np.abs(n) * magnitude)
+    )
     bound = bound + (0 if grad_sum is None else 2 * UNIT * np.abs(grad_sum))
     starts = np.arange(0, len(s), group)
     parts, sizes = (np.add.reduceat(t, starts, axis=0) for t in (grad * n, np.abs(grad * n)))
@@ -164,11 +185,17 @@ def cross_entropy(logits, labels, valid):
 
 def cross_entropy_backward(logits, labels, valid, lse, grad):
     """((softmax - [column is label]) * grad, 0 from `valid` on; bound on the error)."""
-    x, lse, grad = logits[:, :valid], lse[:, None].astype(np.float64), grad[:, None].astype(np.float64)
+    x, lse, grad = (
+        logits[:, :valid],
+        lse[:, None].astype(np.float64),
+        grad[:, None].astype(np.float64),
+    )
     p = np.exp(x - lse)
     label = np.arange(logits.shape[1]) == labels[:, None]
     label[:, valid:] = False
-    p, size = (np.pad(t, ((0, 0), (0, logits.shape[1] - valid))) for t in (p, np.abs(x) + np.abs(lse)))
+    p, size = (
+        np.pad(t, ((0, 0), (0, logits.shape[1] - valid))) for t in (p, np.abs(x) + np.abs(lse))
+    )
     return (p - label) * grad, np.abs(grad) * UNIT * (p * (2 * size + EXP) + 3 * (p + label))
 
 

@@ -29,27 +29,49 @@ SHORT = {
         ones(1, 1, 9, 3), ones(1, 1, 9), ones(1, 1, 2, 3), None, 1.0, None, False, *NONE
     ),
     "swiglu": lambda: swiglu_backward(ones(1), ones(4000, 4000)),
-    "bias_gelu": lambda: bias_gelu_backward(ones(2, dtype=torch.bfloat16), ones(3000, 4000), ones(1)),
+    "bias_gelu": lambda: bias_gelu_backward(
+        ones(2, dtype=torch.bfloat16), ones(3000, 4000), ones(1)
+    ),
     "bias_gelu's dtype": lambda: bias_gelu_backward(ones(3, 4).half(), ones(3, 4), None),
     "bias_gelu's bias": lambda: bias_gelu_backward(ones(3000, 4000), ones(3000, 4000), ones(1)),
     "rms_norm": lambda: rms_norm_backward(ones(1), None, ones(3000, 4000), ones(4000), ones(3000)),
-    "rms_norm's weight": lambda: rms_norm_backward(ones(30, 4000), None, ones(30, 4000), ones(1), ones(30)),
-    "rms_norm's scale": lambda: rms_norm_backward(ones(3000, 40), None, ones(3000, 40), ones(40), ones(1)),
+    "rms_norm's weight": lambda: rms_norm_backward(
+        ones(30, 4000), None, ones(30, 4000), ones(1), ones(30)
+    ),
+    "rms_norm's scale": lambda: rms_norm_backward(
+        ones(3000, 40), None, ones(3000, 40), ones(40), ones(1)
+    ),
     "rotary's output": lambda: own._rotary(*[ones(9, 1, 1, 4)] * 3, False, ones(900, 1, 1, 4)),
     "rotary's table": lambda: own._rotary(
         ones(9, 1, 1, 4), ones(9, 1, 1, 4), ones(2, 1, 1, 4), False, ones(9, 1, 1, 4)
     ),
     "a row number": lambda: own._bias_dropout_add(
-        ones(1, 1, 9, 4), None, None, ones(1, 1, 1).long(), ones(1, 1, 9).long(), 0, 0, 0, 5, 1.0, ones(1, 1, 9, 4)
+        ones(1, 1, 9, 4),
+        None,
+        None,
+        ones(1, 1, 1).long(),
+        ones(1, 1, 9).long(),
+        0,
+        0,
+        0,
+        5,
+        1.0,
+        ones(1, 1, 9, 4),
     ),
-    "valid": lambda: own._cross_entropy_backward(ones(1, 1, 2, 4), ones(2).long(), 5, ones(2), ones(2)),
-    "labels": lambda: own._cross_entropy_backward(ones(1, 1, 2, 4), ones(2).int(), 4, ones(2), ones(2)),
+    "valid": lambda: own._cross_entropy_backward(
+        ones(1, 1, 2, 4), ones(2).long(), 5, ones(2), ones(2)
+    ),
+    "labels": lambda: own._cross_entropy_backward(
+        ones(1, 1, 2, 4), ones(2).int(), 4, ones(2), ones(2)
+    ),
 }
 
 
 @pytest.mark.parametrize("what", SHORT)
 def test_short_arguments_are_refused(what):
-    with pytest.raises(RuntimeError, match=r"has \d+ elements, not|wrong dtype|needs x|rows and columns|valid is"):
+    with pytest.raises(
+        RuntimeError, match=r"has \d+ elements, not|wrong dtype|needs x|rows and columns|valid is"
+    ):
         SHORT[what]()
 
 
@@ -66,11 +88,16 @@ def test_rows_of_too_many_columns_are_refused(columns):
 def test_what_a_backward_needs_may_have_any_strides():
     grad, y, lse = torch.randn(2, 3, 4, 5), torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4)
     turned = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in (grad, y, lse)]
-    results = [softmax_backward(g, s, o, None, 1.0, None, False, *NONE) for g, o, s in ((grad, y, lse), turned)]
+    results = [
+        softmax_backward(g, s, o, None, 1.0, None, False, *NONE)
+        for g, o, s in ((grad, y, lse), turned)
+    ]
     assert torch.equal(*results)
     scale, weight = torch.rand(2, 3, 4), torch.rand(5)
     for got, expected in zip(
-        rms_norm_backward(turned[0], None, y, weight, scale.transpose(0, 2).contiguous().transpose(0, 2)),
+        rms_norm_backward(
+            turned[0], None, y, weight, scale.transpose(0, 2).contiguous().transpose(0, 2)
+        ),
         rms_norm_backward(grad, None, y, weight, scale),
     ):
         assert torch.equal(got, expected)

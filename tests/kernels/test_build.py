@@ -34,7 +34,9 @@ def built(folder: Path, **environment: str) -> str:
 
 def test_a_compiler_that_fails_is_told(tmp_path):
     (tmp_path / "megalite/kernels").mkdir(parents=True)
-    (tmp_path / "megalite/kernels/native_library.so").write_text("of an older build, which must not stay")
+    (tmp_path / "megalite/kernels/native_library.so").write_text(
+        "of an older build, which must not stay"
+    )
     told = built(tmp_path, CC="false", CXX="false")
     assert "megalite is built without native kernels: " in told and "false" in told
 
@@ -85,7 +87,9 @@ def test_the_cpu_part_is_built_when_the_cuda_part_fails(tmp_path, monkeypatch, c
     def build(self, extension):
         if fails == "linker" and extension.extra_objects:
             raise RuntimeError("cudart_static not found")
-        built.append(bool(extension.extra_objects and ("MEGALITE_CUDA", None) in extension.define_macros))
+        built.append(
+            bool(extension.extra_objects and ("MEGALITE_CUDA", None) in extension.define_macros)
+        )
 
     scope = code["BuildKernels"].build_extension.__globals__
     monkeypatch.setitem(scope, "cuda_compiler", find)

@@ -18,7 +18,9 @@ SOURCES = sorted(bare.CSRC.glob("*.cu"))
 
 
 @pytest.mark.skipif(not NVCC, reason="needs nvcc")
-@pytest.mark.timeout(900)  # half a minute of an idle processor for the largest, much more on a busy one
+@pytest.mark.timeout(
+    900
+)  # half a minute of an idle processor for the largest, much more on a busy one
 @pytest.mark.parametrize("source", SOURCES, ids=[path.name for path in SOURCES])
 def test_nvcc_compiles_for_all_gpus_without_warning_or_spill(tmp_path, source):
     """All warnings are errors; the report of registers is printed (`pytest -s`)."""
@@ -31,7 +33,9 @@ def test_nvcc_compiles_for_all_gpus_without_warning_or_spill(tmp_path, source):
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", run.stdout)]
-    memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stdout)
+    memory = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stdout
+    )
     assert len(registers) == len(memory) >= len(ARCHITECTURES) and set(memory) == {("0", "0", "0")}
     print(
         f"{source.name}: {len(registers)} kernels for sm_{', sm_'.join(ARCHITECTURES)}, "
@@ -56,7 +60,10 @@ print(torch._C._dispatch_has_kernel_for_dispatch_key("megalite::_softmax_forward
 def test_setup_builds_the_cuda_part_for_a_cuda_build_of_torch(tmp_path):
     """torch is told to be such a build. The one function that only a real one has, the current stream, is put in its
     place for loading; nothing is run on a GPU."""
-    release = re.search(r"release ([\d.]+)", subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout)
+    release = re.search(
+        r"release ([\d.]+)",
+        subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout,
+    )
     code = BUILD_FOR_CUDA.replace("VERSION", repr(release.group(1)))
     run = subprocess.run(
         [sys.executable, "-c", code, "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "objects"],
@@ -66,8 +73,15 @@ def test_setup_builds_the_cuda_part_for_a_cuda_build_of_torch(tmp_path):
     library = tmp_path / "megalite" / "kernels" / "native_library.so"
     assert run.returncode == 0 and library.exists(), run.stdout[-3000:]
     stand_in = tmp_path / "stream.so"
-    source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void** s) { *s = 0; return 0; }'
-    subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", stand_in], input=source, text=True, check=True)
+    source = (
+        'extern "C" int aoti_torch_get_current_cuda_stream(int, void** s) { *s = 0; return 0; }'
+    )
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", stand_in],
+        input=source,
+        text=True,
+        check=True,
+    )
     run = subprocess.run(
         [sys.executable, "-c", REGISTERED, library],
         env=os.environ | {"LD_PRELOAD": str(stand_in)}, capture_output=True, text=True,
@@ -78,7 +92,12 @@ def test_setup_builds_the_cuda_part_for_a_cuda_build_of_torch(tmp_path):
 def test_the_sources_know_nothing_of_torch():
     included = {
         line.split()[1].strip('<">')
-        for path in [*SOURCES, bare.CSRC / "cuda.cuh", bare.CSRC / "rows.h", bare.CSRC / "arguments.h"]
+        for path in [
+            *SOURCES,
+            bare.CSRC / "cuda.cuh",
+            bare.CSRC / "rows.h",
+            bare.CSRC / "arguments.h",
+        ]
         for line in path.read_text().splitlines()
         if line.startswith("#include")
     }
@@ -130,7 +149,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.skipif(not shutil.which("g++") or not bare.CUDA_INCLUDE, reason="needs g++ and CUDA's headers")
+@pytest.mark.skipif(
+    not shutil.which("g++") or not bare.CUDA_INCLUDE, reason="needs g++ and CUDA's headers"
+)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_emulation_finds_faults(tmp_path, monkeypatch, fault):
     """A row for a whole block, in both orders of threads: right without a fault, else wrong in one, or an abort."""

@@ -29,7 +29,9 @@ def moved(value, *to):
     """Tensors of a nest of tuples given to `Tensor.to`, those of floats only if it is a dtype; the rest as it is."""
     if isinstance(value, tuple):
         return tuple(moved(v, *to) for v in value)
-    wanted = isinstance(value, torch.Tensor) and (value.is_floating_point() or not isinstance(to[0], torch.dtype))
+    wanted = isinstance(value, torch.Tensor) and (
+        value.is_floating_point() or not isinstance(to[0], torch.dtype)
+    )
     return value.to(*to) if wanted else value
 
 
@@ -38,9 +40,15 @@ def assert_alike(function, tensors: list[torch.Tensor], others: tuple, device: s
     dtype = tensors[0].dtype
     own = [t.detach().to(device).requires_grad_() for t in tensors]
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    y, expected = function(*own, *moved(others, device)), function(*exact, *moved(others, torch.float64))
+    y, expected = (
+        function(*own, *moved(others, device)),
+        function(*exact, *moved(others, torch.float64)),
+    )
     grad = draw(*expected.shape, seed=9).to(dtype)
-    gradients = torch.autograd.grad(y, own, grad.to(device)), torch.autograd.grad(expected, exact, grad.double())
+    gradients = (
+        torch.autograd.grad(y, own, grad.to(device)),
+        torch.autograd.grad(expected, exact, grad.double()),
+    )
     for got, wanted in [(y, expected), *zip(*gradients)]:
         assert got.device.type == device
         allowed = (ROUNDINGS + wanted.shape[-1]) * 2.0**-24 + 20 * UNITS[dtype]
@@ -48,20 +56,29 @@ def assert_alike(function, tensors: list[torch.Tensor], others: tuple, device: s
 
 
 @DTYPES
-@pytest.mark.parametrize(("masked", "causal", "dropped"), [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)])
+@pytest.mark.parametrize(
+    ("masked", "causal", "dropped"), [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]
+)
 def test_softmax(device, dtype, masked, causal, dropped):
     for columns in COLUMNS:
         mask = draw(2, 1, 5, columns, seed=3) > -1 if masked else None
         numbers = torch.arange(15).view(3, 5), torch.arange(2).view(2, 1, 1)
         dropout = (*numbers, 25, *KEY, P) if dropped else ()
         others = (0.5, mask, bool(causal), *dropout)
-        assert_alike(lambda x, *rest: softmax(x, *rest)[0], [draw(2, 3, 5, columns, dtype=dtype)], others, device)
+        assert_alike(
+            lambda x, *rest: softmax(x, *rest)[0],
+            [draw(2, 3, 5, columns, dtype=dtype)],
+            others,
+            device,
+        )
 
 
 @DTYPES
 def test_bias_dropout_add(device, dtype):
     for columns in COLUMNS:
-        tensors = [draw(*shape, dtype=dtype) for shape in ((6, 3, columns), (columns,), (6, 3, columns))]
+        tensors = [
+            draw(*shape, dtype=dtype) for shape in ((6, 3, columns), (columns,), (6, 3, columns))
+        ]
         others = (torch.arange(6)[:, None], torch.arange(3), 25, *KEY, P)
         assert_alike(bias_dropout_add, tensors, others, device)
 
@@ -85,4 +102,6 @@ def test_cross_entropy(device, dtype):
     own, exact = logits.to(device), logits.double()
     cross_entropy_gradient_(own, labels.to(device), 2900, lse.to(device), grad.to(device))
     cross_entropy_gradient_(exact, labels, 2900, lse.double(), grad.double())
-    assert (own.cpu() - exact).abs().max() <= (ROUNDINGS * 2.0**-24 + UNITS[dtype]) * grad.abs().max()
+    assert (own.cpu() - exact).abs().max() <= (
+        ROUNDINGS * 2.0**-24 + UNITS[dtype]
+    ) * grad.abs().max()

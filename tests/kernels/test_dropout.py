@@ -41,14 +41,20 @@ def test_the_mask_is_the_one_of_the_format(layer, site, sample):
     kept = mask(rows, [sample], max(columns) + 1, place(layer, site), 0.5)[0]
     for i, row in enumerate(rows):
         for column in columns:
-            assert kept[i, column] == (word_by_the_format(row, column, sample, layer, site) >= 2**31), (row, column)
+            assert kept[i, column] == (
+                word_by_the_format(row, column, sample, layer, site) >= 2**31
+            ), (row, column)
 
 
-@pytest.mark.parametrize(("row", "sample"), [(2**32 + 3, 1), (-1, 1), (3, -1), (3, 2**48), (2**62, 2**63 - 1)])
+@pytest.mark.parametrize(
+    ("row", "sample"), [(2**32 + 3, 1), (-1, 1), (3, -1), (3, 2**48), (2**62, 2**63 - 1)]
+)
 def test_numbers_are_taken_mod_2_to_the_32(body, row, sample):
     numbers = torch.tensor([row]), torch.tensor([sample])
     y = bias_dropout_add(torch.ones(1, 300), None, None, *numbers, 65535, *KEY, 0.5)
-    expected = [word_by_the_format(row % 2**32, column, sample, 8191, 7) >= 2**31 for column in range(300)]
+    expected = [
+        word_by_the_format(row % 2**32, column, sample, 8191, 7) >= 2**31 for column in range(300)
+    ]
     assert (y[0] != 0).tolist() == expected
 
 
@@ -76,7 +82,11 @@ def test_rows_and_samples_may_lie_in_any_dimensions():
     assert torch.equal(s_b, whole.transpose(0, 1))
     b_n_s = keep_mask(torch.arange(12).view(3, 4), torch.arange(5)[:, None, None], 70, 25, KEY, 0.1)
     assert torch.equal(b_n_s, whole.view(5, 3, 4, 70))
-    assert keep_mask(torch.arange(0)[:, None], torch.arange(5), 70, 25, KEY, 0.1).shape == (0, 5, 70)
+    assert keep_mask(torch.arange(0)[:, None], torch.arange(5), 70, 25, KEY, 0.1).shape == (
+        0,
+        5,
+        70,
+    )
 
 
 def test_places_are_numbered_and_limited():
@@ -94,7 +104,9 @@ def arguments(bias: bool, residual: bool, dtype=torch.float64, shape=(6, 3, 70),
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        return (
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        )
 
     rows, samples = torch.arange(shape[0])[:, None], torch.arange(9, 9 + shape[1])
     x, b, r = draw(*shape), draw(shape[-1]), draw(*shape)
@@ -102,7 +114,9 @@ def arguments(bias: bool, residual: bool, dtype=torch.float64, shape=(6, 3, 70),
 
 
 BOTH = pytest.mark.parametrize(
-    ("bias", "residual"), [(True, True), (True, False), (False, True), (False, False)], ids=["b+r", "b", "r", "none"]
+    ("bias", "residual"),
+    [(True, True), (True, False), (False, True), (False, False)],
+    ids=["b+r", "b", "r", "none"],
 )
 
 
@@ -120,7 +134,10 @@ def test_the_operator_passes_opcheck(body, bias, residual):
 
 
 def test_the_operator_passes_opcheck_without_gradients(body):
-    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments(True, True, torch.bfloat16)]
+    detached = [
+        a.detach() if isinstance(a, torch.Tensor) else a
+        for a in arguments(True, True, torch.bfloat16)
+    ]
     torch.library.opcheck(bias_dropout_add, tuple(detached))
 
 
@@ -133,7 +150,11 @@ def test_the_gradient_is_the_derivative(bias, residual):
 
 def test_a_single_row_needs_no_leading_dim(body):
     x, b, r, _, _, *rest = arguments(True, True, torch.float32, shape=(1, 1, 70))
-    x, r, number = x.detach()[0, 0].requires_grad_(), r.detach()[0, 0].requires_grad_(), torch.tensor(3)
+    x, r, number = (
+        x.detach()[0, 0].requires_grad_(),
+        r.detach()[0, 0].requires_grad_(),
+        torch.tensor(3),
+    )
     row, whole = ((t, b, s, number, number, *rest) for t, s in ((x, r), (x[None], r[None])))
     expected = torch.autograd.grad(bias_dropout_add(*whole).square().sum(), (x, b, r))
     got = torch.autograd.grad(bias_dropout_add(*row).square().sum(), (x, b, r))
@@ -149,7 +170,9 @@ def test_the_inputs_stay_and_may_be_of_any_strides(body):
     strided = x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     assert not strided.is_contiguous()
     assert torch.equal(bias_dropout_add(strided, b, r, *rest), expected)
-    torch.library.opcheck(bias_dropout_add, (strided, None, None, *rest), test_utils="test_faketensor")
+    torch.library.opcheck(
+        bias_dropout_add, (strided, None, None, *rest), test_utils="test_faketensor"
+    )
 
 
 def test_it_compiles_whole(body):
@@ -169,7 +192,9 @@ def test_it_compiles_whole(body):
 
 def test_nothing_is_kept_for_the_backward_but_coordinates(body):
     args, kept = arguments(True, True, shape=(8, 4, 300)), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
         bias_dropout_add(*args).sum().backward()
     assert sorted(kept) == [4, 8]  # the samples, the rows
 
@@ -193,12 +218,26 @@ def test_empty_tensors_give_empty_tensors(body, shape):
 
 def test_tensors_of_any_number_of_dims(body):
     """Rows are flattened where there are more than three dims of them."""
-    x, rows, samples = torch.randn(2, 3, 4, 5, 60), torch.arange(60).view(3, 4, 5), torch.arange(2).view(2, 1, 1, 1)
+    x, rows, samples = (
+        torch.randn(2, 3, 4, 5, 60),
+        torch.arange(60).view(3, 4, 5),
+        torch.arange(2).view(2, 1, 1, 1),
+    )
     for take in (x, x[0], x[0, 0], x[0, 0, 0], x[0, 0, 0, 0]):
         lead = take.dim() - 1
-        own_rows = rows if lead > 2 else rows[0, 0] if lead == 1 else rows[0] if lead == 2 else rows[0, 0, 0]
+        own_rows = (
+            rows
+            if lead > 2
+            else rows[0, 0]
+            if lead == 1
+            else rows[0]
+            if lead == 2
+            else rows[0, 0, 0]
+        )
         own_samples = samples if lead == 4 else samples[0, 0, 0, 0]
-        kept = keep_mask(own_rows.expand(take.shape[:-1]), own_samples.expand(take.shape[:-1]), 60, 25, KEY, 0.3)
+        kept = keep_mask(
+            own_rows.expand(take.shape[:-1]), own_samples.expand(take.shape[:-1]), 60, 25, KEY, 0.3
+        )
         y = bias_dropout_add(take, None, None, own_rows, own_samples, 25, *KEY, 0.3)
         assert y.shape == take.shape and torch.equal(y != 0, kept)
 
@@ -208,10 +247,26 @@ def test_wrong_arguments_are_refused_with_words(body):
     bad = [
         (TypeError, "floating-point", (x.detach().long(), None, None, rows, samples, *rest)),
         (ValueError, r"the bias is \(69,\), not \(70,\)", (x, b[1:], r, rows, samples, *rest)),
-        (ValueError, r"the residual is \(3, 70\), not \(6, 3, 70\)", (x, b, r[0], rows, samples, *rest)),
-        (TypeError, "the bias is torch.float64 on cpu, x is torch.float32", (x, b.double(), r, rows, samples, *rest)),
-        (TypeError, "the residual is torch.float32 on meta", (x, b, r.to("meta"), rows, samples, *rest)),
-        (ValueError, r"rows \(5, 1\) do not broadcast to the rows \(6, 3\)", (x, b, r, rows[1:], samples, *rest)),
+        (
+            ValueError,
+            r"the residual is \(3, 70\), not \(6, 3, 70\)",
+            (x, b, r[0], rows, samples, *rest),
+        ),
+        (
+            TypeError,
+            "the bias is torch.float64 on cpu, x is torch.float32",
+            (x, b.double(), r, rows, samples, *rest),
+        ),
+        (
+            TypeError,
+            "the residual is torch.float32 on meta",
+            (x, b, r.to("meta"), rows, samples, *rest),
+        ),
+        (
+            ValueError,
+            r"rows \(5, 1\) do not broadcast to the rows \(6, 3\)",
+            (x, b, r, rows[1:], samples, *rest),
+        ),
         (TypeError, "samples are of torch.int32, not int64", (x, b, r, rows, samples.int(), *rest)),
         (ValueError, "0 <= p < 1, not -0.1", (x, b, r, rows, samples, *rest[:-1], -0.1)),
     ]
@@ -221,7 +276,8 @@ def test_wrong_arguments_are_refused_with_words(body):
 
 
 @pytest.mark.parametrize(
-    ("p", "kept"), [(0.0, 1.0), (1e-12, 1.0), (2**-20, 1 - 2**-20), (1 - 2**-20, 2**-20), (1 - 1e-12, 0.0)]
+    ("p", "kept"),
+    [(0.0, 1.0), (1e-12, 1.0), (2**-20, 1 - 2**-20), (1 - 2**-20, 2**-20), (1 - 1e-12, 0.0)],
 )
 def test_probabilities_near_0_and_1(p, kept):
     keep = mask(range(1024), range(1), 1024, p=p)
@@ -250,7 +306,10 @@ def assert_unrelated(a: torch.Tensor, b: torch.Tensor, p: float = 0.3) -> None:
     first, second = a.sum().item(), b.sum().item()
     counts = (both, first - both, second - both, n - first - second + both)
     shares = (p * p, p * (1 - p), p * (1 - p), (1 - p) ** 2)
-    assert sum((count - n * share) ** 2 / (n * share) for count, share in zip(counts, shares)) < CHI_SQUARE
+    assert (
+        sum((count - n * share) ** 2 / (n * share) for count, share in zip(counts, shares))
+        < CHI_SQUARE
+    )
     correlation = (both / n - first * second / n**2) / (p * (1 - p))
     assert abs(correlation) < CORRELATION * N / sqrt(n)
 

@@ -13,7 +13,12 @@ from megalite.kernels.cross_entropy import cross_entropy_gradient_, cross_entrop
 from megalite.kernels.norm import rms_norm, rms_norm_backward, rms_norm_forward
 from megalite.kernels.rotary import rotary, turn
 
-UNITS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+UNITS = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
 DTYPES = pytest.mark.parametrize("dtype", UNITS)
 ROUNDINGS = 200
 """More than any result here has, of numbers up to the largest: a wrong argument shows as a difference of order 1."""
@@ -70,7 +75,16 @@ def inputs(name: str, dtype) -> tuple:
 
 
 NAMES = pytest.mark.parametrize(
-    "name", ["gelu", "bias_gelu", "swiglu", "rms_norm", "rms_norm of a sum", "rotary", "rotary of packed rows"]
+    "name",
+    [
+        "gelu",
+        "bias_gelu",
+        "swiglu",
+        "rms_norm",
+        "rms_norm of a sum",
+        "rotary",
+        "rotary of packed rows",
+    ],
 )
 
 
@@ -90,7 +104,9 @@ def test_outputs_and_gradients_are_those_of_plain_torch_in_float64(body, name, d
     exact = [t.double().requires_grad_() for t in tensors]
     y, expected = fused(*own, *others), plain(*exact, *(t.double() for t in others))
     grad = strided(draw(*y.shape, dtype=dtype, seed=9), strides)
-    pairs = zip(torch.autograd.grad(y, own, grad), torch.autograd.grad(expected, exact, grad.double()))
+    pairs = zip(
+        torch.autograd.grad(y, own, grad), torch.autograd.grad(expected, exact, grad.double())
+    )
     sums = UNITS[torch.float64 if dtype == torch.float64 else torch.float32]
     for got, wanted in [(y, expected), *pairs]:
         assert got.dtype == dtype and got.shape == wanted.shape
@@ -144,31 +160,51 @@ def test_they_compile_whole(body, name):
 @NAMES
 def test_gradients_are_derivatives(name):
     fused, _, tensors, others = inputs(name, torch.float64)
-    tensors = [(t[:2, :2, :6] if t.dim() == 3 else t[:6] if t.dim() == 1 else t[:2, :2, :2]) for t in tensors]
+    tensors = [
+        (t[:2, :2, :6] if t.dim() == 3 else t[:6] if t.dim() == 1 else t[:2, :2, :2])
+        for t in tensors
+    ]
     others = [t[:2, :2] for t in others]
-    assert torch.autograd.gradcheck(lambda *t: fused(*t, *others), [t.clone().requires_grad_() for t in tensors])
+    assert torch.autograd.gradcheck(
+        lambda *t: fused(*t, *others), [t.clone().requires_grad_() for t in tensors]
+    )
 
 
 @DTYPES
 def test_cross_entropy_of_a_vocabulary_in_two_parts(body, dtype):
     """Two ranks' parts with padding, put together as ranks do, against the whole in float64; the gradient in place."""
-    whole, labels = 3 * draw(5, 2, 50, dtype=dtype), torch.tensor([[0, 49], [20, 29], [30, 31], [1, 2], [10, 40]])
-    parts = [torch.cat([whole[..., part], draw(5, 2, 6, dtype=dtype)], -1) for part in (slice(0, 30), slice(30, 50))]
-    results = [cross_entropy_statistics(x, labels - s, n) for x, s, n in zip(parts, (0, 30), (30, 20))]
+    whole, labels = (
+        3 * draw(5, 2, 50, dtype=dtype),
+        torch.tensor([[0, 49], [20, 29], [30, 31], [1, 2], [10, 40]]),
+    )
+    parts = [
+        torch.cat([whole[..., part], draw(5, 2, 6, dtype=dtype)], -1)
+        for part in (slice(0, 30), slice(30, 50))
+    ]
+    results = [
+        cross_entropy_statistics(x, labels - s, n) for x, s, n in zip(parts, (0, 30), (30, 20))
+    ]
     top = torch.maximum(results[0][0], results[1][0])
     total = sum(t * (own - top).exp() for own, t, _ in results)
     lse = top + total.log()
     exact = whole.double().requires_grad_()
-    losses = functional.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none").view(5, 2)
+    losses = functional.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none").view(
+        5, 2
+    )
     unit = UNITS[torch.float64 if dtype == torch.float64 else torch.float32]
-    assert (lse - sum(t for *_, t in results) - losses).abs().max() < ROUNDINGS * unit * lse.abs().max()
+    assert (
+        lse - sum(t for *_, t in results) - losses
+    ).abs().max() < ROUNDINGS * unit * lse.abs().max()
 
     weight = draw(5, 2, dtype=lse.dtype, seed=4)
     (expected,) = torch.autograd.grad(losses, exact, weight.double())
     for x, start, n in zip(parts, (0, 30), (30, 20)):
         cross_entropy_gradient_(x, labels - start, n, lse, weight)
         difference = (x[..., :n] - expected[..., start : start + n]).abs().max()
-        assert difference < (ROUNDINGS * unit + UNITS[dtype]) * weight.abs().max() and (x[..., n:] == 0).all()
+        assert (
+            difference < (ROUNDINGS * unit + UNITS[dtype]) * weight.abs().max()
+            and (x[..., n:] == 0).all()
+        )
 
 
 @pytest.mark.parametrize("valid", [1, 19, 20, 33])
@@ -186,7 +222,9 @@ def test_cross_entropy_copies_no_logits(body):
     for result in cross_entropy_statistics(logits, torch.zeros(4, 3, dtype=torch.int64), 900):
         assert result.shape == (4, 3) and result.dtype == torch.float32
     if body == "native":
-        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        with torch.profiler.profile(
+            profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+        ) as trace:
             cross_entropy_statistics(logits, torch.zeros(4, 3, dtype=torch.int64), 900)
         assert max(event.self_cpu_memory_usage for event in trace.events()) < logits.numel()
 
@@ -198,15 +236,35 @@ def test_wrong_arguments_are_refused_with_words(body):
         (TypeError, "floating-point", lambda: bias_gelu(x.long(), None)),
         (ValueError, r"the bias is \(69,\), not \(70,\)", lambda: bias_gelu(x, draw(69))),
         (TypeError, "the bias is torch.float64 on cpu", lambda: bias_gelu(x, draw(70).double())),
-        (ValueError, r"gate and up in one tensor \[..., 2 f\], not \(6, 69\)", lambda: swiglu(x[:, 1:])),
+        (
+            ValueError,
+            r"gate and up in one tensor \[..., 2 f\], not \(6, 69\)",
+            lambda: swiglu(x[:, 1:]),
+        ),
         (ValueError, r"the weight is \(60,\), not \(70,\)", lambda: rms_norm(x, draw(60), 1e-5)),
-        (TypeError, "the residual is torch.float64", lambda: rms_norm(x, draw(70), 1e-5, x.double())),
+        (
+            TypeError,
+            "the residual is torch.float64",
+            lambda: rms_norm(x, draw(70), 1e-5, x.double()),
+        ),
         (ValueError, "d even", lambda: rotary(heads[..., 1:], cos[..., 1:], sin[..., 1:])),
-        (ValueError, r"sin \(5, 1, 1, 10\) does not broadcast to \(6, 3, 4, 10\)", lambda: rotary(heads, cos, sin[1:])),
+        (
+            ValueError,
+            r"sin \(5, 1, 1, 10\) does not broadcast to \(6, 3, 4, 10\)",
+            lambda: rotary(heads, cos, sin[1:]),
+        ),
         (TypeError, "cos is torch.float64", lambda: rotary(heads, cos.double(), sin)),
         (ValueError, "with valid = 71", lambda: cross_entropy_statistics(x, labels, 71)),
-        (ValueError, r"labels are int64 \(6,\)", lambda: cross_entropy_statistics(x, labels[1:], 70)),
-        (ValueError, "lse is torch.float64", lambda: cross_entropy_gradient_(x, labels, 70, draw(6).double(), draw(6))),
+        (
+            ValueError,
+            r"labels are int64 \(6,\)",
+            lambda: cross_entropy_statistics(x, labels[1:], 70),
+        ),
+        (
+            ValueError,
+            "lse is torch.float64",
+            lambda: cross_entropy_gradient_(x, labels, 70, draw(6).double(), draw(6)),
+        ),
     ]
     for kind, words, call in bad:
         with pytest.raises(kind, match=words):
@@ -227,7 +285,12 @@ def test_tables_that_want_a_gradient_are_refused(body, which):
 @pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0)])
 def test_empty_tensors(body, shape):
     x, weight = torch.empty(shape, requires_grad=True), torch.ones(shape[-1], requires_grad=True)
-    for y in (bias_gelu(x, weight), rms_norm(x, weight, 1e-5, x)[0], swiglu(x), rms_norm(x, weight, 1e-5)[0]):
+    for y in (
+        bias_gelu(x, weight),
+        rms_norm(x, weight, 1e-5, x)[0],
+        swiglu(x),
+        rms_norm(x, weight, 1e-5)[0],
+    ):
         y.sum().backward()
         assert y.shape[:-1] == shape[:-1] and x.grad.shape == shape
     heads = torch.empty(*shape[:2], 2, shape[2])

@@ -16,10 +16,15 @@ from tests.kernels.test_softmax import TYPES, check_against_float64  # noqa: E40
 
 KEY = key_of(1234, "dropout")
 EXAMPLES = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 sizes, dtypes = st.integers(1, 4), st.sampled_from(list(TYPES))
-columns = st.one_of(st.integers(1, 70), st.integers(250, 300), st.sampled_from([1023, 1024, 1025, 4097]))
+columns = st.one_of(
+    st.integers(1, 70), st.integers(250, 300), st.sampled_from([1023, 1024, 1025, 4097])
+)
 limits = st.sampled_from([(0, 2**32), (0, 2**48), (2**32, 2**63 - 1), (-3, 0), (-(2**63), 0)])
 """Of row and sample numbers: also ones that do not fit in their words of the counter, which are taken mod 2^32."""
 places = st.one_of(st.integers(0, 2**16 - 1), st.just(2**16 - 1))
@@ -70,8 +75,13 @@ def test_bias_dropout_add(body, data):
     shape = (*leading, data.draw(columns))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     dtype = data.draw(dtypes)
-    x, bias, residual = (torch.from_numpy(rng.standard_normal(s)).to(dtype) for s in (shape, shape[-1:], shape))
-    bias, residual = bias if data.draw(st.booleans()) else None, residual if data.draw(st.booleans()) else None
+    x, bias, residual = (
+        torch.from_numpy(rng.standard_normal(s)).to(dtype) for s in (shape, shape[-1:], shape)
+    )
+    bias, residual = (
+        bias if data.draw(st.booleans()) else None,
+        residual if data.draw(st.booleans()) else None,
+    )
     if leading:
         x = strided(x, data.draw(st.integers(0, 2)))
     numbers = []
@@ -85,7 +95,9 @@ def test_bias_dropout_add(body, data):
     flat = (n.expand(leading).reshape(four[:3]).numpy() for n in numbers)
     x, residual = (None if t is None else t.double().numpy().reshape(four) for t in (x, residual))
     bias = None if bias is None else bias.double().numpy()
-    expected, bound = reference.bias_dropout_add(x, bias, residual, bare.Dropout(*flat, place, KEY, p))
+    expected, bound = reference.bias_dropout_add(
+        x, bias, residual, bare.Dropout(*flat, place, KEY, p)
+    )
     # The composition rounds to the type after each of its operations, the kernel once.
     unit = reference.ROUNDING[TYPES[dtype]] / reference.UNIT
     reference.assert_close(y.double().numpy().reshape(four), expected, unit * bound, TYPES[dtype])
@@ -104,7 +116,14 @@ maybe_junk = st.one_of(st.none(), junk)
 
 
 @EXAMPLES
-@given(junk, maybe_junk, st.booleans(), maybe_junk, maybe_junk, st.sampled_from([0.0, 0.3, 1.0, -1.0, float("nan")]))
+@given(
+    junk,
+    maybe_junk,
+    st.booleans(),
+    maybe_junk,
+    maybe_junk,
+    st.sampled_from([0.0, 0.3, 1.0, -1.0, float("nan")]),
+)
 def test_nonsense_for_softmax_is_refused_or_computed(body, x, mask, causal, rows, samples, p):
     try:
         y, lse = softmax(x, 1.0, mask, causal, rows, samples, 0, *KEY, p)
@@ -115,8 +134,12 @@ def test_nonsense_for_softmax_is_refused_or_computed(body, x, mask, causal, rows
 
 
 @EXAMPLES
-@given(junk, maybe_junk, maybe_junk, junk, junk, st.sampled_from([0.0, 0.3, 1.0, -1.0, float("nan")]))
-def test_nonsense_for_bias_dropout_add_is_refused_or_computed(body, x, bias, residual, rows, samples, p):
+@given(
+    junk, maybe_junk, maybe_junk, junk, junk, st.sampled_from([0.0, 0.3, 1.0, -1.0, float("nan")])
+)
+def test_nonsense_for_bias_dropout_add_is_refused_or_computed(
+    body, x, bias, residual, rows, samples, p
+):
     try:
         y = bias_dropout_add(x, bias, residual, rows, samples, 0, *KEY, p)
     except (TypeError, ValueError) as problem:

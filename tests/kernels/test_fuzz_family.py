@@ -11,16 +11,27 @@ from megalite.kernels.cross_entropy import cross_entropy_gradient_, cross_entrop
 from tests.kernels import test_family as family  # noqa: E402
 
 EXAMPLES = settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 KINDS = {
-    "gelu": (lambda x, w, r: family.bias_gelu(x, w), lambda x, w, r: family.functional.gelu(x + w, approximate="tanh")),
+    "gelu": (
+        lambda x, w, r: family.bias_gelu(x, w),
+        lambda x, w, r: family.functional.gelu(x + w, approximate="tanh"),
+    ),
     "swiglu": (lambda x, w, r: family.swiglu(x), lambda x, w, r: family.plain_swiglu(x)),
-    "rms_norm": (lambda x, w, r: family.fused_rms_norm(x, w), lambda x, w, r: family.plain_rms_norm(x, w)),
+    "rms_norm": (
+        lambda x, w, r: family.fused_rms_norm(x, w),
+        lambda x, w, r: family.plain_rms_norm(x, w),
+    ),
     "rms_norm of a sum": (family.fused_rms_norm, family.plain_rms_norm),
 }
 """(ours, plain) of x [..., columns], a weight or bias [columns] and a residual."""
-columns = st.one_of(st.integers(1, 40), st.sampled_from([64, 127, 512, 1500])).map(lambda half: 2 * half)
+columns = st.one_of(st.integers(1, 40), st.sampled_from([64, 127, 512, 1500])).map(
+    lambda half: 2 * half
+)
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
 
 
@@ -29,10 +40,16 @@ dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.fl
 @given(st.data())
 def test_any_shape_and_strides(body, kind, data):
     fused, plain = KINDS[kind]
-    leading, dtype = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)), data.draw(dtypes)
+    leading, dtype = (
+        data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)),
+        data.draw(dtypes),
+    )
     shape, seed = (*leading, data.draw(columns)), data.draw(st.integers(0, 1000))
     how = data.draw(st.sampled_from(["contiguous", "transposed", "spread"]))
-    tensors = [family.draw(*s, dtype=dtype, seed=seed + i) for i, s in enumerate((shape, shape[-1:], shape))]
+    tensors = [
+        family.draw(*s, dtype=dtype, seed=seed + i)
+        for i, s in enumerate((shape, shape[-1:], shape))
+    ]
     own = [family.strided(t, how).requires_grad_() for t in tensors]
     exact = [t.double().requires_grad_() for t in tensors]
     y, expected = fused(*own), plain(*exact)
@@ -46,7 +63,11 @@ def test_any_shape_and_strides(body, kind, data):
     for ours, theirs in [(y, expected), *zip(got, wanted)]:
         if theirs is not None:
             # What is summed may be as large as the gradient that comes in, and cancel.
-            scale = max(theirs.abs().max().item(), grad.abs().max().item(), 1e-3 * expected.abs().max().item())
+            scale = max(
+                theirs.abs().max().item(),
+                grad.abs().max().item(),
+                1e-3 * expected.abs().max().item(),
+            )
             assert ours.dtype == dtype and (ours - theirs).abs().max() <= allowed * scale
 
 
@@ -55,8 +76,14 @@ def test_any_shape_and_strides(body, kind, data):
 def test_rotary_of_any_shape_and_strides(body, data):
     """Heads that are a part of a larger tensor, as queries of qkv are; tables of positions, samples, or one row."""
     shape = [data.draw(st.integers(1, 5)) for _ in range(3)]
-    d, dtype = 2 * data.draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 300]))), data.draw(dtypes)
-    how, seed = data.draw(st.sampled_from(["contiguous", "transposed", "spread"])), data.draw(st.integers(0, 1000))
+    d, dtype = (
+        2 * data.draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 300]))),
+        data.draw(dtypes),
+    )
+    how, seed = (
+        data.draw(st.sampled_from(["contiguous", "transposed", "spread"])),
+        data.draw(st.integers(0, 1000)),
+    )
     whole = family.strided(family.draw(*shape, 2 * d, dtype=dtype, seed=seed), how).requires_grad_()
     table = [size if data.draw(st.booleans()) else 1 for size in shape]
     angles = family.draw(*table, d // 2, dtype=torch.float64, seed=seed + 1)
@@ -66,10 +93,15 @@ def test_rotary_of_any_shape_and_strides(body, data):
     y = family.rotary(whole[..., d // 2 : d // 2 + d], *tables)
     expected = family.plain_rotary(exact[..., d // 2 : d // 2 + d], *(t.double() for t in tables))
     grad = family.strided(family.draw(*shape, d, dtype=dtype, seed=seed + 2), how)
-    gradients = torch.autograd.grad(y, whole, grad), torch.autograd.grad(expected, exact, grad.double())
+    gradients = (
+        torch.autograd.grad(y, whole, grad),
+        torch.autograd.grad(expected, exact, grad.double()),
+    )
     for ours, theirs in [(y, expected), *zip(*gradients)]:
         scale = max(theirs.abs().max(), whole.abs().max(), grad.abs().max())
-        assert ours.dtype == dtype and (ours - theirs).abs().max() <= 4 * family.UNITS[dtype] * scale
+        assert (
+            ours.dtype == dtype and (ours - theirs).abs().max() <= 4 * family.UNITS[dtype] * scale
+        )
 
 
 @EXAMPLES
@@ -78,7 +110,9 @@ def test_cross_entropy_of_any_shape(body, data):
     rows, width = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 300))
     valid, dtype = data.draw(st.integers(1, width)), data.draw(dtypes)
     logits = family.draw(rows, width, dtype=dtype, seed=data.draw(st.integers(0, 1000)))
-    labels = torch.tensor(data.draw(st.lists(st.integers(-width, 2 * width), min_size=rows, max_size=rows)))
+    labels = torch.tensor(
+        data.draw(st.lists(st.integers(-width, 2 * width), min_size=rows, max_size=rows))
+    )
     here = (labels >= 0) & (labels < valid)
     exact = logits[:, :valid].double()
     top, total, target = cross_entropy_statistics(logits, labels, valid)
@@ -92,7 +126,9 @@ def test_cross_entropy_of_any_shape(body, data):
     wanted[here] -= torch.nn.functional.one_hot(labels[here], valid)
     cross_entropy_gradient_(logits, labels, valid, lse, grad)
     error = (logits[:, :valid].double() - wanted * grad.double()[:, None]).abs()
-    assert (error <= 4 * (family.ROUNDINGS * unit + family.UNITS[dtype])).all() and not logits[:, valid:].any()
+    assert (error <= 4 * (family.ROUNDINGS * unit + family.UNITS[dtype])).all() and not logits[
+        :, valid:
+    ].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,7 +19,9 @@ from tests.kernels import bare, reference
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 KEY = key_of(1234, "dropout")
 EMULATED = ["cuda", "cuda reversed"]
-ASAN = os.environ.get("MEGALITE_TEST_ASAN")  # the libraries to test in a process that runs under AddressSanitizer
+ASAN = os.environ.get(
+    "MEGALITE_TEST_ASAN"
+)  # the libraries to test in a process that runs under AddressSanitizer
 FEW = [1, 2, 31, 33, 64, 65, 128, 129, 200, 256, 257, 515, 1000]
 """Columns of short rows: parts of a register, of a warp, of a block of 256."""
 LONG = [1024, 1025, 2048, 2051, 4097, 16385, 20000]
@@ -77,15 +79,25 @@ def mask_for(shape, kind: str) -> np.ndarray | None:
 
 CASES = [
     (mask, causal, dropped)
-    for mask, causal in (("none", False), ("none", True), ("padding", False), ("rows", True), ("heads", False))
+    for mask, causal in (
+        ("none", False),
+        ("none", True),
+        ("padding", False),
+        ("rows", True),
+        ("heads", False),
+    )
     for dropped in (False, True)
 ]
 
 
-def check_softmax(target: bare.Target, dtype: str, columns: int, mask: str, causal: bool, dropped: bool) -> None:
+def check_softmax(
+    target: bare.Target, dtype: str, columns: int, mask: str, causal: bool, dropped: bool
+) -> None:
     """Forward and backward of one case."""
     shape = shape_for(columns)
-    options = dict(mask=mask_for(shape, mask), causal=causal, dropout=dropout_for(shape) if dropped else None)
+    options = dict(
+        mask=mask_for(shape, mask), causal=causal, dropout=dropout_for(shape) if dropped else None
+    )
     scale = 0.37
     x, grad = bare.encode(draw(shape, columns), dtype), bare.encode(draw(shape, columns + 1), dtype)
     exact_scale = float(np.float32(scale))
@@ -96,7 +108,9 @@ def check_softmax(target: bare.Target, dtype: str, columns: int, mask: str, caus
 
     if dropped:  # both take the kernel's lse
         given = out_lse.astype(np.float32)
-        dx, bound = reference.softmax_backward(bare.decode(grad), exact_scale, None, bare.decode(x), out_lse, **options)
+        dx, bound = reference.softmax_backward(
+            bare.decode(grad), exact_scale, None, bare.decode(x), out_lse, **options
+        )
         got = target.softmax_backward(grad, scale, None, x, given, **options)
     else:
         kept = bare.encode(y, dtype)
@@ -116,11 +130,15 @@ def test_softmax(target, dtype, mask, causal, dropped):
 @pytest.mark.parametrize("dropped", [False, True])
 def test_softmax_of_long_rows(target, dtype, dropped):
     for columns in LONG:
-        check_softmax(target, dtype, columns, "rows" if columns % 2 else "none", columns == 2048, dropped)
+        check_softmax(
+            target, dtype, columns, "rows" if columns % 2 else "none", columns == 2048, dropped
+        )
 
 
 @pytest.mark.parametrize("dtype", bare.TYPES)
-@pytest.mark.parametrize(("bias", "residual"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    ("bias", "residual"), [(True, True), (True, False), (False, True), (False, False)]
+)
 def test_bias_dropout_add(target, dtype, bias, residual):
     for columns in [*FEW, 1024, 2051, 4097]:
         shape = shape_for(columns)
@@ -184,7 +202,10 @@ ROWS = 7
 @pytest.mark.parametrize("dtype", bare.TYPES)
 def test_gelu_and_swiglu(target, dtype):
     for columns in [*FEW, 2051]:
-        x, grad, b = (bare.encode(draw(s, i), dtype) for i, s in enumerate([(ROWS, columns)] * 2 + [(columns,)]))
+        x, grad, b = (
+            bare.encode(draw(s, i), dtype)
+            for i, s in enumerate([(ROWS, columns)] * 2 + [(columns,)])
+        )
         for bias in (None, b):
             exact = bare.decode(x), None if bias is None else bare.decode(bias)
             for g in (None, grad):
@@ -210,14 +231,18 @@ def test_rms_norm(target, dtype, with_residual):
         reference.assert_close(got_y, y, bound + of_sum * scale[:, None] * abs(exact[2]), dtype)
         if with_residual:
             reference.assert_close(got_s, s, of_sum, dtype)
-        reference.assert_close(got_scale, scale, reference.UNIT * (columns / 2 + 8) * scale, "float32")
+        reference.assert_close(
+            got_scale, scale, reference.UNIT * (columns / 2 + 8) * scale, "float32"
+        )
 
         given = bare.encode(s, dtype)
         exact_grads = [None if t is None else bare.decode(t) for t in (grad, grad_sum)]
         ds, parts, bound, of_parts = reference.rms_norm_backward(
             bare.decode(given), exact[2], *exact_grads, got_scale, group=3
         )
-        got_ds, got_parts = target.rms_norm_backward(given, weight, grad, grad_sum, got_scale, group=3)
+        got_ds, got_parts = target.rms_norm_backward(
+            given, weight, grad, grad_sum, got_scale, group=3
+        )
         reference.assert_close(got_ds, ds, bound, dtype)
         reference.assert_close(got_parts, parts, of_parts, "float32")
 
@@ -230,7 +255,9 @@ def test_rotary(target, dtype, inverse):
         x = whole[..., d:]  # heads of a larger tensor
         for shape in ((3, 1, 1, d), (3, 2, 1, d)):
             angles = draw((*shape[:3], d // 2), 1)
-            cos, sin = (bare.encode(np.concatenate([f(angles)] * 2, -1), dtype) for f in (np.cos, np.sin))
+            cos, sin = (
+                bare.encode(np.concatenate([f(angles)] * 2, -1), dtype) for f in (np.cos, np.sin)
+            )
             y, bound = reference.rotary(*(bare.decode(t) for t in (x, cos, sin)), inverse)
             reference.assert_close(target.rotary(x, cos, sin, inverse), y, bound, dtype)
 
@@ -242,7 +269,9 @@ def test_cross_entropy(target, dtype):
         valid = max(1, columns - columns // 5)
         logits = bare.encode(draw((ROWS, columns), columns), dtype)
         labels = np.array([0, valid - 1, valid // 2, valid, columns - 1, -1, columns + 5])
-        top, total, target_logit, bound = reference.cross_entropy(bare.decode(logits), labels, valid)
+        top, total, target_logit, bound = reference.cross_entropy(
+            bare.decode(logits), labels, valid
+        )
         got = target.cross_entropy(logits, labels, valid)
         np.testing.assert_array_equal(got[[0, 2]], [top, target_logit])
         reference.assert_close(got[1], total, bound, "float32")
@@ -257,7 +286,9 @@ def test_cross_entropy(target, dtype):
 def test_clang_builds_every_instruction_set(tmp_path):
     """It is told of instruction sets in its own words; without them it would take its lanes apart."""
     library = bare.build(tmp_path, False, "-O3", compiler="clang++")
-    code = subprocess.run(["objdump", "-d", library], capture_output=True, text=True, check=True).stdout
+    code = subprocess.run(
+        ["objdump", "-d", library], capture_output=True, text=True, check=True
+    ).stdout
     assert "%ymm" in code and "%zmm" in code
     for level in bare.cpu_levels():
         for dtype in bare.TYPES:
@@ -274,7 +305,9 @@ def test_no_access_out_of_bounds(tmp_path):
     bare.build(tmp_path, False, *sanitize).rename(tmp_path / "cpu.so")
     if bare.CUDA_INCLUDE:
         bare.build(tmp_path, True, *sanitize).rename(tmp_path / "cuda.so")
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
     environment = os.environ | {
         "MEGALITE_TEST_ASAN": str(tmp_path), "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
     }  # fmt: skip

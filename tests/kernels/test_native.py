@@ -34,7 +34,10 @@ def test_what_there_is_is_told():
 
 
 def test_they_can_be_turned_off():
-    assert told(MEGALITE_KERNELS="off")[0] == "native kernels: none, MEGALITE_KERNELS=off turns them off"
+    assert (
+        told(MEGALITE_KERNELS="off")[0]
+        == "native kernels: none, MEGALITE_KERNELS=off turns them off"
+    )
 
 
 @pytest.mark.parametrize("value", ["off", "0", "False", "no"])

@@ -9,14 +9,27 @@ from megalite.kernels.philox import BLOCK, counters, key_of, philox4x32
 @pytest.mark.parametrize(
     ("counter", "key", "answer"),
     [
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+        (
+            "00000000 00000000 00000000 00000000",
+            "00000000 00000000",
+            "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+        ),
+        (
+            "ffffffff ffffffff ffffffff ffffffff",
+            "ffffffff ffffffff",
+            "408f276d 41c83b0e a20bc7c6 6d5451fd",
+        ),
+        (
+            "243f6a88 85a308d3 13198a2e 03707344",
+            "a4093822 299f31d0",
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
     ],
 )
 def test_known_answers_of_random123(counter, key, answer):
     counter, key, answer = (
-        np.array([int(word, 16) for word in text.split()], np.uint32) for text in (counter, key, answer)
+        np.array([int(word, 16) for word in text.split()], np.uint32)
+        for text in (counter, key, answer)
     )
     np.testing.assert_array_equal(philox4x32(counter, key), answer)
 
@@ -26,8 +39,12 @@ def test_a_number_does_not_depend_on_what_else_is_drawn():
     count = 2 * BLOCK + 5
     together = philox4x32(counters(3, count), key)
     for start, size in ((0, 1), (BLOCK - 1, 2), (2 * BLOCK, 5)):
-        np.testing.assert_array_equal(philox4x32(counters(3 + start, size), key), together[start : start + size])
-    np.testing.assert_array_equal(philox4x32(counters(3, count).reshape(1, count, 4), key), together[None])
+        np.testing.assert_array_equal(
+            philox4x32(counters(3 + start, size), key), together[start : start + size]
+        )
+    np.testing.assert_array_equal(
+        philox4x32(counters(3, count).reshape(1, count, 4), key), together[None]
+    )
 
 
 def test_counters_carry_into_the_second_word_and_stop_at_the_end():
@@ -40,7 +57,10 @@ def test_counters_carry_into_the_second_word_and_stop_at_the_end():
 
 
 def test_keys_are_stable_and_distinct():
-    assert key_of(1234, "weights", 17) == (1928042041, 3105295)  # blake2b of b"i4:1234s7:weightsi2:17"
+    assert key_of(1234, "weights", 17) == (
+        1928042041,
+        3105295,
+    )  # blake2b of b"i4:1234s7:weightsi2:17"
     keys = [
         key_of(1, "ab"),
         key_of(1, "a", "b"),

@@ -19,7 +19,12 @@ from megalite.kernels.softmax import (
 from tests.kernels import bare, reference
 
 KEY = key_of(1234, "dropout")
-TYPES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+TYPES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 
 
 def draw(*shape, dtype=torch.float32, seed=1) -> torch.Tensor:
@@ -47,22 +52,30 @@ def check_against_float64(x, scale, mask, causal, dropout) -> None:
         mask=None if mask is None else mask.expand(x.shape).numpy(), causal=causal, dropout=numbers
     )  # fmt: skip
     exact_scale = scale if x.dtype == torch.float64 else float(np.float32(scale))
-    exact, lse, bound, lse_bound = reference.softmax(x.detach().double().numpy(), exact_scale, **options)
+    exact, lse, bound, lse_bound = reference.softmax(
+        x.detach().double().numpy(), exact_scale, **options
+    )
     unit = 1 if x.dtype != torch.float64 else 2.0**-29
     reference.assert_close(y.detach().double().numpy(), exact, unit * bound, dtype)
 
     grad = draw(*x.shape, dtype=x.dtype, seed=2)
     (dx,) = torch.autograd.grad(y, x, grad)
     if numbers is None:
-        expected, bound = reference.softmax_backward(grad.double().numpy(), exact_scale, y.detach().double().numpy())
+        expected, bound = reference.softmax_backward(
+            grad.double().numpy(), exact_scale, y.detach().double().numpy()
+        )
     else:
         expected, bound = reference.softmax_backward(
             grad.double().numpy(), exact_scale, None, x.detach().double().numpy(), lse, **options
         )
         # The operator's own lse has an error, which is one of every probability.
         finite = np.where(np.isfinite(lse_bound), lse_bound, 0)[..., None]
-        kept = np.where(reference.kept(numbers, x.shape), grad.double().numpy() / (1 - dropout.p), 0)
-        probability, *_ = reference.softmax(x.detach().double().numpy(), exact_scale, options["mask"], causal)
+        kept = np.where(
+            reference.kept(numbers, x.shape), grad.double().numpy() / (1 - dropout.p), 0
+        )
+        probability, *_ = reference.softmax(
+            x.detach().double().numpy(), exact_scale, options["mask"], causal
+        )
         spread = np.abs(kept) + 2 * (probability * np.abs(kept)).sum(-1, keepdims=True)
         bound = bound + finite * abs(scale) * probability * spread
     assert dx.shape == x.shape and dx.dtype == x.dtype
@@ -71,13 +84,17 @@ def check_against_float64(x, scale, mask, causal, dropout) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPES.values())
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(("kind", "causal"), [(None, False), (None, True), ("padding", False), ("rows", True)])
+@pytest.mark.parametrize(
+    ("kind", "causal"), [(None, False), (None, True), ("padding", False), ("rows", True)]
+)
 def test_against_float64(body, dtype, p, kind, causal):
     for columns in (1, 7, 64, 300, 1031):
         x = draw(2, 3, 5, columns, dtype=dtype)
         mask = None
         if kind == "padding":
-            mask = torch.arange(columns) < torch.tensor([columns, columns // 2])[:, None, None, None]
+            mask = (
+                torch.arange(columns) < torch.tensor([columns, columns // 2])[:, None, None, None]
+            )
         elif kind == "rows":
             mask = draw(2, 1, 5, columns, seed=3) > 0
             mask[0, 0, 2] = False
@@ -122,7 +139,12 @@ def test_rows_that_see_nothing_are_zero_and_have_no_gradient(body):
 
 def test_infinity_and_nan_are_those_of_torch(body):
     x = draw(1, 1, 5, 20)
-    x[0, 0, 0, 3], x[0, 0, 1, 4], x[0, 0, 2], x[0, 0, 3, 5] = math.nan, math.inf, -math.inf, -math.inf
+    x[0, 0, 0, 3], x[0, 0, 1, 4], x[0, 0, 2], x[0, 0, 3, 5] = (
+        math.nan,
+        math.inf,
+        -math.inf,
+        -math.inf,
+    )
     for dtype in (torch.float32, torch.bfloat16):
         ours, theirs = scaled_softmax(x.to(dtype), 1.0), x.to(dtype).softmax(-1)
         assert torch.equal(ours.isnan(), theirs.isnan())
@@ -132,7 +154,9 @@ def test_infinity_and_nan_are_those_of_torch(body):
 # torch's view of the operator
 
 
-def operator_arguments(p: float, mask: bool, causal: bool, dtype=torch.float32, shape=(2, 3, 5, 70)) -> tuple:
+def operator_arguments(
+    p: float, mask: bool, causal: bool, dtype=torch.float32, shape=(2, 3, 5, 70)
+) -> tuple:
     x = draw(*shape, dtype=dtype).requires_grad_()
     seen = draw(shape[0], 1, *shape[2:], seed=5) > -1 if mask else None
     if p == 0:
@@ -142,7 +166,8 @@ def operator_arguments(p: float, mask: bool, causal: bool, dtype=torch.float32, 
 
 
 CASES = pytest.mark.parametrize(
-    ("p", "mask", "causal"), [(0.0, False, True), (0.0, True, False), (0.3, False, False), (0.3, True, True)]
+    ("p", "mask", "causal"),
+    [(0.0, False, True), (0.0, True, False), (0.3, False, False), (0.3, True, True)],
 )
 
 
@@ -160,8 +185,15 @@ def test_opcheck_of_the_backward(body, p, mask, causal):
     scale, mask, causal, *dropout = (*rest, *(None, None, 0, 0, 0, 0.0)[: 9 - len(rest)])
     saved = (None, x.detach()) if p else (y, None)
     # In memory a gradient is as what used the output made it: transposed by the product with it transposed, say.
-    for grad in (torch.ones_like(y), torch.ones_like(y.transpose(2, 3).contiguous()).transpose(2, 3)):
-        arguments = grad, lse, *(None if t is None else torch.empty_like(grad).copy_(t) for t in saved)
+    for grad in (
+        torch.ones_like(y),
+        torch.ones_like(y.transpose(2, 3).contiguous()).transpose(2, 3),
+    ):
+        arguments = (
+            grad,
+            lse,
+            *(None if t is None else torch.empty_like(grad).copy_(t) for t in saved),
+        )
         torch.library.opcheck(softmax_backward, (*arguments, scale, mask, causal, *dropout))
 
 
@@ -190,7 +222,9 @@ def test_what_is_kept_for_the_backward(body):
     x = draw(2, 3, 40, 50).requires_grad_()
     for dropout, big in ((None, 1), (dropout_of(x), 1)):
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.append(t) or t, lambda t: t
+        ):
             scaled_causal_softmax(x, 0.5, dropout)
         assert sum(t.numel() >= x.numel() for t in kept) == big
         assert sum(t.numel() for t in kept) <= x.numel() + 3 * 240 + 2

@@ -16,7 +16,9 @@ LABELS = torch.zeros(2, 3, 4, dtype=torch.int64)
 TABLE = table(2, 6, torch.float32)
 OPERATORS = {
     "softmax": lambda x: scaled_causal_softmax(x, 0.5),
-    "bias_dropout_add": lambda x: bias_dropout_add(x, None, None, torch.arange(4), torch.arange(1), 0, 1, 2, 0.5),
+    "bias_dropout_add": lambda x: bias_dropout_add(
+        x, None, None, torch.arange(4), torch.arange(1), 0, 1, 2, 0.5
+    ),
     "bias_gelu": lambda x: bias_gelu(x, None),
     "swiglu": swiglu,
     "rms_norm": lambda x: rms_norm(x, torch.ones(6), 1e-5)[0],
@@ -33,7 +35,10 @@ def test_forward_mode_is_refused(body, name):
     x = draw(2, 3, 4, 6)
     with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
         torch.func.jvp(OPERATORS[name], (x,), (torch.ones_like(x),))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="has no forward-mode derivative"),
+    ):
         OPERATORS[name](forward_ad.make_dual(x, torch.ones_like(x)))
 
 
@@ -41,7 +46,9 @@ def test_forward_mode_is_refused(body, name):
 @pytest.mark.filterwarnings("ignore:.*performance drop")
 def test_vmap_is_a_loop(body, name):
     many = draw(5, 2, 3, 4, 6)
-    assert torch.equal(torch.func.vmap(OPERATORS[name])(many), torch.stack([OPERATORS[name](x) for x in many]))
+    assert torch.equal(
+        torch.func.vmap(OPERATORS[name])(many), torch.stack([OPERATORS[name](x) for x in many])
+    )
 
 
 @NAMES

@@ -58,13 +58,23 @@ def test_a_real_encoder_has_hugging_face_s_hidden_states():
         vocab_size=c.vocab_size,
     )  # fmt: skip
     model = Bert(
-        shape, ParallelContext.single(), CounterBasedRng.for_seed(0), range(shape.num_layers), pair=False
+        shape,
+        ParallelContext.single(),
+        CounterBasedRng.for_seed(0),
+        range(shape.num_layers),
+        pair=False,
     ).eval()
     load_hugging_face(model, theirs.state_dict())
     tokenizer = build_tokenizer("BertWordPieceLowerCase", vocab_file=str(MINILM / "vocab.txt"))
-    texts = ["The state of the Union is strong.", "Fellow citizens of the Senate and the House:", "Yes."]
+    texts = [
+        "The state of the Union is strong.",
+        "Fellow citizens of the Senate and the House:",
+        "Yes.",
+    ]
     ids = [[101, *text, 102] for text in tokenizer.encode_batch(texts).split()]
-    tokens, segments = (torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64) for _ in range(2))
+    tokens, segments = (
+        torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64) for _ in range(2)
+    )
     for row, text in enumerate(ids):
         tokens[row, : len(text)], segments[row, : len(text)] = torch.tensor(text), 1
     with torch.no_grad():
@@ -88,7 +98,10 @@ def load_hugging_face(model: Bert, state: dict) -> None:
     for kind in ("weight", "bias"):
         names[f"embedding_norm.{kind}"] = f"embeddings.LayerNorm.{kind}"
         for i in model.layers:
-            names |= {f"layers.{i}.{ours}.{kind}": f"encoder.layer.{i}.{x}.{kind}" for ours, x in parts.items()}
+            names |= {
+                f"layers.{i}.{ours}.{kind}": f"encoder.layer.{i}.{x}.{kind}"
+                for ours, x in parts.items()
+            }
     heads, h = model.config.num_attention_heads, model.config.hidden_size
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -98,7 +111,9 @@ def load_hugging_face(model: Bert, state: dict) -> None:
                 layer, kind = name.split(".")[1], name.split(".")[-1]
                 source = f"encoder.layer.{layer}.attention.self"
                 q, k, v = (
-                    state[f"{source}.{x}.{kind}"].view(heads, 1, h // heads, *([h] if kind == "weight" else []))
+                    state[f"{source}.{x}.{kind}"].view(
+                        heads, 1, h // heads, *([h] if kind == "weight" else [])
+                    )
                     for x in ("query", "key", "value")
                 )
                 parameter.copy_(torch.cat([q, k, v], dim=1))
@@ -114,7 +129,9 @@ def test_what_padding_holds_does_not_matter(shape):
     model, batch = build(Layout("any", shape=shape)).parts.model, batch_of(shape)
     padding = batch.segments == 0
     other = replace(
-        batch, tokens=batch.tokens.masked_fill(padding, 9), token_types=batch.token_types.masked_fill(padding, 1)
+        batch,
+        tokens=batch.tokens.masked_fill(padding, 9),
+        token_types=batch.token_types.masked_fill(padding, 1),
     )
     assert padding.any() and not torch.equal(other.tokens, batch.tokens)
     text = ~padding.t()
@@ -129,7 +146,9 @@ def test_each_stage_reads_what_it_needs():
         {"tokens", "token_types", "segments"}, {"segments"},
         {"segments", "labels", "loss_mask", "pair_label", "pair_mask"},
     ]):  # fmt: skip
-        model = build_model(config, context_of(ParallelLayout(pipeline=3), stage), CounterBasedRng.for_seed(0))
+        model = build_model(
+            config, context_of(ParallelLayout(pipeline=3), stage), CounterBasedRng.for_seed(0)
+        )
         assert build_batches(config, samples_of(PRE), model).fields == fields
 
 
@@ -137,7 +156,9 @@ def test_each_stage_reads_what_it_needs():
 def test_logits_of_all_tokens_give_the_loss_of_the_masked_ones(shape):
     model, batch = build(Layout("any", shape=shape)).parts.model, batch_of(shape)
     logits = model(None, replace(batch, labels=None))[..., : shape.vocab].transpose(0, 1)
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.labels.flatten(), reduction="none"
+    )
     wanted = (losses * batch.loss_mask.flatten()).sum()
     torch.testing.assert_close(model(None, batch)[0], wanted, rtol=1e-12, atol=0)
 
@@ -180,7 +201,10 @@ def test_scores_count_the_right_guesses():
     """By the logits of a single process, in the order of terms."""
     tiny = build(Layout("any", shape=PRE))
     model, batch = tiny.parts.model, batch_of(PRE, 8)
-    assert (model.loss_names, model.score_names) == (("mlm_loss", "pair_loss"), ("mlm_accuracy", "pair_accuracy"))
+    assert (model.loss_names, model.score_names) == (
+        ("mlm_loss", "pair_loss"),
+        ("mlm_accuracy", "pair_accuracy"),
+    )
     with torch.no_grad():  # so that some guesses are right
         guesses = model(None, replace(batch, labels=None))[..., : PRE.vocab].argmax(dim=-1).t()
         batch.labels[::2] = guesses[::2]
@@ -208,9 +232,21 @@ class TheSame64:
 
 def test_the_pair_head_learns_64_pairs():
     """Overfitting: whether two segments are swapped can be known for pairs that were seen before."""
-    flags = dict(seq_length=32, max_position_embeddings=32, micro_batch_size=64, global_batch_size=64, lr=3e-3)
+    flags = dict(
+        seq_length=32,
+        max_position_embeddings=32,
+        micro_batch_size=64,
+        global_batch_size=64,
+        lr=3e-3,
+    )
     shape = as_bert(GPT2)
-    tiny = build(Layout("any", shape=shape), precision="fp32", lr_decay_style="constant", short_seq_prob=0.0, **flags)
+    tiny = build(
+        Layout("any", shape=shape),
+        precision="fp32",
+        lr_decay_style="constant",
+        short_seq_prob=0.0,
+        **flags,
+    )
     data = build_batches(tiny.config, TheSame64(samples_at(tiny.config)), tiny.parts.model)
 
     def accuracy() -> float:
@@ -237,7 +273,9 @@ def samples_at(config):
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), GPT2, LLAMA], ids=[*SHAPES, "gpt2", "llama"])
 def test_parameters_are_estimated_exactly(shape):
-    config = resolve(configuration(Layout("any", shape=shape, tp=2, pp=2), sequence_parallel=True), 4)
+    config = resolve(
+        configuration(Layout("any", shape=shape, tp=2, pp=2), sequence_parallel=True), 4
+    )
     held = []
     for rank in range(4):
         context = context_of(ParallelLayout(tensor=2, pipeline=2), rank)

@@ -78,7 +78,10 @@ def test_tokens_come_as_often_as_their_probability_says():
     generator = torch.Generator().manual_seed(3)
     n = 20_000
     logits = PROBABILITIES.log().expand(n, 5)
-    for temperature, expected in ((1.0, PROBABILITIES), (0.5, PROBABILITIES**2 / (PROBABILITIES**2).sum())):
+    for temperature, expected in (
+        (1.0, PROBABILITIES),
+        (0.5, PROBABILITIES**2 / (PROBABILITIES**2).sum()),
+    ):
         counts = choose(logits, temperature, 0, 1.0, generator).bincount(minlength=5) / n
         assert (counts - expected).abs().max() < 5 * 0.5 / n**0.5
 

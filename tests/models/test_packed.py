@@ -30,7 +30,9 @@ def rows() -> torch.Tensor:
 def logits(model, tokens: torch.Tensor) -> torch.Tensor:
     """[b, s, v]."""
     positions, segments = (torch.from_numpy(array) for array in documents(tokens.numpy(), END))
-    batch = Microbatch(tokens, samples=torch.arange(len(tokens)), positions=positions, segments=segments)
+    batch = Microbatch(
+        tokens, samples=torch.arange(len(tokens)), positions=positions, segments=segments
+    )
     with torch.no_grad():
         return model(None, batch).transpose(0, 1)
 
@@ -39,12 +41,16 @@ def logits(model, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_no_document_changes_the_logits_of_another(shape, dropout):
     """To the bit, with fused attention and, for dropout, with the scores formed: what is not seen has weight 0."""
-    model = build(Layout("any", shape=shape), attention_dropout=dropout, init_method_std=0.3).parts.model
+    model = build(
+        Layout("any", shape=shape), attention_dropout=dropout, init_method_std=0.3
+    ).parts.model
     tokens, start = rows(), 0
     before = logits(model, tokens)
     for length in LENGTHS:
         changed, inside = tokens.clone(), slice(start, start + length)
-        changed[:, inside] = torch.where(tokens[:, inside] == END, END, (tokens[:, inside] + 1) % END)
+        changed[:, inside] = torch.where(
+            tokens[:, inside] == END, END, (tokens[:, inside] + 1) % END
+        )
         after, here = logits(model, changed), torch.zeros(tokens.shape[1], dtype=torch.bool)
         here[inside] = True
         assert torch.equal(after[:, ~here], before[:, ~here])
@@ -54,7 +60,10 @@ def test_no_document_changes_the_logits_of_another(shape, dropout):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_packed_document_is_the_document_alone(shape):
-    model, tokens = build(Layout("any", shape=shape), init_method_std=0.3).parts.model.eval(), rows()
+    model, tokens = (
+        build(Layout("any", shape=shape), init_method_std=0.3).parts.model.eval(),
+        rows(),
+    )
     packed, start = logits(model, tokens), 0
     with torch.no_grad():
         unaware = model(None, Microbatch(tokens)).transpose(0, 1)
@@ -73,9 +82,19 @@ READS = {
     ("learned_absolute", ()): (TOKENS, set(), LABELS),
     ("rope", ()): (TOKENS, set(), LABELS),
     ("learned_absolute", ("reset_position_ids",)): (TOKENS | {"positions"}, set(), LABELS),
-    ("rope", ("reset_position_ids",)): (TOKENS | {"positions"}, {"positions"}, LABELS | {"positions"}),
-    ("none", ("reset_attention_mask",)): (TOKENS | {"segments"}, {"segments"}, LABELS | {"segments"}),
-    ("rope", tuple(PACKED)): tuple(fields | {"positions", "segments"} for fields in (TOKENS, set(), LABELS)),
+    ("rope", ("reset_position_ids",)): (
+        TOKENS | {"positions"},
+        {"positions"},
+        LABELS | {"positions"},
+    ),
+    ("none", ("reset_attention_mask",)): (
+        TOKENS | {"segments"},
+        {"segments"},
+        LABELS | {"segments"},
+    ),
+    ("rope", tuple(PACKED)): tuple(
+        fields | {"positions", "segments"} for fields in (TOKENS, set(), LABELS)
+    ),
 }
 
 
@@ -83,7 +102,12 @@ READS = {
 def test_a_stage_reads_what_it_needs(case):
     """From the data itself, and not at all where it needs nothing."""
     kind, flags = case
-    layout = Layout("any", pp=3, shape=replace(GPT2, position_embedding_type=kind), flags=dict.fromkeys(flags, True))
+    layout = Layout(
+        "any",
+        pp=3,
+        shape=replace(GPT2, position_embedding_type=kind),
+        flags=dict.fromkeys(flags, True),
+    )
     config = configuration(layout)
     for stage, expected in enumerate(READS[case]):
         touched = []
@@ -96,5 +120,7 @@ def test_a_stage_reads_what_it_needs(case):
         context = context_of(ParallelLayout(pipeline=3), stage)
         model = build_model(config, context, CounterBasedRng.for_seed(0))
         batch = build_batches(config, Watched(), model, eod=END).read(0)[0]
-        assert {name for name, value in vars(batch).items() if value is not None} == expected | {"samples"}
+        assert {name for name, value in vars(batch).items() if value is not None} == expected | {
+            "samples"
+        }
         assert bool(touched) == bool(expected)

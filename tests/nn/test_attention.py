@@ -9,7 +9,9 @@ from megalite.nn.rope import rotary_table, rotate, table_at
 
 
 def heads(count: int, seed: int, dtype=torch.float64, s: int = 7, d: int = 4) -> torch.Tensor:
-    return torch.randn(2, count, s, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        2, count, s, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def keep(weights):
@@ -33,7 +35,9 @@ def test_a_token_sees_its_own_segment():
         for i in range(7):
             for j in range(7):
                 together = bool(SEGMENTS[row, i] == SEGMENTS[row, j])
-                assert both[row, 0, i, j] == together and causal[row, 0, i, j] == (together and j <= i)
+                assert both[row, 0, i, j] == together and causal[row, 0, i, j] == (
+                    together and j <= i
+                )
 
 
 @pytest.mark.parametrize("groups", [6, 3, 1])
@@ -85,7 +89,9 @@ def test_softmax_of_bf16_is_taken_in_fp32():
     identity = torch.eye(7, dtype=torch.bfloat16).expand(2, 1, 7, 7)
     scores = (q @ k.transpose(-1, -2)) / 2
     scores = scores.float().masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), float("-inf"))
-    assert torch.equal(explicit_attention(q, k, identity, keep, True), scores.softmax(-1).bfloat16())
+    assert torch.equal(
+        explicit_attention(q, k, identity, keep, True), scores.softmax(-1).bfloat16()
+    )
 
 
 def test_rotation_is_multiplication_by_a_complex_phase():
@@ -100,7 +106,10 @@ def test_rotation_is_multiplication_by_a_complex_phase():
 
 
 def test_scores_of_rotated_vectors_depend_on_the_distance_only():
-    q, k = (torch.randn(8, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (1, 2))
+    q, k = (
+        torch.randn(8, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        for i in (1, 2)
+    )
     table = rotary_table(50, 8, 10000.0, torch.float64, "cpu")
     q, k = (rotate(x.expand(50, 1, 1, 8), table).squeeze() for x in (q, k))
     scores = q @ k.t()
@@ -114,7 +123,11 @@ def test_a_table_is_looked_up_for_each_row():
     positions = torch.tensor([[0, 1, 2, 0], [4, 0, 0, 1], [0, 1, 2, 3]])
     for whole, rows in zip(table, table_at(table, positions)):
         assert rows.shape == (4, 3, 1, 4)
-        assert all(torch.equal(rows[i, b, 0], whole[positions[b, i], 0, 0]) for b in range(3) for i in range(4))
+        assert all(
+            torch.equal(rows[i, b, 0], whole[positions[b, i], 0, 0])
+            for b in range(3)
+            for i in range(4)
+        )
 
 
 def test_angles_are_exact_at_far_positions():

@@ -36,14 +36,21 @@ def no_fused_attention():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 def test_auto_takes_the_fused_attention_that_torch_has(precision, masked):
-    assert choice(masked, precision=precision) == ("sdpa", "nothing is dropped; torch's flash attention")
+    assert choice(masked, precision=precision) == (
+        "sdpa",
+        "nothing is dropped; torch's flash attention",
+    )
 
 
 def test_auto_forms_scores_for_the_fused_softmax_where_torch_has_none(no_fused_attention):
     backend, why = choice(**FP32)
-    assert backend == ("sdpa" if native.MISSING else "fused-softmax") and "no fused attention" in why
+    assert (
+        backend == ("sdpa" if native.MISSING else "fused-softmax") and "no fused attention" in why
+    )
     backend, why = choice(precision="fp64")
-    assert backend == "sdpa" and why.endswith("torch's operations: it has no fused attention for this")
+    assert backend == "sdpa" and why.endswith(
+        "torch's operations: it has no fused attention for this"
+    )
 
 
 def test_auto_with_dropout_and_what_is_asked_for():
@@ -63,11 +70,18 @@ def test_a_block_compiles_whole_with_each_backend(backend, shape, flags):
     torch._dynamo.reset()
     block = block_of(Layout("single", shape=shape), **flags, attention_backend=backend)
     x, samples = torch.randn(shape.seq, 3, shape.hidden), torch.arange(3)
-    rotary = rotary_table(shape.seq, shape.head_size, 1e4, torch.float32, "cpu") if shape is LLAMA else None
+    rotary = (
+        rotary_table(shape.seq, shape.head_size, 1e4, torch.float32, "cpu")
+        if shape is LLAMA
+        else None
+    )
 
     def step(x):
         return block(x, rotary, None, samples).square().mean()
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    results = [torch.autograd.grad(f(leaf := x.clone().requires_grad_()), leaf)[0] for f in (step, compiled)]
+    results = [
+        torch.autograd.grad(f(leaf := x.clone().requires_grad_()), leaf)[0]
+        for f in (step, compiled)
+    ]
     torch.testing.assert_close(*results)

@@ -16,7 +16,9 @@ SAMPLES = torch.arange(70, 70 + BATCH)
 TENSORS = ParallelLayout(tensor=4)
 
 
-def hidden_dropout(layout=TENSORS, rank=0, sequence_parallel=False, scheme="global") -> HiddenDropout:
+def hidden_dropout(
+    layout=TENSORS, rank=0, sequence_parallel=False, scheme="global"
+) -> HiddenDropout:
     context = context_of(layout, rank)
     rng = CounterBasedRng.for_seed(1) if scheme == "global" else RngTracker.for_rank(1, context)
     return HiddenDropout(0.5, rng, 2, AFTER_MLP, context, sequence_parallel)
@@ -25,7 +27,9 @@ def hidden_dropout(layout=TENSORS, rank=0, sequence_parallel=False, scheme="glob
 def test_parts_of_a_sequence_are_dropped_like_the_whole():
     x = torch.randn(SEQUENCE, BATCH, HIDDEN)
     whole = hidden_dropout(ParallelLayout())(x, SAMPLES)
-    parts = [hidden_dropout(TENSORS, rank, True)(part, SAMPLES) for rank, part in enumerate(x.chunk(4))]
+    parts = [
+        hidden_dropout(TENSORS, rank, True)(part, SAMPLES) for rank, part in enumerate(x.chunk(4))
+    ]
     assert torch.equal(torch.cat(parts), whole)
     for rank in range(4):
         assert torch.equal(hidden_dropout(TENSORS, rank)(x, SAMPLES), whole)
@@ -52,7 +56,11 @@ def test_streams_drop_alike_what_ranks_hold_alike():
 
 @pytest.mark.parametrize("scheme", ["global", "megatron"])
 def test_bias_and_residual_are_added_around_it(scheme):
-    x, bias, residual = torch.randn(SEQUENCE, BATCH, HIDDEN), torch.randn(HIDDEN), torch.randn(SEQUENCE, BATCH, HIDDEN)
+    x, bias, residual = (
+        torch.randn(SEQUENCE, BATCH, HIDDEN),
+        torch.randn(HIDDEN),
+        torch.randn(SEQUENCE, BATCH, HIDDEN),
+    )
     y = hidden_dropout(scheme=scheme)(x, SAMPLES, bias, residual)
     alone = hidden_dropout(scheme=scheme)(torch.ones_like(x), SAMPLES)
     torch.testing.assert_close(y, residual + alone * (x + bias))
@@ -77,8 +85,13 @@ def test_samples_are_numbered_through_the_whole_run(data, micro_batch_size):
 
     seen, layout = {}, ParallelLayout(data=data)
     for rank in range(data):
-        config, context = configuration(SINGLE, micro_batch_size=micro_batch_size), context_of(layout, rank)
-        batches = build_batches(config, Epochs(), build_model(config, context, CounterBasedRng.for_seed(0)))
+        config, context = (
+            configuration(SINGLE, micro_batch_size=micro_batch_size),
+            context_of(layout, rank),
+        )
+        batches = build_batches(
+            config, Epochs(), build_model(config, context, CounterBasedRng.for_seed(0))
+        )
         for consumed in (0, 8):
             for batch in batches.read(consumed):
                 seen |= dict(zip(batch.samples.tolist(), batch.tokens[:, 0].tolist()))

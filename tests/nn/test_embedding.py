@@ -21,7 +21,13 @@ TOKENS = torch.tensor([[0, 10, 5, 4, 4, 3, 7, 8], [9, 1, 2, 6, 0, 0, 10, 5]])
 
 @pytest.mark.parametrize(
     ("vocabulary", "divisible_by", "tensor", "rows"),
-    [(50257, 128, 1, 50304), (50257, 128, 8, 51200), (256, 128, 2, 256), (257, 128, 4, 512), (1, 1, 1, 1)],
+    [
+        (50257, 128, 1, 50304),
+        (50257, 128, 8, 51200),
+        (256, 128, 2, 256),
+        (257, 128, 4, 512),
+        (1, 1, 1, 1),
+    ],
 )
 def test_padded_vocabulary(vocabulary, divisible_by, tensor, rows):
     assert padded_vocabulary(vocabulary, divisible_by, tensor) == rows

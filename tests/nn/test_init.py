@@ -34,7 +34,9 @@ def test_the_numbers_never_change():
 
 
 @pytest.mark.parametrize(
-    "shape", [(11,), (1,), (7, 5), (5, 16), (3, 7, 5), (2, 9, 4), (3, 4, 5, 6), (1, 3, 1, 7)], ids=str
+    "shape",
+    [(11,), (1,), (7, 5), (5, 16), (3, 7, 5), (2, 9, 4), (3, 4, 5, 6), (1, 3, 1, 7)],
+    ids=str,
 )
 def test_every_box_is_a_slice_of_the_whole(shape):
     everything = Box.whole(shape)
@@ -46,16 +48,24 @@ def test_every_box_is_a_slice_of_the_whole(shape):
             offset[axis], extent[axis] = start, size
             box = Box(tuple(offset), tuple(extent))
             if box.numel:
-                np.testing.assert_array_equal(normal(3, NAME, shape, box), tensor[box.slices_in(everything)])
+                np.testing.assert_array_equal(
+                    normal(3, NAME, shape, box), tensor[box.slices_in(everything)]
+                )
     inner = Box(tuple(n // 3 for n in shape), tuple(-(-n // 2) for n in shape))
-    np.testing.assert_array_equal(normal(3, NAME, shape, inner), tensor[inner.slices_in(everything)])
+    np.testing.assert_array_equal(
+        normal(3, NAME, shape, inner), tensor[inner.slices_in(everything)]
+    )
 
 
 def test_large_boxes_are_made_in_pieces_that_fit_together():
     """Runs longer than the internal block, and more runs than fit in one."""
     long, tall = (2, 600_000), (300_000, 3)
-    np.testing.assert_array_equal(normal(3, NAME, long, Box((1, 5), (1, 599_990))), whole(3, NAME, long)[1:, 5:599_995])
-    np.testing.assert_array_equal(normal(3, NAME, tall, Box((7, 1), (299_000, 2))), whole(3, NAME, tall)[7:299_007, 1:])
+    np.testing.assert_array_equal(
+        normal(3, NAME, long, Box((1, 5), (1, 599_990))), whole(3, NAME, long)[1:, 5:599_995]
+    )
+    np.testing.assert_array_equal(
+        normal(3, NAME, tall, Box((7, 1), (299_000, 2))), whole(3, NAME, tall)[7:299_007, 1:]
+    )
 
 
 def test_indices_beyond_32_bits():
@@ -63,7 +73,9 @@ def test_indices_beyond_32_bits():
     at, width = 2**40, 2**22
     flat = normal(3, NAME, (2**41,), Box((at + 5,), (10,)))
     row, column = divmod(at + 5, width)
-    np.testing.assert_array_equal(normal(3, NAME, (2**19, width), Box((row, column), (1, 10)))[0], flat)
+    np.testing.assert_array_equal(
+        normal(3, NAME, (2**19, width), Box((row, column), (1, 10)))[0], flat
+    )
     for wrapped in (at % 2**32, at % 2**34):
         assert not np.isin(flat, normal(3, NAME, (2**41,), Box((wrapped,), (20,)))).any()
 
@@ -76,27 +88,37 @@ def test_the_numbers_are_standard_normal():
     assert abs((values**3).mean()) < 5 * (15 / n) ** 0.5
     assert abs((values**4).mean() - 3) < 5 * (96 / n) ** 0.5
     within = [(np.abs(values) < x).mean() for x in (0.1, 1, 2, 3)]
-    np.testing.assert_allclose(within, [0.0796557, 0.6826895, 0.9544997, 0.9973002], atol=5 * 0.5 / n**0.5)
+    np.testing.assert_allclose(
+        within, [0.0796557, 0.6826895, 0.9544997, 0.9973002], atol=5 * 0.5 / n**0.5
+    )
     for lag in (1, 2, 3, 4, 8):
         assert abs((values[lag:] * values[:-lag]).mean()) < 5 / n**0.5
 
 
 def test_names_and_seeds_matter():
     base = whole(1, "layers.1.mlp.up.weight", (1000,))
-    for seed, name in ((2, "layers.1.mlp.up.weight"), (1, "layers.11.mlp.up.weight"), (1, "layers.1.mlp.up.weigh")):
+    for seed, name in (
+        (2, "layers.1.mlp.up.weight"),
+        (1, "layers.11.mlp.up.weight"),
+        (1, "layers.1.mlp.up.weigh"),
+    ):
         other = whole(seed, name, (1000,))
         assert abs(np.corrcoef(base, other)[0, 1]) < 5 / 1000**0.5
         assert not np.isin(other, base).any()
 
 
 def parameter(local, shape, box, init, std=0.0, dtype=torch.float32):
-    return make_parameter(local, ParameterSpec(shape, box, True, init, std), dtype, torch.device("cpu"))
+    return make_parameter(
+        local, ParameterSpec(shape, box, True, init, std), dtype, torch.device("cpu")
+    )
 
 
 def test_initialize_follows_the_specs_and_leaves_padding_zero():
     shape = (5, 3)
     parameters = {
-        "embedding": parameter((4, 3), shape, Box((4, 0), (1, 3)), "normal", 0.5),  # three rows of padding
+        "embedding": parameter(
+            (4, 3), shape, Box((4, 0), (1, 3)), "normal", 0.5
+        ),  # three rows of padding
         "empty": parameter((4, 3), shape, Box((5, 0), (0, 3)), "normal", 0.5),
         "ones": parameter((5,), (5,), Box.whole((5,)), "ones"),
         "zeros": parameter((5,), (5,), Box.whole((5,)), "zeros"),
@@ -108,4 +130,6 @@ def test_initialize_follows_the_specs_and_leaves_padding_zero():
     assert torch.equal(parameters["embedding"][:1], expected[4:].float())
     assert not parameters["embedding"][1:].any() and not parameters["empty"].any()
     assert parameters["ones"].tolist() == [1.0] * 5 and parameters["zeros"].tolist() == [0.0] * 5
-    assert torch.equal(parameters["half"], torch.from_numpy(0.5 * whole(9, "half", shape)).bfloat16())
+    assert torch.equal(
+        parameters["half"], torch.from_numpy(0.5 * whole(9, "half", shape)).bfloat16()
+    )

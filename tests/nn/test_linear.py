@@ -15,7 +15,9 @@ ALONE = Group((0,), 0)
 
 
 def random(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def gradients(y: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
@@ -84,11 +86,15 @@ def test_bf16_accumulates_over_microbatches_in_fp32():
     assert ((in_bf16.double() - exact).abs() / bound).median() > 10
 
 
-@pytest.mark.parametrize(("features", "split_dim"), [((6,), 0), ((6, 3, 2), 0), ((2, 6), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("features", "split_dim"), [((6,), 0), ((6, 3, 2), 0), ((2, 6), 1)], ids=str
+)
 def test_ranks_hold_boxes_that_make_up_the_weight(features, split_dim):
     layout = ParallelLayout(tensor=3)
     layers = [
-        ColumnParallelLinear(4, features, split_dim, 0.1, True, context_of(layout, rank), torch.float32, False)
+        ColumnParallelLinear(
+            4, features, split_dim, 0.1, True, context_of(layout, rank), torch.float32, False
+        )
         for rank in range(3)
     ]
     for name, shape in (("weight", (*features, 4)), ("bias", features)):

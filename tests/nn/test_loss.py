@@ -18,7 +18,9 @@ LABELS = torch.arange(S * B).view(S, B) % VOCABULARY
 
 def logits_of(scale: float = 1.0, dtype=torch.float64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    return (scale * torch.randn(S, B, VOCABULARY, generator=generator, dtype=torch.float64)).to(dtype)
+    return (scale * torch.randn(S, B, VOCABULARY, generator=generator, dtype=torch.float64)).to(
+        dtype
+    )
 
 
 def token_weights() -> torch.Tensor:
@@ -59,7 +61,9 @@ def test_one_rank(rows):
     assert not gradient[..., VOCABULARY:].any()
 
 
-@pytest.mark.parametrize(("ranks", "rows"), [(2, 6), (4, 4), (4, 8)], ids=["2", "4, padded", "4, two of padding only"])
+@pytest.mark.parametrize(
+    ("ranks", "rows"), [(2, 6), (4, 4), (4, 8)], ids=["2", "4, padded", "4, two of padding only"]
+)
 def test_divided_vocabulary(pool, ranks, rows):
     results = pool.run(on_rank, ranks, logits_of(), rows)
     wanted, wanted_gradient = expected(logits_of())
@@ -80,7 +84,9 @@ def argmax_on_rank(launch, logits: torch.Tensor, rows: int) -> torch.Tensor:
     return vocab_parallel_argmax(local, spec, context.tensor)
 
 
-@pytest.mark.parametrize(("ranks", "rows"), [(1, 16), (4, 4), (4, 8)], ids=["1", "4, padded", "4, two of padding only"])
+@pytest.mark.parametrize(
+    ("ranks", "rows"), [(1, 16), (4, 4), (4, 8)], ids=["1", "4, padded", "4, two of padding only"]
+)
 def test_the_largest_logit_is_found(pool, ranks, rows):
     """The first of equal ones; what lies behind the vocabulary does not count."""
     logits = logits_of()

@@ -9,7 +9,12 @@ from megalite.nn.block import Block
 from tests.layouts import GPT2, LLAMA, PACKED, Layout, sp
 from tests.tiny import build
 
-DROPOUT = {"precision": "fp32", "hidden_dropout": 0.3, "attention_dropout": 0.3, "micro_batch_size": 2}
+DROPOUT = {
+    "precision": "fp32",
+    "hidden_dropout": 0.3,
+    "attention_dropout": 0.3,
+    "micro_batch_size": 2,
+}
 FULL = {"recompute_granularity": "full"}
 MODES = {
     "selective": {"recompute_granularity": "selective"},
@@ -47,13 +52,17 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
         Layout("gpt"),
         Layout("llama tp2", tp=2, shape=LLAMA),
         Layout("tp2+sp x pp2", tp=2, pp=2, flags=sp()),
-        Layout("packed llama tp2", tp=2, shape=replace(LLAMA, vocab=7), flags=PACKED),  # one token in 7 ends a document
+        Layout(
+            "packed llama tp2", tp=2, shape=replace(LLAMA, vocab=7), flags=PACKED
+        ),  # one token in 7 ends a document
     ],
     ids=lambda layout: layout.name,
 )
 def test_gradients_are_the_same_to_the_bit(pool, layout, scheme):
     plain = pool.run(gradients, layout.world_size, layout, {"rng_scheme": scheme})
-    assert not torch.equal(plain[0][0], plain[0][1]), "two steps that drop the same and read the same prove little"
+    assert not torch.equal(plain[0][0], plain[0][1]), (
+        "two steps that drop the same and read the same prove little"
+    )
     for name, flags in MODES.items():
         results = pool.run(gradients, layout.world_size, layout, {"rng_scheme": scheme, **flags})
         for rank, (got, expected) in enumerate(zip(results, plain)):
@@ -65,7 +74,8 @@ def test_gradients_are_the_same_to_the_bit(pool, layout, scheme):
 def test_dropout_takes_part_in_it(pool, scheme, site):
     """So that equality above means something: without one kind of dropout there are other gradients."""
     with_dropout, without = (
-        pool.run(gradients, 1, Layout("gpt"), {"rng_scheme": scheme, site: p})[0][0] for p in (0.3, 0.0)
+        pool.run(gradients, 1, Layout("gpt"), {"rng_scheme": scheme, site: p})[0][0]
+        for p in (0.3, 0.0)
     )
     assert (with_dropout - without).norm() > 0.1 * without.norm()
 

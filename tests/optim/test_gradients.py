@@ -35,7 +35,9 @@ def test_autograds_gradients_are_moved_into_the_buffer():
         tiny.parts.engine.train_step(*tiny.data.at(0))
     twice = tiny.parts.optimizer.gradients.flat.clone()
     tiny.gradient()
-    torch.testing.assert_close(twice, 2 * tiny.parts.optimizer.gradients.flat, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(
+        twice, 2 * tiny.parts.optimizer.gradients.flat, rtol=1e-10, atol=1e-14
+    )
     assert all(p.grad is None and p.main_grad.any() for p in tiny.parts.model.parameters())
 
 
@@ -64,10 +66,12 @@ def norm_of_ones(launch, layout: Layout) -> float:
 def test_the_norm_counts_each_parameter_once(pool, layout):
     """Not the tied copy, not what tensor-parallel ranks all hold, not the replicas: a gradient of ones has the norm
     sqrt(number of parameters)."""
-    parameters = sum(torch.Size(shape).numel() for shape in oracle.parameter_shapes(layout.shape).values())
-    assert pool.run(norm_of_ones, layout.world_size, layout) == [pytest.approx(sqrt(parameters), rel=1e-14)] * (
-        layout.world_size
+    parameters = sum(
+        torch.Size(shape).numel() for shape in oracle.parameter_shapes(layout.shape).values()
     )
+    assert pool.run(norm_of_ones, layout.world_size, layout) == [
+        pytest.approx(sqrt(parameters), rel=1e-14)
+    ] * (layout.world_size)
 
 
 def reduced(launch, layout: Layout) -> dict[str, set[float]]:
@@ -100,7 +104,13 @@ def test_an_untied_embedding_is_left_alone(pool):
 
 
 def test_sums_over_tensor_ranks_what_each_computed_from_its_part_of_the_sequence(pool):
-    partial = ("norm.weight", "norm.bias", "attention.output.bias", "mlp.down.bias", "position_embeddings.weight")
+    partial = (
+        "norm.weight",
+        "norm.bias",
+        "attention.output.bias",
+        "mlp.down.bias",
+        "position_embeddings.weight",
+    )
     for rank, gradients in enumerate(pool.run(reduced, 2, Layout("tp2+sp", tp=2, flags=sp()))):
         for name, values in gradients.items():
             assert values == ({11.0} if name.endswith(partial) else {10.0**rank}), name
@@ -108,11 +118,15 @@ def test_sums_over_tensor_ranks_what_each_computed_from_its_part_of_the_sequence
         assert all(values == {10.0**rank} for values in gradients.values())
 
 
-@pytest.mark.parametrize(("norm", "max_norm", "scale"), [(4.0, 1.0, 0.25), (4.0, 8.0, 1.0), (4.0, 0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("norm", "max_norm", "scale"), [(4.0, 1.0, 0.25), (4.0, 8.0, 1.0), (4.0, 0.0, 1.0)]
+)
 def test_clipping(norm, max_norm, scale):
     gradients = build().parts.optimizer.gradients
     gradients.flat.fill_(2.0)
     gradients.clip(norm, max_norm)
-    torch.testing.assert_close(gradients.flat, torch.full_like(gradients.flat, 2 * scale), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        gradients.flat, torch.full_like(gradients.flat, 2 * scale), rtol=1e-6, atol=0
+    )
     if scale == 1.0:
         assert gradients.flat.eq(2.0).all()

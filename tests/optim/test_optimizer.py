@@ -16,10 +16,15 @@ def by_hand(tiny: Tiny, steps: int) -> tuple[dict[str, torch.Tensor], list[float
     are set to the copies before each step. Returns weights and gradient norms."""
     options = tiny.config.optimizer
     model = tiny.parts.model.parameters_by_name
-    copies = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.items()}
+    copies = {
+        name: parameter.detach().clone().requires_grad_() for name, parameter in model.items()
+    }
     decays = {name: not name.endswith((".bias", "norm.weight")) for name in copies}
     groups = [
-        {"params": [p for name, p in copies.items() if decays[name] is wanted], "weight_decay": decay}
+        {
+            "params": [p for name, p in copies.items() if decays[name] is wanted],
+            "weight_decay": decay,
+        }
         for wanted, decay in ((True, options.weight_decay), (False, 0.0))
     ]
     if options.optimizer == "adam":
@@ -35,7 +40,11 @@ def by_hand(tiny: Tiny, steps: int) -> tuple[dict[str, torch.Tensor], list[float
         tiny.gradient((iteration - 1) * tiny.config.data.global_batch_size)
         for name, copy in copies.items():
             copy.grad = model[name].main_grad.clone()
-        norms.append(torch.nn.utils.clip_grad_norm_(copies.values(), options.clip_grad or float("inf")).item())
+        norms.append(
+            torch.nn.utils.clip_grad_norm_(
+                copies.values(), options.clip_grad or float("inf")
+            ).item()
+        )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(iteration, options, tiny.config.training.train_iters)
         optimizer.step()
@@ -60,7 +69,9 @@ def test_steps_equal_torchs_optimizer_by_hand(flags):
     for name, parameter in tiny.parts.model.parameters_by_name.items():
         # Adam moves an entry whose gradient is all rounding, such as a key's bias, by up to lr either way.
         tolerance = 4 * tiny.config.optimizer.lr if name.endswith("qkv.bias") else 1e-5
-        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=tolerance, msg=name)
+        torch.testing.assert_close(
+            parameter.detach(), expected[name], rtol=1e-5, atol=tolerance, msg=name
+        )
 
 
 def test_biases_and_norms_do_not_decay():
@@ -74,11 +85,15 @@ def test_biases_and_norms_do_not_decay():
     stayed = {name for name, parameter in parameters.items() if parameter.eq(2.0).all()}
     assert stayed == {name for name in parameters if name.endswith((".bias", "norm.weight"))}
     for name in parameters.keys() - stayed:
-        torch.testing.assert_close(parameters[name].detach(), torch.full_like(parameters[name], 2 * (1 - 0.5 * 0.1)))
+        torch.testing.assert_close(
+            parameters[name].detach(), torch.full_like(parameters[name], 2 * (1 - 0.5 * 0.1))
+        )
 
 
 def test_bf16_weights_are_rounded_from_fp32_masters():
-    tiny = build(precision="bf16", lr=1e-5, lr_warmup_iters=0, lr_decay_style="constant", weight_decay=0.0)
+    tiny = build(
+        precision="bf16", lr=1e-5, lr_warmup_iters=0, lr_decay_style="constant", weight_decay=0.0
+    )
     optimizer, parameters = tiny.parts.optimizer, tiny.parts.model.parameters_by_name
     start = {name: master.clone() for name, master in optimizer.master.items()}
     for name, master in start.items():
@@ -86,7 +101,9 @@ def test_bf16_weights_are_rounded_from_fp32_masters():
     for iteration in range(1, 4):
         tiny.train(iteration)
     for name, parameter in parameters.items():
-        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, optimizer.master[name].bfloat16())
+        assert parameter.dtype == torch.bfloat16 and torch.equal(
+            parameter, optimizer.master[name].bfloat16()
+        )
     # Steps of 1e-5 are lost in a bf16 weight of 1, and are not in its master.
     norm = "final_norm.weight"
     assert parameters[norm].eq(1).all() and not optimizer.master[norm].eq(1).any()
@@ -104,10 +121,15 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(value):
     """Nor one whose square is not: its norm cannot be told from inf."""
     tiny = build(**FP32)
     tiny.train(1)
-    before = {name: parameter.detach().clone() for name, parameter in tiny.parts.model.parameters_by_name.items()}
+    before = {
+        name: parameter.detach().clone()
+        for name, parameter in tiny.parts.model.parameters_by_name.items()
+    }
     tiny.gradient()
     tiny.parts.optimizer.parameters["final_norm.bias"].main_grad[3] = value
-    with pytest.raises(NonFiniteGradient, match=r"norm of iteration 2 is (nan|inf); the weights are unchanged"):
+    with pytest.raises(
+        NonFiniteGradient, match=r"norm of iteration 2 is (nan|inf); the weights are unchanged"
+    ):
         tiny.parts.optimizer.step(2)
     for name, parameter in tiny.parts.model.parameters_by_name.items():
         assert torch.equal(parameter, before[name])
@@ -151,7 +173,11 @@ def test_a_restored_optimizer_goes_on_to_the_bit(flags, done):
     second = build(**flags, seed=99)
     with torch.no_grad():
         for name, parameter in second.parts.model.parameters_by_name.items():
-            assert name.endswith(".bias") or "norm" in name or not torch.equal(parameter, weights[name])
+            assert (
+                name.endswith(".bias")
+                or "norm" in name
+                or not torch.equal(parameter, weights[name])
+            )
             parameter.copy_(weights[name])
         restored = list(second.parts.optimizer.state())
         assert {(kind, name) for kind, name, _ in restored} == stored.keys()
@@ -163,7 +189,9 @@ def test_a_restored_optimizer_goes_on_to_the_bit(flags, done):
         assert first.train(iteration) == second.train(iteration)
     for name, parameter in first.parts.model.parameters_by_name.items():
         assert torch.equal(parameter, second.parts.model.parameters_by_name[name])
-    for (kind, name, a), (_, _, b) in zip(first.parts.optimizer.state(), second.parts.optimizer.state()):
+    for (kind, name, a), (_, _, b) in zip(
+        first.parts.optimizer.state(), second.parts.optimizer.state()
+    ):
         assert torch.equal(a, b), (kind, name)
     assert first.parts.optimizer.steps == second.parts.optimizer.steps
 

@@ -25,11 +25,22 @@ def test_warm_up_is_a_line_from_zero_that_ends_at_lr():
         ("constant", [1.0, 1.0, 1.0, 1.0, 1.0]),
         ("linear", [0.99, 0.775, 0.55, 0.1, 0.1]),
         # (1 + cos(pi x)) / 2 of the way from 0.1 to 1, at x = 1/90, 1/4, 1/2, 1.
-        ("cosine", [0.1 + 0.45 * (1 + math.cos(math.pi / 90)), 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1, 0.1]),
+        (
+            "cosine",
+            [
+                0.1 + 0.45 * (1 + math.cos(math.pi / 90)),
+                0.1 + 0.45 * (1 + 0.5**0.5),
+                0.55,
+                0.1,
+                0.1,
+            ],
+        ),
     ],
 )
 def test_decay_reaches_min_lr_and_stays_there(style, golden):
-    assert rates([11, 32.5, 55, 100, 150], lr_warmup_iters=10, lr_decay_style=style) == pytest.approx(golden)
+    assert rates(
+        [11, 32.5, 55, 100, 150], lr_warmup_iters=10, lr_decay_style=style
+    ) == pytest.approx(golden)
 
 
 def test_decay_may_end_before_training_does():
@@ -38,14 +49,18 @@ def test_decay_may_end_before_training_does():
 
 
 def test_no_warm_up():
-    assert rates([1], lr_decay_style="cosine")[0] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 100)))
+    assert rates([1], lr_decay_style="cosine")[0] == pytest.approx(
+        0.1 + 0.45 * (1 + math.cos(math.pi / 100))
+    )
     assert rates([1, 7], lr_decay_style="constant") == [1.0, 1.0]
 
 
 def test_warm_up_as_a_fraction_of_the_decay():
     config = OptimizerConfig(lr_warmup_fraction=0.05, lr_decay_iters=300)
     assert warmup_iterations(config, 300) == 15
-    assert rates([15, 16], lr_warmup_fraction=0.05, lr_decay_iters=300, lr_decay_style="constant") == [1.0, 1.0]
+    assert rates(
+        [15, 16], lr_warmup_fraction=0.05, lr_decay_iters=300, lr_decay_style="constant"
+    ) == [1.0, 1.0]
     assert rates([14], lr_warmup_fraction=0.05, lr_decay_iters=300)[0] == pytest.approx(14 / 15)
 
 

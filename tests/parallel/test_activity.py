@@ -56,6 +56,12 @@ def test_idle_only_where_something_should_happen(clock):
 
 def test_calls_are_counted_by_group_and_transfers_by_their_ends():
     activity = Activity()
-    calls = [("all_reduce", "data", (0, 1)), ("barrier", "data", (0, 1)), ("transfer", "data", (0, 1))]
-    numbers = [activity.record(*call).number for call in [*calls, calls[2], ("transfer", "data", (1, 0))]]
+    calls = [
+        ("all_reduce", "data", (0, 1)),
+        ("barrier", "data", (0, 1)),
+        ("transfer", "data", (0, 1)),
+    ]
+    numbers = [
+        activity.record(*call).number for call in [*calls, calls[2], ("transfer", "data", (1, 0))]
+    ]
     assert numbers == [1, 2, 1, 2, 1]

@@ -12,7 +12,9 @@ def indices(box: Box) -> set:
 def boxes_in(*shape: int) -> list[Box]:
     """Every box inside a tensor of this shape, empty ones too."""
     ranges = [[(o, n) for o in range(length) for n in range(length - o + 1)] for length in shape]
-    return [Box(tuple(o for o, _ in choice), tuple(n for _, n in choice)) for choice in product(*ranges)]
+    return [
+        Box(tuple(o for o, _ in choice), tuple(n for _, n in choice)) for choice in product(*ranges)
+    ]
 
 
 def test_intersection_is_that_of_the_indices():
@@ -39,6 +41,8 @@ def test_whole():
 def test_split_covers_everything_in_order():
     for length, parts in product(range(20), range(1, 9)):
         pieces = [split(length, parts, i) for i in range(parts)]
-        assert [i for start, size in pieces for i in range(start, start + size)] == list(range(length))
+        assert [i for start, size in pieces for i in range(start, start + size)] == list(
+            range(length)
+        )
         sizes = [size for _, size in pieces]
         assert sizes == sorted(sizes, reverse=True) and sizes[0] == -(-length // parts)

@@ -30,7 +30,9 @@ ALONE = Group((0,), 0)
 
 
 def tensor_group(launch) -> Group:
-    return ParallelContext.create(ParallelLayout(tensor=launch.world_size), launch, timeout_minutes=0.3).tensor
+    return ParallelContext.create(
+        ParallelLayout(tensor=launch.world_size), launch, timeout_minutes=0.3
+    ).tensor
 
 
 def plain_collectives(launch):
@@ -72,7 +74,9 @@ def test_values(pool, size):
             "scatter": total.chunk(size)[rank], "scatter later": total.chunk(size)[rank],
         }  # fmt: skip
         assert got.pop("objects") == [{"rank": r} for r in range(size)]
-        assert {name: value.tolist() for name, value in got.items()} == {k: v.tolist() for k, v in expected.items()}
+        assert {name: value.tolist() for name, value in got.items()} == {
+            k: v.tolist() for k, v in expected.items()
+        }
 
 
 def products(launch):
@@ -99,7 +103,9 @@ def products(launch):
         "reduce": both(reduce_from_tensor_region, draw(whole, own), draw(whole, alike)),
         "gather": both(gather_sequence, draw(part, own), draw(whole, own)),
         "gather, same gradient": both(
-            lambda x, group: gather_sequence(x, group, partial_gradients=False), draw(part, own), draw(whole, alike)
+            lambda x, group: gather_sequence(x, group, partial_gradients=False),
+            draw(part, own),
+            draw(whole, alike),
         ),
         "reduce-scatter": both(reduce_scatter_sequence, draw(whole, own), draw(part, own)),
     }
@@ -167,7 +173,11 @@ def opposing(launch):
     group = tensor_group(launch)
     size, rank = group.size, group.rank
     neighbours = sorted({(rank - 1) % size, (rank + 1) % size})
-    transfers = [Transfer(torch.full((1000,), 100.0 * rank + i), peer, True) for i in range(2) for peer in neighbours]
+    transfers = [
+        Transfer(torch.full((1000,), 100.0 * rank + i), peer, True)
+        for i in range(2)
+        for peer in neighbours
+    ]
     arriving = {(peer, i): torch.empty(1000) for i in range(2) for peer in neighbours}
     transfers += [Transfer(tensor, peer, send=False) for (peer, _), tensor in arriving.items()]
     for handle in exchange(transfers, group):
@@ -188,7 +198,12 @@ def test_a_group_of_one_rank_sends_and_copies_nothing():
         result, handle = collective(x, ALONE, async_op=True)
         handle.wait()
         assert result is x
-    for operator in (copy_to_tensor_region, reduce_from_tensor_region, gather_sequence, reduce_scatter_sequence):
+    for operator in (
+        copy_to_tensor_region,
+        reduce_from_tensor_region,
+        gather_sequence,
+        reduce_scatter_sequence,
+    ):
         assert operator(x, ALONE) is x
     all_reduce(x, ALONE, async_op=True).wait()
     broadcast(x, ALONE)
@@ -230,4 +245,6 @@ def test_the_search_for_torch_distributed_finds_every_form():
         "x = torch.distributed.get_rank()",
     ):
         assert names_torch_distributed(ast.parse(source))
-    assert not names_torch_distributed(ast.parse("import torch\nfrom torch import nn\ntorch.distributions.Normal"))
+    assert not names_torch_distributed(
+        ast.parse("import torch\nfrom torch import nn\ntorch.distributions.Normal")
+    )

@@ -10,14 +10,19 @@ from megalite.parallel.context import ParallelContext, choose_device
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import AXES, Coordinates, ParallelLayout
 
-LAUNCH = LaunchInfo(rank=0, world_size=4, local_rank=3, local_world_size=4, init_method="", source="tests")
+LAUNCH = LaunchInfo(
+    rank=0, world_size=4, local_rank=3, local_world_size=4, init_method="", source="tests"
+)
 LAYOUT = ParallelLayout(tensor=2, pipeline=2, data=2)
 
 
 def groups_of(launch):
     context = ParallelContext.create(LAYOUT, launch)
     groups = {axis: getattr(context, axis) for axis in (*AXES, "world")}
-    seen = {name: (group.ranks, group.rank, gather_objects(launch.rank, group)) for name, group in groups.items()}
+    seen = {
+        name: (group.ranks, group.rank, gather_objects(launch.rank, group))
+        for name, group in groups.items()
+    }
     total = torch.ones(1)
     if context.embedding is not None:
         all_reduce(total, context.embedding)
@@ -44,7 +49,11 @@ def test_groups_are_those_of_the_layout(pool):
 def test_a_single_process_needs_no_group():
     alone = replace(LAUNCH, world_size=1)
     for context in (ParallelContext.single(), ParallelContext.create(ParallelLayout(), alone)):
-        assert (context.rank, context.world_size, context.coordinates) == (0, 1, Coordinates(0, 0, 0))
+        assert (context.rank, context.world_size, context.coordinates) == (
+            0,
+            1,
+            Coordinates(0, 0, 0),
+        )
         assert context.is_first_stage and context.is_last_stage and context.embedding is None
         assert context.world.handle is None
         context.destroy()
@@ -60,6 +69,8 @@ def test_devices():
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     crowded = replace(LAUNCH, local_world_size=gpus + 1, local_rank=gpus)
     device, why = choose_device("auto", crowded)
-    assert device.type == "cpu" and why == f"{gpus} GPU(s) on this node for {gpus + 1} local rank(s)"
+    assert (
+        device.type == "cpu" and why == f"{gpus} GPU(s) on this node for {gpus + 1} local rank(s)"
+    )
     with pytest.raises(ValueError, match=f"{gpus} GPU.* for {gpus + 1} local rank.*--device cpu"):
         choose_device("cuda", crowded)

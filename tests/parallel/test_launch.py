@@ -16,7 +16,9 @@ SRUN = BATCH_SHELL | {
     "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "10", "SLURM_STEP_NODELIST": "gpu[03-05]",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2),2", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
 }  # fmt: skip
-ALONE = LaunchInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, init_method="", source="none")
+ALONE = LaunchInfo(
+    rank=0, world_size=1, local_rank=0, local_world_size=1, init_method="", source="none"
+)
 
 
 def test_torchrun():
@@ -43,7 +45,11 @@ def test_steps_of_a_job_meet_at_ports_of_their_own():
 
 def test_a_requeued_job_does_not_meet_those_that_its_first_start_left_behind():
     starts = [detect(SRUN), *(detect(SRUN | {"SLURM_RESTART_COUNT": str(i)}) for i in range(1, 30))]
-    assert len({start.init_method for start in starts}) == len({start.incarnation for start in starts}) == 30
+    assert (
+        len({start.init_method for start in starts})
+        == len({start.incarnation for start in starts})
+        == 30
+    )
     assert all(10_000 <= int(start.init_method.rsplit(":", 1)[1]) < 32_768 for start in starts)
     assert detect(SRUN | {"SLURM_RESTART_COUNT": "0"}) == starts[0]
 

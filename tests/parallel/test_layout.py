@@ -10,7 +10,16 @@ LAYOUTS = [ParallelLayout(t, p, d) for t in (1, 2, 3) for p in (1, 2, 4) for d i
 def test_rank_order_is_tensor_then_data_then_pipeline():
     layout = ParallelLayout(tensor=2, pipeline=2, data=2)
     places = ["{}p{}d{}t{}".format(rank, *layout.coordinates(rank)) for rank in range(8)]
-    assert places == ["0p0d0t0", "1p0d0t1", "2p0d1t0", "3p0d1t1", "4p1d0t0", "5p1d0t1", "6p1d1t0", "7p1d1t1"]
+    assert places == [
+        "0p0d0t0",
+        "1p0d0t1",
+        "2p0d1t0",
+        "3p0d1t1",
+        "4p1d0t0",
+        "5p1d0t1",
+        "6p1d1t0",
+        "7p1d1t1",
+    ]
     groups = {axis: [tuple(group) for group in layout.groups(axis)] for axis in AXES}
     assert groups["tensor"] == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert groups["data"] == [(0, 2), (1, 3), (4, 6), (5, 7)]

@@ -26,7 +26,9 @@ def test_streams_differ_where_values_do_and_agree_where_they_must():
         for name in (REPLICATED, TENSOR)
     }
     for a, b in combinations(drawn, 2):
-        tensor_neighbours = a[0] != b[0] and LAYOUT.coordinates(a[0])[:2] == LAYOUT.coordinates(b[0])[:2]
+        tensor_neighbours = (
+            a[0] != b[0] and LAYOUT.coordinates(a[0])[:2] == LAYOUT.coordinates(b[0])[:2]
+        )
         assert (drawn[a] == drawn[b]) == (tensor_neighbours and a[1] == b[1] == REPLICATED), (a, b)
 
 
@@ -66,7 +68,10 @@ def test_replay_repeats_and_then_goes_on():
 
 def test_the_counted_scheme_is_a_key_of_the_seed_and_no_state():
     rng = CounterBasedRng.for_seed(1234)
-    assert rng.key == (3775134237, 275618109)  # blake2b of b"i4:1234s7:dropout", a part of the format
+    assert rng.key == (
+        3775134237,
+        275618109,
+    )  # blake2b of b"i4:1234s7:dropout", a part of the format
     assert CounterBasedRng.for_seed(1235).key != rng.key
     assert rng.states() == {}
     rng.restore({"replicated": torch.zeros(5, dtype=torch.uint8)})

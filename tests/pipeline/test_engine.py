@@ -69,7 +69,9 @@ def losses(launch, stages: int, rows: int):
     trained = tiny.gradient()
     gradients.zero()
     evaluated = engine.evaluate(*tiny.data.at(0))
-    untouched = not gradients.flat.any() and all(p.grad is None for p in tiny.parts.model.parameters())
+    untouched = not gradients.flat.any() and all(
+        p.grad is None for p in tiny.parts.model.parameters()
+    )
     return trained.item(), evaluated.item(), evaluated.requires_grad, untouched
 
 
@@ -92,7 +94,9 @@ def microbatches_of_a_wrong_shape(launch) -> list[str]:
     said = []
     for shape in ((1, 16), (2, 8)) if tiny.context.is_first_stage else ():
         with pytest.raises(ValueError, match="hidden states") as error:
-            tiny.parts.engine.train_step([Microbatch(tokens=torch.zeros(shape, dtype=torch.long))], [1.0])
+            tiny.parts.engine.train_step(
+                [Microbatch(tokens=torch.zeros(shape, dtype=torch.long))], [1.0]
+            )
         said.append(str(error.value))
     return said
 

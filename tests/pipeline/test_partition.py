@@ -61,7 +61,9 @@ def test_uneven_shares_are_the_best_there_are():
         for stages in (p for p in range(2, num_layers) if num_layers % p):
             for first, last in ((0, 0), (0, 0.4), (0.3, 2.6), (4, 1), (0, 20)):
                 counts = sizes(num_layers, stages, first_cost=first, last_cost=last)
-                assert largest_load(counts, first, last) == best_load(num_layers, stages, first, last)
+                assert largest_load(counts, first, last) == best_load(
+                    num_layers, stages, first, last
+                )
 
 
 @pytest.mark.parametrize("stages", [0, -1, 5])

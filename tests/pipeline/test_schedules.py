@@ -46,7 +46,9 @@ def actions(text: str) -> list[Action]:
     ],
 )
 def test_golden_orders(schedule, microbatches, golden):
-    assert [text(schedule(len(golden), stage, microbatches)) for stage in range(len(golden))] == golden
+    assert [
+        text(schedule(len(golden), stage, microbatches)) for stage in range(len(golden))
+    ] == golden
 
 
 def peak_in_flight(schedule: list[Action]) -> int:
@@ -101,14 +103,26 @@ def test_messages_arrive_before_they_are_used_and_leave_after_they_are_made():
 @pytest.mark.parametrize(
     ("stages", "complaint"),
     [
-        (["F0 F1 B0", "F0 B0 F1 B1"], "stage 0 does not run each action exactly once: .*kind='B', microbatch=1"),
-        (["F0 F1 B0 B1", "F0 B0 F1 B1 B1"], "stage 1 does not run each action exactly once: a repeated action"),
+        (
+            ["F0 F1 B0", "F0 B0 F1 B1"],
+            "stage 0 does not run each action exactly once: .*kind='B', microbatch=1",
+        ),
+        (
+            ["F0 F1 B0 B1", "F0 B0 F1 B1 B1"],
+            "stage 1 does not run each action exactly once: a repeated action",
+        ),
         (["F0 F1 B0 B1 F2", "F0 B0 F1 B1"], "stage 0 does not .*microbatch=2"),
-        (["F0 F1 B0 B1", "F0 B1 F1 B0"], "stage 1 runs the backward of microbatch 1 before its forward"),
+        (
+            ["F0 F1 B0 B1", "F0 B1 F1 B0"],
+            "stage 1 runs the backward of microbatch 1 before its forward",
+        ),
         # Stage 0 waits for the first backward; the last stage wants another forward before it makes that.
         (["F0 B0 F1 B1", "F0 F1 B0 B1"], "deadlock: stages wait"),
         (["F0 B0 F1 B1", "F0 F1 B0 B1", "F0 F1 B0 B1"], "deadlock: stages wait"),
-        (["F0 F1 B0 B1", "F1 F0 B0 B1"], "stages 1 and 0 post different messages: .*microbatch=1.*microbatch=0"),
+        (
+            ["F0 F1 B0 B1", "F1 F0 B0 B1"],
+            "stages 1 and 0 post different messages: .*microbatch=1.*microbatch=0",
+        ),
         (["F0 F1 B0 B1", "F0 F1 B1 B0"], "post different messages"),
     ],
 )

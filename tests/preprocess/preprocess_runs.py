@@ -11,12 +11,15 @@ from megalite.preprocess.inputs import read_blocks, shard_ranges
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-DOCUMENTS = [{"id": i, "text": f"Document {i}: né\n" * (1 + i % 7), "title": f"t{i}"} for i in range(400)]
+DOCUMENTS = [
+    {"id": i, "text": f"Document {i}: né\n" * (1 + i % 7), "title": f"t{i}"} for i in range(400)
+]
 
 
 def write_jsonl(path, documents=DOCUMENTS):
     path.write_text(
-        "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents), encoding="utf-8"
+        "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents),
+        encoding="utf-8",
     )
     return str(path)
 
@@ -32,7 +35,10 @@ def blocks_of(*files):
 
 def content(tmp_path, name, kind="document"):
     """The bytes of a dataset."""
-    return [(tmp_path / f"{name}_text_{kind}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")]
+    return [
+        (tmp_path / f"{name}_text_{kind}{suffix}").read_bytes()
+        for suffix in (".bin", ".idx", ".json")
+    ]
 
 
 def run_tool(tool, *arguments):

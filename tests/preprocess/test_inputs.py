@@ -36,7 +36,10 @@ from tests.preprocess.preprocess_runs import (
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_blocks_are_whole_lines_from_any_place_on(tmp_path, monkeypatch, size, suffix):
     monkeypatch.setattr(module, "BLOCK_BYTES", size)
-    data, path = b"one\ntwo\n\nfour, a long one\r\nlast without an end", str(tmp_path / f"a{suffix}")
+    data, path = (
+        b"one\ntwo\n\nfour, a long one\r\nlast without an end",
+        str(tmp_path / f"a{suffix}"),
+    )
     (gzip.open if suffix else open)(path, "wb").write(data)
     blocks = list(blocks_of(path))
     assert b"".join(block.read() for block in blocks) == data
@@ -49,7 +52,11 @@ def test_blocks_are_whole_lines_from_any_place_on(tmp_path, monkeypatch, size, s
 
 
 def test_lines_may_end_in_crlf_and_the_last_one_in_nothing():
-    assert TextReader(("text",)).parse(b'{"text": "x"}\r\n{"text": "y"}', False) == (2, [["x", "y"]], [])
+    assert TextReader(("text",)).parse(b'{"text": "x"}\r\n{"text": "y"}', False) == (
+        2,
+        [["x", "y"]],
+        [],
+    )
 
 
 AWKWARD_LINES = [
@@ -73,7 +80,9 @@ def test_a_line_is_judged_whatever_stands_beside_it():
     for _ in range(500):
         lines = draw.choices(AWKWARD_LINES, k=draw.randint(1, 4))
         texts = [text for line in lines for text in alone[line][1][0]]
-        bad = [(number, alone[line][2][0][1]) for number, line in enumerate(lines) if alone[line][2]]
+        bad = [
+            (number, alone[line][2][0][1]) for number, line in enumerate(lines) if alone[line][2]
+        ]
         assert reader.parse(b"\n".join(lines) + b"\n", False) == (len(lines), [texts], bad), lines
 
 
@@ -107,7 +116,9 @@ def write_every_kind(tmp_path) -> dict[str, str]:
     for number, document in enumerate(DOCUMENTS):
         text = document["text"].encode()
         path = tmp_path / "texts" / f"{number:03}.txt"
-        path.write_bytes(text) if number % 2 else path.with_suffix(".txt.gz").write_bytes(gzip.compress(text))
+        path.write_bytes(text) if number % 2 else path.with_suffix(".txt.gz").write_bytes(
+            gzip.compress(text)
+        )
     return kinds
 
 
@@ -123,7 +134,9 @@ def test_every_kind_of_input_gives_the_same_dataset(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert content(tmp_path, "stdin") == content(tmp_path, "plain")
-    assert list(read_texts((kinds["texts"],), "text")) == [document["text"] for document in DOCUMENTS]
+    assert list(read_texts((kinds["texts"],), "text")) == [
+        document["text"] for document in DOCUMENTS
+    ]
 
 
 def test_every_kind_of_input_is_taken_up_after_any_block(tmp_path, monkeypatch):
@@ -134,7 +147,10 @@ def test_every_kind_of_input_is_taken_up_after_any_block(tmp_path, monkeypatch):
         blocks = list(read_blocks(files, ranges, ("text",)))
         assert len(blocks) > 10
         for number, block in enumerate(blocks[:30], start=1):
-            assert list(read_blocks(files, ranges, ("text",), (block.file, block.stop))) == blocks[number:], name
+            assert (
+                list(read_blocks(files, ranges, ("text",), (block.file, block.stop)))
+                == blocks[number:]
+            ), name
 
 
 @pytest.mark.parametrize("suffix", compressors())
@@ -148,7 +164,9 @@ def test_a_compressed_file_that_is_cut_short_is_noticed_wherever(tmp_path, suffi
         if cut == len(frames[0]):
             assert [block.read() for block in blocks_of(path)] == [line]
             continue
-        with pytest.raises(DatasetError, match=f"a.jsonl{suffix}: cannot be read to its end, damaged or cut short"):
+        with pytest.raises(
+            DatasetError, match=f"a.jsonl{suffix}: cannot be read to its end, damaged or cut short"
+        ):
             list(blocks_of(path))
     for whole in (b"".join(frames), frames[0] + bytes(8) + frames[1] + bytes(4)):
         Path(path).write_bytes(whole)
@@ -207,9 +225,13 @@ def test_columns_of_bytes_are_utf8(tmp_path):
     import pyarrow as pa
 
     texts = ["hello", 'a "quoted" \\ line\n', "né 你"]
-    source = parquet_of(tmp_path / "a.parquet", pa.array([text.encode() for text in texts], pa.binary()))
+    source = parquet_of(
+        tmp_path / "a.parquet", pa.array([text.encode() for text in texts], pa.binary())
+    )
     assert list(read_texts((source,), "text")) == texts
-    source = parquet_of(tmp_path / "b.parquet", pa.array([b"fine", b"a\xffb", None], pa.large_binary()))
+    source = parquet_of(
+        tmp_path / "b.parquet", pa.array([b"fine", b"a\xffb", None], pa.large_binary())
+    )
     settings = config(tmp_path, source, max_bad_lines=2)
     preprocess(settings)
     bad = (tmp_path / "out.bad_lines.tsv").read_text().splitlines()
@@ -230,24 +252,41 @@ def test_columns_of_text_may_be_dictionaries_and_others_are_refused(tmp_path):
 
 
 def test_a_folder_is_read_whole_and_what_is_left_out_is_told(tmp_path):
-    for name in ("a.txt", "sub/deep/b.txt", "C.JSONL", "d.JSONL.GZ", "e.ndjson", "f.md", ".g.txt", "sub/.h/i.txt"):
+    for name in (
+        "a.txt",
+        "sub/deep/b.txt",
+        "C.JSONL",
+        "d.JSONL.GZ",
+        "e.ndjson",
+        "f.md",
+        ".g.txt",
+        "sub/.h/i.txt",
+    ):
         path = tmp_path / "raw" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"text": name}).encode() + b"\n" if "json" in name.lower() else name.encode()
+        line = (
+            json.dumps({"text": name}).encode() + b"\n" if "json" in name.lower() else name.encode()
+        )
         path.write_bytes(gzip.compress(line) if name.endswith("GZ") else line)
     read = ["C.JSONL", "a.txt", "d.JSONL.GZ", "e.ndjson", "sub/deep/b.txt"]
     assert list(read_texts((str(tmp_path / "raw"),), "text")) == read
     assert list(read_texts((str(tmp_path / "raw" / "d.JSONL.GZ"),), "text")) == ["d.JSONL.GZ"]
     done = run_tool("preprocess_data.py", "--input", tmp_path / "raw", "--output-prefix", tmp_path / "out",
                     "--tokenizer-type", "ByteTokenizer")  # fmt: skip
-    assert done.returncode == 0 and f"not read, of no known kind: {tmp_path / 'raw' / 'f.md'}\n" in done.stderr
+    assert (
+        done.returncode == 0
+        and f"not read, of no known kind: {tmp_path / 'raw' / 'f.md'}\n" in done.stderr
+    )
 
 
 def test_what_cannot_be_unpacked_or_read_in_parts_is_refused_by_name(tmp_path):
     for name in ("a.jsonl.bz2", "b.ZIP"):
         (tmp_path / name).write_bytes(b"BZh")
         (problem,) = find_problems(config(tmp_path, str(tmp_path / name)))
-        assert f"{name}: {Path(name).suffix.lower()} is no known kind of compression: make it one of .gz" in problem
+        assert (
+            f"{name}: {Path(name).suffix.lower()} is no known kind of compression: make it one of .gz"
+            in problem
+        )
     os.mkfifo(tmp_path / "pipe")
     (problem,) = find_problems(config(tmp_path, str(tmp_path / "pipe")))
     assert "not a file; pipe what it gives to --input -" in problem
@@ -256,4 +295,8 @@ def test_what_cannot_be_unpacked_or_read_in_parts_is_refused_by_name(tmp_path):
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_text("x", encoding="utf-8-sig")
     (tmp_path / "b.jsonl").write_text('{"text": "y"}\n{"text": "z"}\n', encoding="utf-8-sig")
-    assert list(read_texts((str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")), "text")) == ["x", "y", "z"]
+    assert list(read_texts((str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")), "text")) == [
+        "x",
+        "y",
+        "z",
+    ]

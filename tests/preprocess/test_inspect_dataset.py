@@ -25,7 +25,11 @@ def prefix(tmp_path) -> Path:
         for text in TEXTS:
             ids = np.frombuffer(text.encode(), np.uint8)
             writer.add_document(ids[:9], ids[9:]) if text == TEXTS[-1] else writer.add_document(ids)
-        writer.finish(DatasetInfo("ByteTokenizer", 257, 256, ByteTokenizer.sha256, writer.documents, writer.tokens))
+        writer.finish(
+            DatasetInfo(
+                "ByteTokenizer", 257, 256, ByteTokenizer.sha256, writer.documents, writer.tokens
+            )
+        )
     return tmp_path / "data"
 
 
@@ -39,7 +43,9 @@ def inspect(*arguments, status=0) -> str:
 
 
 def test_it_shows_sizes_and_documents(prefix):
-    shown = inspect(prefix, "--documents", 9, "--tokens", 12, "--tokenizer-type", "ByteTokenizer", "--verify")
+    shown = inspect(
+        prefix, "--documents", 9, "--tokens", 12, "--tokenizer-type", "ByteTokenizer", "--verify"
+    )
     for text in (
         "documents 3 ", "sequences 4 ", "tokens 35 ", "uint16, 70 bytes", "contiguous yes", "257 ids",
         "document 0, 18 tokens: The first do ...", "document 1, 0 tokens:", "document 2, 17 tokens: a [bold] one ...",
@@ -49,13 +55,18 @@ def test_it_shows_sizes_and_documents(prefix):
 
 
 def test_random_documents_are_some_of_them(prefix):
-    shown = {tuple(re.findall(r"document (\d), ", inspect(prefix, "--documents", 2, "--random"))) for _ in range(2)}
+    shown = {
+        tuple(re.findall(r"document (\d), ", inspect(prefix, "--documents", 2, "--random")))
+        for _ in range(2)
+    }
     assert shown <= {("0", "1"), ("0", "2"), ("1", "2")}
 
 
 def test_what_is_wrong_with_the_data_is_status_1(prefix):
     description = prefix.parent / "data.json"
-    description.write_text(description.read_text().replace('"vocab_size": 257', '"vocab_size": 100'))
+    description.write_text(
+        description.read_text().replace('"vocab_size": 257', '"vocab_size": 100')
+    )
     found = inspect(prefix, "--verify", status=1)
     assert "error:" in found and "vocabulary of 100 entries" in found
     inspect(f"{prefix}.idx")  # only --verify reads the ids; a file's name will do
@@ -65,7 +76,9 @@ def test_what_is_wrong_with_the_data_is_status_1(prefix):
 
 def test_ids_of_another_tokenizer_are_status_1(tmp_path, prefix):
     other = inspect(prefix, "--tokenizer-type", "NullTokenizer", "--vocab-size", 257, status=1)
-    assert "data was made with another tokenizer, a ByteTokenizer of 257 ids. Name that one" in other
+    assert (
+        "data was made with another tokenizer, a ByteTokenizer of 257 ids. Name that one" in other
+    )
     with IndexedWriter(tmp_path / "other", "u2") as writer:
         writer.add_document(np.array([5, 300]))
         writer.finish()
@@ -75,18 +88,29 @@ def test_ids_of_another_tokenizer_are_status_1(tmp_path, prefix):
 
 def test_what_is_wrong_with_the_arguments_is_status_2(prefix):
     assert "at least 0" in inspect(prefix, "--documents", -1, status=2)
-    assert "--tokenizer-model" in inspect(prefix, "--tokenizer-type", "SentencePieceTokenizer", status=2)
+    assert "--tokenizer-model" in inspect(
+        prefix, "--tokenizer-type", "SentencePieceTokenizer", status=2
+    )
 
 
 def test_what_the_description_tells_is_checked_and_shown(tmp_path, prefix):
     assert "documents end with it not told" in inspect(f"{prefix}.json")
     description = tmp_path / "data.json"
     sound = description.read_text()
-    for key, value in (("vocab_size", '"257"'), ("eod", '"256"'), ("tokens", "null"), ("append_eod", '"yes"')):
+    for key, value in (
+        ("vocab_size", '"257"'),
+        ("eod", '"256"'),
+        ("tokens", "null"),
+        ("append_eod", '"yes"'),
+    ):
         changed = {**json.loads(sound), key: json.loads(value)}
         description.write_text(json.dumps(changed))
         found = inspect(prefix, status=1)
-        assert "data.json: not a dataset description" in found and f"{key} is" in found and "Traceback" not in found
+        assert (
+            "data.json: not a dataset description" in found
+            and f"{key} is" in found
+            and "Traceback" not in found
+        )
 
 
 def test_a_prefix_is_shown_as_it_is(tmp_path, prefix):

@@ -52,21 +52,40 @@ STOPPED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
 @pytest.mark.parametrize(
-    ("error", "said"), [("KeyboardInterrupt", "interrupted"), ("PermissionError(13, 'Permission denied', 'x')", "'x'")]
+    ("error", "said"),
+    [
+        ("KeyboardInterrupt", "interrupted"),
+        ("PermissionError(13, 'Permission denied', 'x')", "'x'"),
+    ],
 )
 def test_a_stopped_merge_is_one_line_and_leaves_nothing(tmp_path, error, said):
     shards = make_shards(tmp_path)
     before = set(os.listdir(tmp_path))
     arguments = ["merge_datasets", "--input", *shards, "--output-prefix", str(tmp_path / "m")]
-    command = [sys.executable, "-c", KILLED.replace(STOPPED, f"raise {error}"), "copying", "2", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.endswith(f"{said}\n"), done.stderr
+    command = [
+        sys.executable,
+        "-c",
+        KILLED.replace(STOPPED, f"raise {error}"),
+        "copying",
+        "2",
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: ")
+        and done.stderr.endswith(f"{said}\n")
+    ), done.stderr
     assert done.stderr.count("\n") == 1 and set(os.listdir(tmp_path)) == before
 
 
 def run_killed(place, number, tool, *arguments):
     command = [sys.executable, "-c", KILLED, place, str(number), tool, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
@@ -75,10 +94,14 @@ def make_shards(tmp_path, count=3, source=None, **settings) -> list[str]:
     source = source or write_jsonl(tmp_path / "a.jsonl")
     for number in range(count):
         preprocess(config(tmp_path, source, name="part", shard=f"{number}/{count}", **settings))
-    return [str(tmp_path / f"part_{number:04d}-of-{count:04d}_text_document") for number in range(count)]
+    return [
+        str(tmp_path / f"part_{number:04d}-of-{count:04d}_text_document") for number in range(count)
+    ]
 
 
-@pytest.mark.parametrize(("place", "number"), [("copying", 2), ("renaming", 1), ("renaming", 2), ("renaming", 3)])
+@pytest.mark.parametrize(
+    ("place", "number"), [("copying", 2), ("renaming", 1), ("renaming", 2), ("renaming", 3)]
+)
 def test_a_killed_merge_leaves_nothing_when_it_is_run_again(tmp_path, place, number):
     shards = make_shards(tmp_path)
     preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), name="whole"))
@@ -88,15 +111,26 @@ def test_a_killed_merge_leaves_nothing_when_it_is_run_again(tmp_path, place, num
     assert not (tmp_path / "m_text_document.idx").exists()
     done = run_tool("merge_datasets.py", *arguments)
     assert done.returncode == 0, done.stderr
-    assert set(os.listdir(tmp_path)) - before == {f"m_text_document{suffix}" for suffix in (".bin", ".idx", ".json")}
+    assert set(os.listdir(tmp_path)) - before == {
+        f"m_text_document{suffix}" for suffix in (".bin", ".idx", ".json")
+    }
     assert content(tmp_path, "m") == content(tmp_path, "whole")
 
 
-@pytest.mark.parametrize(("place", "number"), [("copying", 2), ("renaming", 2), ("renaming", 4), ("renaming", 6)])
+@pytest.mark.parametrize(
+    ("place", "number"), [("copying", 2), ("renaming", 2), ("renaming", 4), ("renaming", 6)]
+)
 def test_partitions_killed_while_they_are_merged_go_on(tmp_path, place, number):
     source = write_jsonl(tmp_path / "a.jsonl")
     Path(source).write_text("bad\n" + Path(source).read_text())
-    arguments = ["--input", source, "--output-prefix", tmp_path / "out", "--tokenizer-type", "ByteTokenizer"]
+    arguments = [
+        "--input",
+        source,
+        "--output-prefix",
+        tmp_path / "out",
+        "--tokenizer-type",
+        "ByteTokenizer",
+    ]
     arguments += ["--append-eod", "--partitions", 2, "--workers", 1, "--max-bad-lines", 1]
     run_killed(place, number, "preprocess_data", *arguments)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
@@ -108,20 +142,30 @@ def test_partitions_killed_while_they_are_merged_go_on(tmp_path, place, number):
     assert sorted(name for name in os.listdir(tmp_path) if "out" in name) == [
         "out.bad_lines.tsv", "out_text_document.bin", "out_text_document.idx", "out_text_document.json"
     ]  # fmt: skip
-    assert (tmp_path / "out.bad_lines.tsv").read_bytes() == (tmp_path / "whole.bad_lines.tsv").read_bytes()
+    assert (tmp_path / "out.bad_lines.tsv").read_bytes() == (
+        tmp_path / "whole.bad_lines.tsv"
+    ).read_bytes()
     assert "1 bad lines were left out: see" in done.stdout and "\n0.00 s" not in done.stdout
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
     shards = make_shards(tmp_path, source=write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 20))
     before = set(os.listdir(tmp_path))
-    command = [sys.executable, str(ROOT / "tools/merge_datasets.py"), "--input", *shards, "--output-prefix"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools/merge_datasets.py"),
+        "--input",
+        *shards,
+        "--output-prefix",
+    ]
     done = subprocess.run(
         [*command, str(tmp_path / "m")], env=ENVIRONMENT, capture_output=True, text=True, timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
     )  # fmt: skip
     assert done.returncode == 1
-    assert done.stderr == f"error: [Errno 27] File too large: '{tmp_path / 'm.partial' / 'm.bin'}'\n"
+    assert (
+        done.stderr == f"error: [Errno 27] File too large: '{tmp_path / 'm.partial' / 'm.bin'}'\n"
+    )
     assert set(os.listdir(tmp_path)) == before
 
 
@@ -147,7 +191,10 @@ def test_shards_of_inputs_that_changed_between_them_are_refused(tmp_path):
     for suffix in (".bin", ".idx", ".json"):
         Path(shards[1] + suffix).unlink()
     preprocess(config(tmp_path, source, name="part", shard="1/3"))
-    with pytest.raises(DatasetError, match="0001-of-0003_text_document was made from other inputs than .*0000-of-0003"):
+    with pytest.raises(
+        DatasetError,
+        match="0001-of-0003_text_document was made from other inputs than .*0000-of-0003",
+    ):
         merge(shards, tmp_path / "m")
     assert not list(tmp_path.glob("m*"))
 
@@ -175,16 +222,22 @@ def test_only_what_was_made_in_one_way_is_merged(tmp_path):
     preprocess(config(tmp_path, source, name="with"))
     preprocess(config(tmp_path, source, name="without", append_eod=False))
     one, other = str(tmp_path / "with_text_document"), str(tmp_path / "without_text_document")
-    with pytest.raises(DatasetError, match="without_text_document was made without --append-eod, .*/with_.* with$"):
+    with pytest.raises(
+        DatasetError, match="without_text_document was made without --append-eod, .*/with_.* with$"
+    ):
         merge([one, other], tmp_path / "m")
     change(other, append_eod=None)  # an older file does not tell
     assert merge([one, other], tmp_path / "untold").append_eod is None
     change(other, append_eod=True)
     assert merge([one, other], tmp_path / "told").append_eod is True
     Path(f"{other}.json").unlink()
-    with pytest.raises(DatasetError, match="without_text_document has no .json that tells its tokenizer"):
+    with pytest.raises(
+        DatasetError, match="without_text_document has no .json that tells its tokenizer"
+    ):
         merge([one, other], tmp_path / "m")
-    with pytest.raises(DatasetError, match="without_text_document has no .json that tells its tokenizer"):
+    with pytest.raises(
+        DatasetError, match="without_text_document has no .json that tells its tokenizer"
+    ):
         merge([other, one], tmp_path / "m")
     assert not list(tmp_path.glob("m*"))
 
@@ -201,15 +254,30 @@ def test_shards_and_partitions_make_the_whole(tmp_path, shards):
     for number in range(shards):
         preprocess(config(tmp_path, *files, name="part", shard=f"{number}/{shards}"))
     pattern = str(tmp_path / f"part_*-of-{shards:04d}_text_document.idx")
-    done = run_tool("merge_datasets.py", "--input", pattern, "--output-prefix", tmp_path / "merged_text_document")
+    done = run_tool(
+        "merge_datasets.py",
+        "--input",
+        pattern,
+        "--output-prefix",
+        tmp_path / "merged_text_document",
+    )
     assert done.returncode == 0, done.stderr
     assert content(tmp_path, "merged") == content(tmp_path, "whole")
     if shards == 3:
         preprocess(config(tmp_path, *files, name="parts", partitions=3))
-        assert content(tmp_path, "parts") == content(tmp_path, "whole") and not (tmp_path / "parts.partial").exists()
+        assert (
+            content(tmp_path, "parts") == content(tmp_path, "whole")
+            and not (tmp_path / "parts.partial").exists()
+        )
         (tmp_path / "part_0001-of-0003_text_document.idx").unlink()
-        done = run_tool("merge_datasets.py", "--input", pattern, "--output-prefix", tmp_path / "again")
-        assert done.returncode == 2 and "of 3 shards" in done.stderr and " 1 are missing" in done.stderr
+        done = run_tool(
+            "merge_datasets.py", "--input", pattern, "--output-prefix", tmp_path / "again"
+        )
+        assert (
+            done.returncode == 2
+            and "of 3 shards" in done.stderr
+            and " 1 are missing" in done.stderr
+        )
 
 
 def test_shards_name_the_lines_of_the_file(tmp_path):

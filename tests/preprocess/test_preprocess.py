@@ -27,7 +27,10 @@ from tests.preprocess.preprocess_runs import (
 @pytest.mark.parametrize("append_eod", [True, False])
 def test_documents_come_back(tmp_path, monkeypatch, append_eod):
     monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
-    inputs = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:150]), write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[150:])
+    inputs = (
+        write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:150]),
+        write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[150:]),
+    )
     reports = []
     settings = config(tmp_path, *inputs, json_keys=("title", "text"), append_eod=append_eod)
     infos = preprocess(settings, reports.append)
@@ -46,7 +49,9 @@ def test_documents_come_back(tmp_path, monkeypatch, append_eod):
 
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
     """Blocks are as large as they are in earnest: 5 MB make 5 of them."""
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i} " * (1 + i % 1000)} for i in range(3500)])
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [{"text": f"{i} " * (1 + i % 1000)} for i in range(3500)]
+    )
     assert len(list(blocks_of(source))) >= 5
     for workers in (1, 3):
         preprocess(config(tmp_path, source, name=f"w{workers}", workers=workers))
@@ -55,7 +60,9 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
         assert one.read_bytes() == three.read_bytes()
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(300, np.uint16), (65499, np.uint16), (65500, np.int32)])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(300, np.uint16), (65499, np.uint16), (65500, np.int32)]
+)
 def test_ids_are_stored_in_two_bytes_where_they_fit(tmp_path, monkeypatch, vocab_size, dtype):
     monkeypatch.setattr(ByteTokenizer, "vocab_size", vocab_size)
     preprocess(config(tmp_path, write_jsonl(tmp_path / "a.jsonl")))
@@ -76,7 +83,10 @@ def test_ids_are_stored_in_two_bytes_where_they_fit(tmp_path, monkeypatch, vocab
         (b'["text"]', "a JSON object is needed, not list"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b"[" * 100_000, "cannot be read"),
-        (b'[{"text": "a"},', "invalid JSON: Expecting value at column 16; each line must hold one JSON object"),
+        (
+            b'[{"text": "a"},',
+            "invalid JSON: Expecting value at column 16; each line must hold one JSON object",
+        ),
         (b"{", "double quotes at column 2; each line must hold one JSON object"),
         (b"9" * 10_000, "cannot be read"),
         (b'{"text": null}', "'text' is NoneType, not text"),
@@ -96,7 +106,9 @@ def test_the_first_bad_line_is_reported_whichever_worker_is_faster(tmp_path, mon
     monkeypatch.setattr(module, "BLOCK_BYTES", 10)
     long = json.dumps({"text": "x" * 1_000_000}).encode() + b"\n"
     (tmp_path / "a.jsonl").write_bytes(long + long[:-2] + b"\n" + b"quick to fail\n" * 5)
-    with pytest.raises(BadLineError, match=r"a\.jsonl, line 2: invalid JSON: Expecting ',' delimiter"):
+    with pytest.raises(
+        BadLineError, match=r"a\.jsonl, line 2: invalid JSON: Expecting ',' delimiter"
+    ):
         preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), workers=3))
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
@@ -133,11 +145,19 @@ def test_the_tools_by_hand(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl")
     for name in ("t", "u"):
         result = run_tool(
-            "train_tokenizer.py", "--input", source, "--vocab-size", 300, "--output-prefix", tmp_path / name
+            "train_tokenizer.py",
+            "--input",
+            source,
+            "--vocab-size",
+            300,
+            "--output-prefix",
+            tmp_path / name,
         )
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "t.model").read_bytes() == (tmp_path / "u.model").read_bytes()
-    assert (tmp_path / "t.model").read_bytes() == train_sentencepiece((d["text"] for d in DOCUMENTS), 300)
+    assert (tmp_path / "t.model").read_bytes() == train_sentencepiece(
+        (d["text"] for d in DOCUMENTS), 300
+    )
     result = run_tool(
         "preprocess_data.py", "--input", source, "--output-prefix", tmp_path / "c", "--workers", 2, "--append-eod",
         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tmp_path / "t.model",
@@ -153,7 +173,9 @@ def test_the_tools_by_hand(tmp_path):
                       "--tokenizer-type", "ByteTokenizer")  # fmt: skip
     assert result.returncode == 1 and "bad.jsonl, line 2: invalid JSON" in result.stderr
     assert "Traceback" not in result.stderr
-    code = "import sys, megalite.preprocess.run, megalite.data.build; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, megalite.preprocess.run, megalite.data.build; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, timeout=60).returncode == 0
 
 
@@ -161,13 +183,25 @@ def test_train_tokenizer_reports_problems(tmp_path):
     (tmp_path / "t.model").touch()
     (tmp_path / "a.txt").write_bytes(b"fine\n\xff\n")
     result = run_tool(
-        "train_tokenizer.py", "--input", tmp_path / "no", "--vocab-size", 3, "--output-prefix", tmp_path / "t"
+        "train_tokenizer.py",
+        "--input",
+        tmp_path / "no",
+        "--vocab-size",
+        3,
+        "--output-prefix",
+        tmp_path / "t",
     )
     assert result.returncode == 2
     for part in ("no: no such file", "--vocab-size 3: must be above 260", "t.model exists"):
         assert part in result.stderr
     result = run_tool(
-        "train_tokenizer.py", "--input", tmp_path / "a.txt", "--vocab-size", 300, "--output-prefix", tmp_path / "u"
+        "train_tokenizer.py",
+        "--input",
+        tmp_path / "a.txt",
+        "--vocab-size",
+        300,
+        "--output-prefix",
+        tmp_path / "u",
     )
     assert result.returncode == 1 and "a.txt, line 1: not UTF-8" in result.stderr
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "t.model"]
@@ -188,15 +222,29 @@ def test_a_text_that_the_tokenizer_has_no_ids_for_is_a_bad_line(tmp_path):
 
 
 def test_bad_lines_are_left_out_up_to_a_number(tmp_path, capsys):
-    lines = [b'{"text": "a"}', b"", b'{"text": ""}', b"{}", b'{"text": "b"}', b"\xff", b'{"text": "c"}']
+    lines = [
+        b'{"text": "a"}',
+        b"",
+        b'{"text": ""}',
+        b"{}",
+        b'{"text": "b"}',
+        b"\xff",
+        b'{"text": "c"}',
+    ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), max_bad_lines=4))
     data = IndexedDataset(tmp_path / "out_text_document")
-    assert [data.sequence(i).tolist() for i in range(3)] == [[97, 256], [98, 256], [99, 256]] and len(data) == 3
+    assert [data.sequence(i).tolist() for i in range(3)] == [
+        [97, 256],
+        [98, 256],
+        [99, 256],
+    ] and len(data) == 3
     rows = [line.split("\t") for line in (tmp_path / "out.bad_lines.tsv").read_text().splitlines()]
     assert [row[1] for row in rows] == ["2", "3", "4", "6"] and "no key 'text'" in rows[2][2]
     assert capsys.readouterr().err.count("left out: ") == 4
-    with pytest.raises(BadLineError, match="line 6: not UTF-8.* This is bad line 4. --max-bad-lines N .*now 3"):
+    with pytest.raises(
+        BadLineError, match="line 6: not UTF-8.* This is bad line 4. --max-bad-lines N .*now 3"
+    ):
         preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), name="fewer", max_bad_lines=3))
 
 
@@ -207,7 +255,14 @@ def test_sentences_are_sequences_of_documents(tmp_path):
     preprocess(config(tmp_path, source, split_sentences=True))
     data = IndexedDataset(tmp_path / "out_text_sentence")
     found = [bytes(i for i in data.sequence(n) if i < 256).decode() for n in range(len(data))]
-    assert found == ["Mr. Smith went home.", "He slept.", "One sentence", "He came.", "She left!", "Who knows?"]
+    assert found == [
+        "Mr. Smith went home.",
+        "He slept.",
+        "One sentence",
+        "He came.",
+        "She left!",
+        "Who knows?",
+    ]
     assert data.document_indices.tolist() == [0, 2, 3, 6]
     assert [n for n in range(len(data)) if data.sequence(n)[-1] == 256] == [1, 2, 5]
 
@@ -215,7 +270,15 @@ def test_sentences_are_sequences_of_documents(tmp_path):
 def test_a_look_into_a_dataset(tmp_path):
     preprocess(config(tmp_path, write_jsonl(tmp_path / "a.jsonl")))
     prefix = tmp_path / "out_text_document"
-    done = run_tool("inspect_dataset.py", prefix, "--verify", "--documents", 2, "--tokenizer-type", "ByteTokenizer")
+    done = run_tool(
+        "inspect_dataset.py",
+        prefix,
+        "--verify",
+        "--documents",
+        2,
+        "--tokenizer-type",
+        "ByteTokenizer",
+    )
     assert done.returncode == 0, done.stderr
     assert "ByteTokenizer, 257 ids, end of document 256" in done.stdout and "400" in done.stdout
     assert "document 1, 33 tokens: Document 1: né" in done.stdout
@@ -232,7 +295,14 @@ def test_a_look_into_a_dataset(tmp_path):
 def test_flags_that_do_not_fit_are_told_at_once(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl")
     settings = config(
-        tmp_path, source, "-", partitions=2, language="de", max_bad_lines=-1, vocab_file="v.txt", vocab_size=9
+        tmp_path,
+        source,
+        "-",
+        partitions=2,
+        language="de",
+        max_bad_lines=-1,
+        vocab_file="v.txt",
+        vocab_size=9,
     )
     problems = "\n".join(find_problems(settings))
     for part in (
@@ -243,7 +313,9 @@ def test_flags_that_do_not_fit_are_told_at_once(tmp_path):
         "--vocab-size 9",
     ):
         assert part in problems
-    assert any("--shard 3/3" in problem for problem in find_problems(config(tmp_path, source, shard="3/3")))
+    assert any(
+        "--shard 3/3" in problem for problem in find_problems(config(tmp_path, source, shard="3/3"))
+    )
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
@@ -251,14 +323,18 @@ def test_flags_that_do_not_fit_are_told_at_once(tmp_path):
 def test_a_text_without_tokens_is_a_bad_line(tmp_path, append_eod, sentences):
     if sentences:
         pytest.importorskip("sentencex")
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("1 2", " ", "4", "\n\t")])
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [{"text": text} for text in ("1 2", " ", "4", "\n\t")]
+    )
     settings = config(tmp_path, source, tokenizer_type="NullTokenizer", vocab_size=9, append_eod=append_eod,
                       max_bad_lines=2, split_sentences=sentences)  # fmt: skip
     preprocess(settings)
     data = IndexedDataset(settings.prefix("text"))
     end = [8] if append_eod else []
     assert [data.sequence(i).tolist() for i in range(len(data))] == [[1, 2, *end], [4, *end]]
-    rows = [line.split("\t")[1:] for line in (tmp_path / "out.bad_lines.tsv").read_text().splitlines()]
+    rows = [
+        line.split("\t")[1:] for line in (tmp_path / "out.bad_lines.tsv").read_text().splitlines()
+    ]
     assert rows == [["2", "the text gives no tokens"], ["4", "the text gives no tokens"]]
 
 

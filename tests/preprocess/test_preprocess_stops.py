@@ -52,7 +52,9 @@ def start_slowly(tmp_path, **settings):
         **settings,
     }
     command = [sys.executable, tmp_path / "slow.py", json.dumps(settings)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.parametrize(("suffix", "workers", "blocks"), [("", 1, 3), ("", 2, 40), (".gz", 1, 20)])
@@ -73,13 +75,18 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, suffix, workers, blocks):
     assert len(children) >= (workers if workers > 1 else 0)
     process.kill()
     process.communicate()
-    assert not list(tmp_path.glob("out_text*")) and (tmp_path / "out.partial" / "journal.json").exists()
+    assert (
+        not list(tmp_path.glob("out_text*"))
+        and (tmp_path / "out.partial" / "journal.json").exists()
+    )
     deadline = time.monotonic() + 20
     while any(is_running(int(pid)) for pid in children):
         assert time.monotonic() < deadline, "workers outlive the process that started them"
         time.sleep(0.02)
     other = config(tmp_path, *files, append_eod=False, max_bad_lines=2)
-    with pytest.raises(DatasetError, match="which was another job: append eod was true, is false.* delete"):
+    with pytest.raises(
+        DatasetError, match="which was another job: append eod was true, is false.* delete"
+    ):
         preprocess(other)
     reports = []
     settings = config(tmp_path, *files, max_bad_lines=2)
@@ -111,7 +118,14 @@ def test_what_a_failure_leaves_and_says(tmp_path):
     """A folder from which the same command goes on, and a line that says so; no folder where there is nothing in it."""
     source = write_jsonl(tmp_path / "a.jsonl")
     Path(source).write_text(Path(source).read_text() + "bad\n")
-    arguments = ["--input", source, "--output-prefix", tmp_path / "out", "--tokenizer-type", "ByteTokenizer"]
+    arguments = [
+        "--input",
+        source,
+        "--output-prefix",
+        tmp_path / "out",
+        "--tokenizer-type",
+        "ByteTokenizer",
+    ]
     done = run_tool("preprocess_data.py", *arguments)
     assert done.returncode == 1 and "line 401" in done.stderr and "keeps" not in done.stderr
     assert os.listdir(tmp_path) == ["a.jsonl"]
@@ -131,7 +145,9 @@ def test_what_a_failure_leaves_and_says(tmp_path):
 def test_input_without_documents_leaves_nothing(tmp_path, partitions):
     (tmp_path / "a.jsonl").write_text("bad\nbad\n")
     with pytest.raises(DatasetError, match="no documents"):
-        preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), partitions=partitions, max_bad_lines=2))
+        preprocess(
+            config(tmp_path, str(tmp_path / "a.jsonl"), partitions=partitions, max_bad_lines=2)
+        )
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
@@ -149,7 +165,9 @@ def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
         for worker in multiprocessing.active_children():
             worker.kill()
 
-    with pytest.raises(DatasetError, match=r"worker process died \(exit code -9\).*fewer --workers"):
+    with pytest.raises(
+        DatasetError, match=r"worker process died \(exit code -9\).*fewer --workers"
+    ):
         preprocess(config(tmp_path, write_jsonl(tmp_path / "a.jsonl"), workers=2), kill_workers)
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
@@ -159,7 +177,9 @@ def test_a_list_of_bad_lines_is_not_overwritten(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", documents)
     preprocess(config(tmp_path, source, max_bad_lines=1))
     settings = config(tmp_path, source, max_bad_lines=1, json_keys=("title",))
-    assert any("out.bad_lines.tsv exists; delete it" in problem for problem in find_problems(settings))
+    assert any(
+        "out.bad_lines.tsv exists; delete it" in problem for problem in find_problems(settings)
+    )
     with pytest.raises(DatasetError, match=r"out\.bad_lines\.tsv exists already"):
         preprocess(settings)
     assert not (tmp_path / "out.partial").exists()
@@ -168,13 +188,21 @@ def test_a_list_of_bad_lines_is_not_overwritten(tmp_path):
 def test_the_index_gets_its_name_last(tmp_path, monkeypatch):
     """Who finds it finds everything, also the list of bad lines."""
     named = []
-    monkeypatch.setattr(Journal, "end", lambda journal, renames: named.extend(Path(final).name for _, final in renames))
+    monkeypatch.setattr(
+        Journal,
+        "end",
+        lambda journal, renames: named.extend(Path(final).name for _, final in renames),
+    )
     monkeypatch.setattr(DatasetInfo, "read", lambda prefix: None)
-    preprocess(config(tmp_path, write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {}]), max_bad_lines=1))
+    preprocess(
+        config(tmp_path, write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {}]), max_bad_lines=1)
+    )
     assert "out.bad_lines.tsv" in named and named[-1] == "out_text_document.idx"
 
 
-@pytest.mark.parametrize("damaged", ["out_text_document.bin", "bad_lines.tsv", "out_text_document.lengths"])
+@pytest.mark.parametrize(
+    "damaged", ["out_text_document.bin", "bad_lines.tsv", "out_text_document.lengths"]
+)
 def test_a_damaged_folder_says_to_start_anew(tmp_path, damaged):
     source = write_jsonl(tmp_path / "a.jsonl", [{}, *DOCUMENTS])
     process = start_slowly(tmp_path, input=[source], max_bad_lines=1)
@@ -184,10 +212,19 @@ def test_a_damaged_folder_says_to_start_anew(tmp_path, damaged):
     process.communicate()
     path = tmp_path / "out.partial" / damaged
     path.unlink() if damaged.endswith("lengths") else path.write_bytes(b"x")
-    arguments = ["--input", source, "--output-prefix", tmp_path / "out", "--tokenizer-type", "ByteTokenizer"]
+    arguments = [
+        "--input",
+        source,
+        "--output-prefix",
+        tmp_path / "out",
+        "--tokenizer-type",
+        "ByteTokenizer",
+    ]
     done = run_tool("preprocess_data.py", *arguments, "--append-eod", "--max-bad-lines", 1)
     assert done.returncode == 1 and "keeps what is done" not in done.stderr, done.stderr
-    assert damaged in done.stderr and f"delete {tmp_path / 'out.partial'} to start anew" in done.stderr
+    assert (
+        damaged in done.stderr and f"delete {tmp_path / 'out.partial'} to start anew" in done.stderr
+    )
 
 
 def test_a_file_in_the_way_is_not_called_progress(tmp_path):
@@ -195,7 +232,11 @@ def test_a_file_in_the_way_is_not_called_progress(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl")
     done = run_tool("preprocess_data.py", "--input", source, "--output-prefix", tmp_path / "out",
                     "--tokenizer-type", "ByteTokenizer")  # fmt: skip
-    assert done.returncode == 1 and "out.partial is no folder" in done.stderr and "keeps" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "out.partial is no folder" in done.stderr
+        and "keeps" not in done.stderr
+    )
 
 
 def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
@@ -212,14 +253,22 @@ def test_an_interrupt_while_workers_start_is_one_line(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 20)
     command = [sys.executable, ROOT / "tools/preprocess_data.py", "--input", source, "--output-prefix",
                tmp_path / "out", "--tokenizer-type", "ByteTokenizer", "--workers", "3"]  # fmt: skip
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(children.read_text().split()) < 4:  # the workers, and what multiprocessing starts beside them
+    while (
+        len(children.read_text().split()) < 4
+    ):  # the workers, and what multiprocessing starts beside them
         assert process.poll() is None
     time.sleep(0.05)  # they import
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in said and said.endswith("error: interrupted\n"), said
+    assert (
+        process.returncode == 1
+        and "Traceback" not in said
+        and said.endswith("error: interrupted\n")
+    ), said
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 

@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
-MISSING = subprocess.run([SCRIPT, "missing"], capture_output=True, text=True, check=True).stdout.splitlines()
+MISSING = subprocess.run(
+    [SCRIPT, "missing"], capture_output=True, text=True, check=True
+).stdout.splitlines()
 MARKS = [
     pytest.mark.slurm,
     pytest.mark.timeout(900),
@@ -43,13 +45,19 @@ class Cluster:
 
     def control(self, *words: str) -> None:
         """cluster.sh with these words."""
-        done = subprocess.run([SCRIPT, *words], env=self.environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [SCRIPT, *words], env=self.environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def run(self, *command: str | Path | int, cwd: Path = ROOT, **variables: str | int | Path) -> str:
+    def run(
+        self, *command: str | Path | int, cwd: Path = ROOT, **variables: str | int | Path
+    ) -> str:
         """What a command prints, by default at the root of the checkout."""
         environment = self.environment | {name: str(value) for name, value in variables.items()}
-        done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -79,7 +87,9 @@ class Job:
         """Until the condition holds."""
         end = time.monotonic() + PATIENCE
         while not condition():
-            assert time.monotonic() < end, f"job {self.number}: {self.show('JobState')}\n{self.log[-5000:]}"
+            assert time.monotonic() < end, (
+                f"job {self.number}: {self.show('JobState')}\n{self.log[-5000:]}"
+            )
             time.sleep(0.2)
 
     def end(self) -> str:
@@ -90,7 +100,18 @@ class Job:
 
 def submit(cluster: Cluster, run: Path, *flags: str | Path) -> Job:
     """tools/submit.py on 2 nodes of 2 ranks."""
-    where = ["--run-dir", run, "--nodes", 2, "--ranks-per-node", 2, "--gpus-per-node", 0, "--cpus-per-rank", 1]
+    where = [
+        "--run-dir",
+        run,
+        "--nodes",
+        2,
+        "--ranks-per-node",
+        2,
+        "--gpus-per-node",
+        0,
+        "--cpus-per-rank",
+        1,
+    ]
     said = cluster.run("python", "tools/submit.py", *where, *flags)
     job = Job(cluster, int(re.search(r"job (\d+): 2 node\(s\) x 2 ranks", said)[1]))
     for command in (f"scancel {job.number}", "resume:", "tail -F"):

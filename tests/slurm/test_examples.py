@@ -47,8 +47,13 @@ def checkout(tmp_path) -> Path:
 
 def test_what_the_docs_show_runs(cluster, checkout):
     """One after the other, each when the jobs of the one before are done."""
-    texts = [f"Fellow citizens, this is document {i} of the state of the Union. " * (1 + i % 7) for i in range(200)]
-    (checkout / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    texts = [
+        f"Fellow citizens, this is document {i} of the state of the Union. " * (1 + i % 7)
+        for i in range(200)
+    ]
+    (checkout / "corpus.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     (checkout / "data").mkdir()
     for name, content in zip(("vocab.json", "merges.txt"), train_bpe(texts, 300)):
         (checkout / "data" / name).write_bytes(content)
@@ -83,4 +88,7 @@ def test_the_recipes_run_when_they_are_shrunk(cluster, checkout):
         jobs.append(submit(cluster, checkout / recipe.stem, *flags))
     assert len(jobs) == 4
     for job in jobs:
-        assert job.end() == "COMPLETED" and "stopped at iteration 2: all 2 iterations are done" in job.log, job.log
+        assert (
+            job.end() == "COMPLETED"
+            and "stopped at iteration 2: all 2 iterations are done" in job.log
+        ), job.log

@@ -32,19 +32,31 @@ def undisturbed(cluster, tmp_path_factory) -> dict[int, float]:
     job = submit(cluster, run, *MODEL)
     assert job.end() == "COMPLETED", job.log
     assert list(losses(run / "metrics.jsonl")) == list(range(1, ITERATIONS + 1))
-    assert "gloo, launched by srun; layout dp=2 x tp=2 x pp=1" in job.log and job.show("NumNodes") == "2"
+    assert (
+        "gloo, launched by srun; layout dp=2 x tp=2 x pp=1" in job.log
+        and job.show("NumNodes") == "2"
+    )
     return losses(run / "metrics.jsonl")
 
 
-def start(cluster: Cluster, folder: Path, *flags: str, file: str = SBATCH, options=TWO_NODES) -> Job:
+def start(
+    cluster: Cluster, folder: Path, *flags: str, file: str = SBATCH, options=TWO_NODES
+) -> Job:
     """A job script as it is in examples/, with its folder of checkpoints in `folder`."""
-    return cluster.sbatch(f"--output={folder}/%j.out", *options, file, *MODEL, *flags, SAVE=folder / "save", RANKS=2)
+    return cluster.sbatch(
+        f"--output={folder}/%j.out", *options, file, *MODEL, *flags, SAVE=folder / "save", RANKS=2
+    )
 
 
 def reach(job: Job, folder: Path, iteration: int) -> None:
     """Wait until the run has trained so far, or is over."""
     metrics = folder / "save" / "metrics.jsonl"
-    job.wait(lambda: max(losses(metrics), default=0) >= iteration or job.show("JobState") not in ("RUNNING", "PENDING"))
+    job.wait(
+        lambda: (
+            max(losses(metrics), default=0) >= iteration
+            or job.show("JobState") not in ("RUNNING", "PENDING")
+        )
+    )
 
 
 def test_a_chain_under_torchrun_goes_on_after_a_time_limit(cluster, undisturbed, tmp_path):
@@ -57,7 +69,9 @@ def test_a_chain_under_torchrun_goes_on_after_a_time_limit(cluster, undisturbed,
     assert second.show("JobState") == "PENDING"
     cluster.run("scancel", "--batch", "--signal=USR1", first.number)
     assert (first.end(), second.end()) == ("COMPLETED", "COMPLETED"), first.log + second.log
-    saved_at = int(re.search(r"is to be continued: stopped at iteration (\d+): SIGUSR1", first.log)[1])
+    saved_at = int(
+        re.search(r"is to be continued: stopped at iteration (\d+): SIGUSR1", first.log)[1]
+    )
     assert first.show("Restarts") == "0" and "launched by torchrun" in second.log
     assert f"training from iteration {saved_at} to {ITERATIONS}\n" in second.log
     assert losses(tmp_path / "save/metrics.jsonl") == undisturbed
@@ -71,10 +85,14 @@ def test_a_time_limit_saves_and_requeues(cluster, undisturbed, tmp_path):
     job.wait(lambda: job.show("Restarts") == "1")
     assert job.end() == "COMPLETED", job.log
     saved_at = int(re.search(r"stopped at iteration (\d+): SIGUSR1", job.log)[1])
-    assert f"job {job.number} is to be continued: stopped at iteration {saved_at}: SIGUSR1" in job.log
+    assert (
+        f"job {job.number} is to be continued: stopped at iteration {saved_at}: SIGUSR1" in job.log
+    )
     assert f"resumed from {tmp_path}/save/iter_{saved_at:07d} at iteration {saved_at}\n" in job.log
     assert losses(tmp_path / "save/metrics.jsonl") == undisturbed
-    assert (tmp_path / "save/metrics.jsonl").read_text().count('"loss"') == ITERATIONS  # no step was done twice
+    assert (tmp_path / "save/metrics.jsonl").read_text().count(
+        '"loss"'
+    ) == ITERATIONS  # no step was done twice
     shown = re.search(r"^```text\n(.*?)```", (ROOT / "docs/slurm.md").read_text(), re.M | re.S)[1]
     forms = [
         re.sub(r"\d+", "N", text.replace(folder, "SAVE")).splitlines()
@@ -83,23 +101,32 @@ def test_a_time_limit_saves_and_requeues(cluster, undisturbed, tmp_path):
     assert set(forms[0]) <= set(forms[1]), job.log
 
 
-def test_a_node_that_fails_costs_the_steps_since_the_last_checkpoint(cluster, undisturbed, tmp_path):
+def test_a_node_that_fails_costs_the_steps_since_the_last_checkpoint(
+    cluster, undisturbed, tmp_path
+):
     """Daemon and ranks of a node are killed; SLURM requeues the job on the others."""
     job = start(cluster, tmp_path)
     reach(job, tmp_path, 8)
     nodes = cluster.run("scontrol", "show", "hostnames", job.show("NodeList")).split()
     cluster.control("crash", nodes[1])
     try:
-        job.wait(lambda: job.show("Restarts") == "1" and job.show("JobState") in ("RUNNING", "COMPLETED"))
+        job.wait(
+            lambda: job.show("Restarts") == "1" and job.show("JobState") in ("RUNNING", "COMPLETED")
+        )
         assert job.end() == "COMPLETED", job.log
-        assert nodes[1] not in cluster.run("scontrol", "show", "hostnames", job.show("NodeList")).split()
+        assert (
+            nodes[1]
+            not in cluster.run("scontrol", "show", "hostnames", job.show("NodeList")).split()
+        )
     finally:
         cluster.control("boot", nodes[1])
     assert "resumed from" in job.log
     assert losses(tmp_path / "save/metrics.jsonl") == undisturbed
 
 
-def test_scancel_saves_and_the_same_command_goes_on_also_with_fewer_nodes(cluster, undisturbed, tmp_path):
+def test_scancel_saves_and_the_same_command_goes_on_also_with_fewer_nodes(
+    cluster, undisturbed, tmp_path
+):
     job = start(cluster, tmp_path)
     reach(job, tmp_path, 8)
     cluster.run("scancel", job.number)
@@ -123,7 +150,12 @@ def test_a_preempted_job_saves_and_goes_on(cluster, undisturbed, tmp_path):
     jobs = {}
     for partition, node in {"main": "node1", "spare": "node2"}.items():
         (tmp_path / partition).mkdir()
-        options = [*ONE_NODE, "--ntasks-per-node=4", f"--partition={partition}", f"--nodelist={node}"]
+        options = [
+            *ONE_NODE,
+            "--ntasks-per-node=4",
+            f"--partition={partition}",
+            f"--nodelist={node}",
+        ]
         jobs[partition] = start(cluster, tmp_path / partition, options=options)
     for partition, job in jobs.items():
         reach(job, tmp_path / partition, 8)
@@ -162,11 +194,17 @@ def test_what_a_job_ends_with_when_it_is_to_be_continued(cluster, tmp_path):
     """A requeue that SLURM refuses is an error; in a chain none is asked for, and the job ends well."""
     step = "echo saved at 3 >to-be-continued; exit 7"
     alone = supervised(cluster, tmp_path, step, "--no-requeue")
-    assert alone.end() == "FAILED" and f"error: SLURM does not requeue job {alone.number}" in alone.log, alone.log
+    assert (
+        alone.end() == "FAILED" and f"error: SLURM does not requeue job {alone.number}" in alone.log
+    ), alone.log
     stuck = supervised(cluster, tmp_path, step)  # it would be requeued for ever
-    assert stuck.end() == "FAILED" and "error: no step was made, for the second time" in stuck.log, stuck.log
+    assert (
+        stuck.end() == "FAILED" and "error: no step was made, for the second time" in stuck.log
+    ), stuck.log
     of_a_chain = supervised(cluster, tmp_path, step.replace("3", "4"), REQUEUE="no")
-    assert of_a_chain.end() == "COMPLETED" and "is to be continued: saved at 4" in of_a_chain.log, of_a_chain.log
+    assert of_a_chain.end() == "COMPLETED" and "is to be continued: saved at 4" in of_a_chain.log, (
+        of_a_chain.log
+    )
     failed = supervised(cluster, tmp_path, "exit 7")  # what the others left is none of its business
     assert failed.end() == "FAILED" and failed.show("ExitCode") == "7:0", failed.log
 
@@ -174,7 +212,9 @@ def test_what_a_job_ends_with_when_it_is_to_be_continued(cluster, tmp_path):
 def test_ranks_have_the_cpus_that_the_job_asked_for(cluster, tmp_path):
     """Two tasks of two CPUs on a node of four: SLURM keeps them apart only when srun knows of both."""
     step = 'unset SLURM_CPU_BIND; exec srun bash -c "grep Cpus_allowed_list: /proc/self/status"'
-    job = supervised(cluster, tmp_path, step, "--ntasks-per-node=2", "--cpus-per-task=2", "--exclusive")
+    job = supervised(
+        cluster, tmp_path, step, "--ntasks-per-node=2", "--cpus-per-task=2", "--exclusive"
+    )
     assert job.end() == "COMPLETED", job.log
     allowed = re.findall(r"Cpus_allowed_list:\s+(\S+)", job.log)
     assert len(allowed) == 2 and allowed[0] != allowed[1], job.log
@@ -191,7 +231,9 @@ def troubled(cluster, tmp_path_factory) -> dict[str, tuple[Job, Path]]:
         folder = tmp_path_factory.mktemp("trouble")
         step = f"srun --kill-on-bad-exit=1 python tests/trouble.py --save {folder}/save --load {folder}/save"
         wrapped = " ".join([step, *MODEL, *flags])
-        job = cluster.sbatch(f"--output={folder}/%j.out", *TWO_NODES, f"--wrap={wrapped}", TROUBLE=what)
+        job = cluster.sbatch(
+            f"--output={folder}/%j.out", *TWO_NODES, f"--wrap={wrapped}", TROUBLE=what
+        )
         jobs[what] = job, folder
     return jobs
 
@@ -208,7 +250,14 @@ def test_a_rank_that_fails_takes_the_job_down_and_is_quoted(troubled):
     assert job.end() == "FAILED", job.log
     assert job.log.count("Traceback (most recent call last)") == 1, job.log
     assert re.search(r"^\[rank2\]: ArithmeticError: this model is broken$", job.log, re.M), job.log
-    assert len(re.findall(r"rank 2 on node\d failed: ArithmeticError: this model is broken$", job.log, re.M)) == 1
+    assert (
+        len(
+            re.findall(
+                r"rank 2 on node\d failed: ArithmeticError: this model is broken$", job.log, re.M
+            )
+        )
+        == 1
+    )
 
 
 def test_a_hang_is_explained(troubled):
@@ -216,7 +265,8 @@ def test_a_hang_is_explained(troubled):
     assert job.end() == "FAILED", job.log
     verdict = job.log.partition("HANG: ")[2]
     assert re.match(
-        r"no progress for \d+ s, waiting for rank 1\n  rank 1 on node\d \(process \d+\): training, step 3", verdict
+        r"no progress for \d+ s, waiting for rank 1\n  rank 1 on node\d \(process \d+\): training, step 3",
+        verdict,
     )
     assert "missing from all_reduce of" in verdict and "time.sleep(1)" in verdict
     assert (folder / "save/hang-step-3.txt").read_text().count("--- rank") == 4
@@ -225,22 +275,39 @@ def test_a_hang_is_explained(troubled):
 def test_an_array_of_shards_and_their_merge(cluster, tmp_path):
     """Three tasks and a merge after them make what one process makes; a task can be done again by itself."""
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(f'{{"text": "document {i} says {"la " * (i % 7)}"}}\n' for i in range(2000)))
+    corpus.write_text(
+        "".join(f'{{"text": "document {i} says {"la " * (i % 7)}"}}\n' for i in range(2000))
+    )
     flags = ["--input", corpus, "--tokenizer-type", "ByteTokenizer", "--append-eod"]
     options = ["--cpus-per-task=1", f"--output={tmp_path}/%x-%j.out"]
     prefix = tmp_path / "parts"
-    said = cluster.run("examples/slurm/preprocess.sh", prefix, *flags, SHARDS=3, ARRAY_OPTIONS=" ".join(options))
+    said = cluster.run(
+        "examples/slurm/preprocess.sh", prefix, *flags, SHARDS=3, ARRAY_OPTIONS=" ".join(options)
+    )
     merge = Job(cluster, int(re.search(r"then merge (\d+)", said)[1]))
-    cluster.run("python", "tools/preprocess_data.py", *flags, "--output-prefix", tmp_path / "whole", "--workers", 1)
+    cluster.run(
+        "python",
+        "tools/preprocess_data.py",
+        *flags,
+        "--output-prefix",
+        tmp_path / "whole",
+        "--workers",
+        1,
+    )
     assert merge.end() == "COMPLETED", merge.log
     for suffix in (".bin", ".idx"):
         parts, whole = (tmp_path / f"{name}_text_document{suffix}" for name in ("parts", "whole"))
         assert parts.read_bytes() == whole.read_bytes()
-    shard = [tmp_path / f"parts_0001-of-0003_text_document{suffix}" for suffix in (".bin", ".idx", ".json")]
+    shard = [
+        tmp_path / f"parts_0001-of-0003_text_document{suffix}"
+        for suffix in (".bin", ".idx", ".json")
+    ]
     made = [path.read_bytes() for path in shard[:2]]
     for path in shard:
         path.unlink()
     array = "examples/slurm/preprocess_array.sbatch"
-    again = cluster.sbatch("--array=1", *options, array, *flags, "--output-prefix", prefix, SHARDS=3)
+    again = cluster.sbatch(
+        "--array=1", *options, array, *flags, "--output-prefix", prefix, SHARDS=3
+    )
     assert again.end() == "COMPLETED", again.log
     assert [path.read_bytes() for path in shard[:2]] == made

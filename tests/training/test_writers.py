@@ -40,7 +40,13 @@ def logged(folder: Path, name: str) -> list[tuple[int, float]]:
 def stopped_and_resumed(tmp_path_factory) -> tuple[Path, list[str]]:
     """A run that stopped at iteration 5, was started from iteration 3 again, and ran to its end."""
     folder = tmp_path_factory.mktemp("watched")
-    flags = [*map(str, resumable(folder)), "--tensorboard-dir", str(folder / "board"), "--wandb-project", "demo"]
+    flags = [
+        *map(str, resumable(folder)),
+        "--tensorboard-dir",
+        str(folder / "board"),
+        "--wandb-project",
+        "demo",
+    ]
     with working_in(folder):
         train(ALONE, [*flags, "--save-interval", "3", "--exit-interval", "5"])
         latest = folder / "c" / "latest_checkpointed_iteration.txt"
@@ -56,7 +62,9 @@ def test_tensorboard_hides_what_the_killed_run_wrote_after_its_checkpoint(stoppe
     points = [(event.step, event.value) for event in board.Scalars("loss")]
     wanted = logged(stopped_and_resumed, "loss")
     assert [step for step, _ in points] == list(range(1, 13))
-    assert [value for _, value in points] == pytest.approx([value for _, value in wanted[:3] + wanted[5:]], rel=1e-6)
+    assert [value for _, value in points] == pytest.approx(
+        [value for _, value in wanted[:3] + wanted[5:]], rel=1e-6
+    )
     assert [event.step for event in board.Scalars("validation_loss")] == [4, 8, 12]
 
 
@@ -117,7 +125,9 @@ def test_a_slow_end_of_the_writers_is_no_hang(monkeypatch):
     monkeypatch.setattr(writers, "WandbWriter", lambda *_: never.wait())
     flags = {"hang_timeout": 0.4, "tensorboard_dir": "board", "wandb_project": "demo"}
     Writers(*tracking_writers(from_flat(flags), 0, said.append)).close()
-    assert said == [f"{name}: not all was sent within 0.1 s" for name in ("TensorBoard", "Weights & Biases")]
+    assert said == [
+        f"{name}: not all was sent within 0.1 s" for name in ("TensorBoard", "Weights & Biases")
+    ]
     never.set()
 
 
@@ -132,7 +142,10 @@ def test_a_training_goes_on_without_its_watchers(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "TensorBoard gets no more numbers: FileExistsError" in done.stdout
-    assert "Weights & Biases gets no more numbers: " in done.stdout and "stopped at iteration 1" in done.stdout
+    assert (
+        "Weights & Biases gets no more numbers: " in done.stdout
+        and "stopped at iteration 1" in done.stdout
+    )
 
 
 WITHOUT = """
@@ -148,7 +161,11 @@ def test_missing_libraries_are_one_problem_each_before_the_start():
     flags = [*MODEL, "--wandb-project", "demo", "--tensorboard-dir", "board"]
     done = subprocess.run([sys.executable, "-c", WITHOUT, *flags], capture_output=True, text=True)
     assert done.returncode == 2 and "2 problems" in done.stderr
-    for text in ("--wandb-project demo needs the library wandb", "--tensorboard-dir board needs", "megalite[tracking]"):
+    for text in (
+        "--wandb-project demo needs the library wandb",
+        "--tensorboard-dir board needs",
+        "megalite[tracking]",
+    ):
         assert text in done.stderr
 
 
@@ -159,8 +176,14 @@ def test_profile_traces_hold_the_iterations_asked_for(tmp_path):
     assert sorted(path.name for path in files) == [
         "iteration-2-rank-00000.trace.json.gz", "iteration-5-rank-00000.trace.json.gz",
     ]  # fmt: skip
-    events = [json.loads(gzip.decompress(data))["traceEvents"] for data in map(Path.read_bytes, sorted(files))]
-    two, one = (sum(event.get("name", "").startswith("Optimizer.step") for event in trace) for trace in events)
+    events = [
+        json.loads(gzip.decompress(data))["traceEvents"]
+        for data in map(Path.read_bytes, sorted(files))
+    ]
+    two, one = (
+        sum(event.get("name", "").startswith("Optimizer.step") for event in trace)
+        for trace in events
+    )
     assert (two, one) == (2, 1)
 
 
@@ -191,7 +214,9 @@ def test_a_profile_that_takes_long_to_write_is_no_hang(pool, tmp_path):
 def test_a_profile_that_cannot_be_written_ends_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with working_in(tmp_path):
-        said = train(ALONE, ["--profile", "2-3,5-9", "--profile-dir", "file/profile", "--exit-interval", "6"])
+        said = train(
+            ALONE, ["--profile", "2-3,5-9", "--profile-dir", "file/profile", "--exit-interval", "6"]
+        )
     assert said.count("rank 0: a profile was not written: [Errno 20] Not a directory") == 2
     assert "stopped at iteration 6" in said
 
@@ -209,7 +234,10 @@ def test_phases_make_up_the_step(tmp_path):
         train(ALONE, ["--metrics-file", "m.jsonl", "--exit-interval", "3"])
     for line in (tmp_path / "m.jsonl").read_text().splitlines():
         entry = json.loads(line)
-        phases = [entry[f"{name}_seconds"] for name in ("data", "forward", "backward", "communication", "optimizer")]
+        phases = [
+            entry[f"{name}_seconds"]
+            for name in ("data", "forward", "backward", "communication", "optimizer")
+        ]
         assert all(seconds >= 0 for seconds in phases) and min(phases[1:3]) > 0 and phases[3] == 0
         assert sum(phases) <= entry["step_seconds"]
 

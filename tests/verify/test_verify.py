@@ -59,9 +59,15 @@ def verify(pool, tmp_path_factory):
     def run(layout: Layout, function=record, *more, **flags) -> Comparison:
         folder, config = tmp_path_factory.mktemp("chosen"), configuration(layout, **flags)
         pool.run(function, layout.world_size, config, folder, *more)
-        data = {key: layout.flags[key] for key in ("micro_batch_size", *layout.packing) if key in layout.flags}
+        data = {
+            key: layout.flags[key]
+            for key in ("micro_batch_size", *layout.packing)
+            if key in layout.flags
+        }
         reference = one_process(layout.shape, tuple((flags | data).items()))
-        rounding = Rounding(config.model, config.optimizer.precision, GLOBAL_BATCH * config.model.seq_length)
+        rounding = Rounding(
+            config.model, config.optimizer.precision, GLOBAL_BATCH * config.model.seq_length
+        )
         return compare(reference, 1, folder, layout.world_size, rounding)
 
     return run
@@ -82,7 +88,9 @@ def test_sound_layouts_have_the_same_numbers(verify, layout, precision):
     found = verify(layout, precision=precision, **DROPOUT)
     assert found.first is None, found.verdict
     assert found.verdict.startswith("same numbers: largest difference ")
-    assert found.losses[1] == pytest.approx(found.losses[0], rel=1e-14 if precision == "fp64" else 1e-2)
+    assert found.losses[1] == pytest.approx(
+        found.losses[0], rel=1e-14 if precision == "fp64" else 1e-2
+    )
     assert "!" not in report(found)
 
 
@@ -146,7 +154,9 @@ def record_without_backward_sum(launch, config, folder):
     sound = linear.all_reduce
 
     def forward_only(tensor, group, op="sum", async_op=False):
-        return sound(tensor, replace(group, ranks=(group.rank,)) if async_op else group, op, async_op)
+        return sound(
+            tensor, replace(group, ranks=(group.rank,)) if async_op else group, op, async_op
+        )
 
     with patched(linear, "all_reduce", forward_only):
         record(launch, config, folder)
@@ -180,14 +190,40 @@ def poison(config, context, rng):
 
 
 UNPADDED = {"make_vocab_size_divisible_by": 1}  # so that every tensor rank holds words that occur
-EVERY = Layout("dp2 x tp2 x pp2 +sp", dp=2, tp=2, pp=2, flags={"sequence_parallel": True} | UNPADDED)
+EVERY = Layout(
+    "dp2 x tp2 x pp2 +sp", dp=2, tp=2, pp=2, flags={"sequence_parallel": True} | UNPADDED
+)
 FAULTS = [
-    (EVERY, (record, norm_gradient_is_not_summed), GRADIENT, "layers.1.mlp_norm.weight", range(0, 4)),
-    (EVERY, (record_with_tied_copies_apart,), GRADIENT, "embedding.word_embeddings.weight", range(8)),
+    (
+        EVERY,
+        (record, norm_gradient_is_not_summed),
+        GRADIENT,
+        "layers.1.mlp_norm.weight",
+        range(0, 4),
+    ),
+    (
+        EVERY,
+        (record_with_tied_copies_apart,),
+        GRADIENT,
+        "embedding.word_embeddings.weight",
+        range(8),
+    ),
     (EVERY, (record, bias_has_the_slice_of_rank_0), ACTIVATION, "layers.2.attention.qkv", [5, 7]),
-    (Layout("dp2 x pp2", dp=2, pp=2), (record_with_swapped_microbatches,), ACTIVATION, "embedding", [1]),
+    (
+        Layout("dp2 x pp2", dp=2, pp=2),
+        (record_with_swapped_microbatches,),
+        ACTIVATION,
+        "embedding",
+        [1],
+    ),
     (Layout("tp2", tp=2), (record_without_loss_mask,), LOSS, "loss", [0, 1]),
-    (Layout("tp2", tp=2), (record_without_backward_sum,), ACTIVATION_GRADIENT, "final_norm", [0, 1]),
+    (
+        Layout("tp2", tp=2),
+        (record_without_backward_sum,),
+        ACTIVATION_GRADIENT,
+        "final_norm",
+        [0, 1],
+    ),
     (
         Layout("pp4", pp=4, flags=PACKED),
         (record, second_stage_sees_other_documents),
@@ -199,7 +235,9 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("layout, program, kind, place, ranks", FAULTS, ids=[fault[1][-1].__name__ for fault in FAULTS])
+@pytest.mark.parametrize(
+    "layout, program, kind, place, ranks", FAULTS, ids=[fault[1][-1].__name__ for fault in FAULTS]
+)
 def test_planted_faults_are_located(verify, layout, program, kind, place, ranks):
     found = verify(layout, *program, **DROPOUT)
     assert (found.first.kind, found.first.place) == (kind, place), found.verdict
@@ -227,8 +265,12 @@ def test_order_is_that_of_the_computation(verify):
         (ACTIVATION_GRADIENT, "mlp_norm"), (GRADIENT, "mlp_norm.bias"), (GRADIENT, "mlp_norm.weight"),
     ]  # fmt: skip
     start = order.index((ACTIVATION_GRADIENT, "layers.2.mlp"))
-    assert order[start : start + len(layer)] == [(kind, f"layers.2.{place}") for kind, place in layer]
-    assert order[:3] == [(ACTIVATION, p) for p in ("embedding", "embedding_dropout", "layers.0.attention_norm")]
+    assert order[start : start + len(layer)] == [
+        (kind, f"layers.2.{place}") for kind, place in layer
+    ]
+    assert order[:3] == [
+        (ACTIVATION, p) for p in ("embedding", "embedding_dropout", "layers.0.attention_norm")
+    ]
     assert order.index((LOSS, LOSS)) == 2 + 8 * 4 + 1
     assert order[-1] == (GRADIENT, "embedding.word_embeddings.weight")
     forward = [place for kind, place in order if kind == ACTIVATION]
@@ -238,7 +280,9 @@ def test_order_is_that_of_the_computation(verify):
 def test_tolerance_grows_along_the_computation():
     rounding = Rounding(configuration(Layout("any")).model, "fp64", 128)
     forward = ["embedding", "layers.0.mlp", "layers.3.mlp", "loss"]
-    bounds = [rounding.activation(p) for p in forward] + [rounding.gradient(p) for p in forward[::-1]]
+    bounds = [rounding.activation(p) for p in forward] + [
+        rounding.gradient(p) for p in forward[::-1]
+    ]
     assert bounds == sorted(bounds) and bounds[0] > 2**-52 and bounds[-1] < 1e-12
 
 
@@ -264,10 +308,21 @@ SHAPES = {
 @pytest.mark.parametrize("flags", SHAPES.values(), ids=SHAPES.keys())
 def test_shrunk_configurations_are_sound_and_of_the_same_structure(flags):
     flags = (
-        dict(vocab_size=50257, mock_data=True, train_iters=1, global_batch_size=64, lr_decay_style="constant") | flags
+        dict(
+            vocab_size=50257,
+            mock_data=True,
+            train_iters=1,
+            global_batch_size=64,
+            lr_decay_style="constant",
+        )
+        | flags
     )
     config = from_flat(flags)
-    ranks = 2 * config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    ranks = (
+        2
+        * config.parallel.tensor_model_parallel_size
+        * config.parallel.pipeline_model_parallel_size
+    )
     assert validate.check(config, ranks) == []
     config = validate.resolve(config, ranks)
     small = shrunk(config, ranks)
@@ -279,7 +334,14 @@ def test_shrunk_configurations_are_sound_and_of_the_same_structure(flags):
     assert (n.vocab_size % (n.make_vocab_size_divisible_by * t) == 0) == (
         m.vocab_size % (m.make_vocab_size_divisible_by * t) == 0
     )
-    same = ("swiglu", "normalization", "position_embedding_type", "tied", "attention_dropout", "hidden_dropout")
+    same = (
+        "swiglu",
+        "normalization",
+        "position_embedding_type",
+        "tied",
+        "attention_dropout",
+        "hidden_dropout",
+    )
     assert [getattr(n, key) for key in same] == [getattr(m, key) for key in same]
     stages = config.parallel.pipeline_model_parallel_size
     assert (n.num_layers % stages == 0) == (m.num_layers % stages == 0)
@@ -293,10 +355,20 @@ def problems_of(*argv: str, launch: LaunchInfo = ALONE) -> str:
 
 def test_problems_are_told_at_once_with_their_fix():
     told = problems_of("--ranks", "many", "--reference-tp", "--hiden-size", "8", "--work-folder=")
-    for text in ("--ranks: 'many' is not", "--reference-tp: ''", "--hidden-size", "--work-folder: ''"):
+    for text in (
+        "--ranks: 'many' is not",
+        "--reference-tp: ''",
+        "--hidden-size",
+        "--work-folder: ''",
+    ):
         assert text in told
-    told = problems_of("--shrink", "--tp", "3", "--seq-length", "7", "--ranks", "4", "--rng-scheme", "megatron")
-    assert "4 ranks cannot be divided" in told and "fix: --rng-scheme global, or --attention-dropout 0" in told
+    told = problems_of(
+        "--shrink", "--tp", "3", "--seq-length", "7", "--ranks", "4", "--rng-scheme", "megatron"
+    )
+    assert (
+        "4 ranks cannot be divided" in told
+        and "fix: --rng-scheme global, or --attention-dropout 0" in told
+    )
     assert "reference layout: --num-attention-heads 12 cannot" in problems_of(
         "--reference-tp", "5", "--vocab-size", "99"
     )
@@ -324,16 +396,28 @@ def test_plan_keeps_what_the_step_depends_on_and_nothing_that_writes():
 
 def test_documents_are_kept_apart_in_made_up_data_too():
     """As the configuration has it for the real data, whose tokenizer is not needed for that."""
-    made = plan("--reset-attention-mask --tokenizer-type ByteTokenizer --vocab-size 512 --shrink --pp 2".split(), ALONE)
+    made = plan(
+        "--reset-attention-mask --tokenizer-type ByteTokenizer --vocab-size 512 --shrink --pp 2".split(),
+        ALONE,
+    )
     for config in (made.chosen, made.reference):
-        assert config.data.mock_data and config.data.reset_attention_mask and not config.data.reset_position_ids
+        assert (
+            config.data.mock_data
+            and config.data.reset_attention_mask
+            and not config.data.reset_position_ids
+        )
     rows = SyntheticDocuments(MockDataset(512, 32, 1, "train"), 32)
-    assert all(1 <= np.count_nonzero(rows[i][:-1] == END) < 32 and (rows[i][:16] == END).any() for i in range(20))
+    assert all(
+        1 <= np.count_nonzero(rows[i][:-1] == END) < 32 and (rows[i][:16] == END).any()
+        for i in range(20)
+    )
 
 
 def tool(*arguments, program=TOOL, **variables) -> subprocess.CompletedProcess:
     env = os.environ | {"PYTHONPATH": str(ROOT), **variables}
-    return subprocess.run([sys.executable, program, *map(str, arguments)], capture_output=True, text=True, env=env)
+    return subprocess.run(
+        [sys.executable, program, *map(str, arguments)], capture_output=True, text=True, env=env
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -342,17 +426,32 @@ def test_every_recipe_is_verified(recipe):
     flags = yaml.safe_load(recipe.read_text())
     sizes = (flags.get(f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline"))
     ranks = 2 * prod(sizes)
-    done = tool("--config", recipe, "--shrink", "--ranks", ranks, "--hidden-dropout", 0.1, "--attention-dropout", 0.1)
+    done = tool(
+        "--config",
+        recipe,
+        "--shrink",
+        "--ranks",
+        ranks,
+        "--hidden-dropout",
+        0.1,
+        "--attention-dropout",
+        0.1,
+    )
     assert done.returncode == 0, done.stderr
-    assert f"dp=2 x tp=2 x pp=2 on {ranks} rank(s)" in done.stdout or "quickstart" not in str(recipe)
+    assert f"dp=2 x tp=2 x pp=2 on {ranks} rank(s)" in done.stdout or "quickstart" not in str(
+        recipe
+    )
     assert done.stdout.splitlines()[-1].startswith("same numbers: largest difference")
 
 
 def test_the_tool_refuses_with_status_2():
-    done = tool("--shrink", "--tp", "2", "--ranks", "3", "--rng-scheme", "megatron", "--vocab-size", "512")
+    done = tool(
+        "--shrink", "--tp", "2", "--ranks", "3", "--rng-scheme", "megatron", "--vocab-size", "512"
+    )
     assert done.returncode == 2 and not done.stdout
     assert (
-        "2 problems in the configuration" in done.stderr and "--attention-dropout 0 --hidden-dropout 0" in done.stderr
+        "2 problems in the configuration" in done.stderr
+        and "--attention-dropout 0 --hidden-dropout 0" in done.stderr
     )
 
 
@@ -373,7 +472,9 @@ def test_the_tool_ends_with_status_1_where_numbers_differ(tmp_path):
     )
     done = tool("--shrink", "--ranks", 2, "--vocab-size", 512, program=program)
     assert done.returncode == 1, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("DIFFERENT: first at embedding (activation): difference")
+    assert done.stdout.splitlines()[-1].startswith(
+        "DIFFERENT: first at embedding (activation): difference"
+    )
     assert done.stdout.splitlines()[-1].endswith("; rank 1")
 
 
@@ -389,10 +490,17 @@ def test_the_tool_under_a_launcher(tmp_path):
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, TOOL, *flags], env=common | {"RANK": str(i)}, stdout=subprocess.PIPE, text=True
+            [sys.executable, TOOL, *flags],
+            env=common | {"RANK": str(i)},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for i in range(2)
     ]
     printed = [rank.communicate()[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
-    assert printed[1] == "" and "\nsame numbers" in printed[0] and "tp=2 x pp=1 on 2 rank(s)" in printed[0]
+    assert (
+        printed[1] == ""
+        and "\nsame numbers" in printed[0]
+        and "tp=2 x pp=1 on 2 rank(s)" in printed[0]
+    )

@@ -7,7 +7,13 @@ import torch.distributed as dist
 
 from megalite.watch.bounded import BoundedStore, SuspendDetector
 
-CALLS = [("add", "a", 1), ("check", "a"), ("set", "a", "1"), ("get", "a"), ("get_those_there", ["a", "b"])]
+CALLS = [
+    ("add", "a", 1),
+    ("check", "a"),
+    ("set", "a", "1"),
+    ("get", "a"),
+    ("get_those_there", ["a", "b"]),
+]
 
 
 class Silent:
@@ -20,7 +26,9 @@ class Silent:
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
 def test_no_call_waits_for_a_store_that_does_not_answer(call):
     name, *arguments = call
-    with pytest.raises(RuntimeError, match=r"rank 0, or torchrun on the first node\) does not answer within 0\.1 s"):
+    with pytest.raises(
+        RuntimeError, match=r"rank 0, or torchrun on the first node\) does not answer within 0\.1 s"
+    ):
         getattr(BoundedStore(Silent(), SuspendDetector(), 0.1), name)(*arguments)
 
 

@@ -10,7 +10,9 @@ from megalite.parallel.layout import AXES, ParallelLayout
 from megalite.watch.verdict import Report, culprits, hang_verdict
 
 
-def report(rank: int, *calls: tuple, waits: bool = True, idle: float = 9.0, blocks: bool = True, **rest) -> Report:
+def report(
+    rank: int, *calls: tuple, waits: bool = True, idle: float = 9.0, blocks: bool = True, **rest
+) -> Report:
     """A rank that has begun these calls (kind, group, ranks), and waits in the last one."""
     activity = Activity()
     activity.set_state("training", 3)
@@ -36,19 +38,29 @@ def test_the_one_that_all_wait_for_in_the_end(blocks):
     ]  # fmt: skip
     assert blamed(*reports) == [1]
     said = hang_verdict({r.rank: r for r in reports}, 9, 4.0, "x.txt")
-    assert "waiting for rank 1" in said and "rank 1 on node0 (process 101): training, step 3; in no call" in said
+    assert (
+        "waiting for rank 1" in said
+        and "rank 1 on node0 (process 101): training, step 3; in no call" in said
+    )
     assert "missing from all_reduce of [4] float32, call 1 of the tensor group (ranks 0, 1)" in said
     assert "where rank 0 on node0 (process 100) has waited for 9 s" in said and "x.txt" in said
 
 
 def test_both_ends_of_a_transfer_have_one_name():
-    assert blamed(report(0, SEND), report(2, SEND, idle=1.0)) == [0, 2]  # both are in it: nobody is missing
+    assert blamed(report(0, SEND), report(2, SEND, idle=1.0)) == [
+        0,
+        2,
+    ]  # both are in it: nobody is missing
     assert blamed(report(0), report(2, SEND)) == [0]
     assert blamed(report(0, SEND, SEND), report(2, SEND, waits=False)) == [2]
 
 
 def test_the_call_that_was_waited_in_first_is_named():
-    reports = {0: report(0, DATA, idle=3.0), 1: report(1, ("barrier", "world", (0, 1, 2)), idle=8.0), 2: report(2)}
+    reports = {
+        0: report(0, DATA, idle=3.0),
+        1: report(1, ("barrier", "world", (0, 1, 2)), idle=8.0),
+        2: report(2),
+    }
     assert culprits(reports, 4.0)[0][2][1] == 1
 
 
@@ -125,11 +137,18 @@ def test_a_thousand_ranks_are_judged_eight_times_as_long_as_128(blocks):
     assert (len(small), len(large)) == (128, 1024)
     for reports in small, large:
         assert list(culprits(reports, 4.0)[0]) == [13]
-        assert "of the tensor group (ranks 8, 9, 10, 11, 12, 13, 14, 15)" in hang_verdict(reports, 9, 4.0, "x")
-    spent = [bytecodes(lambda reports=reports: hang_verdict(reports, 9, 4.0, "x")) for reports in (small, large)]
+        assert "of the tensor group (ranks 8, 9, 10, 11, 12, 13, 14, 15)" in hang_verdict(
+            reports, 9, 4.0, "x"
+        )
+    spent = [
+        bytecodes(lambda reports=reports: hang_verdict(reports, 9, 4.0, "x"))
+        for reports in (small, large)
+    ]
     assert spent[1] < 12 * spent[0], spent
 
 
 def test_a_report_is_no_larger_in_a_large_job():
-    sizes = [max(len(report.to_json()) for report in large_job(data, True).values()) for data in (4, 32)]
+    sizes = [
+        max(len(report.to_json()) for report in large_job(data, True).values()) for data in (4, 32)
+    ]
     assert sizes[1] < sizes[0] + 50 and sizes[1] < 2000, sizes

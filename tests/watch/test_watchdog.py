@@ -53,21 +53,23 @@ def test_a_hang_is_explained_and_ends_every_rank(pool, tmp_path):
     failed = hang(pool, 4, "sleep 2 3", *flags)
     said = str(failed)
     # Rank 0 may stay a moment longer than the pool waits, for the store that it holds.
-    assert sorted(failed.ranks) == [0, 1, 2, 3] and said.count(f"exited with status {HUNG}\n") >= 3, said
+    assert (
+        sorted(failed.ranks) == [0, 1, 2, 3] and said.count(f"exited with status {HUNG}\n") >= 3
+    ), said
     assert said.count("HANG: ") == 1
     head = r"HANG: no progress for \d+ s, waiting for rank 2\n  rank 2 on \S+ \(process \d+\): training, step 3; in no"
     assert re.search(head, said), said
     # Rank 3 waits for it in the layer, rank 0 for a microbatch to go or to come back: whoever was first is named.
-    calls = (
-        r"all_reduce of \[16, 1, 16\] float32, call \d+ of the tensor group \(ranks 2, 3\)|transfer \d+ from rank [02]"
-    )
+    calls = r"all_reduce of \[16, 1, 16\] float32, call \d+ of the tensor group \(ranks 2, 3\)|transfer \d+ from rank [02]"
     assert re.search(rf"missing from ({calls})", said), said
     assert re.search(r"where rank [03] on \S+ \(process \d+\) has waited for \d+ s", said)
     assert "in sleep" in said and "time.sleep(1)" in said
     text = (tmp_path / "c" / "hang-step-3.txt").read_text()
     for rank in range(4):
         assert f"--- rank {rank} on " in text
-    assert text.count("in _watch") == 4 and text.count("in train_in_trouble") == 4 + 1  # in the verdict above them too
+    assert (
+        text.count("in _watch") == 4 and text.count("in train_in_trouble") == 4 + 1
+    )  # in the verdict above them too
 
 
 def shown(screen: str) -> list[str]:
@@ -88,7 +90,11 @@ def shown(screen: str) -> list[str]:
     lines = []
     for line in block.splitlines():
         if not line.startswith(("srun: ", "slurmstepd-", "training ")) and not line.endswith("..."):
-            places = [0, *(place for found in token.finditer(line) for place in found.span()), len(line)]
+            places = [
+                0,
+                *(place for found in token.finditer(line) for place in found.span()),
+                len(line),
+            ]
             fixed = [re.escape(line[a:b]) for a, b in zip(places[::2], places[1::2])]
             varying = [form(found) for found in token.finditer(line)] + [""]
             lines.append("".join(part for both in zip(fixed, varying) for part in both))
@@ -102,7 +108,19 @@ def assert_shown(screen: str, said: str) -> None:
 
 
 def test_the_docs_show_what_is_said_of_a_hang(pool, tmp_path):
-    said = hang(pool, 2, "sleep 1 3", "--tp", "2", "--micro-batch-size", "4", "--hang-timeout", "2", "--save", tmp_path)
+    said = hang(
+        pool,
+        2,
+        "sleep 1 3",
+        "--tp",
+        "2",
+        "--micro-batch-size",
+        "4",
+        "--hang-timeout",
+        "2",
+        "--save",
+        tmp_path,
+    )
     assert_shown("A rank hangs", str(said))
 
 
@@ -113,10 +131,14 @@ def test_a_stopped_process_is_named_though_it_cannot_answer(pool, tmp_path):
 
 def test_rank_0_stopped_with_the_store_in_it():
     """Then nobody can be asked. The others end all the same, and say where they wait."""
-    (status, _), (other, said) = ranks("stop 0 3", ["--hang-timeout", "4"], ["--hang-timeout", "4"], stopped=[0])
+    (status, _), (other, said) = ranks(
+        "stop 0 3", ["--hang-timeout", "4"], ["--hang-timeout", "4"], stopped=[0]
+    )
     assert (status, other) == (-signal.SIGKILL, HUNG), said
     assert re.search(
-        r"^HANG: no progress for \d+ s on rank 1 of \S+, in all_reduce of .*does not answer", said, re.M
+        r"^HANG: no progress for \d+ s on rank 1 of \S+, in all_reduce of .*does not answer",
+        said,
+        re.M,
     ), said
     assert "in all_reduce" in said and "in _step" in said
 
@@ -129,27 +151,52 @@ def test_a_disk_that_takes_no_stacks_does_not_keep_the_judge(pool, tmp_path):
 
 
 def test_a_process_that_is_stopped_in_a_save_is_no_slow_disk(pool, tmp_path):
-    said = str(hang(pool, 2, "stop_at_the_next_file 1 4", "--save", tmp_path, "--hang-timeout", "3"))
-    assert re.search(r"^HANG: no progress for [1-9]\d+ s, waiting for rank 1\n  rank 1 on .*: last heard: ", said, re.M)
-    assert "it does not answer" in said and re.search(r"where rank 0 on \S+ \(process \d+\) waits$", said, re.M), said
+    said = str(
+        hang(pool, 2, "stop_at_the_next_file 1 4", "--save", tmp_path, "--hang-timeout", "3")
+    )
+    assert re.search(
+        r"^HANG: no progress for [1-9]\d+ s, waiting for rank 1\n  rank 1 on .*: last heard: ",
+        said,
+        re.M,
+    )
+    assert "it does not answer" in said and re.search(
+        r"where rank 0 on \S+ \(process \d+\) waits$", said, re.M
+    ), said
 
 
 def test_rank_0_stopped_in_a_save_with_the_store_in_it(tmp_path):
     flags = [["--save", tmp_path, "--hang-timeout", "3"]] * 2
     (status, _), (other, said) = ranks("stop_at_the_next_file 0 4", *flags, stopped=[0])
     assert (status, other) == (-signal.SIGKILL, HUNG), said
-    assert re.search(r"^HANG: no progress for [1-9]\d+ s on rank 1 of .*does not answer", said, re.M), said
+    assert re.search(
+        r"^HANG: no progress for [1-9]\d+ s on rank 1 of .*does not answer", said, re.M
+    ), said
 
 
 def test_one_process_alone_that_hangs(pool, tmp_path):
     said = str(hang(pool, 1, "sleep 0 3", "--save", tmp_path, "--hang-timeout", "2"))
-    assert f"exited with status {HUNG}\n" in said and "waiting for rank 0" in said and "in no call" in said
+    assert (
+        f"exited with status {HUNG}\n" in said
+        and "waiting for rank 0" in said
+        and "in no call" in said
+    )
     assert "in sleep" in said
 
 
 def test_slow_steps_saves_and_evaluations_are_no_hang(tmp_path):
     """Three steps, one save and three batches of an evaluation, each of which take longer than --hang-timeout."""
-    flags = ["--tp", "2", "--micro-batch-size", "4", "--eval-interval", "4", "--eval-iters", "3", "--save", tmp_path]
+    flags = [
+        "--tp",
+        "2",
+        "--micro-batch-size",
+        "4",
+        "--eval-interval",
+        "4",
+        "--eval-iters",
+        "3",
+        "--save",
+        tmp_path,
+    ]
     ended = ranks("slow 1 2-4, slow_disk 1 4", *[[*flags, "--hang-timeout", "4"]] * 2)
     assert [status for status, _ in ended] == [0, 0], ended
 
@@ -166,7 +213,9 @@ def test_a_job_that_was_suspended_goes_on_with_the_same_numbers(pool, tmp_path):
             process.send_signal(number)
         time.sleep(pause)
     assert [status for status, _ in ended_of(processes)] == [0, 0]
-    pool.run(train_in_trouble, 2, "slow 9 9", [*flags, "--metrics-file", str(undisturbed)], timeout=100)
+    pool.run(
+        train_in_trouble, 2, "slow 9 9", [*flags, "--metrics-file", str(undisturbed)], timeout=100
+    )
     assert curve(found) == curve(undisturbed)
 
 
@@ -216,7 +265,9 @@ def nothing_more(launch, trouble: str) -> None:
 
     context = ParallelContext.single()
     context = replace(context, store=Garbling()) if trouble == "garbled" else context
-    with Watchdog(context, 2, ".", say if trouble == "unheard" else partial(print, file=sys.stderr)):
+    with Watchdog(
+        context, 2, ".", say if trouble == "unheard" else partial(print, file=sys.stderr)
+    ):
         context.activity.set_state("training", 1)
         time.sleep(100)
 
@@ -225,21 +276,29 @@ def nothing_more(launch, trouble: str) -> None:
 def test_a_hang_ends_the_process_though_it_cannot_be_explained(pool, trouble):
     with pytest.raises(RanksFailed, match=rf"exited with status {HUNG}\b") as failed:
         pool.run(nothing_more, 1, trouble)
-    assert ("others cannot be asked: Expecting value" in str(failed.value)) == (trouble == "garbled")
+    assert ("others cannot be asked: Expecting value" in str(failed.value)) == (
+        trouble == "garbled"
+    )
 
 
 def test_a_rank_that_does_not_come_to_the_end_is_a_hang(pool, tmp_path):
     """The one that waits for it, once all is trained, may not wait for ever."""
-    said = str(hang(pool, 2, "stop_at_the_next_barrier 1 4", "--hang-timeout", "3", folder=tmp_path))
+    said = str(
+        hang(pool, 2, "stop_at_the_next_barrier 1 4", "--hang-timeout", "3", folder=tmp_path)
+    )
     assert "rank 1 was not done" in said and f"rank 0 exited with status {HUNG}\n" in said, said
-    assert re.search(r"waiting for rank 1\n  rank 1 on \S+ \(process [1-9].*\n +it does not answer", said), said
+    assert re.search(
+        r"waiting for rank 1\n  rank 1 on \S+ \(process [1-9].*\n +it does not answer", said
+    ), said
     assert "missing from barrier" in said, said
 
 
 def test_a_rank_that_cannot_leave_the_groups_ends_by_itself(pool):
     said = str(hang(pool, 2, "sleep_when_leaving 1 4", "--hang-timeout", "2"))
     assert f"rank 1 exited with status {HUNG}\n" in said and "finished: ranks [0]" in said, said
-    assert re.search(r"HANG: no progress for \d+ s on rank 1 of \S+, in no call; others", said), said
+    assert re.search(r"HANG: no progress for \d+ s on rank 1 of \S+, in no call; others", said), (
+        said
+    )
     assert "in destroy" in said
 
 
@@ -253,15 +312,21 @@ def started(trouble: str, *flags_by_rank: list) -> list[subprocess.Popen]:
     port, common = free_port(), {**os.environ, "OMP_NUM_THREADS": "1", "TROUBLE": trouble}
     processes = []
     for rank, flags in enumerate(flags_by_rank):
-        launch = dict(RANK=rank, WORLD_SIZE=len(flags_by_rank), MASTER_ADDR="localhost", MASTER_PORT=port)
+        launch = dict(
+            RANK=rank, WORLD_SIZE=len(flags_by_rank), MASTER_ADDR="localhost", MASTER_PORT=port
+        )
         launch |= dict(LOCAL_RANK=rank, LOCAL_WORLD_SIZE=len(flags_by_rank))
         command = [sys.executable, ROOT / "tests/trouble.py", *MODEL, *flags]
         environment = common | {name: str(value) for name, value in launch.items()}
-        processes.append(subprocess.Popen(map(str, command), stderr=subprocess.PIPE, text=True, env=environment))
+        processes.append(
+            subprocess.Popen(map(str, command), stderr=subprocess.PIPE, text=True, env=environment)
+        )
     return processes
 
 
-def ended_of(processes: list[subprocess.Popen], stopped: Sequence[int] = ()) -> list[tuple[int, str]]:
+def ended_of(
+    processes: list[subprocess.Popen], stopped: Sequence[int] = ()
+) -> list[tuple[int, str]]:
     """(exit status, errors) of ranks; stopped ones are killed in the end."""
     for rank, process in enumerate(processes):
         if rank not in stopped:
@@ -299,7 +364,9 @@ def test_a_rank_that_fails_is_quoted_once(culprit):
     others = [errors for rank, (_, errors) in enumerate(ended) if errors and rank != culprit]
     assert len(others) == 1, others
     (said,) = others
-    assert re.search(rf"rank {culprit} on \S+ failed: ArithmeticError: this model is broken", said), said
+    assert re.search(
+        rf"rank {culprit} on \S+ failed: ArithmeticError: this model is broken", said
+    ), said
     assert "Traceback" not in said and "c10d" not in said
     if culprit:  # others lose contact with it at once; rank 0 stays for a moment, with the store
         assert_shown("A rank fails", "".join(errors for _, errors in ended))
@@ -312,14 +379,26 @@ def test_rank_0_keeps_the_store_for_one_that_comes_late():
 
 
 def test_a_launcher_that_ends_all_at_once_leaves_rank_0_the_time_to_say_why():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TROUBLE": "fail 0 3"}
     ended = subprocess.run(
-        [*command, ROOT / "tests/trouble.py", *MODEL], stderr=subprocess.PIPE, text=True, env=environment
+        [*command, ROOT / "tests/trouble.py", *MODEL],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     assert ended.returncode == 1, ended.stderr
     assert "[rank0]: ArithmeticError: this model is broken" in ended.stderr, ended.stderr
-    assert re.search(r"Root Cause.*\n.*\n.*\n.*\n  rank      : 0 ", ended.stderr), ended.stderr  # though it ends last
+    assert re.search(r"Root Cause.*\n.*\n.*\n.*\n  rank      : 0 ", ended.stderr), (
+        ended.stderr
+    )  # though it ends last
 
 
 def test_what_all_ranks_end_with_is_said_once(tmp_path):
@@ -338,7 +417,10 @@ def test_a_traceback_of_all_ranks_is_shown_once():
 def test_a_rank_that_failed_is_not_called_dead():
     """One that fails while another looks who has died."""
     store = Shared()
-    first, second = (replace(ParallelContext.single(), store=store, world=Group((0, 1), rank)) for rank in range(2))
+    first, second = (
+        replace(ParallelContext.single(), store=store, world=Group((0, 1), rank))
+        for rank in range(2)
+    )
     with Watchdog(first, 0, ".") as watchdog, Watchdog(second, 0, ".") as failing:
         wait_for(lambda: store.check(["report/1"]))
         threading.Timer(0.7, failing.failed, ["broken"]).start()

@@ -45,8 +45,14 @@ def tokens_can_be_masked(config: RunConfig, world_size: int) -> Iterator[Finding
                 ("vocab_size", "mock_data"),
                 ({"vocab_size": EXAMPLES["vocab_size"]},),
             )
-    elif d.tokenizer_type not in MASKING_TOKENIZERS and any(getattr(d, key) is not None for key in PATHS):
-        given = f"--tokenizer-type {d.tokenizer_type} has no" if d.tokenizer_type else "no --tokenizer-type tells the"
+    elif d.tokenizer_type not in MASKING_TOKENIZERS and any(
+        getattr(d, key) is not None for key in PATHS
+    ):
+        given = (
+            f"--tokenizer-type {d.tokenizer_type} has no"
+            if d.tokenizer_type
+            else "no --tokenizer-type tells the"
+        )
         yield Finding(
             f"{given} tokens that frame and mask a BERT's samples",
             ("tokenizer_type", "architecture"),

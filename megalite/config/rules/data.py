@@ -16,7 +16,9 @@ def prefixes_of(config: RunConfig) -> dict[str, list[str]]:
     found = {}
     for key in PATHS:
         try:
-            found[key] = [source.prefix for source in parse_sources(getattr(config.data, key) or ())]
+            found[key] = [
+                source.prefix for source in parse_sources(getattr(config.data, key) or ())
+            ]
         except DatasetError:
             found[key] = []
     return {} if config.data.mock_data else found
@@ -41,12 +43,25 @@ def data_files_are_sound(config: RunConfig, world_size: int) -> Iterator[Finding
     for key, prefixes in prefixes_of(config).items():
         for prefix in prefixes:
             flag = "--" + key.replace("_", "-")
-            missing = [prefix + suffix for suffix in (".bin", ".idx") if not os.path.isfile(prefix + suffix)]
+            missing = [
+                prefix + suffix
+                for suffix in (".bin", ".idx")
+                if not os.path.isfile(prefix + suffix)
+            ]
             if missing:
-                beside = [p for p in neighbours(prefix.removesuffix(".bin"), ".idx") if os.path.isfile(p + ".bin")]
-                words = [tuple(p if w == prefix else w for w in getattr(config.data, key)) for p in beside]
+                beside = [
+                    p
+                    for p in neighbours(prefix.removesuffix(".bin"), ".idx")
+                    if os.path.isfile(p + ".bin")
+                ]
+                words = [
+                    tuple(p if w == prefix else w for w in getattr(config.data, key))
+                    for p in beside
+                ]
                 offers = (*({key: value} for value in words), MAKE_DATA)
-                yield Finding(f"{flag} {prefix}: there is no {' and no '.join(missing)}", (key,), offers)
+                yield Finding(
+                    f"{flag} {prefix}: there is no {' and no '.join(missing)}", (key,), offers
+                )
                 continue
             try:
                 IndexedDataset(prefix)
@@ -61,20 +76,36 @@ def data_fills_splits(config: RunConfig, world_size: int) -> Iterator[Finding]:
     needed = config.model.seq_length + 1
     for key, prefix, indexed in datasets_of(config):
         for split in wanted_splits(config):
-            if config.data.words_of(split)[1] is not getattr(config.data, key) or not indexed.contiguous:
+            if (
+                config.data.words_of(split)[1] is not getattr(config.data, key)
+                or not indexed.contiguous
+            ):
                 continue  # not for this split; or only reading all of the index would tell, as building it does
             whole, share = key != "data_path", f"--split {config.data.split} gives {split}"
-            tokens = indexed.num_tokens if whole else _split_tokens(indexed, config.data.split).get(split, needed)
+            tokens = (
+                indexed.num_tokens
+                if whole
+                else _split_tokens(indexed, config.data.split).get(split, needed)
+            )
             if tokens >= needed:
                 continue
-            others = [s for s in ("90,10,0", "80,20,0", "50,50,0") if _fills(indexed, s, needed, wanted_splits(config))]
+            others = [
+                s
+                for s in ("90,10,0", "80,20,0", "50,50,0")
+                if _fills(indexed, s, needed, wanted_splits(config))
+            ]
             shorter = [{"seq_length": n} for n in (2**k for k in range(20, 2, -1)) if n < tokens]
             quiet = [{"eval_interval": 0, "eval_iters": 0}] if split == "valid" else []
             yield Finding(
                 f"{f'all {split} samples have' if whole else share} {tokens} tokens of {prefix} "
                 f"({indexed.num_documents} documents), but a sample needs --seq-length + 1 = {needed}",
                 (*(() if whole else ("split",)), key, "seq_length"),
-                (*({"split": other} for other in others[:1] if not whole), *quiet, *shorter, "more data"),
+                (
+                    *({"split": other} for other in others[:1] if not whole),
+                    *quiet,
+                    *shorter,
+                    "more data",
+                ),
             )
 
 
@@ -88,14 +119,22 @@ def data_has_sentences(config: RunConfig, world_size: int) -> Iterator[Finding]:
         for split in wanted_splits(config):
             if config.data.words_of(split)[1] is not getattr(config.data, key):
                 continue
-            count = indexed.num_documents if whole else _documents_of(indexed, config.data.split)[split]
+            count = (
+                indexed.num_documents if whole else _documents_of(indexed, config.data.split)[split]
+            )
             if count < least:
                 shares = () if whole else ("90,10,0", "80,20,0", "50,50,0")
                 fitting = (
-                    s for s in shares if min(_documents_of(indexed, s)[x] for x in wanted_splits(config)) >= least
+                    s
+                    for s in shares
+                    if min(_documents_of(indexed, s)[x] for x in wanted_splits(config)) >= least
                 )
                 quiet = [{"eval_interval": 0, "eval_iters": 0}] if split == "valid" else []
-                why = "next-sentence prediction takes sentences of two" if pair == "nsp" else "one is needed"
+                why = (
+                    "next-sentence prediction takes sentences of two"
+                    if pair == "nsp"
+                    else "one is needed"
+                )
                 yield Finding(
                     f"documents of {prefix} for {split}: {count}, but {why}",
                     (key, "bert_pair", *(() if whole else ("split",))),
@@ -114,7 +153,9 @@ def documents_are_ended(config: RunConfig, world_size: int) -> Iterator[Finding]
     from megalite.data.indexed import DatasetError, DatasetInfo
 
     flags = [
-        key for key in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask") if getattr(config.data, key)
+        key
+        for key in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+        if getattr(config.data, key)
     ]
     if config.is_bert or not flags:
         return
@@ -138,7 +179,9 @@ def splits_are_apart(config: RunConfig, world_size: int) -> Iterator[Finding]:
     d, prefixes = config.data, prefixes_of(config)
     if d.words_of("train")[1] is d.words_of("valid")[1] or "valid" not in wanted_splits(config):
         return
-    keys = [d.words_of(split)[0].removeprefix("--").replace("-", "_") for split in ("train", "valid")]
+    keys = [
+        d.words_of(split)[0].removeprefix("--").replace("-", "_") for split in ("train", "valid")
+    ]
     train, valid = ({os.path.realpath(p): p for p in prefixes.get(key, ())} for key in keys)
     for place in sorted(train.keys() & valid.keys()):
         yield Finding(
@@ -168,7 +211,10 @@ def _documents_of(indexed, shares: str) -> dict[str, int]:
     from megalite.data.indexed import DatasetError
 
     try:
-        return {name: last - first for name, (first, last) in split_documents(shares, indexed.num_documents).items()}
+        return {
+            name: last - first
+            for name, (first, last) in split_documents(shares, indexed.num_documents).items()
+        }
     except DatasetError:
         return dict.fromkeys(SPLITS, indexed.num_documents)
 
@@ -191,5 +237,9 @@ def _fills(indexed, split: str, needed: int, wanted: tuple[str, ...]) -> bool:
 
 
 DATA_RULES: tuple[Rule, ...] = (
-    data_files_are_sound, data_fills_splits, data_has_sentences, documents_are_ended, splits_are_apart,
-)  # fmt: skip
+    data_files_are_sound,
+    data_fills_splits,
+    data_has_sentences,
+    documents_are_ended,
+    splits_are_apart,
+)

@@ -15,14 +15,17 @@ def stored_iterations(folder: str) -> list[int]:
     found = {
         int(match[1])
         for name in listing(folder)
-        if (match := pattern.fullmatch(name)) and os.path.isfile(os.path.join(folder, name, "index.json"))
+        if (match := pattern.fullmatch(name))
+        and os.path.isfile(os.path.join(folder, name, "index.json"))
     }
     return sorted(found)
 
 
 def same_place(one: str | None, other: str | None) -> bool:
     """Whether two paths lead to the same place, which need not exist."""
-    return one is not None and other is not None and os.path.realpath(one) == os.path.realpath(other)
+    return (
+        one is not None and other is not None and os.path.realpath(one) == os.path.realpath(other)
+    )
 
 
 def listing(folder: str) -> list[str]:
@@ -37,5 +40,7 @@ def neighbours(path: str, suffix: str) -> list[str]:
     """Paths beside `path` with this suffix, the suffix removed, most similar first."""
     folder, name = os.path.split(path)
     names = [n.removesuffix(suffix) for n in listing(folder) if n.endswith(suffix)]
-    ranked = sorted(names, key=lambda n: -difflib.SequenceMatcher(None, n, name.removesuffix(suffix)).ratio())
+    ranked = sorted(
+        names, key=lambda n: -difflib.SequenceMatcher(None, n, name.removesuffix(suffix)).ratio()
+    )
     return [os.path.join(folder, n) for n in ranked[:SHOWN_NAMES]]

@@ -32,7 +32,9 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
         if same_place(c.load, c.save) and c.ckpt_step is None and not c.finetune:
             return
         what = "holds no checkpoints" if os.path.isdir(c.load) else "is no folder"
-        others = [{"load": path} for path in neighbours(c.load.rstrip("/"), "") if stored_iterations(path)]
+        others = [
+            {"load": path} for path in neighbours(c.load.rstrip("/"), "") if stored_iterations(path)
+        ]
         offers = (*others, {"load": None}, "--load FOLDER that holds iter_* folders")
         yield Finding(f"--load {c.load} {what}", ("load", "save", "ckpt_step", "finetune"), offers)
     elif c.ckpt_step is not None and c.ckpt_step not in stored:
@@ -40,7 +42,10 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
         yield Finding(
             f"--ckpt-step {c.ckpt_step}: --load {c.load} holds iterations {', '.join(map(str, stored))}",
             ("ckpt_step", "load"),
-            (*({"ckpt_step": step} for step in steps), *([{"ckpt_step": None}] if latest in stored else [])),
+            (
+                *({"ckpt_step": step} for step in steps),
+                *([{"ckpt_step": None}] if latest in stored else []),
+            ),
         )
     elif c.ckpt_step is None and latest not in stored:
         yield Finding(
@@ -51,12 +56,29 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
 
 
 SAME_MODEL = (
-    "num_layers", "hidden_size", "num_attention_heads", "query_groups", "head_size", "ffn", "swiglu",
-    "gelu", "vocab_size", "position_embedding_type", "rotary_base", "normalization", "norm_epsilon", "norm_placement",
-    "disable_bias_linear", "untie_embeddings_and_output_weights",
-)  # fmt: skip
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "query_groups",
+    "head_size",
+    "ffn",
+    "swiglu",
+    "gelu",
+    "vocab_size",
+    "position_embedding_type",
+    "rotary_base",
+    "normalization",
+    "norm_epsilon",
+    "norm_placement",
+    "disable_bias_linear",
+    "untie_embeddings_and_output_weights",
+)
 """What makes a model the same model: fields and properties of ModelConfig, the latter named by their fields below."""
-FIELD_OF = {"query_groups": "num_query_groups", "head_size": "kv_channels", "ffn": "ffn_hidden_size"}
+FIELD_OF = {
+    "query_groups": "num_query_groups",
+    "head_size": "kv_channels",
+    "ffn": "ffn_hidden_size",
+}
 
 
 def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -85,8 +107,9 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
         heads = "has no pair head" if there == "none" else "has a pair head"
         yield Finding(
             f"the model in {folder} {heads} (--bert-pair {there}), this run has --bert-pair {here}",
-            ("bert_pair", "load"), ({"bert_pair": there},),
-        )  # fmt: skip
+            ("bert_pair", "load"),
+            ({"bert_pair": there},),
+        )
     stored = made_with.model
     names = list(SAME_MODEL)
     if stored.position_embedding_type == "learned_absolute":
@@ -96,7 +119,9 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
         if there != here and not (name == "vocab_size" and here is None):
             key = FIELD_OF.get(name, "max_position_embeddings" if name == "positions" else name)
             yield Finding(
-                f"the model in {folder} has {key} {there}, this run has {here}", (key, "load"), ({key: there},)
+                f"the model in {folder} has {key} {there}, this run has {here}",
+                (key, "load"),
+                ({key: there},),
             )
 
 
@@ -112,7 +137,11 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
     try:
         iteration = c.ckpt_step if c.ckpt_step is not None else latest_iteration(c.load)
         folder = checkpoint_folder(c.load, iteration) if iteration is not None else None
-        stored = json.loads((folder / STATE_FILE).read_text()).get("data") if folder is not None else None
+        stored = (
+            json.loads((folder / STATE_FILE).read_text()).get("data")
+            if folder is not None
+            else None
+        )
         if stored is None or read_config(folder).is_bert != config.is_bert:
             return  # nothing to compare with, or another kind of model, which another rule tells
         samples = iterations(config, world_size) * global_batch(config, world_size)
@@ -156,17 +185,32 @@ def checkpoints_stay_apart(config: RunConfig, world_size: int) -> Iterator[Findi
 
 def results_can_be_written(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """--save is, or may become, a folder to write in; --metrics-file a file."""
-    for key, path in (("save", config.checkpoint.save), ("metrics_file", config.training.metrics_file)):
+    for key, path in (
+        ("save", config.checkpoint.save),
+        ("metrics_file", config.training.metrics_file),
+    ):
         if path is None:
             continue
         wants, other = ("folder", os.path.isfile) if key == "save" else ("file", os.path.isdir)
         flag = "--" + key.replace("_", "-")
-        place = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+        place = next(
+            p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists()
+        )
         if other(path):
             kind = "file" if wants == "folder" else "folder"
-            yield Finding(f"{flag} {path} is a {kind}, not a {wants}", (key,), ({key: path.rstrip("/") + "-new"},))
-        elif not os.access(place, os.W_OK) or (place != Path(path).absolute() and not place.is_dir()):
-            yield Finding(f"{flag} {path}: nothing can be written in {place}", (key,), ({key: os.path.basename(path)},))
+            yield Finding(
+                f"{flag} {path} is a {kind}, not a {wants}",
+                (key,),
+                ({key: path.rstrip("/") + "-new"},),
+            )
+        elif not os.access(place, os.W_OK) or (
+            place != Path(path).absolute() and not place.is_dir()
+        ):
+            yield Finding(
+                f"{flag} {path}: nothing can be written in {place}",
+                (key,),
+                ({key: os.path.basename(path)},),
+            )
 
 
 FILE_RULES: tuple[Rule, ...] = (

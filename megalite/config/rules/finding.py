@@ -42,7 +42,9 @@ def multiples(step: int, near: int, count: int = 2) -> list[int]:
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """World size / (tp * pp), at least 1."""
-    split = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    split = (
+        config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    )
     return max(1, world_size // split)
 
 
@@ -55,7 +57,9 @@ def global_batch(config: RunConfig, world_size: int) -> int:
 def iterations(config: RunConfig, world_size: int) -> int | None:
     """Iterations to train for, from samples if need be."""
     samples = config.training.train_samples
-    return config.training.train_iters or (samples // global_batch(config, world_size) if samples else None)
+    return config.training.train_iters or (
+        samples // global_batch(config, world_size) if samples else None
+    )
 
 
 def wanted_splits(config: RunConfig) -> tuple[str, ...]:

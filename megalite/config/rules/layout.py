@@ -16,7 +16,10 @@ def heads_fill_hidden(config: RunConfig, world_size: int) -> Iterator[Finding]:
             "and --kv-channels is unset",
             ("hidden_size", "num_attention_heads", "kv_channels"),
             (
-                *({"num_attention_heads": n} for n in divisors(m.hidden_size, m.num_attention_heads)),
+                *(
+                    {"num_attention_heads": n}
+                    for n in divisors(m.hidden_size, m.num_attention_heads)
+                ),
                 *({"hidden_size": h} for h in multiples(m.num_attention_heads, m.hidden_size, 6)),
                 {"kv_channels": max(2, m.hidden_size // m.num_attention_heads // 2 * 2)},
             ),
@@ -31,8 +34,14 @@ def heads_fill_groups(config: RunConfig, world_size: int) -> Iterator[Finding]:
             f"--num-attention-heads {m.num_attention_heads} is not a multiple of --num-query-groups {m.query_groups}",
             ("num_attention_heads", "num_query_groups"),
             (
-                *({"num_query_groups": g} for g in divisors(m.num_attention_heads, m.num_attention_heads)),
-                *({"num_attention_heads": n} for n in multiples(m.query_groups, m.num_attention_heads, 6)),
+                *(
+                    {"num_query_groups": g}
+                    for g in divisors(m.num_attention_heads, m.num_attention_heads)
+                ),
+                *(
+                    {"num_attention_heads": n}
+                    for n in multiples(m.query_groups, m.num_attention_heads, 6)
+                ),
             ),
         )
 
@@ -128,7 +137,10 @@ def ranks_fill_layout(config: RunConfig, world_size: int) -> Iterator[Finding]:
             ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
             (
                 *({"world_size": n} for n in multiples(t * p, world_size)),
-                *({"tensor_model_parallel_size": a, "pipeline_model_parallel_size": b} for a, b in pairs),
+                *(
+                    {"tensor_model_parallel_size": a, "pipeline_model_parallel_size": b}
+                    for a, b in pairs
+                ),
             ),
         )
 

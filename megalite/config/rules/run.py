@@ -43,7 +43,11 @@ def _largest_stage(config: RunConfig) -> int:
     """Layers of the fullest stage; the most that it could have while the vocabulary is still to be read from a file."""
     model, stages = config.model, config.parallel.pipeline_model_parallel_size
     if model.vocab_size is None:
-        return model.num_layers // stages if model.num_layers % stages == 0 else model.num_layers - stages + 1
+        return (
+            model.num_layers // stages
+            if model.num_layers % stages == 0
+            else model.num_layers - stages + 1
+        )
     return max(map(len, layers_of_stages(model, stages, config.predicted)))
 
 
@@ -63,7 +67,9 @@ def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]
     o = config.optimizer
     if o.min_lr > o.lr:
         yield Finding(
-            f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}", ("min_lr", "lr"), ({"min_lr": o.lr}, {"lr": o.min_lr})
+            f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}",
+            ("min_lr", "lr"),
+            ({"min_lr": o.lr}, {"lr": o.min_lr}),
         )
     if o.lr_warmup_fraction is not None and o.lr_warmup_iters:
         yield Finding(
@@ -104,7 +110,10 @@ def length_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]:
         yield Finding(
             "how long to train is not said: neither --train-iters nor --train-samples is given",
             ("train_iters", "train_samples"),
-            ({"train_iters": EXAMPLES["train_iters"]}, {"train_samples": EXAMPLES["train_iters"] * batch}),
+            (
+                {"train_iters": EXAMPLES["train_iters"]},
+                {"train_samples": EXAMPLES["train_iters"] * batch},
+            ),
         )
     elif t.train_samples is not None and t.train_samples % batch:
         yield Finding(
@@ -126,7 +135,11 @@ def batch_divides(config: RunConfig, world_size: int) -> Iterator[Finding]:
     d, dp = config.data, data_parallel_size(config, world_size)
     unit = d.micro_batch_size * dp
     if d.global_batch_size is not None and d.global_batch_size % unit:
-        fitting = divisors(d.global_batch_size // dp, d.micro_batch_size) if d.global_batch_size % dp == 0 else []
+        fitting = (
+            divisors(d.global_batch_size // dp, d.micro_batch_size)
+            if d.global_batch_size % dp == 0
+            else []
+        )
         yield Finding(
             f"--global-batch-size {d.global_batch_size} is not a multiple of --micro-batch-size {d.micro_batch_size} "
             f"x data-parallel size {dp} = {unit}",
@@ -143,19 +156,27 @@ def data_has_one_source(config: RunConfig, world_size: int) -> Iterator[Finding]
     from megalite.data.indexed import DatasetError
     from megalite.data.sources import parse_sources
 
-    d, vocab = config.data, {} if config.model.vocab_size else {"vocab_size": EXAMPLES["vocab_size"]}
+    d, vocab = (
+        config.data,
+        {} if config.model.vocab_size else {"vocab_size": EXAMPLES["vocab_size"]},
+    )
     paths = [key for key in PATHS if getattr(d, key) is not None]
     if not paths and not d.mock_data:
         yield Finding(
             "there is no data: neither --data-path nor --mock-data is given",
             ("data_path", "mock_data"),
-            ("--data-path PREFIX of a dataset made by tools/preprocess_data.py", {"mock_data": True, **vocab}),
+            (
+                "--data-path PREFIX of a dataset made by tools/preprocess_data.py",
+                {"mock_data": True, **vocab},
+            ),
         )
     elif d.mock_data:
         for key in paths:
             shown = f"--{key.replace('_', '-')} {' '.join(getattr(d, key))}"
             alone = [{"mock_data": False}] if paths == [key] else []
-            yield Finding(f"{shown} and --mock-data are both given", (key, "mock_data"), (*alone, {key: None}))
+            yield Finding(
+                f"{shown} and --mock-data are both given", (key, "mock_data"), (*alone, {key: None})
+            )
     else:
         for split in wanted_splits(config):
             if d.words_of(split)[1] is None:
@@ -193,7 +214,9 @@ def vocabulary_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]
     paths = any(getattr(d, key) is not None for key in PATHS)
     if m.vocab_size is None and d.mock_data and not paths:
         yield Finding(
-            "--mock-data needs --vocab-size", ("vocab_size", "mock_data"), ({"vocab_size": EXAMPLES["vocab_size"]},)
+            "--mock-data needs --vocab-size",
+            ("vocab_size", "mock_data"),
+            ({"vocab_size": EXAMPLES["vocab_size"]},),
         )
     elif m.vocab_size is None and d.tokenizer_type is None and paths:
         yield Finding(
@@ -251,7 +274,9 @@ def watchers_are_installed(config: RunConfig, world_size: int) -> Iterator[Findi
         if given is not None and find_spec(library) is None:
             flag = "--" + key.replace("_", "-")
             advice = "pip install 'megalite[tracking]'"
-            yield Finding(f"{flag} {given} needs the library {library}", (key,), (advice, {key: None}))
+            yield Finding(
+                f"{flag} {given} needs the library {library}", (key,), (advice, {key: None})
+            )
 
 
 RUN_RULES: tuple[Rule, ...] = (

@@ -22,7 +22,9 @@ def tokenizer_is_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
         if getattr(d, field) is None:
             flag = _flag(field)
             yield Finding(
-                f"--tokenizer-type {d.tokenizer_type} needs {flag}", ("tokenizer_type", field), (f"{flag} FILE",)
+                f"--tokenizer-type {d.tokenizer_type} needs {flag}",
+                ("tokenizer_type", field),
+                (f"{flag} FILE",),
             )
     if d.tokenizer_type == "NullTokenizer" and config.model.vocab_size is None and not d.mock_data:
         yield Finding(
@@ -49,7 +51,9 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
         tokenizer = build_tokenizer(config)
     except (TokenizerError, OSError) as error:
         offers = tuple(f"{_flag(field)} FILE" for field in _files(config))
-        yield Finding(str(error), ("tokenizer_type", *_files(config)), (*offers, "another --tokenizer-type"))
+        yield Finding(
+            str(error), ("tokenizer_type", *_files(config)), (*offers, "another --tokenizer-type")
+        )
         return
     if tokenizer is None:
         return
@@ -73,17 +77,28 @@ def _masks(config: RunConfig, tokenizer) -> Iterator[Finding]:
     from megalite.data.build import special_ids
     from megalite.data.tokenizers import TokenizerError
 
-    if not config.is_bert or config.data.mock_data or config.data.tokenizer_type not in MASKING_TOKENIZERS:
+    if (
+        not config.is_bert
+        or config.data.mock_data
+        or config.data.tokenizer_type not in MASKING_TOKENIZERS
+    ):
         return  # the flags alone tell
     try:
         special_ids(tokenizer)
     except TokenizerError as error:
-        yield Finding(str(error), ("architecture", "tokenizer_type", *_files(config)), ("another --tokenizer-type",))
+        yield Finding(
+            str(error),
+            ("architecture", "tokenizer_type", *_files(config)),
+            ("another --tokenizer-type",),
+        )
     if config.bert.whole_word_mask and getattr(tokenizer, "starts_word", None) is None:
         yield Finding(
             f"--whole-word-mask: --tokenizer-type {config.data.tokenizer_type} does not tell which tokens begin a word",
             ("whole_word_mask", "tokenizer_type"),
-            ({"whole_word_mask": False}, "--tokenizer-type BertWordPieceLowerCase or BertWordPieceCase"),
+            (
+                {"whole_word_mask": False},
+                "--tokenizer-type BertWordPieceLowerCase or BertWordPieceCase",
+            ),
         )
 
 
@@ -130,7 +145,10 @@ def _made_by(config: RunConfig, tokenizer, key: str, prefix: str, info) -> Itera
             ("tokenizer_type", key),
             (f"--tokenizer-type {info.tokenizer_type}, with its own files if it has any",),
         )
-    elif tokenizer and (info.tokenizer_sha256, info.vocab_size) != (tokenizer.sha256, tokenizer.vocab_size):
+    elif tokenizer and (info.tokenizer_sha256, info.vocab_size) != (
+        tokenizer.sha256,
+        tokenizer.vocab_size,
+    ):
         named = " ".join(f"{_flag(field)} {getattr(d, field)}" for field in _files(config)) or given
         yield Finding(
             f"{named} ({tokenizer.vocab_size} entries) is not the one that {prefix} was made with "

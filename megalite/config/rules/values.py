@@ -11,7 +11,14 @@ from megalite.data.config import TOKENIZER_FILES
 
 MAY_BE_ZERO = {"lr_warmup_iters", "eval_interval", "eval_iters", "seed", "ckpt_step"}
 """Whole numbers from 0; all others start at 1."""
-BELOW_ONE = {"attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "lr_warmup_fraction"}
+BELOW_ONE = {
+    "attention_dropout",
+    "hidden_dropout",
+    "adam_beta1",
+    "adam_beta2",
+    "sgd_momentum",
+    "lr_warmup_fraction",
+}
 """Numbers in [0, 1)."""
 FROM_ZERO = {"hang_timeout", "min_lr", "weight_decay", "clip_grad", "short_seq_prob"}
 """Numbers that may be 0; all others are above it."""
@@ -25,7 +32,11 @@ def out_of_range(config: RunConfig) -> list[Problem]:
     for key, value in to_flat(config).items():
         option = options()[key]
         if value == "":
-            problems.append(Problem(f"{option.flag} is empty", f"leave out {option.flag}, or give a value", (key,)))
+            problems.append(
+                Problem(
+                    f"{option.flag} is empty", f"leave out {option.flag}, or give a value", (key,)
+                )
+            )
         if option.kind not in (int, float) or value is None:
             continue
         if option.kind is int:
@@ -40,7 +51,9 @@ def out_of_range(config: RunConfig) -> list[Problem]:
             sound, bounds = sound and not (key in UP_TO_ONE and value > 1), f"{least} and {most}"
         if not sound:
             usual = EXAMPLES.get(key, option.default)
-            problems.append(Problem(f"{option.flag} {value} must be {bounds}", option.setting(usual), (key,)))
+            problems.append(
+                Problem(f"{option.flag} {value} must be {bounds}", option.setting(usual), (key,))
+            )
     return problems
 
 
@@ -88,7 +101,10 @@ EFFECTS = (
         {"recompute_granularity": "full"},
     ),
     _Effect(
-        ("sgd_momentum",), lambda c: c.optimizer.optimizer == "sgd", "without --optimizer sgd", {"optimizer": "sgd"}
+        ("sgd_momentum",),
+        lambda c: c.optimizer.optimizer == "sgd",
+        "without --optimizer sgd",
+        {"optimizer": "sgd"},
     ),
     _Effect(
         ("adam_beta1", "adam_beta2", "adam_eps"),
@@ -114,7 +130,12 @@ EFFECTS = (
         "without --profile",
         {"profile": "10-12"},
     ),
-    _Effect(("save_interval", "keep_last"), lambda c: c.checkpoint.save is not None, "without --save", "--save FOLDER"),
+    _Effect(
+        ("save_interval", "keep_last"),
+        lambda c: c.checkpoint.save is not None,
+        "without --save",
+        "--save FOLDER",
+    ),
     _Effect(
         ("ckpt_step", "finetune", "no_load_optim", "no_load_rng", "allow_data_change"),
         lambda c: c.checkpoint.load is not None,
@@ -145,7 +166,9 @@ EFFECTS = (
         "for a BERT, whose samples are made of sentences",
         "",
     ),
-    _Effect(("gelu",), lambda c: c.is_bert or not c.model.swiglu, "with --swiglu", {"swiglu": False}),
+    _Effect(
+        ("gelu",), lambda c: c.is_bert or not c.model.swiglu, "with --swiglu", {"swiglu": False}
+    ),
     *(
         _Effect(
             (field,),
@@ -185,7 +208,12 @@ EFFECTS = (
         "with --mock-data, which has no documents",
         "",
     ),
-    _Effect(("split",), lambda c: not c.data.mock_data, "with --mock-data, which is made for each split", ""),
+    _Effect(
+        ("split",),
+        lambda c: not c.data.mock_data,
+        "with --mock-data, which is made for each split",
+        "",
+    ),
     _Effect(
         ("reset_position_ids",),
         lambda c: c.model.position_embedding_type != "none",

@@ -50,11 +50,15 @@ def build_tokenizer(
     if problems:
         raise TokenizerError("; ".join(problems))
     files = [given[field] for field in TOKENIZER_FILES[tokenizer_type]]
-    tokenizer = KINDS[tokenizer_type](*files, *([vocab_size] if tokenizer_type == "NullTokenizer" else []))
+    tokenizer = KINDS[tokenizer_type](
+        *files, *([vocab_size] if tokenizer_type == "NullTokenizer" else [])
+    )
     if backend == "reference":
         return tokenizer
     if backend not in get_args(TokenizerBackend):
-        raise TokenizerError(f"--tokenizer-backend {backend}: known are {', '.join(get_args(TokenizerBackend))}")
+        raise TokenizerError(
+            f"--tokenizer-backend {backend}: known are {', '.join(get_args(TokenizerBackend))}"
+        )
     try:
         return CheckedTokenizer(tokenizer)
     except TokenizerError as error:
@@ -66,7 +70,9 @@ def build_tokenizer(
 
 def configured_tokenizer(data: DataConfig, vocab_size: int | None) -> Tokenizer:
     """The tokenizer of a run. Raises TokenizerError when its flags do not fit together."""
-    return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file, vocab_size)
+    return build_tokenizer(
+        data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file, vocab_size
+    )
 
 
 def with_tokenizer(data: DataConfig, given: dict[str, str | None]) -> DataConfig:
@@ -82,7 +88,9 @@ def trained_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
     """The tokenizer of a trained model with this vocabulary. Raises TokenizerError when it is not named, cannot be
     built or is larger than the model's vocabulary."""
     if data.tokenizer_type is None:
-        raise TokenizerError("the checkpoint's configuration names no tokenizer: give --tokenizer-type and its files")
+        raise TokenizerError(
+            "the checkpoint's configuration names no tokenizer: give --tokenizer-type and its files"
+        )
     tokenizer = configured_tokenizer(data, vocab_size)
     if tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
@@ -92,7 +100,9 @@ def trained_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def find_flag_problems(kind: str, given: dict[str, str | None], vocab_size: int | None) -> list[str]:
+def find_flag_problems(
+    kind: str, given: dict[str, str | None], vocab_size: int | None
+) -> list[str]:
     """Every flag that is missing, too much, or names a file that is not there, a line each."""
     if kind not in KINDS:
         return [f"--tokenizer-type {kind}: known are {', '.join(KINDS)}"]

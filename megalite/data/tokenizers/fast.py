@@ -51,7 +51,9 @@ class CheckedTokenizer:
             self._load()
         except Exception as error:  # gigatoken has no error type of its own
             raise TokenizerError((str(error).strip() or repr(error)).splitlines()[0]) from None
-        self._marks = re.compile("|".join(map(re.escape, reference.marks))) if reference.marks else None
+        self._marks = (
+            re.compile("|".join(map(re.escape, reference.marks))) if reference.marks else None
+        )
         self.check(PROBE)
 
     def _load(self) -> None:
@@ -67,12 +69,18 @@ class CheckedTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Ids of each text, uint32 unless the reference had to help."""
-        marked = [number for number, text in enumerate(texts) if self._marks and self._marks.search(text)]
+        marked = [
+            number for number, text in enumerate(texts) if self._marks and self._marks.search(text)
+        ]
         if not marked:
             return self._encode(texts)
         left = set(marked)
-        by_fast = iter(self._encode([text for number, text in enumerate(texts) if number not in left]).split())
-        by_reference = iter(self.reference.encode_batch([texts[number] for number in marked]).split())
+        by_fast = iter(
+            self._encode([text for number, text in enumerate(texts) if number not in left]).split()
+        )
+        by_reference = iter(
+            self.reference.encode_batch([texts[number] for number in marked]).split()
+        )
         ids = [next(by_reference if number in left else by_fast) for number in range(len(texts))]
         return Encoded(np.concatenate(ids), np.array([len(text) for text in ids], np.int64))
 

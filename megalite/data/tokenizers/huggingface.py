@@ -41,11 +41,16 @@ class LibraryTokenizer(ReferenceTokenizer):
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Ids of each text; nothing is put around them."""
         refuse_surrogates(texts)
-        return encoded(text.ids for text in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))
+        return encoded(
+            text.ids
+            for text in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids; special tokens give none."""
-        return self._tokenizer.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=True)
+        return self._tokenizer.decode(
+            [int(i) for i in ids if i != self.eod], skip_special_tokens=True
+        )
 
 
 class GPT2BPETokenizer(LibraryTokenizer):
@@ -70,13 +75,17 @@ class GPT2BPETokenizer(LibraryTokenizer):
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
         super().__init__(tokenizer, *contents)
-        lacking = sorted(set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) - self._vocabulary.keys())
+        lacking = sorted(
+            set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) - self._vocabulary.keys()
+        )
         if lacking:  # the library would drop them from the text and say nothing
             raise TokenizerError(
                 f"--vocab-file {vocab_file}: no byte-level vocabulary, {len(lacking)} of the 256 bytes are not in it"
             )
         if END_OF_TEXT not in self._vocabulary:
-            raise TokenizerError(f"--vocab-file {vocab_file}: has no {END_OF_TEXT} to end documents with")
+            raise TokenizerError(
+                f"--vocab-file {vocab_file}: has no {END_OF_TEXT} to end documents with"
+            )
         self.eod = self._vocabulary[END_OF_TEXT]
 
     def load_fast(self, gigatoken):
@@ -112,7 +121,11 @@ class BertWordPieceTokenizer(LibraryTokenizer):
 
     def _refuse_capitals(self, path: str | Path) -> None:
         """A vocabulary of text as it is wastes its capital letters on lower-cased text, and gives [UNK] for more."""
-        capitals = [piece for piece in self._vocabulary if piece != piece.lower() and piece not in BERT_SPECIAL]
+        capitals = [
+            piece
+            for piece in self._vocabulary
+            if piece != piece.lower() and piece not in BERT_SPECIAL
+        ]
         if self.lowercase and 100 * len(capitals) > self.vocab_size:
             raise TokenizerError(
                 f"--vocab-file {path}: {len(capitals)} of {self.vocab_size} pieces have capital letters, such as "
@@ -148,7 +161,9 @@ def _pieces(content: bytes, path: str | Path) -> dict[str, int]:
     vocabulary = {piece: number for number, piece in enumerate(lines)}
     lacking = [token for token in BERT_SPECIAL if token not in vocabulary]
     if lacking:
-        raise TokenizerError(f"--vocab-file {path}: no BERT vocabulary, one piece a line: it lacks {' '.join(lacking)}")
+        raise TokenizerError(
+            f"--vocab-file {path}: no BERT vocabulary, one piece a line: it lacks {' '.join(lacking)}"
+        )
     return vocabulary
 
 
@@ -169,12 +184,16 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         try:
             tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # whatever the library makes of a broken file
-            raise TokenizerError(f"--tokenizer-model {self._path}: no tokenizer.json: {error}") from None
+            raise TokenizerError(
+                f"--tokenizer-model {self._path}: no tokenizer.json: {error}"
+            ) from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
         super().__init__(tokenizer, content)
-        self.marks = tuple(t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special)
+        self.marks = tuple(
+            t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special
+        )
 
     @property
     def starts_word(self) -> np.ndarray | None:
@@ -214,7 +233,9 @@ class HuggingFaceTokenizer(LibraryTokenizer):
             ends = {self.eod}
         except TokenizerError:
             ends = set()
-        return self._tokenizer.decode([int(i) for i in ids if i not in ends], skip_special_tokens=True)
+        return self._tokenizer.decode(
+            [int(i) for i in ids if i not in ends], skip_special_tokens=True
+        )
 
     def load_fast(self, gigatoken):
         """Byte-level BPE, and BPE as SentencePiece does it."""

@@ -39,7 +39,9 @@ class NullTokenizer(ReferenceTokenizer):
 
     def __init__(self, vocab_size: int):
         if vocab_size < 1:
-            raise TokenizerError(f"--vocab-size {vocab_size}: NullTokenizer needs at least 1, the end of a document")
+            raise TokenizerError(
+                f"--vocab-size {vocab_size}: NullTokenizer needs at least 1, the end of a document"
+            )
         self.vocab_size = vocab_size
         self.eod = vocab_size - 1
         self.sha256 = digest(f"NullTokenizer {vocab_size}")
@@ -52,7 +54,12 @@ class NullTokenizer(ReferenceTokenizer):
         text.encode()
         words = text.split()
         for word in words:
-            if not (word.isascii() and word.isdecimal() and len(word) < 11 and int(word) < self.vocab_size):
+            if not (
+                word.isascii()
+                and word.isdecimal()
+                and len(word) < 11
+                and int(word) < self.vocab_size
+            ):
                 raise TextError(
                     f"{shortened(word)} in {shortened(text)} is no id from 0 to {self.vocab_size - 1}: NullTokenizer "
                     "takes text that is ids with spaces between them, below --vocab-size"

@@ -10,7 +10,9 @@ from megalite.data.tokenizers.base import TokenizerError, library
 from megalite.data.tokenizers.huggingface import BERT_SPECIAL, END_OF_TEXT
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: Literal["bpe", "unigram"] = "bpe") -> bytes:
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, model_type: Literal["bpe", "unigram"] = "bpe"
+) -> bytes:
     """Train a SentencePiece model: the content of a .model file, the same for the same texts.
 
     Decoding gives back the text that was encoded, white space and line breaks included: nothing is normalised, and
@@ -45,7 +47,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: Liter
         if lines.count == 0:
             raise TokenizerError("no text to train a tokenizer on: the input is empty") from None
         reason = str(error).rsplit("] ", 1)[-1].strip()
-        raise TokenizerError(f"--vocab-size {vocab_size} does not fit this text: {reason or error}") from None
+        raise TokenizerError(
+            f"--vocab-size {vocab_size} does not fit this text: {reason or error}"
+        ) from None
     lines.reraise()
     return model.getvalue()
 
@@ -68,7 +72,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tuple[bytes, bytes]:
     tokenizer.train_from_iterator(texts, trainer)
     vocabulary = _in_order(tokenizer, vocab_size)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    lines = ["#version: 0.2", *(" ".join(pair) if isinstance(pair, list) else pair for pair in merges)]
+    lines = [
+        "#version: 0.2",
+        *(" ".join(pair) if isinstance(pair, list) else pair for pair in merges),
+    ]
     return json.dumps(vocabulary, ensure_ascii=False).encode(), ("\n".join(lines) + "\n").encode()
 
 
@@ -90,7 +97,9 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Fal
         )
     # The library numbers the letters in the order of a hash table, another one in each process, and breaks ties by
     # number: given to it as special tokens, they have a fixed order.
-    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=first, show_progress=False)
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=first, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return "".join(piece + "\n" for piece in _in_order(tokenizer, vocab_size)).encode()
 
@@ -102,7 +111,11 @@ def _letters(texts: Iterable[str], tokenizer) -> list[str]:
         normal = tokenizer.normalizer.normalize_str(text)
         letters.update(normal)
         pairs.update(itertools.pairwise(normal))
-    continuing = {b for a, b in pairs if len(tokenizer.pre_tokenizer.pre_tokenize_str(a + b)) == 1 and a.strip()}
+    continuing = {
+        b
+        for a, b in pairs
+        if len(tokenizer.pre_tokenizer.pre_tokenize_str(a + b)) == 1 and a.strip()
+    }
     words = sorted(c for c in letters if tokenizer.pre_tokenizer.pre_tokenize_str(c))
     return [*words, *("##" + c for c in sorted(continuing.intersection(words)))]
 
