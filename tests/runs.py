@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megalite import cli, validate
 from megalite.checkpoint.folder import list_iterations
 from megalite.checkpoint.load import Checkpoint
+from megalite.config import cli, validate
 from megalite.config.run import RunConfig, from_flat, to_flat, to_yaml
 from megalite.data.indexed import DatasetInfo
 from megalite.data.sampler import BatchLoader

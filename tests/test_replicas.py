@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalite import cli, validate
+from megalite.config import cli, validate
 from megalite.training.build import build_model
 from megalite.training.pretrain import pretrain
 from megalite.training.replicas import ReplicasDiffer, check_replicas

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite import cli, validate
+from megalite.config import cli, validate
 from megalite.data.blend import Blend
 from megalite.preprocess.indexed_writer import IndexedWriter
 from megalite.training.build import build_model

@@ -22,7 +22,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megalite import cli, validate
+from megalite.config import cli, validate
 from megalite.config.run import (
     ConfigError,
     Problem,

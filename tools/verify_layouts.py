@@ -22,7 +22,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from megalite import cli
+from megalite.config import cli
 from megalite.config.run import ConfigError, Problem
 from megalite.parallel.launch import LaunchInfo, detect
 from megalite.verify.plan import Plan, plan

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megalite import cli, validate
+from megalite.config import cli, validate
 from megalite.config.run import ConfigError, Problem, RunConfig, with_preset, with_values
 from megalite.config.training import TrainingConfig
 from megalite.data.config import DataConfig

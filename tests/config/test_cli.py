@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megalite import cli
+from megalite.config import cli
 from megalite.config.run import ConfigError, RunConfig, from_flat, options, to_flat, to_yaml
 from megalite.parallel.launch import LaunchInfo
 
@@ -232,7 +232,7 @@ def test_from_flat_raises_with_every_problem():
 def help_text() -> str:
     code = (
         "import sys, time; start = time.perf_counter()\n"
-        "from megalite import cli\n"
+        "from megalite.config import cli\n"
         "try: cli.parse(['--help'], 'Pretrain a GPT.')\n"
         "except SystemExit as end: assert end.code == 0\n"
         "assert 'torch' not in sys.modules\n"

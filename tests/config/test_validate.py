@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megalite import cli, validate
+from megalite.config import cli, validate
 from megalite.config.rules.files import FILE_RULES
 from megalite.config.run import RunConfig, from_flat, options, to_flat, with_values
 from megalite.data.indexed import DatasetInfo

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megalite.data import inputs as module
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import ByteTokenizer
+from megalite.preprocess import inputs as module
 from megalite.preprocess.config import find_problems
 from megalite.preprocess.encode import Encoder, TextReader
 from megalite.preprocess.inputs import expand, read_blocks, shard_ranges

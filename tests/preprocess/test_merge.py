@@ -28,7 +28,7 @@ from tests.preprocess.preprocess_runs import (
 
 KILLED = """
 import os, signal, sys
-from megalite.data import indexed_writer, journal
+from megalite.preprocess import indexed_writer, journal
 place, number = sys.argv[1], int(sys.argv[2])
 holder, name = {"copying": (indexed_writer.IndexedWriter, "append"), "renaming": (os, "rename")}[place]
 real, calls = getattr(holder, name), 0

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.data import inputs as module
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
 from megalite.data.tokenizers import ByteTokenizer, train_sentencepiece
+from megalite.preprocess import inputs as module
 from megalite.preprocess.config import find_problems
 from megalite.preprocess.run import BadLineError, preprocess
 from tests.preprocess.preprocess_runs import (

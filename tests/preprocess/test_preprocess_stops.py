@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from megalite.data import inputs as module
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
+from megalite.preprocess import inputs as module
 from megalite.preprocess.config import find_problems
 from megalite.preprocess.journal import Journal
 from megalite.preprocess.run import preprocess
@@ -32,13 +32,13 @@ from tests.preprocess.preprocess_runs import (
 
 SLOW_RUN = """
 import json, sys, time
-from megalite.data import inputs, preprocess
+from megalite.preprocess import inputs, run
 if __name__ == "__main__":
-    inputs.BLOCK_BYTES, preprocess.COMMIT_SECONDS = 500, -1.0
+    inputs.BLOCK_BYTES, run.COMMIT_SECONDS = 500, -1.0
     def report(progress):
         print(progress.documents, flush=True)
         time.sleep(0.01)
-    preprocess.preprocess(preprocess.PreprocessConfig(**json.loads(sys.argv[1])), report)
+    run.preprocess(run.PreprocessConfig(**json.loads(sys.argv[1])), report)
 """
 
 

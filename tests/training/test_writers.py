@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalite import cli, validate
 from megalite.checkpoint.fence import Lease
 from megalite.checkpoint.folder import CheckpointError
+from megalite.config import cli, validate
 from megalite.config.run import from_flat
 from megalite.parallel.context import ParallelContext
 from megalite.training import loop, writers

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megalite import cli, validate
+from megalite.config import cli, validate
 from megalite.parallel.agreement import RanksDiffer, compare_facts
 from megalite.parallel.collectives import Group
 from megalite.parallel.context import ParallelContext
