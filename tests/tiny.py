@@ -6,10 +6,13 @@ import torch
 
 from megalite.config.run import RunConfig
 from megalite.data.build import blended, build_sources
+from megalite.nn.config import ModelConfig
+from megalite.nn.settings import LayerSettings
 from megalite.parallel.collectives import Group
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import ParallelLayout
+from megalite.parallel.rng import CounterBasedRng
 from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import TrainingComponents, build_components, build_context
 from tests.layouts import Layout, configuration
@@ -57,11 +60,19 @@ def build(layout: Layout = SINGLE, launch: LaunchInfo = ONE_PROCESS, **flags) ->
 
 def context_of(layout: ParallelLayout, rank: int = 0) -> ParallelContext:
     """The context that a rank would have, without the other ranks: good for building, not for communication."""
-    place = layout.coordinates(rank)
-    groups = {
-        axis: Group(tuple(range(size)), getattr(place, axis)) for axis, size in vars(layout).items()
-    }
-    world = Group(tuple(range(layout.world_size)), rank)
+    groups = {}
+    for axis, size in layout.sizes.items():
+        if size > 1:
+            ranks = layout.group_of(rank, axis)
+            groups[axis,] = Group(ranks, ranks.index(rank))
+    world = Group(range(layout.world_size), rank)
     return ParallelContext(
-        layout, place, torch.device("cpu"), world, control=world, embedding=None, **groups
+        layout=layout, device=torch.device("cpu"), world=world, control=world, groups=groups
     )
+
+
+def settings_of(model: ModelConfig, layout: ParallelLayout | None = None, rank: int = 0, **options):
+    """Layer settings of a rank, without the other ranks and with counter-based random numbers."""
+    rng = options.pop("rng", CounterBasedRng.for_seed(options.pop("seed", 0)))
+    context = context_of(layout or ParallelLayout(), rank)
+    return LayerSettings(model, context, rng, **options)

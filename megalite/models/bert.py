@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2018): the part of it that one rank holds, as one module."""
+"""BERT (Devlin et al. 2018) as a chain of stages."""
 
 from typing import ClassVar
 
@@ -8,25 +8,25 @@ from torch import nn
 from megalite.models.batch import Microbatch
 from megalite.models.stage import Stage
 from megalite.nn.attention import attention_mask
-from megalite.nn.config import ModelConfig
 from megalite.nn.embedding import vocabulary_bias
 from megalite.nn.linear import ReplicatedLinear, column_parallel_linear
 from megalite.nn.loss import vocab_parallel_argmax, vocab_parallel_cross_entropy
 from megalite.nn.mlp import gelu
 from megalite.nn.norm import Norm
+from megalite.nn.settings import LayerSettings
 from megalite.parallel.collectives import gather_sequence
-from megalite.parallel.context import ParallelContext
 
 
 class MaskedLanguageHead(nn.Module):
     """norm(gelu(dense(x))), and the bias of the output layer, which is the word embedding's transpose if tied."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, dtype):
+    def __init__(self, settings: LayerSettings):
         super().__init__()
-        h, biased, self.gelu = model.hidden_size, not model.disable_bias_linear, model.gelu
-        self.dense = ReplicatedLinear(h, h, model.init_method_std, biased, context, dtype)
-        self.norm = Norm(model, context, dtype, sequence_parallel=False)
-        self.bias = vocabulary_bias(model, context, dtype) if biased else None
+        hidden = settings.model.hidden_size
+        self.gelu = settings.model.gelu
+        self.dense = ReplicatedLinear(settings, hidden, hidden)
+        self.norm = Norm(settings, on_part=False)
+        self.bias = vocabulary_bias(settings) if settings.bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., h] -> [..., h]: what the output layer takes."""
@@ -40,12 +40,12 @@ class BertEncoder(Stage):
     token_types: ClassVar[int] = 2
 
     def encode(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
-        """This stage's share of the encoder: hidden states, [s, b, h] of whole sequences after the final norm on the
-        last stage. Tokens see those of their own segment: padding is a segment of its own."""
+        """This stage's share of the encoder: hidden states, of the last stage [s, b, h] of whole sequences after the
+        final norm. Tokens see those of their own segment: padding is a segment of its own."""
         mask = None if batch.segments is None else attention_mask(batch.segments, causal=False)
         x = self.hidden(x, batch, mask)
-        if self.context.is_last_stage and self.sequence_parallel:
-            x = gather_sequence(x, self.context.tensor, partial_gradients=False)
+        if self.is_last and self.settings.sequence_parallel:
+            x = gather_sequence(x, self.settings.tensor, partial_gradients=False)
         return x
 
     def pooled(self, x: torch.Tensor) -> torch.Tensor:
@@ -56,36 +56,43 @@ class BertEncoder(Stage):
 class Bert(BertEncoder):
     """One pipeline stage of a BERT: embedding on the first, layers, final norm and heads on the last.
 
-    pair: give the last stage a pooler and a head that tells two kinds of pairs of segments apart (next-sentence or
-    sentence-order prediction).
-
     The output layer is computed for the tokens to be predicted only, of whole sequences: under sequence parallelism
     they are gathered first, so that the heads' work and gradients are the same on every tensor-parallel rank.
+
+    Args:
+        settings, layers, seed: as of a Stage.
+        pair: give the last stage a pooler and a head that classifies pairs of segments (next-sentence or
+            sentence-order prediction).
     """
 
-    def __init__(self, *arguments, pair: bool = True, **options):
+    def __init__(
+        self,
+        settings: LayerSettings,
+        layers: range | None = None,
+        seed: int = 1234,
+        pair: bool = True,
+    ):
         self.has_pair = pair  # before nn.Module's own: build_heads needs it
-        super().__init__(*arguments, **options)
+        super().__init__(settings, layers, seed)
         self.loss_names = ("mlm_loss", "pair_loss") if pair else ("loss",)
         self.score_names = ("mlm_accuracy", "pair_accuracy") if pair else ("mlm_accuracy",)
 
     def build_heads(self) -> None:
         """The masked-language-model head, and for pairs the pooler and their head."""
-        model, context = self.config, self.context
-        self.mlm_head = MaskedLanguageHead(model, context, self.dtype)
+        hidden = self.config.hidden_size
+        self.mlm_head = MaskedLanguageHead(self.settings)
         if self.has_pair:
-            h, std, biased = model.hidden_size, model.init_method_std, not model.disable_bias_linear
-            self.pooler = ReplicatedLinear(h, h, std, biased, context, self.dtype)
-            self.pair_head = ReplicatedLinear(h, 2, std, biased, context, self.dtype)
+            self.pooler = ReplicatedLinear(self.settings, hidden, hidden)
+            self.pair_head = ReplicatedLinear(self.settings, hidden, 2)
 
     @property
     def inputs(self) -> set[str]:
         """Fields of a microbatch that this stage reads: the padding mask everywhere, token types on the first, what is
         to be predicted on the last."""
         fields = super().inputs
-        if self.context.is_first_stage:
+        if self.is_first:
             fields |= {"token_types"}
-        if self.context.is_last_stage and self.has_pair:
+        if self.is_last and self.has_pair:
             fields |= {"pair_label", "pair_mask"}
         return fields
 
@@ -103,7 +110,7 @@ class Bert(BertEncoder):
         labels the logits of every token, [s, b, v/t].
         """
         x = self.encode(x, batch)
-        if not self.context.is_last_stage:
+        if not self.is_last:
             return x
         if batch.labels is None:
             return self._logits(x)
@@ -116,7 +123,7 @@ class Bert(BertEncoder):
             self.mlm_head(x),
             self.output_weight,
             self.mlm_head.bias,
-            self.context.tensor,
+            self.settings.tensor,
             sequence_parallel=False,
         )
 
@@ -124,7 +131,7 @@ class Bert(BertEncoder):
         """Sum of the losses of the tokens to be predicted and, in evaluation mode, how many are guessed right."""
         chosen = batch.loss_mask.t() > 0
         logits, labels = self._logits(x[chosen]), batch.labels.t()[chosen]
-        spec, group = self.output_weight.spec, self.context.tensor
+        spec, group = self.output_weight.spec, self.settings.tensor
         # Before the loss, which overwrites the logits.
         right = (
             [] if self.training else [(vocab_parallel_argmax(logits, spec, group) == labels).sum()]

@@ -9,6 +9,7 @@ from megalite.models.bert import BertEncoder
 from megalite.nn.config import ModelConfig
 from megalite.nn.dropout import EMBEDDING, HiddenDropout
 from megalite.nn.linear import ReplicatedLinear
+from megalite.nn.settings import LayerSettings
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.rng import CounterBasedRng
 
@@ -37,35 +38,29 @@ class Classifier(BertEncoder):
         freeze_encoder: bool = False,
         seed: int = 1234,
     ):
-        self.classes, self.head_dropout_probability = (
-            classes,
-            dropout,
-        )  # before nn.Module's own: build_heads needs them
+        # Before nn.Module's own: build_heads needs them.
+        self.classes = classes
+        self.head_dropout_probability = dropout
         self.freeze_encoder = freeze_encoder
         # Tied, since then there is no weight of an output layer, which a classifier does not have.
         model = replace(model, untie_embeddings_and_output_weights=False)
-        super().__init__(
-            model, context, CounterBasedRng.for_seed(seed), range(model.num_layers), seed=seed
-        )
+        settings = LayerSettings(model, context, CounterBasedRng.for_seed(seed))
+        super().__init__(settings, seed=seed)
         for name, parameter in self.parameters_by_name.items():
             parameter.requires_grad_(not freeze_encoder or name.split(".")[0] in self.heads)
 
     def build_heads(self) -> None:
-        """Pooler, dropout at a place that no layer uses, and the linear layer."""
-        model, context = self.config, self.context
-        h, std = model.hidden_size, model.init_method_std
-        self.pooler = ReplicatedLinear(
-            h, h, std, not model.disable_bias_linear, context, self.dtype
-        )
+        """Pooler, dropout at a site that no layer uses, and the linear layer."""
+        hidden = self.config.hidden_size
+        self.pooler = ReplicatedLinear(self.settings, hidden, hidden)
         self.head_dropout = HiddenDropout(
-            self.head_dropout_probability,
-            self.rng,
-            model.num_layers,
+            self.settings,
+            self.config.num_layers,
             EMBEDDING,
-            context,
-            sequence_parallel=False,
+            p=self.head_dropout_probability,
+            on_part=False,
         )
-        self.classifier = ReplicatedLinear(h, self.classes, std, True, context, self.dtype)
+        self.classifier = ReplicatedLinear(self.settings, hidden, self.classes, bias=True)
 
     def train(self, mode: bool = True) -> "Classifier":
         """Training mode, of what is trained, or evaluation mode."""

@@ -1,4 +1,4 @@
-"""GPT: the part of it that one rank holds, as one module."""
+"""GPT (Radford et al. 2019) as a chain of stages."""
 
 from typing import ClassVar
 
@@ -31,15 +31,15 @@ class GPT(Stage):
         """
         mask = None if batch.segments is None else attention_mask(batch.segments, causal=True)
         x = self.hidden(x, batch, mask)
-        if not self.context.is_last_stage:
+        if not self.is_last:
             return x
         weight = self.output_weight
         logits = column_parallel_linear(
-            x, weight, None, self.context.tensor, self.sequence_parallel
+            x, weight, None, self.settings.tensor, self.settings.sequence_parallel
         )
         if batch.labels is None:
             return logits
         losses = vocab_parallel_cross_entropy(
-            logits, batch.labels.t(), weight.spec, self.context.tensor
+            logits, batch.labels.t(), weight.spec, self.settings.tensor
         )
         return (losses * batch.loss_mask.t()).sum().unsqueeze(0)

@@ -7,7 +7,6 @@ from torch import nn
 
 from megalite.models.batch import Microbatch
 from megalite.nn.block import Block
-from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.nn.dropout import EMBEDDING, HiddenDropout
 from megalite.nn.embedding import Embedding, VocabParallelWeight
 from megalite.nn.init import initialize
@@ -15,29 +14,36 @@ from megalite.nn.norm import Norm
 from megalite.nn.parameter import name_parameters
 from megalite.nn.recompute import recompute
 from megalite.nn.rope import rotary_table, table_at
-from megalite.parallel.context import ParallelContext
-from megalite.parallel.rng import Rng
+from megalite.nn.settings import LayerSettings
 
 
 class TiedCopy(nn.Module):
     """The last stage's copy of the word embedding, under the name of the original."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, dtype):
+    def __init__(self, settings: LayerSettings):
         super().__init__()
-        self.word_embeddings = VocabParallelWeight(model, context, dtype, tied_copy=True)
+        self.word_embeddings = VocabParallelWeight(settings, tied=True)
 
 
 class Stage(nn.Module):
-    """One pipeline stage of a model: embedding on the first, layers, final norm and heads on the last.
+    """A range of a model's layers as one module: with the embedding if it holds the first layer, with the final norm
+    and the heads if it holds the last.
 
-    Parameter names count layers in the whole model, so they are the same in every layout. All stages of one model are
-    made with the same configuration; `layers` is this stage's range. A model says in `build_heads` what else its last
-    stage holds, in `forward` what it computes, and in `loss_counts` over how many items of a microbatch each of the k
-    terms of its loss is a sum, fp64 [k].
+    A pipeline is a chain of stages, and a rank holds one or more of them. Parameter names count layers in the whole
+    model, so they are the same in every layout. A model says in `build_heads` what else its last stage holds, in
+    `forward` what it computes, and in `loss_counts` over how many items of a microbatch each of the k terms of its
+    loss is a sum, fp64 [k].
+
+    Args:
+        settings: what all layers share; all stages of one model are made with the same.
+        layers: the layers that this stage holds, at least one; None: all.
+        seed: of the initial weights.
+
+    Raises ValueError when the settings' model has no vocabulary size, or heads that do not divide its width.
     """
 
     causal: ClassVar[bool]
-    """Whether a token sees only those before it."""
+    """Whether a token sees only those before it and itself."""
     token_types: ClassVar[int] = 0
     """Rows of the table of token types; 0: none."""
     loss_names: tuple[str, ...]
@@ -46,72 +52,63 @@ class Stage(nn.Module):
     """Scores in evaluation mode, none or one for each term: the last stage then returns their sums after the terms'. A
     score's mean is over the items of its term."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        context: ParallelContext,
-        rng: Rng,
-        layers: range,
-        dtype: torch.dtype = torch.float32,
-        sequence_parallel: bool = False,
-        recompute_config: RecomputeConfig | None = None,
-        seed: int = 1234,
-    ):
+    def __init__(self, settings: LayerSettings, layers: range | None = None, seed: int = 1234):
         super().__init__()
-        if model.vocab_size is None or (
-            model.hidden_size % model.num_attention_heads and model.kv_channels is None
-        ):
+        model = settings.model
+        whole_heads = model.hidden_size % model.num_attention_heads == 0
+        if model.vocab_size is None or not (whole_heads or model.kv_channels):
             raise ValueError(
                 f"a {type(self).__name__} needs a vocab_size (it is {model.vocab_size}) and a hidden_size "
                 f"{model.hidden_size} that its {model.num_attention_heads} heads divide, or kv_channels"
             )
-        self.config, self.context, self.rng, self.dtype = model, context, rng, dtype
-        self.sequence_parallel = sequence_parallel and context.tensor.size > 1
-        self.recompute_config = recompute_config = recompute_config or RecomputeConfig()
-        shared = (model, context, dtype, self.sequence_parallel)
-        first, last = context.is_first_stage, context.is_last_stage
-        if first:
-            self.embedding = Embedding(*shared, self.token_types)
-            self.embedding_norm = Norm(*shared) if model.post_norm else nn.Identity()
-            self.embedding_dropout = HiddenDropout(
-                model.hidden_dropout, rng, 0, EMBEDDING, context, sequence_parallel
-            )
-        elif last and model.tied:
-            self.embedding = TiedCopy(model, context, dtype)
-        parts = (model, recompute_config, context, rng)
-        self.layers = nn.ModuleDict(
-            {str(i): Block(*parts, i, *shared[2:], causal=self.causal) for i in layers}
-        )
-        if last:
-            self.final_norm = nn.Identity() if model.post_norm else Norm(*shared)
-            self.build_heads()
-            if not model.tied:
-                self.output = VocabParallelWeight(model, context, dtype)
-        self.parameters_by_name = name_parameters(self)
-        initialize(self.parameters_by_name, seed)
+        if layers is None:
+            layers = range(model.num_layers)
+        self.settings = settings
+        self.config = model
+        self.context = settings.context
+        self.is_first = 0 in layers
+        self.is_last = model.num_layers - 1 in layers
         self._rotary_table = None
 
+        if self.is_first:
+            self.embedding = Embedding(settings, self.token_types)
+            self.embedding_norm = Norm(settings) if model.post_norm else nn.Identity()
+            self.embedding_dropout = HiddenDropout(settings, 0, EMBEDDING)
+        elif self.is_last and model.tied:
+            self.embedding = TiedCopy(settings)
+        self.layers = nn.ModuleDict({str(i): Block(settings, i, self.causal) for i in layers})
+        if self.is_last:
+            self.final_norm = nn.Identity() if model.post_norm else Norm(settings)
+            self.build_heads()
+            if not model.tied:
+                self.output = VocabParallelWeight(settings)
+
+        self.parameters_by_name = name_parameters(self)
+        initialize(self.parameters_by_name, seed)
+
     def build_heads(self) -> None:
-        """Make the modules that come after the final norm, but for the output weight."""
+        """Make the modules that come after the final norm, except the output weight."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states that pass between stages."""
+        return self.settings.dtype
 
     def hidden_shape(self, microbatch: int) -> tuple[int, int, int]:
         """Shape of what passes between stages: [s, b, h], or [s/t, b, h] under sequence parallelism."""
-        length = self.config.seq_length // (
-            self.context.tensor.size if self.sequence_parallel else 1
-        )
+        length = self.settings.local_sequence(self.config.seq_length)
         return length, microbatch, self.config.hidden_size
 
     @property
     def inputs(self) -> set[str]:
         """Fields of a microbatch that this stage reads from the data, where the data has them."""
-        rope = self.config.position_embedding_type == "rope"
-        learned = self.config.position_embedding_type == "learned_absolute"
+        kind = self.config.position_embedding_type
         fields = {"segments"}
-        if rope or (learned and self.context.is_first_stage):
+        if kind == "rope" or (kind == "learned_absolute" and self.is_first):
             fields |= {"positions"}
-        if self.context.is_first_stage:
+        if self.is_first:
             fields |= {"tokens"}
-        if self.context.is_last_stage:
+        if self.is_last:
             fields |= {"labels", "loss_mask"}
         return fields
 
@@ -126,18 +123,18 @@ class Stage(nn.Module):
         """This stage's share of the transformer: hidden states, after the final norm on the last stage.
 
         x: those of the previous stage; None on the first, which starts from the batch's tokens. mask: which tokens see
-        which, as of `attention_mask`; None: all that the model's kind lets them.
+        which, as `attention_mask` gives it; None: all that the kind of model lets them.
         """
-        if self.context.is_first_stage:
+        if self.is_first:
             length = batch.tokens.shape[1]
-            x = self.embedding_norm(
-                self.embedding(batch.tokens, batch.positions, batch.token_types)
-            )
-            x = self.embedding_dropout(x, batch.samples)
+            x = self.embedding(batch.tokens, batch.positions, batch.token_types)
+            x = self.embedding_dropout(self.embedding_norm(x), batch.samples)
         else:
-            length = x.shape[0] * (self.context.tensor.size if self.sequence_parallel else 1)
+            length = x.shape[0]
+            if self.settings.sequence_parallel:
+                length *= self.settings.tensor.size
         x = self._run_layers(x, self._rotary(length, batch.positions), mask, batch.samples)
-        return self.final_norm(x) if self.context.is_last_stage else x
+        return self.final_norm(x) if self.is_last else x
 
     def _rotary(
         self, length: int, positions: torch.Tensor | None
@@ -156,21 +153,22 @@ class Stage(nn.Module):
 
     def _run_layers(self, x: torch.Tensor, rotary, mask, samples) -> torch.Tensor:
         """This stage's layers, in groups that are recomputed as a whole where the configuration says so."""
-        layers, config = list(self.layers.values()), self.recompute_config
+        config = self.settings.recompute
+        layers = list(self.layers.values())
         full = config.granularity == "full" and torch.is_grad_enabled()
-        n = config.recompute_num_layers
-        whole = full and config.recompute_method == "uniform"
-        groups = (
-            [layers[i : i + n] for i in range(0, len(layers), n)]
-            if whole
-            else [[layer] for layer in layers]
-        )
-        for index, group in enumerate(groups):
+        # By the uniform method every group of n layers is recomputed together; by the block method the first n layers
+        # are, each on its own.
+        uniform = full and config.recompute_method == "uniform"
+        group_size = config.recompute_num_layers if uniform else 1
+        recomputed = 0
+        if full:
+            recomputed = len(layers) if uniform else config.recompute_num_layers
+        for first in range(0, len(layers), group_size):
 
-            def run(x, group=group):
+            def run(x, group=tuple(layers[first : first + group_size])):
                 for layer in group:
                     x = layer(x, rotary, mask, samples)
                 return x
 
-            x = recompute(run, self.rng, x) if whole or (full and index < n) else run(x)
+            x = recompute(run, self.settings.rng, x) if first < recomputed else run(x)
         return x

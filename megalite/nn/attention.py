@@ -9,13 +9,12 @@ from torch.nn.attention import SDPBackend
 
 from megalite.kernels import native
 from megalite.kernels.softmax import scaled_causal_softmax, scaled_masked_softmax, scaled_softmax
-from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.nn.dropout import AttentionDropout
 from megalite.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.nn.recompute import recompute
 from megalite.nn.rope import rotate
-from megalite.parallel.context import ParallelContext
-from megalite.parallel.rng import Rng, RngTracker
+from megalite.nn.settings import LayerSettings
+from megalite.parallel.rng import RngTracker
 
 
 def attention_mask(segments: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -98,40 +97,31 @@ def _torch_kernel(*arguments) -> str | None:
 
 
 class Attention(nn.Module):
-    """qkv projection, attention core, output projection. The weight of a key/value group is one row block
-    [q + 2, d, h] of qkv: its q query heads, then its key, then its value; so a rank's share is one box."""
+    """qkv projection, attention core, output projection.
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        recompute_config: RecomputeConfig,
-        context: ParallelContext,
-        rng: Rng,
-        layer: int,
-        dtype: torch.dtype,
-        sequence_parallel: bool,
-        causal: bool,
-    ):
+    The weight of a key/value group is one row block [q + 2, d, h] of qkv: its q query heads, then its key, then its
+    value; so a rank's shard is one box.
+
+    Args:
+        settings: what all layers share.
+        layer: number of the layer in the whole model.
+        causal: whether a token sees only those before it and itself.
+    """
+
+    def __init__(self, settings: LayerSettings, layer: int, causal: bool):
         super().__init__()
+        model = settings.model
         self.causal = causal
         self.queries_per_group = model.num_attention_heads // model.query_groups
         self.head_size = model.head_size
-        self.dropout, self.rng = AttentionDropout(model.attention_dropout, rng, layer, context), rng
+        self.dropout = AttentionDropout(settings, layer)
+        self.rng = settings.rng
         self.wanted = model.attention_backend
-        self.recompute = recompute_config.granularity == "selective"
-        std, bias = model.init_method_std, not model.disable_bias_linear
+        self.recompute = settings.recompute.granularity == "selective"
         features = (model.query_groups, self.queries_per_group + 2, model.head_size)
-        self.qkv = ColumnParallelLinear(
-            model.hidden_size, features, 0, std, bias, context, dtype, sequence_parallel
-        )
+        self.qkv = ColumnParallelLinear(settings, model.hidden_size, features)
         self.output = RowParallelLinear(
-            model.num_attention_heads * model.head_size,
-            model.hidden_size,
-            std / math.sqrt(2 * model.num_layers),
-            bias,
-            context,
-            dtype,
-            sequence_parallel,
+            settings, model.num_attention_heads * model.head_size, model.hidden_size
         )
 
     def forward(
@@ -198,7 +188,7 @@ class Attention(nn.Module):
                 enable_gqa=q.shape[1] != k.shape[1],
             )
         if backend == "fused-softmax":
-            counted = self.dropout.counted(*q.shape[1:3], samples) if p else None
+            counted = self.dropout.counter_based(*q.shape[1:3], samples) if p else None
             return fused_softmax_attention(q, k, v, counted, self.causal, mask)
         drop = (lambda weights: self.dropout(weights, samples)) if p else (lambda weights: weights)
         return explicit_attention(q, k, v, drop, self.causal, mask)

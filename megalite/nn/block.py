@@ -8,42 +8,30 @@ import torch
 from torch import nn
 
 from megalite.nn.attention import Attention
-from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.nn.dropout import AFTER_ATTENTION, AFTER_MLP, HiddenDropout
 from megalite.nn.mlp import MLP
 from megalite.nn.norm import Norm
-from megalite.parallel.context import ParallelContext
-from megalite.parallel.rng import Rng
+from megalite.nn.settings import LayerSettings
 
 
 class Block(nn.Module):
-    """A transformer layer: hidden states [s, b, h] ([s/t, b, h] with sequence parallelism)."""
+    """A transformer layer: hidden states [s, b, h] ([s/t, b, h] with sequence parallelism).
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        recompute_config: RecomputeConfig,
-        context: ParallelContext,
-        rng: Rng,
-        layer: int,
-        dtype: torch.dtype,
-        sequence_parallel: bool,
-        causal: bool,
-    ):
+    Args:
+        settings: what all layers share.
+        layer: its number in the whole model.
+        causal: whether a token sees only those before it and itself.
+    """
+
+    def __init__(self, settings: LayerSettings, layer: int, causal: bool):
         super().__init__()
-        self.post_norm = model.post_norm
-        self.attention_norm = Norm(model, context, dtype, sequence_parallel)
-        self.attention = Attention(
-            model, recompute_config, context, rng, layer, dtype, sequence_parallel, causal
-        )
-        self.attention_dropout = HiddenDropout(
-            model.hidden_dropout, rng, layer, AFTER_ATTENTION, context, sequence_parallel
-        )
-        self.mlp_norm = Norm(model, context, dtype, sequence_parallel)
-        self.mlp = MLP(model, context, dtype, sequence_parallel)
-        self.mlp_dropout = HiddenDropout(
-            model.hidden_dropout, rng, layer, AFTER_MLP, context, sequence_parallel
-        )
+        self.post_norm = settings.model.post_norm
+        self.attention_norm = Norm(settings)
+        self.attention = Attention(settings, layer, causal)
+        self.attention_dropout = HiddenDropout(settings, layer, AFTER_ATTENTION)
+        self.mlp_norm = Norm(settings)
+        self.mlp = MLP(settings)
+        self.mlp_dropout = HiddenDropout(settings, layer, AFTER_MLP)
 
     def forward(
         self,

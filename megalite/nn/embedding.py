@@ -1,13 +1,15 @@
-"""Word, position and token-type embeddings; the word embedding is split over tensor-parallel ranks by vocabulary."""
+"""Word, position and token-type embeddings; the word embedding is split over tensor-parallel ranks by vocabulary.
+
+Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel size.
+"""
 
 import torch
 from torch import nn
 
-from megalite.nn.config import ModelConfig
-from megalite.nn.parameter import ParameterSpec, make_parameter
+from megalite.nn.settings import LayerSettings
+from megalite.nn.weight_gradient import weight_gradient
 from megalite.parallel.boxes import Box
 from megalite.parallel.collectives import reduce_from_tensor_region, reduce_scatter_sequence
-from megalite.parallel.context import ParallelContext
 
 
 def padded_vocabulary(vocab_size: int, divisible_by: int, tensor: int) -> int:
@@ -16,40 +18,46 @@ def padded_vocabulary(vocab_size: int, divisible_by: int, tensor: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def _rows_held(model: ModelConfig, context: ParallelContext) -> tuple[int, int, int]:
+def _rows_held(settings: LayerSettings) -> tuple[int, int, int]:
     """Of this rank's part of the vocabulary: rows in memory, first entry, entries without padding."""
-    rows = padded_vocabulary(
-        model.vocab_size, model.make_vocab_size_divisible_by, context.tensor.size
-    )
-    rows //= context.tensor.size
-    start = min(rows * context.tensor.rank, model.vocab_size)
+    model = settings.model
+    tensor = settings.tensor
+    padded = padded_vocabulary(model.vocab_size, model.make_vocab_size_divisible_by, tensor.size)
+    rows = padded // tensor.size
+    start = min(rows * tensor.rank, model.vocab_size)
     return rows, start, min(rows, model.vocab_size - start)
 
 
-def vocabulary_parameter(
-    model: ModelConfig, context: ParallelContext, dtype, tied_copy: bool = False
-) -> nn.Parameter:
-    """This rank's rows [v_padded / t, h] of a [v, h] weight. The box leaves padding out; it may be empty."""
-    rows, start, entries = _rows_held(model, context)
-    box = Box((start, 0), (entries, model.hidden_size))
-    spec = ParameterSpec(
-        (model.vocab_size, model.hidden_size),
-        box,
-        True,
-        "normal",
-        model.init_method_std,
-        tied_copy=tied_copy,
-    )
-    return make_parameter((rows, model.hidden_size), spec, dtype, context.device)
-
-
-def vocabulary_bias(model: ModelConfig, context: ParallelContext, dtype) -> nn.Parameter:
+def vocabulary_bias(settings: LayerSettings) -> nn.Parameter:
     """This rank's entries [v_padded / t] of a bias [v] of the output layer."""
-    rows, start, entries = _rows_held(model, context)
-    spec = ParameterSpec(
-        (model.vocab_size,), Box((start,), (entries,)), True, "zeros", weight_decay=False
+    rows, start, entries = _rows_held(settings)
+    return settings.sharded(
+        (settings.model.vocab_size,),
+        Box((start,), (entries,)),
+        "zeros",
+        local_shape=(rows,),
+        weight_decay=False,
     )
-    return make_parameter((rows,), spec, dtype, context.device)
+
+
+class VocabParallelWeight(nn.Module):
+    """A [v, h] weight split by rows: of the word embedding, of its tied copy, or of an output layer.
+
+    `weight` is [v_padded / t, h]; its box leaves the padding out, and may be empty. tied: first and last stage hold it.
+    """
+
+    def __init__(self, settings: LayerSettings, tied: bool = False):
+        super().__init__()
+        model = settings.model
+        rows, start, entries = _rows_held(settings)
+        self.weight = settings.sharded(
+            (model.vocab_size, model.hidden_size),
+            Box((start, 0), (entries, model.hidden_size)),
+            "normal",
+            std=model.init_method_std,
+            local_shape=(rows, model.hidden_size),
+            tied=tied,
+        )
 
 
 class _Lookup(torch.autograd.Function):
@@ -65,75 +73,51 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (ids,) = ctx.saved_tensors
-        main = getattr(ctx.weight, "main_grad", None)
-        dtype = torch.float32 if ctx.weight.dtype == torch.bfloat16 else ctx.weight.dtype
-        total = torch.ops.aten.embedding_dense_backward(
-            grad.to(dtype), ids, ctx.weight.shape[0], -1, False
-        )
-        if main is None:
-            return None, total.to(ctx.weight.dtype)
-        main.add_(total)
-        return None, None
+        weight = ctx.weight
+        dtype = torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype
 
+        def product(main: torch.Tensor | None) -> torch.Tensor:
+            total = torch.ops.aten.embedding_dense_backward(
+                grad.to(dtype), ids, weight.shape[0], -1, False
+            )
+            return total.to(weight.dtype) if main is None else main.add_(total)
 
-class VocabParallelWeight(nn.Module):
-    """A [v, h] weight split by rows: of the word embedding, of its tied copy, or of an output layer."""
-
-    def __init__(
-        self, model: ModelConfig, context: ParallelContext, dtype, tied_copy: bool = False
-    ):
-        super().__init__()
-        self.weight = vocabulary_parameter(model, context, dtype, tied_copy)
+        return None, weight_gradient(weight, product)
 
 
 class SmallEmbedding(nn.Module):
     """A learned table [rows, h], of positions or token types; every tensor-parallel rank holds all of it."""
 
-    def __init__(
-        self,
-        rows: int,
-        model: ModelConfig,
-        context: ParallelContext,
-        dtype,
-        sequence_parallel: bool,
-    ):
+    def __init__(self, settings: LayerSettings, rows: int):
         super().__init__()
-        shape = (rows, model.hidden_size)
-        spec = ParameterSpec(
-            shape,
-            Box.whole(shape),
-            False,
+        self.weight = settings.replicated(
+            (rows, settings.model.hidden_size),
             "normal",
-            model.init_method_std,
-            sequence_partial=sequence_parallel,
+            settings.model.init_method_std,
+            on_part=True,
         )
-        self.weight = make_parameter(shape, spec, dtype, context.device)
 
 
 class Embedding(nn.Module):
     """Token ids [b, s] -> hidden states [s, b, h], or this rank's part [s/t, b, h] under sequence parallelism.
 
-    token_types: how many types of tokens there are; 0: no table for them.
+    Args:
+        settings: what all layers share.
+        token_types: number of token types; 0: no table for them.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        context: ParallelContext,
-        dtype,
-        sequence_parallel: bool,
-        token_types: int = 0,
-    ):
+    def __init__(self, settings: LayerSettings, token_types: int = 0):
         super().__init__()
-        self.group = context.tensor
-        self.sequence_parallel = sequence_parallel and self.group.size > 1
-        self.word_embeddings = VocabParallelWeight(model, context, dtype)
-        parts = (model, context, dtype, self.sequence_parallel)
-        self.position_embeddings = self.token_type_embeddings = None
+        model = settings.model
+        self.group = settings.tensor
+        self.sequence_parallel = settings.sequence_parallel
+        self.word_embeddings = VocabParallelWeight(settings, tied=model.tied)
+        self.position_embeddings = None
+        self.token_type_embeddings = None
         if model.position_embedding_type == "learned_absolute":
-            self.position_embeddings = SmallEmbedding(model.positions, *parts)
+            self.position_embeddings = SmallEmbedding(settings, model.positions)
         if token_types:
-            self.token_type_embeddings = SmallEmbedding(token_types, *parts)
+            self.token_type_embeddings = SmallEmbedding(settings, token_types)
 
     def forward(
         self,
@@ -141,22 +125,15 @@ class Embedding(nn.Module):
         positions: torch.Tensor | None = None,
         token_types: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Look up and sum over ranks: ids that another rank holds contribute zeros here. `positions` [b, s] choose rows
-        of the learned table; None: 0 to s - 1. `token_types` [b, s] choose rows of the other; None: all of type 0."""
-        weight = self.word_embeddings.weight
+        """The sum of the embeddings of tokens [b, s].
+
+        positions: [b, s] rows of the learned table; None: 0 to s - 1. token_types: [b, s] rows of the other table;
+        None: all of type 0.
+        """
         tokens = tokens.t()
         length = tokens.shape[0]
-        if self.group.size == 1:
-            x = _Lookup.apply(tokens, weight)
-        else:
-            local = tokens - weight.spec.box.offset[0]
-            elsewhere = (local < 0) | (local >= weight.spec.box.shape[0])
-            x = _Lookup.apply(local.masked_fill(elsewhere, 0), weight)
-            x = x.masked_fill(elsewhere.unsqueeze(-1), 0.0)
-            reduce = (
-                reduce_scatter_sequence if self.sequence_parallel else reduce_from_tensor_region
-            )
-            x = reduce(x, self.group)
+        x = self._words(tokens)
+        # The tables are looked up for this rank's part of the sequence only.
         start = x.shape[0] * self.group.rank if self.sequence_parallel else 0
         here = slice(start, start + x.shape[0])
         if self.token_type_embeddings is not None:
@@ -169,3 +146,17 @@ class Embedding(nn.Module):
             else:
                 x = x + _Lookup.apply(positions.t()[here], table)
         return x
+
+    def _words(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Word embeddings of tokens [s, b], summed over ranks: an id that another rank holds gives zeros here."""
+        weight = self.word_embeddings.weight
+        if self.group.size == 1:
+            return _Lookup.apply(tokens, weight)
+        box = weight.spec.box
+        local = tokens - box.offset[0]
+        elsewhere = (local < 0) | (local >= box.shape[0])
+        x = _Lookup.apply(local.masked_fill(elsewhere, 0), weight)
+        x = x.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        if self.sequence_parallel:
+            return reduce_scatter_sequence(x, self.group)
+        return reduce_from_tensor_region(x, self.group)

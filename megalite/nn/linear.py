@@ -7,36 +7,40 @@ Shapes: s sequence, b microbatch, h width in, f width out, t tensor-parallel siz
 import torch
 from torch import nn
 
-from megalite.nn.parameter import ParameterSpec, make_parameter
+from megalite.nn.settings import LayerSettings
+from megalite.nn.weight_gradient import weight_gradient
 from megalite.parallel.boxes import Box, split
 from megalite.parallel.collectives import Group, all_gather, all_reduce, reduce_scatter
-from megalite.parallel.context import ParallelContext
 
 
-def _weight_gradient(
-    weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor
-) -> torch.Tensor | None:
-    """grad^T x, added to `weight.main_grad` (and then None is returned) when the optimizer has attached one.
+def _product(main: torch.Tensor | None, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """grad^T x of grad [tokens, f] and x [tokens, h], added to `main` [f, h] or returned where that is None.
 
-    Accumulating inside the product saves a pass over the weights, and rounds once to fp32 where a bf16 gradient
-    would round at every microbatch.
+    Accumulating inside the product saves a pass over the weights, and rounds once to fp32 where a bf16 gradient would
+    round at every microbatch.
     """
-    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    main = getattr(weight, "main_grad", None)
     if main is None:
-        return (grad.t() @ x).view_as(weight)
-    main = main.view(grad.shape[1], x.shape[1])
+        return grad.t() @ x
     if main.dtype == grad.dtype:
-        main.addmm_(grad.t(), x)
-    elif grad.is_cuda:
-        main.add_(torch.mm(grad.t(), x, out_dtype=main.dtype))
-    else:
-        main.addmm_(grad.t().to(main.dtype), x.to(main.dtype))
-    return None
+        return main.addmm_(grad.t(), x)
+    if grad.is_cuda:
+        return main.add_(torch.mm(grad.t(), x, out_dtype=main.dtype))
+    return main.addmm_(grad.t().to(main.dtype), x.to(main.dtype))
 
 
-def _bias_gradient(grad: torch.Tensor, bias_shape: tuple[int, ...]) -> torch.Tensor:
-    return grad.sum(dim=tuple(range(grad.dim() - 1))).view(bias_shape)
+def _linear_weight_gradient(
+    weight: nn.Parameter, grad: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor | None:
+    """The gradient of a weight [..., h] from grad [s, b, f] and x [s, b, h]: None where `main_grad` collects it."""
+    grad = grad.reshape(-1, grad.shape[-1])
+    x = x.reshape(-1, x.shape[-1])
+
+    def product(main: torch.Tensor | None) -> torch.Tensor:
+        if main is None:
+            return _product(None, grad, x).view_as(weight)
+        return _product(main.view(grad.shape[1], x.shape[1]), grad, x)
+
+    return weight_gradient(weight, product)
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -45,17 +49,19 @@ class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, group, sequence_parallel):
         ctx.save_for_backward(x)
-        ctx.weight, ctx.group, ctx.sequence_parallel = weight, group, sequence_parallel
+        ctx.weight = weight
+        ctx.group = group
+        ctx.sequence_parallel = sequence_parallel
         ctx.bias_shape = None if bias is None else bias.shape
         whole = all_gather(x.contiguous(), group) if sequence_parallel else x
-        return nn.functional.linear(
-            whole, weight.view(-1, x.shape[-1]), None if bias is None else bias.view(-1)
-        )
+        flat_bias = None if bias is None else bias.view(-1)
+        return nn.functional.linear(whole, weight.view(-1, x.shape[-1]), flat_bias)
 
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        weight, group = ctx.weight, ctx.group
+        weight = ctx.weight
+        group = ctx.group
         # Each collective runs while the product that does not need its result is computed.
         if ctx.sequence_parallel:
             x, gathering = all_gather(x.contiguous(), group, async_op=True)
@@ -65,8 +71,11 @@ class _ColumnParallel(torch.autograd.Function):
             grad_x, reducing = reduce_scatter(grad_x, group, async_op=True)
         else:
             reducing = all_reduce(grad_x, group, async_op=True)
-        grad_weight = _weight_gradient(weight, grad, x) if ctx.needs_input_grad[1] else None
-        grad_bias = _bias_gradient(grad, ctx.bias_shape) if ctx.bias_shape is not None else None
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = _linear_weight_gradient(weight, grad, x)
+        if ctx.bias_shape is not None:
+            grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1))).view(ctx.bias_shape)
         reducing.wait()
         return grad_x, grad_weight, grad_bias, None, None
 
@@ -77,7 +86,9 @@ class _RowParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, group, sequence_parallel):
         ctx.save_for_backward(x)
-        ctx.weight, ctx.group, ctx.sequence_parallel = weight, group, sequence_parallel
+        ctx.weight = weight
+        ctx.group = group
+        ctx.sequence_parallel = sequence_parallel
         y = x @ weight.t()
         if sequence_parallel:
             return reduce_scatter(y, group)
@@ -90,7 +101,9 @@ class _RowParallel(torch.autograd.Function):
         if ctx.sequence_parallel:
             grad = all_gather(grad.contiguous(), ctx.group)
         grad_x = grad @ ctx.weight
-        grad_weight = _weight_gradient(ctx.weight, grad, x) if ctx.needs_input_grad[1] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = _linear_weight_gradient(ctx.weight, grad, x)
         return grad_x, grad_weight, None, None
 
 
@@ -106,39 +119,44 @@ def column_parallel_linear(
     `weight` is [..., h] and `bias` [...], flattened to f/t rows. With `sequence_parallel`, x is [s/t, b, h].
     The backward overlaps its all-reduce (reduce-scatter) with the weight-gradient product.
     """
-    return _ColumnParallel.apply(x, weight, bias, group, sequence_parallel and group.size > 1)
+    return _ColumnParallel.apply(x, weight, bias, group, sequence_parallel)
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear layer whose output features are split over tensor-parallel ranks along dim `split_dim` of its shape.
+    """A linear layer whose output features are split over tensor-parallel ranks.
 
-    `features` is the global output shape, for example (g, q + 2, d) for a fused query, key and value projection.
+    Args:
+        settings: what all layers share.
+        in_features: h.
+        features: the global output shape, for example (g, q + 2, d) for a fused query, key and value projection.
+        split_dim: the dim of `features` that is split.
     """
 
     def __init__(
         self,
-        in_features,
-        features,
-        split_dim,
-        std,
-        bias,
-        context: ParallelContext,
-        dtype,
-        sequence_parallel,
+        settings: LayerSettings,
+        in_features: int,
+        features: tuple[int, ...],
+        split_dim: int = 0,
     ):
         super().__init__()
-        self.group, self.sequence_parallel = context.tensor, sequence_parallel
-        start, size = split(features[split_dim], self.group.size, self.group.rank)
-        offset, shape = [0] * len(features), list(features)
-        offset[split_dim], shape[split_dim] = start, size
-
-        def parameter(tail, init, std=0.0, weight_decay=True):
-            box = Box((*offset, *(0 for _ in tail)), (*shape, *tail))
-            spec = ParameterSpec((*features, *tail), box, True, init, std, weight_decay)
-            return make_parameter(box.shape, spec, dtype, context.device)
-
-        self.weight = parameter((in_features,), "normal", std)
-        self.bias = parameter((), "zeros", weight_decay=False) if bias else None
+        self.group = settings.tensor
+        self.sequence_parallel = settings.sequence_parallel
+        offset = [0] * len(features)
+        shape = list(features)
+        offset[split_dim], shape[split_dim] = split(
+            features[split_dim], self.group.size, self.group.rank
+        )
+        self.weight = settings.sharded(
+            (*features, in_features),
+            Box((*offset, 0), (*shape, in_features)),
+            "normal",
+            std=settings.model.init_method_std,
+        )
+        self.bias = None
+        if settings.bias:
+            box = Box(tuple(offset), tuple(shape))
+            self.bias = settings.sharded(features, box, "zeros", weight_decay=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, h] (or [s/t, b, h] under sequence parallelism) -> [s, b, f/t]."""
@@ -146,18 +164,25 @@ class ColumnParallelLinear(nn.Module):
 
 
 class ReplicatedLinear(nn.Module):
-    """A linear layer that every tensor-parallel rank holds whole, and computes alike, for whole rows."""
+    """A linear layer that every tensor-parallel rank holds whole, and computes alike, for whole rows.
 
-    def __init__(self, in_features, out_features, std, bias, context: ParallelContext, dtype):
+    Args:
+        settings: what all layers share.
+        in_features: h.
+        out_features: f.
+        bias: None: as the model's other layers have it.
+    """
+
+    def __init__(
+        self, settings: LayerSettings, in_features: int, out_features: int, bias: bool | None = None
+    ):
         super().__init__()
-        self.alone = Group((context.rank,), 0)
-
-        def parameter(shape, init, std=0.0, weight_decay=True):
-            spec = ParameterSpec(shape, Box.whole(shape), False, init, std, weight_decay)
-            return make_parameter(shape, spec, dtype, context.device)
-
-        self.weight = parameter((out_features, in_features), "normal", std)
-        self.bias = parameter((out_features,), "zeros", weight_decay=False) if bias else None
+        std = settings.model.init_method_std
+        self.alone = Group((settings.context.rank,), 0)
+        self.weight = settings.replicated((out_features, in_features), "normal", std)
+        self.bias = None
+        if settings.bias if bias is None else bias:
+            self.bias = settings.replicated((out_features,), "zeros")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., h] -> [..., f]."""
@@ -167,40 +192,30 @@ class ReplicatedLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer whose input features are split over tensor-parallel ranks. Its bias is left for the caller to add,
-    after the sum over ranks, together with dropout and the residual."""
+    """A linear layer whose input features are split over tensor-parallel ranks.
 
-    def __init__(
-        self,
-        in_features,
-        out_features,
-        std,
-        bias,
-        context: ParallelContext,
-        dtype,
-        sequence_parallel,
-    ):
+    Its bias is left for the caller to add, after the sum over ranks, together with dropout and the residual.
+
+    Args:
+        settings: what all layers share.
+        in_features: h, over all ranks.
+        out_features: f.
+    """
+
+    def __init__(self, settings: LayerSettings, in_features: int, out_features: int):
         super().__init__()
-        self.group, self.sequence_parallel = (
-            context.tensor,
-            sequence_parallel and context.tensor.size > 1,
-        )
+        self.group = settings.tensor
+        self.sequence_parallel = settings.sequence_parallel
         start, size = split(in_features, self.group.size, self.group.rank)
-        box = Box((0, start), (out_features, size))
-        spec = ParameterSpec((out_features, in_features), box, True, "normal", std)
-        self.weight = make_parameter(box.shape, spec, dtype, context.device)
+        self.weight = settings.sharded(
+            (out_features, in_features),
+            Box((0, start), (out_features, size)),
+            "normal",
+            std=settings.output_std,
+        )
         self.bias = None
-        if bias:
-            whole = Box.whole((out_features,))
-            spec = ParameterSpec(
-                (out_features,),
-                whole,
-                False,
-                "zeros",
-                weight_decay=False,
-                sequence_partial=self.sequence_parallel,
-            )
-            self.bias = make_parameter((out_features,), spec, dtype, context.device)
+        if settings.bias:
+            self.bias = settings.replicated((out_features,), "zeros", on_part=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, h/t] -> [s, b, f] (or [s/t, b, f] under sequence parallelism), without the bias."""

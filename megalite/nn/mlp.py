@@ -1,14 +1,11 @@
 """The MLP of a block: GELU (Hendrycks and Gimpel 2016) or SwiGLU (Shazeer 2020)."""
 
-import math
-
 import torch
 from torch import nn
 
 from megalite.kernels.activation import bias_gelu, swiglu
-from megalite.nn.config import ModelConfig
 from megalite.nn.linear import ColumnParallelLinear, RowParallelLinear
-from megalite.parallel.context import ParallelContext
+from megalite.nn.settings import LayerSettings
 
 
 def gelu(x: torch.Tensor, form: str) -> torch.Tensor:
@@ -19,25 +16,16 @@ def gelu(x: torch.Tensor, form: str) -> torch.Tensor:
 class MLP(nn.Module):
     """down(gelu(up(x))), or down(silu(gate) * up) with gate and up as one weight [2, f, h]; f split over ranks."""
 
-    def __init__(
-        self, model: ModelConfig, context: ParallelContext, dtype, sequence_parallel: bool
-    ):
+    def __init__(self, settings: LayerSettings):
         super().__init__()
-        self.swiglu, self.gelu = model.swiglu, model.gelu
-        features, split_dim = ((2, model.ffn), 1) if model.swiglu else ((model.ffn,), 0)
-        std, bias = model.init_method_std, not model.disable_bias_linear
-        self.up = ColumnParallelLinear(
-            model.hidden_size, features, split_dim, std, bias, context, dtype, sequence_parallel
-        )
-        self.down = RowParallelLinear(
-            model.ffn,
-            model.hidden_size,
-            std / math.sqrt(2 * model.num_layers),
-            bias,
-            context,
-            dtype,
-            sequence_parallel,
-        )
+        model = settings.model
+        self.swiglu = model.swiglu
+        self.gelu = model.gelu
+        if model.swiglu:
+            self.up = ColumnParallelLinear(settings, model.hidden_size, (2, model.ffn), split_dim=1)
+        else:
+            self.up = ColumnParallelLinear(settings, model.hidden_size, (model.ffn,))
+        self.down = RowParallelLinear(settings, model.ffn, model.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, h] -> [s, b, h], without the bias of the down projection."""

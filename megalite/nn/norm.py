@@ -4,34 +4,27 @@ import torch
 from torch import nn
 
 from megalite.kernels.norm import rms_norm
-from megalite.nn.config import ModelConfig
-from megalite.nn.parameter import ParameterSpec, make_parameter
-from megalite.parallel.boxes import Box
-from megalite.parallel.context import ParallelContext
+from megalite.nn.settings import LayerSettings
 
 
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dim, with weight [h] and, for LayerNorm, bias [h].
 
-    Every tensor-parallel rank holds all of it; under sequence parallelism each sees its part of the sequence only.
+    Every tensor-parallel rank holds all of it.
+
+    Args:
+        settings: what all layers share.
+        on_part: whether it sees this rank's part of the sequence only, under sequence parallelism.
     """
 
-    def __init__(
-        self, model: ModelConfig, context: ParallelContext, dtype, sequence_parallel: bool
-    ):
+    def __init__(self, settings: LayerSettings, on_part: bool = True):
         super().__init__()
-        self.epsilon = model.norm_epsilon
-        shape = (model.hidden_size,)
-
-        def parameter(init):
-            partial = sequence_parallel and context.tensor.size > 1
-            spec = ParameterSpec(
-                shape, Box.whole(shape), False, init, weight_decay=False, sequence_partial=partial
-            )
-            return make_parameter(shape, spec, dtype, context.device)
-
-        self.weight = parameter("ones")
-        self.bias = parameter("zeros") if model.normalization == "LayerNorm" else None
+        shape = (settings.model.hidden_size,)
+        self.epsilon = settings.model.norm_epsilon
+        self.weight = settings.replicated(shape, "ones", on_part=on_part)
+        self.bias = None
+        if settings.model.normalization == "LayerNorm":
+            self.bias = settings.replicated(shape, "zeros", on_part=on_part)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, h] -> [s, b, h]."""

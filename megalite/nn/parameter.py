@@ -1,5 +1,6 @@
-"""Parameters that know which box of which global tensor they are."""
+"""Parameters that know which box of which global tensor they are, and who else holds it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,9 +8,9 @@ import torch
 from megalite.parallel.boxes import Box
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParameterSpec:
-    """What a parameter is in the whole model. `parameter.spec` on every parameter of a megalite module.
+    """What a parameter is in the whole model: `parameter.spec` on every parameter of a megalite module.
 
     The tensor may be larger than the box (rows of vocabulary padding at the end); `real` gives the part that counts.
     """
@@ -18,18 +19,18 @@ class ParameterSpec:
     """Shape in the whole model, the same in every layout."""
     box: Box
     """The part that this rank holds."""
-    tensor_sharded: bool
-    """False: every tensor-parallel rank holds the same values."""
+    sharded: tuple[str, ...] = ("pipeline",)
+    """Axes along which ranks hold different values. Along every other axis they hold the same: data replicas always,
+    tensor-parallel ranks of a norm, and first and last stage of a tied embedding, which is not sharded over
+    "pipeline"."""
+    partial: tuple[str, ...] = ()
+    """Axes, beside the data axis, over which gradients must be summed, since each rank sees a part of the sequence."""
     init: str
     """"normal", "zeros" or "ones"."""
     std: float = 0.0
     """Standard deviation for "normal"."""
     weight_decay: bool = True
     """False for biases and norms."""
-    sequence_partial: bool = False
-    """Under sequence parallelism each rank's gradient covers its part of the sequence: summed over tensor ranks."""
-    tied_copy: bool = False
-    """The last stage's copy of the word embedding: trained, but neither counted in the norm nor stored."""
     name: str = ""
     """Global name, `layers.17.attention.qkv.weight`: set by `name_parameters`."""
 
@@ -37,9 +38,18 @@ class ParameterSpec:
         """The view of a tensor of the parameter's local shape that holds the box, padding left out."""
         return tensor[tuple(slice(0, n) for n in self.box.shape)]
 
+    def is_primary(self, coordinates: Mapping[str, int]) -> bool:
+        """Whether the rank at these coordinates is the primary owner: of all that hold the same values, the one that
+        counts them in a norm and a number of parameters, and writes them to a checkpoint.
+
+        It is the first along every axis that the parameter is not sharded over. An axis that is left out of
+        `coordinates` is not looked at.
+        """
+        return all(index == 0 for axis, index in coordinates.items() if axis not in self.sharded)
+
 
 def make_parameter(
-    local_shape, spec: ParameterSpec, dtype: torch.dtype, device: torch.device
+    local_shape: tuple[int, ...], spec: ParameterSpec, dtype: torch.dtype, device: torch.device
 ) -> torch.nn.Parameter:
     """A zero-filled parameter with its spec attached; `init.initialize` fills it once it has its name."""
     parameter = torch.nn.Parameter(torch.zeros(local_shape, dtype=dtype, device=device))
@@ -48,7 +58,7 @@ def make_parameter(
 
 
 def name_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Write each parameter's global name into its spec and return parameters by name.
+    """Write each parameter's global name into its spec and return the parameters by name.
 
     Module paths are global names already: layers are kept under their number in the whole model.
     """

@@ -2,6 +2,7 @@
 
 import torch
 
+from megalite.nn.weight_gradient import WeightGradients
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import ParallelContext
 
@@ -9,32 +10,34 @@ from megalite.parallel.context import ParallelContext
 class GradientBuffer:
     """A flat buffer, fp32 (fp64 for fp64 models), of which every parameter's `main_grad` is a view.
 
-    Linear layers add their weight gradients to `main_grad` themselves (see nn.linear); for all others a hook moves what
-    autograd produced. Parameters whose gradients are summed over tensor ranks come first, so that one all-reduce of a
-    slice does it.
+    Parameters whose gradients are summed over the same axes lie together, so that one all-reduce of a slice sums them.
+
+    Args:
+        parameters: of one model, by global name.
+        context: of this rank.
     """
 
-    def __init__(
-        self,
-        parameters: dict[str, torch.nn.Parameter],
-        context: ParallelContext,
-        tied: str | None = None,
-    ):
-        """`tied` names the parameter that first and last stage hold copies of, if there is one."""
-        self.context, self.tied = context, tied
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], context: ParallelContext):
+        self.context = context
+        # Partial gradients first: longest set of axes first, otherwise in the order of the model.
         self.parameters = dict(
-            sorted(parameters.items(), key=lambda item: not item[1].spec.sequence_partial)
+            sorted(parameters.items(), key=lambda item: -len(item[1].spec.partial))
         )
-        dtypes = {p.dtype for p in parameters.values()}
+        dtypes = {parameter.dtype for parameter in parameters.values()}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        total = sum(p.numel() for p in parameters.values())
+        total = sum(parameter.numel() for parameter in parameters.values())
         self.flat = torch.zeros(total, dtype=dtype, device=context.device)
-        start, self._partial = 0, 0
+        self.weight_gradients = WeightGradients()
+        self._partial: dict[tuple[str, ...], slice] = {}
+        start = 0
         for parameter in self.parameters.values():
-            parameter.main_grad = self.flat[start : start + parameter.numel()].view(parameter.shape)
-            parameter.register_post_accumulate_grad_hook(_move_to_main_grad)
-            start += parameter.numel()
-            self._partial += parameter.numel() if parameter.spec.sequence_partial else 0
+            stop = start + parameter.numel()
+            self.weight_gradients.attach(parameter, self.flat[start:stop].view(parameter.shape))
+            axes = parameter.spec.partial
+            if axes:
+                first = self._partial[axes].start if axes in self._partial else start
+                self._partial[axes] = slice(first, stop)
+            start = stop
 
     def zero(self) -> None:
         """Forget all gradients, before the first backward of a step."""
@@ -43,22 +46,25 @@ class GradientBuffer:
     def reduce(self) -> None:
         """Sum what ranks hold parts of, after the last backward of a step. Collective over all ranks.
 
-        Over tensor ranks: gradients that each computed from its part of the sequence. Over first and last stage: the
-        two copies of a tied embedding. Over data ranks: everything, in one all-reduce.
+        Over the axes that a parameter's gradient is partial over: what each rank computed from its part of the
+        sequence. Over first and last stage: the two copies of a tied embedding. Over data ranks: everything, in one
+        all-reduce.
         """
-        context = self.context
-        if self._partial:
-            all_reduce(self.flat[: self._partial], context.tensor)
-        if self.tied is not None and context.embedding is not None:
-            all_reduce(self.parameters[self.tied].main_grad, context.embedding)
-        all_reduce(self.flat, context.data)
+        for axes, part in self._partial.items():
+            all_reduce(self.flat[part], self.context.group(*axes))
+        if self.context.embedding is not None:
+            for parameter in self.parameters.values():
+                if "pipeline" not in parameter.spec.sharded:
+                    all_reduce(parameter.main_grad, self.context.embedding)
+        all_reduce(self.flat, self.context.data)
 
     def norm(self) -> float:
         """Global L2 norm of the whole model's gradient, each parameter counted once; the same on every rank."""
-        me = self.context.tensor.rank
+        # Every data replica holds the whole sum of the gradients: each computes the norm for itself.
+        position = self.context.coordinates | {"data": 0}
         squares = torch.zeros((), dtype=torch.float64, device=self.flat.device)
         for parameter in self.parameters.values():
-            if (parameter.spec.tensor_sharded or me == 0) and not parameter.spec.tied_copy:
+            if parameter.spec.is_primary(position):
                 squares += torch.linalg.vector_norm(parameter.main_grad).double() ** 2
         all_reduce(squares, self.context.tensor)
         all_reduce(squares, self.context.pipeline)
@@ -70,9 +76,3 @@ class GradientBuffer:
             scale = max_norm / (norm + 1e-6)
             if scale < 1:
                 self.flat.mul_(scale)
-
-
-def _move_to_main_grad(parameter: torch.nn.Parameter) -> None:
-    if parameter.grad is not None:  # None: the layer has added it to main_grad itself
-        parameter.main_grad.add_(parameter.grad)
-        parameter.grad = None

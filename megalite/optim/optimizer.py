@@ -27,10 +27,9 @@ class Optimizer:
         context: ParallelContext,
         config: OptimizerConfig,
         train_iters: int,
-        tied: str | None = None,
     ):
         self.config, self.train_iters, self.parameters = config, train_iters, parameters
-        self.gradients = GradientBuffer(parameters, context, tied)
+        self.gradients = GradientBuffer(parameters, context)
         self.keeps_master = any(p.dtype == torch.bfloat16 for p in parameters.values())
         self.master = {
             name: p.detach().float() if self.keeps_master else p.detach()

@@ -1,9 +1,10 @@
 """ParallelContext: this process's groups, place and device. Passed to whoever needs it; nothing is global."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from megalite.parallel.activity import Activity
 from megalite.parallel.agreement import compare_facts
 from megalite.parallel.collectives import Group
 from megalite.parallel.launch import LaunchInfo
-from megalite.parallel.layout import AXES, Coordinates, ParallelLayout
+from megalite.parallel.layout import ParallelLayout
 
 PATIENCE_HOURS = 2
 """Ranks that wait for the slowest disk wait longer than a collective may take: a checkpoint must not time out."""
@@ -43,66 +44,81 @@ def choose_device(wanted: str, launch: LaunchInfo) -> tuple[torch.device, str]:
     return torch.device("cpu"), found
 
 
+NEEDED_GROUPS = (("tensor",), ("data",), ("pipeline",))
+"""The sets of axes that something communicates over. Only their groups are made: a group costs memory, connections
+and, on GPUs, a communicator."""
+
+
+class _GroupFactory:
+    """Makes the groups of one rank while all ranks make theirs, in the same order."""
+
+    def __init__(self, layout: ParallelLayout, rank: int, device: torch.device, timeout: timedelta):
+        self.rank = rank
+        self.timeout = timeout
+        self.activity = Activity()
+        everyone = range(layout.world_size)
+        self.world = Group(everyone, rank, dist.group.WORLD, "world", self.activity)
+        # With gloo a rank takes part in its own groups only, so the time does not grow with the world. NCCL splits
+        # the world's communicator, and every rank must take part in every split.
+        self._members_only = device.type == "cpu"
+        self._handles = {tuple(everyone): dist.group.WORLD}
+
+    def make(
+        self, name: str, own: Sequence[int] | None, of_all: Callable[[], Sequence[Sequence[int]]]
+    ) -> Group | None:
+        """The group of the ranks `own`, which this rank belongs to; None for None. Collective over the world.
+
+        of_all: the groups of this kind of all ranks. Groups of the same ranks share one of torch's, as where one axis
+        spans the world.
+        """
+        mine = [] if own is None else [own]
+        for ranks in mine if self._members_only else of_all():
+            if tuple(ranks) not in self._handles:
+                self._handles[tuple(ranks)] = self._new(ranks, name, self.timeout)
+        if own is None:
+            return None
+        return Group(own, own.index(self.rank), self._handles[tuple(own)], name, self.activity)
+
+    def make_control(self) -> Group:
+        """The group of all ranks for small objects: on gloo, and with a timeout for the slowest of disks."""
+        handle = self._new(self.world.ranks, "control", timedelta(hours=PATIENCE_HOURS), "gloo")
+        return replace(self.world, handle=handle, name="control", patient=True)
+
+    def _new(
+        self, ranks: Sequence[int], name: str, timeout: timedelta, backend: str | None = None
+    ) -> dist.ProcessGroup:
+        return dist.new_group(
+            list(ranks),
+            timeout,
+            backend=backend,
+            group_desc=name,
+            use_local_synchronization=self._members_only,
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class ParallelContext:
-    """The groups this rank belongs to. Make it with `single` or `create`."""
+    """This rank's position, groups and device. Make one with `single` or `create`."""
 
     layout: ParallelLayout
-    coordinates: Coordinates
     device: torch.device
     world: Group
-    tensor: Group
-    data: Group
-    pipeline: Group
     control: Group
-    """All ranks, for small objects and for waiting on each other's files: gloo, and patient."""
-    embedding: Group | None
+    """All ranks, for small objects and for waiting on each other's files: on gloo, with a long timeout."""
+    groups: Mapping[tuple[str, ...], Group] = field(default_factory=dict)
+    """The groups of more than one rank, by the axes they span; `group` looks them up."""
+    embedding: Group | None = None
     """First and last stage of this pipeline, on those two only; None elsewhere and with one stage."""
     activity: Activity = field(default_factory=Activity)
-    """What this rank is doing: all its groups note it there."""
+    """What this rank is doing: all its groups record their calls there."""
     store: Any = field(default_factory=dist.HashStore)
-    """torch's key-value store that all ranks share; here for what must work while collectives do not."""
-
-    @property
-    def rank(self) -> int:
-        """Global rank."""
-        return self.world.rank
-
-    @property
-    def host(self) -> str:
-        """Name of the machine."""
-        return os.uname().nodename
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.world.size
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
-        return self.coordinates.pipeline == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank holds the output layer and computes the loss."""
-        return self.coordinates.pipeline == self.layout.pipeline - 1
+    """torch's key-value store that all ranks share, for what must work while collectives do not."""
 
     @classmethod
     def single(cls, device: str | torch.device = "cpu") -> "ParallelContext":
         """A context of one rank, without any process group."""
         alone = Group((0,), 0)
-        return cls(
-            ParallelLayout(),
-            Coordinates(0, 0, 0),
-            torch.device(device),
-            alone,
-            alone,
-            alone,
-            alone,
-            alone,
-            None,
-        )
+        return cls(layout=ParallelLayout(), device=torch.device(device), world=alone, control=alone)
 
     @classmethod
     def create(
@@ -114,29 +130,33 @@ class ParallelContext:
         timeout_minutes: float = 10.0,
         facts: Mapping[str, Any] | None = None,
     ) -> "ParallelContext":
-        """Meet the other ranks and make all groups. Collective over the world; every rank passes the same layout.
+        """Meet the other ranks and make the groups. Collective over the world; every rank passes the same layout.
 
         facts: what must be the same on every rank, compared before any group is made. Raises ValueError when the
         layout's world size is not the launcher's, RanksDiffer when the facts differ.
         """
         if layout.world_size != launch.world_size:
             raise ValueError(
-                f"layout {layout} has {layout.world_size} ranks; the launcher started {launch.world_size}"
+                f"layout {layout} has {layout.world_size} ranks; "
+                f"the launcher started {launch.world_size}"
             )
         device = torch.device(device)
         if layout.world_size == 1:
             return cls.single(device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+
+        # Meet in the store, and see that all ranks were started alike.
         timeout = timedelta(minutes=timeout_minutes)
         store, _, _ = next(
             dist.rendezvous(launch.init_method, launch.rank, launch.world_size, timeout=timeout)
         )
         store.set_timeout(timeout)
         store = dist.PrefixStore(launch.incarnation, store)
-        own = dist.PrefixStore("megalite", store)
+        own_store = dist.PrefixStore("megalite", store)
         if facts is not None:
-            compare_facts(own, launch.rank, launch.world_size, facts)
+            compare_facts(own_store, launch.rank, launch.world_size, facts)
+
         dist.init_process_group(
             backend,
             store=store,
@@ -147,33 +167,79 @@ class ParallelContext:
             # something to send, would be too late.
             device_id=device if device.type == "cuda" else None,
         )
-
-        activity = Activity()
-
-        def mine(groups, name, timeout=timeout, backend=None):
-            """new_group is collective: every rank makes every group, in the same order, and keeps its own."""
-            found = None
-            for ranks in groups:
-                alone = len(ranks) == 1
-                handle = (
-                    None
-                    if alone
-                    else dist.new_group(list(ranks), timeout, backend=backend, group_desc=name)
+        factory = _GroupFactory(layout, launch.rank, device, timeout)
+        groups = {}
+        for axes in map(layout.canonical, NEEDED_GROUPS):
+            if axes:
+                groups[axes] = factory.make(
+                    " x ".join(axes),
+                    layout.group_of(launch.rank, *axes),
+                    partial(layout.groups, *axes),
                 )
-                if launch.rank in ranks:
-                    found = Group(
-                        ranks, ranks.index(launch.rank), handle, name, activity, name == "control"
-                    )
-            return found
+        control = factory.make_control()
+        # Last, since only some ranks have one: torch names groups by how many a rank has made before.
+        embedding = factory.make(
+            "embedding", layout.embedding_group(launch.rank), layout.embedding_groups
+        )
+        return cls(
+            layout=layout,
+            device=device,
+            world=factory.world,
+            control=control,
+            groups=groups,
+            embedding=embedding,
+            activity=factory.activity,
+            store=own_store,
+        )
 
-        everyone = range(layout.world_size)
-        axes = {axis: mine(layout.groups(axis), axis) for axis in AXES}
-        embedding = mine(layout.embedding_groups(), "embedding")
-        control = mine([everyone], "control", timedelta(hours=PATIENCE_HOURS), "gloo")
-        world = Group(everyone, launch.rank, dist.group.WORLD, "world", activity)
-        here = layout.coordinates(launch.rank)
-        more = dict(control=control, embedding=embedding, activity=activity, store=own)
-        return cls(layout, here, device, world, **axes, **more)
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return self.world.ranks[self.world.rank]
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.world.size
+
+    @property
+    def host(self) -> str:
+        """Name of the machine."""
+        return os.uname().nodename
+
+    @property
+    def coordinates(self) -> dict[str, int]:
+        """This rank's position along every axis."""
+        return self.layout.coordinates(self.rank)
+
+    def group(self, *axes: str) -> Group:
+        """The ranks that differ from this one along these axes only.
+
+        Raises ValueError for an unknown axis, and for a set of axes that is not among NEEDED_GROUPS.
+        """
+        spanned = self.layout.canonical(axes)
+        if not spanned:
+            return Group((self.rank,), 0)
+        if spanned not in self.groups:
+            raise ValueError(
+                f"no group over {' x '.join(spanned)} was made: add it to context.NEEDED_GROUPS"
+            )
+        return self.groups[spanned]
+
+    @cached_property
+    def tensor(self) -> Group:
+        """The ranks that share each layer's weights with this one."""
+        return self.group("tensor")
+
+    @cached_property
+    def data(self) -> Group:
+        """The ranks that hold the same weights and train on other samples."""
+        return self.group("data")
+
+    @cached_property
+    def pipeline(self) -> Group:
+        """The ranks that hold the other layers of this replica."""
+        return self.group("pipeline")
 
     def destroy(self) -> None:
         """Leave all groups. The context is of no use afterwards."""

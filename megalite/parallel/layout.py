@@ -1,86 +1,151 @@
-"""The arithmetic of ranks: which rank is which part of the model. Pure, no torch.
+"""The arithmetic of ranks: which rank holds which shard of the model. Pure, no torch.
 
-The only place that turns ranks into coordinates and back. Order, fastest first: tensor, data, pipeline, so that
-tensor-parallel neighbours, which talk the most, share a node.
+Nothing else turns ranks into coordinates and back, or knows which ranks form a group.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-
-AXES = ("pipeline", "data", "tensor")
-
-
-class Coordinates(NamedTuple):
-    """A rank's place: its pipeline stage, data-parallel replica and tensor-parallel part, each from 0."""
-
-    pipeline: int
-    data: int
-    tensor: int
+from itertools import product
+from math import prod
+from typing import ClassVar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """Sizes of the three axes. `rank = tensor + T * (data + D * pipeline)`."""
+    """The size of every parallel axis.
+
+    Ranks are numbered with the first of `axes` running fastest, so tensor-parallel neighbours, which communicate
+    most, share a node: `rank = tensor + T * (data + D * pipeline)`. A further axis is one more name in `axes` and
+    one more field.
+    """
+
+    axes: ClassVar[tuple[str, ...]] = ("tensor", "data", "pipeline")
+    """Names of the axes, fastest first."""
 
     tensor: int = 1
-    pipeline: int = 1
+    """Ranks that share the weights of each layer, T."""
     data: int = 1
+    """Replicas that each train on their own samples, D."""
+    pipeline: int = 1
+    """Ranks that the layers are divided over, P."""
 
     def __post_init__(self):
-        bad = {axis: getattr(self, axis) for axis in AXES if getattr(self, axis) < 1}
+        bad = {axis: size for axis, size in self.sizes.items() if size < 1}
         if bad:
             raise ValueError(f"axis sizes must be at least 1, not {bad}")
 
     @classmethod
-    def for_world(cls, world_size: int, tensor: int = 1, pipeline: int = 1) -> "ParallelLayout":
-        """The layout whose data axis takes all that tensor and pipeline leave. Raises ValueError if nothing fits."""
-        if tensor < 1 or pipeline < 1 or world_size < 1:
-            raise ValueError(
-                f"sizes must be at least 1, not world {world_size}, tensor {tensor}, pipeline {pipeline}"
-            )
-        if world_size % (tensor * pipeline):
-            raise ValueError(
-                f"{world_size} ranks cannot be divided into tensor {tensor} x pipeline {pipeline}"
-            )
-        return cls(tensor, pipeline, world_size // (tensor * pipeline))
+    def for_world(cls, world_size: int, **sizes: int) -> "ParallelLayout":
+        """The layout whose data axis takes the ranks that the given axes leave.
+
+        Raises ValueError when a size is below 1 or the axes do not divide the world.
+        """
+        given = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+        if world_size < 1 or min(sizes.values(), default=1) < 1:
+            raise ValueError(f"sizes must be at least 1, not world {world_size}, {given}")
+        taken = prod(sizes.values())
+        if world_size % taken:
+            shape = given.replace(", ", " x ")
+            raise ValueError(f"{world_size} ranks cannot be divided into {shape}")
+        return cls(data=world_size // taken, **sizes)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of every axis by name, fastest first."""
+        return {axis: getattr(self, axis) for axis in self.axes}
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.tensor * self.pipeline * self.data
+        return prod(self.sizes.values())
 
-    def coordinates(self, rank: int) -> Coordinates:
-        """Where `rank` stands. Raises ValueError outside 0 .. world_size - 1."""
+    @property
+    def strides(self) -> dict[str, int]:
+        """By how much the rank grows with one step along each axis."""
+        strides = {}
+        stride = 1
+        for axis, size in self.sizes.items():
+            strides[axis] = stride
+            stride *= size
+        return strides
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """The position of a rank along every axis, each from 0.
+
+        Raises ValueError outside 0 .. world_size - 1.
+        """
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside this layout of {self.world_size} ranks")
-        rest, tensor = divmod(rank, self.tensor)
-        pipeline, data = divmod(rest, self.data)
-        return Coordinates(pipeline, data, tensor)
+        strides = self.strides
+        return {axis: rank // strides[axis] % size for axis, size in self.sizes.items()}
 
-    def rank_of(self, pipeline: int = 0, data: int = 0, tensor: int = 0) -> int:
-        """The rank at these coordinates. Raises ValueError outside the layout."""
-        at = Coordinates(pipeline, data, tensor)
-        if not all(0 <= getattr(at, axis) < getattr(self, axis) for axis in AXES):
-            raise ValueError(f"{at} is outside the layout {self}")
-        return tensor + self.tensor * (data + self.data * pipeline)
+    def rank_of(self, **coordinates: int) -> int:
+        """The rank at these coordinates; an axis that is not given counts as 0.
 
-    def groups(self, axis: str) -> list[range]:
-        """All groups along an axis: each the ranks that differ in this coordinate only, in its order.
-
-        Raises ValueError for an axis that is not one of AXES.
+        Raises ValueError outside the layout or for an unknown axis.
         """
-        if axis not in AXES:
-            raise ValueError(f"no axis {axis!r}; there are {', '.join(AXES)}")
-        stride = {"tensor": 1, "data": self.tensor, "pipeline": self.tensor * self.data}[axis]
-        span = getattr(self, axis) * stride
-        firsts = [r for r in range(self.world_size) if getattr(self.coordinates(r), axis) == 0]
-        return [range(first, first + span, stride) for first in firsts]
+        self._check_axes(coordinates)
+        for axis, index in coordinates.items():
+            if not 0 <= index < getattr(self, axis):
+                raise ValueError(f"{axis} {index} is outside the layout {self}")
+        strides = self.strides
+        return sum(index * strides[axis] for axis, index in coordinates.items())
 
-    def embedding_groups(self) -> list[tuple[int, ...]]:
-        """Pairs of first and last stage, which hold copies of a tied embedding; empty with one stage."""
-        if self.pipeline == 1:
-            return []
-        return [(ranks[0], ranks[-1]) for ranks in self.groups("pipeline")]
+    def canonical(self, axes: Sequence[str]) -> tuple[str, ...]:
+        """The axes of more than one rank among `axes`, in the order of the layout.
+
+        Two sets of axes with the same canonical form have the same groups. Raises ValueError for an unknown axis.
+        """
+        self._check_axes(axes)
+        return tuple(axis for axis in self.axes if axis in axes and getattr(self, axis) > 1)
+
+    def group_of(self, rank: int, *axes: str) -> Sequence[int]:
+        """The ranks that differ from `rank` along these axes only, ascending: a range where they are evenly spaced.
+
+        Raises ValueError for an unknown axis or a rank outside the layout.
+        """
+        spanned = self.canonical(axes)
+        strides = self.strides
+        position = self.coordinates(rank)
+        first = rank - sum(position[axis] * strides[axis] for axis in spanned)
+        # The slowest axis comes first in the product, so the offsets ascend.
+        steps = [range(0, getattr(self, axis) * strides[axis], strides[axis]) for axis in spanned]
+        ranks = [first + sum(offsets) for offsets in product(*reversed(steps))]
+        return _as_range(ranks)
+
+    def groups(self, *axes: str) -> list[Sequence[int]]:
+        """Every group along these axes, as `group_of` gives them, by their lowest rank."""
+        firsts = [rank for rank in range(self.world_size) if self.group_of(rank, *axes)[0] == rank]
+        return [self.group_of(first, *axes) for first in firsts]
+
+    def embedding_group(self, rank: int) -> tuple[int, int] | None:
+        """The first and the last rank of a rank's pipeline, which hold copies of a tied embedding.
+
+        None for the ranks between them and with one stage.
+        """
+        ranks = self.group_of(rank, "pipeline")
+        if len(ranks) == 1 or rank not in (ranks[0], ranks[-1]):
+            return None
+        return ranks[0], ranks[-1]
+
+    def embedding_groups(self) -> list[tuple[int, int]]:
+        """Every group that `embedding_group` gives, by its lowest rank."""
+        found = [self.embedding_group(rank) for rank in range(self.world_size)]
+        return sorted({group for group in found if group is not None})
+
+    def _check_axes(self, axes: Sequence[str] | Mapping[str, int]) -> None:
+        for axis in axes:
+            if axis not in self.axes:
+                raise ValueError(f"no axis {axis!r}; there are {', '.join(self.axes)}")
 
     def __str__(self) -> str:
         return f"dp={self.data} x tp={self.tensor} x pp={self.pipeline}"
+
+
+def _as_range(ranks: list[int]) -> Sequence[int]:
+    """Ascending ranks as a range where they are evenly spaced: a group of any size then has a short description."""
+    if len(ranks) == 1:
+        return range(ranks[0], ranks[0] + 1)
+    step = ranks[1] - ranks[0]
+    spaced = range(ranks[0], ranks[-1] + 1, step)
+    return spaced if list(spaced) == ranks else tuple(ranks)

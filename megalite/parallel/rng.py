@@ -33,9 +33,9 @@ class RngTracker:
         Its data-parallel replicas share both, and so drop the same elements of different samples; here replica 0 keeps
         the rule and the others add a large prime each.
         """
-        at = context.coordinates
-        base = seed + 100 * at.pipeline + 1_000_003 * at.data
-        return cls({REPLICATED: base, TENSOR: base + 2718 + at.tensor}, context.device)
+        position = context.coordinates
+        base = seed + 100 * position["pipeline"] + 1_000_003 * position["data"]
+        return cls({REPLICATED: base, TENSOR: base + 2718 + position["tensor"]}, context.device)
 
     def __getitem__(self, name: str) -> torch.Generator:
         return self._generators[name]

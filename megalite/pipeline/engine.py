@@ -136,10 +136,10 @@ class PipelineEngine:
     def _forward(self, run: _Run, action: Action) -> None:
         i, key = action.microbatch, tuple(action)
         kept = _InFlight()
-        if not self.context.is_first_stage:
+        if not self.stage.is_first:
             kept.received = run.incoming.pop(key).requires_grad_(torch.is_grad_enabled())
         output = self.stage(kept.received, run.microbatches[i])
-        if self.context.is_last_stage:
+        if self.stage.is_last:
             if output.shape != run.loss_weights.shape:
                 shapes = f"{tuple(output.shape)}, the weights {tuple(run.loss_weights.shape)}"
                 raise ValueError(
@@ -167,7 +167,7 @@ class PipelineEngine:
 
     def _backward(self, run: _Run, action: Action) -> None:
         kept = run.in_flight.pop(action.microbatch)
-        if self.context.is_last_stage:
+        if self.stage.is_last:
             torch.autograd.backward(kept.output)
         else:
             torch.autograd.backward((kept.output,), (run.incoming.pop(tuple(action)),))

@@ -32,7 +32,7 @@ class GlobalBatches:
         """
         batches = self._microbatches(consumed, self._arrays.get(consumed, then))
         counts = self.counts(batches)
-        if not self.context.is_last_stage:
+        if not self.model.is_last:
             return batches, counts
         all_reduce(counts, self.context.data)
         if not counts.any():
@@ -53,7 +53,7 @@ class GlobalBatches:
         counts = torch.zeros(
             len(self.model.loss_names), dtype=torch.float64, device=self.context.device
         )
-        for batch in batches if self.context.is_last_stage else []:
+        for batch in batches if self.model.is_last else []:
             counts += self.model.loss_counts(batch)
         return counts
 
@@ -85,7 +85,7 @@ def build_batches(config: RunConfig, dataset, model, eod: int | None = None) -> 
     when there is none.
     """
     data, context = config.data, model.context
-    share = dataset, data.micro_batch_size, context.layout.data, context.coordinates.data
+    share = dataset, data.micro_batch_size, context.data.size, context.data.rank
     if config.is_bert:
         return GlobalBatches(BertLoader(*share), model, data.global_batch_size)
     if eod is None and data.eod_matters:

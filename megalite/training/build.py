@@ -12,6 +12,7 @@ from megalite.kernels import native
 from megalite.models.bert import Bert
 from megalite.models.gpt import GPT
 from megalite.models.stage import Stage
+from megalite.nn.settings import LayerSettings
 from megalite.optim.optimizer import Optimizer
 from megalite.parallel.context import DeviceError, ParallelContext, choose_device
 from megalite.parallel.launch import LaunchInfo
@@ -19,8 +20,6 @@ from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rng import CounterBasedRng, Rng, RngTracker
 from megalite.pipeline.engine import PipelineEngine
 from megalite.pipeline.partition import layers_of_stages
-
-TIED_WEIGHT = "embedding.word_embeddings.weight"
 
 
 def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContext, str]:
@@ -32,8 +31,8 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
     parallel = config.parallel
     layout = ParallelLayout.for_world(
         launch.world_size,
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
     )
     device, why = choose_device(parallel.device, launch)
     backend = parallel.distributed_backend
@@ -80,20 +79,20 @@ class TrainingComponents:
 
 def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stage:
     """This rank's stage of the model, a GPT or a BERT, with its initial weights."""
-    layers = layers_of_stages(config.model, context.pipeline.size, config.predicted)[
-        context.pipeline.rank
-    ]
-    arguments = (
+    layers = layers_of_stages(config.model, context.pipeline.size, config.predicted)
+    settings = LayerSettings(
         config.model,
         context,
         rng,
-        layers,
-        getattr(torch, config.optimizer.dtype),
-        config.parallel.sequence_parallel,
-        config.recompute,
-        config.training.seed,
+        dtype=getattr(torch, config.optimizer.dtype),
+        sequence_parallel=config.parallel.sequence_parallel,
+        recompute=config.recompute,
     )
-    return Bert(*arguments, pair=config.pair_head) if config.is_bert else GPT(*arguments)
+    own_layers = layers[context.pipeline.rank]
+    seed = config.training.seed
+    if config.is_bert:
+        return Bert(settings, own_layers, seed, pair=config.pair_head)
+    return GPT(settings, own_layers, seed)
 
 
 def build_components(
@@ -110,8 +109,7 @@ def build_components(
     engine = PipelineEngine(
         model, context, config.data.micro_batch_size, config.parallel.pipeline_schedule
     )
-    tied = TIED_WEIGHT if config.model.tied else None
     optimizer = Optimizer(
-        model.parameters_by_name, context, config.optimizer, config.training.train_iters, tied
+        model.parameters_by_name, context, config.optimizer, config.training.train_iters
     )
     return TrainingComponents(model, rng, engine, optimizer)

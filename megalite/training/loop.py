@@ -140,7 +140,7 @@ class Trainer:
         ranks all hold the same."""
         return (
             values.tolist()
-            if self.context.is_last_stage and self.context.tensor.rank == 0
+            if self.parts.model.is_last and self.context.tensor.rank == 0
             else [0.0] * len(values)
         )
 

@@ -264,17 +264,17 @@ def _starting_point(
 
 def _model_line(parts: TrainingComponents, context: ParallelContext) -> str:
     """Parameters of the whole model and of each stage; collective over the world."""
-    held = sum(
-        p.spec.box.numel
-        for p in parts.model.parameters()
-        if p.spec.tensor_sharded or context.tensor.rank == 0
-    )
-    copies = sum(p.spec.box.numel for p in parts.model.parameters() if p.spec.tied_copy)
-    ranks = gather_objects((context.coordinates, held, copies), context.control)
+    position = context.coordinates
+    # A stage's own count has its copy of a tied embedding, the total has not: it is primary on the first stage alone.
+    in_stage = {axis: index for axis, index in position.items() if axis != "pipeline"}
+    specs = [parameter.spec for parameter in parts.model.parameters()]
+    counted = sum(spec.box.numel for spec in specs if spec.is_primary(position))
+    in_its_stage = sum(spec.box.numel for spec in specs if spec.is_primary(in_stage))
+    ranks = gather_objects((position["pipeline"], counted, in_its_stage), context.control)
+    total = sum(counted for _, counted, _ in ranks)
     stages = [0] * context.pipeline.size
-    for at, count, _ in ranks:
-        stages[at.pipeline] += count if at.data == 0 else 0
-    total = sum(stages) - sum(copy for at, _, copy in ranks if at.data == 0)
+    for stage, _, held in ranks:
+        stages[stage] += held
     by_stage = ", ".join(f"{count:,}" for count in stages)
     return f"{total:,} parameters" + (f"; by stage {by_stage}" if context.pipeline.size > 1 else "")
 
@@ -315,21 +315,21 @@ def _dry_run(
     for rank, told in enumerate(ranks):
         at = context.layout.coordinates(rank)
         say(
-            f"rank {rank} (stage {at.pipeline}, data {at.data}, tensor {at.tensor}): layers {told['layers']}, "
+            f"rank {rank} (stage {at['pipeline']}, data {at['data']}, tensor {at['tensor']}): layers {told['layers']}, "
             f"peak {kind} {told['peak'] / 2**20:,.0f} MiB"
             + (
                 f", sends {told['passes on']} to the next stage"
-                if at.pipeline < context.pipeline.size - 1
+                if at["pipeline"] < context.pipeline.size - 1
                 else ""
             )
         )
-    for rank in range(0, context.world_size, context.layout.tensor * context.layout.data):
-        say(f"parameters of stage {context.layout.coordinates(rank).pipeline} on rank {rank}:")
+    for stage, rank in enumerate(context.layout.group_of(0, "pipeline")):
+        say(f"parameters of stage {stage} on rank {rank}:")
         for name, shape in ranks[rank]["parameters"].items():
             say(f"  {name} {shape}")
     last = [
         told["loss"]
         for rank, told in enumerate(ranks)
-        if context.layout.coordinates(rank).tensor == 0
+        if context.layout.coordinates(rank)["tensor"] == 0
     ]
     say(f"loss {sum(last):.4f}; nothing was saved")

@@ -42,19 +42,15 @@ def _piece(parameter: torch.nn.Parameter, stored_name: str, tensor: torch.Tensor
 
 
 def _owned(parts: TrainingComponents, context: ParallelContext) -> Iterator[Shard]:
-    """The pieces of model and optimizer that this rank writes. Each box is written once: by data rank 0, by tensor
-    rank 0 where all hold the same, and not from a tied copy."""
-    parameters, at = parts.model.parameters_by_name, context.coordinates
-
-    def mine(parameter):
-        spec = parameter.spec
-        return at.data == 0 and (spec.tensor_sharded or at.tensor == 0) and not spec.tied_copy
-
+    """The shards of model and optimizer that this rank writes: each is written once, by its primary owner."""
+    parameters = parts.model.parameters_by_name
+    position = context.coordinates
+    owned = {name for name, p in parameters.items() if p.spec.is_primary(position)}
     for name, parameter in parameters.items():
-        if mine(parameter):
+        if name in owned:
             yield _piece(parameter, name, parameter)
     for kind, name, tensor in parts.optimizer.state():
-        if mine(parameters[name]):
+        if name in owned:
             yield _piece(parameters[name], f"{OPTIMIZER}{kind}.{name}", tensor)
 
 

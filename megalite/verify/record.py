@@ -98,7 +98,7 @@ class Recorder:
         self._samples = args[1].samples
 
     def _leave(self, model, args, output) -> None:
-        if model.context.is_last_stage:  # the microbatch's sums of each term of the loss
+        if model.is_last:  # the microbatch's sums of each term of the loss
             rows, terms = len(self._samples), len(output)
             box = Box((int(self._samples[0]) // rows, 0), (1, terms))
             shape = (self.batch_size // rows, terms)

@@ -25,7 +25,7 @@ from megalite.training.batches import build_batches
 from megalite.training.build import build_model
 from tests.layouts import GPT2, LLAMA, POST_NORM, Layout, as_bert, configuration
 from tests.test_layouts import samples_of
-from tests.tiny import ONE_PROCESS, build, context_of
+from tests.tiny import ONE_PROCESS, build, context_of, settings_of
 
 PRE, POST = as_bert(GPT2), as_bert(GPT2, **POST_NORM)
 SHAPES = {"pre": PRE, "post": POST, "modern": as_bert(LLAMA), "no pairs": as_bert(GPT2, pair=False)}
@@ -57,13 +57,7 @@ def test_a_real_encoder_has_hugging_face_s_hidden_states():
         seq_length=c.max_position_embeddings, norm_epsilon=c.layer_norm_eps, norm_placement="post", gelu="erf",
         vocab_size=c.vocab_size,
     )  # fmt: skip
-    model = Bert(
-        shape,
-        ParallelContext.single(),
-        CounterBasedRng.for_seed(0),
-        range(shape.num_layers),
-        pair=False,
-    ).eval()
+    model = Bert(settings_of(shape), pair=False).eval()
     load_hugging_face(model, theirs.state_dict())
     tokenizer = build_tokenizer("BertWordPieceLowerCase", vocab_file=str(MINILM / "vocab.txt"))
     texts = [

@@ -3,17 +3,20 @@
 import pytest
 import torch
 
+from megalite.nn.config import ModelConfig
 from megalite.nn.dropout import AFTER_MLP, AttentionDropout, HiddenDropout
+from megalite.nn.settings import LayerSettings
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rng import CounterBasedRng, RngTracker
 from megalite.training.batches import build_batches
 from megalite.training.build import build_model
 from tests.layouts import configuration
-from tests.tiny import SINGLE, build, context_of
+from tests.tiny import SINGLE, build, context_of, settings_of
 
 SEQUENCE, BATCH, HIDDEN, HEADS = 8, 3, 40, 4
 SAMPLES = torch.arange(70, 70 + BATCH)
 TENSORS = ParallelLayout(tensor=4)
+MODEL = ModelConfig(hidden_dropout=0.5, attention_dropout=0.5)
 
 
 def hidden_dropout(
@@ -21,7 +24,8 @@ def hidden_dropout(
 ) -> HiddenDropout:
     context = context_of(layout, rank)
     rng = CounterBasedRng.for_seed(1) if scheme == "global" else RngTracker.for_rank(1, context)
-    return HiddenDropout(0.5, rng, 2, AFTER_MLP, context, sequence_parallel)
+    settings = LayerSettings(MODEL, context, rng, sequence_parallel=sequence_parallel)
+    return HiddenDropout(settings, 2, AFTER_MLP)
 
 
 def test_parts_of_a_sequence_are_dropped_like_the_whole():
@@ -38,10 +42,9 @@ def test_parts_of_a_sequence_are_dropped_like_the_whole():
 
 def test_heads_are_dropped_alike_wherever_they_are():
     weights = torch.randn(BATCH, HEADS, SEQUENCE, SEQUENCE)
-    rng = CounterBasedRng.for_seed(1)
-    whole = AttentionDropout(0.5, rng, 2, context_of(ParallelLayout()))(weights, SAMPLES)
+    whole = AttentionDropout(settings_of(MODEL, seed=1), 2)(weights, SAMPLES)
     parts = [
-        AttentionDropout(0.5, rng, 2, context_of(TENSORS, rank))(part, SAMPLES)
+        AttentionDropout(settings_of(MODEL, TENSORS, rank, seed=1), 2)(part, SAMPLES)
         for rank, part in enumerate(weights.chunk(4, dim=1))
     ]
     assert torch.equal(torch.cat(parts, dim=1), whole)
@@ -70,7 +73,7 @@ def test_bias_and_residual_are_added_around_it(scheme):
 
 def test_each_place_of_a_model_has_its_own_number():
     model = build(hidden_dropout=0.1, attention_dropout=0.1).parts.model
-    places = [m.place for m in model.modules() if isinstance(m, HiddenDropout | AttentionDropout)]
+    places = [m.site_id for m in model.modules() if isinstance(m, HiddenDropout | AttentionDropout)]
     assert len(set(places)) == len(places) == 1 + 3 * model.config.num_layers
 
 

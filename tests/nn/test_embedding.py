@@ -8,9 +8,12 @@ from megalite.nn.config import ModelConfig
 from megalite.nn.embedding import Embedding, padded_vocabulary
 from megalite.nn.init import initialize
 from megalite.nn.parameter import name_parameters
+from megalite.nn.settings import LayerSettings
 from megalite.parallel.boxes import Box
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.layout import ParallelLayout
+from megalite.parallel.rng import CounterBasedRng
+from tests.tiny import settings_of
 
 MODEL = ModelConfig(
     hidden_size=6, num_attention_heads=2, vocab_size=11, make_vocab_size_divisible_by=4, seq_length=8,
@@ -35,7 +38,14 @@ def test_padded_vocabulary(vocabulary, divisible_by, tensor, rows):
 
 def look_up(context: ParallelContext, sequence_parallel: bool):
     """Hidden states, this rank's box of the words, and the gradients of its rows and of its position table."""
-    module = Embedding(MODEL, context, torch.float64, sequence_parallel)
+    settings = LayerSettings(
+        MODEL,
+        context,
+        CounterBasedRng.for_seed(0),
+        dtype=torch.float64,
+        sequence_parallel=sequence_parallel,
+    )
+    module = Embedding(settings)
     initialize(name_parameters(module), seed=4)
     hidden = module(TOKENS)
     # Different weights for every element, the same in any division of the sequence.
@@ -53,7 +63,7 @@ def on_rank(launch, sequence_parallel: bool):
 
 
 def test_one_rank_is_torchs_embedding():
-    module = Embedding(MODEL, ParallelContext.single(), torch.float64, False)
+    module = Embedding(settings_of(MODEL, dtype=torch.float64))
     initialize(name_parameters(module), seed=4)
     words, positions = module.word_embeddings.weight, module.position_embeddings.weight
     assert words.shape == (12, 6) and positions.shape == (10, 6)

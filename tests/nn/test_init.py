@@ -109,7 +109,10 @@ def test_names_and_seeds_matter():
 
 def parameter(local, shape, box, init, std=0.0, dtype=torch.float32):
     return make_parameter(
-        local, ParameterSpec(shape, box, True, init, std), dtype, torch.device("cpu")
+        local,
+        ParameterSpec(global_shape=shape, box=box, init=init, std=std),
+        dtype,
+        torch.device("cpu"),
     )
 
 
@@ -133,3 +136,22 @@ def test_initialize_follows_the_specs_and_leaves_padding_zero():
     assert torch.equal(
         parameters["half"], torch.from_numpy(0.5 * whole(9, "half", shape)).bfloat16()
     )
+
+
+def test_the_primary_owner_is_the_first_of_all_that_hold_the_same_values():
+    """Over every rank of a layout, with an axis that the specification has never heard of."""
+    box = Box.whole((2,))
+    axes = ("tensor", "context", "data", "pipeline")
+    positions = [dict(zip(axes, at)) for at in product(range(2), range(3), range(2), range(2))]
+    for sharded, owners in (
+        (("pipeline",), 2),  # a norm: once a stage
+        (("tensor", "pipeline"), 4),  # a linear layer
+        (("tensor",), 2),  # a tied embedding: on the first stage
+        (("tensor", "context", "pipeline"), 12),
+    ):
+        spec = ParameterSpec(global_shape=(2,), box=box, init="zeros", sharded=sharded)
+        primary = [position for position in positions if spec.is_primary(position)]
+        assert len(primary) == owners
+        assert all(position["data"] == 0 for position in primary)
+        held = {tuple(position[axis] for axis in sharded) for position in positions}
+        assert {tuple(position[axis] for axis in sharded) for position in primary} == held

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from megalite.nn.config import ModelConfig
 from megalite.nn.linear import ColumnParallelLinear, RowParallelLinear, column_parallel_linear
+from megalite.nn.weight_gradient import WeightGradients
 from megalite.parallel.boxes import Box
 from megalite.parallel.collectives import Group
-from megalite.parallel.context import ParallelContext
 from megalite.parallel.layout import ParallelLayout
-from tests.tiny import context_of
+from tests.tiny import settings_of
 
 ALONE = Group((0,), 0)
+MODEL = ModelConfig(init_method_std=0.1)
 
 
 def random(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
@@ -36,7 +38,7 @@ def test_column_parallel_is_torchs_linear(features, bias):
 
 
 def test_row_parallel_is_torchs_linear_without_the_bias():
-    layer = RowParallelLinear(8, 5, 1.0, True, ParallelContext.single(), torch.float64, False)
+    layer = RowParallelLinear(settings_of(MODEL, dtype=torch.float64), 8, 5)
     with torch.no_grad():
         layer.weight.copy_(random(5, 8, seed=1))
         layer.bias.fill_(7)
@@ -48,7 +50,7 @@ def test_row_parallel_is_torchs_linear_without_the_bias():
 def test_main_grad_accumulates_in_place_of_grad():
     x, weight = random(5, 2, 8), random(2, 3, 8, seed=1).requires_grad_()
     bias = random(2, 3, seed=2).requires_grad_()
-    weight.main_grad = torch.ones_like(weight)
+    WeightGradients().attach(weight, torch.ones_like(weight))
     for _ in range(2):
         column_parallel_linear(x, weight, bias, ALONE, False).sum().backward()
     assert weight.grad is None
@@ -59,6 +61,7 @@ def test_main_grad_accumulates_in_place_of_grad():
 
 def test_a_frozen_weight_gets_no_gradient():
     x, weight = random(5, 2, 8).requires_grad_(), random(6, 8, seed=1)
+    weight.weight_gradients = WeightGradients()
     weight.main_grad = torch.zeros_like(weight)
     column_parallel_linear(x, weight, None, ALONE, False).sum().backward()
     assert not weight.main_grad.any()
@@ -70,7 +73,7 @@ def test_bf16_accumulates_over_microbatches_in_fp32():
     K * 2^-24 of the sum of its terms' magnitudes (Higham, section 3.1). Sums rounded to bf16 would miss that far."""
     microbatches, rows = 32, 4
     weight = random(16, 12, seed=1, dtype=torch.bfloat16).requires_grad_()
-    weight.main_grad = torch.zeros(16, 12)
+    WeightGradients().attach(weight, torch.zeros(16, 12))
     exact, magnitude = torch.zeros(2, 16, 12, dtype=torch.float64)
     in_bf16 = torch.zeros_like(weight)
     for i in range(microbatches):
@@ -92,9 +95,7 @@ def test_bf16_accumulates_over_microbatches_in_fp32():
 def test_ranks_hold_boxes_that_make_up_the_weight(features, split_dim):
     layout = ParallelLayout(tensor=3)
     layers = [
-        ColumnParallelLinear(
-            4, features, split_dim, 0.1, True, context_of(layout, rank), torch.float32, False
-        )
+        ColumnParallelLinear(settings_of(MODEL, layout, rank), 4, features, split_dim)
         for rank in range(3)
     ]
     for name, shape in (("weight", (*features, 4)), ("bias", features)):
@@ -103,16 +104,20 @@ def test_ranks_hold_boxes_that_make_up_the_weight(features, split_dim):
             parameter = getattr(layer, name)
             spec = parameter.spec
             assert spec.global_shape == shape and tuple(parameter.shape) == spec.box.shape
-            assert spec.tensor_sharded and spec.weight_decay == (name == "weight")
+            assert spec.sharded == ("tensor", "pipeline") and spec.weight_decay == (
+                name == "weight"
+            )
             seen[spec.box.slices_in(Box.whole(shape))] += 1
         assert seen.eq(1).all()
 
 
 def test_row_parallel_ranks_share_the_bias_and_split_the_inputs():
-    context = context_of(ParallelLayout(tensor=2), 1)
+    layout = ParallelLayout(tensor=2)
     for sequence_parallel in (False, True):
-        layer = RowParallelLinear(6, 4, 0.1, True, context, torch.float32, sequence_parallel)
-        assert layer.weight.spec.box == Box((0, 3), (4, 3)) and layer.weight.spec.tensor_sharded
-        assert layer.bias.spec.box == Box.whole((4,)) and not layer.bias.spec.tensor_sharded
+        settings = settings_of(MODEL, layout, 1, sequence_parallel=sequence_parallel)
+        layer = RowParallelLinear(settings, 6, 4)
+        assert layer.weight.spec.box == Box((0, 3), (4, 3))
+        assert layer.weight.spec.sharded == ("tensor", "pipeline")
+        assert layer.bias.spec.box == Box.whole((4,)) and layer.bias.spec.sharded == ("pipeline",)
         # Under sequence parallelism each rank adds the bias to its part of the sequence only.
-        assert layer.bias.spec.sequence_partial is sequence_parallel
+        assert layer.bias.spec.partial == (("tensor",) if sequence_parallel else ())

@@ -33,7 +33,9 @@ def loss_and_gradient(logits: torch.Tensor, rows: int, rank: int, group: Group):
     count = min(rows, VOCABULARY - start)
     local = torch.full((S, B, rows), 1e30).to(logits.dtype)
     local[..., :count] = logits[..., start : start + count]
-    spec = ParameterSpec((VOCABULARY, 1), Box((start, 0), (count, 1)), True, "normal")
+    spec = ParameterSpec(
+        global_shape=(VOCABULARY, 1), box=Box((start, 0), (count, 1)), init="normal"
+    )
     leaf = local.requires_grad_()
     losses = vocab_parallel_cross_entropy(leaf.clone(), LABELS, spec, group)
     (losses * token_weights()).sum().backward()
@@ -80,7 +82,9 @@ def argmax_on_rank(launch, logits: torch.Tensor, rows: int) -> torch.Tensor:
     count = min(rows, VOCABULARY - start)
     local = torch.full((S, B, rows), 1e30, dtype=logits.dtype)
     local[..., :count] = logits[..., start : start + count]
-    spec = ParameterSpec((VOCABULARY, 1), Box((start, 0), (count, 1)), True, "normal")
+    spec = ParameterSpec(
+        global_shape=(VOCABULARY, 1), box=Box((start, 0), (count, 1)), init="normal"
+    )
     return vocab_parallel_argmax(local, spec, context.tensor)
 
 
@@ -120,7 +124,9 @@ def test_bf16_logits_are_computed_in_fp32():
 def test_a_second_backward_is_refused():
     """The gradient is made where the probabilities were saved: they are gone after the first."""
     leaf = logits_of().requires_grad_()
-    spec = ParameterSpec((VOCABULARY, 1), Box.whole((VOCABULARY, 1)), True, "normal")
+    spec = ParameterSpec(
+        global_shape=(VOCABULARY, 1), box=Box.whole((VOCABULARY, 1)), init="normal"
+    )
     losses = vocab_parallel_cross_entropy(leaf.clone(), LABELS, spec, Group((0,), 0))
     losses.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

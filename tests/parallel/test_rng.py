@@ -26,9 +26,7 @@ def test_streams_differ_where_values_do_and_agree_where_they_must():
         for name in (REPLICATED, TENSOR)
     }
     for a, b in combinations(drawn, 2):
-        tensor_neighbours = (
-            a[0] != b[0] and LAYOUT.coordinates(a[0])[:2] == LAYOUT.coordinates(b[0])[:2]
-        )
+        tensor_neighbours = a[0] != b[0] and b[0] in LAYOUT.group_of(a[0], "tensor")
         assert (drawn[a] == drawn[b]) == (tensor_neighbours and a[1] == b[1] == REPLICATED), (a, b)
 
 

@@ -92,7 +92,7 @@ def microbatches_of_a_wrong_shape(launch) -> list[str]:
     """What the first stage says; the second is never asked to receive."""
     tiny = build(Layout("pipeline", pp=2), launch, micro_batch_size=2)
     said = []
-    for shape in ((1, 16), (2, 8)) if tiny.context.is_first_stage else ():
+    for shape in ((1, 16), (2, 8)) if tiny.parts.model.is_first else ():
         with pytest.raises(ValueError, match="hidden states") as error:
             tiny.parts.engine.train_step(
                 [Microbatch(tokens=torch.zeros(shape, dtype=torch.long))], [1.0]

@@ -23,7 +23,6 @@ from megalite.models.gpt import GPT
 from megalite.nn import linear
 from megalite.parallel.boxes import Box
 from megalite.parallel.launch import LaunchInfo
-from megalite.training import build
 from megalite.training.build import build_model
 from megalite.verify.compare import Comparison, Rounding, compare, report
 from megalite.verify.plan import plan, shrunk
@@ -102,7 +101,7 @@ def norm_gradient_is_not_summed(config, context, rng):
     model = build_model(config, context, rng)
     for name in {"layers.1.mlp_norm.weight"} & set(model.parameters_by_name):
         weight = model.parameters_by_name[name]
-        weight.spec = replace(weight.spec, sequence_partial=False)
+        weight.spec = replace(weight.spec, partial=())
     return model
 
 
@@ -122,9 +121,17 @@ def patched(owner, name: str, value):
         yield
 
 
+def build_model_with_tied_copies_apart(config, context, rng):
+    """First and last stage do not sum the gradients of their copies of the embedding."""
+    model = build_model(config, context, rng)
+    for name in {"embedding.word_embeddings.weight"} & set(model.parameters_by_name):
+        weight = model.parameters_by_name[name]
+        weight.spec = replace(weight.spec, sharded=("tensor", "pipeline"))
+    return model
+
+
 def record_with_tied_copies_apart(launch, config, folder):
-    with patched(build, "TIED_WEIGHT", None):
-        record(launch, config, folder)
+    record(launch, config, folder, build_model_with_tied_copies_apart)
 
 
 def record_with_swapped_microbatches(launch, config, folder):
@@ -177,7 +184,7 @@ class FarSighted(GPT):
 
 def second_stage_sees_other_documents(config, context, rng):
     model = build_model(config, context, rng)
-    if context.coordinates.pipeline == 1:
+    if context.pipeline.rank == 1:
         model.__class__ = FarSighted
     return model
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from megalite.parallel.activity import Activity
-from megalite.parallel.layout import AXES, ParallelLayout
+from megalite.parallel.layout import ParallelLayout
 from megalite.watch.verdict import Report, culprits, hang_verdict
 
 
@@ -98,7 +98,7 @@ def large_job(data: int, blocks: bool) -> dict[int, Report]:
     """The reports of a job of tp=8 x pp=4, as they travel: rank 13 computes, 8-15 wait for it, all others for those."""
     layout = ParallelLayout(tensor=8, pipeline=4, data=data)
     groups = {rank: [] for rank in range(layout.world_size)}
-    for axis in AXES:
+    for axis in ("pipeline", "data", "tensor"):
         for members in layout.groups(axis):
             for rank in members:
                 groups[rank].append(("all_reduce", axis, members))
