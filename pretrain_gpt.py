@@ -1,30 +1,12 @@
 #!/usr/bin/env python
-"""Pretrain a GPT with data x tensor x pipeline parallelism.
-
-One process:      python pretrain_gpt.py --mock-data --vocab-size 512 --num-layers 4 --train-iters 9
-Eight ranks:      torchrun --nproc-per-node 8 pretrain_gpt.py --tp 2 --pp 2 ...
-A SLURM job:      srun python pretrain_gpt.py --tp 2 --pp 2 ...
-Check a layout:   python pretrain_gpt.py --world-size 64 --tp 8 --pp 4 ...
-
-Every flag can stand in a YAML file instead (--config FILE).
-All problems of a configuration are reported before anything starts.
-"""
+"""Starts megalite/programs/pretrain_gpt.py, of this checkout."""
 
 import os
 import sys
 
-from megalite.config.cli import parse_and_check
-from megalite.parallel.launch import detect
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 
-
-def main() -> None:
-    """Read and check the configuration, and only then load torch and train."""
-    config = parse_and_check(sys.argv[1:], __doc__, architecture="gpt")
-
-    from megalite.training.pretrain import pretrain_or_exit
-
-    pretrain_or_exit(config, detect(os.environ))
-
+from megalite.programs.start import start
 
 if __name__ == "__main__":
-    main()
+    start("pretrain_gpt")

@@ -10,9 +10,9 @@ from megalite.checkpoint.folder import CheckpointError
 from megalite.data.tokenizers import TokenizerError, train_wordpiece
 from megalite.models.batch import Microbatch
 from megalite.parallel.launch import LaunchInfo
+from megalite.programs import fill_mask
 from megalite.training.trained import load_model
 from tests.runs import console_of, sound
-from tools import fill_mask
 
 ALONE = LaunchInfo(0, 1, 0, 1, "", "none")
 SHAPE = dict(

@@ -23,8 +23,8 @@ from megalite.data.classification import (
 from megalite.data.masking import SpecialIds
 from megalite.data.tokenizers import ByteTokenizer, train_wordpiece
 from megalite.parallel.launch import LaunchInfo
+from megalite.programs import classify, finetune_classifier
 from tests.runs import console_of, sound
-from tools import classify, finetune_classifier
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "the a of to in and boat river house stone garden window letter morning road paper".split()

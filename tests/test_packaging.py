@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 SOURCES = sorted((ROOT / "megalite").rglob("*.py"))
+FILES = {*(str(path.relative_to(ROOT)) for path in SOURCES), "megalite/programs/supervise.sh"}
+"""What a wheel holds without native kernels."""
 PROGRAMS = [
     "pretrain_gpt.py",
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tools").glob("*.py"))),
@@ -94,9 +96,7 @@ def test_with_a_compiler_one_wheel_has_the_kernels_for_all_pythons(tmp_path):
     wheel = build_wheel(tmp_path / "source", tmp_path / "out")
     assert "-cp310-abi3-" in wheel.filename
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert held - {str(path.relative_to(ROOT)) for path in SOURCES} == {
-        "megalite/kernels/native_library.so"
-    }
+    assert held - FILES == {"megalite/kernels/native_library.so"}
     wheel.extractall(tmp_path / "installed")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     environment.pop("MEGALITE_KERNELS", None)
@@ -123,7 +123,7 @@ def test_without_torch_in_the_build_environment_the_wheel_is_pure_python(tmp_pat
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert wheel.filename.endswith("-py3-none-any.whl")
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert held == {str(path.relative_to(ROOT)) for path in SOURCES}
+    assert held == FILES
 
 
 def test_wheel_has_version_and_license(wheel):

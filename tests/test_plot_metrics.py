@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.plot_metrics import MetricsError, PlotConfig, draw, read_curves
+from megalite.programs.plot_metrics import MetricsError, PlotConfig, draw, read_curves
 
 TOOL = Path(__file__).resolve().parents[1] / "tools/plot_metrics.py"
 

@@ -14,8 +14,7 @@ import yaml
 from megalite.config import validate
 from megalite.config.estimate import estimate_stages
 from megalite.config.run import ConfigError, from_flat
-from tools.submit import (
-    ROOT,
+from megalite.programs.submit import (
     JobConfig,
     keep,
     problems_of,
@@ -25,6 +24,8 @@ from tools.submit import (
     seconds,
     snapshot_folder,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SLURM = ROOT / "examples/slurm"
 RECIPES = sorted(SLURM.glob("recipes/*.yaml"))

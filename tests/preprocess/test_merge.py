@@ -27,7 +27,7 @@ from tests.preprocess.preprocess_runs import (
 )
 
 KILLED = """
-import os, signal, sys
+import importlib, os, signal, sys
 from megalite.preprocess import indexed_writer, journal
 place, number = sys.argv[1], int(sys.argv[2])
 holder, name = {"copying": (indexed_writer.IndexedWriter, "append"), "renaming": (os, "rename")}[place]
@@ -40,8 +40,7 @@ def counted(*arguments):
     return real(*arguments)
 if __name__ == "__main__":
     setattr(holder, name, counted)
-    sys.path.insert(0, "tools")
-    tool = __import__(sys.argv[3])
+    tool = importlib.import_module("megalite.programs." + sys.argv[3])
     sys.argv = sys.argv[3:]
     sys.exit(tool.main())
 """

@@ -175,7 +175,7 @@ def supervised(cluster: Cluster, folder: Path, step: str, *options: str, **varia
     """A job whose step, under supervise.sh with the folder `folder`, is a bash script."""
     (folder / "step.sh").write_text(f"cd {folder}\n{step}\n")
     (folder / "job.sh").write_text(
-        f"#!/bin/bash\nsource examples/slurm/supervise.sh\nsupervise {folder} bash {folder}/step.sh\n"
+        f"#!/bin/bash\nsource megalite/programs/supervise.sh\nsupervise {folder} bash {folder}/step.sh\n"
     )
     return cluster.sbatch(f"--output={folder}/%j.out", *options, folder / "job.sh", **variables)
 
