@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from megalite.config.rules.finding import data_parallel_size
 from megalite.config.run import RunConfig
+from megalite.models.cost import (
+    activation_bytes,
+    embedding_parameters,
+    head_parameters,
+    layer_parameters,
+)
 from megalite.pipeline.partition import layers_of_stages
+from megalite.pipeline.schedules import peak_in_flight, schedule_named
 
 
 @dataclass(frozen=True)
@@ -31,30 +38,37 @@ class StageEstimate:
 
 def model_parameters(config: RunConfig) -> int:
     """Parameters of the whole model, without vocabulary padding."""
-    rows = config.model.vocab_size or 0
-    return _parameters(config, config.model.num_layers, 1, rows, True, True)
+    layers = range(config.model.num_layers)
+    return _stage_parameters(config, layers, tensor=1, rows=config.model.vocab_size or 0)
 
 
 def estimate_stages(config: RunConfig, world_size: int) -> list[StageEstimate]:
     """One rank of every stage of a resolved configuration."""
-    m, p = config.model, config.parallel.pipeline_model_parallel_size
-    t = config.parallel.tensor_model_parallel_size
-    block = m.make_vocab_size_divisible_by * t
-    rows = -(-m.vocab_size // block) * block
+    model = config.model
+    parallel = config.parallel
+    tensor = parallel.tensor_model_parallel_size
+    stage_count = parallel.pipeline_model_parallel_size
+    rows = model.padded_vocabulary(tensor) // tensor
+    schedule = schedule_named(parallel.pipeline_schedule)
     stages = []
-    for stage, layers in enumerate(layers_of_stages(m, p, config.predicted)):
-        parameters = _parameters(config, len(layers), t, rows, stage == 0, stage == p - 1)
-        activations = _activation_bytes(
-            config, len(layers), microbatches_in_flight(config, world_size, stage)
+    for stage, layers in enumerate(layers_of_stages(model, stage_count, config.predicted)):
+        parameters = _stage_parameters(config, layers, tensor, rows)
+        actions = schedule(stage_count, stage, microbatches(config, world_size))
+        activations = activation_bytes(
+            model,
+            config.recompute,
+            micro_batch_size=config.data.micro_batch_size,
+            element_bytes=_element_bytes(config),
+            layers=len(layers),
+            in_flight=peak_in_flight(actions),
+            tensor=tensor,
+            sequence_parallel=parallel.sequence_parallel,
         )
-        if stage == p - 1:
-            logits = config.predicted * m.seq_length * config.data.micro_batch_size * rows // t
+        if stage == stage_count - 1:
+            logits = config.predicted * model.seq_length * config.data.micro_batch_size * rows
             activations += 2 * max(4, _element_bytes(config)) * logits
-        stages.append(
-            StageEstimate(
-                layers, parameters, parameters * _bytes_per_parameter(config), activations
-            )
-        )
+        state = parameters * _bytes_per_parameter(config)
+        stages.append(StageEstimate(layers, parameters, state, activations))
     return stages
 
 
@@ -64,39 +78,17 @@ def microbatches(config: RunConfig, world_size: int) -> int:
     return d.global_batch_size // (d.micro_batch_size * data_parallel_size(config, world_size))
 
 
-def microbatches_in_flight(config: RunConfig, world_size: int, stage: int) -> int:
-    """Microbatches whose activations a stage holds at the fullest moment."""
-    m, p = microbatches(config, world_size), config.parallel.pipeline_model_parallel_size
-    return m if config.parallel.pipeline_schedule == "gpipe" else min(p - stage, m)
-
-
-def _parameters(config: RunConfig, layers: int, t: int, rows: int, first: bool, last: bool) -> int:
-    """Parameters of one of t tensor-parallel ranks of a stage, with `rows` rows in the whole word embedding."""
-    m = config.model
-    h, f, qkv = m.hidden_size, m.ffn, (m.num_attention_heads + 2 * m.query_groups) * m.head_size
-    up = 2 * f if m.swiglu else f
-    norm = h if m.normalization == "RMSNorm" else 2 * h
-    sharded = (qkv + m.num_attention_heads * m.head_size + up + f) * h
-    replicated = 2 * norm
-    if not m.disable_bias_linear:
-        sharded += qkv + up
-        replicated += 2 * h
-    total = layers * (sharded // t + replicated)
-    tables = int(first) + int(last and not (m.tied and first))
-    total += tables * (rows // t) * h
-    if first and m.position_embedding_type == "learned_absolute":
-        total += m.positions * h
-    total += norm if (first if m.post_norm else last) else 0
-    return total + (_bert_parameters(config, rows // t, norm, first, last) if config.is_bert else 0)
-
-
-def _bert_parameters(config: RunConfig, rows: int, norm: int, first: bool, last: bool) -> int:
-    """What a BERT has beside a GPT's parameters, with `rows` entries of the output layer's bias."""
-    h, bias = config.model.hidden_size, int(not config.model.disable_bias_linear)
-    total = 2 * h if first else 0  # token types
-    if last:
-        total += h * h + norm + bias * (h + rows)
-        total += h * h + 2 * h + bias * (h + 2) if config.pair_head else 0
+def _stage_parameters(config: RunConfig, layers: range, tensor: int, rows: int) -> int:
+    """Parameters of one of `tensor` ranks of the stage that holds these layers and `rows` rows of the vocabulary."""
+    model = config.model
+    head = config.head_cost
+    is_first = 0 in layers
+    total = len(layers) * layer_parameters(model, tensor)
+    if is_first:
+        total += embedding_parameters(model, rows, head)
+    if model.num_layers - 1 in layers:
+        shares_embedding = model.tied and is_first
+        total += head_parameters(model, rows, head, shares_embedding)
     return total
 
 
@@ -110,22 +102,6 @@ def _bytes_per_parameter(config: RunConfig) -> int:
     wide = max(4, size)
     states = 2 if o.optimizer == "adam" else int(o.sgd_momentum > 0)
     return size + wide * (1 + states + int(o.precision == "bf16"))
-
-
-def _activation_bytes(config: RunConfig, layers: int, in_flight: int) -> float:
-    """Activations of the layers of one rank. The formulas count 2 bytes an element."""
-    m, t = config.model, config.parallel.tensor_model_parallel_size
-    grain = config.recompute.granularity
-    unit = m.seq_length * config.data.micro_batch_size * m.hidden_size * _element_bytes(config) / 2
-    explicit_scores = m.attention_dropout > 0 and grain != "selective"
-    scores = 5 * m.num_attention_heads * m.seq_length / m.hidden_size if explicit_scores else 0
-    layer = (34 + scores) / t if config.parallel.sequence_parallel else 10 + (24 + scores) / t
-    if grain != "full":
-        return unit * layer * layers * in_flight
-    group = config.recompute.recompute_num_layers
-    if config.recompute.recompute_method == "uniform":
-        return unit * (2 * -(-layers // group) * in_flight + layer * group)
-    return unit * (in_flight * (2 * group + layer * (layers - group)) + layer)
 
 
 def summary(config: RunConfig, world_size: int) -> str:

@@ -15,6 +15,7 @@ from megalite.checkpoint.config import CheckpointConfig
 from megalite.config.training import TrainingConfig
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import DataConfig
+from megalite.models.cost import HeadCost
 from megalite.models.presets import preset
 from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.optim.config import OptimizerConfig
@@ -45,9 +46,21 @@ class RunConfig:
         return self.is_bert and self.bert.bert_pair != "none"
 
     @property
+    def head_cost(self) -> HeadCost:
+        """What the model has before and after its layers, for the cost arithmetic."""
+        if not self.is_bert:
+            return HeadCost()
+        return HeadCost(
+            predicted=self.bert.mask_prob,
+            token_types=2,
+            dense=True,
+            pair_classes=2 if self.pair_head else 0,
+        )
+
+    @property
     def predicted(self) -> float:
         """Share of a sequence's tokens that the output layer is computed for."""
-        return self.bert.mask_prob if self.is_bert else 1.0
+        return self.head_cost.predicted
 
 
 @dataclass(frozen=True)

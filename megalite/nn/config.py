@@ -77,6 +77,12 @@ class ModelConfig:
     init_method_std: float = 0.02
     """Standard deviation of the initial weights; output projections of attention and MLP use this / sqrt(2L)."""
 
+    def padded_vocabulary(self, tensor: int) -> int:
+        """Rows of the word embedding over `tensor` ranks: v, padded to a multiple of --make-vocab-size-divisible-by
+        for each rank."""
+        multiple = self.make_vocab_size_divisible_by * tensor
+        return -(-self.vocab_size // multiple) * multiple
+
     @property
     def post_norm(self) -> bool:
         """Whether norms come after the residual sums."""

@@ -12,18 +12,11 @@ from megalite.parallel.boxes import Box
 from megalite.parallel.collectives import reduce_from_tensor_region, reduce_scatter_sequence
 
 
-def padded_vocabulary(vocab_size: int, divisible_by: int, tensor: int) -> int:
-    """Rows of the word embedding over all ranks: v rounded up to a multiple of `divisible_by * tensor`."""
-    multiple = divisible_by * tensor
-    return -(-vocab_size // multiple) * multiple
-
-
 def _rows_held(settings: LayerSettings) -> tuple[int, int, int]:
     """Of this rank's part of the vocabulary: rows in memory, first entry, entries without padding."""
     model = settings.model
     tensor = settings.tensor
-    padded = padded_vocabulary(model.vocab_size, model.make_vocab_size_divisible_by, tensor.size)
-    rows = padded // tensor.size
+    rows = model.padded_vocabulary(tensor.size) // tensor.size
     start = min(rows * tensor.rank, model.vocab_size)
     return rows, start, min(rows, model.vocab_size - start)
 

@@ -1,12 +1,7 @@
 """Which layers each pipeline stage holds. Pure, no torch."""
 
+from megalite.models.cost import output_cost
 from megalite.nn.config import ModelConfig
-
-
-def output_cost(vocab_size: int, hidden_size: int, ffn_size: int, swiglu: bool) -> float:
-    """Work of the output layer and loss in units of one transformer layer: their ratio of weights."""
-    layer = 4 * hidden_size**2 + (3 if swiglu else 2) * hidden_size * ffn_size
-    return vocab_size * hidden_size / layer
 
 
 def partition(
@@ -42,7 +37,4 @@ def layers_of_stages(model: ModelConfig, stages: int, predicted: float) -> list[
 
     The embedding is a look-up and weighs nothing beside a layer. Raises ValueError with more stages than layers.
     """
-    last_cost = predicted * output_cost(
-        model.vocab_size, model.hidden_size, model.ffn, model.swiglu
-    )
-    return partition(model.num_layers, stages, first_cost=0.0, last_cost=last_cost)
+    return partition(model.num_layers, stages, last_cost=output_cost(model, predicted))

@@ -54,6 +54,16 @@ def forward_only(stages: int, stage: int, microbatches: int) -> list[Action]:
     return [Action(FORWARD, i) for i in range(microbatches)]
 
 
+def peak_in_flight(actions: list[Action]) -> int:
+    """Microbatches whose activations a stage holds at the fullest moment of its actions: those whose forward has run
+    and whose backward has not."""
+    peak = in_flight = 0
+    for action in actions:
+        in_flight += 1 if action.kind == FORWARD else -1
+        peak = max(peak, in_flight)
+    return peak
+
+
 def schedule_named(name: str) -> Callable[[int, int, int], list[Action]]:
     """The schedule function of a --pipeline-schedule value. Raises ValueError for an unknown name."""
     known = {"1f1b": one_forward_one_backward, "gpipe": gpipe}

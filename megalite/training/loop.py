@@ -10,7 +10,7 @@ import torch
 from megalite.checkpoint.fence import Lease
 from megalite.config.run import RunConfig
 from megalite.data.indexed import DatasetError
-from megalite.models.flops import flops_per_sequence
+from megalite.models.cost import flops_per_sequence
 from megalite.parallel.activity import Activity
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import ParallelContext
@@ -203,9 +203,7 @@ class Trainer:
             seconds if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * seconds
         )
         if self.context.rank == 0 and self._is_reported(iteration):
-            flops = flops_per_sequence(
-                self.config.model, self.config.predicted, heads=self.config.is_bert
-            )
+            flops = flops_per_sequence(self.config.model, self.config.head_cost)
             flops *= self.config.data.global_batch_size
             print(
                 training_line(line, losses, training.train_iters, flops, self.step_seconds),

@@ -16,7 +16,7 @@ from megalite.data.build import blended, build_sources
 from megalite.data.tokenizers import build_tokenizer
 from megalite.models.batch import Microbatch
 from megalite.models.bert import Bert
-from megalite.models.flops import flops_per_sequence
+from megalite.models.cost import HeadCost, flops_per_sequence
 from megalite.nn.config import ModelConfig
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.layout import ParallelLayout
@@ -287,4 +287,6 @@ def test_torch_counts_as_many_operations_in_a_forward():
     batch = replace(tiny.data.at(0)[0][0], labels=None)
     with FlopCounterMode(display=False) as counter:
         tiny.parts.model(None, batch)
-    assert 3 * counter.get_total_flops() == flops_per_sequence(tiny.config.model, 1.0, heads=True)
+    assert 3 * counter.get_total_flops() == flops_per_sequence(
+        tiny.config.model, HeadCost(dense=True)
+    )

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import embedding
 
 from megalite.nn.config import ModelConfig
-from megalite.nn.embedding import Embedding, padded_vocabulary
+from megalite.nn.embedding import Embedding
 from megalite.nn.init import initialize
 from megalite.nn.parameter import name_parameters
 from megalite.nn.settings import LayerSettings
@@ -33,7 +33,8 @@ TOKENS = torch.tensor([[0, 10, 5, 4, 4, 3, 7, 8], [9, 1, 2, 6, 0, 0, 10, 5]])
     ],
 )
 def test_padded_vocabulary(vocabulary, divisible_by, tensor, rows):
-    assert padded_vocabulary(vocabulary, divisible_by, tensor) == rows
+    model = ModelConfig(vocab_size=vocabulary, make_vocab_size_divisible_by=divisible_by)
+    assert model.padded_vocabulary(tensor) == rows
 
 
 def look_up(context: ParallelContext, sequence_parallel: bool):

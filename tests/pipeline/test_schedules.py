@@ -10,6 +10,7 @@ from megalite.pipeline.schedules import (
     forward_only,
     gpipe,
     one_forward_one_backward,
+    peak_in_flight,
     program,
     schedule_named,
     validate,
@@ -49,15 +50,6 @@ def test_golden_orders(schedule, microbatches, golden):
     assert [
         text(schedule(len(golden), stage, microbatches)) for stage in range(len(golden))
     ] == golden
-
-
-def peak_in_flight(schedule: list[Action]) -> int:
-    """Most microbatches whose forward is done and whose backward is not."""
-    now = peak = 0
-    for action in schedule:
-        now += 1 if action.kind == "F" else -1
-        peak = max(peak, now)
-    return peak
 
 
 @pytest.mark.parametrize("stages", range(1, 9))

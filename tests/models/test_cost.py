@@ -1,11 +1,11 @@
-"""FLOPs against the published closed form, and against counting."""
+"""FLOPs against the published closed form and against counting; the output layer in units of a layer."""
 
 from dataclasses import replace
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from megalite.models.flops import flops_per_sequence
+from megalite.models.cost import flops_per_sequence, layer_weights, output_cost
 from megalite.nn.config import ModelConfig
 from tests.layouts import GPT2, LLAMA, Layout
 from tests.tiny import build
@@ -35,3 +35,27 @@ def test_torch_counts_as_many_in_a_forward(shape):
     with FlopCounterMode(display=False) as counter:
         tiny.parts.model(None, replace(batch, labels=None))
     assert 3 * counter.get_total_flops() == flops_per_sequence(tiny.config.model)
+
+
+def test_output_cost_is_the_ratio_of_weights():
+    """GPT-2: 50257 x 768 against 12 x 768^2 of a layer. Llama 3 70B has 8 groups of 64 heads, an MLP of three
+    matrices."""
+    gpt2 = ModelConfig(vocab_size=50257)
+    assert output_cost(gpt2) == pytest.approx(50257 / (12 * 768))
+    llama = ModelConfig(
+        hidden_size=8192,
+        num_attention_heads=64,
+        num_query_groups=8,
+        ffn_hidden_size=28672,
+        swiglu=True,
+        vocab_size=128256,
+    )
+    assert output_cost(llama) == pytest.approx(1.228, abs=1e-3)
+    assert output_cost(llama, predicted=0.15) == pytest.approx(0.15 * output_cost(llama))
+
+
+def test_head_size_counts():
+    """--kv-channels makes attention wider than the hidden size."""
+    narrow = ModelConfig(hidden_size=64, num_attention_heads=4, vocab_size=100)
+    wide = replace(narrow, kv_channels=64)
+    assert layer_weights(wide) - layer_weights(narrow) == 4 * 64 * (256 - 64)

@@ -1,0 +1,132 @@
+"""What a layer, an embedding and a head cost: parameters, floating-point operations and bytes. Imports no torch.
+
+Partition, estimate and throughput figures all come from here.
+
+Letters: L layers, s sequence, b microbatch, h hidden, n heads, g query groups, d head size, f ffn size, v vocabulary, t
+tensor-parallel size.
+"""
+
+from dataclasses import dataclass
+
+from megalite.nn.config import ModelConfig, RecomputeConfig
+
+
+@dataclass(frozen=True)
+class HeadCost:
+    """What a model has before and after its layers, beside embedding, final norm and output weight."""
+
+    predicted: float = 1.0
+    """Share of the tokens that the output layer is computed for."""
+    token_types: int = 0
+    """Rows of a table of token types."""
+    dense: bool = False
+    """Whether a dense layer [h, h] with a norm, and a bias [v], come before the loss, as in BERT."""
+    pair_classes: int = 0
+    """Classes of a head for pairs of segments behind a pooler [h, h]; 0: none."""
+
+
+def layer_weights(model: ModelConfig) -> int:
+    """Weights of the matrix products of one layer: query, key and value, attention output, and MLP."""
+    heads = model.num_attention_heads
+    attention = model.hidden_size * model.head_size * (2 * heads + 2 * model.query_groups)
+    matrices = 3 if model.swiglu else 2
+    return attention + matrices * model.hidden_size * model.ffn
+
+
+def output_cost(model: ModelConfig, predicted: float = 1.0) -> float:
+    """Work of the output layer in units of one transformer layer: their ratio of weights.
+
+    predicted: share of the tokens that it is computed for.
+    """
+    return predicted * model.vocab_size * model.hidden_size / layer_weights(model)
+
+
+def flops_per_sequence(model: ModelConfig, head: HeadCost | None = None) -> float:
+    """Model FLOPs of one training sequence, forward and backward (3 times the forward; recomputation not counted).
+
+    A forward takes 2 s per weight of a matrix product, output layer included, and 4 L s^2 n d for scores and values,
+    counted in full, not halved for the causal mask (Narayanan et al. 2021, appendix, in its general form). BERT's
+    pooler is left out.
+    """
+    head = head or HeadCost()
+    s = model.seq_length
+    output = model.vocab_size + (model.hidden_size if head.dense else 0)
+    weights = model.num_layers * layer_weights(model) + head.predicted * output * model.hidden_size
+    scores = 4 * model.num_layers * s**2 * model.num_attention_heads * model.head_size
+    return 3.0 * (2 * s * weights + scores)
+
+
+def norm_parameters(model: ModelConfig) -> int:
+    """Parameters of one norm: a weight [h] and, in LayerNorm, a bias [h]."""
+    return model.hidden_size if model.normalization == "RMSNorm" else 2 * model.hidden_size
+
+
+def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
+    """Parameters of one layer on one of `tensor` ranks."""
+    sharded = layer_weights(model)
+    replicated = 2 * norm_parameters(model)
+    if not model.disable_bias_linear:
+        qkv = (model.num_attention_heads + 2 * model.query_groups) * model.head_size
+        sharded += qkv + (2 * model.ffn if model.swiglu else model.ffn)
+        replicated += 2 * model.hidden_size
+    return sharded // tensor + replicated
+
+
+def embedding_parameters(model: ModelConfig, rows: int, head: HeadCost) -> int:
+    """Parameters of the embedding on the first stage, of which this rank holds `rows` rows of the words'."""
+    total = (rows + head.token_types) * model.hidden_size
+    if model.position_embedding_type == "learned_absolute":
+        total += model.positions * model.hidden_size
+    if model.post_norm:
+        total += norm_parameters(model)
+    return total
+
+
+def head_parameters(model: ModelConfig, rows: int, head: HeadCost, shares_embedding: bool) -> int:
+    """Parameters after the layers on the last stage, with `rows` rows of the output weight on this rank.
+
+    shares_embedding: whether the output weight is the embedding's, on the same stage.
+    """
+    h = model.hidden_size
+    biased = not model.disable_bias_linear
+    total = 0 if model.post_norm else norm_parameters(model)
+    if not shares_embedding:
+        total += rows * h
+    if head.dense:
+        total += h * h + norm_parameters(model)
+        if biased:
+            total += h + rows
+    if head.pair_classes:
+        total += h * h + head.pair_classes * h
+        if biased:
+            total += h + head.pair_classes
+    return total
+
+
+def activation_bytes(
+    model: ModelConfig,
+    recompute: RecomputeConfig,
+    *,
+    micro_batch_size: int,
+    element_bytes: int,
+    layers: int,
+    in_flight: int,
+    tensor: int,
+    sequence_parallel: bool,
+) -> float:
+    """Activations that `layers` layers of one rank keep for `in_flight` microbatches (Korthikanti et al. 2022).
+
+    Their formulas count 2 bytes an element.
+    """
+    grain = recompute.granularity
+    unit = model.seq_length * micro_batch_size * model.hidden_size * element_bytes / 2
+    scores = 0.0
+    if model.attention_dropout > 0 and grain != "selective":
+        scores = 5 * model.num_attention_heads * model.seq_length / model.hidden_size
+    layer = (34 + scores) / tensor if sequence_parallel else 10 + (24 + scores) / tensor
+    if grain != "full":
+        return unit * layer * layers * in_flight
+    group = recompute.recompute_num_layers
+    if recompute.recompute_method == "uniform":
+        return unit * (2 * -(-layers // group) * in_flight + layer * group)
+    return unit * (in_flight * (2 * group + layer * (layers - group)) + layer)
