@@ -26,6 +26,7 @@ from megalite.parallel.agreement import RanksDiffer
 from megalite.parallel.collectives import barrier, gather_objects
 from megalite.parallel.context import DeviceError, ParallelContext, tell_torchrun
 from megalite.parallel.launch import LaunchInfo
+from megalite.system.errors import explain_os_error
 from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import TrainingComponents, build_components, build_context, build_model
 from megalite.training.loop import Trainer
@@ -54,7 +55,7 @@ EXPECTED_ERRORS = (
 def explain(error: Exception) -> str | None:
     """What to tell the user in place of a traceback; None when the error is unexpected, and the traceback is needed."""
     if isinstance(error, EXPECTED_ERRORS):
-        return str(error)
+        return explain_os_error(error) if isinstance(error, OSError) else str(error)
     if _loses_contact(error):  # within a run, this became LostContact
         return f"could not meet the other ranks: {str(error).splitlines()[0]}"
     return None

@@ -1,0 +1,109 @@
+"""What an error of the operating system means for a person: the file, the limit, and what helps. Imports no torch."""
+
+import errno
+import getpass
+import os
+import resource
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+
+def explain_os_error(error: OSError) -> str:
+    """One line that names the file, the limit that was met and a remedy.
+
+    Errors that need no explanation come back as Python words them.
+    """
+    explanation = _EXPLANATIONS.get(error.errno)
+    if explanation is None:
+        return str(error)
+    subject = str(error.filename) if error.filename is not None else ""
+    start = f"{subject}: {error.strerror}" if subject else str(error.strerror)
+    return f"{start}: {explanation(subject)}"
+
+
+def raise_open_file_limit() -> int:
+    """Raise the soft limit of open files to the hard one, as far as the system allows; returns the limit in force.
+
+    Datasets and the connections of ranks need more files than the usual soft limit of 1024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # a hard limit that the kernel does not grant
+        return soft
+    return hard
+
+
+def _existing_parent(path: str) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    found = Path(path or ".").absolute()
+    while not found.exists() and found != found.parent:
+        found = found.parent
+    return found
+
+
+def _no_space(path: str) -> str:
+    place = _existing_parent(path)
+    usage = shutil.disk_usage(place)
+    return (
+        f"{_size(usage.free)} of {_size(usage.total)} are free on the file system of {place}; delete files there, "
+        "raise your quota (quota -s), or write to another disk"
+    )
+
+
+def _too_many_files(path: str) -> str:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"this process may have {soft} files open (hard limit {hard}); raise the limit with ulimit -n, under SLURM "
+        "with srun --propagate=NOFILE, or use fewer datasets or ranks a node"
+    )
+
+
+def _no_permission(path: str) -> str:
+    place = _existing_parent(path)
+    found = place.stat()
+    return (
+        f"{place} belongs to user {found.st_uid} and has mode {stat.filemode(found.st_mode)}, this process runs as "
+        f"{_user()}; change its mode (chmod) or give a path that you may use"
+    )
+
+
+def _not_there(path: str) -> str:
+    place = _existing_parent(path)
+    return f"the nearest folder that exists is {place}; check the spelling, or make the folder"
+
+
+def _reader_ended(path: str) -> str:
+    return "the program that read this output has ended (as head does); write to a file instead"
+
+
+_EXPLANATIONS: dict[int | None, Callable[[str], str]] = {
+    errno.ENOSPC: _no_space,
+    errno.EDQUOT: _no_space,
+    errno.EMFILE: _too_many_files,
+    errno.ENFILE: _too_many_files,
+    errno.EACCES: _no_permission,
+    errno.EPERM: _no_permission,
+    errno.EROFS: _no_permission,
+    errno.ENOENT: _not_there,
+    errno.EPIPE: _reader_ended,
+}
+
+
+def _user() -> str:
+    try:
+        return f"{getpass.getuser()} ({os.getuid()})"
+    except (KeyError, OSError):  # a container may run a user without a name
+        return f"user {os.getuid()}"
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} TiB"
