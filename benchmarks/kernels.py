@@ -304,7 +304,7 @@ def memory() -> None:
                 )
 
             def eager(q=q, k=k, v=v, drop=drop):
-                return explicit_attention(q, k, v, drop, causal=True)
+                return explicit_attention(q, k, v, drop=drop, causal=True)
 
             def fused(q=q, k=k, v=v, dropout=dropout):
                 return scaled_causal_softmax(q @ k.transpose(-1, -2), d**-0.5, dropout) @ v

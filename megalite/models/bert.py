@@ -98,8 +98,10 @@ class Bert(BertEncoder):
 
     def loss_counts(self, batch: Microbatch) -> torch.Tensor:
         """The number of tokens to be predicted, and of pairs, fp64 [2]; or of the tokens alone, fp64 [1]."""
-        masks = (batch.loss_mask, batch.pair_mask) if self.has_pair else (batch.loss_mask,)
-        return torch.stack([mask.sum(dtype=torch.float64) for mask in masks])
+        counts = [batch.loss_mask.sum(dtype=torch.float64)]
+        if self.has_pair:
+            counts.append(batch.pair_mask.sum(dtype=torch.float64))
+        return torch.stack(counts)
 
     def forward(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
         """One stage's share of the forward pass.
@@ -114,8 +116,12 @@ class Bert(BertEncoder):
             return x
         if batch.labels is None:
             return self._logits(x)
-        sums = [self._masked_tokens(x, batch), *([self._pairs(x, batch)] if self.has_pair else [])]
-        return torch.cat([torch.stack(part) for part in zip(*sums, strict=True)])
+        losses, right = self._masked_tokens(x, batch)
+        if self.has_pair:
+            pair_loss, right_pairs = self._pairs(x, batch)
+            losses = torch.cat([losses, pair_loss])
+            right = torch.cat([right, right_pairs])
+        return losses if self.training else torch.cat([losses, right])
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """[..., h] -> [..., v/t]."""
@@ -127,27 +133,34 @@ class Bert(BertEncoder):
             sequence_parallel=False,
         )
 
-    def _masked_tokens(self, x: torch.Tensor, batch: Microbatch) -> list[torch.Tensor]:
-        """Sum of the losses of the tokens to be predicted and, in evaluation mode, how many are guessed right."""
+    def _masked_tokens(
+        self, x: torch.Tensor, batch: Microbatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Over the tokens to be predicted, the sum of their losses [1] and, in evaluation mode, the number that is
+        guessed right [1] ([0] in training)."""
         chosen = batch.loss_mask.t() > 0
-        logits, labels = self._logits(x[chosen]), batch.labels.t()[chosen]
-        spec, group = self.output_weight.spec, self.settings.tensor
-        # Before the loss, which overwrites the logits.
-        right = (
-            [] if self.training else [(vocab_parallel_argmax(logits, spec, group) == labels).sum()]
-        )
-        total = vocab_parallel_cross_entropy(logits, labels, spec, group).sum()
-        return [total, *(count.to(total.dtype) for count in right)]
+        logits = self._logits(x[chosen])
+        labels = batch.labels.t()[chosen]
+        spec = self.output_weight.spec
+        group = self.settings.tensor
+        right = logits.new_empty(0)
+        if not self.training:
+            # Before the loss, whose backward overwrites the logits.
+            guesses = vocab_parallel_argmax(logits, spec, group)
+            right = (guesses == labels).sum().unsqueeze(0)
+        total = vocab_parallel_cross_entropy(logits, labels, spec, group).sum().unsqueeze(0)
+        return total, right.to(total.dtype)
 
-    def _pairs(self, x: torch.Tensor, batch: Microbatch) -> list[torch.Tensor]:
-        """The same for pairs."""
+    def _pairs(self, x: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Over the pairs of segments, the sum of their losses [1] and, in evaluation mode, the number that is guessed
+        right [1] ([0] in training)."""
         logits = self.pair_head(self.pooled(x))
-        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
         losses = nn.functional.cross_entropy(logits, batch.pair_label, reduction="none")
-        total = (losses * batch.pair_mask).sum()
-        right = (
-            []
-            if self.training
-            else [((logits.argmax(dim=-1) == batch.pair_label) * batch.pair_mask).sum()]
-        )
-        return [total, *(count.to(total.dtype) for count in right)]
+        total = (losses * batch.pair_mask).sum().unsqueeze(0)
+        right = logits.new_empty(0)
+        if not self.training:
+            guesses = logits.argmax(dim=-1)
+            right = ((guesses == batch.pair_label) * batch.pair_mask).sum().unsqueeze(0)
+        return total, right.to(total.dtype)

@@ -1,7 +1,7 @@
 """Self-attention, multi-head or grouped-query (Ainslie et al. 2023), heads split over tensor-parallel ranks."""
 
 import math
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -27,20 +27,18 @@ def attention_mask(segments: torch.Tensor, causal: bool) -> torch.Tensor:
 def _for_each_head(q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of groups [b, g, s, d], repeated for each query head of q [b, n, s, d]."""
     repeat = q.shape[1] // k.shape[1]
-    return (
-        (k, v)
-        if repeat == 1
-        else (k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1))
-    )
+    if repeat == 1:
+        return k, v
+    return k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
 
 
 def explicit_attention(
-    q, k, v, drop, causal: bool, mask: torch.Tensor | None = None
+    q, k, v, *, drop, causal: bool, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Attention with the scores formed: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d].
 
     A token sees what `mask` says, or without one every token, when causal only those up to itself. The softmax is taken
-    in fp32 for half precisions. `drop` is applied to the attention weights.
+    in fp32 for half precisions. `drop` is applied to the attention weights; None: nothing is dropped.
     """
     k, v = _for_each_head(q, k, v)
     scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
@@ -49,21 +47,26 @@ def explicit_attention(
     elif causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
-    softmax_dtype = (
-        torch.float32 if scores.dtype in (torch.bfloat16, torch.float16) else scores.dtype
-    )
-    return drop(scores.softmax(dim=-1, dtype=softmax_dtype).to(q.dtype)) @ v
+    half = scores.dtype in (torch.bfloat16, torch.float16)
+    softmax_dtype = torch.float32 if half else scores.dtype
+    weights = scores.softmax(dim=-1, dtype=softmax_dtype).to(q.dtype)
+    if drop is not None:
+        weights = drop(weights)
+    return weights @ v
 
 
 def fused_softmax_attention(
-    q, k, v, dropout, causal: bool, mask: torch.Tensor | None = None
+    q, k, v, *, dropout, causal: bool, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The same as `explicit_attention` with scale, mask, softmax and counted dropout (or None) in one kernel."""
+    """What `explicit_attention` computes, with scale, mask, softmax and counter-based dropout (or None) in one kernel:
+    q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]."""
     k, v = _for_each_head(q, k, v)
-    scores, scale = q @ k.transpose(-1, -2), 1 / math.sqrt(q.shape[-1])
+    scores = q @ k.transpose(-1, -2)
+    scale = 1 / math.sqrt(q.shape[-1])
     if mask is not None:
         return scaled_masked_softmax(scores, scale, mask, dropout=dropout) @ v
-    return (scaled_causal_softmax if causal else scaled_softmax)(scores, scale, dropout) @ v
+    softmax = scaled_causal_softmax if causal else scaled_softmax
+    return softmax(scores, scale, dropout) @ v
 
 
 @cache
@@ -91,9 +94,9 @@ def torch_kernel(
 
 
 @torch.compiler.assume_constant_result
-def _torch_kernel(*arguments) -> str | None:
-    """The same for torch.compile, which would trace what a cached function does."""
-    return torch_kernel(*arguments)
+def _torch_kernel(**arguments) -> str | None:
+    """`torch_kernel` for torch.compile, which would trace what a cached function does."""
+    return torch_kernel(**arguments)
 
 
 class Attention(nn.Module):
@@ -131,14 +134,23 @@ class Attention(nn.Module):
         mask: torch.Tensor | None = None,
         samples: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[s, b, h] -> [s, b, h] without the output bias; `rotary` is the table of `nn.rope`, or None; `mask` that of
-        `attention_mask`, or None where a row is one segment."""
+        """[s, b, h] -> [s, b, h] without the output bias.
+
+        rotary: the table of `nn.rope`, or None. mask: of `attention_mask`, or None where a row is one segment.
+        samples: [b] global numbers of the rows, for dropout.
+        """
+        # Project, and take the heads of each group apart: [s, b, heads held here, d].
         qkv = self.qkv(x).unflatten(-1, (-1, self.queries_per_group + 2, self.head_size))
         q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=-2)
-        q, k, v = (part.flatten(2, 3) for part in (q, k, v))  # [s, b, heads held here, d]
+        q = q.flatten(2, 3)
+        k = k.flatten(2, 3)
+        v = v.flatten(2, 3)
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))  # [b, heads, s, d]
+            q = rotate(q, rotary)
+            k = rotate(k, rotary)
+
+        # Attend: [b, heads, s, d].
+        q, k, v = (projected.permute(1, 2, 0, 3) for projected in (q, k, v))
         if self.recompute and torch.is_grad_enabled():
             y = recompute(self._core, self.rng, q, k, v, mask, samples)
         else:
@@ -146,49 +158,55 @@ class Attention(nn.Module):
         return self.output(y.permute(2, 0, 1, 3).flatten(2))
 
     def backend(self, x: torch.Tensor, masked: bool) -> tuple[str, str]:
-        """(backend, reason) for tensors of x's dtype and device, as training or evaluation has it. Raises ValueError
-        where the wanted one cannot drop weights."""
-        p, streams = self.dropout.p if self.training else 0.0, isinstance(self.rng, RngTracker)
-        if p > 0 and (self.wanted == "sdpa" or (self.wanted == "fused-softmax" and streams)):
+        """(backend, reason) for tensors of x's dtype and device, as training or evaluation has it.
+
+        Raises ValueError where the wanted backend cannot drop weights.
+        """
+        drops = self.training and self.dropout.p > 0
+        streams = isinstance(self.rng, RngTracker)
+        impossible = self.wanted == "sdpa" or (self.wanted == "fused-softmax" and streams)
+        if drops and impossible:
             raise ValueError(
                 f"attention by {self.wanted} cannot drop weights as this random-number scheme says"
             )
         if self.wanted != "auto":
             return self.wanted, f"--attention-backend {self.wanted}"
-        if p > 0 and streams:
+        if drops and streams:
             return "eager", "dropout draws from --rng-scheme megatron's streams"
-        if p > 0:
-            return (
-                "fused-softmax",
-                "it drops weights by counting, as torch's fused attention cannot",
-            )
+        if drops:
+            reason = "its dropout is counter-based, which torch's fused attention does not offer"
+            return "fused-softmax", reason
         kernel = _torch_kernel(
-            x.device, x.dtype, self.queries_per_group, self.head_size, masked, self.causal
+            device=x.device,
+            dtype=x.dtype,
+            repeat=self.queries_per_group,
+            head_size=self.head_size,
+            masked=masked,
+            causal=self.causal,
         )
-        if kernel is None and native.takes(x):
+        if kernel is not None:
+            return "sdpa", f"nothing is dropped; torch's {kernel}"
+        if native.takes(x):
             return "fused-softmax", "nothing is dropped, but torch has no fused attention for this"
-        return (
-            "sdpa",
-            f"nothing is dropped; torch's {kernel or 'operations: it has no fused attention for this'}",
-        )
+        return "sdpa", "nothing is dropped; torch's operations: it has no fused attention for this"
 
     def _core(
         self, q, k, v, mask: torch.Tensor | None, samples: torch.Tensor | None
     ) -> torch.Tensor:
         """The attention core: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]."""
-        p = self.dropout.p if self.training else 0.0
         backend, _ = self.backend(q, mask is not None)
+        drops = self.training and self.dropout.p > 0
         if backend == "sdpa":
             return nn.functional.scaled_dot_product_attention(
                 q,
                 k,
                 v,
-                mask,
+                attn_mask=mask,
                 is_causal=self.causal and mask is None,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
         if backend == "fused-softmax":
-            counted = self.dropout.counter_based(*q.shape[1:3], samples) if p else None
-            return fused_softmax_attention(q, k, v, counted, self.causal, mask)
-        drop = (lambda weights: self.dropout(weights, samples)) if p else (lambda weights: weights)
-        return explicit_attention(q, k, v, drop, self.causal, mask)
+            dropout = self.dropout.counter_based(*q.shape[1:3], samples) if drops else None
+            return fused_softmax_attention(q, k, v, dropout=dropout, causal=self.causal, mask=mask)
+        drop = partial(self.dropout, samples=samples) if drops else None
+        return explicit_attention(q, k, v, drop=drop, causal=self.causal, mask=mask)

@@ -28,20 +28,23 @@ class Optimizer:
         config: OptimizerConfig,
         train_iters: int,
     ):
-        self.config, self.train_iters, self.parameters = config, train_iters, parameters
+        self.config = config
+        self.train_iters = train_iters
+        self.parameters = parameters
         self.gradients = GradientBuffer(parameters, context)
         self.keeps_master = any(p.dtype == torch.bfloat16 for p in parameters.values())
-        self.master = {
-            name: p.detach().float() if self.keeps_master else p.detach()
-            for name, p in parameters.items()
-        }
-        decayed = [self.master[name] for name, p in parameters.items() if p.spec.weight_decay]
-        others = [self.master[name] for name, p in parameters.items() if not p.spec.weight_decay]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        self.master = {}
+        decayed = []
+        others = []
+        for name, parameter in parameters.items():
+            weight = parameter.detach()
+            self.master[name] = weight.float() if self.keeps_master else weight
+            group = decayed if parameter.spec.weight_decay else others
+            group.append(self.master[name])
+        groups = []
+        for weights, decay in ((decayed, config.weight_decay), (others, 0.0)):
+            if weights:
+                groups.append({"params": weights, "weight_decay": decay})
         if config.optimizer == "adam":
             # One fused pass over the weights: 3 to 4 times faster than the other implementations, also on the CPU.
             betas = (config.adam_beta1, config.adam_beta2)
@@ -59,6 +62,7 @@ class Optimizer:
 
         Collective over all ranks. Raises NonFiniteGradient, on every rank and before any weight is changed.
         """
+        # Sum the gradients over ranks, and look at them before anything changes.
         self.gradients.reduce()
         norm = self.gradients.norm()
         if not norm < float("inf"):
@@ -70,6 +74,7 @@ class Optimizer:
         rate = learning_rate(iteration, self.config, self.train_iters)
         for group in self.torch.param_groups:
             group["lr"] = rate
+        # Update the master weights with the gradients where they lie, then round the working weights from them.
         for name, parameter in self.parameters.items():
             self.master[name].grad = parameter.main_grad
         self.torch.step()
@@ -80,7 +85,7 @@ class Optimizer:
         return norm, rate
 
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """(kind, parameter name, tensor of the parameter's local shape) of all that must be kept to go on to the bit:
+        """(kind, parameter name, tensor of the parameter's local shape) of all that a bit-exact resume needs:
         "master" weights where they differ from the parameters, and the optimizer's moments. Made if absent."""
         for name, master in self.master.items():
             if self.keeps_master:
@@ -103,8 +108,10 @@ class Optimizer:
     @property
     def steps(self) -> int:
         """Steps taken, as Adam's bias correction counts them."""
-        states = (s["step"] for s in self.torch.state.values() if "step" in s)
-        return int(next(states, 0))
+        for state in self.torch.state.values():
+            if "step" in state:
+                return int(state["step"])
+        return 0
 
     def set_steps(self, steps: int) -> None:
         """Set the count of steps taken, for every parameter."""

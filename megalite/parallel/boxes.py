@@ -6,6 +6,7 @@ Initialisation, gradient norm, checkpoints and verification all speak in boxes.
 
 from dataclasses import dataclass
 from math import prod
+from operator import add, sub
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,11 @@ class Box:
         return cls((0,) * len(shape), tuple(shape))
 
     @property
+    def stop(self) -> tuple[int, ...]:
+        """Where the box ends along each dim, the end left out."""
+        return tuple(map(add, self.offset, self.shape))
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
@@ -28,18 +34,17 @@ class Box:
     def intersect(self, other: "Box") -> "Box | None":
         """The box common to both, or None when they share no element."""
         start = tuple(map(max, self.offset, other.offset))
-        stop = tuple(
-            min(o + n, p + m)
-            for o, n, p, m in zip(self.offset, self.shape, other.offset, other.shape)
-        )
-        shape = tuple(b - a for a, b in zip(start, stop))
-        return Box(start, shape) if all(n > 0 for n in shape) else None
+        stop = map(min, self.stop, other.stop)
+        shape = tuple(map(sub, stop, start))
+        if min(shape, default=1) <= 0:
+            return None
+        return Box(start, shape)
 
     def slices_in(self, outer: "Box") -> tuple[slice, ...]:
         """Indices of this box in a tensor that holds `outer`."""
-        return tuple(
-            slice(o - p, o - p + n) for o, n, p in zip(self.offset, self.shape, outer.offset)
-        )
+        start = map(sub, self.offset, outer.offset)
+        stop = map(sub, self.stop, outer.offset)
+        return tuple(map(slice, start, stop))
 
 
 def split(length: int, parts: int, index: int) -> tuple[int, int]:

@@ -46,7 +46,9 @@ class _Pending:
     """The handle of a call that is under way."""
 
     def __init__(self, work, call: Call, activity: Activity):
-        self._work, self._call, self._activity = work, call, activity
+        self._work = work
+        self._call = call
+        self._activity = activity
 
     def wait(self) -> None:
         """Return when the result may be used."""
@@ -69,11 +71,17 @@ def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _call(group: Group, kind: str, tensor: torch.Tensor | None = None) -> Call:
-    """Note that this rank begins a call of the whole group."""
-    content = (
-        () if tensor is None else (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    """Record that this rank begins a call of the whole group."""
+    return group.activity.record(
+        kind, group.name, group.ranks, *_description(tensor), patient=group.patient
     )
-    return group.activity.record(kind, group.name, group.ranks, *content, patient=group.patient)
+
+
+def _description(tensor: torch.Tensor | None) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of what a call carries."""
+    if tensor is None:
+        return (), ""
+    return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
 
 def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum", async_op: bool = False):
@@ -175,12 +183,13 @@ def exchange(transfers: Sequence[Transfer], group: Group) -> list:
 
 
 def _transfer_call(transfer: Transfer, group: Group) -> Call:
-    """Note that this rank begins its end of a transfer."""
-    ends = group.ranks[group.rank], group.ranks[transfer.peer]
-    ends = ends if transfer.send else ends[::-1]
-    tensor = transfer.tensor
+    """Record that this rank begins its end of a transfer."""
+    source = group.ranks[group.rank]
+    target = group.ranks[transfer.peer]
+    if not transfer.send:
+        source, target = target, source
     return group.activity.record(
-        "transfer", group.name, ends, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        "transfer", group.name, (source, target), *_description(transfer.tensor)
     )
 
 

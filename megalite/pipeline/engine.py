@@ -63,7 +63,8 @@ class PipelineEngine:
         micro_batch_size: int,
         schedule: str = "1f1b",
     ):
-        self.stage, self.context = stage, context
+        self.stage = stage
+        self.context = context
         self.micro_batch_size = micro_batch_size
         self.schedule: Callable = schedule_named(schedule)
 
@@ -88,44 +89,57 @@ class PipelineEngine:
         self, schedule: Callable, microbatches: list[Microbatch], loss_weights
     ) -> torch.Tensor:
         pipeline = self.context.pipeline
-        weights = torch.as_tensor(loss_weights, dtype=torch.float64, device=self.context.device)
-        run = _Run(microbatches, weights, torch.zeros(len(weights), device=self.context.device))
-        for step in program(
-            schedule(pipeline.size, pipeline.rank, len(microbatches)), pipeline.rank, pipeline.size
-        ):
+        device = self.context.device
+        activity = self.context.activity
+        weights = torch.as_tensor(loss_weights, dtype=torch.float64, device=device)
+        run = _Run(microbatches, weights, torch.zeros(len(weights), device=device))
+        actions = schedule(pipeline.size, pipeline.rank, len(microbatches))
+        for step in program(actions, pipeline.rank, pipeline.size):
             self._post(run, step.messages)
-            if step.action is not None:
-                forward = step.action.kind == FORWARD
-                with self.context.activity.timed("forward" if forward else "backward"):
-                    (self._forward if forward else self._backward)(run, step.action)
+            if step.action is None:
+                continue
+            if step.action.kind == FORWARD:
+                with activity.timed("forward"):
+                    self._forward(run, step.action)
+            else:
+                with activity.timed("backward"):
+                    self._backward(run, step.action)
         self._finish_sending(run)
         return run.losses
 
     def _post(self, run: _Run, messages: tuple[Message, ...]) -> None:
-        """Post a step's messages together and wait for those that arrive here. Sends go on during the computation that
-        follows: they are waited for before the next post."""
-        me = self.context.pipeline.rank
-        transfers, arriving = [], {}
+        """Post a step's messages together and wait for those that arrive here.
+
+        Sends go on during the computation that follows: they are waited for before the next post.
+        """
+        # Collect the tensors: what was computed here leaves, and what comes gets memory.
+        own_rank = self.context.pipeline.rank
+        transfers = []
+        arriving = {}
         for message in messages:
             key = (message.kind, message.microbatch)
-            if message.source == me:
+            if message.source == own_rank:
                 transfers.append(Transfer(run.outgoing.pop(key), message.target, send=True))
             else:
                 shape = self.stage.hidden_shape(self.micro_batch_size)
-                arriving[key] = torch.empty(
-                    shape, dtype=self.stage.dtype, device=self.context.device
-                )
-                transfers.append(Transfer(arriving[key], message.source, send=False))
+                tensor = torch.empty(shape, dtype=self.stage.dtype, device=self.context.device)
+                arriving[key] = tensor
+                transfers.append(Transfer(tensor, message.source, send=False))
+
+        # Earlier sends must be done before new ones are posted.
         self._finish_sending(run)
         handles = exchange(transfers, self.context.pipeline)
-        # One handle per message, or, where the backend merges them, one for all.
-        merged = len(handles) != len(transfers)
-        for handle, transfer in zip(handles, transfers if not merged else [None] * len(handles)):
-            if merged or not transfer.send:
+
+        # Wait for what arrives; keep the handles of what leaves.
+        if len(handles) == len(transfers):
+            for handle, transfer in zip(handles, transfers):
+                if transfer.send:
+                    run.sending.append((handle, transfer.tensor))
+                else:
+                    handle.wait()
+        else:  # the backend merged the messages under one handle
+            for handle in handles:
                 handle.wait()
-        run.sending = (
-            [(h, t.tensor) for h, t in zip(handles, transfers) if t.send] if not merged else []
-        )
         run.incoming.update(arriving)
 
     def _finish_sending(self, run: _Run) -> None:
@@ -134,11 +148,11 @@ class PipelineEngine:
         run.sending = []
 
     def _forward(self, run: _Run, action: Action) -> None:
-        i, key = action.microbatch, tuple(action)
+        key = tuple(action)
         kept = _InFlight()
         if not self.stage.is_first:
             kept.received = run.incoming.pop(key).requires_grad_(torch.is_grad_enabled())
-        output = self.stage(kept.received, run.microbatches[i])
+        output = self.stage(kept.received, run.microbatches[action.microbatch])
         if self.stage.is_last:
             if output.shape != run.loss_weights.shape:
                 shapes = f"{tuple(output.shape)}, the weights {tuple(run.loss_weights.shape)}"
@@ -151,13 +165,14 @@ class PipelineEngine:
         else:
             self._check_shape(output)
             run.outgoing[key] = output.detach()
-            # The edge is enough for the backward: the hidden states themselves are freed once they are sent.
-            kept.output = get_gradient_edge(output) if torch.is_grad_enabled() else None
+            if torch.is_grad_enabled():
+                # The edge is enough for the backward: the hidden states are freed once they are sent.
+                kept.output = get_gradient_edge(output)
         if torch.is_grad_enabled():
-            run.in_flight[i] = kept
+            run.in_flight[action.microbatch] = kept
 
     def _check_shape(self, output: torch.Tensor) -> None:
-        # The next stage receives into a tensor of this shape; gloo takes a smaller message without a word.
+        # The next stage receives into a tensor of this shape; gloo accepts a smaller message without an error.
         expected = self.stage.hidden_shape(self.micro_batch_size)
         if tuple(output.shape) != expected:
             raise ValueError(

@@ -28,8 +28,12 @@ def partition(
             lightest = min(range(stages), key=lambda stage: (load[stage], stage))
             counts[lightest] += 1
             load[lightest] += 1
-    starts = [sum(counts[:stage]) for stage in range(stages)]
-    return [range(start, start + count) for start, count in zip(starts, counts)]
+    layers = []
+    start = 0
+    for count in counts:
+        layers.append(range(start, start + count))
+        start += count
+    return layers
 
 
 def layers_of_stages(model: ModelConfig, stages: int, predicted: float) -> list[range]:

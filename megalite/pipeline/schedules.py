@@ -36,17 +36,23 @@ class Step(NamedTuple):
 
 def gpipe(stages: int, stage: int, microbatches: int) -> list[Action]:
     """All forwards, then all backwards (Huang et al. 2019). Every stage holds all m microbatches at its peak."""
-    return [Action(kind, i) for kind in (FORWARD, BACKWARD) for i in range(microbatches)]
+    forwards = [Action(FORWARD, i) for i in range(microbatches)]
+    backwards = [Action(BACKWARD, i) for i in range(microbatches)]
+    return forwards + backwards
 
 
 def one_forward_one_backward(stages: int, stage: int, microbatches: int) -> list[Action]:
-    """1F1B (Narayanan et al. 2021): warm up with min(p - stage - 1, m) forwards, then alternate. Stage r holds at most
-    min(p - r, m) microbatches; bubble (p - 1) / m of the ideal time, as GPipe's."""
+    """1F1B (Narayanan et al. 2021): warm up with min(p - stage - 1, m) forwards, then alternate.
+
+    Stage r holds at most min(p - r, m) microbatches; bubble (p - 1) / m of the ideal time, as GPipe's.
+    """
     warmup = min(stages - stage - 1, microbatches)
     actions = [Action(FORWARD, i) for i in range(warmup)]
     for i in range(microbatches - warmup):
         actions += [Action(FORWARD, warmup + i), Action(BACKWARD, i)]
-    return actions + [Action(BACKWARD, i) for i in range(microbatches - warmup, microbatches)]
+    for i in range(microbatches - warmup, microbatches):
+        actions.append(Action(BACKWARD, i))
+    return actions
 
 
 def forward_only(stages: int, stage: int, microbatches: int) -> list[Action]:
@@ -59,7 +65,10 @@ def peak_in_flight(actions: list[Action]) -> int:
     and whose backward has not."""
     peak = in_flight = 0
     for action in actions:
-        in_flight += 1 if action.kind == FORWARD else -1
+        if action.kind == FORWARD:
+            in_flight += 1
+        else:
+            in_flight -= 1
         peak = max(peak, in_flight)
     return peak
 
@@ -72,14 +81,11 @@ def schedule_named(name: str) -> Callable[[int, int, int], list[Action]]:
     return known[name]
 
 
-def _arriving(action: Action, stage: int, stages: int) -> tuple[Message, ...]:
-    source = stage - 1 if action.kind == FORWARD else stage + 1
-    return (Message(*action, source, stage),) if 0 <= source < stages else ()
-
-
-def _leaving(action: Action, stage: int, stages: int) -> tuple[Message, ...]:
-    target = stage + 1 if action.kind == FORWARD else stage - 1
-    return (Message(*action, stage, target),) if 0 <= target < stages else ()
+def _message(action: Action, source: int, target: int, stages: int) -> tuple[Message, ...]:
+    """The message between two stages, or none at an end of the pipeline."""
+    if 0 <= source < stages and 0 <= target < stages:
+        return (Message(action.kind, action.microbatch, source, target),)
+    return ()
 
 
 def program(actions: list[Action], stage: int, stages: int) -> list[Step]:
@@ -87,11 +93,17 @@ def program(actions: list[Action], stage: int, stages: int) -> list[Step]:
 
     Both are posted together, so opposing messages of a pair of stages, as 1F1B has them, cannot wait for each other.
     """
-    steps, leaving = [], ()
+    steps = []
+    leaving: tuple[Message, ...] = ()
     for action in actions:
-        steps.append(Step(leaving + _arriving(action, stage, stages), action))
-        leaving = _leaving(action, stage, stages)
-    return [*steps, Step(leaving, None)] if leaving else steps
+        # A forward comes from the stage before and goes to the one after; a backward the other way round.
+        direction = 1 if action.kind == FORWARD else -1
+        arriving = _message(action, stage - direction, stage, stages)
+        steps.append(Step(leaving + arriving, action))
+        leaving = _message(action, stage, stage + direction, stages)
+    if leaving:
+        steps.append(Step(leaving, None))
+    return steps
 
 
 class ScheduleError(ValueError):
@@ -105,54 +117,87 @@ def validate(schedules: list[list[Action]], microbatches: int, backward: bool = 
     only once all its messages, sent ones too, have been met by their counterparts, pairwise in order of posting (as
     NCCL, which knows no tags, matches them).
     """
-    kinds = (FORWARD, BACKWARD) if backward else (FORWARD,)
-    expected = sorted(Action(kind, i) for kind in kinds for i in range(microbatches))
+    expected = {Action(FORWARD, i) for i in range(microbatches)}
+    if backward:
+        expected |= {Action(BACKWARD, i) for i in range(microbatches)}
     for stage, actions in enumerate(schedules):
-        if sorted(actions) != expected:
-            wrong = set(expected).symmetric_difference(actions) or "a repeated action"
-            raise ScheduleError(f"stage {stage} does not run each action exactly once: {wrong}")
-        place = {action: at for at, action in enumerate(actions)}
-        for i in range(microbatches if backward else 0):
-            if place[Action(BACKWARD, i)] < place[Action(FORWARD, i)]:
-                raise ScheduleError(
-                    f"stage {stage} runs the backward of microbatch {i} before its forward"
-                )
-    validate_messages(
-        [program(actions, stage, len(schedules)) for stage, actions in enumerate(schedules)]
-    )
+        _validate_stage(stage, actions, expected)
+    stages = len(schedules)
+    validate_messages([program(actions, i, stages) for i, actions in enumerate(schedules)])
+
+
+def _validate_stage(stage: int, actions: list[Action], expected: set[Action]) -> None:
+    """Each expected action once, and a backward only after its forward."""
+    done = set()
+    for action in actions:
+        if action in done or action not in expected:
+            raise ScheduleError(
+                f"stage {stage} does not run each action exactly once: {action} is repeated or unknown"
+            )
+        if action.kind == BACKWARD and Action(FORWARD, action.microbatch) not in done:
+            raise ScheduleError(
+                f"stage {stage} runs the backward of microbatch {action.microbatch} before its forward"
+            )
+        done.add(action)
+    if done != expected:
+        missing = sorted(expected - done)
+        raise ScheduleError(f"stage {stage} does not run each action exactly once: {missing}")
 
 
 def validate_messages(programs: list[list[Step]]) -> None:
-    """Go through all stages' programs with messages that block until met; raise ScheduleError when no stage can go on,
-    or when two stages do not post the same messages in the same order."""
-    at = [0] * len(programs)
-    waiting: list[list[Message]] = [list(steps[0].messages) if steps else [] for steps in programs]
+    """Run all stages' programs with messages that block until they are met.
 
-    def first_between(stage, source, target):
-        return next((m for m in waiting[stage] if (m.source, m.target) == (source, target)), None)
-
-    while any(at[stage] < len(steps) for stage, steps in enumerate(programs)):
+    Raises ScheduleError when no stage can go on, or when two stages do not post the same messages in the same order.
+    """
+    position = [0] * len(programs)
+    waiting: list[list[Message]] = [_messages_at(steps, 0) for steps in programs]
+    while any(position[stage] < len(steps) for stage, steps in enumerate(programs)):
         moved = False
         for stage, steps in enumerate(programs):
+            # Messages that both ends have posted, in the same place of their queue, are delivered.
             for message in list(waiting[stage]):
-                if message != first_between(stage, message.source, message.target):
-                    continue
-                peer = message.target if message.source == stage else message.source
-                met = first_between(peer, message.source, message.target)
-                if met is not None and met != message:
-                    raise ScheduleError(
-                        f"stages {stage} and {peer} post different messages: {message} and {met}"
-                    )
-                if met is not None:
-                    waiting[stage].remove(message)
-                    waiting[peer].remove(message)
+                if _deliver(message, stage, waiting):
                     moved = True
-            if at[stage] < len(steps) and not waiting[stage]:
-                at[stage] += 1
-                waiting[stage] = list(steps[at[stage]].messages) if at[stage] < len(steps) else []
+            # A stage whose messages are all delivered computes, and posts those of its next step.
+            if position[stage] < len(steps) and not waiting[stage]:
+                position[stage] += 1
+                waiting[stage] = _messages_at(steps, position[stage])
                 moved = True
         if not moved:
             stuck = {stage: messages for stage, messages in enumerate(waiting) if messages}
             raise ScheduleError(
                 f"deadlock: stages wait for messages that nobody will meet: {stuck}"
             )
+
+
+def _messages_at(steps: list[Step], position: int) -> list[Message]:
+    return list(steps[position].messages) if position < len(steps) else []
+
+
+def _first_between(messages: list[Message], source: int, target: int) -> Message | None:
+    for message in messages:
+        if (message.source, message.target) == (source, target):
+            return message
+    return None
+
+
+def _deliver(message: Message, stage: int, waiting: list[list[Message]]) -> bool:
+    """Deliver a message that both its ends wait for first among those between them; whether it was.
+
+    Raises ScheduleError when the other end waits for another message in its place.
+    """
+    source = message.source
+    target = message.target
+    if message != _first_between(waiting[stage], source, target):
+        return False
+    peer = target if source == stage else source
+    met = _first_between(waiting[peer], source, target)
+    if met is None:
+        return False
+    if met != message:
+        raise ScheduleError(
+            f"stages {stage} and {peer} post different messages: {message} and {met}"
+        )
+    waiting[stage].remove(message)
+    waiting[peer].remove(message)
+    return True

@@ -49,7 +49,7 @@ def test_explicit_scores_are_torchs_fused_attention(kind, groups):
     inputs = [heads(6, 1), heads(groups, 2), heads(groups, 3)]
     results = []
     for core in (
-        lambda q, k, v: explicit_attention(q, k, v, keep, causal, mask),
+        lambda q, k, v: explicit_attention(q, k, v, drop=keep, causal=causal, mask=mask),
         lambda q, k, v: scaled_dot_product_attention(q, k, v, enable_gqa=True, **told),
     ):
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -61,10 +61,12 @@ def test_explicit_scores_are_torchs_fused_attention(kind, groups):
 
 def test_a_token_does_not_see_what_comes_after_it():
     q, k, v = heads(4, 1), heads(2, 2), heads(2, 3)
-    before = explicit_attention(q, k, v, keep, True)
+    before = explicit_attention(q, k, v, drop=keep, causal=True)
     for x in (q, k, v):
         x[:, :, 4:] = 100.0
-    assert torch.equal(explicit_attention(q, k, v, keep, True)[:, :, :4], before[:, :, :4])
+    assert torch.equal(
+        explicit_attention(q, k, v, drop=keep, causal=True)[:, :, :4], before[:, :, :4]
+    )
     assert torch.equal(before[:, :, 0], heads(2, 3)[:, :, 0].repeat_interleave(2, dim=1))
 
 
@@ -76,7 +78,7 @@ def test_dropout_is_applied_to_weights_that_sum_to_one():
         return weights * torch.tensor([0.0, 2.0]).repeat(4)[:7]
 
     q, k, v = heads(2, 1), heads(2, 2), heads(2, 3)
-    dropped = explicit_attention(q, k, v, drop, True)
+    dropped = explicit_attention(q, k, v, drop=drop, causal=True)
     (weights,) = seen
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 7, dtype=torch.float64))
     assert not weights.triu(1).any()
@@ -90,7 +92,7 @@ def test_softmax_of_bf16_is_taken_in_fp32():
     scores = (q @ k.transpose(-1, -2)) / 2
     scores = scores.float().masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), float("-inf"))
     assert torch.equal(
-        explicit_attention(q, k, identity, keep, True), scores.softmax(-1).bfloat16()
+        explicit_attention(q, k, identity, drop=keep, causal=True), scores.softmax(-1).bfloat16()
     )
 
 

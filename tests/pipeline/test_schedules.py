@@ -101,7 +101,7 @@ def test_messages_arrive_before_they_are_used_and_leave_after_they_are_made():
         ),
         (
             ["F0 F1 B0 B1", "F0 B0 F1 B1 B1"],
-            "stage 1 does not run each action exactly once: a repeated action",
+            "stage 1 does not run each action exactly once: .*microbatch=1.* is repeated",
         ),
         (["F0 F1 B0 B1 F2", "F0 B0 F1 B1"], "stage 0 does not .*microbatch=2"),
         (
