@@ -22,7 +22,6 @@ from megalite.data.tokenizers import TokenizerError
 from megalite.kernels import native
 from megalite.nn.attention import Attention
 from megalite.optim.optimizer import NonFiniteGradient
-from megalite.parallel.agreement import RanksDiffer
 from megalite.parallel.collectives import barrier, gather_objects
 from megalite.parallel.context import DeviceError, ParallelContext, tell_torchrun
 from megalite.parallel.launch import LaunchInfo
@@ -36,6 +35,7 @@ from megalite.training.signals import StopSignals
 from megalite.training.startup import check_data, check_stragglers, take_lease
 from megalite.training.state import Progress, load_state, settle_data
 from megalite.training.writers import Writers, tracking_writers
+from megalite.watch.agreement import RanksDiffer
 from megalite.watch.watchdog import LostContact, Watchdog
 
 EXPECTED_ERRORS = (

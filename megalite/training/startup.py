@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from megalite.checkpoint.fence import OWNER_FILE, Lease
-from megalite.parallel.agreement import RanksDiffer
 from megalite.parallel.collectives import all_reduce, barrier, gather_objects
 from megalite.parallel.context import ParallelContext
+from megalite.watch.agreement import RanksDiffer
 
 SLOW = 1.5
 """Times the median: above it, a rank is named."""

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from megalite.config.run import from_flat
 from megalite.kernels import native
-from megalite.parallel.agreement import RanksDiffer
 from megalite.parallel.config import ParallelConfig
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.layout import ParallelLayout
 from megalite.training.build import build_context
 from megalite.training.startup import check_data, check_stragglers, compare_times, take_lease
+from megalite.watch.agreement import RanksDiffer
 
 
 def context_of(launch) -> ParallelContext:

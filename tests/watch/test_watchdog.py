@@ -16,10 +16,10 @@ import pytest
 import torch.distributed as dist
 
 from megalite.config import cli, validate
-from megalite.parallel.agreement import RanksDiffer, compare_facts
 from megalite.parallel.collectives import Group
 from megalite.parallel.context import ParallelContext
 from megalite.training.pretrain import pretrain
+from megalite.watch.agreement import RanksDiffer, compare_facts
 from megalite.watch.watchdog import HUNG, Watchdog
 from tests.pool import RanksFailed
 from tests.test_pretrain import free_port
