@@ -26,7 +26,7 @@ class Group:
     """For messages: tensor, data, pipeline, ..."""
     activity: Activity = field(default_factory=Activity, repr=False)
     """Where calls are noted, so that a hang can be explained; one for all groups of a rank."""
-    patient: bool = False
+    untimed: bool = False
     """Whether its calls may take long."""
 
     @property
@@ -73,7 +73,7 @@ def _call(group: Group, kind: str, tensor: torch.Tensor | None = None) -> Call:
     content = (
         () if tensor is None else (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
     )
-    return group.activity.record(kind, group.name, group.ranks, *content, patient=group.patient)
+    return group.activity.record(kind, group.name, group.ranks, *content, untimed=group.untimed)
 
 
 def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum", async_op: bool = False):

@@ -82,7 +82,7 @@ class _GroupFactory:
     def make_control(self) -> Group:
         """The group of all ranks for small objects: on gloo, and with a timeout for the slowest of disks."""
         handle = self._new(self.world.ranks, "control", timedelta(hours=PATIENCE_HOURS), "gloo")
-        return replace(self.world, handle=handle, name="control", patient=True)
+        return replace(self.world, handle=handle, name="control", untimed=True)
 
     def _new(
         self, ranks: Sequence[int], name: str, timeout: timedelta, backend: str | None = None

@@ -1,4 +1,4 @@
-"""This process's rank and where ranks meet, from torchrun's or srun's variables. Imports no torch."""
+"""This process's rank and where ranks meet, from torchrun's or srun's variables. No torch."""
 
 import re
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class LaunchInfo:
 
 
 def first_host(nodelist: str) -> str:
-    """First host of a SLURM node list: gpu003 for `gpu[003-006,9],login`, rack1n5 for `rack[1-2]n[5,7]`.
+    """First host of a SLURM node list: gpu003 for `gpu[003-006,9],login`.
 
     Raises ValueError when the text is not a node list.
     """
@@ -43,7 +43,7 @@ def first_host(nodelist: str) -> str:
 
 
 def tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """Number of tasks on a node of the step, from SLURM_STEP_TASKS_PER_NODE: node 2 of `4(x2),2` has 2.
+    """Tasks on a node of the step, from SLURM_STEP_TASKS_PER_NODE: node 2 of `4(x2),2` has 2.
 
     Raises ValueError when the list has another form or no such node.
     """
@@ -104,7 +104,8 @@ def _from_torchrun(environ: Mapping[str, str]) -> LaunchInfo:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if world > 1 and missing:
         raise ValueError(
-            f"RANK and WORLD_SIZE={world} are set, but not {' and '.join(missing)}: where ranks meet"
+            f"RANK and WORLD_SIZE={world} are set, but not {' and '.join(missing)}: "
+            "where ranks meet"
         )
     address = ""
     if world > 1:

@@ -1,4 +1,4 @@
-"""How ranks find each other: rank 0, or torchrun, serves a key-value store that all ranks connect to.
+"""How ranks find each other: rank 0 or torchrun serves a key-value store that all connect to.
 
 A rank that waits says what for. What cannot succeed (a host name that does not resolve, a port in
 use) is an error at once; what may still come is waited for until the timeout.
@@ -40,8 +40,8 @@ def meet(launch: LaunchInfo, timeout: timedelta) -> Any:
     Its keys are this start's own (`launch.incarnation`). Ranks that wait say so on stderr: rank 0,
     rank 1 and the first rank of each node.
 
-    Raises RendezvousError when the host name does not resolve, rank 0 cannot serve the store at this
-    address, another process has the same rank, or a rank is missing after `timeout`.
+    Raises RendezvousError when the host name does not resolve, rank 0 cannot serve the store at
+    this address, another process has the same rank, or a rank is missing after `timeout`.
     """
     if launch.init_method.startswith("tcp://"):
         store = _Rendezvous(launch, timeout).store()

@@ -1,4 +1,4 @@
-"""What must be the same on every rank, compared through the store before any group exists. Imports no torch."""
+"""Checks that all ranks were started alike, through the store, and see the same files."""
 
 import json
 import os
@@ -6,46 +6,86 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from megalite.parallel.collectives import gather_objects
+from megalite.parallel.context import ParallelContext
+
 LINGER_SECONDS = 10.0
-"""Rank 0, in whose process the store may live, waits so long for the others to have read the verdict."""
+"""How long rank 0, whose process may hold the store, waits for the others to read the result."""
 OTHERS_FIRST_SECONDS = 1.0
-"""The others let rank 0 speak first, so long: a launcher ends all when one has ended."""
+"""How long other ranks wait before they end: a launcher ends all ranks when the first one ends, and
+rank 0 is to print its message before that."""
 
 
 class RanksDiffer(RuntimeError):
-    """Ranks were started with different configurations, versions or files. Rank 0's message names ranks and values, the
-    others' are empty, so that it is said once."""
+    """Ranks have different configurations, versions or files.
+
+    Rank 0's message names ranks and values. The other ranks' messages are empty, so that it is
+    printed once.
+    """
 
 
 def compare_facts(store: Any, rank: int, world_size: int, facts: Mapping[str, Any]) -> None:
-    """Raise RanksDiffer on every rank when these facts (JSON) are not everywhere those of rank 0. Collective."""
+    """Raise RanksDiffer on every rank unless all have the same facts (JSON values). Collective."""
+    # Each rank compares its facts with rank 0's and publishes the difference.
     facts = json.loads(json.dumps(dict(facts)))
     if rank == 0:
         store.set("facts", json.dumps(facts))
     first = json.loads(store.get("facts"))
-    differing = [key for key in {**first, **facts} if first.get(key) != facts.get(key)]
-    mine = "; ".join(f"{key} {facts.get(key)!r} (rank 0: {first.get(key)!r})" for key in differing)
-    store.set(f"facts/{rank}", json.dumps([os.uname().nodename, mine]))
+    differences = []
+    for key in {**first, **facts}:
+        own = facts.get(key)
+        expected = first.get(key)
+        if own != expected:
+            differences.append(f"{key} {own!r} (rank 0: {expected!r})")
+    host = os.uname().nodename
+    store.set(f"facts/{rank}", json.dumps([host, "; ".join(differences)]))
+
+    # Rank 0 sums them up for all.
     if rank == 0:
-        told = [json.loads(store.get(f"facts/{other}")) for other in range(world_size)]
-        store.set("facts/verdict", _in_words(told))
+        reports = []
+        for other in range(world_size):
+            reports.append(json.loads(store.get(f"facts/{other}")))
+        store.set("facts/verdict", _summary(reports))
     verdict = store.get("facts/verdict").decode()
-    read = store.add("facts/read", 1)
-    if verdict:
-        end = time.monotonic() + LINGER_SECONDS
-        while rank == 0 and read < world_size and time.monotonic() < end:
-            time.sleep(0.01)
-            read = store.add("facts/read", 0)
-        if rank:
-            time.sleep(OTHERS_FIRST_SECONDS)
-        raise RanksDiffer(verdict if rank == 0 else "")
+    readers = store.add("facts/read", 1)
+    if not verdict:
+        return
+
+    # Rank 0 keeps the store until all have read the result, and is still the first to end.
+    end = time.monotonic() + LINGER_SECONDS
+    while rank == 0 and readers < world_size and time.monotonic() < end:
+        time.sleep(0.01)
+        readers = store.add("facts/read", 0)
+    if rank:
+        time.sleep(OTHERS_FIRST_SECONDS)
+    raise RanksDiffer(verdict if rank == 0 else "")
 
 
-def _in_words(told: list[list[str]]) -> str:
-    """ "" when no rank differs; else every difference, once, with its ranks."""
+def _summary(reports: list[list[str]]) -> str:
+    """Every difference once, with its ranks; "" without any. reports: (host, difference)."""
     ranks: dict[tuple[str, str], list[str]] = {}
-    for rank, (host, difference) in enumerate(told):
+    for rank, (host, difference) in enumerate(reports):
         if difference:
             ranks.setdefault((host, difference), []).append(str(rank))
-    words = [f"rank(s) {', '.join(who)} on {host}: {what}" for (host, what), who in ranks.items()]
-    return "ranks were not started alike; " + "; ".join(words) if words else ""
+    if not ranks:
+        return ""
+    lines = []
+    for (host, difference), numbers in ranks.items():
+        lines.append(f"rank(s) {', '.join(numbers)} on {host}: {difference}")
+    return "ranks were not started alike; " + "; ".join(lines)
+
+
+def require_agreement(agrees: bool, problem: str, context: ParallelContext) -> None:
+    """Raise RanksDiffer on every rank unless each agrees. Collective.
+
+    Rank 0's message is `problem`, followed by the ranks that do not agree and their hosts.
+    """
+    ranks_of: dict[str, list[str]] = {}
+    for rank, (host, fine) in enumerate(gather_objects((context.host, agrees), context.control)):
+        if not fine:
+            ranks_of.setdefault(host, []).append(str(rank))
+    if ranks_of:
+        where = []
+        for host, ranks in ranks_of.items():
+            where.append(f"rank(s) {', '.join(ranks)} on {host}")
+        raise RanksDiffer(f"{problem} {'; '.join(where)}" if context.rank == 0 else "")

@@ -241,7 +241,7 @@ def troubled(cluster, tmp_path_factory) -> dict[str, tuple[Job, Path]]:
 def test_a_rank_that_dies_takes_the_job_down_and_is_named(troubled):
     job, _ = troubled["die 3 3"]
     assert job.end() == "FAILED", job.log
-    died = r"^pretrain_gpt\.py: rank [012]: rank 3 on node\d \(process \d+\) died without a word \(last heard: "
+    died = r"^pretrain_gpt\.py: rank [012]: rank 3 on node\d \(process \d+\) exited without an error message \(last heard: "
     assert len(re.findall(died, job.log, re.M)) == 1 and "Traceback" not in job.log, job.log
 
 

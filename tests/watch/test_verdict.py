@@ -7,7 +7,7 @@ import pytest
 
 from megalite.parallel.activity import Activity
 from megalite.parallel.layout import ParallelLayout
-from megalite.watch.verdict import Report, culprits, hang_verdict
+from megalite.watch.verdict import Report, blocking_ranks, hang_verdict
 
 
 def report(
@@ -18,12 +18,12 @@ def report(
     activity.set_state("training", 3)
     begun = [activity.record(*call, (4,), "float32") for call in calls]
     activity.waiting = begun[-1] if begun and waits and blocks else None
-    made = Report.of(activity, rank, f"node{rank // 2}", 100 + rank, blocks, **rest)
+    made = Report.of(activity, rank, f"node{rank // 2}", 100 + rank, blocks=blocks, **rest)
     return Report(**{**vars(made), "idle_seconds": idle})
 
 
 def blamed(*reports: Report) -> list[int]:
-    return list(culprits({r.rank: r for r in reports}, 4.0)[0])
+    return list(blocking_ranks({r.rank: r for r in reports}, 4.0)[0])
 
 
 TENSOR, DATA = ("all_reduce", "tensor", (0, 1)), ("all_reduce", "data", (0, 2))
@@ -61,27 +61,27 @@ def test_the_call_that_was_waited_in_first_is_named():
         1: report(1, ("barrier", "world", (0, 1, 2)), idle=8.0),
         2: report(2),
     }
-    assert culprits(reports, 4.0)[0][2][1] == 1
+    assert blocking_ranks(reports, 4.0)[0][2][1] == 1
 
 
 def test_a_rank_that_does_not_answer_is_to_blame_whatever_it_was_in():
     reports = {0: report(0, TENSOR, TENSOR), 1: report(1, TENSOR, DATA), 2: report(2)}
-    assert list(culprits(reports, 4.0)[0]) == [2]
+    assert list(blocking_ranks(reports, 4.0)[0]) == [2]
     reports[1] = report(1, TENSOR, ("transfer", "pipeline", (1, 2)), silent_seconds=5.0)
-    assert 1 in culprits(reports, 4.0)[0]
+    assert 1 in blocking_ranks(reports, 4.0)[0]
     assert "does not answer" in hang_verdict(reports, 9, 4.0, "x")
 
 
 def test_a_circle_of_ranks_that_wait_for_each_other():
     reports = {0: report(0, TENSOR), 1: report(1, ("all_reduce", "world", (0, 1)))}
-    assert list(culprits(reports, 4.0)[0]) == [0, 1]
+    assert list(blocking_ranks(reports, 4.0)[0]) == [0, 1]
     assert "ranks 0, 1 wait for each other" in hang_verdict(reports, 9, 4.0, "x")
 
 
 def test_on_gpus_a_transfer_that_nobody_receives_does_not_hide_who_stands_still():
     """Rank 0 has sent to 2 and computes for ever; 2 has not come to receive, since it waits for an all-reduce of 0."""
     reports = {0: report(0, SEND, blocks=False), 2: report(2, DATA, blocks=False, idle=8.0)}
-    assert list(culprits(reports, 4.0)[0]) == [0]
+    assert list(blocking_ranks(reports, 4.0)[0]) == [0]
 
 
 def test_one_rank_alone_that_stands_still():
@@ -136,7 +136,7 @@ def test_a_thousand_ranks_are_judged_eight_times_as_long_as_128(blocks):
     small, large = large_job(4, blocks), large_job(32, blocks)
     assert (len(small), len(large)) == (128, 1024)
     for reports in small, large:
-        assert list(culprits(reports, 4.0)[0]) == [13]
+        assert list(blocking_ranks(reports, 4.0)[0]) == [13]
         assert "of the tensor group (ranks 8, 9, 10, 11, 12, 13, 14, 15)" in hang_verdict(
             reports, 9, 4.0, "x"
         )
