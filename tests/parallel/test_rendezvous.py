@@ -28,6 +28,12 @@ MODEL = """
 """.split()
 SOON = 3
 """Seconds after which a rank that waits in vain gives up."""
+MISSING = (
+    "{}. They did not connect to {} (from MASTER_ADDR and MASTER_PORT) within {} s "
+    "(--distributed-timeout-minutes). Likely causes: they did not start, they have another address, "
+    "or a firewall"
+)
+"""What rank 0 says in the end."""
 LATE = 200
 """Seconds after which it would, in a test that ends earlier."""
 
@@ -114,9 +120,15 @@ def test_rank_0_names_those_that_are_missing():
         *notices, line = end_of_one(0, world=3, port=port, seconds=2 * SOON)
         missing = "1 of 3 ranks are missing: 2"
         assert f"rank 0 waits at localhost:{port}: {missing}" in notices, notices
-        assert line.startswith(f"error: {missing}. They did not connect to localhost:{port} "), line
+        assert line == f"error: {MISSING.format(missing, f'localhost:{port}', 2 * SOON)}"
         *_, line = end_of(waiting)
         assert "was lost before all ranks had connected: see what rank 0 says" in line
+
+
+def test_the_docs_show_what_rank_0_says():
+    shown = MISSING.format("1 of 4 ranks are missing: 3", "node1:29500", 600)
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    assert f"\npretrain_gpt.py: rank 0: {shown}\n" in text
 
 
 def test_a_port_in_use_is_an_error_at_once():
