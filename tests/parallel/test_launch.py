@@ -1,4 +1,4 @@
-"""Who launched us: the variables of torchrun, of srun, and of neither, as those programs set them."""
+"""Launchers: the variables of torchrun, of srun, and of neither, as these programs set them."""
 
 from dataclasses import replace
 
@@ -11,12 +11,14 @@ TORCHRUN = {
     "MASTER_ADDR": "node1", "MASTER_PORT": "29500",
 }  # fmt: skip
 BATCH_SHELL = {
-    "SLURM_JOB_ID": "1234", "SLURM_NTASKS": "10", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+    "SLURM_JOB_ID": "1234", "SLURM_NTASKS": "10",
+    "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
     "SLURM_JOB_NODELIST": "gpu[03-05]", "SLURM_TASKS_PER_NODE": "4(x2),2",
 }  # fmt: skip
 SRUN = BATCH_SHELL | {
     "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "10", "SLURM_STEP_NODELIST": "gpu[03-05]",
-    "SLURM_STEP_TASKS_PER_NODE": "4(x2),2", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),2",
+    "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
 }  # fmt: skip
 ALONE = LaunchInfo(
     rank=0, world_size=1, local_rank=0, local_world_size=1, init_method="", source="none"
@@ -94,7 +96,8 @@ def test_srun_takes_a_given_meeting_point():
 
 def test_a_step_smaller_than_its_allocation():
     step = {
-        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "gpu05", "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "gpu05",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_PROCID": "1", "SLURM_NODEID": "0",
     }  # fmt: skip
     launch = detect(SRUN | step)

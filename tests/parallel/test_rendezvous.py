@@ -30,8 +30,8 @@ SOON = 3
 """Seconds after which a rank that waits in vain gives up."""
 MISSING = (
     "{}. They did not connect to {} (from MASTER_ADDR and MASTER_PORT) within {} s "
-    "(--distributed-timeout-minutes). Likely causes: they did not start, they have another address, "
-    "or a firewall"
+    "(--distributed-timeout-minutes). Likely causes: they did not start, they have another "
+    "address, or a firewall"
 )
 """What rank 0 says in the end."""
 LATE = 200
@@ -157,7 +157,7 @@ def test_a_program_that_listens_there_and_is_not_rank_0():
 
 
 def test_two_processes_with_one_rank():
-    """As when two jobs are given one address: the second rank 1 would take the first one's place."""
+    """As when two jobs have one address: the second rank 1 would replace the first."""
     port = free_port()
     with rank(0, world=3, port=port, seconds=LATE), rank(1, 3, port, LATE) as first:
         first.stderr.readline()  # it has said that it waits for others

@@ -1,7 +1,8 @@
 """Who is blamed for a hang, from the reports of all ranks. Pure."""
 
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 import pytest
 
@@ -23,7 +24,11 @@ def report(
 
 
 def blamed(*reports: Report) -> list[int]:
-    return list(blocking_ranks({r.rank: r for r in reports}, 4.0)[0])
+    return list(blocking_ranks(by_rank(reports), 4.0)[0])
+
+
+def by_rank(reports: Iterable[Report]) -> dict[int, Report]:
+    return {report.rank: report for report in reports}
 
 
 TENSOR, DATA = ("all_reduce", "tensor", (0, 1)), ("all_reduce", "data", (0, 2))
@@ -37,7 +42,7 @@ def test_the_one_that_all_wait_for_in_the_end(blocks):
         report(0, TENSOR, blocks=blocks), report(1, blocks=blocks), report(2, DATA, blocks=blocks)
     ]  # fmt: skip
     assert blamed(*reports) == [1]
-    said = hang_verdict({r.rank: r for r in reports}, 9, 4.0, "x.txt")
+    said = hang_verdict(by_rank(reports), 9, 4.0, "x.txt")
     assert (
         "waiting for rank 1" in said
         and "rank 1 on node0 (process 101): training, step 3; in no call" in said
@@ -79,7 +84,7 @@ def test_a_circle_of_ranks_that_wait_for_each_other():
 
 
 def test_on_gpus_a_transfer_that_nobody_receives_does_not_hide_who_stands_still():
-    """Rank 0 has sent to 2 and computes for ever; 2 has not come to receive, since it waits for an all-reduce of 0."""
+    """Rank 0 has sent to 2 and hangs; 2 has not received, since it waits for an all-reduce of 0."""
     reports = {0: report(0, SEND, blocks=False), 2: report(2, DATA, blocks=False, idle=8.0)}
     assert list(blocking_ranks(reports, 4.0)[0]) == [0]
 
@@ -95,9 +100,9 @@ def test_a_report_travels_as_text():
 
 
 def large_job(data: int, blocks: bool) -> dict[int, Report]:
-    """The reports of a job of tp=8 x pp=4, as they travel: rank 13 computes, 8-15 wait for it, all others for those."""
+    """Reports of a job of tp=8 x pp=4: rank 13 computes, 8-15 wait for it, all others for those."""
     layout = ParallelLayout(tensor=8, pipeline=4, data=data)
-    groups = {rank: [] for rank in range(layout.world_size)}
+    groups = defaultdict(list)
     for axis in ("pipeline", "data", "tensor"):
         for members in layout.groups(axis):
             for rank in members:
@@ -107,14 +112,15 @@ def large_job(data: int, blocks: bool) -> dict[int, Report]:
     for rank, (pipeline, across, tensor) in groups.items():
         calls = [world, ("barrier", "control", world[2]), *[pipeline, across, tensor] * 3]
         first = 8 <= rank < 16
-        calls += [] if rank == 13 else [tensor] if first else [world]
+        if rank != 13:
+            calls.append(tensor if first else world)
         told = report(rank, *calls, waits=rank != 13, idle=10.0 if first else 9.0, blocks=blocks)
         made[rank] = Report.from_json(told.to_json())
     return made
 
 
 def bytecodes(action: Callable) -> int:
-    """How many operations of Python an action takes: a measure of its time that no other process disturbs."""
+    """Number of bytecodes an action executes: its cost, whatever else the machine does."""
     count = 0
 
     def trace(frame, event, argument):
@@ -140,15 +146,15 @@ def test_a_thousand_ranks_are_judged_eight_times_as_long_as_128(blocks):
         assert "of the tensor group (ranks 8, 9, 10, 11, 12, 13, 14, 15)" in hang_verdict(
             reports, 9, 4.0, "x"
         )
-    spent = [
-        bytecodes(lambda reports=reports: hang_verdict(reports, 9, 4.0, "x"))
-        for reports in (small, large)
-    ]
-    assert spent[1] < 12 * spent[0], spent
+    few = bytecodes(lambda: hang_verdict(small, 9, 4.0, "x"))
+    many = bytecodes(lambda: hang_verdict(large, 9, 4.0, "x"))
+    assert many < 12 * few
+
+
+def largest_report(reports: dict[int, Report]) -> int:
+    return max(len(report.to_json()) for report in reports.values())
 
 
 def test_a_report_is_no_larger_in_a_large_job():
-    sizes = [
-        max(len(report.to_json()) for report in large_job(data, True).values()) for data in (4, 32)
-    ]
-    assert sizes[1] < sizes[0] + 50 and sizes[1] < 2000, sizes
+    small, large = (largest_report(large_job(data, True)) for data in (4, 32))
+    assert large < small + 50 and large < 2000
