@@ -48,7 +48,7 @@ def hang(pool, ranks: int, trouble: str, *flags, folder: str | Path = ".") -> Ra
 
 
 def test_a_hang_is_explained_and_ends_every_rank(pool, tmp_path):
-    """Rank 2 of tp=2 x pp=2 sleeps: the verdict is said once, with its stack; all stacks are in a file."""
+    """Rank 2 of tp=2 x pp=2 sleeps: one verdict, with its stack; all stacks are in a file."""
     flags = ["--tp", "2", "--pp", "2", "--save", tmp_path / "c", "--hang-timeout", "4"]
     failed = hang(pool, 4, "sleep 2 3", *flags)
     said = str(failed)
@@ -62,7 +62,7 @@ def test_a_hang_is_explained_and_ends_every_rank(pool, tmp_path):
         r"  rank 2 on \S+ \(process \d+\): training, step 3; in no call"
     )
     assert re.search(head, said), said
-    # Rank 3 waits for it in the layer, rank 0 for a microbatch to go or to come back: whoever was first is named.
+    # Rank 3 waits for it in the layer, rank 0 in a transfer: whichever came first is named.
     calls = (
         r"all_reduce of \[16, 1, 16\] float32, call \d+ of the tensor group \(ranks 2, 3\)"
         r"|transfer \d+ from rank [02]"
@@ -191,7 +191,7 @@ def test_one_process_alone_that_hangs(pool, tmp_path):
 
 
 def test_slow_steps_saves_and_evaluations_are_no_hang(tmp_path):
-    """Three steps, one save and three batches of an evaluation, each of which take longer than --hang-timeout."""
+    """Three steps, a save and three batches of an evaluation, each longer than --hang-timeout."""
     flags = [
         "--tp",
         "2",
@@ -382,7 +382,7 @@ def test_rank_0_takes_the_store_with_it_and_is_named_too():
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_rank_that_fails_is_quoted_once(failing):
-    """Its traceback, and one line of the others that repeats the error; also of rank 0, which holds the store."""
+    """Its traceback, and one line of another rank; also if it is rank 0, which holds the store."""
     ended = ranks(f"killed_when_leaving {failing} 3, fail {failing} 3", [], [], [], [])
     assert statuses(ended) == [1, 1, 1, 1], ended
     assert ended[failing][1].rstrip().endswith("ArithmeticError: this model is broken")
