@@ -21,7 +21,7 @@ MARKS = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         bool(MISSING) and "MUST_HAVE_SLURM" not in os.environ,
-        reason=f"no SLURM cluster on this machine, missing: {', '.join(MISSING)}; .ci/run installs it",
+        reason=f"no SLURM cluster here, missing: {', '.join(MISSING)}; .ci/run installs it",
     ),
 ]
 """Of every test on the cluster."""

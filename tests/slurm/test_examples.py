@@ -1,4 +1,4 @@
-"""What docs/slurm.md shows, and the recipes, on a real SLURM: with smaller models, and 4 CPU ranks."""
+"""The commands of docs/slurm.md and the recipes, on a real SLURM with 4 CPU ranks."""
 
 import json
 import re
@@ -23,7 +23,8 @@ MOCK = """
     --merge-file unset
 """.split()
 SMALLER = {
-    "--nodes=4": " ".join(TWO_NODES), "--world-size 32": "--world-size 4", "chain.sh 5": "chain.sh 2",
+    "--nodes=4": " ".join(TWO_NODES),
+    "--world-size 32": "--world-size 4", "chain.sh 5": "chain.sh 2",
     "--nodes 4": "--nodes 2 --ranks-per-node 2 --gpus-per-node 0 --cpus-per-rank 1",
 }  # fmt: skip
 """What the docs say, and what is run in its place."""

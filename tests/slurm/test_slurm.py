@@ -19,7 +19,8 @@ pytestmark = MARKS
 ITERATIONS = 40
 MODEL = f"""
     --mock-data --vocab-size 509 --num-layers 4 --hidden-size 128 --num-attention-heads 4
-    --seq-length 64 --tp 2 --global-batch-size 8 --train-iters {ITERATIONS} --lr 1e-3 --eval-interval 0 --eval-iters 0 --device cpu
+    --seq-length 64 --tp 2 --global-batch-size 8 --train-iters {ITERATIONS} --lr 1e-3
+    --eval-interval 0 --eval-iters 0 --device cpu
     --save-interval 5 --keep-last 20
 """.split()
 ONE_NODE = ["--nodes=1", *TWO_NODES[1:]]
@@ -61,7 +62,7 @@ def reach(job: Job, folder: Path, iteration: int) -> None:
 
 
 def test_a_chain_under_torchrun_resumes_after_a_time_limit(cluster, undisturbed, tmp_path):
-    """torchrun ends with a status of its own at USR1; the next job of the chain starts all the same."""
+    """torchrun has an exit status of its own at USR1; the next job of the chain still starts."""
     options = [f"--output={tmp_path}/%j.out", "--nodes=2", "--cpus-per-task=2", "--gpus-per-node=0"]
     options += ["examples/slurm/pretrain_torchrun.sbatch", *MODEL]
     said = cluster.run("examples/slurm/chain.sh", 2, *options, SAVE=tmp_path / "save", RANKS=2)
@@ -179,7 +180,8 @@ def supervised(cluster: Cluster, folder: Path, step: str, *options: str, **varia
     """A job whose step, under supervise.sh with the folder `folder`, is a bash script."""
     (folder / "step.sh").write_text(f"cd {folder}\n{step}\n")
     (folder / "job.sh").write_text(
-        f"#!/bin/bash\nsource megalite/programs/supervise.sh\nsupervise {folder} bash {folder}/step.sh\n"
+        "#!/bin/bash\nsource megalite/programs/supervise.sh\n"
+        f"supervise {folder} bash {folder}/step.sh\n"
     )
     return cluster.sbatch(f"--output={folder}/%j.out", *options, folder / "job.sh", **variables)
 
@@ -217,7 +219,7 @@ def test_what_a_job_ends_with_when_it_is_to_be_continued(cluster, tmp_path):
 
 
 def test_ranks_have_the_cpus_that_the_job_asked_for(cluster, tmp_path):
-    """Two tasks of two CPUs on a node of four: SLURM keeps them apart only when srun knows of both."""
+    """Two tasks of two CPUs on a node of four: srun must know the CPUs of a task."""
     step = 'unset SLURM_CPU_BIND; exec srun bash -c "grep Cpus_allowed_list: /proc/self/status"'
     job = supervised(
         cluster, tmp_path, step, "--ntasks-per-node=2", "--cpus-per-task=2", "--exclusive"
@@ -232,7 +234,7 @@ TROUBLES = {"die 3 3": [], "fail 2 3": [], "sleep 1 3": ["--hang-timeout", "15"]
 
 @pytest.fixture(scope="module")
 def troubled(cluster, tmp_path_factory) -> dict[str, tuple[Job, Path]]:
-    """Trainings with a failure on 2 nodes x 2 ranks, and their folders; all at once, to save time."""
+    """Trainings with a failure on 2 nodes x 2 ranks, and their folders; all run at once."""
     jobs = {}
     for what, flags in TROUBLES.items():
         folder = tmp_path_factory.mktemp("trouble")
@@ -276,7 +278,8 @@ def test_a_hang_is_explained(troubled):
     assert job.end() == "FAILED", job.log
     verdict = job.log.partition("HANG: ")[2]
     assert re.match(
-        r"no progress for \d+ s, waiting for rank 1\n  rank 1 on node\d \(process \d+\): training, step 3",
+        r"no progress for \d+ s, waiting for rank 1\n"
+        r"  rank 1 on node\d \(process \d+\): training, step 3",
         verdict,
     )
     assert "missing from all_reduce of" in verdict and "time.sleep(1)" in verdict

@@ -27,7 +27,8 @@ def lease_on_rank(launch, folders: list[str]) -> str:
 
 
 def test_a_folder_that_only_some_nodes_share(pool, tmp_path):
-    shared, own = str(tmp_path / "shared"), str(tmp_path / "own")
+    shared = str(tmp_path / "shared")
+    own = str(tmp_path / "own")
     first, *others = pool.run(lease_on_rank, 3, [shared] * 3)
     assert (
         others == ["seen"] * 2
@@ -57,7 +58,8 @@ def test_other_data_under_the_same_path(pool):
 
 
 def start_with_other_kernels(launch, config) -> str:
-    before, native.MISSING = native.MISSING, f"not built on node {launch.rank}"
+    before = native.MISSING
+    native.MISSING = f"not built on node {launch.rank}"
     try:
         build_context(config, launch)
     except RanksDiffer as error:
