@@ -1,5 +1,5 @@
-"""pretrain_gpt.py with a model in which one rank gets into trouble: TROUBLE="sleep 1 3" sleeps on rank 1 in step 3,
-"slow 1 3-5, slow_disk 0 4" is slow on rank 1 in three steps and has a slow disk on rank 0 from step 4 on.
+"""pretrain_gpt.py with a model that fails as TROUBLE says: "sleep 1 3" sleeps on rank 1 in step 3,
+"slow 1 3-5, slow_disk 0 4" is slow on rank 1 in three steps and slows rank 0's disk in step 4.
 
 TROUBLE="die 1 3" srun python tests/trouble.py --mock-data ...
 """
@@ -38,7 +38,7 @@ def slow() -> None:
 
 
 def busy() -> None:
-    """Two seconds of computing, of which a suspension takes nothing off."""
+    """Two seconds of CPU time, so that a suspension does not shorten it."""
     end = time.process_time() + 2
     while time.process_time() < end:
         pass
@@ -69,7 +69,7 @@ def sleep_when_leaving() -> None:
 
 
 def troubled(trouble: str):
-    """A `build_model` whose forward gets into the trouble, on the rank and in the steps that the text names."""
+    """A `build_model` whose forward fails as `trouble` says, on its rank and in its steps."""
     from megalite.training.build import build_model
 
     troubles = []
@@ -92,7 +92,7 @@ def troubled(trouble: str):
 
 
 def full_disk() -> None:
-    """Below the others: docs/troubleshooting.md shows their lines."""
+    """Not above: docs/troubleshooting.md shows the line numbers of what stands there."""
     real = os.fsync
 
     def fsync(file) -> None:
@@ -103,7 +103,7 @@ def full_disk() -> None:
 
 
 def pause() -> None:
-    """Not to run for three seconds, as on a node with too much to do."""
+    """Stop for three seconds, as on an overloaded node."""
     os.system(f"(sleep 3; kill -CONT {os.getpid()}) &")
     stop()
 

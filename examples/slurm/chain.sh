@@ -1,5 +1,5 @@
 #!/bin/bash
-# A chain of jobs, each of which goes on where the one before stopped, for sites that do not allow requeues:
+# A chain of jobs, each of which resumes where the one before stopped, for sites without requeues:
 #
 #     SAVE=/shared/runs/7b examples/slurm/chain.sh 5 --nodes=4 examples/slurm/pretrain_gpt.sbatch --config ...
 set -euo pipefail
@@ -9,7 +9,7 @@ count=${1:?the number of jobs comes first} previous=
 shift
 export REQUEUE=no
 for ((i = 0; i < count; i++)); do
-    # A job that its time limit stopped ends well; after one that failed the rest is dropped.
+    # A job stopped by its time limit ends with status 0. After one that fails, the rest is cancelled.
     after=(${previous:+"--dependency=afterok:$previous" --kill-on-invalid-dep=yes})
     previous=$(sbatch --parsable "${after[@]}" "$@")
     previous=${previous%%;*} # it may print number;cluster

@@ -12,7 +12,7 @@ read -ra options <<<"${ARRAY_OPTIONS:-}"
 # sbatch may print number;cluster.
 array=$(sbatch --parsable --array="0-$((SHARDS - 1))" "${options[@]}" \
     examples/slurm/preprocess_array.sbatch --output-prefix "$prefix" "$@")
-# afterok: only when every shard is there; otherwise the merge is dropped, not left waiting for ever.
+# afterok: only if every shard is complete; otherwise the merge is cancelled, not left pending.
 merge=$(sbatch --parsable --dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes "${options[@]}" \
     examples/slurm/merge.sbatch --output-prefix "${prefix}_text_document" \
     --input "${prefix}_*-of-$(printf %04d "$SHARDS")_text_document.idx")

@@ -1,4 +1,4 @@
-"""What this rank is doing, for the watchdog, and how its time was spent, for the metrics. Imports no torch."""
+"""What this rank is doing, for the watchdog, and how long, for the metrics. No torch."""
 
 import time
 from collections import defaultdict
@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-PATIENT = ("starting", "saving")
-"""What may take any time, since disks do: no other rank waits for it in an impatient collective."""
+UNTIMED_STATES = ("starting", "saving")
+"""States without a hang timeout, since disks may be slow. No other rank waits for a rank in one of
+them, except in a call that may take long."""
+RANKS_SHOWN = 8
+"""Ranks of a group that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -21,54 +24,60 @@ class Call:
     ranks: Sequence[int]
     """Global ranks that must all take part, a range or a tuple; of a transfer (from, to)."""
     number: int
-    """The how-manieth call of the group, or transfer from one to the other, this is; from 1."""
+    """Sequence number within its group (of a transfer: between its two ranks), from 1."""
     shape: tuple[int, ...] = ()
     dtype: str = ""
-    patient: bool = False
+    untimed: bool = False
     """Whether it may take longer than --hang-timeout."""
 
     @property
     def key(self) -> tuple:
-        """What calls are counted by: every rank of a call counts it under the same key."""
+        """What sequence numbers are counted by; the same on every rank of the call."""
         return call_key(self.kind, self.group, self.ranks)
 
     def __str__(self) -> str:
         content = f" of {list(self.shape)} {self.dtype}" if self.dtype else ""
         if self.kind == "transfer":
-            return (
-                f"transfer {self.number} from rank {self.ranks[0]} to rank {self.ranks[1]}{content}"
-            )
-        shown = ", ".join(map(str, self.ranks[:8])) + (", ..." if len(self.ranks) > 8 else "")
+            source, target = self.ranks
+            return f"transfer {self.number} from rank {source} to rank {target}{content}"
+        shown = ", ".join(map(str, self.ranks[:RANKS_SHOWN]))
+        if len(self.ranks) > RANKS_SHOWN:
+            shown += ", ..."
         return f"{self.kind}{content}, call {self.number} of the {self.group} group (ranks {shown})"
 
 
 def call_key(kind: str, group: str, ranks: Sequence[int]) -> tuple:
-    """Transfers are counted apart from the collectives of a group."""
+    """Transfers are counted separately from the collectives of a group."""
     return group, ranks, kind == "transfer"
 
 
 class Activity:
-    """The latest calls that a rank has begun, the one it waits in, and the seconds it spent in each phase of its work.
+    """The latest calls a rank has begun, the one it waits in, and the seconds spent in each phase.
 
-    Phases exclude each other: what a forward spends in communication counts as communication alone. On a GPU they tell
-    something only while `synchronize` is set, since the host runs ahead.
+    Phases exclude each other: communication within a forward counts as communication only. On a GPU
+    their times are meaningful only while `synchronize` is set, since the host runs ahead of it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self.step, self.doing = 0, "starting"
+        self.step = 0
+        self.state = "starting"
+        """starting, training, evaluating, saving or ending."""
         self.latest: dict[tuple, Call] = {}
         """The latest call under each key."""
         self.waiting: Call | None = None
         """The call that the rank is in."""
         self.synchronize: Callable[[], None] | None = None
-        """Waits for the device, where a phase's time is to be its own."""
-        self._phase, self._seconds = "", defaultdict(float)
+        """Waits for the device, so that a phase's time includes its work there."""
+        self._phase = ""
+        self._seconds = defaultdict(float)
         self._phase_began = self._changed = clock()
 
-    def set_state(self, doing: str, step: int | None = None) -> None:
-        """From here on the rank is "starting", "training", "evaluating" or "saving"."""
-        self.doing, self.step = doing, self.step if step is None else step
+    def set_state(self, state: str, step: int | None = None) -> None:
+        """Enter a state; with `step`, also a step of the training."""
+        self.state = state
+        if step is not None:
+            self.step = step
         self._changed = self._clock()
 
     def record(
@@ -78,18 +87,22 @@ class Activity:
         ranks: Sequence[int],
         shape: tuple = (),
         dtype: str = "",
-        patient: bool = False,
+        untimed: bool = False,
     ) -> Call:
-        """Note a collective or a transfer that is about to be posted."""
+        """Record a collective or transfer that is about to be posted; gives it its number."""
         key = call_key(kind, group, ranks)
-        number = self.latest[key].number + 1 if key in self.latest else 1
-        call = self.latest[key] = Call(kind, group, ranks, number, shape, dtype, patient)
+        number = 1
+        if key in self.latest:
+            number += self.latest[key].number
+        call = Call(kind, group, ranks, number, shape=shape, dtype=dtype, untimed=untimed)
+        self.latest[key] = call
         return call
 
     @contextmanager
     def waits(self, call: Call) -> Iterator[Call]:
         """While the block runs, the rank is in this call."""
-        before, phase = self.waiting, self._switch("communication")
+        before = self.waiting
+        phase = self._switch("communication")
         self.waiting = call
         try:
             yield call
@@ -111,18 +124,24 @@ class Activity:
             self.synchronize()
         now = self._changed = self._clock()
         self._seconds[self._phase] += now - self._phase_began
-        before, self._phase, self._phase_began = self._phase, phase, now
+        before = self._phase
+        self._phase = phase
+        self._phase_began = now
         return before
 
     def take_seconds(self) -> dict[str, float]:
-        """Seconds of each phase since the last time; what belongs to none is left out."""
+        """Seconds of each phase since this was last called; time of no phase is left out."""
         self._switch(self._phase)
-        taken, self._seconds = dict(self._seconds), defaultdict(float)
-        return {phase: seconds for phase, seconds in taken.items() if phase}
+        taken = dict(self._seconds)
+        self._seconds.clear()
+        taken.pop("", None)
+        return taken
 
     @property
     def idle_seconds(self) -> float:
-        """For how long nothing has changed, where something should; 0 while the rank may take its time."""
+        """Seconds since the last progress; 0 in a state or a call without a hang timeout."""
         waiting = self.waiting
-        patient = waiting.patient if waiting is not None else self.doing in PATIENT
-        return 0.0 if patient else self._clock() - self._changed
+        untimed = self.state in UNTIMED_STATES
+        if waiting is not None:
+            untimed = waiting.untimed
+        return 0.0 if untimed else self._clock() - self._changed

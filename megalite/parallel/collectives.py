@@ -26,7 +26,7 @@ class Group:
     """For messages: tensor, data, pipeline, ..."""
     activity: Activity = field(default_factory=Activity, repr=False)
     """Where calls are noted, so that a hang can be explained; one for all groups of a rank."""
-    patient: bool = False
+    untimed: bool = False
     """Whether its calls may take long."""
 
     @property
@@ -73,7 +73,7 @@ def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
 def _call(group: Group, kind: str, tensor: torch.Tensor | None = None) -> Call:
     """Record that this rank begins a call of the whole group."""
     return group.activity.record(
-        kind, group.name, group.ranks, *_description(tensor), patient=group.patient
+        kind, group.name, group.ranks, *_description(tensor), untimed=group.untimed
     )
 
 

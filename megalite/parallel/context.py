@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megalite.parallel.activity import Activity
-from megalite.parallel.agreement import compare_facts
 from megalite.parallel.collectives import Group
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import ParallelLayout
+from megalite.parallel.rendezvous import meet
 
 PATIENCE_HOURS = 2
 """Ranks that wait for the slowest disk wait longer than a collective may take: a checkpoint must not time out."""
@@ -82,7 +82,7 @@ class _GroupFactory:
     def make_control(self) -> Group:
         """The group of all ranks for small objects: on gloo, and with a timeout for the slowest of disks."""
         handle = self._new(self.world.ranks, "control", timedelta(hours=PATIENCE_HOURS), "gloo")
-        return replace(self.world, handle=handle, name="control", patient=True)
+        return replace(self.world, handle=handle, name="control", untimed=True)
 
     def _new(
         self, ranks: Sequence[int], name: str, timeout: timedelta, backend: str | None = None
@@ -128,12 +128,12 @@ class ParallelContext:
         device: str | torch.device = "cpu",
         backend: str = "gloo",
         timeout_minutes: float = 10.0,
-        facts: Mapping[str, Any] | None = None,
+        store: Any = None,
     ) -> "ParallelContext":
         """Meet the other ranks and make the groups. Collective over the world; every rank passes the same layout.
 
-        facts: what must be the same on every rank, compared before any group is made. Raises ValueError when the
-        layout's world size is not the launcher's, RanksDiffer when the facts differ.
+        store: what `meet` returned, if it was called before. Raises ValueError when the layout's
+        world size is not the launcher's, RendezvousError when ranks do not meet.
         """
         if layout.world_size != launch.world_size:
             raise ValueError(
@@ -146,17 +146,9 @@ class ParallelContext:
         if device.type == "cuda":
             torch.cuda.set_device(device)
 
-        # Meet in the store, and see that all ranks were started alike.
         timeout = timedelta(minutes=timeout_minutes)
-        store, _, _ = next(
-            dist.rendezvous(launch.init_method, launch.rank, launch.world_size, timeout=timeout)
-        )
-        store.set_timeout(timeout)
-        store = dist.PrefixStore(launch.incarnation, store)
-        own_store = dist.PrefixStore("megalite", store)
-        if facts is not None:
-            compare_facts(own_store, launch.rank, launch.world_size, facts)
-
+        if store is None:
+            store = meet(launch, timeout)
         dist.init_process_group(
             backend,
             store=store,
@@ -189,7 +181,7 @@ class ParallelContext:
             groups=groups,
             embedding=embedding,
             activity=factory.activity,
-            store=own_store,
+            store=dist.PrefixStore("megalite", store),
         )
 
     @property

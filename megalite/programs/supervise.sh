@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the job scripts. supervise SAVE COMMAND... runs a job step that trains, and requeues the job when the run
-# has saved to the folder SAVE because its time is nearly over. REQUEUE=no leaves that to the next job of a chain.
+# Sourced by the job scripts. supervise SAVE COMMAND... runs a training step and requeues the job if the run has saved to
+# the folder SAVE because its time is nearly over. With REQUEUE=no the next job of a chain resumes instead.
 
-# What a login shell exported for another launcher must not reach the ranks.
+# The ranks must not see what a login shell exported for another launcher.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
-# Since SLURM 22.05 srun does not take over what the job asked for by itself.
+# Since SLURM 22.05 srun does not inherit --cpus-per-task from the job.
 [[ ! ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 supervise() {
@@ -16,39 +16,39 @@ supervise() {
     "$@" &
     step=$!
     trap 'warn "$save" "$owner" "$step"' USR1
-    # scancel and preemption reach the ranks by themselves. After the first nobody wants a requeue; after the second
-    # SLURM does it, unless the job has ended in its GraceTime.
+    # SLURM signals the ranks itself at scancel and preemption. After scancel the job is not requeued. After preemption
+    # SLURM requeues it, unless the job ended within its GraceTime.
     trap 'cancelled=yes' TERM
     while kill -0 "$step" 2>/dev/null; do # a trapped signal ends `wait`, not the step
         wait "$step" && status=0 || status=$?
     done
-    if ((status > 128)); then # it may have ended while a trap ran: what it ended with is still to be had
+    if ((status > 128)); then # it may have ended while a trap ran: ask again for its exit status
         wait "$step" 2>/dev/null && status=0 || status=$(($? == 127 ? status : $?))
     fi
     trap - USR1 TERM
     [[ ! $cancelled ]] && wants_more "$save" || return "$status"
-    # A start that takes longer than the time before the warning would be repeated for ever.
+    # If startup takes longer than the time before the warning, the job would be requeued for ever.
     if [[ $earlier && $(cat "$save/to-be-continued" 2>/dev/null) == "$earlier" ]]; then
         echo "error: no step was made, for the second time: a longer --time is needed, or a later --signal" >&2
         return 1
     fi
-    # Whatever the step ended with: torchrun reports the signal as a failure, which would stop a chain.
+    # Not the step's status: torchrun reports the signal as a failure, which would stop a chain.
     [[ ${REQUEUE:-yes} == yes ]] || return 0
     scontrol requeue "$SLURM_JOB_ID" && return 0
-    echo "error: SLURM does not requeue job $SLURM_JOB_ID: submit the same command again to go on" >&2
+    echo "error: SLURM does not requeue job $SLURM_JOB_ID: submit the same command again to resume" >&2
     return 1
 }
 
 owner_of() { cat "$1/owner.json" 2>/dev/null; } # changes when a run takes the folder, as one of its first acts
 
-# --signal=B:USR1@300 reaches only the batch shell; without --batch, scancel passes it on to the ranks. Before the run
-# has taken its folder there may be no step yet, and the signal would be lost, or a rank may be killed by it.
+# --signal=B:USR1@300 reaches only the batch shell; without --batch, scancel passes it on to the ranks. Before the run has
+# taken its lease there may be no step yet, and the signal would be lost or kill a rank.
 warn() {
     while kill -0 "$3" 2>/dev/null && [[ $(owner_of "$1") == "$2" ]]; do sleep 1; done
     scancel --signal=USR1 "$SLURM_JOB_ID"
 }
 
-# The run was stopped by its time limit, or by SLURM, which takes a job that ends within its GraceTime for a whole one.
+# The run was stopped by its time limit, or preempted: SLURM counts a job that ends within its GraceTime as completed.
 wants_more() {
     if [[ -e $1/to-be-continued ]]; then
         echo "job $SLURM_JOB_ID is to be continued: $(<"$1/to-be-continued")"

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
@@ -17,9 +18,11 @@ from megalite.optim.optimizer import Optimizer
 from megalite.parallel.context import DeviceError, ParallelContext, choose_device
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import ParallelLayout
+from megalite.parallel.rendezvous import meet
 from megalite.parallel.rng import CounterBasedRng, Rng, RngTracker
 from megalite.pipeline.engine import PipelineEngine
 from megalite.pipeline.partition import layers_of_stages
+from megalite.watch.agreement import compare_facts
 
 
 def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContext, str]:
@@ -54,10 +57,16 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
         "megalite": __version__,
         "torch": torch.__version__,
         "kernels": native.status(),
+        "world size": launch.world_size,
         **to_flat(config),
     }
+    minutes = parallel.distributed_timeout_minutes
+    store = None
+    if launch.world_size > 1:
+        store = meet(launch, timedelta(minutes=minutes))
+        compare_facts(store, launch.rank, launch.world_size, facts)
     context = ParallelContext.create(
-        layout, launch, device, backend, parallel.distributed_timeout_minutes, facts
+        layout, launch, device=device, backend=backend, timeout_minutes=minutes, store=store
     )
     via = (
         f"{backend}, launched by {launch.source}"

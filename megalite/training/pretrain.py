@@ -22,7 +22,6 @@ from megalite.data.tokenizers import TokenizerError
 from megalite.kernels import native
 from megalite.nn.attention import Attention
 from megalite.optim.optimizer import NonFiniteGradient
-from megalite.parallel.agreement import RanksDiffer
 from megalite.parallel.collectives import barrier, gather_objects
 from megalite.parallel.context import DeviceError, ParallelContext, tell_torchrun
 from megalite.parallel.launch import LaunchInfo
@@ -33,9 +32,11 @@ from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
 from megalite.training.replicas import ReplicasDiffer
 from megalite.training.signals import StopSignals
-from megalite.training.startup import check_data, check_stragglers, take_lease
+from megalite.training.startup import check_data, take_lease
 from megalite.training.state import Progress, load_state, settle_data
 from megalite.training.writers import Writers, tracking_writers
+from megalite.watch.agreement import RanksDiffer
+from megalite.watch.stragglers import check_stragglers
 from megalite.watch.watchdog import LostContact, Watchdog
 
 EXPECTED_ERRORS = (
@@ -108,7 +109,7 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
                     if message is None
                     else message
                 )
-                if watchdog.failed(text):
+                if watchdog.report_failure(text):
                     raise LostContact from None
                 raise
             finally:
@@ -139,7 +140,7 @@ def pretrain_or_exit(
 
 def _leave_together(context: ParallelContext, watchdog: Watchdog) -> None:
     """Wait for the others at the end, so that one that gets stuck before is a hang."""
-    everyone = replace(context.control, patient=False)
+    everyone = replace(context.control, untimed=False)
     context.activity.set_state("ending")
     barrier(everyone)
     watchdog.stop_reporting()

@@ -1,4 +1,4 @@
-"""Waits and store calls that end: a process may be suspended meanwhile, a store may not answer. Imports no torch."""
+"""Waits and store calls with a limit, also where a process is suspended. Imports no torch."""
 
 import math
 import threading
@@ -7,26 +7,26 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 STEP_SECONDS = 0.25
-"""Longest wait without a look at the clock."""
+"""Longest wait between two looks at the clock."""
 SUSPENDED_SECONDS = 2.0
-"""Who looks at the clock so much too late was suspended, with its process."""
+"""If the clock has advanced by more than this between two looks, the process was suspended."""
 ANSWER_SECONDS = 10.0
-"""In which the store must answer."""
+"""Time within which the store must answer."""
 
 Answer = TypeVar("Answer")
 
 
 class SuspendDetector:
-    """Since when this process has run without a break: was not stopped (SIGSTOP), nor asleep with its machine.
+    """Since when this process has run without being suspended (SIGSTOP, or its machine asleep).
 
-    Known as long as some thread of it waits by `wait`.
+    Works as long as some thread waits by `wait`.
     """
 
     def __init__(self):
         self.since = self._looked = time.monotonic()
 
     def wait(self, event: threading.Event, seconds: float) -> bool:
-        """Whether the event was set within so many seconds of being awake."""
+        """Whether the event was set within this many seconds, without time spent suspended."""
         for _ in range(math.ceil(seconds / STEP_SECONDS)):
             done = event.wait(min(seconds, STEP_SECONDS))
             now = time.monotonic()
@@ -39,42 +39,41 @@ class SuspendDetector:
 
 
 class BoundedStore:
-    """torch's store, with a limit on each call: that of a stopped process does not answer at all.
+    """torch's store with a limit on each call: the store of a stopped process never answers.
 
-    Each raises RuntimeError, as the store itself does, when there is no answer within so many `seconds`.
+    Each method raises RuntimeError, as the store itself does, when there is no answer in `seconds`.
     """
 
-    def __init__(self, store: Any, awake: SuspendDetector, seconds: float = ANSWER_SECONDS):
-        self._store, self._awake, self._seconds = store, awake, seconds
+    def __init__(self, store: Any, suspends: SuspendDetector, seconds: float = ANSWER_SECONDS):
+        self._store = store
+        self._suspends = suspends
+        self._seconds = seconds
 
     def add(self, key: str, amount: int) -> int:
-        """Add to a counter, which is 0 at first; returns what it is then."""
+        """Add to a counter, which starts at 0; return its new value."""
         return self._ask(lambda: self._store.add(key, amount))
 
     def check(self, key: str) -> bool:
-        """Whether there is such a key."""
+        """Whether the key exists."""
         return self._ask(lambda: self._store.check([key]))
 
     def set(self, key: str, value: str) -> None:
-        """Put a value under a key."""
+        """Store a value."""
         self._ask(lambda: self._store.set(key, value))
 
     def get(self, key: str) -> bytes:
-        """The value, waited for."""
+        """The value of a key; waits until it exists."""
         return self._ask(lambda: self._store.get(key))
 
-    def get_those_there(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """The values of those keys that there are."""
-
+    def get_existing(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """The values of those keys that exist."""
         wanted = list(keys)
 
         def get() -> dict[str, bytes]:
-            there = (
-                wanted
-                if self._store.check(wanted)
-                else [key for key in wanted if self._store.check([key])]
-            )
-            return dict(zip(there, self._store.multi_get(there)))
+            existing = wanted
+            if not self._store.check(wanted):
+                existing = [key for key in wanted if self._store.check([key])]
+            return dict(zip(existing, self._store.multi_get(existing)))
 
         return self._ask(get)
 
@@ -90,9 +89,11 @@ class BoundedStore:
             answered.set()
 
         threading.Thread(target=act, daemon=True).start()
-        if not self._awake.wait(answered, self._seconds):
-            who = "the process that ranks meet in (rank 0, or torchrun on the first node)"
-            raise RuntimeError(f"{who} does not answer within {self._seconds:g} s")
+        if not self._suspends.wait(answered, self._seconds):
+            raise RuntimeError(
+                "the process that holds the store (rank 0, or torchrun on the first node) "
+                f"does not answer within {self._seconds:g} s"
+            )
         if isinstance(answers[0], Exception):
             raise answers[0]
         return answers[0]

@@ -1,75 +1,83 @@
-"""Who is to blame when ranks hang or die: a pure function of what they last reported. Imports no torch."""
+"""Which ranks a hang is due to: a pure function of the last reports of all ranks. Imports no torch.
+
+A rank blocks others if they wait for it in a call that it has not begun, and it waits for nobody.
+The verdict is the text that names these ranks, the calls they are missing from, and their stacks.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from megalite.parallel.activity import Activity, Call
 
 STACK_LINES = 30
-"""Of the culprit's Python stack, the innermost lines shown on the console."""
-CULPRITS_SHOWN = 3
-"""Culprits whose stack is on the console; all are in the file."""
+"""Innermost lines of a blocking rank's Python stack that are printed."""
+STACKS_SHOWN = 3
+"""Blocking ranks whose stack is printed; the file has all stacks."""
+RANKS_SHOWN = 16
+"""Blocking ranks that the first line lists."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says about itself."""
+    """What a rank reports about itself."""
 
     rank: int
     host: str
     pid: int
     step: int
-    doing: str
+    state: str
     idle_seconds: float
-    """Since its last progress; 0 where it may take its time."""
+    """Since its last progress; 0 in a state or a call without a hang timeout."""
     latest: list[Call]
-    """The latest call that it has begun of each group, and with each rank it exchanges transfers with."""
+    """The latest call it has begun in each group, and the latest transfer with each rank."""
     waiting: Call | None = None
     """The call it is in."""
     blocks: bool = True
-    """Whether a rank that waits shows it in `waiting` (gloo); else it waits on its GPU, and `latest` alone tells."""
+    """Whether a waiting rank shows its call in `waiting` (gloo). Otherwise it waits on its GPU
+    (NCCL), and only `latest` says in which calls."""
     stack: str = ""
     """Python stack of the main thread, innermost call last."""
     threads: str = ""
     """Stacks of all threads."""
     silent_seconds: float = 0.0
-    """For how long nothing has been heard of the rank."""
+    """Time since the last report of this rank was received."""
     beat: int = 0
-    """How many reports came before; one that does not grow is of a rank that no longer reports."""
+    """Number of earlier reports; it stops growing when a rank no longer reports."""
 
     @classmethod
     def of(
-        cls, activity: Activity, rank: int, host: str, pid: int, blocks: bool, **rest
+        cls, activity: Activity, rank: int, host: str, pid: int, *, blocks: bool, **rest
     ) -> "Report":
         """The report of a rank from its activity."""
         return cls(
-            rank,
-            host,
-            pid,
-            activity.step,
-            activity.doing,
-            activity.idle_seconds,
-            list(activity.latest.values()),
-            activity.waiting,
-            blocks,
+            rank=rank,
+            host=host,
+            pid=pid,
+            step=activity.step,
+            state=activity.state,
+            idle_seconds=activity.idle_seconds,
+            latest=list(activity.latest.values()),
+            waiting=activity.waiting,
+            blocks=blocks,
             **rest,
         )
 
     def to_json(self) -> str:
-        """The report as text. Groups are named by first rank, end and stride, so that its size is not the job's."""
+        """The report as text. Ranges stay ranges: its size does not grow with the job."""
         return json.dumps(
             asdict(self), default=lambda ranks: f"{ranks.start}:{ranks.stop}:{ranks.step}"
         )
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Report":
-        """Back from `to_json`."""
+        """The report that `to_json` wrote."""
         values = json.loads(text)
-        waiting = values["waiting"] and _call(values["waiting"])
-        return cls(
-            **values | {"waiting": waiting, "latest": [_call(call) for call in values["latest"]]}
-        )
+        values["latest"] = list(map(_call_from_json, values["latest"]))
+        if values["waiting"]:
+            values["waiting"] = _call_from_json(values["waiting"])
+        return cls(**values)
 
     @property
     def where(self) -> str:
@@ -77,105 +85,146 @@ class Report:
         return f"rank {self.rank} on {self.host} (process {self.pid})"
 
     @property
-    def state(self) -> str:
-        """What it is in the middle of."""
-        at = f"{self.doing}, step {self.step}" if self.step else self.doing
-        return f"{at}; in {self.waiting}" if self.waiting else f"{at}; in no call"
+    def doing(self) -> str:
+        """`training, step 3; in all_reduce of ...`."""
+        words = self.state
+        if self.step:
+            words += f", step {self.step}"
+        return f"{words}; in {self.waiting or 'no call'}"
 
     @property
     def awaits(self) -> list[Call]:
-        """The calls that it may wait in for other ranks."""
-        return [self.waiting] if self.waiting else ([] if self.blocks else self.latest)
+        """The calls in which it may wait for other ranks."""
+        if self.waiting:
+            return [self.waiting]
+        return [] if self.blocks else self.latest
 
 
-def _call(values: dict) -> Call:
+def _call_from_json(values: dict) -> Call:
     ranks = values["ranks"]
-    ranks = range(*map(int, ranks.split(":"))) if isinstance(ranks, str) else tuple(ranks)
-    return Call(**values | {"ranks": ranks, "shape": tuple(values["shape"])})
+    if isinstance(ranks, str):
+        values["ranks"] = range(*map(int, ranks.split(":")))
+    else:
+        values["ranks"] = tuple(ranks)
+    values["shape"] = tuple(values["shape"])
+    return Call(**values)
 
 
-Why = tuple[Call | None, int | None]
-"""The call that a rank is missing from, and one of the ranks that wait there."""
+class Missing(NamedTuple):
+    """How a rank blocks others; both None when nobody waits for it."""
+
+    call: Call | None = None
+    """The call that it has not begun."""
+    waiting: int | None = None
+    """A rank that waits there."""
 
 
-def culprits(reports: Mapping[int, Report], silent_after: float) -> tuple[dict[int, Why], bool]:
-    """Ranks that others wait for and that wait for nobody themselves; and whether, without any, these are a circle of
-    ranks that wait for each other.
+def blocking_ranks(
+    reports: Mapping[int, Report], silent_after: float
+) -> tuple[dict[int, Missing], bool]:
+    """(blocking ranks, whether they form a cycle): others wait for them, they wait for nobody.
 
-    Where nobody waits for anyone: those of which nothing is heard, else those that stand still outside of calls.
+    A rank of which nothing was heard for `silent_after` seconds blocks, whatever it was in last. If
+    all that are waited for wait themselves, the result is this cycle. If no rank waits for another,
+    it is the silent ranks, or else those that make no progress outside of calls.
     """
-    begun = {
-        rank: {call.key: call.number for call in report.latest} for rank, report in reports.items()
-    }
+    # The sequence number of the latest call that each rank has begun, by key.
+    begun = {}
+    for rank, report in reports.items():
+        begun[rank] = {call.key: call.number for call in report.latest}
+
+    # Who has not begun the calls that others wait in. The rank that has waited longest comes first:
+    # it names the call. Each call is looked at once, though thousands of ranks may wait in it.
     missing: dict[tuple, list[int]] = {}
-    wanted: dict[int, Why] = {}
+    wanted: dict[int, Missing] = {}
     waits = set()
-    # The one that waits longest names the call, since it was there first. Who is missing is found once for all that
-    # wait in one call: thousands may.
     for rank in sorted(reports, key=lambda rank: -reports[rank].idle_seconds):
         for call in reports[rank].awaits:
-            place = call.key, call.number
-            if place not in missing:
-                missing[place] = [
-                    r for r in call.ranks if r in begun and begun[r].get(call.key, 0) < call.number
-                ]
-                wanted |= {other: (call, rank) for other in missing[place] if other not in wanted}
-            if missing[place]:
+            site = (call.key, call.number)
+            if site not in missing:
+                missing[site] = []
+                for other in call.ranks:
+                    if other in begun and begun[other].get(call.key, 0) < call.number:
+                        missing[site].append(other)
+                        wanted.setdefault(other, Missing(call, rank))
+            if missing[site]:
                 waits.add(rank)
-    silent = {rank for rank, report in reports.items() if report.silent_seconds > silent_after}
-    roots = {rank: why for rank, why in wanted.items() if rank in silent or rank not in waits}
+
+    # Those that are waited for and wait for nobody, or can no longer say so.
+    silent = set()
+    for rank, report in reports.items():
+        if report.silent_seconds > silent_after:
+            silent.add(rank)
+    roots = {}
+    for rank, how in wanted.items():
+        if rank in silent or rank not in waits:
+            roots[rank] = how
+
+    # On GPUs a rank may have sent what the other has not come to receive, and so seem to wait: then
+    # the rank that has been idle longest is the cause.
     if wanted and not roots and not all(report.blocks for report in reports.values()):
-        # On GPUs a rank may have sent what the other has not come to receive: the first that stood still is to blame.
-        roots = dict([max(wanted.items(), key=lambda item: reports[item[0]].idle_seconds)])
+        longest = max(wanted, key=lambda rank: reports[rank].idle_seconds)
+        roots[longest] = wanted[longest]
     if wanted:
         return dict(sorted((roots or wanted).items())), not roots
-    still = (
-        silent
-        or {rank for rank, r in reports.items() if r.idle_seconds and not r.waiting}
-        or set(reports)
-    )
-    return dict.fromkeys(sorted(still), (None, None)), False
+
+    # Nobody waits for anyone.
+    idle = set()
+    for rank, report in reports.items():
+        if report.idle_seconds and not report.waiting:
+            idle.add(rank)
+    return dict.fromkeys(sorted(silent or idle or reports), Missing()), False
 
 
 def hang_verdict(
     reports: Mapping[int, Report], seconds: float, silent_after: float, file: str
 ) -> str:
-    """What is printed when nothing has moved for `seconds`: who, where, missing from what, with its stack."""
-    blamed, circle = culprits(reports, silent_after)
-    names = ", ".join(map(str, list(blamed)[:16])) + (", ..." if len(blamed) > 16 else "")
-    count = f"rank {names}" if len(blamed) == 1 else f"ranks {names}"
-    head = f"{count} wait for each other" if circle else f"waiting for {count}"
+    """What is printed after `seconds` without progress: which ranks, where, and their stacks.
+
+    file: where the stacks of all ranks are written.
+    """
+    blocking, cycle = blocking_ranks(reports, silent_after)
+    names = ", ".join(map(str, list(blocking)[:RANKS_SHOWN]))
+    if len(blocking) > RANKS_SHOWN:
+        names += ", ..."
+    subject = f"rank {names}" if len(blocking) == 1 else f"ranks {names}"
+    head = f"{subject} wait for each other" if cycle else f"waiting for {subject}"
     lines = [f"HANG: no progress for {seconds:.0f} s, {head}"]
-    for rank, (call, waiting) in list(blamed.items())[:CULPRITS_SHOWN]:
-        lines += _blame(
-            reports[rank], call, reports.get(waiting), reports[rank].silent_seconds > silent_after
-        )
-    others = len(reports) - len(blamed)
-    lines.append(
-        f"  stacks of all {len(reports)} ranks: {file}"
-        + (f" ({others} only wait)" if others else "")
-    )
-    return "\n".join(lines)
+    for rank, how in list(blocking.items())[:STACKS_SHOWN]:
+        silent = reports[rank].silent_seconds > silent_after
+        lines += _describe(reports[rank], how.call, reports.get(how.waiting), silent=silent)
+    last = f"  stacks of all {len(reports)} ranks: {file}"
+    others = len(reports) - len(blocking)
+    if others:
+        last += f" ({others} only wait)"
+    return "\n".join([*lines, last])
 
 
-def _blame(report: Report, call: Call | None, waiting: Report | None, silent: bool) -> list[str]:
-    lines = [f"  {report.where}: {'last heard: ' if silent else ''}{report.state}"]
+def _describe(
+    report: Report, call: Call | None, waiting: Report | None, *, silent: bool
+) -> list[str]:
+    """Lines about a blocking rank: its state, the call it is missing from, its stack."""
     if silent:
-        lines.append(
-            "    it does not answer: stopped, cut off from the network, or stuck outside of Python"
-        )
+        lines = [
+            f"  {report.where}: last heard: {report.doing}",
+            "    it does not answer: stopped, cut off from the network, or stuck outside of Python",
+        ]
+    else:
+        lines = [f"  {report.where}: {report.doing}"]
     if call is not None:
+        time = f"has waited for {waiting.idle_seconds:.0f} s" if waiting.idle_seconds else "waits"
         lines.append(f"    missing from {call}")
-        long = f" has waited for {waiting.idle_seconds:.0f} s" if waiting.idle_seconds else " waits"
-        lines.append(f"    where {waiting.where}{long}")
+        lines.append(f"    where {waiting.where} {time}")
     if report.stack:
-        stack = report.stack.rstrip().splitlines()[-STACK_LINES:]
-        lines += ["    its Python stack, innermost call last:", *(f"    {line}" for line in stack)]
+        lines.append("    its Python stack, innermost call last:")
+        for line in report.stack.rstrip().splitlines()[-STACK_LINES:]:
+            lines.append(f"    {line}")
     return lines
 
 
 def all_stacks(verdict: str, reports: Mapping[int, Report]) -> Iterator[str]:
-    """The contents of the file, in parts: the verdict, then every rank with the stacks of all its threads."""
+    """The contents of the file, in chunks: the verdict, then all threads' stacks of each rank."""
     yield f"{verdict}\n"
     for _, report in sorted(reports.items()):
-        yield f"\n--- {report.where}: {report.state}\n{report.threads.rstrip() or 'it does not answer'}\n"
+        stacks = report.threads.rstrip() or "it does not answer"
+        yield f"\n--- {report.where}: {report.doing}\n{stacks}\n"

@@ -45,7 +45,7 @@ def test_idle_only_where_something_should_happen(clock):
     activity.set_state("training", 1)
     clock.now = 7
     assert activity.idle_seconds == 2
-    with activity.waits(activity.record("gather_objects", "control", (0, 1), patient=True)):
+    with activity.waits(activity.record("gather_objects", "control", (0, 1), untimed=True)):
         clock.now = 70
         assert activity.idle_seconds == 0
     activity.set_state("saving")

@@ -21,15 +21,15 @@ MARKS = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         bool(MISSING) and "MUST_HAVE_SLURM" not in os.environ,
-        reason=f"a SLURM cluster cannot be had here, missing: {', '.join(MISSING)}; .ci/run installs it",
+        reason=f"no SLURM cluster here, missing: {', '.join(MISSING)}; .ci/run installs it",
     ),
 ]
 """Of every test on the cluster."""
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0"]
 """What the job scripts are given for 2 nodes of 2 ranks."""
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
-PATIENCE = 400.0
-"""Seconds that only a broken job needs."""
+TIMEOUT = 400.0
+"""Seconds after which a job counts as broken."""
 
 
 class Cluster:
@@ -39,7 +39,8 @@ class Cluster:
         self.folder = folder
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
         self.environment = os.environ | {
-            "BASE": str(folder), "SLURM_CONF": f"{folder}/etc/slurm.conf", "PATH": path, "OMP_NUM_THREADS": "1",
+            "BASE": str(folder), "SLURM_CONF": f"{folder}/etc/slurm.conf", "PATH": path,
+            "OMP_NUM_THREADS": "1",
             "SLURM_CPU_BIND": "none",  # nodes have more CPUs than the machine
         }  # fmt: skip
 
@@ -54,7 +55,7 @@ class Cluster:
         self, *command: str | Path | int, cwd: Path = ROOT, **variables: str | int | Path
     ) -> str:
         """What a command prints, by default at the root of the checkout."""
-        environment = self.environment | {name: str(value) for name, value in variables.items()}
+        environment = self.environment | dict(zip(variables, map(str, variables.values())))
         done = subprocess.run(
             list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True
         )
@@ -85,7 +86,7 @@ class Job:
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """Until the condition holds."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while not condition():
             assert time.monotonic() < end, (
                 f"job {self.number}: {self.show('JobState')}\n{self.log[-5000:]}"
@@ -120,7 +121,11 @@ def submit(cluster: Cluster, run: Path, *flags: str | Path) -> Job:
 
 
 def losses(metrics: Path) -> dict[int, float]:
-    """By iteration; of one that was run twice, the later."""
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    entries = [json.loads(line) for line in lines if line.endswith("}")]
-    return {entry["iteration"]: entry["loss"] for entry in entries if "loss" in entry}
+    """Losses by iteration; of an iteration that was run twice, the later one."""
+    found = {}
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        if line.endswith("}"):
+            entry = json.loads(line)
+            if "loss" in entry:
+                found[entry["iteration"]] = entry["loss"]
+    return found

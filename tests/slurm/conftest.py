@@ -11,7 +11,7 @@ from tests.slurm.cluster import Cluster
 
 @pytest.fixture(scope="session")
 def cluster():
-    folder = Path(tempfile.mkdtemp(prefix="mls-"))  # short: sockets have paths of at most 108 bytes
+    folder = Path(tempfile.mkdtemp(prefix="mls-"))  # short: a socket's path has 108 bytes at most
     made = Cluster(folder)
     try:
         made.control("up")

@@ -1,4 +1,4 @@
-"""What docs/slurm.md shows, and the recipes, on a real SLURM: with smaller models, and 4 CPU ranks."""
+"""The commands of docs/slurm.md and the recipes, on a real SLURM with 4 CPU ranks."""
 
 import json
 import re
@@ -14,14 +14,17 @@ from tests.slurm.cluster import MARKS, ROOT, TWO_NODES, Cluster, Job, submit
 pytestmark = MARKS
 
 SHRUNK = dict(
-    num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=32, micro_batch_size=1, global_batch_size=8,
-    train_iters=2, lr_warmup_iters=1, eval_interval=0, eval_iters=0, device="cpu",
+    num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=32, micro_batch_size=1,
+    global_batch_size=8, train_iters=2, lr_warmup_iters=1, eval_interval=0, eval_iters=0,
+    device="cpu",
 )  # fmt: skip
 MOCK = """
-    --mock-data --vocab-size 509 --data-path unset --tokenizer-type unset --vocab-file unset --merge-file unset
+    --mock-data --vocab-size 509 --data-path unset --tokenizer-type unset --vocab-file unset
+    --merge-file unset
 """.split()
 SMALLER = {
-    "--nodes=4": " ".join(TWO_NODES), "--world-size 32": "--world-size 4", "chain.sh 5": "chain.sh 2",
+    "--nodes=4": " ".join(TWO_NODES),
+    "--world-size 32": "--world-size 4", "chain.sh 5": "chain.sh 2",
     "--nodes 4": "--nodes 2 --ranks-per-node 2 --gpus-per-node 0 --cpus-per-rank 1",
 }  # fmt: skip
 """What the docs say, and what is run in its place."""
@@ -30,8 +33,10 @@ NUMBERS = r"\b(?:job|array|merge) (\d+)"
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A checkout whose recipes are shrunk. Each keeps what can be kept of it on 4 ranks: stages, shape of the block,
-    precision, recompute, reports."""
+    """A checkout with recipes for smaller models on 4 ranks.
+
+    Each recipe keeps its stages, shape of the block, precision, recompute and reports.
+    """
     for name in ("megalite", "tools", "pretrain_gpt.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "examples/slurm", tmp_path / "examples/slurm")
@@ -47,21 +52,22 @@ def checkout(tmp_path) -> Path:
 
 def test_what_the_docs_show_runs(cluster, checkout):
     """One after the other, each when the jobs of the one before are done."""
-    texts = [
-        f"Fellow citizens, this is document {i} of the state of the Union. " * (1 + i % 7)
-        for i in range(200)
-    ]
-    (checkout / "corpus.jsonl").write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    )
+    texts = []
+    with open(checkout / "corpus.jsonl", "w") as file:
+        for i in range(200):
+            text = f"Fellow citizens, this is document {i} of the state of the Union. " * (
+                1 + i % 7
+            )
+            texts.append(text)
+            file.write(json.dumps({"text": text}) + "\n")
     (checkout / "data").mkdir()
     for name, content in zip(("vocab.json", "merges.txt"), train_bpe(texts, 300)):
         (checkout / "data" / name).write_bytes(content)
     blocks = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "docs/slurm.md").read_text(), re.M | re.S)
     said = [run(cluster, checkout, block) for block in blocks]
     assert sorted(map(len, said)) == [0, 1, 1, 2, 2]  # jobs of each: none for the check
-    saved = [f"{folder}/iter_0000002" for folder in ("7b", "7b-slower/checkpoints")]
-    assert all((checkout / "runs" / folder).is_dir() for folder in saved)
+    for folder in ("7b", "7b-slower/checkpoints"):
+        assert (checkout / "runs" / folder / "iter_0000002").is_dir()
     assert "nothing to do: the checkpoint is at iteration 2" in said[3][0].log
 
 

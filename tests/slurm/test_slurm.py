@@ -1,7 +1,8 @@
-"""On a real SLURM: both ways to launch, arrays, time limits, preemption, nodes that fail, ranks that die and hang.
+"""On a real SLURM: srun and torchrun, job arrays, time limits, preemption, node and rank failures.
 
-After each disturbance the losses are those of a run that nobody disturbed, to the bit. Needs root and SLURM, which
-`tests/slurm/cluster.sh install` installs; `make test-slurm` runs it, and fails where they are missing.
+After each interruption the losses are bitwise equal to those of an uninterrupted run. Needs root
+and SLURM, which `tests/slurm/cluster.sh install` installs. `make test-slurm` runs these tests, and
+fails where either is missing.
 """
 
 import re
@@ -17,8 +18,9 @@ pytestmark = MARKS
 
 ITERATIONS = 40
 MODEL = f"""
-    --mock-data --vocab-size 509 --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 64 --tp 2
-    --global-batch-size 8 --train-iters {ITERATIONS} --lr 1e-3 --eval-interval 0 --eval-iters 0 --device cpu
+    --mock-data --vocab-size 509 --num-layers 4 --hidden-size 128 --num-attention-heads 4
+    --seq-length 64 --tp 2 --global-batch-size 8 --train-iters {ITERATIONS} --lr 1e-3
+    --eval-interval 0 --eval-iters 0 --device cpu
     --save-interval 5 --keep-last 20
 """.split()
 ONE_NODE = ["--nodes=1", *TWO_NODES[1:]]
@@ -27,7 +29,7 @@ SBATCH = "examples/slurm/pretrain_gpt.sbatch"
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, tmp_path_factory) -> dict[int, float]:
-    """The losses of a run by tools/submit.py that nobody disturbs."""
+    """The losses of an uninterrupted run by tools/submit.py."""
     run = tmp_path_factory.mktemp("undisturbed") / "a run"
     job = submit(cluster, run, *MODEL)
     assert job.end() == "COMPLETED", job.log
@@ -59,12 +61,12 @@ def reach(job: Job, folder: Path, iteration: int) -> None:
     )
 
 
-def test_a_chain_under_torchrun_goes_on_after_a_time_limit(cluster, undisturbed, tmp_path):
-    """torchrun ends with a status of its own at USR1; the next job of the chain starts all the same."""
+def test_a_chain_under_torchrun_resumes_after_a_time_limit(cluster, undisturbed, tmp_path):
+    """torchrun has an exit status of its own at USR1; the next job of the chain still starts."""
     options = [f"--output={tmp_path}/%j.out", "--nodes=2", "--cpus-per-task=2", "--gpus-per-node=0"]
     options += ["examples/slurm/pretrain_torchrun.sbatch", *MODEL]
     said = cluster.run("examples/slurm/chain.sh", 2, *options, SAVE=tmp_path / "save", RANKS=2)
-    first, second = (Job(cluster, int(number)) for number in re.findall(r"^job (\d+)$", said, re.M))
+    first, second = (Job(cluster, int(n)) for n in re.findall(r"^job (\d+)$", said, re.M))
     reach(first, tmp_path, 8)
     assert second.show("JobState") == "PENDING"
     cluster.run("scancel", "--batch", "--signal=USR1", first.number)
@@ -124,7 +126,7 @@ def test_a_node_that_fails_costs_the_steps_since_the_last_checkpoint(
     assert losses(tmp_path / "save/metrics.jsonl") == undisturbed
 
 
-def test_scancel_saves_and_the_same_command_goes_on_also_with_fewer_nodes(
+def test_scancel_saves_and_the_same_command_resumes_also_with_fewer_nodes(
     cluster, undisturbed, tmp_path
 ):
     job = start(cluster, tmp_path)
@@ -141,12 +143,15 @@ def test_scancel_saves_and_the_same_command_goes_on_also_with_fewer_nodes(
     assert "layout dp=1 x tp=2 x pp=1" in one_node.log and f"at iteration {saved}\n" in one_node.log
     found = losses(fewer / "save/metrics.jsonl")
     assert found == pytest.approx(undisturbed, rel=1e-4)
-    assert [found[i] for i in range(1, saved + 1)] == [undisturbed[i] for i in range(1, saved + 1)]
+    for i in range(1, saved + 1):
+        assert found[i] == undisturbed[i]
 
 
-def test_a_preempted_job_saves_and_goes_on(cluster, undisturbed, tmp_path):
-    """With a GraceTime, in which SLURM takes a job that ends for a whole one, and without. Both at once, since most of
-    it is waiting; four ranks on a node are the same layout."""
+def test_a_preempted_job_saves_and_resumes(cluster, undisturbed, tmp_path):
+    """With a GraceTime, within which SLURM counts a job that ends as completed, and without.
+
+    Both at once, since most of it is waiting. Four ranks on one node are the same layout.
+    """
     jobs = {}
     for partition, node in {"main": "node1", "spare": "node2"}.items():
         (tmp_path / partition).mkdir()
@@ -175,14 +180,18 @@ def supervised(cluster: Cluster, folder: Path, step: str, *options: str, **varia
     """A job whose step, under supervise.sh with the folder `folder`, is a bash script."""
     (folder / "step.sh").write_text(f"cd {folder}\n{step}\n")
     (folder / "job.sh").write_text(
-        f"#!/bin/bash\nsource megalite/programs/supervise.sh\nsupervise {folder} bash {folder}/step.sh\n"
+        "#!/bin/bash\nsource megalite/programs/supervise.sh\n"
+        f"supervise {folder} bash {folder}/step.sh\n"
     )
     return cluster.sbatch(f"--output={folder}/%j.out", *options, folder / "job.sh", **variables)
 
 
-def test_a_warning_waits_until_a_run_can_hear_it(cluster, tmp_path):
+def test_a_warning_waits_until_the_ranks_can_receive_it(cluster, tmp_path):
     """Without a step it would be lost; a rank that is still starting would be killed."""
-    rank = "sleep 2; trap 'echo heard; exit 0' USR1; echo new >owner.json; for i in {1..90}; do sleep 0.2; done; exit 1"
+    rank = (
+        "sleep 2; trap 'echo heard; exit 0' USR1; echo new >owner.json; "
+        "for i in {1..90}; do sleep 0.2; done; exit 1"
+    )
     (tmp_path / "owner.json").write_text("old\n")
     job = supervised(cluster, tmp_path, f'echo starting; sleep 2; exec srun bash -c "{rank}"')
     job.wait(lambda: "starting" in job.log)
@@ -191,7 +200,7 @@ def test_a_warning_waits_until_a_run_can_hear_it(cluster, tmp_path):
 
 
 def test_what_a_job_ends_with_when_it_is_to_be_continued(cluster, tmp_path):
-    """A requeue that SLURM refuses is an error; in a chain none is asked for, and the job ends well."""
+    """A requeue that SLURM refuses is an error. In a chain the job ends with status 0 instead."""
     step = "echo saved at 3 >to-be-continued; exit 7"
     alone = supervised(cluster, tmp_path, step, "--no-requeue")
     assert (
@@ -205,12 +214,12 @@ def test_what_a_job_ends_with_when_it_is_to_be_continued(cluster, tmp_path):
     assert of_a_chain.end() == "COMPLETED" and "is to be continued: saved at 4" in of_a_chain.log, (
         of_a_chain.log
     )
-    failed = supervised(cluster, tmp_path, "exit 7")  # what the others left is none of its business
+    failed = supervised(cluster, tmp_path, "exit 7")  # the file of an earlier job is ignored
     assert failed.end() == "FAILED" and failed.show("ExitCode") == "7:0", failed.log
 
 
 def test_ranks_have_the_cpus_that_the_job_asked_for(cluster, tmp_path):
-    """Two tasks of two CPUs on a node of four: SLURM keeps them apart only when srun knows of both."""
+    """Two tasks of two CPUs on a node of four: srun must know the CPUs of a task."""
     step = 'unset SLURM_CPU_BIND; exec srun bash -c "grep Cpus_allowed_list: /proc/self/status"'
     job = supervised(
         cluster, tmp_path, step, "--ntasks-per-node=2", "--cpus-per-task=2", "--exclusive"
@@ -225,12 +234,13 @@ TROUBLES = {"die 3 3": [], "fail 2 3": [], "sleep 1 3": ["--hang-timeout", "15"]
 
 @pytest.fixture(scope="module")
 def troubled(cluster, tmp_path_factory) -> dict[str, tuple[Job, Path]]:
-    """Trainings that get into trouble on 2 nodes x 2 ranks, with their folders; side by side, as much is waiting."""
+    """Trainings with a failure on 2 nodes x 2 ranks, and their folders; all run at once."""
     jobs = {}
     for what, flags in TROUBLES.items():
         folder = tmp_path_factory.mktemp("trouble")
-        step = f"srun --kill-on-bad-exit=1 python tests/trouble.py --save {folder}/save --load {folder}/save"
-        wrapped = " ".join([step, *MODEL, *flags])
+        step = "srun --kill-on-bad-exit=1 python tests/trouble.py"
+        where = ["--save", f"{folder}/save", "--load", f"{folder}/save"]
+        wrapped = " ".join([step, *where, *MODEL, *flags])
         job = cluster.sbatch(
             f"--output={folder}/%j.out", *TWO_NODES, f"--wrap={wrapped}", TROUBLE=what
         )
@@ -241,7 +251,10 @@ def troubled(cluster, tmp_path_factory) -> dict[str, tuple[Job, Path]]:
 def test_a_rank_that_dies_takes_the_job_down_and_is_named(troubled):
     job, _ = troubled["die 3 3"]
     assert job.end() == "FAILED", job.log
-    died = r"^pretrain_gpt\.py: rank [012]: rank 3 on node\d \(process \d+\) died without a word \(last heard: "
+    died = (
+        r"^pretrain_gpt\.py: rank [012]: rank 3 on node\d \(process \d+\) "
+        r"exited without an error message \(last heard: "
+    )
     assert len(re.findall(died, job.log, re.M)) == 1 and "Traceback" not in job.log, job.log
 
 
@@ -265,7 +278,8 @@ def test_a_hang_is_explained(troubled):
     assert job.end() == "FAILED", job.log
     verdict = job.log.partition("HANG: ")[2]
     assert re.match(
-        r"no progress for \d+ s, waiting for rank 1\n  rank 1 on node\d \(process \d+\): training, step 3",
+        r"no progress for \d+ s, waiting for rank 1\n"
+        r"  rank 1 on node\d \(process \d+\): training, step 3",
         verdict,
     )
     assert "missing from all_reduce of" in verdict and "time.sleep(1)" in verdict
@@ -273,14 +287,14 @@ def test_a_hang_is_explained(troubled):
 
 
 def test_an_array_of_shards_and_their_merge(cluster, tmp_path):
-    """Three tasks and a merge after them make what one process makes; a task can be done again by itself."""
+    """Three tasks and a merge produce what one process produces; one task can be run again."""
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text(
-        "".join(f'{{"text": "document {i} says {"la " * (i % 7)}"}}\n' for i in range(2000))
-    )
+    with open(corpus, "w") as file:
+        for i in range(2000):
+            file.write(f'{{"text": "document {i} says {"la " * (i % 7)}"}}\n')
     flags = ["--input", corpus, "--tokenizer-type", "ByteTokenizer", "--append-eod"]
     options = ["--cpus-per-task=1", f"--output={tmp_path}/%x-%j.out"]
-    prefix = tmp_path / "parts"
+    prefix = tmp_path / "merged"
     said = cluster.run(
         "examples/slurm/preprocess.sh", prefix, *flags, SHARDS=3, ARRAY_OPTIONS=" ".join(options)
     )
@@ -296,18 +310,16 @@ def test_an_array_of_shards_and_their_merge(cluster, tmp_path):
     )
     assert merge.end() == "COMPLETED", merge.log
     for suffix in (".bin", ".idx"):
-        parts, whole = (tmp_path / f"{name}_text_document{suffix}" for name in ("parts", "whole"))
-        assert parts.read_bytes() == whole.read_bytes()
-    shard = [
-        tmp_path / f"parts_0001-of-0003_text_document{suffix}"
-        for suffix in (".bin", ".idx", ".json")
-    ]
-    made = [path.read_bytes() for path in shard[:2]]
-    for path in shard:
+        whole = tmp_path / f"whole_text_document{suffix}"
+        assert (tmp_path / f"merged_text_document{suffix}").read_bytes() == whole.read_bytes()
+    shard = tmp_path / "merged_0001-of-0003_text_document"
+    files = [shard.with_suffix(".bin"), shard.with_suffix(".idx")]
+    before = list(map(Path.read_bytes, files))
+    for path in [*files, shard.with_suffix(".json")]:
         path.unlink()
     array = "examples/slurm/preprocess_array.sbatch"
     again = cluster.sbatch(
         "--array=1", *options, array, *flags, "--output-prefix", prefix, SHARDS=3
     )
     assert again.end() == "COMPLETED", again.log
-    assert [path.read_bytes() for path in shard[:2]] == made
+    assert list(map(Path.read_bytes, files)) == before

@@ -12,7 +12,7 @@ CALLS = [
     ("check", "a"),
     ("set", "a", "1"),
     ("get", "a"),
-    ("get_those_there", ["a", "b"]),
+    ("get_existing", ["a", "b"]),
 ]
 
 
@@ -37,7 +37,7 @@ def test_what_is_asked_is_answered():
     store.set("a", "1")
     assert store.get("a") == b"1" and store.check("a") and not store.check("b")
     assert [store.add("count", 2) for _ in range(2)] == [2, 4]
-    assert store.get_those_there(["b", "a"]) == {"a": b"1"} and store.get_those_there(["b"]) == {}
+    assert store.get_existing(["b", "a"]) == {"a": b"1"} and store.get_existing(["b"]) == {}
 
 
 def test_what_the_store_raises_is_raised():

@@ -1,13 +1,14 @@
 """Who is blamed for a hang, from the reports of all ranks. Pure."""
 
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 import pytest
 
 from megalite.parallel.activity import Activity
 from megalite.parallel.layout import ParallelLayout
-from megalite.watch.verdict import Report, culprits, hang_verdict
+from megalite.watch.verdict import Report, blocking_ranks, hang_verdict
 
 
 def report(
@@ -18,12 +19,16 @@ def report(
     activity.set_state("training", 3)
     begun = [activity.record(*call, (4,), "float32") for call in calls]
     activity.waiting = begun[-1] if begun and waits and blocks else None
-    made = Report.of(activity, rank, f"node{rank // 2}", 100 + rank, blocks, **rest)
+    made = Report.of(activity, rank, f"node{rank // 2}", 100 + rank, blocks=blocks, **rest)
     return Report(**{**vars(made), "idle_seconds": idle})
 
 
 def blamed(*reports: Report) -> list[int]:
-    return list(culprits({r.rank: r for r in reports}, 4.0)[0])
+    return list(blocking_ranks(by_rank(reports), 4.0)[0])
+
+
+def by_rank(reports: Iterable[Report]) -> dict[int, Report]:
+    return {report.rank: report for report in reports}
 
 
 TENSOR, DATA = ("all_reduce", "tensor", (0, 1)), ("all_reduce", "data", (0, 2))
@@ -37,7 +42,7 @@ def test_the_one_that_all_wait_for_in_the_end(blocks):
         report(0, TENSOR, blocks=blocks), report(1, blocks=blocks), report(2, DATA, blocks=blocks)
     ]  # fmt: skip
     assert blamed(*reports) == [1]
-    said = hang_verdict({r.rank: r for r in reports}, 9, 4.0, "x.txt")
+    said = hang_verdict(by_rank(reports), 9, 4.0, "x.txt")
     assert (
         "waiting for rank 1" in said
         and "rank 1 on node0 (process 101): training, step 3; in no call" in said
@@ -61,27 +66,27 @@ def test_the_call_that_was_waited_in_first_is_named():
         1: report(1, ("barrier", "world", (0, 1, 2)), idle=8.0),
         2: report(2),
     }
-    assert culprits(reports, 4.0)[0][2][1] == 1
+    assert blocking_ranks(reports, 4.0)[0][2][1] == 1
 
 
 def test_a_rank_that_does_not_answer_is_to_blame_whatever_it_was_in():
     reports = {0: report(0, TENSOR, TENSOR), 1: report(1, TENSOR, DATA), 2: report(2)}
-    assert list(culprits(reports, 4.0)[0]) == [2]
+    assert list(blocking_ranks(reports, 4.0)[0]) == [2]
     reports[1] = report(1, TENSOR, ("transfer", "pipeline", (1, 2)), silent_seconds=5.0)
-    assert 1 in culprits(reports, 4.0)[0]
+    assert 1 in blocking_ranks(reports, 4.0)[0]
     assert "does not answer" in hang_verdict(reports, 9, 4.0, "x")
 
 
 def test_a_circle_of_ranks_that_wait_for_each_other():
     reports = {0: report(0, TENSOR), 1: report(1, ("all_reduce", "world", (0, 1)))}
-    assert list(culprits(reports, 4.0)[0]) == [0, 1]
+    assert list(blocking_ranks(reports, 4.0)[0]) == [0, 1]
     assert "ranks 0, 1 wait for each other" in hang_verdict(reports, 9, 4.0, "x")
 
 
 def test_on_gpus_a_transfer_that_nobody_receives_does_not_hide_who_stands_still():
-    """Rank 0 has sent to 2 and computes for ever; 2 has not come to receive, since it waits for an all-reduce of 0."""
+    """Rank 0 has sent to 2 and hangs; 2 has not received, since it waits for an all-reduce of 0."""
     reports = {0: report(0, SEND, blocks=False), 2: report(2, DATA, blocks=False, idle=8.0)}
-    assert list(culprits(reports, 4.0)[0]) == [0]
+    assert list(blocking_ranks(reports, 4.0)[0]) == [0]
 
 
 def test_one_rank_alone_that_stands_still():
@@ -95,9 +100,9 @@ def test_a_report_travels_as_text():
 
 
 def large_job(data: int, blocks: bool) -> dict[int, Report]:
-    """The reports of a job of tp=8 x pp=4, as they travel: rank 13 computes, 8-15 wait for it, all others for those."""
+    """Reports of a job of tp=8 x pp=4: rank 13 computes, 8-15 wait for it, all others for those."""
     layout = ParallelLayout(tensor=8, pipeline=4, data=data)
-    groups = {rank: [] for rank in range(layout.world_size)}
+    groups = defaultdict(list)
     for axis in ("pipeline", "data", "tensor"):
         for members in layout.groups(axis):
             for rank in members:
@@ -107,14 +112,15 @@ def large_job(data: int, blocks: bool) -> dict[int, Report]:
     for rank, (pipeline, across, tensor) in groups.items():
         calls = [world, ("barrier", "control", world[2]), *[pipeline, across, tensor] * 3]
         first = 8 <= rank < 16
-        calls += [] if rank == 13 else [tensor] if first else [world]
+        if rank != 13:
+            calls.append(tensor if first else world)
         told = report(rank, *calls, waits=rank != 13, idle=10.0 if first else 9.0, blocks=blocks)
         made[rank] = Report.from_json(told.to_json())
     return made
 
 
 def bytecodes(action: Callable) -> int:
-    """How many operations of Python an action takes: a measure of its time that no other process disturbs."""
+    """Number of bytecodes an action executes: its cost, whatever else the machine does."""
     count = 0
 
     def trace(frame, event, argument):
@@ -136,19 +142,19 @@ def test_a_thousand_ranks_are_judged_eight_times_as_long_as_128(blocks):
     small, large = large_job(4, blocks), large_job(32, blocks)
     assert (len(small), len(large)) == (128, 1024)
     for reports in small, large:
-        assert list(culprits(reports, 4.0)[0]) == [13]
+        assert list(blocking_ranks(reports, 4.0)[0]) == [13]
         assert "of the tensor group (ranks 8, 9, 10, 11, 12, 13, 14, 15)" in hang_verdict(
             reports, 9, 4.0, "x"
         )
-    spent = [
-        bytecodes(lambda reports=reports: hang_verdict(reports, 9, 4.0, "x"))
-        for reports in (small, large)
-    ]
-    assert spent[1] < 12 * spent[0], spent
+    few = bytecodes(lambda: hang_verdict(small, 9, 4.0, "x"))
+    many = bytecodes(lambda: hang_verdict(large, 9, 4.0, "x"))
+    assert many < 12 * few
+
+
+def largest_report(reports: dict[int, Report]) -> int:
+    return max(len(report.to_json()) for report in reports.values())
 
 
 def test_a_report_is_no_larger_in_a_large_job():
-    sizes = [
-        max(len(report.to_json()) for report in large_job(data, True).values()) for data in (4, 32)
-    ]
-    assert sizes[1] < sizes[0] + 50 and sizes[1] < 2000, sizes
+    small, large = (largest_report(large_job(data, True)) for data in (4, 32))
+    assert large < small + 50 and large < 2000

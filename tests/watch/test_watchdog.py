@@ -16,7 +16,6 @@ import pytest
 import torch.distributed as dist
 
 from megalite.config import cli, validate
-from megalite.parallel.agreement import RanksDiffer, compare_facts
 from megalite.parallel.collectives import Group
 from megalite.parallel.context import ParallelContext
 from megalite.training.pretrain import pretrain
@@ -28,8 +27,9 @@ from tests.trouble import troubled
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = """
-    --mock-data --vocab-size 61 --num-layers 2 --hidden-size 16 --num-attention-heads 4 --seq-length 16 --device cpu
-    --global-batch-size 4 --eval-interval 0 --eval-iters 0 --train-iters 4
+    --mock-data --vocab-size 61 --num-layers 2 --hidden-size 16 --num-attention-heads 4
+    --seq-length 16 --device cpu --global-batch-size 4 --eval-interval 0 --eval-iters 0
+    --train-iters 4
 """.split()
 
 
@@ -48,7 +48,7 @@ def hang(pool, ranks: int, trouble: str, *flags, folder: str | Path = ".") -> Ra
 
 
 def test_a_hang_is_explained_and_ends_every_rank(pool, tmp_path):
-    """Rank 2 of tp=2 x pp=2 sleeps: the verdict is said once, with its stack; all stacks are in a file."""
+    """Rank 2 of tp=2 x pp=2 sleeps: one verdict, with its stack; all stacks are in a file."""
     flags = ["--tp", "2", "--pp", "2", "--save", tmp_path / "c", "--hang-timeout", "4"]
     failed = hang(pool, 4, "sleep 2 3", *flags)
     said = str(failed)
@@ -57,10 +57,16 @@ def test_a_hang_is_explained_and_ends_every_rank(pool, tmp_path):
         sorted(failed.ranks) == [0, 1, 2, 3] and said.count(f"exited with status {HUNG}\n") >= 3
     ), said
     assert said.count("HANG: ") == 1
-    head = r"HANG: no progress for \d+ s, waiting for rank 2\n  rank 2 on \S+ \(process \d+\): training, step 3; in no"
+    head = (
+        r"HANG: no progress for \d+ s, waiting for rank 2\n"
+        r"  rank 2 on \S+ \(process \d+\): training, step 3; in no call"
+    )
     assert re.search(head, said), said
-    # Rank 3 waits for it in the layer, rank 0 for a microbatch to go or to come back: whoever was first is named.
-    calls = r"all_reduce of \[16, 1, 16\] float32, call \d+ of the tensor group \(ranks 2, 3\)|transfer \d+ from rank [02]"
+    # Rank 3 waits for it in the layer, rank 0 in a transfer: whichever came first is named.
+    calls = (
+        r"all_reduce of \[16, 1, 16\] float32, call \d+ of the tensor group \(ranks 2, 3\)"
+        r"|transfer \d+ from rank [02]"
+    )
     assert re.search(rf"missing from ({calls})", said), said
     assert re.search(r"where rank [03] on \S+ \(process \d+\) has waited for \d+ s", said)
     assert "in sleep" in said and "time.sleep(1)" in said
@@ -73,31 +79,32 @@ def test_a_hang_is_explained_and_ends_every_rank(pool, tmp_path):
 
 
 def shown(screen: str) -> list[str]:
-    """Regular expressions for the lines in which docs/troubleshooting.md shows how megalite ends: numbers, hosts, calls
-    and folders may be others, the lines of tests/trouble.py may not."""
+    """Patterns of the lines that docs/troubleshooting.md shows under a heading.
+
+    Numbers, hosts, calls and folders may differ, the line numbers of tests/trouble.py may not.
+    """
     text = (ROOT / "docs/troubleshooting.md").read_text().partition(f"## {screen}\n")[2]
     block = re.search(r"^```\n(.*?)^```", text, re.M | re.S)[1]
     varies = {
-        r'"tests/': r'"\S*tests/', r"line \d+": None, r"/shared/run/": r"\S*/", r"node\d": r"\S+", r"\d+": r"\d+",
-        r"last heard: .*\)(?=: )": r"last heard: .*\)", r"contact was lost in .*": "contact was lost in .*",
+        r'"tests/': r'"\S*tests/', r"line \d+": None, r"/shared/run/": r"\S*/",
+        r"node\d": r"\S+", r"\d+": r"\d+", r"last heard: .*\)(?=: )": r"last heard: .*\)",
+        r"contact was lost in .*": "contact was lost in .*",
     }  # fmt: skip
-    token = re.compile("|".join(f"({pattern})" for pattern in varies))
+    names = [f"({pattern})" for pattern in varies]
+    token = re.compile("|".join(names))
     forms = list(varies.values())
-
-    def form(found: re.Match) -> str:
-        return forms[found.lastindex - 1] or found[0]
 
     lines = []
     for line in block.splitlines():
-        if not line.startswith(("srun: ", "slurmstepd-", "training ")) and not line.endswith("..."):
-            places = [
-                0,
-                *(place for found in token.finditer(line) for place in found.span()),
-                len(line),
-            ]
-            fixed = [re.escape(line[a:b]) for a, b in zip(places[::2], places[1::2])]
-            varying = [form(found) for found in token.finditer(line)] + [""]
-            lines.append("".join(part for both in zip(fixed, varying) for part in both))
+        if line.startswith(("srun: ", "slurmstepd-", "training ")) or line.endswith("..."):
+            continue
+        pattern = ""
+        end = 0
+        for found in token.finditer(line):
+            pattern += re.escape(line[end : found.start()])
+            pattern += forms[found.lastindex - 1] or found[0]
+            end = found.end()
+        lines.append(pattern + re.escape(line[end:]))
     return lines
 
 
@@ -143,8 +150,8 @@ def test_rank_0_stopped_with_the_store_in_it():
     assert "in all_reduce" in said and "in _step" in said
 
 
-def test_a_disk_that_takes_no_stacks_does_not_keep_the_judge(pool, tmp_path):
-    """Nobody reads from the pipe that stands where the file should be: to open it takes for ever."""
+def test_a_disk_that_does_not_take_the_stacks_does_not_delay_the_verdict(pool, tmp_path):
+    """A named pipe without a reader is in the place of the file: opening it blocks for ever."""
     os.mkfifo(tmp_path / "hang-step-3.txt")
     said = str(hang(pool, 1, "sleep 0 3", "--save", tmp_path, "--hang-timeout", "2"))
     assert f"exited with status {HUNG}\n" in said and "waiting for rank 0" in said, said
@@ -184,7 +191,7 @@ def test_one_process_alone_that_hangs(pool, tmp_path):
 
 
 def test_slow_steps_saves_and_evaluations_are_no_hang(tmp_path):
-    """Three steps, one save and three batches of an evaluation, each of which take longer than --hang-timeout."""
+    """Three steps, a save and three batches of an evaluation, each longer than --hang-timeout."""
     flags = [
         "--tp",
         "2",
@@ -198,11 +205,11 @@ def test_slow_steps_saves_and_evaluations_are_no_hang(tmp_path):
         tmp_path,
     ]
     ended = ranks("slow 1 2-4, slow_disk 1 4", *[[*flags, "--hang-timeout", "4"]] * 2)
-    assert [status for status, _ in ended] == [0, 0], ended
+    assert statuses(ended) == [0, 0], ended
 
 
-def test_a_job_that_was_suspended_goes_on_with_the_same_numbers(pool, tmp_path):
-    """All ranks are stopped for longer than --hang-timeout; the step that they are in goes on for a while after."""
+def test_a_job_that_was_suspended_continues_with_the_same_losses(pool, tmp_path):
+    """All ranks are stopped for longer than --hang-timeout, in a step that continues afterwards."""
     found, undisturbed = tmp_path / "found.jsonl", tmp_path / "undisturbed.jsonl"
     flags = ["--hang-timeout", "8", "--micro-batch-size", "2"]
     processes = started("busy 1 2", *[[*flags, "--metrics-file", found]] * 2)
@@ -212,7 +219,7 @@ def test_a_job_that_was_suspended_goes_on_with_the_same_numbers(pool, tmp_path):
         for process in processes:
             process.send_signal(number)
         time.sleep(pause)
-    assert [status for status, _ in ended_of(processes)] == [0, 0]
+    assert statuses(ended_of(processes)) == [0, 0]
     pool.run(
         train_in_trouble, 2, "slow 9 9", [*flags, "--metrics-file", str(undisturbed)], timeout=100
     )
@@ -246,7 +253,7 @@ class Garbling(Shared):
 
 
 def rest_after_a_suspension(launch) -> str:
-    """Nothing happens before, during and for two seconds after a suspension: less than four seconds awake."""
+    """No progress before, during and for two seconds after a suspension: less than four in all."""
     context = replace(ParallelContext.single(), store=Suspending())
     with Watchdog(context, 4, "."):
         context.activity.set_state("training", 1)
@@ -303,7 +310,7 @@ def test_a_rank_that_cannot_leave_the_groups_ends_by_itself(pool):
 
 
 def ranks(trouble: str, *flags_by_rank: list, stopped: Sequence[int] = ()) -> list[tuple[int, str]]:
-    """(exit status, errors) of processes that run tests/trouble.py as ranks; stopped ones are killed in the end."""
+    """(exit status, stderr) of ranks that run tests/trouble.py; stopped ones are killed last."""
     return ended_of(started(trouble, *flags_by_rank), stopped)
 
 
@@ -317,7 +324,7 @@ def started(trouble: str, *flags_by_rank: list) -> list[subprocess.Popen]:
         )
         launch |= dict(LOCAL_RANK=rank, LOCAL_WORLD_SIZE=len(flags_by_rank))
         command = [sys.executable, ROOT / "tests/trouble.py", *MODEL, *flags]
-        environment = common | {name: str(value) for name, value in launch.items()}
+        environment = common | dict(zip(launch, map(str, launch.values())))
         processes.append(
             subprocess.Popen(map(str, command), stderr=subprocess.PIPE, text=True, env=environment)
         )
@@ -327,54 +334,72 @@ def started(trouble: str, *flags_by_rank: list) -> list[subprocess.Popen]:
 def ended_of(
     processes: list[subprocess.Popen], stopped: Sequence[int] = ()
 ) -> list[tuple[int, str]]:
-    """(exit status, errors) of ranks; stopped ones are killed in the end."""
+    """(exit status, stderr) of ranks; stopped ones are killed last."""
     for rank, process in enumerate(processes):
         if rank not in stopped:
-            process.wait(timeout=200)  # what it says is less than a pipe holds
+            process.wait(timeout=200)  # what it prints is less than a pipe holds
     for rank in stopped:
         processes[rank].kill()
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    return [(process.returncode, error) for process, error in zip(processes, errors)]
+    ended = []
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        ended.append((process.returncode, errors))
+    return ended
+
+
+def statuses(ended: list[tuple[int, str]]) -> list[int]:
+    """Exit status of each rank."""
+    return statuses(ended)
+
+
+def messages(ended: list[tuple[int, str]], but: int | None = None) -> list[str]:
+    """What the ranks print on stderr, without those that print nothing, and without rank `but`."""
+    return [errors for rank, (_, errors) in enumerate(ended) if errors and rank != but]
 
 
 def test_a_rank_that_dies_is_named_once():
-    """One of the three others says who died, where and in what; the rest end without a word, and those that do not
-    notice, since one sleeps and one waits for that."""
+    """One of the others says which rank died, where and in which call; the rest print nothing.
+
+    So do those that do not notice it, since one sleeps and one waits for that one.
+    """
     ended = ranks("die 2 3, sleep 1 3", *[["--tp", "2"]] * 4)
-    assert [status for status, _ in ended] == [1, 1, -signal.SIGKILL, 1], ended
-    (said,) = [errors for _, errors in ended if errors]
-    died = r"rank 2 on \S+ \(process \d+\) died without a word \(last heard: \w+"
+    assert statuses(ended) == [1, 1, -signal.SIGKILL, 1], ended
+    (said,) = messages(ended)
+    died = r"rank 2 on \S+ \(process \d+\) exited without an error message \(last heard: \w+"
     assert re.match(r"pretrain_gpt\.py: rank [013]: " + died, said), said
     assert_shown("A rank dies", said)
 
 
 def test_rank_0_takes_the_store_with_it_and_is_named_too():
     ended = ranks("die 0 3", [], [])
-    assert [status for status, _ in ended] == [-signal.SIGKILL, 1], ended
-    said = r"pretrain_gpt\.py: rank 1: rank 0, or torchrun on the first node, is gone: .*\n  \(contact was lost .*\)\n"
+    assert statuses(ended) == [-signal.SIGKILL, 1], ended
+    said = (
+        r"pretrain_gpt\.py: rank 1: rank 0, or torchrun on the first node, is gone: .*\n"
+        r"  \(contact was lost .*\)\n"
+    )
     assert re.fullmatch(said, ended[1][1]), ended
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
-def test_a_rank_that_fails_is_quoted_once(culprit):
-    """Its traceback, and one line of the others that repeats the error; also of rank 0, which holds the store."""
-    ended = ranks(f"killed_when_leaving {culprit} 3, fail {culprit} 3", [], [], [], [])
-    assert [status for status, _ in ended] == [1, 1, 1, 1], ended
-    assert ended[culprit][1].rstrip().endswith("ArithmeticError: this model is broken")
-    others = [errors for rank, (_, errors) in enumerate(ended) if errors and rank != culprit]
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_fails_is_quoted_once(failing):
+    """Its traceback, and one line of another rank; also if it is rank 0, which holds the store."""
+    ended = ranks(f"killed_when_leaving {failing} 3, fail {failing} 3", [], [], [], [])
+    assert statuses(ended) == [1, 1, 1, 1], ended
+    assert ended[failing][1].rstrip().endswith("ArithmeticError: this model is broken")
+    others = messages(ended, but=failing)
     assert len(others) == 1, others
     (said,) = others
     assert re.search(
-        rf"rank {culprit} on \S+ failed: ArithmeticError: this model is broken", said
+        rf"rank {failing} on \S+ failed: ArithmeticError: this model is broken", said
     ), said
     assert "Traceback" not in said and "c10d" not in said
-    if culprit:  # others lose contact with it at once; rank 0 stays for a moment, with the store
-        assert_shown("A rank fails", "".join(errors for _, errors in ended))
+    if failing:  # others lose contact with it at once; rank 0 stays for a moment, with the store
+        assert_shown("A rank fails", "".join(messages(ended)))
 
 
 def test_rank_0_keeps_the_store_for_one_that_comes_late():
     ended = ranks("fail 1 3, pause 3 3", [], [], [], [])
-    (said,) = [errors for rank, (_, errors) in enumerate(ended) if errors and rank != 1]
+    (said,) = messages(ended, but=1)
     assert re.search(r"rank 1 on \S+ failed: ArithmeticError: this model is broken", said), said
 
 
@@ -403,14 +428,14 @@ def test_a_launcher_that_ends_all_at_once_leaves_rank_0_the_time_to_say_why():
 
 def test_what_all_ranks_end_with_is_said_once(tmp_path):
     ended = ranks("full_disk 1 4", *[["--save", tmp_path / "c"]] * 2)
-    assert [status for status, _ in ended] == [1, 1], ended
-    (said,) = [errors for _, errors in ended if errors]
+    assert statuses(ended) == [1, 1], ended
+    (said,) = messages(ended)
     full = r"pretrain_gpt\.py: rank \d: checkpoint not written; rank 1: OSError: the disk is full\n"
     assert re.fullmatch(full, said), said
 
 
 def test_a_traceback_of_all_ranks_is_shown_once():
-    errors = "".join(errors for _, errors in ranks("fail 0 3, fail 1 3", [], []))
+    errors = "".join(messages(ranks("fail 0 3, fail 1 3", [], [])))
     assert errors.count("Traceback") == 1, errors
 
 
@@ -423,7 +448,7 @@ def test_a_rank_that_failed_is_not_called_dead():
     )
     with Watchdog(first, 0, ".") as watchdog, Watchdog(second, 0, ".") as failing:
         wait_for(lambda: store.check(["report/1"]))
-        threading.Timer(0.7, failing.failed, ["broken"]).start()
+        threading.Timer(0.7, failing.report_failure, ["broken"]).start()
         assert re.fullmatch(r"rank 1 on \S+ failed: broken", watchdog.why_contact_was_lost())
 
 
@@ -433,24 +458,11 @@ def test_no_thread_is_left_that_holds_the_groups():
     assert "watchdog" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_ranks_that_were_not_started_alike_are_told_apart():
+def test_ranks_that_were_not_started_alike_are_named():
     ended = ranks("slow 9 9", ["--lr", "0.1"], ["--lr", "0.2"])
-    assert [status for status, _ in ended] == [1, 1], ended
-    said = r"pretrain_gpt\.py: rank 0: ranks were not started alike; rank\(s\) 1 on \S+: lr 0\.2 \(rank 0: 0\.1\)\n"
+    assert statuses(ended) == [1, 1], ended
+    said = (
+        r"pretrain_gpt\.py: rank 0: ranks were not started alike; "
+        r"rank\(s\) 1 on \S+: lr 0\.2 \(rank 0: 0\.1\)\n"
+    )
     assert re.fullmatch(said, ended[0][1]) and ended[1][1] == "", ended
-
-
-def test_rank_0_is_the_first_to_end_where_it_speaks_for_all():
-    store, ended = dist.HashStore(), []
-
-    def compare(rank: int) -> None:
-        with pytest.raises(RanksDiffer):
-            compare_facts(store, rank, 2, {"rank": rank})
-        ended.append(rank)
-
-    threads = [threading.Thread(target=compare, args=[rank]) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert ended == [0, 1]
