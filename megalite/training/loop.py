@@ -104,7 +104,7 @@ class Trainer:
             batches = self.train_data.at(consumed, then)
         losses = self.parts.engine.train_step(*batches)
         with activity.timed("optimizer"):
-            norm, rate = optimizer.step(iteration)
+            step = optimizer.step(iteration)
         phases = activity.take_seconds()
         minutes = self.config.training.exit_duration_in_mins
         late = minutes is not None and time.monotonic() - start >= 60 * minutes
@@ -121,7 +121,14 @@ class Trainer:
         losses = by_name(self.parts.model.loss_names, sums[len(PHASES) :])
         self.progress.iteration = iteration
         self.progress.consumed_samples += batch_size
-        self._report(iteration, losses, norm, rate, time.perf_counter() - began, phases)
+        self._report(
+            iteration,
+            losses,
+            step.gradient_norm,
+            step.learning_rate,
+            time.perf_counter() - began,
+            phases,
+        )
         self.to_be_continued = bool(late or warned) and not signalled > warned
         if signalled:
             return self._signal_name(signals)
