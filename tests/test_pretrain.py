@@ -16,7 +16,7 @@ import pretrain_gpt
 from megalite.checkpoint.folder import latest_iteration
 from megalite.checkpoint.load import Checkpoint
 from megalite.preprocess.indexed_writer import IndexedWriter
-from megalite.training.pretrain import explain
+from megalite.training.failures import explain
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = str(ROOT / "pretrain_gpt.py")
@@ -236,14 +236,11 @@ def test_a_damaged_checkpoint_is_told_in_a_line(monkeypatch, tmp_path):
     )
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_told_in_a_line(monkeypatch):
-    said = said_by_main(monkeypatch, "--metrics-file", "/dev/full")
-    assert (
-        said.startswith("pretrain_gpt.py: rank 0: ")
-        and "No space left" in said
-        and "/dev/full" in said
-    )
+def test_a_run_without_save_says_so_before_it_trains(from_file):
+    output = (from_file / "output").read_text()
+    before, _, after = output.partition("training from iteration 0")
+    assert "no checkpoint will be written: --save is not set\n" in before
+    assert "no checkpoint" not in after
 
 
 def test_an_error_in_the_program_keeps_its_traceback():

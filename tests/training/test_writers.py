@@ -22,6 +22,7 @@ from megalite.training import loop, writers
 from megalite.training.build import build_model
 from megalite.training.loop import Trainer
 from megalite.training.pretrain import pretrain
+from megalite.training.signals import StopSignals
 from megalite.training.state import Progress
 from megalite.training.writers import BackgroundWriter, Writers, tracking_writers
 from tests.runs import ALONE, working_in
@@ -104,10 +105,10 @@ def test_a_writer_that_fails_is_left_alone():
 
 def test_a_writer_that_hangs_holds_up_nothing(monkeypatch):
     """Nor does it at the end, or while it is made; what it has no room for is dropped, and counted."""
-    monkeypatch.setattr(writers, "MOST_WAITING", 3)
+    monkeypatch.setattr(writers, "QUEUE_SIZE", 3)
     said: list[str] = []
     never = threading.Event()
-    harmless = BackgroundWriter("The board", never.wait, said.append, patience=0.1)
+    harmless = BackgroundWriter("The board", never.wait, said.append, timeout=0.1)
     for iteration in range(5):
         harmless.write(iteration=iteration)
     harmless.close()
@@ -242,20 +243,30 @@ def test_phases_make_up_the_step(tmp_path):
         assert sum(phases) <= entry["step_seconds"]
 
 
-def test_on_a_gpu_phases_are_told_where_they_were_timed():
+def test_on_a_gpu_phases_are_reported_where_they_were_timed():
     """The host waits for the GPU in the iterations that have a line on the console, of which the last is one."""
     config = from_flat({"train_iters": 7, "log_interval": 3})
-    told = {}
+    timed = {}
     for device in ("cpu", "cuda"):
         context = replace(ParallelContext.single(), device=torch.device(device))
-        trainer = Trainer(config, context, None, Progress(), None, None, Writers())
-        told[device] = [iteration for iteration in range(1, 8) if trainer.knows_phases(iteration)]
-    assert told == {"cpu": [1, 2, 3, 4, 5, 6, 7], "cuda": [3, 6, 7]}
+        trainer = Trainer(
+            config=config,
+            context=context,
+            components=None,
+            progress=Progress(),
+            train_data=None,
+            validation_data=None,
+            metrics=Writers(),
+            signals=StopSignals(),
+            log=print,
+        )
+        timed[device] = [iteration for iteration in range(1, 8) if trainer.times_phases(iteration)]
+    assert timed == {"cpu": [1, 2, 3, 4, 5, 6, 7], "cuda": [3, 6, 7]}
 
 
 def test_a_run_that_was_replaced_ends_soon(tmp_path, monkeypatch):
     """Before it saves again, and without another line in the metrics file, which its successor writes as well."""
-    monkeypatch.setattr(loop, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "LEASE_CHECK_SECONDS", 0.0)
 
     def build_replaced(*args):
         def replace_at_step_3(*unused):
