@@ -26,6 +26,11 @@ def explain_os_error(error: OSError) -> str:
         return str(error)
 
 
+def error_message(error: BaseException) -> str:
+    """The message of any error: explained where it is one of the operating system."""
+    return explain_os_error(error) if isinstance(error, OSError) else str(error)
+
+
 def raise_open_file_limit() -> int:
     """Raise the soft limit of open files to the hard one, as far as the system allows; returns the limit in force.
 

@@ -9,7 +9,7 @@ from megalite.data.tokenizers import TokenizerError
 from megalite.optim.optimizer import NonFiniteGradient
 from megalite.parallel.agreement import RanksDiffer
 from megalite.parallel.context import DeviceError
-from megalite.system.errors import explain_os_error
+from megalite.system.errors import error_message
 from megalite.training.replicas import ReplicasDiffer
 from megalite.watch.watchdog import LostContact, Watchdog
 
@@ -31,7 +31,7 @@ nothing."""
 def explain(error: Exception) -> str | None:
     """The message to show in place of a traceback; None where the traceback is needed."""
     if isinstance(error, EXPECTED_ERRORS):
-        return explain_os_error(error) if isinstance(error, OSError) else str(error)
+        return error_message(error)
     if _lost_contact(error):  # within a run it is a LostContact already
         return f"could not meet the other ranks: {str(error).splitlines()[0]}"
     return None

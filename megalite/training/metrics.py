@@ -81,8 +81,8 @@ def training_line(
     """One line for the console.
 
     metrics: what the metrics file gets for this iteration. losses: those to show, after
-    `with_total`. flops: model FLOPs of a step over all ranks. average_seconds: duration of a recent step, from
-    which the time left is estimated.
+    `with_total`. flops: model FLOPs of a step over all ranks. average_seconds: duration of a recent
+    step, from which the time left is estimated.
     """
     iteration = metrics["iteration"]
     seconds = metrics["step_seconds"]

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from megalite.config.training import TrainingConfig
 from megalite.parallel.collectives import barrier
 from megalite.parallel.context import ParallelContext
+from megalite.system.errors import error_message
 
 MAX_MEMORY_EVENTS = 1_000_000
 """Allocations that a snapshot of GPU memory remembers."""
@@ -45,7 +46,10 @@ class Profiler:
             try:
                 self._open.close()
             except (OSError, RuntimeError) as error:
-                print(f"rank {self._context.rank}: a profile was not written: {error}", flush=True)
+                problem = error_message(error)
+                print(
+                    f"rank {self._context.rank}: a profile was not written: {problem}", flush=True
+                )
             self._open = None
 
     def _begin(self, first: int) -> None:

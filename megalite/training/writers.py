@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megalite.config.run import RunConfig, to_flat
+from megalite.system.errors import error_message
 
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for a writer to send its last numbers."""
@@ -156,7 +157,8 @@ class BackgroundWriter:
                 writer.write(**values)
             writer.close()
         except (Exception, SystemExit) as error:  # whatever it is, the training is worth more
-            self._report(f"{self._name} gets no more numbers: {type(error).__name__}: {error}")
+            problem = f"{type(error).__name__}: {error_message(error)}"
+            self._report(f"{self._name} gets no more numbers: {problem}")
             for _ in rows:
                 pass
 
