@@ -131,7 +131,7 @@ def train_on_rank(launch, layout: Layout, params, flags: dict, steps: int):
             buffer.reduce()
             gradients = boxes(parts, lambda p: p.main_grad)
             buffer.flat.copy_(before)  # the optimizer's step reduces as well
-        norms.append(parts.optimizer.step(step + 1)[0])
+        norms.append(parts.optimizer.step(step + 1).gradient_norm)
     return losses, norms, gradients, boxes(parts, lambda p: p)
 
 

@@ -1,4 +1,4 @@
-"""The main program as a user runs it: processes, launchers, files, and what is said when something goes wrong."""
+"""The main program as a user runs it: processes, launchers, files, and reports of failures."""
 
 import json
 import os
@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-import pretrain_gpt
 from megalite.checkpoint.folder import latest_iteration
 from megalite.checkpoint.load import Checkpoint
 from megalite.preprocess.indexed_writer import IndexedWriter
-from megalite.training.pretrain import explain
+from megalite.programs import pretrain_gpt
+from megalite.training.failures import explain
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = str(ROOT / "pretrain_gpt.py")
 MODEL = """
-    --mock-data --vocab-size 61 --num-layers 2 --hidden-size 16 --num-attention-heads 4 --seq-length 16 --device cpu
-    --attention-dropout 0 --hidden-dropout 0 --global-batch-size 4 --lr 0.05 --eval-interval 0 --log-interval 1
+    --mock-data --vocab-size 61 --num-layers 2 --hidden-size 16 --num-attention-heads 4
+    --seq-length 16 --device cpu --attention-dropout 0 --hidden-dropout 0 --global-batch-size 4 --lr 0.05
+    --eval-interval 0 --log-interval 1
 """.split()
 
 
@@ -48,8 +49,9 @@ def ended(process: subprocess.Popen) -> tuple[int, str, str]:
 def as_srun(rank: int, port: int) -> dict:
     """The variables that srun gives rank `rank` of two on one node."""
     return dict(
-        SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NODEID=0, SLURM_JOB_ID=7, SLURM_STEP_ID=0, SLURM_NTASKS=2,
-        SLURM_STEP_NUM_TASKS=2, SLURM_STEP_TASKS_PER_NODE=2, SLURM_STEP_NODELIST="localhost", MASTER_PORT=port,
+        SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NODEID=0, SLURM_JOB_ID=7, SLURM_STEP_ID=0,
+        SLURM_NTASKS=2, SLURM_STEP_NUM_TASKS=2, SLURM_STEP_TASKS_PER_NODE=2,
+        SLURM_STEP_NODELIST="localhost", MASTER_PORT=port,
     )  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def losses(path: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
 
 
-# Without torch --------------------------------------------------------------------------------------------------------
+# Without torch ----------------------------------------------------------------------------------
 
 WITHOUT_TORCH = f"""
 import runpy, sys
@@ -84,21 +86,22 @@ finally:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_hopeless_configuration_is_told_whole_and_without_torch(rank):
-    """12 heads on 8 tensor ranks, 5 stages of 4 layers, an odd batch: each problem with what would work, once."""
-    flags = "--num-attention-heads 12 --hidden-size 768 --tp 8 --pp 5 --num-layers 4 --global-batch-size 31".split()
-    others = "--micro-batch-size 2 --mock-data --vocab-size 512 --train-iters 10".split()
+def test_all_problems_of_a_configuration_are_reported_at_once_without_torch(rank):
+    """12 heads on 8 tensor ranks, 5 stages of 4 layers, an odd batch: each once, with fixes."""
+    flags = "--num-attention-heads 12 --hidden-size 768 --num-layers 4 --tp 8 --pp 5".split()
+    batch = "--global-batch-size 31 --micro-batch-size 2".split()
+    data = "--mock-data --vocab-size 512 --train-iters 10".split()
     launch = dict(RANK=rank, WORLD_SIZE=80, LOCAL_RANK=rank, MASTER_ADDR="localhost", MASTER_PORT=1)
-    status, output, errors = ended(start("-c", WITHOUT_TORCH, *flags, *others, **launch))
+    status, output, errors = ended(start("-c", WITHOUT_TORCH, *flags, *batch, *data, **launch))
     assert status == 2 and output == ""
     if rank:
         assert errors == ""
         return
-    said = " ".join(errors.split())
-    assert "3 problems" in said and said.count("fix: ") == 3
+    message = " ".join(errors.split())
+    assert "3 problems" in message and message.count("fix: ") == 3
     for problem in ("--num-attention-heads 12", "--pp 5", "--global-batch-size 31"):
-        assert problem in said
-    assert "--tp 4" in said and "--pp 2" in said and "--global-batch-size 32" in said
+        assert problem in message
+    assert "--tp 4" in message and "--pp 2" in message and "--global-batch-size 32" in message
 
 
 def test_help_is_readable():
@@ -109,7 +112,7 @@ def test_help_is_readable():
     assert max(map(len, output.splitlines())) <= 100
 
 
-# Whole runs -----------------------------------------------------------------------------------------------------------
+# Whole runs -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +164,7 @@ def test_a_dry_run_by_torchrun(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# When something goes wrong --------------------------------------------------------------------------------------------
+# When something goes wrong ----------------------------------------------------------------------
 
 
 def test_a_gradient_that_is_not_finite_stops_all_ranks(tmp_path):
@@ -180,8 +183,8 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks(tmp_path):
         assert checkpoint.read("final_norm.weight").isfinite().all()
 
 
-def test_what_stops_one_rank_is_told_by_it_and_by_one_that_loses_contact(tmp_path):
-    """Of the first two samples, one for each data-parallel rank, the first has an id outside the vocabulary."""
+def test_an_error_of_one_rank_is_reported_by_it_and_by_one_that_loses_contact(tmp_path):
+    """Each data-parallel rank reads a sample; rank 0's has an id outside the vocabulary."""
     with IndexedWriter(tmp_path / "bad", np.uint16) as writer:
         writer.add_document(np.array([1] * 40 + [60000] * 24))
         writer.finish()
@@ -196,17 +199,21 @@ def test_what_stops_one_rank_is_told_by_it_and_by_one_that_loses_contact(tmp_pat
     ]
     (status, _, errors), (other_status, _, other_errors) = on_two_ranks(*data, "--train-iters", "5")
     assert (status, other_status) == (1, 1)
-    wanted = r"pretrain_gpt\.py: rank 0: split 'train', [^\n]* id 60000, but the vocabulary has 61 entries[^\n]*\n"
-    assert re.fullmatch(wanted, errors), errors
-    # Said by the program when it loses contact, or by its watchdog if that is first.
     wanted = (
-        r"(pretrain_gpt\.py: )?rank 1: rank 0 on \S+ failed: split 'train', [^\n]* id 60000, [^\n]*\n"
+        r"pretrain_gpt\.py: rank 0: split 'train', [^\n]* id 60000, "
+        r"but the vocabulary has 61 entries[^\n]*\n"
+    )
+    assert re.fullmatch(wanted, errors), errors
+    # Reported by the program when it loses contact, or by its watchdog if that is first.
+    wanted = (
+        r"(pretrain_gpt\.py: )?rank 1: rank 0 on \S+ failed: "
+        r"split 'train', [^\n]* id 60000, [^\n]*\n"
         r"(  \(contact was lost in at > all_reduce: [^\n]+\)\n)?"
     )
     assert re.fullmatch(wanted, other_errors), other_errors
 
 
-def said_by_main(monkeypatch, *flags: str | Path) -> str:
+def message_of_main(monkeypatch, *flags: str | Path) -> str:
     """What the main program exits with, in this process."""
     monkeypatch.setattr(sys, "argv", [PROGRAM, *MODEL, "--train-iters", "2", *map(str, flags)])
     with pytest.raises(SystemExit) as end:
@@ -215,35 +222,33 @@ def said_by_main(monkeypatch, *flags: str | Path) -> str:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
-def test_a_missing_gpu_is_told_in_a_line(monkeypatch):
-    said = said_by_main(monkeypatch, "--device", "cuda")
+def test_a_missing_gpu_is_reported_in_a_line(monkeypatch):
+    message = message_of_main(monkeypatch, "--device", "cuda")
     assert (
-        said.startswith("pretrain_gpt.py: rank 0: --device cuda: 0 GPU(s)")
-        and "--device cpu" in said
+        message.startswith("pretrain_gpt.py: rank 0: --device cuda: 0 GPU(s)")
+        and "--device cpu" in message
     )
 
 
-def test_a_damaged_checkpoint_is_told_in_a_line(monkeypatch, tmp_path):
+def test_a_damaged_checkpoint_is_reported_in_a_line(monkeypatch, tmp_path):
     monkeypatch.setattr(
         sys, "argv", [PROGRAM, *MODEL, "--train-iters", "1", "--save", str(tmp_path)]
     )
     pretrain_gpt.main()
     (weights,) = tmp_path.glob("iter_*/weights-*")
     weights.write_bytes(weights.read_bytes()[:-1])
-    said = said_by_main(monkeypatch, "--load", tmp_path)
+    message = message_of_main(monkeypatch, "--load", tmp_path)
     assert re.fullmatch(
-        r"pretrain_gpt\.py: rank 0: .*iter_0000001: weights-.* has \d+ bytes instead of \d+", said
+        r"pretrain_gpt\.py: rank 0: .*iter_0000001: weights-.* has \d+ bytes instead of \d+",
+        message,
     )
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_told_in_a_line(monkeypatch):
-    said = said_by_main(monkeypatch, "--metrics-file", "/dev/full")
-    assert (
-        said.startswith("pretrain_gpt.py: rank 0: ")
-        and "No space left" in said
-        and "/dev/full" in said
-    )
+def test_a_run_without_save_says_so_before_it_trains(from_file):
+    output = (from_file / "output").read_text()
+    before, _, after = output.partition("training from iteration 0")
+    assert "no checkpoint will be written: --save is not set\n" in before
+    assert "no checkpoint" not in after
 
 
 def test_an_error_in_the_program_keeps_its_traceback():

@@ -83,7 +83,7 @@ def test_exit_interval_and_resume_to_the_bit(pool, tmp_path, undisturbed):
 
 
 @pytest.mark.parametrize(
-    "which", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name
+    "which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda s: s.name
 )
 def test_a_signal_saves_and_the_run_goes_on_to_the_bit(pool, tmp_path, undisturbed, which):
     run = start(*resumable(tmp_path))

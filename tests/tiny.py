@@ -8,6 +8,7 @@ from megalite.config.run import RunConfig
 from megalite.data.build import blended, build_sources
 from megalite.nn.config import ModelConfig
 from megalite.nn.settings import LayerSettings
+from megalite.optim.optimizer import StepResult
 from megalite.parallel.collectives import Group
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.launch import LaunchInfo
@@ -39,8 +40,8 @@ class Tiny:
         self.parts.optimizer.gradients.zero()
         return self.parts.engine.train_step(*self.data.at(consumed))
 
-    def train(self, iteration: int) -> tuple[float, float]:
-        """One whole step: (gradient norm, learning rate)."""
+    def train(self, iteration: int) -> StepResult:
+        """One whole step."""
         batch_size = self.config.data.global_batch_size
         self.gradient((iteration - 1) * batch_size)
         return self.parts.optimizer.step(iteration)

@@ -39,7 +39,8 @@ class TrainingConfig:
     exit_duration_in_mins: float | None = None
     """Save and exit after this many minutes."""
     exit_signal_handler: bool = True
-    """On SIGTERM, SIGINT or SIGUSR1, save and exit; with --no-exit-signal-handler they end the run at once."""
+    """On SIGTERM, SIGINT, SIGHUP or SIGUSR1, save and exit; with --no-exit-signal-handler they
+    end the run at once. Under nohup, SIGHUP is ignored."""
     seed: int = 1234
     """Seed of the initial weights, the data order and dropout."""
     rng_scheme: Literal["global", "megatron"] = "global"

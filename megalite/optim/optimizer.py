@@ -1,6 +1,7 @@
 """The optimizer step: torch's AdamW or SGD on fp32 (fp64) weights, with master copies where the model is bf16."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,19 @@ from megalite.parallel.context import ParallelContext
 
 class NonFiniteGradient(RuntimeError):
     """The gradient is inf or NaN; the weights were left as they are."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did, the same on every rank."""
+
+    gradient_norm: float
+    """Global norm, before clipping."""
+    learning_rate: float
+    skipped: bool = False
+    """Whether the weights were left as they are, because the scaled gradients overflowed."""
+    loss_scale: float = 1.0
+    """What the loss was multiplied by before the backward."""
 
 
 class Optimizer:
@@ -57,8 +71,8 @@ class Optimizer:
             )
 
     @torch.no_grad()
-    def step(self, iteration: int) -> tuple[float, float]:
-        """Finish iteration `iteration`, counted from 1. Returns (gradient norm before clipping, learning rate).
+    def step(self, iteration: int) -> StepResult:
+        """Reduce and clip the gradients of iteration `iteration`, counted from 1, and update the weights.
 
         Collective over all ranks. Raises NonFiniteGradient, on every rank and before any weight is changed.
         """
@@ -82,7 +96,7 @@ class Optimizer:
             self.master[name].grad = None
             if self.keeps_master:
                 parameter.copy_(self.master[name])
-        return norm, rate
+        return StepResult(gradient_norm=norm, learning_rate=rate)
 
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(kind, parameter name, tensor of the parameter's local shape) of all that a bit-exact resume needs:

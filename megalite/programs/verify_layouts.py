@@ -53,7 +53,7 @@ def main() -> int:
 
 def verify(planned: Plan, launch: LaunchInfo, folder: Path) -> int:
     """Run both layouts and print the report; the exit status. Under a launcher all ranks but the first only record."""
-    from megalite.training.pretrain import explain
+    from megalite.training.failures import explain
     from megalite.verify.compare import Rounding, compare, report
     from megalite.verify.record import RanksFailed, discard_record, record, record_on_ranks
 

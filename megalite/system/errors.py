@@ -20,7 +20,15 @@ def explain_os_error(error: OSError) -> str:
         return str(error)
     subject = str(error.filename) if error.filename is not None else ""
     start = f"{subject}: {error.strerror}" if subject else str(error.strerror)
-    return f"{start}: {explanation(subject)}"
+    try:
+        return f"{start}: {explanation(subject)}"
+    except OSError:  # the file system that is asked does not answer
+        return str(error)
+
+
+def error_message(error: BaseException) -> str:
+    """The message of any error: explained where it is one of the operating system."""
+    return explain_os_error(error) if isinstance(error, OSError) else str(error)
 
 
 def raise_open_file_limit() -> int:

@@ -1,4 +1,4 @@
-"""From a dataset to the microbatches a stage needs, and the number of items that the loss is a mean over."""
+"""From a dataset to the microbatches of a stage, and the number of items that the loss counts."""
 
 import numpy as np
 import torch
@@ -14,21 +14,30 @@ from megalite.training.prefetch import Prefetcher
 
 
 class GlobalBatches:
-    """Global batches by their first sample. A stage of the model reads what its `inputs` name, if the loader has it."""
+    """Global batches by their first sample, as microbatches of this rank.
+
+    A stage reads the fields that the model's `inputs` name, where the loader has them.
+    """
 
     def __init__(self, loader: BatchLoader | BertLoader, model, global_batch_size: int):
-        self.loader, self.model, self.context = loader, model, model.context
+        self.loader = loader
+        self.model = model
+        self.context = model.context
+        self.global_batch_size = global_batch_size
         self.microbatches = global_batch_size // (loader.micro_batch_size * loader.data_size)
         self.fields = model.inputs & loader.fields
         self._arrays = Prefetcher(self._read_arrays)
 
     def at(self, consumed: int, then: int | None = None) -> tuple[list[Microbatch], torch.Tensor]:
-        """The microbatches of the global batch that starts at sample `consumed`, and what makes each of the k terms of
-        the loss a global mean: 1 / (items that it counts in all of the batch), fp64 [k]. A term that counts nothing has
-        weight 0, and so have all terms before the last stage. The samples of the batch that starts at sample `then` are
-        read meanwhile, on another thread.
+        """The microbatches of the global batch that starts at sample `consumed`, and loss weights.
 
-        Collective over data ranks of the last stage. Raises DatasetError when no term counts anything.
+        The weight of each of the k terms of the loss makes it a mean over the global batch:
+        1 / (items that it counts there), float64 [k]. A term that counts nothing has weight 0, and
+        so have all terms before the last stage. The samples of the batch that starts at sample
+        `then` are read on another thread in the meantime.
+
+        Collective over the data-parallel ranks of the last stage. Raises DatasetError when no term
+        counts anything.
         """
         batches = self._microbatches(consumed, self._arrays.get(consumed, then))
         counts = self.counts(batches)
@@ -48,44 +57,57 @@ class GlobalBatches:
         self._arrays.close()
 
     def counts(self, batches: list[Microbatch]) -> torch.Tensor:
-        """How many items each of the k terms of the loss counts in these microbatches, fp64 [k]: zeros before the last
-        stage."""
-        counts = torch.zeros(
-            len(self.model.loss_names), dtype=torch.float64, device=self.context.device
-        )
-        for batch in batches if self.model.is_last else []:
-            counts += self.model.loss_counts(batch)
+        """How many items each of the k terms of the loss counts in these microbatches, float64 [k]:
+        zeros before the last stage."""
+        terms = len(self.model.loss_names)
+        counts = torch.zeros(terms, dtype=torch.float64, device=self.context.device)
+        if self.model.is_last:
+            for batch in batches:
+                counts += self.model.loss_counts(batch)
         return counts
 
     def _read_arrays(self, consumed: int) -> list[dict[str, np.ndarray]]:
-        """What the stage needs of each microbatch; nothing is read where it needs nothing."""
-        return [
-            self.loader.batch(consumed, i) if self.fields else {} for i in range(self.microbatches)
-        ]
+        """The loader's arrays of each microbatch; a stage without inputs reads nothing."""
+        if not self.fields:
+            return [{}] * self.microbatches
+        return [self.loader.batch(consumed, i) for i in range(self.microbatches)]
 
     def _microbatches(self, consumed: int, arrays: list[dict[str, np.ndarray]]) -> list[Microbatch]:
-        device, loader, batches = self.context.device, self.loader, []
+        """Tensors on the device: of the fields that the stage reads, and the samples' numbers."""
+        device = self.context.device
+        rows = self.loader.micro_batch_size
+        batches = []
         for i, read in enumerate(arrays):
             first = first_sample(
-                consumed, i, loader.micro_batch_size, loader.data_size, loader.data_rank
+                consumed, i, rows, data_size=self.loader.data_size, data_rank=self.loader.data_rank
             )
-            batch = Microbatch(
-                samples=torch.arange(first, first + loader.micro_batch_size, device=device)
-            )
+            batch = Microbatch(samples=torch.arange(first, first + rows, device=device))
             for name in self.fields:
                 setattr(batch, name, torch.from_numpy(read[name]).to(device))
             batches.append(batch)
         return batches
 
 
+def samples_to_read(config: RunConfig) -> dict[str, int]:
+    """How many samples a run reads of each split; for validation, as many as Megatron-LM counts."""
+    training = config.training
+    batch_size = config.data.global_batch_size
+    samples = {"train": training.train_iters * batch_size}
+    if training.eval_interval and training.eval_iters:
+        evaluations = training.train_iters // training.eval_interval + 1
+        samples["valid"] = evaluations * training.eval_iters * batch_size
+    return samples
+
+
 def build_batches(config: RunConfig, dataset, model, eod: int | None = None) -> GlobalBatches:
     """The global batches of a resolved configuration for one stage of a model.
 
-    `eod` is the token that ends documents; None: the tokenizer's, if the configuration needs one. Raises TokenizerError
-    when there is none.
+    `eod` is the token that ends documents; None: the tokenizer's, if the configuration needs one.
+    Raises TokenizerError when there is none.
     """
-    data, context = config.data, model.context
-    share = dataset, data.micro_batch_size, context.data.size, context.data.rank
+    data = config.data
+    context = model.context
+    share = (dataset, data.micro_batch_size, context.data.size, context.data.rank)
     if config.is_bert:
         return GlobalBatches(BertLoader(*share), model, data.global_batch_size)
     if eod is None and data.eod_matters:

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: device and groups, model, engine, optimizer."""
+"""From a configuration to the components of a run: groups, model, engine, optimizer."""
 
 import os
 from collections.abc import Callable
@@ -26,11 +26,12 @@ from megalite.watch.agreement import compare_facts
 
 
 def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContext, str]:
-    """Meet the other ranks. Returns the context and one line that says which device and backend, and why.
+    """Meet the other ranks. Returns the context, and a line that names device, backend and layout.
 
-    Collective. Raises DeviceError when the device or backend asked for cannot be had, RanksDiffer when ranks were not
-    started with one version and one configuration.
+    Collective. Raises DeviceError when the configured device or backend is not available here,
+    RanksDiffer when ranks were started with different versions or configurations.
     """
+    # Choose the layout, the device and the backend.
     parallel = config.parallel
     layout = ParallelLayout.for_world(
         launch.world_size,
@@ -52,7 +53,9 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
     if device.type == "cpu" and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Otherwise every rank would start as many threads as the node has cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
-    # Without the kernels on one node, sums are rounded otherwise there: copies of weights would drift apart.
+
+    # Meet the other ranks, which must be started alike. Where one node lacks the kernels, sums are
+    # rounded differently there, and copies of weights would drift apart.
     facts = {
         "megalite": __version__,
         "torch": torch.__version__,
@@ -68,17 +71,15 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
     context = ParallelContext.create(
         layout, launch, device=device, backend=backend, timeout_minutes=minutes, store=store
     )
-    via = (
-        f"{backend}, launched by {launch.source}"
-        if launch.world_size > 1
-        else "one process, no launcher"
-    )
+    via = "one process, no launcher"
+    if launch.world_size > 1:
+        via = f"{backend}, launched by {launch.source}"
     return context, f"{launch.world_size} rank(s) on {device.type} ({why}); {via}; layout {layout}"
 
 
 @dataclass
 class TrainingComponents:
-    """The parts of a run that hold a model: built together, since each needs the one before."""
+    """What trains a model on this rank: built together, since each needs the one before."""
 
     model: Stage
     rng: Rng
@@ -109,11 +110,10 @@ def build_components(
 ) -> TrainingComponents:
     """Model, engine and optimizer of a resolved configuration."""
     seed = config.training.seed
-    rng = (
-        CounterBasedRng.for_seed(seed)
-        if config.training.rng_scheme == "global"
-        else RngTracker.for_rank(seed, context)
-    )
+    if config.training.rng_scheme == "global":
+        rng = CounterBasedRng.for_seed(seed)
+    else:
+        rng = RngTracker.for_rank(seed, context)
     model = build_model(config, context, rng)
     engine = PipelineEngine(
         model, context, config.data.micro_batch_size, config.parallel.pipeline_schedule

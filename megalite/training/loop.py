@@ -1,276 +1,298 @@
-"""The training loop."""
+"""The training loop: steps, and what happens between them."""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from megalite.checkpoint.fence import Lease
 from megalite.config.run import RunConfig
-from megalite.data.indexed import DatasetError
 from megalite.models.cost import flops_per_sequence
+from megalite.optim.optimizer import StepResult
 from megalite.parallel.activity import Activity
-from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import ParallelContext
 from megalite.training.batches import GlobalBatches
 from megalite.training.build import TrainingComponents
-from megalite.training.metrics import by_name, in_words, training_line
+from megalite.training.evaluate import evaluate
+from megalite.training.metrics import format_losses, training_line, with_total
 from megalite.training.profile import Profiler
 from megalite.training.replicas import check_replicas
-from megalite.training.signals import StopSignals
+from megalite.training.signals import Stop, StopSignals
 from megalite.training.state import Progress, save_state
+from megalite.training.sums import last_stage_values, sum_over_ranks
 from megalite.training.writers import Writers
 
 PHASES = ("data", "forward", "backward", "communication", "optimizer")
-"""What a step's time goes to; NAME_seconds in the metrics file, as means over ranks."""
-LOOK_SECONDS = 10.0
-"""Between two looks at who owns --save, a file on a shared disk. Within that time a run that was replaced ends, and no
-longer adds to the metrics file, which its successor writes as well."""
+"""What a step's time is spent on: NAME_seconds in the metrics file, as means over ranks."""
+LEASE_CHECK_SECONDS = 10.0
+"""Between two checks of who owns --save, a file on a shared disk. Within that time a run that was
+replaced ends, and stops adding to the metrics file, which its successor writes as well."""
+
+
+@dataclass(frozen=True)
+class TrainStepResult:
+    """What one training step gave: the same on every rank, except `seconds`."""
+
+    iteration: int
+    losses: dict[str, float]
+    """Mean of each term of the loss over the global batch by name, after their sum under `loss`."""
+    update: StepResult
+    """Gradient norm and learning rate, whether the update was skipped, and the loss scale."""
+    seconds: float
+    """Duration of the step on this rank."""
+    phase_seconds: dict[str, float]
+    """NAME_seconds of each phase, mean over ranks; empty where phases are not timed."""
+    stop: Stop | None
+    """Why the run has to stop after this step."""
 
 
 @dataclass
 class Trainer:
-    """Trains until the configured end, evaluating, reporting and saving on the way."""
+    """Trains until the configured end; evaluates, reports and saves on the way."""
 
     config: RunConfig
     context: ParallelContext
-    parts: TrainingComponents
+    components: TrainingComponents
     progress: Progress
     train_data: GlobalBatches
     validation_data: GlobalBatches | None
     metrics: Writers
-    """Of rank 0; the others have none."""
+    """Of rank 0; empty on the others."""
+    signals: StopSignals
+    log: Callable[[str], None]
+    """Prints a line on rank 0."""
     lease: Lease | None = None
     """Rank 0's right to write to --save."""
-    to_be_continued: bool = False
-    """Whether it stopped because its time is over, not because someone wants it to end."""
+    started: float = field(default_factory=time.monotonic)
+    """When --exit-duration-in-mins began."""
     step_seconds: float | None = None
-    """Running mean of the time of a step, for the time left."""
-    looked_at: float = 0.0
-    """When rank 0 last looked whether the lease still stands."""
+    """Running mean of the duration of a step, for the time left."""
+    lease_checked_at: float = 0.0
+    """When rank 0 last checked its lease."""
     replicas_equal_at: int | None = None
     """The iteration after which replicas were last found equal."""
+    saved_at: int = 0
+    """The iteration of the last checkpoint."""
 
-    def run(self) -> str:
-        """Train; returns why it stopped. The state is saved at the end when --save is given. Collective."""
-        training, options = self.config.training, self.config.checkpoint
-        signals, start, reason = StopSignals(training.exit_signal_handler), time.monotonic(), ""
-        saved = self.progress.iteration  # what was loaded need not be saved again
-        profiler = Profiler(training, self.context)
+    def run(self) -> Stop:
+        """Train; returns why it stopped. With --save, the last state is saved. Collective."""
+        train_iters = self.config.training.train_iters
+        profiler = Profiler(self.config.training, self.context)
+        self.saved_at = self.progress.iteration  # what was loaded need not be saved again
+        stop = None
         try:
-            while self.progress.iteration < training.train_iters and not reason:
+            while stop is None and self.progress.iteration < train_iters:
                 iteration = self.progress.iteration + 1
                 with profiler.iteration(iteration):
-                    reason = self._step(iteration, signals, start)
-                if self._divides(training.check_replicas, iteration):
-                    self._check_replicas()
-                done = bool(reason) or iteration == training.train_iters
-                if options.save and (done or self._divides(options.save_interval, iteration)):
-                    self._save()
-                    saved = iteration
-                # Saved before it is evaluated, and an evaluation is given up at a signal: who sends one may not wait.
-                if (
-                    self._divides(training.eval_interval, iteration)
-                    or iteration == training.train_iters
-                ):
-                    reason = self._evaluate(iteration, signals) or reason
-            if options.save and saved != self.progress.iteration:
+                    result = self._step(iteration)
+                    self._report(result)
+                stop = self._finish_iteration(result)
+            # A signal during the evaluation stops a run that has not saved yet.
+            if self.config.checkpoint.save and self.saved_at != self.progress.iteration:
                 self._save()
         finally:
-            signals.uninstall()
-            self.context.activity.set_state(
-                "saving"
-            )  # profiles and metrics, which may take their time
+            # The ranks may take their time for what is left: profiles and metrics to write.
+            self.context.activity.set_state("saving")
             profiler.close()
             self.train_data.close()
-        return reason or f"all {training.train_iters} iterations are done"
+        return stop or Stop(f"all {train_iters} iterations are done")
 
-    @staticmethod
-    def _divides(interval: int | None, iteration: int) -> bool:
-        return bool(interval) and iteration % interval == 0
-
-    def _step(self, iteration: int, signals: StopSignals, start: float) -> str:
-        """One optimizer step and its report. Returns the reason to stop after it, or an empty string."""
-        self.context.activity.set_state("training", iteration)
+    def _step(self, iteration: int) -> TrainStepResult:
+        """One optimizer step. Collective over all ranks."""
+        training = self.config.training
+        batch_size = self.config.data.global_batch_size
+        model = self.components.model
+        optimizer = self.components.optimizer
         began = time.perf_counter()
-        optimizer, batch_size = self.parts.optimizer, self.config.data.global_batch_size
         activity = self._begin_timing(iteration)
         optimizer.gradients.zero()
-        consumed = self.progress.consumed_samples
-        then = consumed + batch_size if iteration < self.config.training.train_iters else None
+
+        # Take this step's microbatches; those of the next one are read while this one computes.
+        first = self.progress.consumed_samples
+        next_first = first + batch_size if iteration < training.train_iters else None
         with activity.timed("data"):
-            batches = self.train_data.at(consumed, then)
-        losses = self.parts.engine.train_step(*batches)
+            microbatches, weights = self.train_data.at(first, next_first)
+
+        # Accumulate the gradients of all microbatches: the engine runs the pipeline's schedule.
+        losses = self.components.engine.train_step(microbatches, weights)
+
+        # Sum the gradients over replicas, clip them, and update the weights.
         with activity.timed("optimizer"):
-            norm, rate = optimizer.step(iteration)
-        phases = activity.take_seconds()
-        minutes = self.config.training.exit_duration_in_mins
-        late = minutes is not None and time.monotonic() - start >= 60 * minutes
-        # One small all-reduce: where the time went, the terms of the loss, and whether any rank wants to stop.
-        told = (phases.get(phase, 0.0) for phase in PHASES)
-        *sums, signalled, warned, late = self._sum_over_ranks(
-            *told, *self._counted_once(losses), signals.received is not None, signals.warned, late
-        )
-        means = {
-            f"{phase}_seconds": total / self.context.world_size
-            for phase, total in zip(PHASES, sums)
-        }
-        phases = means if self.knows_phases(iteration) else {}
-        losses = by_name(self.parts.model.loss_names, sums[len(PHASES) :])
+            update = optimizer.step(iteration)
+
+        # One small all-reduce: time of each phase, terms of the loss, whether any rank has to stop.
+        seconds = activity.take_seconds()
+        values = {f"{phase}_seconds": seconds.get(phase, 0.0) for phase in PHASES}
+        values |= last_stage_values(model.loss_names, losses, model)
+        values |= self.signals.counts()
+        values["late"] = float(self._is_late())
+        sums = sum_over_ranks(values, self.context)
+        phase_seconds = {}
+        if self.times_phases(iteration):
+            for phase in PHASES:
+                name = f"{phase}_seconds"
+                phase_seconds[name] = sums[name] / self.context.world_size
+
         self.progress.iteration = iteration
         self.progress.consumed_samples += batch_size
-        self._report(iteration, losses, norm, rate, time.perf_counter() - began, phases)
-        self.to_be_continued = bool(late or warned) and not signalled > warned
-        if signalled:
-            return self._signal_name(signals)
-        if late:
-            return f"--exit-duration-in-mins {minutes:g} are over"
-        if self._divides(self.config.training.exit_interval, iteration):
-            return f"--exit-interval {self.config.training.exit_interval}"
-        return ""
-
-    @staticmethod
-    def _signal_name(signals: StopSignals) -> str:
-        return signals.received.name if signals.received else "a signal to another rank"
-
-    def _counted_once(self, values: torch.Tensor) -> list[float]:
-        """Quantities of the last stage, so that their sum over all ranks counts each data replica once: its tensor
-        ranks all hold the same."""
-        return (
-            values.tolist()
-            if self.parts.model.is_last and self.context.tensor.rank == 0
-            else [0.0] * len(values)
+        return TrainStepResult(
+            iteration=iteration,
+            losses=with_total({name: sums[name] for name in model.loss_names}),
+            update=update,
+            seconds=time.perf_counter() - began,
+            phase_seconds=phase_seconds,
+            stop=self._stop_after(iteration, sums),
         )
 
-    def _sum_over_ranks(self, *values: float) -> list[float]:
-        """The sums over all ranks. Collective over the world."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.context.device)
-        all_reduce(total, self.context.world)
-        return total.tolist()
+    def _finish_iteration(self, result: TrainStepResult) -> Stop | None:
+        """Check replicas, save and evaluate where it is time. Returns why the run has to stop."""
+        training = self.config.training
+        iteration = result.iteration
+        is_last = iteration == training.train_iters
+        if _is_due(training.check_replicas, iteration):
+            self._check_replicas()
+        if self.config.checkpoint.save:
+            interval = self.config.checkpoint.save_interval
+            if result.stop or is_last or _is_due(interval, iteration):
+                self._save()
+        # After the save, since whoever sends a signal may not wait for an evaluation.
+        stop = None
+        if is_last or _is_due(training.eval_interval, iteration):
+            stop = self._evaluate()
+        return stop or result.stop
+
+    # When to stop -----------------------------------------------------------------------------
+
+    def _is_late(self) -> bool:
+        minutes = self.config.training.exit_duration_in_mins
+        return minutes is not None and time.monotonic() - self.started >= 60 * minutes
+
+    def _stop_after(self, iteration: int, sums: dict[str, float]) -> Stop | None:
+        """Why all ranks have to stop after this iteration, from the sums over ranks."""
+        training = self.config.training
+        stop = self.signals.stop(sums)
+        if stop is not None:
+            return stop
+        if sums["late"]:
+            minutes = training.exit_duration_in_mins
+            return Stop(f"--exit-duration-in-mins {minutes:g} are over", requeue=True)
+        if _is_due(training.exit_interval, iteration):
+            return Stop(f"--exit-interval {training.exit_interval}")
+        return None
+
+    def _stop_by_signal(self) -> Stop | None:
+        """Why all ranks have to stop, if any rank has caught a signal. Collective."""
+        return self.signals.stop(sum_over_ranks(self.signals.counts(), self.context))
+
+    # Time and reports -------------------------------------------------------------------------
 
     def _begin_timing(self, iteration: int) -> Activity:
-        """Where this step's time goes is noted from here on."""
-        activity, device = self.context.activity, self.context.device
-        wait = device.type == "cuda" and self.knows_phases(iteration)
-        activity.synchronize = partial(torch.cuda.synchronize, device) if wait else None
+        """From here on the time of this step's phases is measured."""
+        activity = self.context.activity
+        activity.set_state("training", iteration)
+        activity.synchronize = None
+        if self.context.device.type == "cuda" and self.times_phases(iteration):
+            activity.synchronize = partial(torch.cuda.synchronize, self.context.device)
         activity.take_seconds()
         return activity
 
-    def knows_phases(self, iteration: int) -> bool:
-        """Whether this step's phases are timed: on a GPU the host has to wait at the end of each for that."""
-        return self.context.device.type != "cuda" or self._is_reported(iteration)
+    def times_phases(self, iteration: int) -> bool:
+        """Whether this step's phases are timed: on a GPU, the host waits at the end of each."""
+        return self.context.device.type != "cuda" or self._is_logged(iteration)
 
-    def _is_reported(self, iteration: int) -> bool:
+    def _is_logged(self, iteration: int) -> bool:
         """Whether this step has a line on the console."""
-        return (
-            self._divides(self.config.training.log_interval, iteration)
-            or iteration == self.config.training.train_iters
-        )
+        training = self.config.training
+        return _is_due(training.log_interval, iteration) or iteration == training.train_iters
 
-    def _look_at_claim(self) -> None:
-        """Raises CheckpointError, on rank 0, when this run was replaced. The other ranks learn it as of any failure."""
-        if self.lease is not None and time.monotonic() - self.looked_at >= LOOK_SECONDS:
-            self.looked_at = time.monotonic()
-            with suppress(OSError, ValueError):  # a disk that does not answer says nothing
-                self.lease.check()
-
-    def _report(
-        self,
-        iteration: int,
-        losses: dict[str, float],
-        norm: float,
-        rate: float,
-        seconds: float,
-        phases: dict,
-    ) -> None:
-        self._look_at_claim()
-        tokens = self.config.data.global_batch_size * self.config.model.seq_length
+    def _report(self, result: TrainStepResult) -> None:
+        """Pass a step's numbers to the writers, and print a line at each --log-interval."""
+        self._check_lease()
+        config = self.config
+        batch_size = config.data.global_batch_size
         line = {
-            "iteration": iteration,
-            **losses,
-            "grad_norm": norm,
-            "learning_rate": rate,
+            "iteration": result.iteration,
+            **result.losses,
+            "grad_norm": result.update.gradient_norm,
+            "learning_rate": result.update.learning_rate,
             "consumed_samples": self.progress.consumed_samples,
-            "step_seconds": seconds,
-            **phases,
-            "tokens_per_second": tokens / seconds,
+            "step_seconds": result.seconds,
+            **result.phase_seconds,
+            "tokens_per_second": batch_size * config.model.seq_length / result.seconds,
         }
         self.metrics.write(**line)
-        training = self.config.training
-        self.step_seconds = (
-            seconds if self.step_seconds is None else 0.9 * self.step_seconds + 0.1 * seconds
-        )
-        if self.context.rank == 0 and self._is_reported(iteration):
-            flops = flops_per_sequence(self.config.model, self.config.head_cost)
-            flops *= self.config.data.global_batch_size
-            print(
-                training_line(line, losses, training.train_iters, flops, self.step_seconds),
-                flush=True,
+        if self.step_seconds is None:
+            self.step_seconds = result.seconds
+        else:
+            self.step_seconds = 0.9 * self.step_seconds + 0.1 * result.seconds
+        if self._is_logged(result.iteration):
+            flops = flops_per_sequence(config.model, config.head_cost)
+            self.log(
+                training_line(
+                    line,
+                    result.losses,
+                    train_iters=config.training.train_iters,
+                    flops=flops * batch_size,
+                    average_seconds=self.step_seconds,
+                )
             )
 
-    def _evaluate(self, iteration: int, signals: StopSignals) -> str:
-        """Mean loss and scores over the items of --eval-iters batches: always the same, so that they can be compared.
+    def _check_lease(self) -> None:
+        """Raise CheckpointError, on rank 0, when another run has taken --save.
 
-        Given up when any rank has caught a signal; returns that reason to stop, or an empty string.
+        The other ranks learn of it as of any failure.
         """
+        now = time.monotonic()
+        if self.lease is not None and now - self.lease_checked_at >= LEASE_CHECK_SECONDS:
+            self.lease_checked_at = now
+            with suppress(OSError, ValueError):  # a disk that does not answer proves nothing
+                self.lease.check()
+
+    # Between steps ----------------------------------------------------------------------------
+
+    def _evaluate(self) -> Stop | None:
+        """Evaluate and report. Given up when any rank catches a signal: returns that stop."""
         if self.validation_data is None:
-            return ""
-        model = self.parts.model
-        terms, device = len(model.loss_names), self.context.device
-        totals = torch.zeros(terms + len(model.score_names), dtype=torch.float64, device=device)
-        counts = torch.zeros(terms, dtype=torch.float64, device=device)
-        model.eval()
+            return None
+        iteration = self.progress.iteration
         self.context.activity.set_state("evaluating")
-        reason = ""
-        for i in range(self.config.training.eval_iters):
-            signalled, warned = self._sum_over_ranks(signals.received is not None, signals.warned)
-            if signalled:
-                self.to_be_continued = not signalled > warned
-                reason = self._signal_name(signals)
-                break
-            batches = self.validation_data.read(i * self.config.data.global_batch_size)
-            totals += self.parts.engine.evaluate(batches, torch.ones_like(totals))
-            counts += self.validation_data.counts(batches)
-        model.train()
-        self.context.activity.set_state("training")
-        if reason:
-            return reason
-        sums = self._sum_over_ranks(*self._counted_once(totals), *self._counted_once(counts))
-        totals, counts = sums[: len(totals)], sums[len(totals) :]
-        if not any(counts):
-            raise DatasetError(
-                f"the loss counts no token of {self.config.training.eval_iters} validation batches"
-            )
-        # A score's items are those of its term.
-        means = [total / count if count else 0.0 for total, count in zip(totals, counts * 2)]
-        named = by_name(model.loss_names, means[:terms]) | dict(
-            zip(model.score_names, means[terms:])
+        losses = evaluate(
+            self.components,
+            self.validation_data,
+            self.config.training.eval_iters,
+            interrupted=lambda: self._stop_by_signal() is not None,
         )
-        losses = {f"validation_{name}": value for name, value in named.items()}
+        self.context.activity.set_state("training")
+        if losses is None:
+            return self._stop_by_signal()
+        losses = {f"validation_{name}": value for name, value in losses.items()}
         self.metrics.write(iteration=iteration, **losses)
-        if self.context.rank == 0:
-            print(f"iteration {iteration} | {in_words(losses)}", flush=True)
-        return ""
+        self.log(f"iteration {iteration} | {format_losses(losses)}")
+        return None
 
     def _check_replicas(self) -> None:
-        if self.replicas_equal_at != self.progress.iteration:
-            check_replicas(self.parts, self.context, self.progress.iteration)
-            self.replicas_equal_at = self.progress.iteration
-            if self.context.rank == 0:
-                print(
-                    f"iteration {self.progress.iteration} | replicas are equal to the bit",
-                    flush=True,
-                )
+        iteration = self.progress.iteration
+        if self.replicas_equal_at != iteration:
+            check_replicas(self.components, self.context, iteration)
+            self.replicas_equal_at = iteration
+            self.log(f"iteration {iteration} | replicas are bitwise equal")
 
     def _save(self) -> None:
         if self.config.training.check_replicas:
-            self._check_replicas()  # what is saved must not be what the check would have refused
+            self._check_replicas()  # what the check refuses must not be saved
         began = time.perf_counter()
         self.context.activity.set_state("saving")
-        save_state(self.parts, self.progress, self.config, self.context, self.lease)
+        save_state(self.components, self.progress, self.config, self.context, self.lease)
         self.context.activity.set_state("training")
-        if self.context.rank == 0:
-            where = f"{self.config.checkpoint.save} at iteration {self.progress.iteration}"
-            print(f"saved {where} in {time.perf_counter() - began:.1f} s", flush=True)
+        self.saved_at = self.progress.iteration
+        seconds = time.perf_counter() - began
+        folder = self.config.checkpoint.save
+        self.log(f"saved {folder} at iteration {self.saved_at} in {seconds:.1f} s")
+
+
+def _is_due(interval: int | None, iteration: int) -> bool:
+    """Whether something that is done every `interval` iterations is done after this one."""
+    return bool(interval) and iteration % interval == 0

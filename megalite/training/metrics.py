@@ -1,66 +1,94 @@
-"""What a run says about itself: a line on the console, and one JSON object a line in the metrics file."""
+"""What a run reports: a line on the console, and one JSON object a line in the metrics file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+from megalite.system.errors import explain_os_error
+
+TAIL_BYTES = 1 << 16
+"""More than a line of the metrics file has."""
+
 
 class MetricsFile:
-    """Appends JSON lines as they happen, with full float precision. With no path it does nothing.
+    """Appends JSON lines as they happen, with full float precision.
 
-    Raises OSError, with the path, when the file cannot be written.
+    Raises OSError when the file cannot be opened. Later failures, such as a full disk, do not end
+    the training: a line that cannot be written is dropped, and the first one is reported. Every
+    line is tried, so the file continues once there is space.
     """
 
-    def __init__(self, path: str | None):
-        self._file = None
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab+", buffering=0)
-            self._drop_torn_line()
+    def __init__(self, path: str, report: Callable[[str], None]):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab+", buffering=0)
+        self._report = report
+        self._dropped = 0
+        self._cut_torn_line()
 
-    def _drop_torn_line(self) -> None:
-        """Cut off a last line without an end, left by a full disk or a power failure: it would spoil the next one."""
+    def _cut_torn_line(self) -> None:
+        """Cut off a last line without an end, left by a full disk or a power failure: it would
+        spoil the next one."""
         size = self._file.seek(0, 2)
-        start = max(0, size - (1 << 16))
+        start = max(0, size - TAIL_BYTES)
         self._file.seek(start)
         tail = self._file.read(size - start)
         if tail and not tail.endswith(b"\n"):
             self._file.truncate(start + tail.rfind(b"\n") + 1)
 
-    def write(self, **values) -> None:
-        """Append one object. Values are numbers; a line is complete before the next step starts."""
-        if self._file:
-            try:
-                self._file.write(json.dumps(values).encode() + b"\n")
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, self._file.name) from None
+    def write(self, **values: float) -> None:
+        """Append one object. The line is complete, or dropped, before the next step starts."""
+        rest = json.dumps(values).encode() + b"\n"
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            if not self._dropped:
+                error.filename = self._file.name
+                problem = explain_os_error(error)
+                self._report(f"--metrics-file cannot be written, training continues: {problem}")
+            self._dropped += 1
+            with suppress(OSError):
+                self._cut_torn_line()
 
     def close(self) -> None:
-        """Close the file."""
-        if self._file:
+        """Close the file. Reports how many lines were dropped."""
+        with suppress(OSError):  # of a network disk that is full
             self._file.close()
+        if self._dropped:
+            self._report(f"--metrics-file {self._file.name}: {self._dropped} lines were dropped")
 
 
-def by_name(names: Sequence[str], terms: Sequence[float]) -> dict[str, float]:
-    """The terms of a loss by their names, after their sum under the name `loss`, which a single term may have."""
-    return {"loss": sum(terms), **dict(zip(names, terms))}
+def with_total(terms: dict[str, float]) -> dict[str, float]:
+    """The terms of a loss by name, after their sum under `loss`, a name a single term may have."""
+    return {"loss": sum(terms.values()), **terms}
 
 
-def in_words(losses: dict[str, float]) -> str:
+def format_losses(losses: dict[str, float]) -> str:
     """Losses by name, for the console."""
     return " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in losses.items())
 
 
 def training_line(
-    metrics: dict, losses: dict[str, float], train_iters: int, flops: float, average_seconds: float
+    metrics: dict[str, float],
+    losses: dict[str, float],
+    *,
+    train_iters: int,
+    flops: float,
+    average_seconds: float,
 ) -> str:
-    """One line for the console. `losses` are those of `by_name`; `flops` are model FLOPs of a step over all ranks;
-    `average_seconds` a recent step's."""
-    iteration, seconds = metrics["iteration"], metrics["step_seconds"]
+    """One line for the console.
+
+    metrics: what the metrics file gets for this iteration. losses: those to show, after
+    `with_total`. flops: model FLOPs of a step over all ranks. average_seconds: duration of a recent
+    step, from which the time left is estimated.
+    """
+    iteration = metrics["iteration"]
+    seconds = metrics["step_seconds"]
     left = timedelta(seconds=round((train_iters - iteration) * average_seconds))
     return (
-        f"iteration {iteration:>{len(str(train_iters))}}/{train_iters} | {in_words(losses)} | "
+        f"iteration {iteration:>{len(str(train_iters))}}/{train_iters} | {format_losses(losses)} | "
         f"lr {metrics['learning_rate']:.3e} | grad norm {metrics['grad_norm']:.3f} | "
         f"{metrics['tokens_per_second']:,.0f} tokens/s | {flops / seconds / 1e12:.3f} TFLOP/s | "
         f"data {metrics['data_seconds'] / seconds:.1%} | left {left}"

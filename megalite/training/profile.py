@@ -1,4 +1,4 @@
-"""--profile: what a rank did in some iterations, as a trace of torch's profiler, and a GPU's memory as a snapshot."""
+"""--profile: traces of torch's profiler for some iterations, and snapshots of GPU memory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,25 +10,28 @@ from torch.profiler import ProfilerActivity, profile
 from megalite.config.training import TrainingConfig
 from megalite.parallel.collectives import barrier
 from megalite.parallel.context import ParallelContext
+from megalite.system.errors import error_message
 
-MOST_EVENTS = 1_000_000
+MAX_MEMORY_EVENTS = 1_000_000
 """Allocations that a snapshot of GPU memory remembers."""
 
 
 class Profiler:
-    """Profiles the ranges of iterations that --profile names, on the ranks of --profile-ranks."""
+    """Profiles the ranges of iterations in --profile, on the ranks in --profile-ranks."""
 
     def __init__(self, training: TrainingConfig, context: ParallelContext):
         ranges = training.profile_ranges if training.profile is not None else []
-        self._firsts, self._lasts = {first for first, _ in ranges}, {last for _, last in ranges}
-        self._mine = str(context.rank) in training.profile_ranks
-        self._folder, self._context = Path(training.profile_dir), context
+        self._firsts = {first for first, _ in ranges}
+        self._lasts = {last for _, last in ranges}
+        self._enabled = str(context.rank) in training.profile_ranks
+        self._folder = Path(training.profile_dir)
+        self._context = context
         self._open: contextlib.ExitStack | None = None
 
     @contextlib.contextmanager
     def iteration(self, iteration: int) -> Iterator[None]:
-        """Around each iteration of the training. At the end of a range all ranks wait for those that write."""
-        if self._mine and iteration in self._firsts:
+        """Wraps an iteration. At the end of a range all ranks wait for those that write."""
+        if self._enabled and iteration in self._firsts:
             self._begin(iteration)
         yield
         if iteration in self._lasts:
@@ -38,24 +41,28 @@ class Profiler:
             self._context.activity.set_state("training")
 
     def close(self) -> None:
-        """Write what is open, complete or not. When that fails, a line says so."""
+        """Write the open profile, complete or not. Prints a line when that fails."""
         if self._open is not None:
             try:
                 self._open.close()
             except (OSError, RuntimeError) as error:
-                print(f"rank {self._context.rank}: a profile was not written: {error}", flush=True)
+                problem = error_message(error)
+                print(
+                    f"rank {self._context.rank}: a profile was not written: {problem}", flush=True
+                )
             self._open = None
 
     def _begin(self, first: int) -> None:
         name = self._folder / f"iteration-{first}-rank-{self._context.rank:05d}"
+        kinds = [ProfilerActivity.CPU]
+        # What is entered last is closed first: the profiler stops before its trace is written.
         self._open = contextlib.ExitStack()
-        gpu = self._context.device.type == "cuda"
-        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-        profiler = profile(activities=kinds, record_shapes=True)
-        if gpu:
-            torch.cuda.memory._record_memory_history(max_entries=MOST_EVENTS)
+        if self._context.device.type == "cuda":
+            kinds.append(ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
             self._open.callback(torch.cuda.memory._record_memory_history, enabled=None)
             self._open.callback(torch.cuda.memory._dump_snapshot, f"{name}.memory.pickle")
+        profiler = profile(activities=kinds, record_shapes=True)
 
         def write() -> None:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -1,43 +1,71 @@
-"""Signals that ask a run to save and exit."""
+"""Signals that ask a run to save and stop, and what the ranks agree on because of them."""
 
 import signal
-from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run stops."""
+
+    reason: str
+    requeue: bool = False
+    """Whether it should be continued: its time is over, but nobody wants it to end."""
 
 
 class StopSignals:
-    """While installed, SIGTERM, SIGINT and SIGUSR1 are remembered in place of ending the process.
+    """Remembers the signals it catches, in place of what they would do to the process.
 
-    A second SIGINT ends it at once, for a person at a terminal who does not want to wait for the step to finish. Within
-    others that are installed, these begin with what the outer ones have received.
+    SIGUSR1 is the warning of a job script that the time is nearly over. SIGTERM, SIGINT and SIGHUP
+    (the terminal was closed) mean that someone wants the run to end. A second SIGINT raises
+    KeyboardInterrupt: a person at the terminal does not want to wait for the step to finish.
+
+    A context manager, which gives the signals their former handlers back at its end.
     """
 
-    CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self, enabled: bool = True, caught: Iterable[signal.Signals] = CAUGHT):
+    def __init__(self, enabled: bool = True):
         self.received: signal.Signals | None = None
-        """The last one caught."""
+        """The last signal caught."""
+        self._enabled = enabled
         self._interrupted = False
-        self._before = (
-            {number: signal.signal(number, self._remember) for number in caught} if enabled else {}
-        )
-        # Only now that all are installed: what comes between goes to the one or to the other.
-        for outer in (getattr(handler, "__self__", None) for handler in self._before.values()):
-            if isinstance(outer, StopSignals):
-                self.received = self.received or outer.received
+        self._former = {}
 
-    @property
-    def warned(self) -> bool:
-        """Whether the last one was SIGUSR1, by which job scripts say that the time is nearly over: the others mean that
-        someone wants the run to end."""
-        return self.received == signal.SIGUSR1
+    def __enter__(self) -> "StopSignals":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def catch(self, *numbers: signal.Signals) -> None:
+        """Remember these signals from now on. Under nohup, SIGHUP stays ignored."""
+        for number in numbers if self._enabled else ():
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            self._former[number] = signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame) -> None:
-        if self._interrupted and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._interrupted |= number == signal.SIGINT
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
         self.received = signal.Signals(number)
 
-    def uninstall(self) -> None:
-        """Give the signals their former handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    @property
+    def is_time_warning(self) -> bool:
+        """Whether the last signal caught was SIGUSR1."""
+        return self.received == signal.SIGUSR1
+
+    def counts(self) -> dict[str, float]:
+        """This rank's share of the sums over ranks that `stop` wants."""
+        return {
+            "signalled": float(self.received is not None),
+            "time_warnings": float(self.is_time_warning),
+        }
+
+    def stop(self, sums: dict[str, float]) -> Stop | None:
+        """Why all ranks have to stop, from the sums of their `counts`; None without a signal."""
+        if not sums["signalled"]:
+            return None
+        reason = self.received.name if self.received else "a signal to another rank"
+        return Stop(reason, requeue=sums["signalled"] == sums["time_warnings"])

@@ -1,4 +1,7 @@
-"""Where a run's numbers go besides the metrics file: TensorBoard and Weights & Biases. Neither may stop a training."""
+"""Where a run's numbers go besides the metrics file: TensorBoard and Weights & Biases.
+
+Neither can end or delay a training.
+"""
 
 import os
 import queue
@@ -11,10 +14,11 @@ from pathlib import Path
 from typing import Protocol
 
 from megalite.config.run import RunConfig, to_flat
+from megalite.system.errors import error_message
 
 CLOSE_SECONDS = 60.0
-"""A writer that has not sent its last numbers by then is left behind."""
-MOST_WAITING = 10_000
+"""How long the end of a run waits for a writer to send its last numbers."""
+QUEUE_SIZE = 10_000
 """Iterations whose numbers may wait for a writer: hours of most trainings, and some MB."""
 RUN_ID_FILE = "wandb-run-id.txt"
 
@@ -26,11 +30,15 @@ class Writer(Protocol):
         """Add one set of numbers."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Write what is buffered; nothing more will come."""
 
 
 class TensorBoardWriter:
-    """Event files in a folder. What a killed run wrote after the checkpoint that this one goes on from is hidden."""
+    """Event files in a folder, from the iteration after `iteration` on.
+
+    Points that an earlier run wrote after that iteration are hidden: it was stopped after it had
+    saved the checkpoint from which this run resumes.
+    """
 
     def __init__(self, folder: str, iteration: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -48,21 +56,23 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A run of Weights & Biases. Its id lies in --save, so that a run that resumes goes on with the same curves; they
-    are drawn over `iteration`, since wandb's own steps cannot go back."""
+    """A run of Weights & Biases.
+
+    Its id is stored in --save, so that a resumed run continues the same curves. These are drawn
+    over `iteration`, since wandb's own step count cannot go back.
+    """
 
     def __init__(self, config: RunConfig):
         import wandb
 
         settings = wandb.Settings(console="off", silent=True)
-        if hasattr(
-            settings, "finish_timeout"
-        ):  # newer than 0.18; else the end of the process waits without a limit
+        # wandb 0.18 does not have it: there the end of the process waits without a limit.
+        if hasattr(settings, "finish_timeout"):
             settings.finish_timeout = CLOSE_SECONDS
+        # Named explicitly: otherwise wandb keeps the folder of an earlier run of this process.
+        folder = os.path.abspath(os.environ.get("WANDB_DIR", os.curdir))
         self._run = wandb.init(
-            dir=os.path.abspath(
-                os.environ.get("WANDB_DIR", os.curdir)
-            ),  # wandb keeps the one of an earlier run else
+            dir=folder,
             project=config.training.wandb_project,
             name=config.training.wandb_exp_name,
             id=_run_id(config.checkpoint.save),
@@ -82,7 +92,7 @@ class WandbWriter:
 
 
 def _run_id(save: str | None) -> str:
-    """The id that the first run left in --save, or a new one."""
+    """The id that the first run stored in --save, or a new one."""
     new = uuid.uuid4().hex[:8]
     if save is None:
         return new
@@ -97,40 +107,46 @@ def _run_id(save: str | None) -> str:
 
 
 class BackgroundWriter:
-    """A writer on a thread of its own, which can neither hold up nor end a training: its first failure is told in a
-    line, and it gets no more numbers; what it cannot keep up with is dropped. `make` makes it, on that thread. It gets
-    `patience` seconds at the end."""
+    """Runs a writer on a thread of its own, where it can neither delay nor end the training.
+
+    `make` creates the writer, on that thread. The first failure is reported in a line, and the
+    writer gets no more numbers. Numbers that it does not keep up with are dropped.
+    """
 
     def __init__(
         self,
         name: str,
         make: Callable[[], Writer],
-        say: Callable[[str], None],
-        patience: float = CLOSE_SECONDS,
+        report: Callable[[str], None],
+        timeout: float = CLOSE_SECONDS,
     ):
-        self._name, self._say, self._patience, self._dropped = name, say, patience, 0
-        self._queue: queue.Queue[dict[str, float] | None] = queue.Queue(MOST_WAITING)
+        self._name = name
+        self._report = report
+        self._timeout = timeout
+        self._dropped = 0
+        self._queue: queue.Queue[dict[str, float] | None] = queue.Queue(QUEUE_SIZE)
         self._thread = threading.Thread(target=self._serve, args=(make,), name=name, daemon=True)
         self._thread.start()
 
     def write(self, **values: float) -> None:
-        """Hand the numbers over, and go on."""
+        """Queue the numbers, and return at once."""
         try:
             self._queue.put_nowait(values)
         except queue.Full:
             self._dropped += 1
 
     def close(self) -> None:
-        """Wait until all is written, but not for ever. Says how much was dropped."""
-        end = time.monotonic() + self._patience
+        """Wait until all is written, `timeout` seconds at most. Reports how much was dropped."""
+        end = time.monotonic() + self._timeout
         with suppress(queue.Full):
-            self._queue.put(None, timeout=self._patience)
+            self._queue.put(None, timeout=self._timeout)
         self._thread.join(max(0.0, end - time.monotonic()))
         if self._thread.is_alive():
-            self._say(f"{self._name}: not all was sent within {self._patience:g} s")
+            self._report(f"{self._name}: not all was sent within {self._timeout:g} s")
         if self._dropped:
-            self._say(
-                f"{self._name} did not keep up: the numbers of {self._dropped} iterations were dropped"
+            self._report(
+                f"{self._name} did not keep up: "
+                f"the numbers of {self._dropped} iterations were dropped"
             )
 
     def _serve(self, make: Callable[[], Writer]) -> None:
@@ -141,42 +157,57 @@ class BackgroundWriter:
                 writer.write(**values)
             writer.close()
         except (Exception, SystemExit) as error:  # whatever it is, the training is worth more
-            self._say(f"{self._name} gets no more numbers: {type(error).__name__}: {error}")
+            problem = f"{type(error).__name__}: {error_message(error)}"
+            self._report(f"{self._name} gets no more numbers: {problem}")
             for _ in rows:
                 pass
 
 
 class Writers:
-    """Several writers as one."""
+    """Several writers as one. A context manager, which closes them at its end."""
 
     def __init__(self, *writers: Writer):
         self._writers = writers
 
+    def __enter__(self) -> "Writers":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
     def write(self, **values: float) -> None:
-        """Pass the numbers to each, in order. Raises what a writer raises."""
+        """Pass the numbers to each writer, in order. Raises what a writer raises."""
         for writer in self._writers:
             writer.write(**values)
 
     def close(self) -> None:
-        """Close all."""
+        """Close all of them."""
         for writer in self._writers:
             writer.close()
 
 
-def tracking_writers(config: RunConfig, iteration: int, say: Callable[[str], None]) -> list[Writer]:
-    """The writers that the configuration asks for besides the metrics file, of a run that goes on after `iteration`."""
-    training, writers, timeout = config.training, [], config.parallel.hang_timeout
-    # The other ranks wait for it meanwhile: both writers together must not look like a hang.
-    patience = min(CLOSE_SECONDS, timeout / 4) if timeout else CLOSE_SECONDS
+def tracking_writers(
+    config: RunConfig, iteration: int, report: Callable[[str], None]
+) -> list[Writer]:
+    """The writers besides the metrics file, for a run that continues after `iteration`."""
+    training = config.training
+    writers: list[Writer] = []
+    # The other ranks wait while writers close: two writers together must not look like a hang.
+    timeout = CLOSE_SECONDS
+    if config.parallel.hang_timeout:
+        timeout = min(timeout, config.parallel.hang_timeout / 4)
     if training.tensorboard_dir is not None:
+        # Absolute: the thread may make it after the process has changed its folder.
         folder = os.path.abspath(training.tensorboard_dir)
         writers.append(
             BackgroundWriter(
-                "TensorBoard", lambda: TensorBoardWriter(folder, iteration), say, patience
+                "TensorBoard", lambda: TensorBoardWriter(folder, iteration), report, timeout=timeout
             )
         )
     if training.wandb_project is not None:
         writers.append(
-            BackgroundWriter("Weights & Biases", lambda: WandbWriter(config), say, patience)
+            BackgroundWriter(
+                "Weights & Biases", lambda: WandbWriter(config), report, timeout=timeout
+            )
         )
     return writers

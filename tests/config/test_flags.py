@@ -452,7 +452,7 @@ FLAGS: dict[str, list[Effect]] = {
         effect("megatron", losses_from(1), base={"hidden_dropout": 0.1}),
         effect("global", losses_from(1), base={"hidden_dropout": 0.1, **STREAMS}),
     ],
-    "check_replicas": [effect(2, says("replicas are equal to the bit"), ranks=2)],
+    "check_replicas": [effect(2, says("replicas are bitwise equal"), ranks=2)],
     "dry_run": [effect(True, says("nothing was saved"), becomes("files", set()))],
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalite.optim.optimizer import NonFiniteGradient
+from megalite.optim.optimizer import NonFiniteGradient, StepResult
 from megalite.optim.schedule import learning_rate
 from tests.layouts import Layout
 from tests.tiny import Tiny, build
@@ -63,7 +63,7 @@ def by_hand(tiny: Tiny, steps: int) -> tuple[dict[str, torch.Tensor], list[float
 )
 def test_steps_equal_torchs_optimizer_by_hand(flags):
     tiny = build(**FP32, **flags)
-    norms = [tiny.train(iteration)[0] for iteration in range(1, 5)]
+    norms = [tiny.train(iteration).gradient_norm for iteration in range(1, 5)]
     expected, expected_norms = by_hand(build(**FP32, **flags), 4)
     assert norms == pytest.approx(expected_norms, rel=1e-5)
     for name, parameter in tiny.parts.model.parameters_by_name.items():
@@ -81,7 +81,7 @@ def test_biases_and_norms_do_not_decay():
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.fill_(2.0)
-    assert tiny.parts.optimizer.step(1) == (0.0, 0.5)
+    assert tiny.parts.optimizer.step(1) == StepResult(gradient_norm=0.0, learning_rate=0.5)
     stayed = {name for name, parameter in parameters.items() if parameter.eq(2.0).all()}
     assert stayed == {name for name in parameters if name.endswith((".bias", "norm.weight"))}
     for name in parameters.keys() - stayed:

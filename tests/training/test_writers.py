@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: curves that go on after a stop, and writers that fail."""
+"""TensorBoard and Weights & Biases: curves that continue after a stop, and writers that fail."""
 
 import gzip
 import json
@@ -22,6 +22,7 @@ from megalite.training import loop, writers
 from megalite.training.build import build_model
 from megalite.training.loop import Trainer
 from megalite.training.pretrain import pretrain
+from megalite.training.signals import StopSignals
 from megalite.training.state import Progress
 from megalite.training.writers import BackgroundWriter, Writers, tracking_writers
 from tests.runs import ALONE, working_in
@@ -39,7 +40,7 @@ def logged(folder: Path, name: str) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def stopped_and_resumed(tmp_path_factory) -> tuple[Path, list[str]]:
     """A run that stopped at iteration 5, was started from iteration 3 again, and ran to its end."""
-    folder = tmp_path_factory.mktemp("watched")
+    folder = tmp_path_factory.mktemp("tracked")
     flags = [
         *map(str, resumable(folder)),
         "--tensorboard-dir",
@@ -68,7 +69,7 @@ def test_tensorboard_hides_what_the_killed_run_wrote_after_its_checkpoint(stoppe
     assert [event.step for event in board.Scalars("validation_loss")] == [4, 8, 12]
 
 
-def test_wandb_goes_on_with_the_same_run(stopped_and_resumed):
+def test_wandb_continues_the_same_run(stopped_and_resumed):
     """Two offline records of one id; together they hold the rows of the metrics file."""
     files = sorted(stopped_and_resumed.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2 and len({file.name for file in files}) == 1
@@ -92,26 +93,26 @@ class Broken:
         raise AssertionError("a writer that failed is not closed")
 
 
-def test_a_writer_that_fails_is_left_alone():
-    said: list[str] = []
+def test_a_writer_that_fails_gets_no_more_numbers():
+    reports: list[str] = []
     writer = Broken()
-    harmless = BackgroundWriter("The board", lambda: writer, said.append)
+    background = BackgroundWriter("The board", lambda: writer, reports.append)
     for iteration in range(4):
-        harmless.write(iteration=iteration)
-    harmless.close()
-    assert writer.rows == 2 and said == ["The board gets no more numbers: OSError: disk full"]
+        background.write(iteration=iteration)
+    background.close()
+    assert writer.rows == 2 and reports == ["The board gets no more numbers: OSError: disk full"]
 
 
-def test_a_writer_that_hangs_holds_up_nothing(monkeypatch):
-    """Nor does it at the end, or while it is made; what it has no room for is dropped, and counted."""
-    monkeypatch.setattr(writers, "MOST_WAITING", 3)
-    said: list[str] = []
+def test_a_writer_that_hangs_delays_nothing(monkeypatch):
+    """Nor at the end, nor while it is made; what the queue has no room for is dropped."""
+    monkeypatch.setattr(writers, "QUEUE_SIZE", 3)
+    reports: list[str] = []
     never = threading.Event()
-    harmless = BackgroundWriter("The board", never.wait, said.append, patience=0.1)
+    background = BackgroundWriter("The board", never.wait, reports.append, timeout=0.1)
     for iteration in range(5):
-        harmless.write(iteration=iteration)
-    harmless.close()
-    assert said == [
+        background.write(iteration=iteration)
+    background.close()
+    assert reports == [
         "The board: not all was sent within 0.1 s",
         "The board did not keep up: the numbers of 2 iterations were dropped",
     ]
@@ -119,27 +120,30 @@ def test_a_writer_that_hangs_holds_up_nothing(monkeypatch):
 
 
 def test_a_slow_end_of_the_writers_is_no_hang(monkeypatch):
-    """The other ranks wait for rank 0 meanwhile: two writers take half of --hang-timeout at most."""
-    never, said = threading.Event(), []
+    """The other ranks wait for rank 0: two writers take half of --hang-timeout at most."""
+    never, reports = threading.Event(), []
     monkeypatch.setattr(writers, "TensorBoardWriter", lambda *_: never.wait())
     monkeypatch.setattr(writers, "WandbWriter", lambda *_: never.wait())
     flags = {"hang_timeout": 0.4, "tensorboard_dir": "board", "wandb_project": "demo"}
-    Writers(*tracking_writers(from_flat(flags), 0, said.append)).close()
-    assert said == [
+    Writers(*tracking_writers(from_flat(flags), 0, reports.append)).close()
+    assert reports == [
         f"{name}: not all was sent within 0.1 s" for name in ("TensorBoard", "Weights & Biases")
     ]
     never.set()
 
 
-def test_a_training_goes_on_without_its_watchers(tmp_path):
+def test_a_training_continues_without_its_tracking_writers(tmp_path):
     """No key for Weights & Biases, and a file where TensorBoard's folder should be."""
     (tmp_path / "file").write_text("")
-    watched = ["--wandb-project", "demo", "--tensorboard-dir", "file", "--exit-interval", "1"]
+    tracked = ["--wandb-project", "demo", "--tensorboard-dir", "file", "--exit-interval", "1"]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     done = subprocess.run(
-        [sys.executable, ROOT / "pretrain_gpt.py", *MODEL, *watched],
-        cwd=tmp_path, env=variables | {"WANDB_MODE": "online", "HOME": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, ROOT / "pretrain_gpt.py", *MODEL, *tracked],
+        cwd=tmp_path,
+        env=variables | {"WANDB_MODE": "online", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "TensorBoard gets no more numbers: FileExistsError" in done.stdout
     assert (
@@ -206,27 +210,31 @@ def test_a_profile_that_takes_long_to_write_is_no_hang(pool, tmp_path):
 
     reader = threading.Thread(target=read_late, daemon=True)
     reader.start()
-    said, _ = pool.run(train_with_a_profile, 2, tmp_path, timeout=100)
+    printed, _ = pool.run(train_with_a_profile, 2, tmp_path, timeout=100)
     reader.join()
-    assert "stopped at iteration 4" in said and json.loads(gzip.decompress(read[0]))["traceEvents"]
+    assert (
+        "stopped at iteration 4" in printed and json.loads(gzip.decompress(read[0]))["traceEvents"]
+    )
 
 
 def test_a_profile_that_cannot_be_written_ends_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with working_in(tmp_path):
-        said = train(
+        printed = train(
             ALONE, ["--profile", "2-3,5-9", "--profile-dir", "file/profile", "--exit-interval", "6"]
         )
-    assert said.count("rank 0: a profile was not written: [Errno 20] Not a directory") == 2
-    assert "stopped at iteration 6" in said
+    assert printed.count("rank 0: a profile was not written: [Errno 20] Not a directory") == 2
+    assert "stopped at iteration 6" in printed
 
 
 def test_why_a_profile_cannot_be_written(tmp_path):
     """That its folder cannot be made, not that it is missing then."""
     (tmp_path / "gone").symlink_to("nowhere")
     with working_in(tmp_path):
-        said = train(ALONE, ["--profile", "2-2", "--profile-dir", "gone", "--exit-interval", "2"])
-    assert "a profile was not written: [Errno 17] File exists: 'gone'" in said
+        printed = train(
+            ALONE, ["--profile", "2-2", "--profile-dir", "gone", "--exit-interval", "2"]
+        )
+    assert "a profile was not written: [Errno 17] File exists: 'gone'" in printed
 
 
 def test_phases_make_up_the_step(tmp_path):
@@ -242,20 +250,30 @@ def test_phases_make_up_the_step(tmp_path):
         assert sum(phases) <= entry["step_seconds"]
 
 
-def test_on_a_gpu_phases_are_told_where_they_were_timed():
-    """The host waits for the GPU in the iterations that have a line on the console, of which the last is one."""
+def test_on_a_gpu_phases_are_reported_where_they_were_timed():
+    """The host waits for the GPU in iterations that have a console line; the last one has."""
     config = from_flat({"train_iters": 7, "log_interval": 3})
-    told = {}
+    timed = {}
     for device in ("cpu", "cuda"):
         context = replace(ParallelContext.single(), device=torch.device(device))
-        trainer = Trainer(config, context, None, Progress(), None, None, Writers())
-        told[device] = [iteration for iteration in range(1, 8) if trainer.knows_phases(iteration)]
-    assert told == {"cpu": [1, 2, 3, 4, 5, 6, 7], "cuda": [3, 6, 7]}
+        trainer = Trainer(
+            config=config,
+            context=context,
+            components=None,
+            progress=Progress(),
+            train_data=None,
+            validation_data=None,
+            metrics=Writers(),
+            signals=StopSignals(),
+            log=print,
+        )
+        timed[device] = [iteration for iteration in range(1, 8) if trainer.times_phases(iteration)]
+    assert timed == {"cpu": [1, 2, 3, 4, 5, 6, 7], "cuda": [3, 6, 7]}
 
 
 def test_a_run_that_was_replaced_ends_soon(tmp_path, monkeypatch):
-    """Before it saves again, and without another line in the metrics file, which its successor writes as well."""
-    monkeypatch.setattr(loop, "LOOK_SECONDS", 0.0)
+    """Before it saves again or adds to the metrics file, which its successor writes as well."""
+    monkeypatch.setattr(loop, "LEASE_CHECK_SECONDS", 0.0)
 
     def build_replaced(*args):
         def replace_at_step_3(*unused):
