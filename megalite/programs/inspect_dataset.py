@@ -19,7 +19,7 @@ import tyro
 
 from megalite.data.config import TokenizerType
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
-from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer
+from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer, tokenizer_fields
 from megalite.preprocess.indexed_verify import verify
 from megalite.programs.reporting import describe, failures_reported, print_errors, refuse
 
@@ -50,6 +50,8 @@ class InspectConfig:
     """Vocabulary of the tokenizer."""
     merge_file: str | None = None
     """Merges of the tokenizer."""
+    tiktoken_pattern: str | None = None
+    """Pattern and special tokens of a TikTokenizer. Unset: known from the file."""
     vocab_size: int | None = None
     """Ids of NullTokenizer."""
 
@@ -60,13 +62,7 @@ def tokenizer_of(config: InspectConfig) -> Tokenizer | None:
         if config.tokenizer_model or config.vocab_file or config.merge_file or config.vocab_size:
             raise TokenizerError("files of a tokenizer are given, but no --tokenizer-type")
         return None
-    return build_tokenizer(
-        config.tokenizer_type,
-        config.tokenizer_model,
-        config.vocab_file,
-        merge_file=config.merge_file,
-        vocab_size=config.vocab_size,
-    )
+    return build_tokenizer(**tokenizer_fields(config), vocab_size=config.vocab_size)
 
 
 def sizes(dataset: IndexedDataset) -> dict[str, str]:
@@ -111,6 +107,7 @@ def origin(info: DatasetInfo | None) -> dict[str, str]:
         "tokenizer's sha256": info.tokenizer_sha256,
         "split into sentences": ANSWERS[info.sentences],
         "documents end with it": ANSWERS[info.append_eod],
+        "special tokens in texts parsed": ANSWERS[info.parse_special_tokens],
     }
 
 
