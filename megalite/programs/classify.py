@@ -97,11 +97,10 @@ def read(options: Options, about: ClassifierDescription) -> tuple[list[Example],
 
 def classify(options: Options, about: ClassifierDescription, rows: Rows) -> list[str]:
     """Write label and probability of each row to the output file; returns the labels."""
-    from megalite.parallel.context import choose_device
-    from megalite.parallel.launch import detect
     from megalite.training.finetune import load_classifier, scores
+    from megalite.training.trained import single_process_device
 
-    device, _ = choose_device(options.device, detect({}))  # one process, without a launcher
+    device = single_process_device(options.device)
     model = load_classifier(options.classifier, about, device)
     probabilities, numbers = scores(model, rows, options.batch_size).softmax(dim=1).max(dim=1)
     labels = [about.classes[number] for number in numbers.tolist()]

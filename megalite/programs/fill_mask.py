@@ -8,7 +8,7 @@ One process reads a checkpoint of any layout.
 import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -44,6 +44,9 @@ class Options:
     tokenizer_model: str | None = None
     """Its tokenizer.json (HuggingFaceTokenizer). Unset: the one in the checkpoint's
     configuration."""
+    parse_special_tokens: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Take the text of a special token for that token, which is the default if the checkpoint's
+    run did."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU when there is one."""
 
@@ -62,6 +65,7 @@ class Options:
 def fill(options: Options) -> None:
     """Load the model, and print each text and the most probable tokens of each of its blanks."""
     from megalite.data.build import special_ids
+    from megalite.data.tokenizers import tokenizer_fields
     from megalite.training.trained import load_model
 
     loaded = load_model(
@@ -69,9 +73,7 @@ def fill(options: Options) -> None:
         "bert",
         step=options.ckpt_step,
         device=options.device,
-        tokenizer_type=options.tokenizer_type,
-        vocab_file=options.vocab_file,
-        tokenizer_model=options.tokenizer_model,
+        **tokenizer_fields(options),
     )
     special = special_ids(loaded.tokenizer)
     device = loaded.model.context.device

@@ -30,7 +30,7 @@ from megalite.data.classification import (
     unseen_labels,
 )
 from megalite.data.indexed import DatasetError
-from megalite.data.tokenizers import TokenizerError, with_tokenizer
+from megalite.data.tokenizers import TokenizerError, checkpoint_data_config, tokenizer_fields
 from megalite.programs import reporting
 from megalite.training.finetune_config import ClassifierDescription, FinetuneConfig, bert_tokenizer
 
@@ -77,6 +77,9 @@ class Options:
     tokenizer_model: str | None = None
     """Its tokenizer.json (HuggingFaceTokenizer). Unset: the one in the checkpoint's
     configuration."""
+    parse_special_tokens: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Take the text of a special token for that token, which is the default if the checkpoint's
+    run did."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU when there is one."""
 
@@ -182,8 +185,11 @@ def prepare(options: Options) -> Prepared:
 
 
 def configuration(options: Options) -> RunConfig:
-    """That of the run which wrote the checkpoint, with the tokenizer of the flags. Raises
-    CheckpointError."""
+    """The configuration of the run that wrote the checkpoint, with the tokenizer of the flags.
+
+    Raises CheckpointError if it cannot be read or is that of a GPT, TokenizerError if a file of the
+    tokenizer is not found.
+    """
     iteration = options.ckpt_step
     if iteration is None:
         iteration = latest_iteration(options.load)
@@ -199,12 +205,8 @@ def configuration(options: Options) -> RunConfig:
         raise CheckpointError(
             f"--load {options.load} holds a GPT; give a checkpoint of pretrain_bert.py"
         )
-    given = {
-        "tokenizer_type": options.tokenizer_type,
-        "vocab_file": options.vocab_file,
-        "tokenizer_model": options.tokenizer_model,
-    }
-    return replace(run, data=with_tokenizer(run.data, given))
+    data = checkpoint_data_config(run.data, tokenizer_fields(options), folder)
+    return replace(run, data=data)
 
 
 def length_problems(run: RunConfig, seq_length: int, least: int) -> list[str]:
@@ -224,12 +226,11 @@ def length_problems(run: RunConfig, seq_length: int, least: int) -> list[str]:
 def train(options: Options, prepared: Prepared) -> None:
     """Train, report each epoch, and save."""
     from megalite.checkpoint.load import Checkpoint
-    from megalite.parallel.context import choose_device
-    from megalite.parallel.launch import detect
     from megalite.training.finetune import finetune, pretrained_classifier, save_classifier
+    from megalite.training.trained import single_process_device
 
     about = prepared.description
-    device, _ = choose_device(options.device, detect({}))  # one process, without a launcher
+    device = single_process_device(options.device)
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
         model = pretrained_classifier(
             checkpoint, about.config, len(about.classes), config=options.config, device=device

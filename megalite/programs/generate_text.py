@@ -9,7 +9,7 @@ One process reads a checkpoint of any layout.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -45,6 +45,12 @@ class Options:
     """Its vocabulary (GPT2BPETokenizer, BertWordPiece*)."""
     merge_file: str | None = None
     """Its merges (GPT2BPETokenizer)."""
+    tiktoken_pattern: str | None = None
+    """Its pattern and special tokens (TikTokenizer). Unset: the one in the checkpoint's
+    configuration, or known from the file."""
+    parse_special_tokens: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Take the text of a special token for that token, which is the default if the checkpoint's
+    run did."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU when there is one."""
 
@@ -70,6 +76,7 @@ def sample(options: Options) -> None:
     """Load the model and print the prompt and its continuation as it is drawn."""
     import torch
 
+    from megalite.data.tokenizers import tokenizer_fields
     from megalite.models.generate import generate
     from megalite.training.trained import load_model
 
@@ -78,10 +85,7 @@ def sample(options: Options) -> None:
         "gpt",
         step=options.ckpt_step,
         device=options.device,
-        tokenizer_type=options.tokenizer_type,
-        tokenizer_model=options.tokenizer_model,
-        vocab_file=options.vocab_file,
-        merge_file=options.merge_file,
+        **tokenizer_fields(options),
     )
     tokenizer = loaded.tokenizer
     device = loaded.model.context.device

@@ -141,13 +141,13 @@ def checkpoint_data_config(data: DataConfig, given: dict[str, Any], folder: Path
 
     Args:
         data: the data section that the checkpoint has.
-        given: fields that replace those of the checkpoint, unless they are None. Another
+        given: fields that replace those of the checkpoint, unless they are None or False. Another
             tokenizer_type comes with files of its own.
         folder: the checkpoint, iter_*.
 
     Raises TokenizerError if a file that the checkpoint names is not found: see `find_file`.
     """
-    given = {field: value for field, value in given.items() if value is not None}
+    given = {field: value for field, value in given.items() if value not in (None, False)}
     kind = given.get("tokenizer_type", data.tokenizer_type)
     if kind != data.tokenizer_type:
         no_files = dict.fromkeys(("tokenizer_model", "vocab_file", "merge_file"))
