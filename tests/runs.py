@@ -189,6 +189,11 @@ def sound(flags: dict, ranks: int, folder: Path) -> RunConfig:
         return validate.resolve(from_flat(flags), ranks)
 
 
+def resolved(bench: Bench, flags: dict, ranks: int) -> dict:
+    """Every field by its name, of the resolved configuration, which checkpoints record."""
+    return to_flat(sound(flags, ranks, bench.new_folder()))
+
+
 def training(bench: Bench, flags: dict, ranks: int) -> Run:
     """A run of the whole program."""
     folder = bench.new_folder()

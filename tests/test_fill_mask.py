@@ -1,13 +1,15 @@
 """tools/fill_mask.py, and loading a trained model into one process: what is found, and what is refused."""
 
 import re
+import shutil
 import sys
 
 import pytest
 import torch
 
 from megalite.checkpoint.folder import CheckpointError
-from megalite.data.tokenizers import TokenizerError, train_wordpiece
+from megalite.data.config import DataConfig
+from megalite.data.tokenizers import TokenizerError, checkpoint_data_config, train_wordpiece
 from megalite.models.batch import Microbatch
 from megalite.parallel.launch import LaunchInfo
 from megalite.programs import fill_mask
@@ -157,3 +159,40 @@ def test_a_trained_model_is_of_the_kind_that_is_asked_for(made):
         load_model(made / "gpt/saved", "gpt", device="cpu", tokenizer_type="ByteTokenizer")
     with pytest.raises(CheckpointError, match="iter_0000007 does not exist"):
         load_model(made / "gpt/saved", "gpt", step=7, device="cpu")
+
+
+def test_the_tokenizer_of_a_checkpoint_is_found_from_any_folder(made, tmp_path, monkeypatch):
+    """The run names it by a relative path. The whole folder may move, with the tokenizer in it."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    shutil.copyfile(made / "vocab.txt", old / "vocab.txt")
+    flags = BERT | dict(tokenizer_type="BertWordPieceLowerCase", vocab_file="vocab.txt")
+    console_of(ALONE, sound(flags, 1, old), old)
+    monkeypatch.chdir(tmp_path)
+    assert load_model("old/saved", "bert", device="cpu").config.data.vocab_file == str(
+        old / "vocab.txt"
+    )
+    old.rename(new)
+    assert load_model("new/saved", "bert", device="cpu").tokenizer.vocab_size == 43
+    (new / "vocab.txt").rename(new / "saved/vocab.txt")
+    assert load_model("new/saved", "bert", device="cpu").tokenizer.vocab_size == 43
+    (new / "saved/vocab.txt").unlink()
+    with pytest.raises(TokenizerError, match=r"names the tokenizer's file .*give --vocab-file"):
+        load_model("new/saved", "bert", device="cpu")
+
+
+def test_a_checkpoint_of_before_has_a_relative_path(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = DataConfig(tokenizer_type="BertWordPieceLowerCase", vocab_file="v/vocab.txt")
+    folder = tmp_path / "run/saved/iter_0000002"
+    with pytest.raises(TokenizerError, match=r"v/vocab\.txt, relative to the folder that its run"):
+        checkpoint_data_config(data, {}, folder)
+    given = {"vocab_file": "other.txt", "tokenizer_type": None}
+    assert checkpoint_data_config(data, given, folder).vocab_file == "other.txt"
+    (tmp_path / "run/v").mkdir(parents=True)
+    (tmp_path / "run/v/vocab.txt").touch()
+    found = checkpoint_data_config(data, {}, folder).vocab_file
+    assert found == str(tmp_path / "run/v/vocab.txt")
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/vocab.txt").touch()
+    assert checkpoint_data_config(data, {}, folder).vocab_file == "v/vocab.txt"

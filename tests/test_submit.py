@@ -263,7 +263,7 @@ def test_all_problems_before_anything_is_submitted(tmp_path):
         "--lr: 'x' is not a number",
         "--run-dir is missing",
         "--nodes is missing",
-        "--options: '-N3' is none here",
+        "--options: '-N3' is not accepted here",
         "--save: follows from --run-dir and --nodes",
     ]
     said = " ".join(problems(*SOUND, "--tp", "5", "--global-batch-size", "7"))

@@ -6,6 +6,7 @@ make no sense on their own are reported first and replaced by their defaults, so
 Whatever would be silently ignored is a problem.
 """
 
+import os
 from typing import Any
 
 from megalite.config.rules.bert import BERT_RULES
@@ -16,6 +17,7 @@ from megalite.config.rules.run import RUN_RULES
 from megalite.config.rules.tokenizer import build_tokenizer
 from megalite.config.rules.values import nothing_is_ignored, out_of_range
 from megalite.config.run import Problem, RunConfig, options, with_values
+from megalite.data.config import TOKENIZER_FILES
 
 PURE_RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *RUN_RULES, *BERT_RULES, nothing_is_ignored)
 """Every rule that reads no file."""
@@ -93,7 +95,8 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     """A sound configuration with every value filled in that follows from others. Resolving it again changes nothing.
 
     Short forms are replaced by what they stand for (bf16 -> precision, recompute_activations -> recompute_granularity,
-    lr_warmup_fraction -> lr_warmup_iters, train_samples -> train_iters, kept beside it).
+    lr_warmup_fraction -> lr_warmup_iters, train_samples -> train_iters, kept beside it). The paths of the tokenizer's
+    files become absolute.
     """
     m, o = config.model, config.optimizer
     steps = iterations(config, world_size)
@@ -111,6 +114,9 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
         "global_batch_size": global_batch(config, world_size),
         "train_iters": steps,
     }
+    for field in TOKENIZER_FILES.get(config.data.tokenizer_type, ()):
+        # The checkpoint's configuration must name the files for programs that start elsewhere.
+        values[field] = os.path.abspath(getattr(config.data, field))
     if o.lr_decay_style != "constant":
         values["lr_decay_iters"] = decay
     if o.lr_warmup_fraction is not None:

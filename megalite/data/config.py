@@ -24,7 +24,23 @@ TOKENIZER_FILES: dict[str, tuple[str, ...]] = {
     "NullTokenizer": (),
     "ByteTokenizer": (),
 }
-"""The files that each kind is made of, by the fields that name them: it needs all of these, and no others."""
+"""Fields that name the files of each kind of tokenizer. It needs all of these, and no others."""
+NO_SPECIAL_TEXTS: dict[str, str] = {
+    "SentencePieceTokenizer": "SentencePiece never reads a control piece from a text. Train the "
+    "model with user_defined_symbols, which it always reads",
+    "NullTokenizer": "the text of a NullTokenizer is ids already, those of special tokens too",
+    "ByteTokenizer": "a ByteTokenizer has no special token that a text could contain",
+}
+"""Kinds that --parse-special-tokens cannot be used with: the reason."""
+TOKENIZER_FIELDS = (
+    "tokenizer_type",
+    "tokenizer_model",
+    "vocab_file",
+    "merge_file",
+    "tiktoken_pattern",
+    "parse_special_tokens",
+)
+"""Fields that determine the ids of a text."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +64,18 @@ class DataConfig:
     tokenizer_type: TokenizerType | None = None
     """Tokenizer that the data was made with; gives the vocabulary size and is recorded for sampling."""
     tokenizer_model: str | None = None
-    """Model file of the tokenizer: a SentencePiece .model, a tokenizer.json or its folder (HuggingFaceTokenizer), a
-    .tiktoken file of ranks (TikTokenizer)."""
+    """Model file of the tokenizer: a SentencePiece .model, a tokenizer.json or its folder
+    (HuggingFaceTokenizer), a file of BPE ranks (TikTokenizer)."""
     vocab_file: str | None = None
     """Vocabulary of the tokenizer: encoder.json (GPT2BPETokenizer) or vocab.txt (BertWordPiece*)."""
     merge_file: str | None = None
     """Merges of the tokenizer: vocab.bpe (GPT2BPETokenizer)."""
+    tiktoken_pattern: str | None = None
+    """How a TikTokenizer splits text, and its special tokens: r50k_base, cl100k_base, o200k_base,
+    llama3, llama4, qwen, qwen3.5, or v1 or v2 of Megatron-LM. Unset: known from the file."""
+    parse_special_tokens: bool = False
+    """Take the text of a special token for that token, as when the data was made; recorded for
+    sampling."""
     micro_batch_size: int = 1
     """Sequences in one forward pass of one data-parallel rank, b."""
     global_batch_size: int | None = None

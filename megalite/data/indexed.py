@@ -67,6 +67,8 @@ class DatasetInfo:
     """Whether every document ends with the end-of-document token."""
     inputs: str | None = None
     """Of a shard: a digest of names and sizes of all the inputs that it is a part of."""
+    parse_special_tokens: bool = False
+    """Whether the text of a special token became that token."""
 
     @classmethod
     def read(cls, prefix: str | Path) -> "DatasetInfo | None":

@@ -1,4 +1,4 @@
-"""A BERT with a head that sorts texts, or pairs of texts, into classes: whole, in one process."""
+"""A BERT that classifies texts or pairs of texts, in one process."""
 
 from dataclasses import replace
 
@@ -15,15 +15,15 @@ from megalite.parallel.rng import CounterBasedRng
 
 
 class Classifier(BertEncoder):
-    """The encoder and the pooler of a BERT, then dropout and a linear layer, in place of the pretraining heads.
+    """The encoder and the pooler of a BERT, then dropout and a linear layer (Devlin et al. 2018).
 
     Args:
-        model: of the encoder.
-        context: one rank, with its device.
+        model: shape of the encoder.
+        context: the context of a single rank.
         classes: c, the number of classes.
-        dropout: probability of dropping an element of the pooled output. The encoder keeps that of `model`.
-        freeze_encoder: train pooler and linear layer only; the encoder then runs without dropout.
-        seed: of the initial weights and of dropout.
+        dropout: dropout of the pooled output. The encoder keeps that of `model`.
+        freeze_encoder: train pooler and linear layer only; the encoder then has no dropout.
+        seed: seed of the initial weights and of dropout.
     """
 
     heads = ("pooler", "head_dropout", "classifier")
@@ -63,14 +63,16 @@ class Classifier(BertEncoder):
         self.classifier = ReplicatedLinear(self.settings, hidden, self.classes, bias=True)
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Training mode, of what is trained, or evaluation mode."""
+        """Set the training mode of the modules that are trained, or evaluation mode."""
         super().train(mode)
-        for name, part in self.named_children():
-            part.train(mode and (not self.freeze_encoder or name in self.heads))
+        for name, module in self.named_children():
+            module.train(mode and (not self.freeze_encoder or name in self.heads))
         return self
 
     def forward(self, batch: Microbatch) -> torch.Tensor:
-        """Logits [b, c] of tokens, token types and segments [b, s]; in training mode `samples` [b] decide what is
-        dropped."""
+        """Logits [b, c] of tokens, token types and segments [b, s].
+
+        In training mode, the sample numbers [b] of the batch determine what dropout drops.
+        """
         pooled = self.pooled(self.encode(None, batch))
         return self.classifier(self.head_dropout(pooled.unsqueeze(0), batch.samples).squeeze(0))

@@ -10,7 +10,7 @@ from typing import Literal
 
 from megalite.data.config import TokenizerType
 from megalite.data.indexed import DatasetError, dataset_path
-from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer
+from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer, tokenizer_fields
 from megalite.preprocess.inputs import STDIN, expand, is_text
 
 
@@ -31,6 +31,11 @@ class PreprocessConfig:
     """Vocabulary of the tokenizer (GPT2BPETokenizer, BertWordPiece*)."""
     merge_file: str | None = None
     """Merges of the tokenizer (GPT2BPETokenizer)."""
+    tiktoken_pattern: str | None = None
+    """How TikTokenizer splits text, and its special tokens: r50k_base, cl100k_base, o200k_base,
+    llama3, llama4, qwen, qwen3.5, or v1 or v2 of Megatron-LM. Unset: known from the file."""
+    parse_special_tokens: bool = False
+    """Take the text of a special token, such as <|endoftext|>, for that token."""
     vocab_size: int | None = None
     """Ids, and one that ends documents (NullTokenizer)."""
     tokenizer_backend: Literal["auto", "reference", "fast"] = "auto"
@@ -60,12 +65,7 @@ class PreprocessConfig:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that encodes, built once. Raises TokenizerError."""
         return build_tokenizer(
-            self.tokenizer_type,
-            self.tokenizer_model,
-            self.vocab_file,
-            self.merge_file,
-            self.vocab_size,
-            self.tokenizer_backend,
+            **tokenizer_fields(self), vocab_size=self.vocab_size, backend=self.tokenizer_backend
         )
 
     def __getstate__(self) -> dict:

@@ -12,7 +12,12 @@ from megalite.preprocess.indexed_writer import IndexedWriter
 from megalite.preprocess.journal import Journal
 
 SHARD = re.compile(r"_(\d{4,})-of-(\d{4,})")
-TOLD = ("sentences", "append_eod")
+FLAG_OF = {
+    "sentences": "--split-sentences",
+    "append_eod": "--append-eod",
+    "parse_special_tokens": "--parse-special-tokens",
+}
+TOLD = tuple(FLAG_OF)
 """What a description may leave open: those that tell must agree; the whole tells if all do."""
 
 
@@ -126,7 +131,7 @@ def _differences(infos: dict[str, DatasetInfo | None]) -> Iterator[str]:
                 told = getattr(first, name), getattr(info, name)
                 if None not in told and told[0] != told[1]:
                     one, other = ("with" if value else "without" for value in told)
-                    flag = {"sentences": "--split-sentences", "append_eod": "--append-eod"}[name]
+                    flag = FLAG_OF[name]
                     yield f"{prefix} was made {other} {flag}, {whose} {one}"
 
 

@@ -92,7 +92,7 @@ def refuse_existing(config: PreprocessConfig) -> None:
 def job_of(config: PreprocessConfig, files: list[str]) -> dict:
     """What decides the bytes of the output, to tell whether an interrupted run was this one."""
     stats = [os.stat(path) for path in files if path != STDIN]
-    return {
+    job = {
         "input": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats)]
         if stats
         else list(files),
@@ -103,6 +103,9 @@ def job_of(config: PreprocessConfig, files: list[str]) -> dict:
         "shard": config.shard,
         "partitions": config.partitions,
     }
+    if config.parse_special_tokens:  # journals of before do not have it
+        job["parse special tokens"] = True
+    return job
 
 
 def known_bytes(files: list[str], ranges: list[tuple[int, int, int]]) -> int:
@@ -260,6 +263,7 @@ class _Run:
             self.config.split_sentences,
             self.config.append_eod,
             _digest(self.files) if self.config.shard else None,
+            self.config.parse_special_tokens,
         )
 
 

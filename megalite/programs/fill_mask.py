@@ -1,14 +1,24 @@
-"""What a pretrained BERT puts in the place of [MASK], in one process, whatever the layout that wrote the checkpoint.
+"""Fill the [MASK] tokens of texts by a pretrained BERT.
 
 Example: python tools/fill_mask.py --load checkpoints --text 'the people of the united [MASK] .'
+
+One process reads a checkpoint of any layout.
 """
 
 import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+from megalite.programs.reporting import failures_reported, refuse
+
+if TYPE_CHECKING:
+    import torch
+
+    from megalite.data.masking import SpecialIds
+    from megalite.training.trained import LoadedModel
 
 MASK = "[MASK]"
 
@@ -32,85 +42,105 @@ class Options:
     vocab_file: str | None = None
     """Its vocab.txt (BertWordPiece*). Unset: the one in the checkpoint's configuration."""
     tokenizer_model: str | None = None
-    """Its tokenizer.json (HuggingFaceTokenizer). Unset: the one in the checkpoint's configuration."""
+    """Its tokenizer.json (HuggingFaceTokenizer). Unset: the one in the checkpoint's
+    configuration."""
+    parse_special_tokens: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Take the text of a special token for that token, which is the default if the checkpoint's
+    run did."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU when there is one."""
 
     def problems(self) -> list[str]:
-        """Everything wrong with these values, each with what would work."""
+        """Everything wrong with these values, each with a fix."""
         checks = [
             (self.top < 1, f"--top {self.top}: use 1 or more"),
             (not Path(self.load).is_dir(), f"--load {self.load}: there is no such folder"),
             (not self.text, f"--text: give at least one text with {MASK}"),
-            *((MASK not in text, f"--text {text!r}: has no {MASK}") for text in self.text),
         ]
+        for text in self.text:
+            checks.append((MASK not in text, f"--text {text!r}: has no {MASK}"))
         return [text for wrong, text in checks if wrong]
 
 
 def fill(options: Options) -> None:
     """Load the model, and print each text and the most probable tokens of each of its blanks."""
-    import torch
-
     from megalite.data.build import special_ids
-    from megalite.data.indexed import DatasetError
-    from megalite.models.batch import Microbatch
+    from megalite.data.tokenizers import tokenizer_fields
     from megalite.training.trained import load_model
 
-    trained = load_model(
+    loaded = load_model(
         options.load,
         "bert",
-        options.ckpt_step,
-        options.device,
-        tokenizer_type=options.tokenizer_type,
-        vocab_file=options.vocab_file,
-        tokenizer_model=options.tokenizer_model,
+        step=options.ckpt_step,
+        device=options.device,
+        **tokenizer_fields(options),
     )
-    model, tokenizer, special = trained.model, trained.tokenizer, special_ids(trained.tokenizer)
-    print(
-        f"iteration {trained.iteration} of {options.load}, on {model.context.device}",
-        file=sys.stderr,
-    )
-    rows = []
-    for text in options.text:
-        row = [special.cls]
-        # A space before a blank belongs to the word that is masked: byte-level tokens would keep it.
-        parts = text.replace(f" {MASK}", MASK).split(MASK)
-        for number, part in enumerate(tokenizer.encode_batch(parts).split()):
-            row += [special.mask] * (number > 0) + part.tolist()
-        rows.append(torch.tensor([[*row, special.sep]], device=model.context.device))
-        if (length := rows[-1].shape[1]) > model.config.positions:
-            raise DatasetError(
-                f"--text {text[:40]}...: {length} tokens, the model has {model.config.positions} positions"
-            )
-    for text, tokens in zip(options.text, rows, strict=True):
+    special = special_ids(loaded.tokenizer)
+    device = loaded.model.context.device
+    print(f"iteration {loaded.iteration} of {options.load}, on {device}", file=sys.stderr)
+    # All texts are encoded first: one that is too long ends the program before any output.
+    rows = [encode(text, loaded, special) for text in options.text]
+    for text, row in zip(options.text, rows, strict=True):
         print(text)
-        with torch.no_grad():
-            logits = model(None, Microbatch(tokens))[:, 0, : tokenizer.vocab_size]
-        logits[:, list(astuple(special))] = float("-inf")  # no words
-        for place in (tokens[0] == special.mask).nonzero().flatten():
-            shares, ids = (
-                logits[place].double().softmax(dim=-1).topk(min(options.top, tokenizer.vocab_size))
-            )
-            words = (
-                f"{tokenizer.decode([i])} {share:.1%}"
-                for i, share in zip(ids.tolist(), shares.tolist())
-            )
-            print("  " + ", ".join(words))
+        for choices in most_probable(row, loaded, special, options.top):
+            print("  " + ", ".join(f"{token} {share:.1%}" for token, share in choices))
+
+
+def encode(text: str, loaded: "LoadedModel", special: "SpecialIds") -> "torch.Tensor":
+    """Token ids [1, s] of a text with blanks, framed by [CLS] and [SEP].
+
+    Raises DatasetError when the model has fewer positions.
+    """
+    import torch
+
+    from megalite.data.indexed import DatasetError
+
+    # A space before a blank belongs to the word that is masked: byte-level tokens would keep it.
+    between = text.replace(f" {MASK}", MASK).split(MASK)
+    row = [special.cls]
+    for number, ids in enumerate(loaded.tokenizer.encode_batch(between).split()):
+        if number > 0:
+            row.append(special.mask)
+        row += ids.tolist()
+    row.append(special.sep)
+    positions = loaded.model.config.positions
+    if len(row) > positions:
+        raise DatasetError(
+            f"--text {text[:40]}...: {len(row)} tokens, the model has {positions} positions"
+        )
+    return torch.tensor([row], device=loaded.model.context.device)
+
+
+def most_probable(
+    row: "torch.Tensor", loaded: "LoadedModel", special: "SpecialIds", top: int
+) -> list[list[tuple[str, float]]]:
+    """For each [MASK] of a row [1, s] the `top` most probable tokens with their probabilities."""
+    import torch
+
+    from megalite.models.batch import Microbatch
+
+    tokenizer = loaded.tokenizer
+    with torch.no_grad():
+        logits = loaded.model(None, Microbatch(row))[:, 0, : tokenizer.vocab_size]
+    logits[:, list(astuple(special))] = float("-inf")  # [CLS], [SEP], [MASK] are no words
+    found = []
+    for position in (row[0] == special.mask).nonzero().flatten():
+        probabilities = logits[position].double().softmax(dim=-1)
+        shares, ids = probabilities.topk(min(top, tokenizer.vocab_size))
+        tokens = [tokenizer.decode([i]) for i in ids.tolist()]
+        found.append(list(zip(tokens, shares.tolist())))
+    return found
 
 
 def main() -> None:
     """Read the flags, report all problems at once (status 2), fill in."""
     options = tyro.cli(Options, description=__doc__)
-    if problems := options.problems():
-        print("\n".join(f"fill_mask.py: {problem}" for problem in problems), file=sys.stderr)
-        raise SystemExit(2)
+    refuse(options.problems())
+
     from megalite.checkpoint.folder import CheckpointError
     from megalite.data.indexed import DatasetError
     from megalite.data.tokenizers import TokenizerError
     from megalite.parallel.context import DeviceError
 
-    try:
+    with failures_reported(CheckpointError, DatasetError, TokenizerError, DeviceError):
         fill(options)
-    except (CheckpointError, DatasetError, TokenizerError, DeviceError, OSError) as error:
-        print(f"fill_mask.py: {error}", file=sys.stderr)
-        raise SystemExit(1) from None

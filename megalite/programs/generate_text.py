@@ -1,16 +1,20 @@
-"""Sample text from a checkpoint, in one process, whatever the layout that wrote it.
+"""Sample text from a checkpoint of a GPT.
 
-Example: python tools/generate_text.py --load checkpoints --prompt "My fellow citizens" --max-new-tokens 100
+Example: python tools/generate_text.py --load checkpoints --prompt "My fellow citizens"
+--max-new-tokens 100
+
+One process reads a checkpoint of any layout.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from megalite.data.config import TokenizerType
+from megalite.programs.reporting import failures_reported, refuse
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,19 @@ class Options:
     """Its vocabulary (GPT2BPETokenizer, BertWordPiece*)."""
     merge_file: str | None = None
     """Its merges (GPT2BPETokenizer)."""
+    tiktoken_pattern: str | None = None
+    """Its pattern and special tokens (TikTokenizer). Unset: the one in the checkpoint's
+    configuration, or known from the file."""
+    parse_special_tokens: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Take the text of a special token for that token, which is the default if the checkpoint's
+    run did."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU when there is one."""
 
     def problems(self) -> list[str]:
-        """Everything wrong with these values, each with what would work."""
+        """Everything wrong with these values, each with a fix."""
+        # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
+        undecodable = not self.prompt.isprintable() and "\udc80" <= max(self.prompt) <= "\udcff"
         checks = [
             (self.max_new_tokens < 1, f"--max-new-tokens {self.max_new_tokens}: use 1 or more"),
             (
@@ -54,10 +66,7 @@ class Options:
             ),
             (self.top_k < 0, f"--top-k {self.top_k}: use 0 (all) or more"),
             (not 0 < self.top_p <= 1, f"--top-p {self.top_p}: use a share above 0 and up to 1"),
-            (
-                not self.prompt.isprintable() and "\udc80" <= max(self.prompt) <= "\udcff",
-                "--prompt: not UTF-8 text",
-            ),
+            (undecodable, "--prompt: not UTF-8 text"),
             (not Path(self.load).is_dir(), f"--load {self.load}: there is no such folder"),
         ]
         return [text for wrong, text in checks if wrong]
@@ -67,43 +76,40 @@ def sample(options: Options) -> None:
     """Load the model and print the prompt and its continuation as it is drawn."""
     import torch
 
+    from megalite.data.tokenizers import tokenizer_fields
     from megalite.models.generate import generate
     from megalite.training.trained import load_model
 
-    trained = load_model(
+    loaded = load_model(
         options.load,
         "gpt",
-        options.ckpt_step,
-        options.device,
-        tokenizer_type=options.tokenizer_type,
-        tokenizer_model=options.tokenizer_model,
-        vocab_file=options.vocab_file,
-        merge_file=options.merge_file,
+        step=options.ckpt_step,
+        device=options.device,
+        **tokenizer_fields(options),
     )
-    model, tokenizer = trained.model, trained.tokenizer
-    print(
-        f"iteration {trained.iteration} of {options.load}, on {model.context.device}",
-        file=sys.stderr,
-    )
+    tokenizer = loaded.tokenizer
+    device = loaded.model.context.device
+    print(f"iteration {loaded.iteration} of {options.load}, on {device}", file=sys.stderr)
     ids = tokenizer.encode_batch([options.prompt]).ids.tolist() or [tokenizer.eod]
-    prompt = torch.tensor([ids], device=model.context.device)
     shown = tokenizer.decode(ids) if options.prompt else ""
     print(shown, end="", flush=True)
-    made = []
-    for token in generate(
-        model,
-        prompt,
+    drawn = generate(
+        loaded.model,
+        torch.tensor([ids], device=device),
         options.max_new_tokens,
-        options.temperature,
-        options.top_k,
-        options.top_p,
-        options.seed,
-    ):
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    given = ids if options.prompt else []
+    new: list[int] = []
+    for token in drawn:
         if token.item() == tokenizer.eod:
             break
-        made.append(token.item())
-        # Decoding all again is what gives the right spaces, and whole characters from their bytes.
-        text = tokenizer.decode(ids + made) if options.prompt else tokenizer.decode(made)
+        new.append(token.item())
+        # All tokens are decoded again, for right spaces and characters of several tokens.
+        text = tokenizer.decode(given + new)
         if not text.endswith("\ufffd"):
             print(text[len(shown) :], end="", flush=True)
             shown = text
@@ -113,15 +119,11 @@ def sample(options: Options) -> None:
 def main() -> None:
     """Read the flags, report all problems at once (status 2), sample."""
     options = tyro.cli(Options, description=__doc__)
-    if problems := options.problems():
-        print("\n".join(f"generate_text.py: {problem}" for problem in problems), file=sys.stderr)
-        raise SystemExit(2)
+    refuse(options.problems())
+
     from megalite.checkpoint.folder import CheckpointError
     from megalite.data.tokenizers import TokenizerError
     from megalite.parallel.context import DeviceError
 
-    try:
+    with failures_reported(CheckpointError, TokenizerError, DeviceError):
         sample(options)
-    except (CheckpointError, TokenizerError, DeviceError, OSError) as error:
-        print(f"generate_text.py: {error}", file=sys.stderr)
-        raise SystemExit(1) from None

@@ -1,10 +1,11 @@
-"""Look into an indexed dataset: sizes, lengths, documents.
+"""Show and check an indexed dataset: sizes, lengths, documents.
 
     python tools/inspect_dataset.py data/corpus_text_document --documents 2 \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model
 
-shows the text of its first documents, --random that of some others. --verify reads both files from end to end and tells
-every entry of the index that cannot be, and ids that are not below the vocabulary of the .json.
+shows the text of its first documents, with --random that of others. --verify reads both files from
+end to end and reports every invalid entry of the index, and ids that are not below the vocabulary
+size of the .json.
 """
 
 import random
@@ -18,11 +19,13 @@ import tyro
 
 from megalite.data.config import TokenizerType
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
-from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer
+from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer, tokenizer_fields
 from megalite.preprocess.indexed_verify import verify
+from megalite.programs.reporting import describe, failures_reported, print_errors, refuse
 
 SAMPLED = 1 << 20
-"""Sequences whose lengths are looked at: all of them, or evenly spaced ones."""
+"""Sequences whose lengths are read: all of them, or evenly spaced ones."""
+ANSWERS = {None: "not recorded", True: "yes", False: "no"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class InspectConfig:
     """Vocabulary of the tokenizer."""
     merge_file: str | None = None
     """Merges of the tokenizer."""
+    tiktoken_pattern: str | None = None
+    """Pattern and special tokens of a TikTokenizer. Unset: known from the file."""
     vocab_size: int | None = None
     """Ids of NullTokenizer."""
 
@@ -57,51 +62,60 @@ def tokenizer_of(config: InspectConfig) -> Tokenizer | None:
         if config.tokenizer_model or config.vocab_file or config.merge_file or config.vocab_size:
             raise TokenizerError("files of a tokenizer are given, but no --tokenizer-type")
         return None
-    return build_tokenizer(
-        config.tokenizer_type,
-        config.tokenizer_model,
-        config.vocab_file,
-        config.merge_file,
-        config.vocab_size,
-    )
+    return build_tokenizer(**tokenizer_fields(config), vocab_size=config.vocab_size)
 
 
-def sizes(dataset: IndexedDataset, info: DatasetInfo | None) -> dict[str, str]:
-    """What to tell of a dataset, by name."""
-    count = len(dataset)
-    places = (
-        np.arange(count) if count <= SAMPLED else np.arange(SAMPLED) * (count - 1) // (SAMPLED - 1)
-    )
-    lengths = dataset.lengths[places]
-    told = {
+def sizes(dataset: IndexedDataset) -> dict[str, str]:
+    """The sizes of a dataset, by name."""
+    shown = {
         "documents": f"{dataset.num_documents:,}",
-        "sequences": f"{count:,}",
+        "sequences": f"{len(dataset):,}",
         "tokens": f"{dataset.num_tokens:,}",
         "stored as": f"{dataset.dtype.name}, {dataset.bin_path.stat().st_size:,} bytes",
-        "contiguous": "yes" if dataset.contiguous else "no: sequences share bytes, or leave gaps",
+        "contiguous": "yes",
     }
-    if count:
-        of = "" if count <= SAMPLED else f" (of {SAMPLED:,} evenly spaced ones)"
-        low, middle, high = int(lengths.min()), float(np.median(lengths)), int(lengths.max())
-        told["tokens in a sequence"] = (
-            f"{low:,} to {high:,}, median {middle:g}, mean {lengths.mean():.1f}{of}"
-        )
-    if info is None:
-        told["made by"] = "not known: there is no .json beside it"
+    if not dataset.contiguous:
+        shown["contiguous"] = "no: sequences share bytes, or leave gaps"
+    if len(dataset):
+        shown["tokens in a sequence"] = lengths(dataset)
+    return shown
+
+
+def lengths(dataset: IndexedDataset) -> str:
+    """Minimum, maximum, median and mean of the lengths of sequences; for many, of an evenly spaced
+    sample."""
+    count = len(dataset)
+    if count <= SAMPLED:
+        sample = dataset.lengths[np.arange(count)]
+        note = ""
     else:
-        end = "none" if info.eod is None else info.eod
-        told["made by"] = f"{info.tokenizer_type}, {info.vocab_size:,} ids, end of document {end}"
-        told["tokenizer's sha256"] = info.tokenizer_sha256
-        for name, value in (
-            ("split into sentences", info.sentences),
-            ("documents end with it", info.append_eod),
-        ):
-            told[name] = {None: "not told", True: "yes", False: "no"}[value]
-    return told
+        sample = dataset.lengths[np.arange(SAMPLED) * (count - 1) // (SAMPLED - 1)]
+        note = f" (of {SAMPLED:,} evenly spaced ones)"
+    return (
+        f"{int(sample.min()):,} to {int(sample.max()):,}, median {float(np.median(sample)):g}, "
+        f"mean {sample.mean():.1f}{note}"
+    )
+
+
+def origin(info: DatasetInfo | None) -> dict[str, str]:
+    """How a dataset was made, by name, as its .json says."""
+    if info is None:
+        return {"made by": "unknown: there is no .json file beside it"}
+    end = "none" if info.eod is None else info.eod
+    return {
+        "made by": f"{info.tokenizer_type}, {info.vocab_size:,} ids, end of document {end}",
+        "tokenizer's sha256": info.tokenizer_sha256,
+        "split into sentences": ANSWERS[info.sentences],
+        "documents end with it": ANSWERS[info.append_eod],
+        "special tokens in texts parsed": ANSWERS[info.parse_special_tokens],
+    }
 
 
 def show(config: InspectConfig, dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
-    """Print what is asked for."""
+    """Print a table of sizes, then the documents.
+
+    Raises DatasetError when the tokenizer is not the one that made the dataset.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -109,36 +123,52 @@ def show(config: InspectConfig, dataset: IndexedDataset, tokenizer: Tokenizer | 
     info = DatasetInfo.read(dataset.prefix)
     if tokenizer is not None and info is not None and info.tokenizer_sha256 != tokenizer.sha256:
         raise DatasetError(
-            f"{dataset.prefix} was made with another tokenizer, a {info.tokenizer_type} of {info.vocab_size:,} ids. "
-            "Name that one to see its text, or none to see ids"
+            f"{dataset.prefix} was made with another tokenizer, a {info.tokenizer_type} of "
+            f"{info.vocab_size:,} ids. Name that one to see its text, or none to see ids"
         )
     table = Table(title=escape(dataset.prefix), show_header=False)
-    for name, value in sizes(dataset, info).items():
+    for name, value in (sizes(dataset) | origin(info)).items():
         table.add_row(name, escape(value))
     console = Console(soft_wrap=True)
     console.print(table)
-    every = range(dataset.num_documents)
-    count = min(config.documents, len(every))
-    for number in sorted(random.sample(every, count)) if config.random else every[:count]:
-        stream = dataset.tokens(number, number + 1)
-        ids = [int(i) for i in stream.read(0, min(config.tokens, len(stream)))]
-        if tokenizer is not None and (
-            foreign := [i for i in ids if not 0 <= i < tokenizer.vocab_size]
-        ):
+    for number in chosen_documents(config, dataset.num_documents):
+        text = shown_document(dataset, number, config.tokens, tokenizer)
+        console.print(text, markup=False, highlight=False)
+
+
+def chosen_documents(config: InspectConfig, available: int) -> list[int]:
+    """Numbers of the documents to show, in ascending order."""
+    count = min(config.documents, available)
+    if config.random:
+        return sorted(random.sample(range(available), count))
+    return list(range(count))
+
+
+def shown_document(
+    dataset: IndexedDataset, number: int, tokens: int, tokenizer: Tokenizer | None
+) -> str:
+    """The beginning of a document, as text or, without a tokenizer, as ids.
+
+    Raises DatasetError for an id that the tokenizer does not have.
+    """
+    stream = dataset.tokens(number, number + 1)
+    ids = [int(i) for i in stream.read(0, min(tokens, len(stream)))]
+    if tokenizer is None:
+        text = " ".join(map(str, ids))
+    else:
+        foreign = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
+        if foreign:
             raise DatasetError(
-                f"document {number}: id {foreign[0]}, but the tokenizer has {tokenizer.vocab_size} ids"
+                f"document {number}: id {foreign[0]}, "
+                f"but the tokenizer has {tokenizer.vocab_size} ids"
             )
-        text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
-        more = " ..." if len(stream) > len(ids) else ""
-        console.print(
-            f"document {number}, {len(stream):,} tokens: {text}{more}",
-            markup=False,
-            highlight=False,
-        )
+        text = tokenizer.decode(ids)
+    more = " ..." if len(stream) > len(ids) else ""
+    return f"document {number}, {len(stream):,} tokens: {text}{more}"
 
 
 def checked(dataset: IndexedDataset) -> list[str]:
-    """The problems of a full check; its progress on a terminal's stderr."""
+    """The problems that a full check finds; its progress is shown on a terminal's stderr."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -151,23 +181,19 @@ def main() -> int:
     """Exit status 0, 1 when the dataset is damaged, 2 when the arguments are at fault."""
     config = tyro.cli(InspectConfig, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     if min(config.documents, config.tokens) < 0:
-        print("error: --documents and --tokens: give numbers of at least 0", file=sys.stderr)
-        return 2
+        refuse(["--documents and --tokens: give numbers of at least 0"])
     try:
         tokenizer = tokenizer_of(config)
     except (TokenizerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
+        refuse([describe(error)])
+    with failures_reported(DatasetError):
         dataset = IndexedDataset(re.sub(r"\.(bin|idx|json)$", "", config.prefix))
         show(config, dataset, tokenizer)
         problems = checked(dataset) if config.verify else []
-    except (DatasetError, OSError) as error:
-        problems = [str(error)]
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+    print_errors(problems)
     if config.verify and not problems:
         print(
-            f"verified: all {len(dataset):,} sequences and {dataset.num_documents:,} documents are sound"
+            f"verified: all {len(dataset):,} sequences and {dataset.num_documents:,} documents "
+            "are sound"
         )
     return 1 if problems else 0

@@ -1,10 +1,13 @@
-"""The command `megalite`: `megalite PROGRAM ...` runs a program with the arguments that follow its name."""
+"""The command `megalite`: `megalite PROGRAM ...` runs a program with the arguments that follow its
+name."""
 
 import ast
-import os
+import importlib
+import re
 import sys
+from pathlib import Path
 
-from megalite.programs.start import start
+from megalite import __version__
 
 PROGRAMS = {
     "pretrain-gpt": "pretrain_gpt",
@@ -21,38 +24,58 @@ PROGRAMS = {
     "plot-metrics": "plot_metrics",
     "submit": "submit",
 }
-"""Name of each program: its module in this folder, and in a checkout its script in tools/ or the root."""
+"""Module of each program in this folder; a checkout has a script of the same name in tools/, or in
+its root."""
 
 
-def main() -> int:
-    """Run the program that the command line names, or list the programs (status 2 for an unknown name)."""
+def main() -> int | None:
+    """Run the program that the command line names, or list the programs. Status 2 for an unknown
+    name."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in PROGRAMS:
         sys.argv[:2] = [f"megalite {name}"]
-        start(PROGRAMS[name])
+        program = importlib.import_module(f"megalite.programs.{PROGRAMS[name]}")
+        program.__doc__ = with_commands(program.__doc__)
+        return program.main()
     if name in ("-h", "--help"):
         print(overview())
         return 0
     if name == "--version":
-        from megalite import __version__
-
         print(__version__)
         return 0
-    print(f"megalite: no program is called {name!r}\n\n{overview()}", file=sys.stderr)
+    print(f"error: no program is called {name!r}\n\n{overview()}", file=sys.stderr)
     return 2
 
 
 def overview() -> str:
-    """The usage and a line about each program."""
+    """The usage, and one line about each program."""
     width = max(map(len, PROGRAMS))
-    lines = ["usage: megalite PROGRAM [flags of the program; --help lists them]", ""]
+    lines = [
+        "usage: megalite PROGRAM ...",
+        "",
+        "megalite PROGRAM --help lists the flags of a program:",
+    ]
     for name, module in PROGRAMS.items():
         lines.append(f"  {name:{width}}  {summary(module)}")
     return "\n".join(lines)
 
 
 def summary(module: str) -> str:
-    """The first line of a program's docstring, read without loading the program."""
-    path = os.path.join(os.path.dirname(__file__), f"{module}.py")
-    with open(path, encoding="utf-8") as file:
-        return ast.get_docstring(ast.parse(file.read())).splitlines()[0]
+    """The first line of a program's docstring, read from its source: loading the program would take
+    longer."""
+    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)).splitlines()[0]
+
+
+def with_commands(text: str) -> str:
+    """A help text with commands of `megalite` in place of the scripts of a checkout."""
+    commands = {module: f"megalite {name}" for name, module in PROGRAMS.items()}
+
+    def command(found: re.Match) -> str:
+        if found["script"] not in commands:
+            return found[0]
+        launcher = found["torchrun"]
+        return (f"{launcher}-m " if launcher else "") + commands[found["script"]]
+
+    script = r"(?P<torchrun>--nproc-per-node \d+ )?(python )?(tools/)?(?P<script>\w+)\.py"
+    return re.sub(script, command, text)

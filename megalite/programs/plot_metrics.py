@@ -1,23 +1,25 @@
-"""Draw the loss curves of metrics files (--metrics-file of pretrain_gpt.py) into a picture.
+"""Plot the loss curves of metrics files (--metrics-file of pretrain_gpt.py).
 
     python tools/plot_metrics.py runs/quickstart/metrics.jsonl --resumed-at 250 --output loss.png
     python tools/plot_metrics.py a.jsonl b.jsonl --output both.png
 
-Thin line: training loss of each iteration. Dots: validation loss. Several files are several runs, compared.
+Thin line: training loss of each iteration. Dots: validation loss. Several files are several runs,
+compared.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from megalite.programs.reporting import fail, failures_reported, refuse
+
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """What to draw, and where to."""
+    """What to plot, and where to."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Metrics files, one for each run."""
@@ -38,21 +40,22 @@ class Curves:
 
 
 class MetricsError(ValueError):
-    """A metrics file that cannot be drawn: names the file, the line and the reason."""
+    """A metrics file that cannot be plotted: names the file, the line and the reason."""
 
 
 def read_curves(path: Path) -> Curves:
-    """Read a metrics file. Where a resumed run repeats iterations of a killed one, the later line counts.
+    """Read a metrics file. Where a resumed run repeats iterations of a killed one, the later line
+    counts.
 
-    A last line without its end, which a killed run may leave, is passed over. Raises MetricsError.
+    An incomplete last line, which a killed run may leave, is ignored. Raises MetricsError.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise MetricsError(
-            f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
-        ) from None
-    training, validation = {}, {}
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise MetricsError(f"{path}: {reason}") from None
+    training = {}
+    validation = {}
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             values = json.loads(line)
@@ -70,58 +73,41 @@ def read_curves(path: Path) -> Curves:
 
 
 def draw(config: PlotConfig, runs: list[Curves]) -> None:
-    """Write the picture."""
+    """Write the picture. Raises ValueError for a suffix that matplotlib does not know."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    training_style = dict(alpha=0.5, linewidth=1)
+    validation_style = dict(marker="o", markersize=4, markeredgecolor="black")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for number, (path, run) in enumerate(zip(config.files, runs, strict=True)):
-        color, of = f"C{number}", f" ({path})" if len(runs) > 1 else ""
+        color = f"C{number}"
+        of = f" ({path})" if len(runs) > 1 else ""
         if run.training:
-            axes.plot(
-                *zip(*run.training, strict=True),
-                color=color,
-                alpha=0.5,
-                linewidth=1,
-                label=f"training{of}",
-            )
+            iterations, losses = zip(*run.training)
+            axes.plot(iterations, losses, color=color, label=f"training{of}", **training_style)
         if run.validation:
-            axes.plot(
-                *zip(*run.validation, strict=True),
-                "o-",
-                color=color,
-                markersize=4,
-                markeredgecolor="black",
-                label=f"validation{of}",
-            )
+            iterations, losses = zip(*run.validation)
+            axes.plot(iterations, losses, color=color, label=f"validation{of}", **validation_style)
     for iteration in config.resumed_at:
-        axes.axvline(
-            iteration, color="gray", linestyle="--", linewidth=1, label=f"resumed at {iteration}"
-        )
+        label = f"resumed at {iteration}"
+        axes.axvline(iteration, color="gray", linestyle="--", linewidth=1, label=label)
     axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=config.title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(config.output, dpi=120)
 
 
-def main() -> int:
+def main() -> None:
     """Exit status 0, 1 when a file is at fault, 2 when the arguments are."""
     config = tyro.cli(PlotConfig, description=__doc__)
     if not config.files:
-        print("error: give at least one metrics file", file=sys.stderr)
-        return 2
-    try:
-        draw(config, [read_curves(path) for path in config.files])
-    except ImportError:
-        print("error: drawing needs matplotlib: pip install 'megalite[plot]'", file=sys.stderr)
-        return 1
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # ValueError: also an ending that matplotlib does not know
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        refuse(["give at least one metrics file"])
+    with failures_reported(ValueError):
+        try:
+            draw(config, [read_curves(path) for path in config.files])
+        except ImportError:
+            fail("plotting needs matplotlib: pip install 'megalite[plot]'")
     print(config.output)
-    return 0

@@ -1,11 +1,12 @@
 """Turn text into an indexed dataset to train on.
 
     python tools/preprocess_data.py --input a.jsonl b.jsonl --output-prefix data/corpus \\
-        --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model --append-eod --workers 4
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model \\
+        --append-eod --workers 4
 
-writes data/corpus_text_document.bin, .idx and .json; `--data-path data/corpus_text_document` trains on them. When it is
-interrupted, the same command goes on from where it was. On a SLURM array, each task takes `--shard $ID/$COUNT`, and
-tools/merge_datasets.py puts the parts together.
+writes data/corpus_text_document.bin, .idx and .json; `--data-path data/corpus_text_document` trains
+on them. After an interruption, the same command resumes where it stopped. In a SLURM array, each
+task takes `--shard $ID/$COUNT`, and tools/merge_datasets.py merges the shards.
 """
 
 import sys
@@ -20,29 +21,21 @@ from megalite.preprocess.inputs import left_out
 from megalite.preprocess.journal import FolderError
 from megalite.preprocess.progress import Progress, show_progress
 from megalite.preprocess.run import preprocess
+from megalite.programs.reporting import describe, fail, print_errors, refuse
 
 SHOWN = 5
-"""Files to name that are not read."""
-GO_ON = "The same command goes on from there, also with other --workers or --max-bad-lines; delete it to start anew"
+"""Ignored files to name."""
+RESUME = (
+    "The same command resumes from there, also with other --workers or --max-bad-lines; "
+    "delete it to start from scratch"
+)
 
 
-def main() -> int:
+def main() -> None:
     """Exit status 0, 1 when the data is at fault, 2 when the arguments are."""
     config = tyro.cli(PreprocessConfig, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    problems = find_problems(config)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        return 2
-    if passed := left_out(config.input):
-        more = f" and {len(passed) - SHOWN} more" if len(passed) > SHOWN else ""
-        print(f"not read, of no known kind: {', '.join(passed[:SHOWN])}{more}", file=sys.stderr)
-    tokenizer = config.tokenizer
-    why = f" ({tokenizer.why})" if tokenizer.why else ""
-    print(
-        f"{config.tokenizer_type}, {tokenizer.vocab_size:,} ids, {tokenizer.backend} backend{why}",
-        file=sys.stderr,
-    )
+    refuse(find_problems(config))
+    print_plan(config)
     last = Progress(0)
 
     def remember(progress: Progress) -> None:
@@ -53,14 +46,15 @@ def main() -> int:
     try:
         with show_progress() as show:
             infos = preprocess(config, remember)
+    except BrokenPipeError:
+        raise
     except FolderError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        fail(str(error))
     except (DatasetError, TokenizerError, OSError, KeyboardInterrupt) as error:
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        print_errors(describe(error).splitlines())
         if config.folder.exists():
-            print(f"{config.folder} keeps what is done. {GO_ON}", file=sys.stderr)
-        return 1
+            print(f"{config.folder} keeps what is done. {RESUME}", file=sys.stderr)
+        raise SystemExit(1) from None
     for key, info in zip(config.json_keys, infos, strict=True):
         print(
             f"{config.prefix(key)}.bin, .idx: {info.documents:,} documents, {info.tokens:,} tokens"
@@ -70,4 +64,18 @@ def main() -> int:
         print(f"{bad_lines.read_bytes().count(10):,} bad lines were left out: see {bad_lines}")
     if last.bytes_now:  # otherwise an earlier run had read it all
         print(last.where())
-    return 0
+
+
+def print_plan(config: PreprocessConfig) -> None:
+    """Print to stderr which files are ignored and which tokenizer is used."""
+    ignored = left_out(config.input)
+    if ignored:
+        more = f" and {len(ignored) - SHOWN} more" if len(ignored) > SHOWN else ""
+        names = ", ".join(ignored[:SHOWN])
+        print(f"ignored, not a known kind of file: {names}{more}", file=sys.stderr)
+    tokenizer = config.tokenizer
+    why = f" ({tokenizer.why})" if tokenizer.why else ""
+    print(
+        f"{config.tokenizer_type}, {tokenizer.vocab_size:,} ids, {tokenizer.backend} backend{why}",
+        file=sys.stderr,
+    )

@@ -1,7 +1,7 @@
 """Starts a program: the first thing that every command, tool and script imports.
 
-An older Python must be able to read this file, megalite/__init__.py and the scripts that import it, in order to say
-which Python is needed: no syntax newer than that of Python 2.7.
+An older Python must be able to read this file, megalite/__init__.py and the scripts that import it,
+in order to say which Python is needed: no syntax newer than that of Python 2.7.
 """
 
 import importlib
@@ -20,9 +20,9 @@ if sys.version_info < OLDEST_PYTHON:
 def start(name="main"):
     """Run the `main()` of megalite.programs.NAME and exit with the status that it returns.
 
-    Without a name, run the command `megalite`. Characters that the encoding of stdout or stderr lacks are written as
-    escapes. When the reader of the output has ended, as `head` does, the program ends with status 1 and without a
-    traceback.
+    Without a name, run the command `megalite`. Characters that the encoding of stdout or stderr
+    lacks are written as escapes. When the reader of the output has ended, as `head` does, the
+    program ends with status 1 and without a traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

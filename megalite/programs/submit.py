@@ -1,10 +1,11 @@
-"""Submit a training to SLURM: check the configuration for the nodes asked for, keep it and the code, then sbatch.
+"""Submit a training to SLURM: check its configuration, copy configuration and code, call sbatch.
 
-    python tools/submit.py --config examples/slurm/recipes/gpt-7b.yaml --nodes 4 --run-dir /shared/runs/7b \\
-        --cluster my-cluster.yaml --lr 2e-4
+    python tools/submit.py --config examples/slurm/recipes/gpt-7b.yaml --nodes 4 \\
+        --run-dir /shared/runs/7b --cluster my-cluster.yaml --lr 2e-4
 
-Flags that are not listed here are those of pretrain_gpt.py (or pretrain_bert.py) and win over the recipe, the file of
---config. The same command, with fewer or more nodes if need be, goes on from the run's last checkpoint.
+Flags that are not listed here are those of pretrain_gpt.py (or pretrain_bert.py) and override the
+recipe, the file of --config. The same command, with fewer or more nodes if need be, resumes from
+the run's last checkpoint.
 """
 
 import math
@@ -23,6 +24,7 @@ import tyro
 from megalite.config import cli, validate
 from megalite.config.run import (
     ConfigError,
+    Option,
     Problem,
     RunConfig,
     example,
@@ -30,6 +32,7 @@ from megalite.config.run import (
     to_yaml,
     with_values,
 )
+from megalite.programs.reporting import failures_reported
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SCRIPT = """from megalite.programs.start import start
@@ -37,12 +40,14 @@ SCRIPT = """from megalite.programs.start import start
 if __name__ == "__main__":
     start("{name}")
 """
-"""The program of a snapshot, which stands beside its copy of the package."""
+"""The program in a copy of the code: a script beside the package."""
 WORD = r"[A-Za-z0-9_.,:=@%+*/\[\]-]+"
-"""What an option of sbatch may consist of: nothing that a shell or a line of #SBATCH takes for more than a word."""
-SET_HERE = """array chdir cpus-per-task error export export-file gpus-per-node help job-name nodes no-requeue ntasks
-open-mode output requeue signal tasks-per-node test-only time usage version wrap""".split()
-"""Options of sbatch that the script sets, under any of their names, or that would make another job of it."""
+"""Characters allowed in an option of sbatch: nothing that a shell or a line of #SBATCH would split
+or expand."""
+SET_HERE = """array chdir cpus-per-task error export export-file gpus-per-node help job-name nodes
+no-requeue ntasks open-mode output requeue signal tasks-per-node test-only time usage version
+wrap""".split()
+"""Options of sbatch that the job script sets, under any of their names, or that would break it."""
 LONGEST_WARNING = 65535
 """Seconds before the time limit at which sbatch can ask for a signal, at most."""
 TORCHRUN = 'exec {python} -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"'
@@ -53,8 +58,8 @@ class JobConfig:
     """Where a training runs, and for how long."""
 
     run_dir: str
-    """Folder of the run, on a disk that all nodes share: checkpoints, metrics, logs, and a copy of code and
-    configuration for each submission."""
+    """Folder of the run, on a disk that all nodes share. It holds checkpoints, metrics, logs, and a
+    copy of code and configuration for each submission."""
     nodes: int
     """Nodes of the job."""
     gpus_per_node: int = 8
@@ -66,7 +71,7 @@ class JobConfig:
     time: str = "24:00:00"
     """Time limit, as SLURM writes it."""
     save_before_end: int = 300
-    """Seconds before the time limit at which the run is told to save; the job then requeues itself."""
+    """Seconds before the time limit at which the run saves; the job then requeues itself."""
     name: str = "pretrain"
     """Name of the job."""
     partition: str | None = None
@@ -82,13 +87,14 @@ class JobConfig:
     python: str = sys.executable
     """Interpreter on the nodes."""
     cluster: str | None = None
-    """YAML file of flags listed here, for what is the same in all your jobs: partition, account, gpus_per_node..."""
+    """YAML file of flags listed here, for those that all your jobs share: partition, account,
+    gpus_per_node..."""
     dry_run: bool = False
     """Print the script; write and submit nothing."""
 
     @property
     def ranks(self) -> int:
-        """On each node."""
+        """Ranks on each node."""
         return self.gpus_per_node if self.ranks_per_node is None else self.ranks_per_node
 
     @property
@@ -97,8 +103,8 @@ class JobConfig:
         return Path(self.run_dir).absolute()
 
     @property
-    def places(self) -> dict[str, str]:
-        """Where the training reads and writes, by flag."""
+    def paths(self) -> dict[str, str]:
+        """Paths that the training reads and writes, by configuration field."""
         checkpoints = str(self.run / "checkpoints")
         return {
             "save": checkpoints,
@@ -108,21 +114,22 @@ class JobConfig:
 
 
 class SubmitError(RuntimeError):
-    """sbatch, or the disk, refused; the message says why."""
+    """sbatch refused the job; the message says why."""
 
 
 def sbatch_options(job: JobConfig) -> list[str]:
-    """The options of sbatch."""
-    return [
-        *(f"--{key}={value}" for key, value in _own_options(job).items()),
-        "--requeue",
-        *_further_options(job),
-    ]
+    """All options of sbatch: those of the job's fields, then the user's."""
+    own = [f"--{key}={value}" for key, value in _own_options(job).items()]
+    return [*own, "--requeue", *_further_options(job)]
 
 
 def _own_options(job: JobConfig) -> dict[str, Any]:
-    tasks, ranks_per_task = (job.ranks, 1) if job.launcher == "srun" else (1, job.ranks)
-    cpus = job.cpus_per_rank and job.cpus_per_rank * ranks_per_task
+    if job.launcher == "srun":
+        tasks = job.ranks
+        cpus = job.cpus_per_rank
+    else:
+        tasks = 1
+        cpus = job.cpus_per_rank and job.cpus_per_rank * job.ranks
     wanted = {
         "job-name": job.name,
         "nodes": job.nodes,
@@ -143,126 +150,143 @@ def _further_options(job: JobConfig) -> list[str]:
 
 
 def problems_of(job: JobConfig) -> list[Problem]:
-    """What is wrong with the job itself."""
-    numbers = {"--ranks-per-node": job.ranks} | {
-        f"--{name.replace('_', '-')}": getattr(job, name)
-        for name in ("nodes", "save_before_end", "cpus_per_rank")
-    }
-    problems = [
-        Problem(f"{flag} {value} must be at least 1", f"{flag} 1")
-        for flag, value in numbers.items()
-        if value is not None and value < 1
+    """All problems of the job itself."""
+    return [
+        *_problems_of_numbers(job),
+        *_problems_of_time(job),
+        *_problems_of_options(job),
+        *_problems_of_folder(job),
     ]
+
+
+def _problems_of_numbers(job: JobConfig) -> list[Problem]:
+    problems = []
+    numbers = {
+        "--ranks-per-node": job.ranks,
+        "--nodes": job.nodes,
+        "--save-before-end": job.save_before_end,
+        "--cpus-per-rank": job.cpus_per_rank,
+    }
+    for flag, value in numbers.items():
+        if value is not None and value < 1:
+            problems.append(Problem(f"{flag} {value} must be at least 1", f"{flag} 1"))
     if job.gpus_per_node < 0:
-        problems.append(
-            Problem(f"--gpus-per-node {job.gpus_per_node} must be at least 0", "--gpus-per-node 0")
-        )
-    if job.save_before_end > LONGEST_WARNING:
-        message = (
-            f"--save-before-end {job.save_before_end} is more than SLURM takes, {LONGEST_WARNING}"
-        )
-        problems.append(Problem(message, f"--save-before-end {LONGEST_WARNING}"))
-    limit = seconds(job.time)
-    if limit is None:
-        problems.append(
-            Problem(f"--time {job.time!r} is no time limit", "hours:minutes:seconds, or days-hours")
-        )
-    elif job.save_before_end >= limit:
-        message = f"--save-before-end {job.save_before_end} is not less than the {limit} seconds of --time {job.time}"
-        problems.append(Problem(message, "a longer --time, or a smaller --save-before-end"))
-    for key, value in _own_options(job).items():
-        if not re.fullmatch(WORD, str(value)):
-            problems.append(
-                Problem(
-                    f"{f'--{key}={value}'!r} is no option for sbatch", "one word, without spaces"
-                )
-            )
-    for option in _further_options(job):
-        name = option.partition("=")[0].removeprefix("--")
-        if not re.fullmatch(f"--{WORD}", option):
-            problems.append(
-                Problem(f"--options: {option!r} is none here", "--NAME=VALUE, or --NAME")
-            )
-        # sbatch takes any unambiguous beginning of an option for the whole.
-        elif name.startswith("ntasks") or any(
-            taken.startswith(name) for taken in (*SET_HERE, *_own_options(job))
-        ):
-            problems.append(
-                Problem(
-                    f"--options: {option} would undo what is set here",
-                    "leave it out, or see --help",
-                )
-            )
-    # An empty one, of a variable that is not set, would be the folder where one stands.
-    if not job.run_dir or "\n" in job.run_dir or "%" in job.run_dir:
-        message = f"--run-dir {job.run_dir!r} cannot be a folder for SLURM's logs"
-        problems.append(Problem(message, "a name without % and line breaks"))
+        message = f"--gpus-per-node {job.gpus_per_node} must be at least 0"
+        problems.append(Problem(message, "--gpus-per-node 0"))
     return problems
 
 
+def _problems_of_time(job: JobConfig) -> list[Problem]:
+    problems = []
+    warning = f"--save-before-end {job.save_before_end}"
+    if job.save_before_end > LONGEST_WARNING:
+        message = f"{warning} is more than SLURM takes, {LONGEST_WARNING}"
+        problems.append(Problem(message, f"--save-before-end {LONGEST_WARNING}"))
+    limit = seconds(job.time)
+    if limit is None:
+        fix = "hours:minutes:seconds, or days-hours"
+        problems.append(Problem(f"--time {job.time!r} is no time limit", fix))
+    elif job.save_before_end >= limit:
+        message = f"{warning} is not less than the {limit} seconds of --time {job.time}"
+        problems.append(Problem(message, "a longer --time, or a smaller --save-before-end"))
+    return problems
+
+
+def _problems_of_options(job: JobConfig) -> list[Problem]:
+    problems = []
+    own = _own_options(job)
+    for key, value in own.items():
+        if not re.fullmatch(WORD, str(value)):
+            message = f"{f'--{key}={value}'!r} is no option for sbatch"
+            problems.append(Problem(message, "one word, without spaces"))
+    for option in _further_options(job):
+        name = option.partition("=")[0].removeprefix("--")
+        # sbatch accepts any unambiguous prefix of an option's name.
+        taken = any(other.startswith(name) for other in (*SET_HERE, *own))
+        if not re.fullmatch(f"--{WORD}", option):
+            message = f"--options: {option!r} is not accepted here"
+            problems.append(Problem(message, "--NAME=VALUE, or --NAME"))
+        elif taken or name.startswith("ntasks"):
+            message = f"--options: {option} would override what is set here"
+            problems.append(Problem(message, "leave it out, or see --help"))
+    return problems
+
+
+def _problems_of_folder(job: JobConfig) -> list[Problem]:
+    # An empty name, of a variable that is not set, would be the current folder.
+    if job.run_dir and "\n" not in job.run_dir and "%" not in job.run_dir:
+        return []
+    message = f"--run-dir {job.run_dir!r} cannot be a folder for SLURM's logs"
+    return [Problem(message, "a name without % and line breaks")]
+
+
 def seconds(limit: str) -> float | None:
-    """A time limit as SLURM writes it; None: it is none."""
+    """The seconds of a time limit in SLURM's notation; None if it is not one."""
     if limit.lower() in ("unlimited", "infinite"):
         return math.inf
     days, dash, clock = limit.rpartition("-")
-    parts = clock.split(":")
-    if len(parts) > 3 or not all(part.isdecimal() for part in ([days, *parts] if dash else parts)):
+    fields = clock.split(":")
+    numbers = [days, *fields] if dash else fields
+    if len(fields) > 3 or not all(number.isdecimal() for number in numbers):
         return None
-    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
-    return int(days or 0) * 86400 + sum(int(part) * unit for part, unit in zip(parts, units))
+    # With days, the first field is hours; of one or two fields without days, it is minutes.
+    units = (3600, 60, 1) if dash or len(fields) == 3 else (60, 1)
+    total = int(days or 0) * 86400
+    for field, unit in zip(fields, units):
+        total += int(field) * unit
+    return total
 
 
 def script(job: JobConfig, snapshot: Path) -> str:
     """The text of the sbatch file. Every path and argument in it is quoted."""
     code = snapshot / "code"
-    supervise, program, config, save = (
-        shlex.quote(str(path))
-        for path in (
-            code / "megalite/programs/supervise.sh",
-            code / job.program,
-            snapshot / "config.yaml",
-            job.places["save"],
-        )
-    )
-    places = " ".join(
-        f"--{key.replace('_', '-')} {shlex.quote(value)}" for key, value in job.places.items()
-    )
-    python, step = shlex.quote(job.python), f"supervise {save} srun --kill-on-bad-exit=1"
-    if job.launcher == "srun":
-        launch = [f"{step} {python} \\"]
-    else:
-        launch = [
-            'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
-            "port=$((10000 + (SLURM_JOB_ID * 31 + ${SLURM_RESTART_COUNT:-0}) % 20000))",
-            "# shellcheck disable=SC2016  # each node's own shell puts its SLURM_NODEID in",
-            f"{step} bash -c {shlex.quote(TORCHRUN.format(python=python))} torchrun \\",
-            f'    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.ranks} \\',
-            """    --master-addr="${hosts%%$'\\n'*}" --master-port="$port" \\""",
-            "    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \\",
-            f"    --shutdown-timeout={job.save_before_end} \\",
-        ]
+    supervise = shlex.quote(str(code / "megalite/programs/supervise.sh"))
+    program = shlex.quote(str(code / job.program))
+    config = shlex.quote(str(snapshot / "config.yaml"))
+    paths = []
+    for key, path in job.paths.items():
+        paths += [f"--{key.replace('_', '-')}", shlex.quote(path)]
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in sbatch_options(job)),
-        # Relative paths of the configuration were checked here, wherever the script is submitted again.
+        # Relative paths of the configuration were checked from this folder.
         f"cd {shlex.quote(os.getcwd())} || exit",
         f"source {supervise}",
-        *launch,
+        *_launch_lines(job),
         f"    {program} --config {config} \\",
-        f"    {places}",
+        f"    {' '.join(paths)}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def snapshot_folder(job: JobConfig) -> Path:
-    """Where this submission keeps its code and configuration: the next free number."""
-    numbers = [
-        re.fullmatch(r"submitted-([0-9]+)", path.name) for path in job.run.glob("submitted-*")
+def _launch_lines(job: JobConfig) -> list[str]:
+    """The lines of the script that start Python on every rank, each to be continued by the next."""
+    save = shlex.quote(job.paths["save"])
+    python = shlex.quote(job.python)
+    step = f"supervise {save} srun --kill-on-bad-exit=1"
+    if job.launcher == "srun":
+        return [f"{step} {python} \\"]
+    return [
+        'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+        "port=$((10000 + (SLURM_JOB_ID * 31 + ${SLURM_RESTART_COUNT:-0}) % 20000))",
+        "# shellcheck disable=SC2016  # each node's own shell expands its SLURM_NODEID",
+        f"{step} bash -c {shlex.quote(TORCHRUN.format(python=python))} torchrun \\",
+        f'    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.ranks} \\',
+        """    --master-addr="${hosts%%$'\\n'*}" --master-port="$port" \\""",
+        "    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \\",
+        f"    --shutdown-timeout={job.save_before_end} \\",
     ]
-    return (
-        job.run
-        / f"submitted-{max((int(number[1]) for number in numbers if number), default=0) + 1}"
-    )
+
+
+def snapshot_folder(job: JobConfig) -> Path:
+    """The folder for code and configuration of this submission: submitted-N with the next free
+    number."""
+    last = 0
+    for path in job.run.glob("submitted-*"):
+        number = re.fullmatch(r"submitted-([0-9]+)", path.name)
+        if number:
+            last = max(last, int(number[1]))
+    return job.run / f"submitted-{last + 1}"
 
 
 def keep(job: JobConfig, config: RunConfig, snapshot: Path) -> Path:
@@ -278,12 +302,11 @@ def keep(job: JobConfig, config: RunConfig, snapshot: Path) -> Path:
 
 
 def submit(job: JobConfig, file: Path) -> str:
-    """Hand the script to sbatch; returns the number of the job. Raises SubmitError."""
+    """Pass the script to sbatch; returns the number of the job. Raises SubmitError."""
     log = f"--output={job.run}/job-%j.out"
+    command = ["sbatch", "--parsable", log, str(file)]
     try:
-        done = subprocess.run(
-            ["sbatch", "--parsable", log, str(file)], capture_output=True, text=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
         raise SubmitError(
             f"sbatch cannot be run: {error.strerror}; {file} is ready for it"
@@ -294,34 +317,37 @@ def submit(job: JobConfig, file: Path) -> str:
 
 
 def read(argv: list[str]) -> tuple[JobConfig, RunConfig]:
-    """The job and the configuration of the training. Raises ConfigError with all problems of both."""
+    """The job and the configuration of the training. Raises ConfigError with all problems of
+    both."""
     known = options_of(JobConfig)
+    # Flags of both kinds, and the file of the cluster, which flags override.
     recipe, flags, problems = cli.read_flags(argv, known.values())
-    asked = {key: flags.pop(key) for key in known if key in flags}
-    if asked.get("cluster") is not None:
-        values, found = read_cluster(asked["cluster"])
-        asked, problems = values | asked, [*found, *problems]
-    missing = {key: example(known[key]) for key in ("run_dir", "nodes") if key not in asked}
-    said = {key for problem in problems for key in problem.flags}  # that a value is none is enough
-    for key, value in missing.items():
-        if key not in said:
-            problems.append(Problem(f"{known[key].flag} is missing", f"{known[key].flag} {value}"))
-    job = JobConfig(
-        **{key: known[key].from_words([value]) for key, value in missing.items()} | asked
-    )
+    job_values = {key: flags.pop(key) for key in known if key in flags}
+    if job_values.get("cluster") is not None:
+        values, found = read_cluster(job_values["cluster"])
+        job_values = values | job_values
+        problems = [*found, *problems]
+    # The job, with examples for required flags that are missing, so that the rest can be checked.
+    reported = {key for problem in problems for key in problem.flags}
+    for key in ("run_dir", "nodes"):
+        if key in job_values:
+            continue
+        option = known[key]
+        if key not in reported:
+            fix = f"{option.flag} {example(option)}"
+            problems.append(Problem(f"{option.flag} is missing", fix))
+        job_values[key] = option.from_words([example(option)])
+    job = JobConfig(**job_values)
     problems += problems_of(job)
-    values = (cli.read_yaml(recipe)[0] if recipe is not None else {}) | flags
-    owned = ", ".join(
-        "--" + key.replace("_", "-")
-        for key in (*job.places, "world_size")
-        if values.get(key) is not None
-    )
+    # The configuration of the training, which must leave to the job what follows from it.
+    values = flags if recipe is None else cli.read_yaml(recipe)[0] | flags
+    owned = [key for key in (*job.paths, "world_size") if values.get(key) is not None]
     if owned:
-        problems.append(Problem(f"{owned}: follows from --run-dir and --nodes", "leave it out"))
-    config = cli.build(
-        recipe, flags, problems, job.program.removeprefix("pretrain_").removesuffix(".py")
-    )
-    problems = validate.check(with_values(config, job.places), job.nodes * job.ranks)
+        names = ", ".join("--" + key.replace("_", "-") for key in owned)
+        problems.append(Problem(f"{names}: follows from --run-dir and --nodes", "leave it out"))
+    architecture = job.program.removeprefix("pretrain_").removesuffix(".py")
+    config = cli.build(recipe, flags, problems, architecture)
+    problems = validate.check(with_values(config, job.paths), job.nodes * job.ranks)
     if problems:
         raise ConfigError(problems)
     return job, config
@@ -332,44 +358,49 @@ def read_cluster(path: str) -> tuple[dict[str, Any], list[Problem]]:
     import yaml
 
     try:
-        # Text as it stands: YAML would make numbers of 24:00:00 and of 0123.
+        # Values stay text: YAML would convert 24:00:00 and 0123 to other numbers.
         written = yaml.load(Path(path).read_text(), yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return {}, [Problem(f"--cluster {path}: {error}", "a YAML file of flags of this program")]
     if not isinstance(written, dict):
-        return {}, [
-            Problem(f"--cluster {path} holds no names and values", "write one `name: value` a line")
-        ]
-    known = {
-        key: option
-        for key, option in options_of(JobConfig).items()
-        if key not in ("cluster", "dry_run")
-    }
-    values, problems = {}, []
+        fix = "write one `name: value` a line"
+        return {}, [Problem(f"--cluster {path} holds no names and values", fix)]
+    known = options_of(JobConfig)
+    del known["cluster"], known["dry_run"]
+    values = {}
+    problems = []
     for name, value in written.items():
-        option, words = (
-            known.get(name.replace("-", "_")),
-            value if isinstance(value, list) else [value],
-        )
+        option = known.get(name.replace("-", "_"))
         if option is None:
-            problems.append(
-                Problem(f"--cluster {path}: unknown {name}", f"names are {', '.join(known)}")
-            )
+            fix = f"names are {', '.join(known)}"
+            problems.append(Problem(f"--cluster {path}: unknown {name}", fix))
             continue
         try:
-            if not all(isinstance(word, str) for word in words) or (
-                len(words) != 1 and option.kind is not tuple
-            ):
-                raise ValueError
-            values[option.key] = option.from_words(words)
+            values[option.key] = _value_of(option, value)
         except ValueError:
-            message = f"--cluster {path}: {name}: {value!r} is not {option.expected.replace('null', 'unset')}"
+            expected = option.expected.replace("null", "unset")
+            message = f"--cluster {path}: {name}: {value!r} is not {expected}"
             problems.append(Problem(message, f"for example {name}: {example(option)}"))
     return values, problems
 
 
-def main() -> int:
-    """Exit status 0, 1 when SLURM or the disk refuse, 2 when the job or its configuration are at fault."""
+def _value_of(option: Option, value: Any) -> Any:
+    """The value of an option in a --cluster file: a text, or for an option of several words a list
+    of texts.
+
+    Raises ValueError when it is of another kind.
+    """
+    words = value if isinstance(value, list) else [value]
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError
+    if len(words) != 1 and option.kind is not tuple:
+        raise ValueError
+    return option.from_words(words)
+
+
+def main() -> None:
+    """Exit status 0, 1 when SLURM or the disk refuse, 2 when the job or its configuration are at
+    fault."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         tyro.cli(JobConfig, description=__doc__, args=["--help"])
     try:
@@ -379,22 +410,17 @@ def main() -> int:
     snapshot = snapshot_folder(job)
     if job.dry_run:
         print(script(job, snapshot), end="")
-        return 0
-    try:
+        return
+    with failures_reported(SubmitError):
         number = submit(job, keep(job, config, snapshot))
-    except (SubmitError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     run = shlex.quote(str(job.run))
+    file = shlex.quote(str(snapshot / "job.sbatch"))
     print(
-        f"job {number}: {job.nodes} node(s) x {job.ranks} ranks; code and configuration in {snapshot}"
+        f"job {number}: {job.nodes} node(s) x {job.ranks} ranks; "
+        f"code and configuration in {snapshot}\n"
+        f"  watch:   tail -F {run}/job-{number}.out        squeue --job {number}\n"
+        f"  stop:    scancel {number}                      "
+        "(ranks save first, within the KillWait of SLURM)\n"
+        f"           scancel --signal=TERM {number}        (save first, however long it takes)\n"
+        f"  resume:  sbatch --output={run}/job-%j.out {file}"
     )
-    print(f"  watch:   tail -F {run}/job-{number}.out        squeue --job {number}")
-    print(
-        f"  stop:    scancel {number}                      (ranks save first, within the KillWait of SLURM)"
-    )
-    print(f"           scancel --signal=TERM {number}        (save first, however long it takes)")
-    print(
-        f"  resume:  sbatch --output={run}/job-%j.out {shlex.quote(str(snapshot / 'job.sbatch'))}"
-    )
-    return 0

@@ -1,14 +1,14 @@
-"""Train a tokenizer on text: SentencePiece (BPE or unigram), GPT-2's byte-level BPE, BERT's WordPiece.
+"""Train a tokenizer: SentencePiece (BPE or unigram), GPT-2's byte-level BPE, BERT's WordPiece.
 
-    python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8000 --output-prefix data/tokenizer
+    python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 8000 \\
+        --output-prefix data/tokenizer
 
-writes data/tokenizer.model, the same for the same input. Files are those that tools/preprocess_data.py takes: JSON
-lines, plain or compressed, .txt, .parquet, folders of these. SentencePiece holds all of the text in memory: give it a
-sample of a large corpus.
+writes data/tokenizer.model, the same for the same input. It reads the files that
+tools/preprocess_data.py reads: JSON lines, plain or compressed, .txt, .parquet, folders of these.
+SentencePiece holds all of the text in memory: give it a sample of a large corpus.
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError, train_bpe, train_sentencepiece, train_wordpiece
 from megalite.preprocess.inputs import STDIN, expand
 from megalite.preprocess.run import read_texts
+from megalite.programs.reporting import failures_reported, refuse
 
 OUTPUTS = {
     "sentencepiece-bpe": (".model",),
@@ -27,9 +28,9 @@ OUTPUTS = {
     "bpe": ("-vocab.json", "-merges.txt"),
     "wordpiece": ("-vocab.txt",),
 }
-"""What each kind writes, after the prefix."""
+"""Suffixes of the files that each kind writes."""
 LEAST = {"sentencepiece-bpe": 260, "sentencepiece-unigram": 260, "bpe": 257, "wordpiece": 5}
-"""Entries that each kind has before it has learned anything: bytes and special pieces."""
+"""Entries that each kind has before training: bytes and special pieces."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,15 @@ class TrainTokenizerConfig:
     input: tuple[str, ...]
     """Files to learn from, as tools/preprocess_data.py takes them."""
     output_prefix: str
-    """Written: OUTPUT_PREFIX.model (SentencePiece), OUTPUT_PREFIX-vocab.json and -merges.txt (bpe), or
-    OUTPUT_PREFIX-vocab.txt (wordpiece)."""
+    """Written: OUTPUT_PREFIX.model (SentencePiece), OUTPUT_PREFIX-vocab.json and -merges.txt (bpe),
+    or OUTPUT_PREFIX-vocab.txt (wordpiece)."""
     vocab_size: int
     """Entries of the vocabulary, bytes and special pieces among them."""
     kind: Literal["sentencepiece-bpe", "sentencepiece-unigram", "bpe", "wordpiece"] = (
         "sentencepiece-bpe"
     )
-    """For --tokenizer-type SentencePieceTokenizer (the first two), GPT2BPETokenizer (bpe) or BertWordPieceCase
-    (wordpiece; with --lowercase BertWordPieceLowerCase)."""
+    """For --tokenizer-type SentencePieceTokenizer (the first two), GPT2BPETokenizer (bpe) or
+    BertWordPieceCase (wordpiece; with --lowercase BertWordPieceLowerCase)."""
     lowercase: bool = False
     """Learn from lower-cased text without accents (wordpiece only)."""
     json_key: str = "text"
@@ -69,7 +70,8 @@ def find_problems(config: TrainTokenizerConfig) -> list[str]:
         )
     if config.kind == "wordpiece" and STDIN in config.input:
         problems.append(
-            "--input -: --kind wordpiece reads the text twice, standard input can be read once; give a file"
+            "--input -: --kind wordpiece reads the text twice, standard input can be read once; "
+            "give a file"
         )
     if config.lowercase and config.kind != "wordpiece":
         problems.append(
@@ -82,14 +84,16 @@ def find_problems(config: TrainTokenizerConfig) -> list[str]:
         )
     for path in filter(Path.exists, config.outputs):
         problems.append(
-            f"--output-prefix {config.output_prefix}: {path} exists; delete it or choose another prefix"
+            f"--output-prefix {config.output_prefix}: {path} exists; "
+            "delete it or choose another prefix"
         )
     return problems
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Every text of the input; may be gone through several times. Raises BadLineError on the way."""
+    """Every text of the input; can be iterated several times. Raises BadLineError while
+    iterating."""
 
     config: TrainTokenizerConfig
 
@@ -110,7 +114,7 @@ def train(config: TrainTokenizerConfig) -> tuple[bytes, ...]:
 
 
 def write(contents: tuple[bytes, ...], paths: list[Path]) -> None:
-    """Write each file whole or not at all, under a name of its own until all are."""
+    """Write all files or none: they get their names when all are complete."""
     partial = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in paths]
     try:
         for path, content in zip(partial, contents):
@@ -122,18 +126,10 @@ def write(contents: tuple[bytes, ...], paths: list[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def main() -> int:
+def main() -> None:
     """Exit status 0, 1 when the data is at fault, 2 when the arguments are."""
     config = tyro.cli(TrainTokenizerConfig, description=__doc__)
-    problems = find_problems(config)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        return 2
-    try:
+    refuse(find_problems(config))
+    with failures_reported(DatasetError, TokenizerError):
         write(train(config), config.outputs)
-    except (DatasetError, TokenizerError, OSError, KeyboardInterrupt) as error:
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
-        return 1
     print(f"{' and '.join(map(str, config.outputs))}: {config.vocab_size} pieces")
-    return 0

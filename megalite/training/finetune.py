@@ -1,4 +1,4 @@
-"""Train a classifier on top of a pretrained BERT, in one process; keep it, and use it."""
+"""Train a classifier on a pretrained BERT in one process, save it, and load it."""
 
 import os
 import shutil
@@ -29,15 +29,16 @@ CLIP_GRAD = 1.0
 
 
 class Epoch(NamedTuple):
-    """What came of an epoch: means over its examples."""
+    """Results of one epoch, as means over examples."""
 
     number: int
-    """From 1."""
+    """Counted from 1."""
     training_loss: float
-    """Of each example when its turn came, with dropout."""
+    """Cross-entropy of the training examples, each when it was trained on, with dropout."""
     validation_loss: float
+    """Cross-entropy of the validation examples after the epoch."""
     accuracy: float
-    """Of the validation examples."""
+    """Accuracy on the validation examples after the epoch."""
 
 
 def pretrained_classifier(
@@ -47,35 +48,45 @@ def pretrained_classifier(
     config: FinetuneConfig,
     device: torch.device,
 ) -> Classifier:
-    """A classifier with the encoder of a checkpoint, in fp32, whatever the layout that wrote it. Its pooler is the
-    checkpoint's where that has one, else new. Raises CheckpointError for what does not fit."""
-    context = ParallelContext.single(device)
+    """Make a classifier from the encoder of a checkpoint of any layout, in fp32.
+
+    Args:
+        checkpoint: of a BERT.
+        run: the configuration of the checkpoint.
+        classes: number of classes.
+        config: how the classifier is trained.
+        device: where it is made.
+
+    The pooler is the checkpoint's if it has one, else new. Raises CheckpointError if weights are
+    missing or have other shapes.
+    """
     model = Classifier(
-        run.model, context, classes, config.dropout, config.freeze_encoder, config.seed
+        run.model,
+        ParallelContext.single(device),
+        classes,
+        dropout=config.dropout,
+        freeze_encoder=config.freeze_encoder,
+        seed=config.seed,
     )
-    new = "classifier." if run.pair_head else ("classifier.", "pooler.")
-    load_weights(
-        checkpoint, {n: p for n, p in model.parameters_by_name.items() if not n.startswith(new)}
-    )
+    new = ("classifier.",) if run.pair_head else ("classifier.", "pooler.")
+    pretrained = {}
+    for name, parameter in model.parameters_by_name.items():
+        if not name.startswith(new):
+            pretrained[name] = parameter
+    load_weights(checkpoint, pretrained)
     return model
 
 
 def finetune(
     model: Classifier, train: Rows, valid: Rows, config: FinetuneConfig
 ) -> Iterator[Epoch]:
-    """Train, and yield what came of each epoch. Every epoch has an order of its own, and its last step may be smaller.
+    """Train, and yield the results of each epoch.
 
-    Raises NonFiniteGradient before such a gradient changes a weight.
+    Every epoch has its own random order; its last step may have fewer examples. Raises
+    NonFiniteGradient before such a gradient changes a weight.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for p in trained if p.spec.weight_decay],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in trained if not p.spec.weight_decay], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = _make_optimizer(trained, config)
     steps = config.epochs * -(-len(train) // config.batch_size)
     schedule = OptimizerConfig(
         lr=config.lr, lr_decay_style="linear", lr_warmup_fraction=config.warmup_fraction
@@ -84,52 +95,78 @@ def finetune(
     for epoch in range(config.epochs):
         model.train()
         total = 0.0
-        places = order(len(train), config.seed, "epoch", epoch)
+        positions = order(len(train), config.seed, "epoch", epoch)
         for first in range(0, len(train), config.batch_size):
-            chosen, step = places[first : first + config.batch_size], step + 1
+            step += 1
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, schedule, steps + 1)  # 0 only after the last step
+
+            # Forward. The sample numbers decide what dropout drops.
+            chosen = positions[first : first + config.batch_size]
             samples = torch.arange(first, first + len(chosen)) + epoch * len(train)
-            loss = cross_entropy(
-                model(_batch(train, chosen, model, samples)), _labels(train, chosen, model)
-            )
+            logits = model(_batch(train, chosen, model, samples))
+            loss = cross_entropy(logits, _labels(train, chosen, model))
+
+            # Backward, clip, update.
             optimizer.zero_grad()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, CLIP_GRAD)
-            if not norm.isfinite():
-                raise NonFiniteGradient(
-                    f"the gradient norm of step {step} is {norm}; use a lower --lr"
-                )
+            _clip_gradients(trained, step)
             optimizer.step()
             total += loss.item() * len(chosen)
-        yield Epoch(epoch + 1, total / len(train), *evaluate(model, valid, config.batch_size))
+        validation_loss, accuracy = evaluate(model, valid, config.batch_size)
+        yield Epoch(epoch + 1, total / len(train), validation_loss, accuracy)
+
+
+def _make_optimizer(
+    parameters: list[torch.nn.Parameter], config: FinetuneConfig
+) -> torch.optim.Optimizer:
+    """AdamW, with weight decay for the parameters that have it."""
+    decayed = [parameter for parameter in parameters if parameter.spec.weight_decay]
+    others = [parameter for parameter in parameters if not parameter.spec.weight_decay]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def _clip_gradients(parameters: list[torch.nn.Parameter], step: int) -> None:
+    """Clip the global gradient norm to CLIP_GRAD. Raises NonFiniteGradient."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP_GRAD)
+    if not norm.isfinite():
+        raise NonFiniteGradient(f"the gradient norm of step {step} is {norm}; use a lower --lr")
 
 
 def evaluate(model: Classifier, rows: Rows, batch_size: int) -> tuple[float, float]:
     """(mean cross-entropy, accuracy) of labelled rows."""
-    logits, labels = scores(model, rows, batch_size), torch.from_numpy(rows.labels)
-    return cross_entropy(logits, labels).item(), (
-        logits.argmax(dim=1) == labels
-    ).double().mean().item()
+    logits = scores(model, rows, batch_size)
+    labels = torch.from_numpy(rows.labels)
+    right = logits.argmax(dim=1) == labels
+    return cross_entropy(logits, labels).item(), right.double().mean().item()
 
 
 @torch.no_grad()
 def scores(model: Classifier, rows: Rows, batch_size: int) -> torch.Tensor:
     """Logits [n, c] of all rows, on the CPU. Puts the model in evaluation mode."""
     model.eval()
-    places = np.arange(len(rows))
-    parts = [places[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    return torch.cat([model(_batch(rows, part, model)).cpu() for part in parts])
+    logits = []
+    for first in range(0, len(rows), batch_size):
+        chosen = np.arange(first, min(first + batch_size, len(rows)))
+        logits.append(model(_batch(rows, chosen, model)).cpu())
+    return torch.cat(logits)
 
 
 def _batch(
     rows: Rows, chosen: np.ndarray, model: Classifier, samples: torch.Tensor | None = None
 ) -> Microbatch:
+    """The chosen rows on the model's device. `samples`: their global numbers, for dropout."""
     device = model.context.device
-    fields = {
-        name: torch.from_numpy(array).to(device) for name, array in rows.batch(chosen).items()
-    }
-    return Microbatch(**fields, samples=None if samples is None else samples.to(device))
+    fields = {}
+    for name, array in rows.batch(chosen).items():
+        fields[name] = torch.from_numpy(array).to(device)
+    if samples is not None:
+        samples = samples.to(device)
+    return Microbatch(**fields, samples=samples)
 
 
 def _labels(rows: Rows, chosen: np.ndarray, model: Classifier) -> torch.Tensor:
@@ -139,16 +176,18 @@ def _labels(rows: Rows, chosen: np.ndarray, model: Classifier) -> torch.Tensor:
 def save_classifier(
     folder: str | Path, model: Classifier, description: ClassifierDescription
 ) -> None:
-    """Write weights, description and tokenizer into a new folder, which appears when it is whole. Raises OSError."""
+    """Write weights, description and tokenizer into a new folder, which appears when complete.
+
+    Raises OSError.
+    """
     folder = Path(folder)
     draft = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     draft.mkdir(parents=True)
     try:
-        # Without the padding of the vocabulary.
-        weights = {
-            name: p.spec.real(p.detach()).cpu().contiguous()
-            for name, p in model.parameters_by_name.items()
-        }
+        weights = {}
+        for name, parameter in model.parameters_by_name.items():
+            without_padding = parameter.spec.real(parameter.detach())
+            weights[name] = without_padding.cpu().contiguous()
         save_file(weights, draft / WEIGHTS_FILE)
         description.write(draft)
         draft.rename(folder)
@@ -160,7 +199,10 @@ def save_classifier(
 def load_classifier(
     folder: str | Path, description: ClassifierDescription, device: torch.device
 ) -> Classifier:
-    """A classifier that was saved. Raises CheckpointError when its weights are not there or of another shape."""
+    """Load a classifier that `save_classifier` wrote.
+
+    Raises CheckpointError if its weights cannot be read or have other names or shapes.
+    """
     model = Classifier(
         description.config.model, ParallelContext.single(device), len(description.classes)
     )
@@ -169,11 +211,9 @@ def load_classifier(
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    wanted = {name: p.spec.global_shape for name, p in model.parameters_by_name.items()}
-    if wanted != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
-        raise CheckpointError(
-            f"{path} does not hold the weights of the model that is described beside it"
-        )
+    expected = {name: p.spec.global_shape for name, p in model.parameters_by_name.items()}
+    if expected != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
+        raise CheckpointError(f"{path}: not the weights of the model that is described beside it")
     with torch.no_grad():
         for name, parameter in model.parameters_by_name.items():
             parameter.spec.real(parameter).copy_(weights[name])

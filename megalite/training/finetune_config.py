@@ -1,4 +1,7 @@
-"""How a classifier is trained, and what is kept of it beside its weights. Imports no torch."""
+"""The settings of fine-tuning, and the description that is saved with a classifier.
+
+Imports no torch.
+"""
 
 import json
 import shutil
@@ -19,27 +22,27 @@ WEIGHTS_FILE = "classifier.safetensors"
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """How a classifier is trained. The defaults are in the ranges of BERT's paper."""
+    """Settings of fine-tuning. The defaults are in the ranges of Devlin et al. 2018, A.3."""
 
     epochs: int = 3
-    """Times that all training examples are used."""
+    """Passes over the training examples."""
     batch_size: int = 32
     """Examples in a step, also in evaluation."""
     lr: float = 5e-5
-    """Highest learning rate; after the warm-up it falls in a line, to 0 after the last step."""
+    """Highest learning rate; after the warm-up it decays linearly, to 0 after the last step."""
     weight_decay: float = 0.01
     """Weight decay of AdamW; biases and norms are left out."""
     warmup_fraction: float = 0.1
     """Share of the steps in which the learning rate rises."""
     dropout: float = 0.1
-    """Probability of dropping an element of the pooled output. The encoder keeps the checkpoint's dropout."""
+    """Dropout of the pooled output. The encoder keeps the checkpoint's dropout."""
     freeze_encoder: bool = False
-    """Train the pooler and the last layer only."""
+    """Train the pooler and the classifier's layer only."""
     seed: int = 1234
-    """Of the order, of dropout, of the new weights, and of --valid-share."""
+    """Seed of the order, of dropout, of the new weights, and of --valid-share."""
 
     def problems(self) -> list[str]:
-        """Everything wrong with these values, each with what would work."""
+        """Everything wrong with these values, each with a fix."""
         checks = [
             (self.epochs < 1, f"--epochs {self.epochs}: use 1 or more"),
             (self.batch_size < 1, f"--batch-size {self.batch_size}: use 1 or more"),
@@ -62,31 +65,33 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class ClassifierDescription:
-    """What a classifier is, beside its weights. Kept as JSON, with the tokenizer's file in the same folder."""
+    """What is saved beside the weights of a classifier: this as JSON, and the tokenizer's file."""
 
     classes: list[str]
     columns: Columns
     seq_length: int
     """Tokens that a row is cut to."""
     config: RunConfig
-    """Of the run that pretrained the encoder; its data section names the tokenizer."""
+    """Configuration of the run that pretrained the encoder. Its data section is that of the
+    tokenizer in use."""
     tokenizer_sha256: str
+    """Digest of the tokenizer, to recognize another one."""
 
     def write(self, folder: Path) -> None:
         """Write the JSON file, and a copy of the tokenizer's file, into a folder."""
         (field,) = TOKENIZER_FILES[self.config.data.tokenizer_type]
         source = Path(getattr(self.config.data, field))
-        source = source / "tokenizer.json" if source.is_dir() else source
+        if source.is_dir():
+            source /= "tokenizer.json"
         shutil.copyfile(source, folder / source.name)
         kept = replace(self, config=with_values(self.config, {field: source.name}))
-        text = json.dumps(
-            asdict(kept) | {"config": to_flat(kept.config)}, indent=1, ensure_ascii=False
-        )
+        fields = asdict(kept) | {"config": to_flat(kept.config)}
+        text = json.dumps(fields, indent=1, ensure_ascii=False)
         (folder / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: str | Path) -> "ClassifierDescription":
-        """What `write` wrote. Raises DatasetError when it is not there or not whole."""
+        """Read what `write` wrote. Raises DatasetError if it is missing or incomplete."""
         path = Path(folder) / DESCRIPTION_FILE
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -100,7 +105,10 @@ class ClassifierDescription:
             ) from None
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises TokenizerError when it is not the one that the classifier was trained with."""
+        """Build the tokenizer.
+
+        Raises TokenizerError if it is not the one that the classifier was trained with.
+        """
         tokenizer, _ = bert_tokenizer(self.config)
         if tokenizer.sha256 != self.tokenizer_sha256:
             raise TokenizerError(
@@ -110,7 +118,10 @@ class ClassifierDescription:
 
 
 def bert_tokenizer(config: RunConfig) -> tuple[Tokenizer, SpecialIds]:
-    """The tokenizer of a BERT's configuration, and the ids that frame its rows. Raises TokenizerError when it is not
-    named, cannot be built, has no such ids, or is larger than the model's vocabulary."""
+    """Build the tokenizer of a BERT's configuration, and find the ids that frame its rows.
+
+    Raises TokenizerError if no tokenizer is named, it cannot be built, has no such ids, or has more
+    entries than the model's vocabulary.
+    """
     tokenizer = trained_tokenizer(config.data, config.model.vocab_size)
     return tokenizer, special_ids(tokenizer)

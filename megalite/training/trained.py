@@ -1,17 +1,19 @@
-"""A trained model in one process, whatever the layout that wrote it: for tools that use one."""
+"""Load a trained model into one process, for programs that use it."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 
 from megalite.checkpoint.folder import CheckpointError
 from megalite.checkpoint.load import Checkpoint
 from megalite.config.run import RunConfig, from_flat
-from megalite.data.tokenizers import Tokenizer, trained_tokenizer, with_tokenizer
+from megalite.data.tokenizers import Tokenizer, checkpoint_data_config, trained_tokenizer
 from megalite.models.stage import Stage
 from megalite.parallel.context import ParallelContext, choose_device
-from megalite.parallel.launch import LaunchInfo
+from megalite.parallel.launch import detect
 from megalite.parallel.rng import CounterBasedRng
 from megalite.training.build import build_model
 from megalite.training.state import load_weights
@@ -19,14 +21,15 @@ from megalite.training.state import load_weights
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and what belongs to it."""
+    """A model, its tokenizer and the configuration of the run that trained it."""
 
     config: RunConfig
-    """Of the run that made it."""
+    """Configuration of the run that wrote the checkpoint."""
     model: Stage
-    """All of it, in evaluation mode."""
+    """The whole model, in evaluation mode."""
     tokenizer: Tokenizer
     iteration: int
+    """Iteration of the checkpoint."""
 
 
 def load_model(
@@ -34,25 +37,40 @@ def load_model(
     architecture: str,
     step: int | None = None,
     device: str = "auto",
-    **tokenizer: str | None,
+    **tokenizer: Any,
 ) -> LoadedModel:
-    """The model of a checkpoint, of iteration `step` or the latest, and its tokenizer.
+    """Load the model of a checkpoint, whatever the layout that wrote it, and its tokenizer.
 
-    device: auto, cpu or cuda. tokenizer: tokenizer_type, tokenizer_model, vocab_file and merge_file, in place of what
-    the configuration in the checkpoint says. Raises CheckpointError when there is none of this architecture,
-    TokenizerError, DeviceError.
+    Args:
+        folder: the folder of checkpoints, as --save.
+        architecture: gpt or bert.
+        step: iteration to load; None: the latest.
+        device: auto, cpu or cuda.
+        tokenizer: fields of TOKENIZER_FIELDS that replace those of the checkpoint's configuration,
+            unless they are None or False.
+
+    Raises CheckpointError if there is no checkpoint of this architecture, TokenizerError if its
+    tokenizer is not named, not found or does not fit, DeviceError if there is no such device.
     """
     with Checkpoint.open(folder, step) as checkpoint:
         config = from_flat(yaml.safe_load(checkpoint.config_yaml))
         if config.model.architecture != architecture:
+            found = config.model.architecture.upper()
             raise CheckpointError(
-                f"{checkpoint.folder} holds a {config.model.architecture.upper()}, not a {architecture.upper()}"
+                f"{checkpoint.folder} holds a {found}, not a {architecture.upper()}"
             )
-        used = trained_tokenizer(with_tokenizer(config.data, tokenizer), config.model.vocab_size)
-        chosen, _ = choose_device(device, LaunchInfo(0, 1, 0, 1, "", "none"))
+        data = checkpoint_data_config(config.data, tokenizer, checkpoint.folder)
+        built_tokenizer = trained_tokenizer(data, config.model.vocab_size)
+
+        # The model of one rank, in evaluation mode, with the weights of all.
+        context = ParallelContext.single(single_process_device(device))
         alone = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
-        model = build_model(
-            alone, ParallelContext.single(chosen), CounterBasedRng.for_seed(0)
-        ).eval()
+        model = build_model(alone, context, CounterBasedRng.for_seed(0)).eval()
         load_weights(checkpoint, model.parameters_by_name)
-        return LoadedModel(config, model, used, checkpoint.iteration)
+        return LoadedModel(config, model, built_tokenizer, checkpoint.iteration)
+
+
+def single_process_device(wanted: str) -> torch.device:
+    """The device of a program with one process: auto, cpu or cuda. Raises DeviceError."""
+    device, _ = choose_device(wanted, detect({}))  # without a launcher
+    return device

@@ -292,6 +292,19 @@ FLAGS: dict[str, list[Effect]] = {
             also={"data_path": MORE_PIECES},
         )
     ],
+    "tiktoken_pattern": [
+        effect(
+            "cl100k_base",
+            says("too few for the 100277 entries of the tokenizer"),
+            base=PLAIN
+            | {"tokenizer_type": "TikTokenizer", "tokenizer_model": "../r50k_base.tiktoken"},
+            observe=runs.complaints,
+        )
+    ],
+    # Training encodes no text: the checkpoint records it for prompts.
+    "parse_special_tokens": [
+        effect(True, has(parse_special_tokens=True), base=PLAIN | BPE, observe=runs.resolved)
+    ],
     "micro_batch_size": [
         dry(2, prints("dry run: 2 microbatches"), same_dry_loss),
         dry(2, says("sends [16, 2, 16] to the next stage"), base=STAGES, ranks=2),

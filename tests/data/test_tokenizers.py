@@ -2,8 +2,6 @@
 
 import io
 import json
-import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
@@ -19,26 +17,12 @@ from megalite.data.tokenizers import (
     TokenizerType,
     build_tokenizer,
     fast,
-    train_bpe,
     train_sentencepiece,
-    train_wordpiece,
 )
 from megalite.data.tokenizers.build import KINDS
-from tests.data.tokenizer_files import SENTENCES, make_files
+from tests.data.tokenizer_files import SENTENCES, TEXTS, make_files, random_texts
 
 sentencepiece = pytest.importorskip("sentencepiece")
-
-TEXTS = [
-    "Fellow citizens of the Senate,\n\nand of the House:  I lay before you\tthe state of the Union.\r\n",
-    "  leading, trailing and   inner spaces  ",
-    "",
-    "\n\n\n",
-    "naïve café — 你好 😀 \u200b \x00\x01\x7f",
-    "</s> <s> <unk> <pad> <0x0A>",
-    "a<|endoftext|>b <|user|> <|endofprompt|> [MASK][SEP] <|endof",
-    "e\u0301 \u0e33 \u2028 \u00a0 \u3000\u200d \U0001f469\u200d\U0001f680 \r\n\r\n \t\t  x",
-    "a" * 5000,
-]
 
 
 @pytest.fixture(scope="module")
@@ -95,20 +79,6 @@ def test_what_holds_for_every_kind(files, backend):
     assert len(set(digests)) == len(digests)
 
 
-def test_training_is_deterministic_and_has_the_ids_it_promises(model_path):
-    again = train_sentencepiece(SENTENCES, 330)
-    assert again == model_path.read_bytes()
-    processor = sentencepiece.SentencePieceProcessor(model_proto=again)
-    assert (processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id()) == (
-        0,
-        1,
-        2,
-        3,
-    )
-    tokenizer = build_tokenizer("SentencePieceTokenizer", str(model_path))
-    assert (tokenizer.vocab_size, tokenizer.eod) == (330, 2)
-
-
 def test_digests_tell_models_apart(model_path, tmp_path):
     other = tmp_path / "o.model"
     other.write_bytes(train_sentencepiece(TEXTS[:2] * 3, 321))
@@ -155,63 +125,7 @@ def test_a_missing_library_is_one_clear_line(monkeypatch, model_path):
         build_tokenizer("SentencePieceTokenizer", str(model_path))
 
 
-def broken_source():
-    yield "some text"
-    raise OSError("disk on fire")
-
-
-@pytest.mark.parametrize(
-    ("texts", "vocab_size", "error", "message"),
-    [
-        (
-            ["too little text"],
-            9000,
-            TokenizerError,
-            r"--vocab-size 9000 does not fit this text: .*<= \d+",
-        ),
-        (
-            ["too little text"],
-            100,
-            TokenizerError,
-            r"--vocab-size 100 does not fit this text: .*required_chars",
-        ),
-        ([], 300, TokenizerError, "input is empty"),
-        (["\n", ""], 300, TokenizerError, "input is empty"),
-        (broken_source(), 300, OSError, "disk on fire"),
-    ],
-)
-def test_training_errors(texts, vocab_size, error, message):
-    with pytest.raises(error, match=message):
-        train_sentencepiece(texts, vocab_size)
-
-
 # The fast backend -----------------------------------------------------------------------------------------------------
-
-
-def random_texts(seed: int, count: int) -> list[str]:
-    """Texts of random characters of many kinds, words of the sentences and special tokens."""
-    draw = random.Random(seed)
-    ranges = [(0, 0x7F), (0x80, 0x24F), (0x300, 0x36F), (0x590, 0x6FF), (0xE00, 0xE7F), (0x2000, 0x206F),
-              (0x3040, 0x30FF), (0x4E00, 0x4FFF), (0xAC00, 0xACFF), (0xE000, 0xE010), (0xFF00, 0xFFEF),
-              (0x1F300, 0x1F6FF), (0x10FFF0, 0x10FFFF)]  # fmt: skip
-    words = [
-        *" ".join(SENTENCES[:3]).split(" "),
-        "<s>",
-        "</s>",
-        "<|endoftext|>",
-        "[MASK]",
-        "<0x0A>",
-        "  ",
-        "\r\n",
-        "'ll",
-    ]
-
-    def piece() -> str:
-        if draw.random() < 0.5:
-            return draw.choice(words) + draw.choice(["", " "])
-        return "".join(chr(draw.randint(*draw.choice(ranges))) for _ in range(draw.randint(1, 8)))
-
-    return ["".join(piece() for _ in range(draw.randint(0, 30))) for _ in range(count)]
 
 
 FAST_FILES = [
@@ -445,12 +359,7 @@ def test_every_wrong_flag_is_told_at_once(files, tmp_path):
         ("BertWordPieceCase", "a.txt", b"[PAD]\n[UNK]\nthe\n", r"lacks \[CLS\] \[SEP\] \[MASK\]"),
         ("BertWordPieceCase", "a.txt", b"\xff\n", "not UTF-8"),
         ("HuggingFaceTokenizer", "tokenizer.json", b"{}", "no tokenizer.json"),
-        (
-            "TikTokenizer",
-            "mine.tiktoken",
-            b"",
-            "must have r50k_base, cl100k_base, o200k_base in it",
-        ),
+        ("TikTokenizer", "mine.tiktoken", b"", "give --tiktoken-pattern, one of r50k_base"),
         ("TikTokenizer", "r50k_base.tiktoken", b"not ranks", "not a file of ranks"),
         ("TikTokenizer", "r50k_base.tiktoken", b"YQ== 0\n", "not a file of ranks"),
     ],
@@ -478,32 +387,3 @@ def test_other_missing_libraries(kind, library, files, monkeypatch):
         TokenizerError, match=f"{kind} needs the {library} library: pip install {library}"
     ):
         build_tokenizer(kind, **files[kind])
-
-
-# Training -------------------------------------------------------------------------------------------------------------
-
-
-def test_training_in_other_processes_gives_the_same(tmp_path):
-    """Hash tables have another order in each process; the vocabularies must not."""
-    code = (
-        "import hashlib, random; from megalite.data.tokenizers import train_bpe, train_wordpiece;"
-        "draw = random.Random(1);"
-        "texts = [''.join(draw.choices('abcdefghijABCé,.!你好 ', k=40)) for _ in range(300)];"
-        "results = [*train_bpe(texts, 400), train_wordpiece(texts, 200), train_wordpiece(texts, 200, True)];"
-        "print([hashlib.sha256(result).hexdigest() for result in results])"
-    )
-    runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        for _ in range(3)
-    ]
-    assert runs[0].stdout and len({run.stdout for run in runs}) == 1, runs[0].stderr
-
-
-@pytest.mark.parametrize("train", [train_bpe, train_wordpiece])
-def test_training_errors_of_other_kinds(train):
-    with pytest.raises(TokenizerError, match="--vocab-size 5000 does not fit this text: it gives"):
-        train(SENTENCES, 5000)
-    with pytest.raises(TokenizerError, match="--vocab-size 20 does not fit this text"):
-        train(SENTENCES, 20)
-    with pytest.raises(OSError, match="disk on fire"):
-        train(broken_source(), 300)

@@ -1,7 +1,8 @@
-"""Small tokenizers of every kind, trained on a few sentences."""
+"""Small tokenizers of every kind, trained on a few sentences, and texts that test them."""
 
 import base64
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,19 @@ SENTENCES = [
     "  leading, trailing and   inner spaces  ",
     "In 1984 the Union's naïve café served 1234 citizens; you and I weren't among them!",
 ] * 3
+
+
+TEXTS = [
+    "Fellow citizens of the Senate,\n\nand of the House:  I lay before you\tthe state of the Union.\r\n",
+    "  leading, trailing and   inner spaces  ",
+    "",
+    "\n\n\n",
+    "naïve café — 你好 😀 \u200b \x00\x01\x7f",
+    "</s> <s> <unk> <pad> <0x0A>",
+    "a<|endoftext|>b <|user|> <|endofprompt|> [MASK][SEP] <|endof",
+    "e\u0301 \u0e33 \u2028 \u00a0 \u3000\u200d \U0001f469\u200d\U0001f680 \r\n\r\n \t\t  x",
+    "a" * 5000,
+]
 
 
 def make_files(folder: Path) -> dict[str, dict[str, str]]:
@@ -72,3 +86,29 @@ def ranks(vocabulary: dict[str, int]) -> bytes:
     ]
     pieces = [bytes(byte_of[letter] for letter in piece) for piece in ordered]
     return b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(pieces))
+
+
+def random_texts(seed: int, count: int) -> list[str]:
+    """Texts of random characters of many kinds, words of the sentences and special tokens."""
+    draw = random.Random(seed)
+    ranges = [(0, 0x7F), (0x80, 0x24F), (0x300, 0x36F), (0x590, 0x6FF), (0xE00, 0xE7F), (0x2000, 0x206F),
+              (0x3040, 0x30FF), (0x4E00, 0x4FFF), (0xAC00, 0xACFF), (0xE000, 0xE010), (0xFF00, 0xFFEF),
+              (0x1F300, 0x1F6FF), (0x10FFF0, 0x10FFFF)]  # fmt: skip
+    words = [
+        *" ".join(SENTENCES[:3]).split(" "),
+        "<s>",
+        "</s>",
+        "<|endoftext|>",
+        "[MASK]",
+        "<0x0A>",
+        "  ",
+        "\r\n",
+        "'ll",
+    ]
+
+    def piece() -> str:
+        if draw.random() < 0.5:
+            return draw.choice(words) + draw.choice(["", " "])
+        return "".join(chr(draw.randint(*draw.choice(ranges))) for _ in range(draw.randint(1, 8)))
+
+    return ["".join(piece() for _ in range(draw.randint(0, 30))) for _ in range(count)]

@@ -275,7 +275,7 @@ def test_a_folder_is_read_whole_and_what_is_left_out_is_told(tmp_path):
                     "--tokenizer-type", "ByteTokenizer")  # fmt: skip
     assert (
         done.returncode == 0
-        and f"not read, of no known kind: {tmp_path / 'raw' / 'f.md'}\n" in done.stderr
+        and f"ignored, not a known kind of file: {tmp_path / 'raw' / 'f.md'}\n" in done.stderr
     )
 
 

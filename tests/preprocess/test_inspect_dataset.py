@@ -94,7 +94,7 @@ def test_what_is_wrong_with_the_arguments_is_status_2(prefix):
 
 
 def test_what_the_description_tells_is_checked_and_shown(tmp_path, prefix):
-    assert "documents end with it not told" in inspect(f"{prefix}.json")
+    assert "documents end with it not recorded" in inspect(f"{prefix}.json")
     description = tmp_path / "data.json"
     sound = description.read_text()
     for key, value in (

@@ -10,7 +10,7 @@ from megalite.config.rules.data import datasets_of, prefixes_of
 from megalite.config.rules.disk import MAKE_DATA, neighbours
 from megalite.config.rules.finding import EXAMPLES, Finding, Rule
 from megalite.config.run import RunConfig
-from megalite.data.config import TOKENIZER_FILES
+from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
 
 OTHER_TOKENIZER = "give the tokenizer the data was made with, or make the data again with this one"
 
@@ -50,10 +50,13 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
     try:
         tokenizer = build_tokenizer(config)
     except (TokenizerError, OSError) as error:
-        offers = tuple(f"{_flag(field)} FILE" for field in _files(config))
-        yield Finding(
-            str(error), ("tokenizer_type", *_files(config)), (*offers, "another --tokenizer-type")
-        )
+        fields = _files(config)
+        offers = [f"{_flag(field)} FILE" for field in fields]
+        if d.tokenizer_type == "TikTokenizer":
+            fields = (*fields, "tiktoken_pattern")
+            offers.append("--tiktoken-pattern NAME")
+        offers.append("another --tokenizer-type")
+        yield Finding(str(error), ("tokenizer_type", *fields), tuple(offers))
         return
     if tokenizer is None:
         return
@@ -156,6 +159,13 @@ def _made_by(config: RunConfig, tokenizer, key: str, prefix: str, info) -> Itera
             (*_files(config), key),
             (OTHER_TOKENIZER,),
         )
+    elif tokenizer and info.parse_special_tokens and not d.parse_special_tokens:
+        yield Finding(
+            f"{prefix} was made with --parse-special-tokens, and this run, whose checkpoints say "
+            "how prompts are encoded, is without it",
+            ("parse_special_tokens", key),
+            ({"parse_special_tokens": True},),
+        )
     elif not tokenizer and vocab_size and vocab_size < info.vocab_size:
         yield Finding(
             f"--vocab-size {vocab_size} is less than the {info.vocab_size} entries that {prefix} was made with",
@@ -191,15 +201,19 @@ TOKENIZER_FILE_RULES: tuple[Rule, ...] = (tokenizer_fits, tokenizer_made_data, i
 def build_tokenizer(config: RunConfig):
     """The configured tokenizer, None when none is or not all it needs is given. Raises TokenizerError, OSError.
 
-    Files that do not belong to its kind are passed over here: nothing_is_ignored reports them.
+    Flags that do not belong to its kind are left out here: nothing_is_ignored reports them.
     """
     from megalite.data.tokenizers import build_tokenizer
 
     kind, size = config.data.tokenizer_type, config.model.vocab_size
-    files = {field: getattr(config.data, field) for field in _files(config)}
-    if kind is None or None in files.values() or (kind == "NullTokenizer" and size is None):
+    flags = {field: getattr(config.data, field) for field in _files(config)}
+    if kind is None or None in flags.values() or (kind == "NullTokenizer" and size is None):
         return None
-    return build_tokenizer(kind, **files, vocab_size=size)
+    if kind == "TikTokenizer":
+        flags["tiktoken_pattern"] = config.data.tiktoken_pattern
+    if kind not in NO_SPECIAL_TEXTS:
+        flags["parse_special_tokens"] = config.data.parse_special_tokens
+    return build_tokenizer(kind, **flags, vocab_size=size)
 
 
 def _files(config: RunConfig) -> tuple[str, ...]:

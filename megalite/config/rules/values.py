@@ -7,7 +7,7 @@ from typing import Any
 
 from megalite.config.rules.finding import EXAMPLES, Finding
 from megalite.config.run import Problem, RunConfig, options, to_flat
-from megalite.data.config import TOKENIZER_FILES
+from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
 
 MAY_BE_ZERO = {"lr_warmup_iters", "eval_interval", "eval_iters", "seed", "ckpt_step"}
 """Whole numbers from 0; all others start at 1."""
@@ -182,6 +182,18 @@ EFFECTS = (
             ("vocab_file", "BertWordPieceLowerCase"),
             ("merge_file", "GPT2BPETokenizer"),
         )
+    ),
+    _Effect(
+        ("tiktoken_pattern",),
+        lambda c: c.data.tokenizer_type == "TikTokenizer",
+        "without --tokenizer-type TikTokenizer",
+        "--tokenizer-type TikTokenizer and its file",
+    ),
+    _Effect(
+        ("parse_special_tokens",),
+        lambda c: c.data.tokenizer_type not in (None, *NO_SPECIAL_TEXTS),
+        "without a --tokenizer-type whose special tokens a text can contain",
+        "--tokenizer-type of the data, and its files",
     ),
     _Effect(
         ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"),

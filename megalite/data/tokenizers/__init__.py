@@ -1,13 +1,14 @@
-"""Tokenizers behind one small interface, and training them. Libraries are imported where used."""
+"""Tokenizers behind one small interface, and their training."""
 
 from megalite.data.config import TOKENIZER_FILES, TokenizerType
-from megalite.data.tokenizers.base import Encoded, TextError, Tokenizer, TokenizerError, encoded
+from megalite.data.tokenizers.base import Encoded, TextError, Tokenizer, TokenizerError
 from megalite.data.tokenizers.build import (
     TokenizerBackend,
     build_tokenizer,
+    checkpoint_data_config,
     configured_tokenizer,
+    tokenizer_fields,
     trained_tokenizer,
-    with_tokenizer,
 )
 from megalite.data.tokenizers.fast import CheckedTokenizer
 from megalite.data.tokenizers.plain import ByteTokenizer, NullTokenizer
@@ -25,11 +26,11 @@ __all__ = [
     "TokenizerError",
     "TokenizerType",
     "build_tokenizer",
+    "checkpoint_data_config",
     "configured_tokenizer",
-    "encoded",
+    "tokenizer_fields",
     "train_bpe",
     "train_sentencepiece",
     "train_wordpiece",
     "trained_tokenizer",
-    "with_tokenizer",
 ]

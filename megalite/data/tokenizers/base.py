@@ -1,4 +1,4 @@
-"""What every tokenizer is: the interface, its arrays, its errors."""
+"""The interface of a tokenizer, the arrays it returns, and its errors."""
 
 import hashlib
 import importlib
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot be built, trained or asked this: says what to do."""
+    """A tokenizer cannot be built or trained, or lacks what is asked for. Says what to do."""
 
 
 class TextError(TokenizerError):
@@ -19,20 +19,22 @@ class TextError(TokenizerError):
 
 
 class Encoded(NamedTuple):
-    """The ids of several texts, one after another."""
+    """The ids of several texts in one array."""
 
     ids: np.ndarray
-    """Ids of all texts, integers [sum of lengths]."""
+    """Ids of all texts, one text after another: integers [sum of lengths]."""
     lengths: np.ndarray
-    """int64 [texts]: ids of each text."""
+    """Number of ids of each text: int64 [texts]."""
 
     def split(self) -> list[np.ndarray]:
-        """The ids of each text."""
-        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+        """Return one array of ids for each text."""
+        if len(self.lengths) == 0:
+            return []
+        return np.split(self.ids, np.cumsum(self.lengths)[:-1])
 
 
-def encoded(ids: Iterable[Sequence[int] | np.ndarray], dtype=np.int32) -> Encoded:
-    """The ids of each text, gathered."""
+def pack_ids(ids: Iterable[Sequence[int] | np.ndarray], dtype=np.int32) -> Encoded:
+    """Pack the ids of each text into one `Encoded`."""
     arrays = [np.asarray(text, dtype) for text in ids]
     lengths = np.array([len(text) for text in arrays], np.int64)
     return Encoded(np.concatenate([np.empty(0, dtype), *arrays]), lengths)
@@ -44,78 +46,97 @@ class Tokenizer(Protocol):
     vocab_size: int
     """Every id is below this."""
     sha256: str
-    """Digest of what makes the ids; equal digests give equal ids, whatever the backend."""
+    """Digest of the files and settings that determine the ids, whatever the backend."""
     backend: str
     """Who encodes: reference or fast."""
     why: str
-    """Why the backend is not the fast one, if that was asked for; else empty."""
+    """Why --tokenizer-backend auto did not choose the fast backend; else empty."""
 
     @property
     def eod(self) -> int:
-        """Id of the end-of-document token. Raises TokenizerError when there is none."""
+        """Id of the end-of-document token. Raises TokenizerError if there is none."""
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """Ids of each text, without the end-of-document token. Special tokens are ordinary text here.
+        """Encode texts, without an end-of-document token.
 
-        Raises UnicodeEncodeError for a text with lone surrogates, which is no Unicode text, and TextError for one
-        that this kind of tokenizer has no ids for.
+        The text of a special token is ordinary text, unless the tokenizer was built with
+        parse_special_tokens. Raises UnicodeEncodeError for a text with lone surrogates, and
+        TextError for a text that the tokenizer has no ids for.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of these ids; an end-of-document token gives none."""
+        """Return the text of these ids. The end-of-document token has no text."""
 
     def check(self, texts: Sequence[str]) -> None:
-        """Compare the backend's ids of these texts with the reference's. Raises TokenizerError where they differ."""
+        """Compare the ids of the fast backend with those of the reference library.
+
+        Raises TokenizerError with the first text for which they differ.
+        """
 
 
 class ReferenceTokenizer:
-    """A tokenizer that encodes by the library that defines its ids: nothing to compare it with."""
+    """A tokenizer that encodes with the library that defines its ids."""
 
     backend = "reference"
     why = ""
-    marks: tuple[str, ...] = ()
-    """Texts with one of these in them are left to the reference: the fast library takes them for special tokens."""
+    reserved_texts: tuple[str, ...] = ()
+    """The fast backend leaves texts that contain one of these strings to the reference library:
+    gigatoken would take them for special tokens, or would not when it should."""
 
     def check(self, texts: Sequence[str]) -> None:
-        """Nothing: these are the reference's ids."""
+        """Do nothing: the ids of this backend are the reference."""
+
+    def sections(self, text: str) -> list[str]:
+        """Return the strings that are encoded in place of `text`; their ids are concatenated."""
+        return [text]
 
     def load_fast(self, gigatoken: ModuleType):
-        """The same tokenizer as a gigatoken.Tokenizer. Raises an Exception that says why it cannot be."""
+        """Return the same tokenizer as a gigatoken.Tokenizer.
+
+        Raises an Exception that says why gigatoken cannot load it.
+        """
         raise TokenizerError("gigatoken has no such kind")
 
 
 def digest(kind: str, *contents: bytes) -> str:
-    """SHA-256 of a kind and the contents of its files."""
+    """SHA-256, in hex, of the kind of a tokenizer and the contents of its files."""
     total = hashlib.sha256(kind.encode())
     for content in contents:
         total.update(hashlib.sha256(content).digest())
     return total.hexdigest()
 
 
-def library(name: str, kind: str) -> ModuleType:
-    """An optional library. Raises TokenizerError with the command that installs it."""
+def import_library(name: str, kind: str) -> ModuleType:
+    """Import an optional library. Raises TokenizerError with the command that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError:
         raise TokenizerError(f"{kind} needs the {name} library: pip install {name}") from None
 
 
-def read(path: str | Path, flag: str) -> bytes:
-    """The content of a tokenizer's file. Raises TokenizerError when there is none."""
+def read_file(path: str | Path, flag: str) -> bytes:
+    """Read a file of a tokenizer, named by `flag`. Raises TokenizerError if it cannot be read."""
     try:
         return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise TokenizerError(missing_file(flag, path)) from None
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = "no such file. tools/train_tokenizer.py makes one" if missing else error.strerror
-        raise TokenizerError(f"{flag} {path}: {reason}") from None
+        raise TokenizerError(f"{flag} {path}: {error.strerror}") from None
+
+
+def missing_file(flag: str, path: str | Path) -> str:
+    """The message for a tokenizer's file that does not exist."""
+    return f"{flag} {path}: no such file. tools/train_tokenizer.py makes one"
 
 
 def refuse_surrogates(texts: Sequence[str]) -> None:
-    """Raise UnicodeEncodeError for the first text that is no Unicode text, TypeError for one that is no text."""
+    """Raise UnicodeEncodeError if a text has lone surrogates, TypeError if one is not a str."""
     for text in texts:
         str.encode(text)
 
 
 def shortened(text: str, width: int = 60) -> str:
-    """A text as Python writes it, its beginning only if it is long."""
-    return repr(text) if len(text) <= width else f"{text[:width]!r}..."
+    """The repr of a text; of a text longer than `width`, the repr of its beginning."""
+    if len(text) <= width:
+        return repr(text)
+    return f"{text[:width]!r}..."

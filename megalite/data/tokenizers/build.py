@@ -3,10 +3,21 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from megalite.data.config import TOKENIZER_FILES, DataConfig, TokenizerType
-from megalite.data.tokenizers.base import ReferenceTokenizer, Tokenizer, TokenizerError
+from megalite.data.config import (
+    NO_SPECIAL_TEXTS,
+    TOKENIZER_FIELDS,
+    TOKENIZER_FILES,
+    DataConfig,
+    TokenizerType,
+)
+from megalite.data.tokenizers.base import (
+    ReferenceTokenizer,
+    Tokenizer,
+    TokenizerError,
+    missing_file,
+)
 from megalite.data.tokenizers.fast import CheckedTokenizer
 from megalite.data.tokenizers.huggingface import (
     BertWordPieceCase,
@@ -17,6 +28,7 @@ from megalite.data.tokenizers.huggingface import (
 from megalite.data.tokenizers.plain import ByteTokenizer, NullTokenizer
 from megalite.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megalite.data.tokenizers.tiktoken import TikTokenizer
+from megalite.data.tokenizers.tiktoken_patterns import ENCODINGS
 
 KINDS: dict[str, Callable[..., ReferenceTokenizer]] = {
     "SentencePieceTokenizer": SentencePieceTokenizer,
@@ -39,26 +51,46 @@ def build_tokenizer(
     merge_file: str | None = None,
     vocab_size: int | None = None,
     backend: TokenizerBackend = "reference",
+    tiktoken_pattern: str | None = None,
+    parse_special_tokens: bool = False,
 ) -> Tokenizer:
-    """The tokenizer of --tokenizer-type and the flags that name its files; `vocab_size` is read by NullTokenizer only.
+    """Build the tokenizer of --tokenizer-type and the flags that belong to it.
 
-    Raises TokenizerError with every flag that is missing or too much, or with what is wrong in a file, or, for the
-    fast backend, with why gigatoken does not do.
+    Args:
+        tokenizer_type: a key of KINDS.
+        tokenizer_model, vocab_file, merge_file: its files, as TOKENIZER_FILES lists them.
+        vocab_size: number of ids of a NullTokenizer; not read for other kinds.
+        backend: who encodes.
+        tiktoken_pattern: a key of ENCODINGS, for TikTokenizer.
+        parse_special_tokens: take the text of a special token for that token.
+
+    Raises TokenizerError with every flag that is missing or too many, with what is wrong in a file,
+    or, for the fast backend, with the reason why gigatoken cannot be used.
     """
-    given = {"tokenizer_model": tokenizer_model, "vocab_file": vocab_file, "merge_file": merge_file}
-    problems = find_flag_problems(tokenizer_type, given, vocab_size)
+    given = {
+        "tokenizer_model": tokenizer_model,
+        "vocab_file": vocab_file,
+        "merge_file": merge_file,
+        "tiktoken_pattern": tiktoken_pattern,
+    }
+    problems = find_flag_problems(tokenizer_type, given, vocab_size, parse_special_tokens)
     if problems:
         raise TokenizerError("; ".join(problems))
-    files = [given[field] for field in TOKENIZER_FILES[tokenizer_type]]
-    tokenizer = KINDS[tokenizer_type](
-        *files, *([vocab_size] if tokenizer_type == "NullTokenizer" else [])
-    )
+
+    arguments = [given[field] for field in TOKENIZER_FILES[tokenizer_type]]
+    if tokenizer_type == "NullTokenizer":
+        arguments.append(vocab_size)
+    if tokenizer_type == "TikTokenizer":
+        arguments.append(tiktoken_pattern)
+    tokenizer = KINDS[tokenizer_type](*arguments)
+    if parse_special_tokens:
+        tokenizer.parse_special_tokens()
+
     if backend == "reference":
         return tokenizer
     if backend not in get_args(TokenizerBackend):
-        raise TokenizerError(
-            f"--tokenizer-backend {backend}: known are {', '.join(get_args(TokenizerBackend))}"
-        )
+        known = ", ".join(get_args(TokenizerBackend))
+        raise TokenizerError(f"--tokenizer-backend {backend}: known are {known}")
     try:
         return CheckedTokenizer(tokenizer)
     except TokenizerError as error:
@@ -68,25 +100,91 @@ def build_tokenizer(
         return tokenizer
 
 
+def find_flag_problems(
+    kind: str, given: dict[str, str | None], vocab_size: int | None, parse_special_tokens: bool
+) -> list[str]:
+    """Every flag that is missing, does not belong to the kind, or has a value that cannot be."""
+    if kind not in KINDS:
+        return [f"--tokenizer-type {kind}: known are {', '.join(KINDS)}"]
+    problems = []
+    for field, value in given.items():
+        flag = "--" + field.replace("_", "-")
+        if field in TOKENIZER_FILES[kind]:
+            if value is None:
+                problems.append(f"--tokenizer-type {kind} needs {flag}")
+            elif not Path(value).exists():
+                problems.append(missing_file(flag, value))
+        elif field == "tiktoken_pattern" and kind == "TikTokenizer":
+            if value is not None and value not in ENCODINGS:
+                problems.append(f"{flag} {value}: known are {', '.join(ENCODINGS)}")
+        elif value is not None:
+            problems.append(f"{flag} {value}: {kind} does not read it; leave the flag out")
+    if kind == "NullTokenizer" and vocab_size is None:
+        problems.append(f"--tokenizer-type {kind} needs --vocab-size")
+    if parse_special_tokens and kind in NO_SPECIAL_TEXTS:
+        problems.append(f"--parse-special-tokens: {NO_SPECIAL_TEXTS[kind]}; leave the flag out")
+    return problems
+
+
+def tokenizer_fields(source: Any) -> dict[str, Any]:
+    """Those of TOKENIZER_FIELDS that `source` has, as keyword arguments of `build_tokenizer`."""
+    return {name: getattr(source, name) for name in TOKENIZER_FIELDS if hasattr(source, name)}
+
+
 def configured_tokenizer(data: DataConfig, vocab_size: int | None) -> Tokenizer:
-    """The tokenizer of a run. Raises TokenizerError when its flags do not fit together."""
-    return build_tokenizer(
-        data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file, vocab_size
-    )
+    """Build the tokenizer of a run. Raises TokenizerError if its flags do not fit together."""
+    return build_tokenizer(**tokenizer_fields(data), vocab_size=vocab_size)
 
 
-def with_tokenizer(data: DataConfig, given: dict[str, str | None]) -> DataConfig:
-    """The configuration with the tokenizer's kind and files that are `given`, by field; None: as it was. Files that it
-    named belong to the kind that it named."""
-    given = {field: value for field, value in given.items() if value is not None}
-    if given.get("tokenizer_type", data.tokenizer_type) != data.tokenizer_type:
-        given = {"tokenizer_model": None, "vocab_file": None, "merge_file": None} | given
+def checkpoint_data_config(data: DataConfig, given: dict[str, Any], folder: Path) -> DataConfig:
+    """The data section of a checkpoint's configuration, with the tokenizer to use now.
+
+    Args:
+        data: the data section that the checkpoint has.
+        given: fields that replace those of the checkpoint, unless they are None or False. Another
+            tokenizer_type comes with files of its own.
+        folder: the checkpoint, iter_*.
+
+    Raises TokenizerError if a file that the checkpoint names is not found: see `find_file`.
+    """
+    given = {field: value for field, value in given.items() if value not in (None, False)}
+    kind = given.get("tokenizer_type", data.tokenizer_type)
+    if kind != data.tokenizer_type:
+        no_files = dict.fromkeys(("tokenizer_model", "vocab_file", "merge_file"))
+        return replace(data, **no_files | {"tiktoken_pattern": None} | given)
+    for field in TOKENIZER_FILES.get(kind, ()):
+        recorded = getattr(data, field)
+        if field not in given and recorded is not None:
+            given[field] = find_file(recorded, "--" + field.replace("_", "-"), folder)
     return replace(data, **given)
 
 
+def find_file(recorded: str, flag: str, folder: Path) -> str:
+    """Find a file that the configuration of the checkpoint in `folder` names.
+
+    It is where the configuration says, or, after a move, in the folder of the checkpoints or in the
+    folder that holds it: under its name or, if recorded as a relative path, under that path. Raises
+    TokenizerError if it is in none of these.
+    """
+    path = Path(recorded)
+    moved = path.name if path.is_absolute() else path
+    beside = [parent / moved for parent in folder.absolute().parents[:2]]
+    for candidate in (path, *beside):
+        if candidate.exists():
+            return str(candidate)
+    origin = "" if path.is_absolute() else ", relative to the folder that its run was started in"
+    raise TokenizerError(
+        f"the configuration in {folder} names the tokenizer's file {recorded}{origin}, and there "
+        f"is no such file: give {flag} FILE"
+    )
+
+
 def trained_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a trained model with this vocabulary. Raises TokenizerError when it is not named, cannot be
-    built or is larger than the model's vocabulary."""
+    """Build the tokenizer of a trained model with a vocabulary of `vocab_size`.
+
+    Raises TokenizerError if `data` names no tokenizer, it cannot be built, or it has more entries
+    than the vocabulary.
+    """
     if data.tokenizer_type is None:
         raise TokenizerError(
             "the checkpoint's configuration names no tokenizer: give --tokenizer-type and its files"
@@ -94,27 +192,7 @@ def trained_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
     tokenizer = configured_tokenizer(data, vocab_size)
     if tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
-            f"the tokenizer has {tokenizer.vocab_size} entries, the model only {vocab_size}: give the one that it was "
-            "trained with"
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model only {vocab_size}: give "
+            "the one that it was trained with"
         )
     return tokenizer
-
-
-def find_flag_problems(
-    kind: str, given: dict[str, str | None], vocab_size: int | None
-) -> list[str]:
-    """Every flag that is missing, too much, or names a file that is not there, a line each."""
-    if kind not in KINDS:
-        return [f"--tokenizer-type {kind}: known are {', '.join(KINDS)}"]
-    problems = []
-    for field, value in given.items():
-        flag, wanted = "--" + field.replace("_", "-"), field in TOKENIZER_FILES[kind]
-        if wanted and value is None:
-            problems.append(f"--tokenizer-type {kind} needs {flag}")
-        elif wanted and not Path(value).exists():
-            problems.append(f"{flag} {value}: no such file. tools/train_tokenizer.py makes one")
-        elif value is not None and not wanted:
-            problems.append(f"{flag} {value}: {kind} does not read it; leave the flag out")
-    if kind == "NullTokenizer" and vocab_size is None:
-        problems.append(f"--tokenizer-type {kind} needs --vocab-size")
-    return problems

@@ -1,8 +1,8 @@
-"""The fast backend, gigatoken, held against the library that defines the ids."""
+"""The fast backend, gigatoken, checked against the library that defines the ids."""
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,8 @@ from megalite.data.tokenizers.base import (
     Encoded,
     ReferenceTokenizer,
     TokenizerError,
-    encoded,
-    library,
+    import_library,
+    pack_ids,
     shortened,
 )
 
@@ -20,24 +20,24 @@ PROBE = (
     "The quick  brown fox's 12345 jumps,\r\n\r\n\tover  the lazy dog!!  ",
     "naïve cafe\u0301 — 你好，世界 😀👩‍👩‍👧 \u200b\u00a0\u3000 \x00\x01\x7f İß ﬁ ½",
     "    \n\n  x\n \n  ",
-    "\uff21\u0332 \uff76\u0334 \u2026\u0361",  # marks on letters that a normaliser replaces
+    "\uff21\u0332 \uff76\u0334 \u2026\u0361",  # marks on letters that a normalizer replaces
     "a" * 300,
     "<|endoftext|></s><s> [MASK]<unk><0x0A>\u2581x",
     "",
 )
-"""Texts on which a fast tokenizer that misunderstood its model is likely to differ."""
+"""Texts on which a fast tokenizer that misread its model is likely to differ."""
 CACHE_BYTES = 200 << 20
-"""What a process may grow by before the fast tokenizer forgets the words that it has seen."""
+"""Growth of the process after which the fast tokenizer is loaded again, with an empty cache."""
 SHOWN_IDS = 5
 """Ids shown before and after the first that differs."""
 
 
 class CheckedTokenizer:
-    """A tokenizer that encodes by gigatoken; everything else, and the few texts it is not good for, by the reference.
+    """A tokenizer that encodes with gigatoken, and uses the reference for everything else.
 
-    gigatoken takes the text of special tokens for the tokens, which nobody wants of a document: texts with such a text
-    in them are encoded by the reference. Raises TokenizerError when gigatoken is missing or does not take this
-    tokenizer, with the reason.
+    gigatoken takes the text of a special token for the token: texts that contain such a text are
+    encoded by the reference. Raises TokenizerError with the reason if gigatoken is missing, cannot
+    load this tokenizer, or gives other ids for PROBE.
     """
 
     backend = "fast"
@@ -45,79 +45,101 @@ class CheckedTokenizer:
 
     def __init__(self, reference: ReferenceTokenizer):
         self.reference = reference
-        self.vocab_size, self.sha256 = reference.vocab_size, reference.sha256
+        self.vocab_size = reference.vocab_size
+        self.sha256 = reference.sha256
         try:
-            self._library = library("gigatoken", "the fast backend")
+            self._library = import_library("gigatoken", "the fast backend")
             self._load()
-        except Exception as error:  # gigatoken has no error type of its own
-            raise TokenizerError((str(error).strip() or repr(error)).splitlines()[0]) from None
-        self._marks = (
-            re.compile("|".join(map(re.escape, reference.marks))) if reference.marks else None
-        )
+        except BaseException as error:  # gigatoken has no error type; a panic is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = str(error).strip() or repr(error)
+            raise TokenizerError(reason.splitlines()[0]) from None
+        self._reserved = None
+        if reference.reserved_texts:
+            self._reserved = re.compile("|".join(map(re.escape, reference.reserved_texts)))
         self.check(PROBE)
 
     def _load(self) -> None:
-        """The fast tokenizer, with nothing in its cache."""
-        self._fast = None
+        """Load the fast tokenizer, with an empty cache."""
+        self._fast = None  # first frees the memory of the old one
         self._fast = self.reference.load_fast(self._library)
         self._most_bytes = resident_bytes() + CACHE_BYTES
 
     @property
     def eod(self) -> int:
-        """Id of the end-of-document token. Raises TokenizerError when there is none."""
+        """Id of the end-of-document token. Raises TokenizerError if there is none."""
         return self.reference.eod
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """Ids of each text, uint32 unless the reference had to help."""
-        marked = [
-            number for number, text in enumerate(texts) if self._marks and self._marks.search(text)
-        ]
-        if not marked:
+        """Encode texts: uint32 ids, unless the reference had to encode some of them."""
+        for_reference = []
+        if self._reserved is not None:
+            for number, text in enumerate(texts):
+                if self._reserved.search(text):
+                    for_reference.append(number)
+        if not for_reference:
             return self._encode(texts)
-        left = set(marked)
-        by_fast = iter(
-            self._encode([text for number, text in enumerate(texts) if number not in left]).split()
-        )
-        by_reference = iter(
-            self.reference.encode_batch([texts[number] for number in marked]).split()
-        )
-        ids = [next(by_reference if number in left else by_fast) for number in range(len(texts))]
+
+        # Encode each text with its backend, then put the results back into the order of the texts.
+        ids = [np.empty(0, np.uint32)] * len(texts)
+        for_fast = sorted(set(range(len(texts))).difference(for_reference))
+        for encode, numbers in (
+            (self._encode, for_fast),
+            (self.reference.encode_batch, for_reference),
+        ):
+            encoded = encode([texts[number] for number in numbers])
+            for number, text_ids in zip(numbers, encoded.split(), strict=True):
+                ids[number] = text_ids
         return Encoded(np.concatenate(ids), np.array([len(text) for text in ids], np.int64))
 
     def _encode(self, texts: Sequence[str]) -> Encoded:
-        # One by one: gigatoken then keeps what it learned of words, which its SentencePiece batches do not, and needs
-        # no awkward arrays, whose library takes longer to load than a tokenizer. But it keeps it all.
+        # One by one: gigatoken then keeps what it learned of words, which its SentencePiece batches
+        # do not, and does not import awkward, which takes longer to load than a tokenizer. But it
+        # never forgets a word.
         if resident_bytes() > self._most_bytes:
             self._load()
-        return encoded(map(self._fast.encode, map(str.encode, texts)), np.uint32)
+        return pack_ids(self._ids_of_texts(texts), np.uint32)
+
+    def _ids_of_texts(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        for text in texts:
+            ids = [self._fast.encode(str.encode(part)) for part in self.reference.sections(text)]
+            yield ids[0] if len(ids) == 1 else np.concatenate(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of these ids; an end-of-document token gives none."""
+        """Return the text of these ids. The end-of-document token has no text."""
         return self.reference.decode(ids)
 
     def check(self, texts: Sequence[str]) -> None:
-        """Encode texts by both. Raises TokenizerError with the first text that gets other ids from the fast one."""
-        pairs = zip(self.encode_batch(texts).split(), self.reference.encode_batch(texts).split())
-        for text, (fast, expected) in zip(texts, pairs):
+        """Encode texts with both backends.
+
+        Raises TokenizerError with the first text for which the fast one gives other ids.
+        """
+        fast_ids = self.encode_batch(texts).split()
+        expected_ids = self.reference.encode_batch(texts).split()
+        for text, fast, expected in zip(texts, fast_ids, expected_ids, strict=True):
             if not np.array_equal(fast, expected):
                 raise TokenizerError(self._difference(text, fast, expected))
 
     def _difference(self, text: str, fast: np.ndarray, expected: np.ndarray) -> str:
+        """The message that shows where two encodings of a text differ."""
+        # The first id that differs; where one is the beginning of the other, the end of that.
         common = min(len(fast), len(expected))
         different = np.flatnonzero(fast[:common] != expected[:common])
         at = int(different[0]) if len(different) else common
+
         around = slice(max(0, at - SHOWN_IDS), at + SHOWN_IDS + 1)
         before = len(self.reference.decode(expected[:at])) if at else 0
         return (
-            f"gigatoken encodes a text in another way than the reference library, from id {at} (near character "
-            f"{before}) on: {shortened(text[max(0, before - 20) :])} of {len(text)} characters. "
-            f"gigatoken: {fast[around].tolist()}, reference: {expected[around].tolist()}. "
-            "Use --tokenizer-backend reference"
+            "gigatoken and the reference library encode a text differently, from id "
+            f"{at} (near character {before}) on: {shortened(text[max(0, before - 20) :])} of "
+            f"{len(text)} characters. gigatoken: {fast[around].tolist()}, reference: "
+            f"{expected[around].tolist()}. Use --tokenizer-backend reference"
         )
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds; 0 where the system has no /proc to tell."""
+    """Resident memory of this process in bytes; 0 on a system without /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except FileNotFoundError:

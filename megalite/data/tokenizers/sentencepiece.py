@@ -8,22 +8,22 @@ from megalite.data.tokenizers.base import (
     Encoded,
     ReferenceTokenizer,
     TokenizerError,
-    encoded,
-    library,
-    read,
+    import_library,
+    pack_ids,
+    read_file,
 )
 
 
 class SentencePieceTokenizer(ReferenceTokenizer):
     """A SentencePiece model; its end-of-sentence piece ends documents.
 
-    The text of a control piece is ordinary text; that of a piece which the model was trained to keep whole is not.
-    Raises TokenizerError when the library or the file is missing, or the file is no model.
+    The text of a control piece is ordinary text; that of a user-defined piece is always the piece.
+    Raises TokenizerError if the library or the file is missing, or the file is not a model.
     """
 
     def __init__(self, path: str | Path):
-        sentencepiece = library("sentencepiece", "SentencePieceTokenizer")
-        self._data = read(path, "--tokenizer-model")
+        sentencepiece = import_library("sentencepiece", "SentencePieceTokenizer")
+        self._data = read_file(path, "--tokenizer-model")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._data)
         except RuntimeError:
@@ -31,32 +31,36 @@ class SentencePieceTokenizer(ReferenceTokenizer):
         self._path = path
         self.vocab_size = self._processor.get_piece_size()
         self.sha256 = hashlib.sha256(self._data).hexdigest()
-        self.marks = self._reserved()
+        self.reserved_texts = self._unreachable_pieces()
 
-    def _reserved(self) -> tuple[str, ...]:
-        """How pieces that text never becomes are written: unknown, control and byte pieces (<0x..)."""
-        p = self._processor
-        ids = [i for i in range(self.vocab_size) if p.is_control(i) or p.is_unknown(i)]
-        return ("<0x", *filter(None, map(p.id_to_piece, ids)))
+    def _unreachable_pieces(self) -> tuple[str, ...]:
+        """Pieces that no text becomes: unknown and control pieces, and bytes (<0x..)."""
+        processor = self._processor
+        pieces = ["<0x"]
+        for i in range(self.vocab_size):
+            if processor.is_control(i) or processor.is_unknown(i):
+                pieces.append(processor.id_to_piece(i))
+        return tuple(piece for piece in pieces if piece)
 
     @property
     def eod(self) -> int:
-        """Id of the end-of-sentence piece. Raises TokenizerError when the model was trained without one."""
+        """Id of the end-of-sentence piece. Raises TokenizerError if the model has none."""
         eos = self._processor.eos_id()
         if eos < 0:
             raise TokenizerError(
-                f"{self._path}: the model has no end-of-sentence piece to end documents with; train it with an eos_id"
+                f"{self._path}: the model has no end-of-sentence piece to end documents with; "
+                "train it with an eos_id"
             )
         return eos
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """Ids of each text."""
-        return encoded(self._processor.encode([text.encode() for text in texts], num_threads=1))
+        """Encode texts."""
+        return pack_ids(self._processor.encode([text.encode() for text in texts], num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of these ids; control pieces give none."""
+        """Return the text of these ids. Control pieces have no text."""
         return self._processor.decode([int(i) for i in ids])
 
     def load_fast(self, gigatoken):
-        """BPE models that spell in bytes what they lack."""
+        """Load the model into gigatoken, which takes BPE with byte fallback."""
         return gigatoken.Tokenizer.from_sentencepiece(self._data)

@@ -2,121 +2,125 @@
 
 import base64
 import binascii
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from megalite.data.tokenizers.base import (
     Encoded,
     ReferenceTokenizer,
     TokenizerError,
     digest,
-    encoded,
-    library,
-    read,
+    import_library,
+    pack_ids,
+    read_file,
     refuse_surrogates,
 )
-
-CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-
-
-class Encoding(NamedTuple):
-    """What a file of ranks does not tell."""
-
-    pattern: str
-    """How text is cut before pieces are merged."""
-    fast: str
-    """What gigatoken calls the pattern."""
-    special: dict[str, int]
-
-
-ENCODINGS = {
-    "r50k_base": Encoding(
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-        "gpt2",
-        {"<|endoftext|>": 50256},
-    ),
-    "cl100k_base": Encoding(
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
-        r"|\s+(?!\S)|\s",
-        "gpt4",
-        {
-            "<|endoftext|>": 100257,
-            "<|fim_prefix|>": 100258,
-            "<|fim_middle|>": 100259,
-            "<|fim_suffix|>": 100260,
-            "<|endofprompt|>": 100276,
-        },
-    ),
-    "o200k_base": Encoding(
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-        + CONTRACTIONS
-        + "|"
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-        + CONTRACTIONS
-        + "|"
-        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        "o200k",
-        {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
-    ),
-}
-"""The published encodings: facts of the format, known by the names of their files."""
+from megalite.data.tokenizers.tiktoken_patterns import ENCODINGS, IN_FILE_NAMES, PUBLISHED
 
 
 class TikTokenizer(ReferenceTokenizer):
-    """A .tiktoken file of ranks, whose name says the encoding (cl100k_base.tiktoken); nothing is downloaded.
+    """A file of BPE ranks: .tiktoken, tokenizer.model of Llama 3 and 4, or Megatron-LM's JSON.
 
-    The text of a special token is ordinary text. Decoding gives back the text that was encoded. Raises TokenizerError
-    when the library or the file is missing, the name tells no encoding, or the file holds no ranks.
+    The file does not say how text is split into words, nor which special tokens there are. These
+    come from `encoding`, a key of ENCODINGS; None: it is that of a published file, recognized by
+    its SHA-256, or one of IN_FILE_NAMES that the file's name contains. Nothing is downloaded.
+
+    Decoding gives back the text that was encoded, for Qwen in Unicode NFC. Raises TokenizerError
+    if the library or the file is missing, the encoding is not known, or the file has no ranks.
     """
 
-    def __init__(self, path: str | Path):
-        tiktoken = library("tiktoken", "TikTokenizer")
-        content = read(path, "--tokenizer-model")
-        name = next((name for name in ENCODINGS if name in Path(path).name), None)
-        if name is None:
+    def __init__(self, path: str | Path, encoding: str | None = None):
+        tiktoken = import_library("tiktoken", "TikTokenizer")
+        content = read_file(path, "--tokenizer-model")
+        name = encoding or _find_encoding(content, path)
+        self._path = path
+        self._known = ENCODINGS[name]
+
+        ids = {}
+        for token, rank in _read_ranks(content, path).items():
+            if self._known.most_ranks is None or rank < self._known.most_ranks:
+                ids[token] = rank + self._known.first_id
+        special = self._known.special
+        taken = set(ids.values()).intersection(special.values())
+        if taken:
             raise TokenizerError(
-                f"--tokenizer-model {path}: the name tells how text is cut into words, which the file does not: it "
-                f"must have {', '.join(ENCODINGS)} in it"
+                f"--tokenizer-model {path}: {len(ids)} ranks do not fit {name}: id {min(taken)} is "
+                "that of a special token. Give another --tiktoken-pattern"
             )
-        self._path, self._fast = path, ENCODINGS[name].fast
-        ranks, special = _ranks(content, path), ENCODINGS[name].special
-        if max(ranks.values()) >= min(special.values()):
-            raise TokenizerError(
-                f"--tokenizer-model {path}: {len(ranks)} ranks, too many for {name}, whose special tokens start at "
-                f"{min(special.values())}"
-            )
+
         self._encoding = tiktoken.Encoding(
-            name, pat_str=ENCODINGS[name].pattern, mergeable_ranks=ranks, special_tokens=special
+            name, pat_str=self._known.pattern, mergeable_ranks=ids, special_tokens=special
         )
-        self.vocab_size = max(special.values()) + 1
-        self.eod = special["<|endoftext|>"]
+        self._encode = self._encoding.encode_ordinary
+        self.vocab_size = max(*ids.values(), *special.values()) + 1
+        self.eod = special[self._known.eod]
         self.sha256 = digest(f"TikTokenizer {name}", content)
 
+    def parse_special_tokens(self) -> None:
+        """From now on, take the text of a special token for that token."""
+        self._encode = lambda text: self._encoding.encode(text, allowed_special="all")
+        self.reserved_texts = tuple(self._known.special)
+
+    def sections(self, text: str) -> list[str]:
+        """Return the strings that are encoded in place of `text`: normalized, or cut."""
+        return self._known.sections(text)
+
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """Ids of each text."""
+        """Encode texts."""
         refuse_surrogates(texts)  # tiktoken would replace them
-        return encoded(self._encoding.encode_ordinary(text) for text in texts)
+        return pack_ids(self._ids_of_text(text) for text in texts)
+
+    def _ids_of_text(self, text: str) -> list[int]:
+        ids = []
+        for section in self.sections(text):
+            ids.extend(self._encode(section))
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of these ids; broken UTF-8 becomes the replacement character."""
+        """Return the text of these ids. Broken UTF-8 becomes the replacement character."""
         return self._encoding.decode([int(i) for i in ids if i != self.eod])
 
     def load_fast(self, gigatoken):
-        """The same pattern, without special tokens, so that their text is ordinary text."""
-        return gigatoken.Tokenizer.from_tiktoken(self._path, self._fast, {})
+        """Load the file into gigatoken, without special tokens: their text is ordinary text."""
+        if self._known.gigatoken is None:
+            raise TokenizerError(f"gigatoken cannot load a file of {self._encoding.name} ranks")
+        return gigatoken.Tokenizer.from_tiktoken(self._path, self._known.gigatoken, {})
 
 
-def _ranks(content: bytes, path: str | Path) -> dict[bytes, int]:
-    """Shard -> rank, from lines of base64 and a number. Raises TokenizerError."""
+def _find_encoding(content: bytes, path: str | Path) -> str:
+    """The encoding of a published file, or that in a file's name. Raises TokenizerError."""
+    published = PUBLISHED.get(hashlib.sha256(content).hexdigest())
+    if published is not None:
+        return published
+    for name in IN_FILE_NAMES:
+        if name in Path(path).name:
+            return name
+    raise TokenizerError(
+        f"--tokenizer-model {path}: not a published file of ranks, and the file does not say how "
+        f"text is split into words: give --tiktoken-pattern, one of {', '.join(ENCODINGS)}"
+    )
+
+
+def _read_ranks(content: bytes, path: str | Path) -> dict[bytes, int]:
+    """The rank of each token, from either format of the file. Raises TokenizerError."""
     try:
-        lines = [line.split() for line in content.splitlines() if line]
-        ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in lines}
-    except (ValueError, binascii.Error):
+        ranks = {
+            base64.b64decode(token, validate=True): int(rank) for token, rank in _entries(content)
+        }
+    except (ValueError, TypeError, KeyError, binascii.Error):
         ranks = {}
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise TokenizerError(
-            f"--tokenizer-model {path}: not a file of ranks (a piece in base64 and its rank in each line, all 256 "
-            "bytes among them)"
+            f"--tokenizer-model {path}: not a file of ranks (a token in base64 and its rank on "
+            "each line, or as token_bytes and rank in a JSON list; all 256 bytes among them)"
         )
     return ranks
+
+
+def _entries(content: bytes) -> Iterable[tuple]:
+    """(token in base64, rank) of each entry."""
+    if content.lstrip().startswith(b"["):
+        return ((entry["token_bytes"], entry["rank"]) for entry in json.loads(content))
+    return (line.split() for line in content.splitlines() if line)

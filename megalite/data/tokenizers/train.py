@@ -1,4 +1,4 @@
-"""Training tokenizers: the same result for the same texts. Libraries are imported where used."""
+"""Train tokenizers: the same texts give the same files. Libraries are imported where used."""
 
 import io
 import itertools
@@ -6,21 +6,22 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from megalite.data.tokenizers.base import TokenizerError, library
+from megalite.data.tokenizers.base import TokenizerError, import_library
 from megalite.data.tokenizers.huggingface import BERT_SPECIAL, END_OF_TEXT
 
 
 def train_sentencepiece(
     texts: Iterable[str], vocab_size: int, model_type: Literal["bpe", "unigram"] = "bpe"
 ) -> bytes:
-    """Train a SentencePiece model: the content of a .model file, the same for the same texts.
+    """Train a SentencePiece model and return the content of its .model file.
 
-    Decoding gives back the text that was encoded, white space and line breaks included: nothing is normalised, and
-    what the vocabulary lacks is spelt in bytes. (One exception: U+2581, SentencePiece's own sign for a space, comes
-    back as a space.) Ids: 0 unknown, 1 begin, 2 end of document, 3 padding, then 256 bytes, then pieces.
-    Raises TokenizerError when the texts do not give this many pieces, or are empty.
+    Decoding gives back the text that was encoded, white space and line breaks included: nothing is
+    normalized, and characters that the vocabulary lacks are encoded as bytes. One exception:
+    U+2581, SentencePiece's sign for a space, comes back as a space. Ids: 0 unknown, 1 begin,
+    2 end of document, 3 padding, then 256 bytes, then pieces. Raises TokenizerError if the texts do
+    not give this many pieces, or are empty, and whatever error reading them raises.
     """
-    sentencepiece = library("sentencepiece", "SentencePieceTokenizer")
+    sentencepiece = import_library("sentencepiece", "SentencePieceTokenizer")
     lines = _Lines(texts)
     model = io.BytesIO()
     try:
@@ -55,12 +56,12 @@ def train_sentencepiece(
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tuple[bytes, bytes]:
-    """Train a byte-level BPE: the contents of GPT-2's vocab.json and merges.txt, for GPT2BPETokenizer.
+    """Train a byte-level BPE and return the contents of its vocab.json and merges.txt.
 
-    Ids: 0 <|endoftext|>, then 256 bytes, then pieces. Raises TokenizerError when the texts do not give this many
-    pieces.
+    The files are GPT-2's, for GPT2BPETokenizer. Ids: 0 <|endoftext|>, then 256 bytes, then merged
+    tokens. Raises TokenizerError if the texts do not give this many tokens.
     """
-    tokenizers = library("tokenizers", "byte-level BPE")
+    tokenizers = import_library("tokenizers", "byte-level BPE")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -72,31 +73,34 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tuple[bytes, bytes]:
     tokenizer.train_from_iterator(texts, trainer)
     vocabulary = _in_order(tokenizer, vocab_size)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    lines = [
-        "#version: 0.2",
-        *(" ".join(pair) if isinstance(pair, list) else pair for pair in merges),
-    ]
-    return json.dumps(vocabulary, ensure_ascii=False).encode(), ("\n".join(lines) + "\n").encode()
+    lines = ["#version: 0.2"]
+    for merge in merges:  # a pair, or in older versions of the library its text
+        lines.append(merge if isinstance(merge, str) else " ".join(merge))
+    vocab_json = json.dumps(vocabulary, ensure_ascii=False)
+    merges_txt = "\n".join(lines) + "\n"
+    return vocab_json.encode(), merges_txt.encode()
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = False) -> bytes:
-    """Train BERT's WordPiece: the content of a vocab.txt, for BertWordPieceCase or, with lowercase, ...LowerCase.
+    """Train BERT's WordPiece and return the content of its vocab.txt.
 
-    The texts are gone through twice. Ids: 0 [PAD], [UNK], [CLS], [SEP], [MASK], then single characters, then pieces.
-    Raises TokenizerError when the texts do not give this many pieces, or have more characters than that.
+    The file is for BertWordPieceCase or, with `lowercase`, for BertWordPieceLowerCase. `texts` is
+    iterated twice. Ids: [PAD], [UNK], [CLS], [SEP], [MASK], then single characters, then longer
+    tokens. Raises TokenizerError if the texts do not give this many tokens, or have more characters
+    than that.
     """
-    tokenizers = library("tokenizers", "WordPiece")
+    tokenizers = import_library("tokenizers", "WordPiece")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    letters = _letters(texts, tokenizer)
-    first = [*BERT_SPECIAL, *(letter for letter in letters if letter not in BERT_SPECIAL)]
+    first = list(dict.fromkeys([*BERT_SPECIAL, *_characters(texts, tokenizer)]))
     if len(first) >= vocab_size:
         raise TokenizerError(
-            f"--vocab-size {vocab_size} does not fit this text: special tokens and characters are {len(first)} already"
+            f"--vocab-size {vocab_size} does not fit this text: special tokens and characters "
+            f"are {len(first)} already"
         )
-    # The library numbers the letters in the order of a hash table, another one in each process, and breaks ties by
-    # number: given to it as special tokens, they have a fixed order.
+    # The library numbers characters in the order of a hash table, which differs between processes,
+    # and breaks ties by number. Characters that it gets as special tokens have a fixed order.
     trainer = tokenizers.trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=first, show_progress=False
     )
@@ -104,35 +108,36 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Fal
     return "".join(piece + "\n" for piece in _in_order(tokenizer, vocab_size)).encode()
 
 
-def _letters(texts: Iterable[str], tokenizer) -> list[str]:
-    """Characters of the texts as pieces: those of all positions, then, with ##, those that continue a word."""
-    letters, pairs = set(), set()
+def _characters(texts: Iterable[str], tokenizer) -> list[str]:
+    """Sorted characters of the texts; then, with ##, those that occur within a word."""
+    characters = set()
+    pairs = set()
     for text in texts:
         normal = tokenizer.normalizer.normalize_str(text)
-        letters.update(normal)
+        characters.update(normal)
         pairs.update(itertools.pairwise(normal))
-    continuing = {
-        b
-        for a, b in pairs
-        if len(tokenizer.pre_tokenizer.pre_tokenize_str(a + b)) == 1 and a.strip()
-    }
-    words = sorted(c for c in letters if tokenizer.pre_tokenizer.pre_tokenize_str(c))
-    return [*words, *("##" + c for c in sorted(continuing.intersection(words)))]
+    split_into_words = tokenizer.pre_tokenizer.pre_tokenize_str
+    in_words = sorted(c for c in characters if split_into_words(c))
+    continuing = set()
+    for before, c in pairs:
+        if before.strip() and len(split_into_words(before + c)) == 1:
+            continuing.add(c)
+    return [*in_words, *("##" + c for c in in_words if c in continuing)]
 
 
 def _in_order(tokenizer, vocab_size: int) -> dict[str, int]:
-    """The vocabulary by id. Raises TokenizerError unless it has this size."""
+    """The vocabulary, sorted by id. Raises TokenizerError unless it has this size."""
     vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]))
     if len(vocabulary) != vocab_size:
         raise TokenizerError(
-            f"--vocab-size {vocab_size} does not fit this text: it gives {len(vocabulary)} pieces, special tokens "
-            "and single characters among them"
+            f"--vocab-size {vocab_size} does not fit this text: it gives {len(vocabulary)} pieces, "
+            "special tokens and single characters among them"
         )
     return vocabulary
 
 
 class _Lines:
-    """The lines of texts. Remembers the error that ends them early, since SentencePiece drops it."""
+    """The lines of texts. Keeps an error of the texts, which SentencePiece would drop."""
 
     def __init__(self, texts: Iterable[str]):
         self._texts = texts
@@ -150,5 +155,6 @@ class _Lines:
             raise
 
     def reraise(self) -> None:
+        """Raise the error that ended the texts early, if there was one."""
         if self._error is not None:
             raise self._error
