@@ -13,7 +13,6 @@ from typing import Literal, NoReturn
 import tyro
 
 from megalite.checkpoint.folder import CheckpointError
-from megalite.data.build import special_ids
 from megalite.data.classification import (
     SUFFIXES,
     Example,
@@ -25,6 +24,7 @@ from megalite.data.classification import (
     refuse,
 )
 from megalite.data.indexed import DatasetError
+from megalite.data.masking import special_ids
 from megalite.data.tokenizers import TokenizerError
 from megalite.training.finetune_config import ClassifierDescription
 

@@ -51,8 +51,8 @@ def fill(options: Options) -> None:
     """Load the model, and print each text and the most probable tokens of each of its blanks."""
     import torch
 
-    from megalite.data.build import special_ids
     from megalite.data.indexed import DatasetError
+    from megalite.data.masking import special_ids
     from megalite.models.batch import Microbatch
     from megalite.training.trained import load_model
 

@@ -3,8 +3,9 @@
     python tools/inspect_dataset.py data/corpus_text_document --documents 2 \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model
 
-shows the text of its first documents, --random that of some others. --verify reads both files from end to end and tells
-every entry of the index that cannot be, and ids that are not below the vocabulary of the .json.
+prints the text of its first documents; --random, that of random ones. --verify reads both files
+from end to end. It lists index entries that are wrong, negative ids, and ids that are not below the
+vocabulary size in the .json, and prints the largest id.
 """
 
 import random
@@ -17,12 +18,12 @@ import numpy as np
 import tyro
 
 from megalite.data.config import TokenizerType
-from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
+from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset, spread
 from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer
 from megalite.preprocess.indexed_verify import verify
 
 SAMPLED = 1 << 20
-"""Sequences whose lengths are looked at: all of them, or evenly spaced ones."""
+"""At most this many sequence lengths are read, evenly spaced."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,15 @@ class InspectConfig:
     prefix: Annotated[str, tyro.conf.Positional]
     """Prefix of the .bin and .idx files, or one of their names."""
     documents: int = 1
-    """Documents to show, the first ones."""
+    """Number of documents to print, from the first."""
     random: bool = False
-    """Show random documents, others every time."""
+    """Print random documents, different ones at every call."""
     verify: bool = False
-    """Check every entry of the index, and every id."""
+    """Check every entry of the index and every id."""
     tokens: int = 64
-    """Ids, or so many tokens of text, to show of each document."""
+    """Number of tokens to print of each document."""
     tokenizer_type: TokenizerType | None = None
-    """Kind of tokenizer, to show documents as text."""
+    """Type of the tokenizer, to print documents as text."""
     tokenizer_model: str | None = None
     """Model file of the tokenizer."""
     vocab_file: str | None = None
@@ -55,7 +56,7 @@ def tokenizer_of(config: InspectConfig) -> Tokenizer | None:
     """The tokenizer, if one is named. Raises TokenizerError."""
     if config.tokenizer_type is None:
         if config.tokenizer_model or config.vocab_file or config.merge_file or config.vocab_size:
-            raise TokenizerError("files of a tokenizer are given, but no --tokenizer-type")
+            raise TokenizerError("tokenizer files are given, but no --tokenizer-type")
         return None
     return build_tokenizer(
         config.tokenizer_type,
@@ -67,41 +68,38 @@ def tokenizer_of(config: InspectConfig) -> Tokenizer | None:
 
 
 def sizes(dataset: IndexedDataset, info: DatasetInfo | None) -> dict[str, str]:
-    """What to tell of a dataset, by name."""
+    """The properties of a dataset, by the name to print."""
     count = len(dataset)
-    places = (
-        np.arange(count) if count <= SAMPLED else np.arange(SAMPLED) * (count - 1) // (SAMPLED - 1)
-    )
-    lengths = dataset.lengths[places]
-    told = {
+    sampled = spread(count, SAMPLED)
+    contiguous = "yes" if dataset.contiguous else "no: sequences share bytes, or leave gaps"
+    found = {
         "documents": f"{dataset.num_documents:,}",
         "sequences": f"{count:,}",
         "tokens": f"{dataset.num_tokens:,}",
-        "stored as": f"{dataset.dtype.name}, {dataset.bin_path.stat().st_size:,} bytes",
-        "contiguous": "yes" if dataset.contiguous else "no: sequences share bytes, or leave gaps",
+        "stored as": f"{dataset.dtype.name}, {dataset.bin_size:,} bytes",
+        "contiguous": contiguous,
     }
     if count:
-        of = "" if count <= SAMPLED else f" (of {SAMPLED:,} evenly spaced ones)"
-        low, middle, high = int(lengths.min()), float(np.median(lengths)), int(lengths.max())
-        told["tokens in a sequence"] = (
-            f"{low:,} to {high:,}, median {middle:g}, mean {lengths.mean():.1f}{of}"
-        )
+        lengths = dataset.lengths[sampled]
+        text = f"{lengths.min():,} to {lengths.max():,}, median {np.median(lengths):g}"
+        text += f", mean {lengths.mean():.1f}"
+        if len(sampled) < count:
+            text += f" (of {SAMPLED:,} evenly spaced ones)"
+        found["tokens in a sequence"] = text
     if info is None:
-        told["made by"] = "not known: there is no .json beside it"
-    else:
-        end = "none" if info.eod is None else info.eod
-        told["made by"] = f"{info.tokenizer_type}, {info.vocab_size:,} ids, end of document {end}"
-        told["tokenizer's sha256"] = info.tokenizer_sha256
-        for name, value in (
-            ("split into sentences", info.sentences),
-            ("documents end with it", info.append_eod),
-        ):
-            told[name] = {None: "not told", True: "yes", False: "no"}[value]
-    return told
+        found["made by"] = "not known: there is no .json beside it"
+        return found
+    end = "none" if info.eod is None else info.eod
+    found["made by"] = f"{info.tokenizer_type}, {info.vocab_size:,} ids, end of document {end}"
+    found["tokenizer's sha256"] = info.tokenizer_sha256
+    answers = {None: "not known", True: "yes", False: "no"}
+    found["split into sentences"] = answers[info.sentences]
+    found["documents end with it"] = answers[info.append_eod]
+    return found
 
 
 def show(config: InspectConfig, dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
-    """Print what is asked for."""
+    """Print the properties of a dataset, and the documents that are asked for."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -109,46 +107,62 @@ def show(config: InspectConfig, dataset: IndexedDataset, tokenizer: Tokenizer | 
     info = DatasetInfo.read(dataset.prefix)
     if tokenizer is not None and info is not None and info.tokenizer_sha256 != tokenizer.sha256:
         raise DatasetError(
-            f"{dataset.prefix} was made with another tokenizer, a {info.tokenizer_type} of {info.vocab_size:,} ids. "
-            "Name that one to see its text, or none to see ids"
+            f"{dataset.prefix} was made with another tokenizer, a {info.tokenizer_type} of "
+            f"{info.vocab_size:,} ids. Give that one to see its text, or none to see ids"
         )
     table = Table(title=escape(dataset.prefix), show_header=False)
     for name, value in sizes(dataset, info).items():
         table.add_row(name, escape(value))
     console = Console(soft_wrap=True)
     console.print(table)
-    every = range(dataset.num_documents)
-    count = min(config.documents, len(every))
-    for number in sorted(random.sample(every, count)) if config.random else every[:count]:
-        stream = dataset.tokens(number, number + 1)
-        ids = [int(i) for i in stream.read(0, min(config.tokens, len(stream)))]
-        if tokenizer is not None and (
-            foreign := [i for i in ids if not 0 <= i < tokenizer.vocab_size]
-        ):
+    count = min(config.documents, dataset.num_documents)
+    numbers = range(count)
+    if config.random:
+        numbers = sorted(random.sample(range(dataset.num_documents), count))
+    for number in numbers:
+        text = document_text(dataset, number, config.tokens, tokenizer)
+        console.print(text, markup=False, highlight=False)
+
+
+def document_text(
+    dataset: IndexedDataset, number: int, tokens: int, tokenizer: Tokenizer | None
+) -> str:
+    """The first tokens of a document, as text or, without a tokenizer, as ids."""
+    stream = dataset.tokens(number, number + 1)
+    ids = stream.read(0, min(tokens, len(stream))).tolist()
+    if tokenizer is None:
+        text = " ".join(map(str, ids))
+    else:
+        foreign = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
+        if foreign:
             raise DatasetError(
-                f"document {number}: id {foreign[0]}, but the tokenizer has {tokenizer.vocab_size} ids"
+                f"document {number}: id {foreign[0]}, but the tokenizer has "
+                f"{tokenizer.vocab_size} ids"
             )
-        text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
-        more = " ..." if len(stream) > len(ids) else ""
-        console.print(
-            f"document {number}, {len(stream):,} tokens: {text}{more}",
-            markup=False,
-            highlight=False,
-        )
+        text = tokenizer.decode(ids)
+    more = " ..." if len(stream) > len(ids) else ""
+    return f"document {number}, {len(stream):,} tokens: {text}{more}"
 
 
 def checked(dataset: IndexedDataset) -> list[str]:
-    """The problems of a full check; its progress on a terminal's stderr."""
+    """The problems that a full check finds. Draws its progress on a terminal's stderr."""
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("checking", total=1.0)
-        return verify(dataset, lambda share: bar.update(task, completed=share))
+        found = verify(dataset, lambda share: bar.update(task, completed=share))
+    if not found.problems:
+        largest = "" if found.largest_id is None else f"; the largest id is {found.largest_id:,}"
+        print(
+            f"verified: all {len(dataset):,} sequences and {dataset.num_documents:,} documents are "
+            f"sound{largest}"
+        )
+    return found.problems
 
 
 def main() -> int:
-    """Exit status 0, 1 when the dataset is damaged, 2 when the arguments are at fault."""
+    """Exit status: 0, or 1 when the dataset is damaged, or 2 when the arguments are wrong."""
     config = tyro.cli(InspectConfig, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     if min(config.documents, config.tokens) < 0:
         print("error: --documents and --tokens: give numbers of at least 0", file=sys.stderr)
@@ -166,8 +180,4 @@ def main() -> int:
         problems = [str(error)]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    if config.verify and not problems:
-        print(
-            f"verified: all {len(dataset):,} sequences and {dataset.num_documents:,} documents are sound"
-        )
     return 1 if problems else 0

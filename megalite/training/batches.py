@@ -4,10 +4,9 @@ import numpy as np
 import torch
 
 from megalite.config.run import RunConfig
-from megalite.data.bert import BertLoader
+from megalite.data.architectures import DATA_OF, SampleConfig
 from megalite.data.indexed import DatasetError
-from megalite.data.sampler import BatchLoader, first_sample
-from megalite.data.tokenizers import configured_tokenizer
+from megalite.data.sampler import Loader, first_sample
 from megalite.models.batch import Microbatch
 from megalite.parallel.collectives import all_reduce
 from megalite.training.prefetch import Prefetcher
@@ -16,7 +15,7 @@ from megalite.training.prefetch import Prefetcher
 class GlobalBatches:
     """Global batches by their first sample. A stage of the model reads what its `inputs` name, if the loader has it."""
 
-    def __init__(self, loader: BatchLoader | BertLoader, model, global_batch_size: int):
+    def __init__(self, loader: Loader, model, global_batch_size: int):
         self.loader, self.model, self.context = loader, model, model.context
         self.microbatches = global_batch_size // (loader.micro_batch_size * loader.data_size)
         self.fields = model.inputs & loader.fields
@@ -84,17 +83,8 @@ def build_batches(config: RunConfig, dataset, model, eod: int | None = None) -> 
     `eod` is the token that ends documents; None: the tokenizer's, if the configuration needs one. Raises TokenizerError
     when there is none.
     """
-    data, context = config.data, model.context
-    share = dataset, data.micro_batch_size, context.data.size, context.data.rank
-    if config.is_bert:
-        return GlobalBatches(BertLoader(*share), model, data.global_batch_size)
-    if eod is None and data.eod_matters:
-        eod = configured_tokenizer(data, config.model.vocab_size).eod
-    loader = BatchLoader(
-        *share,
-        eod=eod,
-        eod_mask_loss=data.eod_mask_loss,
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-    )
-    return GlobalBatches(loader, model, data.global_batch_size)
+    data_group = model.context.data
+    samples = SampleConfig(config.data, config.model, config.training.seed, config.bert)
+    build_loader = DATA_OF[config.model.architecture].loader
+    loader = build_loader(samples, dataset, data_group.size, data_rank=data_group.rank, eod=eod)
+    return GlobalBatches(loader, model, config.data.global_batch_size)
