@@ -21,6 +21,7 @@ from megalite.data.config import TokenizerType
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset, spread
 from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer
 from megalite.preprocess.indexed_verify import verify
+from megalite.system.errors import explain_os_error
 
 SAMPLED = 1 << 20
 """At most this many sequence lengths are read, evenly spaced."""
@@ -176,8 +177,10 @@ def main() -> int:
         dataset = IndexedDataset(re.sub(r"\.(bin|idx|json)$", "", config.prefix))
         show(config, dataset, tokenizer)
         problems = checked(dataset) if config.verify else []
-    except (DatasetError, OSError) as error:
+    except DatasetError as error:
         problems = [str(error)]
+    except OSError as error:
+        problems = [explain_os_error(error)]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if problems else 0
