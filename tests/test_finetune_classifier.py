@@ -249,7 +249,7 @@ def test_a_share_for_validation_is_chosen_by_the_seed_alone():
 def test_a_share_for_validation_in_a_run(run):
     printed = run({"--valid": None, "--valid-share": 0.25, "--epochs": 1})
     assert "150 training examples" in printed and "50 validation examples" in printed
-    assert "--valid-share 0.001 of 200 examples are 0" in run(
+    assert "--valid-share 0.001 of 200 examples is 0" in run(
         {"--valid": None, "--valid-share": 0.001}, 1
     )
 

@@ -1,8 +1,9 @@
-"""Which tokens a masked language model has to predict, and what it sees in their place (Devlin et al. 2018).
+"""Masked language modelling: the tokens that a model has to predict, and what it sees instead.
 
-Of the chosen tokens 80% become [MASK], 10% another random token and 10% stay. Whole words (a token that starts a word
-and the continuations after it) can be chosen together, and runs of several words: n words with probability proportional
-to 1 / n (as in ALBERT, Lan et al. 2019).
+Of the chosen tokens 80% become [MASK], 10% another random token and 10% stay (Devlin et al. 2018).
+Optionally whole words are chosen (a token that starts a word and the continuations after it), and
+runs of several words: n words with probability proportional to 1 / n (as in ALBERT, Lan et al.
+2019).
 """
 
 from dataclasses import astuple, dataclass
@@ -11,14 +12,19 @@ import numpy as np
 
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.indexed import DatasetError
+from megalite.data.tokenizers import Tokenizer, TokenizerError
 
-MASKED, RANDOM = 0.8, 0.1
-"""Probability that a chosen token is replaced by [MASK], and that it is replaced by a random token."""
+MASKED = 0.8
+"""Probability that a chosen token is replaced by [MASK]."""
+RANDOM = 0.1
+"""Probability that a chosen token is replaced by a random token."""
+FRAMES = (("[CLS]", "[SEP]", "[MASK]", "[PAD]"), ("<s>", "</s>", "<mask>", "<pad>"))
+"""Names of the special tokens of a sample: BERT's and RoBERTa's."""
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the tokens that frame a sample. They are never masked, and never put in at random."""
+    """Ids of the tokens that frame a sample. They are never masked, nor used as random tokens."""
 
     cls: int
     sep: int
@@ -26,17 +32,31 @@ class SpecialIds:
     pad: int
 
 
+def special_ids(tokenizer: Tokenizer) -> SpecialIds:
+    """The special ids of a tokenizer. Raises TokenizerError when its vocabulary lacks one."""
+    for names in FRAMES if hasattr(tokenizer, "ids_of") else ():
+        ids = tokenizer.ids_of(names)
+        if None not in ids:
+            return SpecialIds(*ids)
+    raise TokenizerError(
+        f"BERT needs a vocabulary with {' '.join(FRAMES[0])} (or {' '.join(FRAMES[1])}), which "
+        "this tokenizer does not have: use --tokenizer-type BertWordPieceLowerCase or BertWordPieceCase "
+        "with a vocab.txt"
+    )
+
+
 class Masker:
     """Masks samples: `masker(tokens, numbers)`.
 
     Args:
         special: ids that are not masked.
-        vocab_size: v, random tokens are uniform over 0 .. v - 1 without the special ids.
-        starts_word: bool [v], whether an id begins a word; needed for whole words only.
+        vocab_size: v; random tokens are uniform over 0 .. v - 1 without the special ids.
+        starts_word: bool [v], whether an id starts a word; needed for whole words only.
         config: mask_prob, whole_word_mask and max_ngrams.
 
-    Raises DatasetError when a special id is not in the vocabulary or two are equal, when the vocabulary has no other,
-    and when whole words are wanted and starts_word is missing or of another size.
+    Raises DatasetError when a special id is not in the vocabulary or two are equal, when the
+    vocabulary has no other ids, and when whole words are masked and starts_word is missing or has
+    another size.
     """
 
     def __init__(
@@ -47,90 +67,95 @@ class Masker:
         config: BertDataConfig,
     ):
         ids = sorted(astuple(special))
-        if (
-            len(set(ids)) < len(ids)
-            or ids[0] < 0
-            or ids[-1] >= vocab_size
-            or vocab_size == len(ids)
-        ):
+        distinct = len(set(ids)) == len(ids)
+        inside = ids[0] >= 0 and ids[-1] < vocab_size
+        if not distinct or not inside or vocab_size == len(ids):
             raise DatasetError(
-                f"{special} in a vocabulary of {vocab_size}: these ids must differ, be below the size of the "
-                "vocabulary, and not be all of it"
+                f"{special} in a vocabulary of {vocab_size}: these ids must differ, be below the "
+                "size of the vocabulary, and not be all of it"
             )
         if config.whole_word_mask and (starts_word is None or len(starts_word) != vocab_size):
-            known = "none is known" if starts_word is None else f"{len(starts_word)} are known"
+            known = 0 if starts_word is None else len(starts_word)
             raise DatasetError(
-                f"--whole-word-mask needs to know which of the {vocab_size} tokens begin a word, but {known}. "
-                "Use a tokenizer that marks words, such as WordPiece"
+                f"--whole-word-mask needs to know for each of the {vocab_size} tokens whether it "
+                f"starts a word, but that is known for {known}. Use a tokenizer that marks words, "
+                "such as WordPiece"
             )
-        self.special, self.vocab_size, self.config = special, vocab_size, config
+        self.special = special
+        self.vocab_size = vocab_size
+        self.config = config
         self._special_ids = ids
         self._maskable = np.ones(vocab_size, bool)
         self._maskable[ids] = False
-        self._starts_word = (
-            np.asarray(starts_word, bool) if config.whole_word_mask else np.ones(vocab_size, bool)
-        )
+        self._starts_word = np.ones(vocab_size, bool)
+        if config.whole_word_mask:
+            self._starts_word = np.asarray(starts_word, bool)
+        # Cumulative probabilities of runs of 1, 2, ... words.
         shares = 1 / np.arange(1, config.max_ngrams + 1)
         self._ngram_bounds = np.cumsum(shares / shares.sum())[:-1]
 
     def __call__(self, tokens: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the model sees, int64 [n], and which tokens it has to predict, bool [n].
+        """(what the model sees, int64 [n]; which tokens it has to predict, bool [n]).
 
         tokens: int64 [n], ids in the vocabulary. numbers: uint32 [n, 4], random words.
 
-        With m maskable tokens, at most max(1, round(mask_prob * m)) are chosen, and at least 1 if m > 0. Where every
-        whole word is longer than that, one token of a word is.
+        Of m maskable tokens, at most max(1, round(mask_prob * m)) are chosen, and at least 1 when
+        m > 0. When every whole word is longer than that, one token of a word is chosen.
         """
         maskable = self._maskable[tokens]
         count = int(maskable.sum())
+        chosen = maskable
         if count:
-            chosen = self._choose(
-                tokens, maskable, max(1, round(self.config.mask_prob * count)), numbers
-            )
-        else:
-            chosen = maskable
+            budget = max(1, round(self.config.mask_prob * count))
+            chosen = self._choose(tokens, maskable, budget, numbers)
         return np.where(chosen, self._replacements(tokens, numbers), tokens), chosen
 
     def _choose(self, tokens, maskable, budget: int, numbers) -> np.ndarray:
-        """Which of the maskable tokens to predict, at most `budget` and at least one: bool [n]."""
+        """The maskable tokens to predict, at most `budget` and at least one: bool [n]."""
+        # Words start where the vocabulary says, and after a token that cannot be masked.
         begins = maskable & self._starts_word[tokens]
         begins[1:] |= maskable[1:] & ~maskable[:-1]
         begins[0] = maskable[0]
         first = np.flatnonzero(begins)
         order = np.argsort(numbers[first, 0], kind="stable")
         chosen = np.zeros(len(tokens), bool)
+        # Words of one token, and no runs: take the first ones of a random order.
         if not self.config.whole_word_mask and self.config.max_ngrams == 1:
             chosen[first[order[:budget]]] = True
             return chosen
+        # Otherwise take runs of whole words.
         word = np.cumsum(begins) - 1
         lengths = np.bincount(word[maskable])
         sizes = 1 + np.searchsorted(self._ngram_bounds, numbers[first, 3] / 2**32, side="right")
+        stop = first + lengths
         taken = _take_words(
-            first.tolist(), (first + lengths).tolist(), order.tolist(), sizes.tolist(), budget
+            first.tolist(), stop.tolist(), order.tolist(), sizes=sizes.tolist(), budget=budget
         )
         if any(taken):
             return maskable & np.array(taken)[word]
-        chosen[first[order[0]] + numbers[first[order[0]], 3] % lengths[order[0]]] = True
+        # No word fits the budget: take a random token of the first word.
+        start = first[order[0]]
+        chosen[start + numbers[start, 3] % lengths[order[0]]] = True
         return chosen
 
     def _replacements(self, tokens, numbers) -> np.ndarray:
-        """What stands in place of each token if it is chosen, int64 [n]."""
+        """The replacement of each token, if it is chosen: int64 [n]."""
+        # A random id of those that are not special: skip each special one.
         random = (numbers[:, 2].astype(np.int64) * (self.vocab_size - len(self._special_ids))) >> 32
         for special in self._special_ids:
             random += random >= special
         kind = numbers[:, 1] / 2**32
-        return np.where(
-            kind < MASKED, self.special.mask, np.where(kind < MASKED + RANDOM, random, tokens)
-        )
+        changed = np.where(kind < MASKED + RANDOM, random, tokens)
+        return np.where(kind < MASKED, self.special.mask, changed)
 
 
 def _take_words(
-    first: list[int], stop: list[int], order: list[int], sizes: list[int], budget: int
+    first: list[int], stop: list[int], order: list[int], *, sizes: list[int], budget: int
 ) -> list[bool]:
-    """Which words to take, word w being tokens [first[w], stop[w]), with at most `budget` tokens.
+    """Which words to take, at most `budget` tokens in all. Word w is tokens [first[w], stop[w]).
 
-    In the given order, each word begins a run of sizes[w] words, if it fits itself. A run ends early before a word
-    already taken, a special token, and what is too long for the rest of the budget.
+    In the given order, each word begins a run of sizes[w] words, if it fits itself. A run ends
+    early before a word already taken, a special token, and a word that exceeds the budget's rest.
     """
     taken = [False] * len(first)
     for start in order:
@@ -138,7 +163,8 @@ def _take_words(
         for w in range(start, min(start + sizes[start], len(first))):
             if taken[w] or first[w] != end or stop[w] - end > budget:
                 break
-            taken[w], end = True, stop[w]
+            taken[w] = True
+            end = stop[w]
             budget -= end - first[w]
         if budget == 0:
             break

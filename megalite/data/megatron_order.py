@@ -1,17 +1,20 @@
-"""The samples of Megatron-core's GPTDataset (0.19), in its order: for runs that must see what another run saw.
+"""The samples of Megatron-core's GPTDataset (0.19), in its order, to repeat the data of its runs.
 
-Its rules for one split, whose epoch has T tokens, with E the fewest epochs that give E * T >= samples * s + 1:
+Its rules for one split, whose epoch has T tokens, with E the smallest number of epochs for which
+E * T >= samples * s + 1:
 
-    split      sequences of the .idx file, which it calls documents; its rounding is that of `split_sequences`
-    sequences  repeated E times and shuffled as one list. When the run uses less than 80% of the last epoch's samples,
-               that epoch is shuffled on its own, and comes last
-    samples    sample k is tokens k * s .. (k + 1) * s of these sequences laid end to end; there are (E * T - 1) // s
-    order      the samples are shuffled too; with the last epoch on its own, those that lie before it and those that
-               reach into it each for themselves
+    split      sequences of the .idx file, which it calls documents, rounded as by `split_sequences`
+    sequences  repeated E times and shuffled as one list. When the run uses less than 80% of the
+               last epoch's samples, that epoch is shuffled on its own, and comes last
+    samples    sample k is tokens k * s .. (k + 1) * s of these sequences laid end to end; there are
+               (E * T - 1) // s
+    order      the samples are shuffled too. When the last epoch is on its own, those before it and
+               those that reach into it are shuffled separately
 
-One NumPy RandomState(seed), the same for every split, makes these shuffles one after another. So the order of all
-samples depends on how many a run takes, and what is held in memory grows with the data: 12 bytes a sequence and epoch,
-and 4 bytes a sample, in every process that reads data. The counted order (megalite.data.gpt) has neither.
+One NumPy RandomState(seed), the same for every split, makes these shuffles one after another. So
+the order of all samples depends on how many a run takes. Memory grows with the data: 12 bytes for
+each sequence of each epoch, and 4 bytes a sample, in every process that reads data. The
+counter-based order (megalite.data.gpt) has neither property.
 """
 
 import re
@@ -19,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megalite.data.gpt import SPLITS, WindowDataset, parse_split
+from megalite.data.gpt import SPLITS, WindowDataset, check_tokens, parse_split
 from megalite.data.indexed import DatasetError, IndexedDataset
 from megalite.data.streams import GatheredStream
 
@@ -28,7 +31,7 @@ SEPARATE_BELOW = 0.80
 
 
 class Epochs(NamedTuple):
-    """All that the order takes from the number of samples."""
+    """What the order depends on beside the data and the seed."""
 
     epochs: int
     """E."""
@@ -39,13 +42,11 @@ class Epochs(NamedTuple):
 
 
 def epochs_of(tokens: int, seq_length: int, samples: int) -> Epochs:
-    """How often a run of so many samples goes through a split of so many tokens."""
+    """The epochs of a run that takes `samples` samples of a split of `tokens` tokens."""
     epochs = -(-(samples * seq_length + 1) // tokens)
     before_last = ((epochs - 1) * tokens - 1) // seq_length
-    apart = epochs > 1 and samples - before_last < int(
-        SEPARATE_BELOW * ((tokens - 1) // seq_length)
-    )
-    return Epochs(epochs, apart, before_last)
+    limit = int(SEPARATE_BELOW * ((tokens - 1) // seq_length))
+    return Epochs(epochs, epochs > 1 and samples - before_last < limit, before_last)
 
 
 class MegatronOrderDataset(WindowDataset):
@@ -55,14 +56,15 @@ class MegatronOrderDataset(WindowDataset):
 
     Args:
         indexed: the dataset.
-        split: shares for train, valid and test, such as 969,30,1, of its sequences.
+        split: shares of its sequences for train, valid and test, such as 969,30,1.
         split_name: "train", "valid" or "test".
         seq_length: s.
         seed: of the shuffles, the same for every split; NumPy's, so below 2^32.
-        samples: number of samples that the run asks for; the order depends on it.
+        samples: number of samples that the run takes; the order depends on it.
         vocab_size: when given, ids at or above it are an error.
 
-    Raises DatasetError when the split has fewer than s + 1 tokens, and for what Megatron-core could not do.
+    Raises DatasetError when the split has fewer than s + 1 tokens, and for a seed or a number of
+    sequences that Megatron-core does not support.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class MegatronOrderDataset(WindowDataset):
         indexed: IndexedDataset,
         split: str,
         split_name: str,
+        *,
         seq_length: int,
         seed: int,
         samples: int,
@@ -77,26 +80,20 @@ class MegatronOrderDataset(WindowDataset):
     ):
         if not 0 <= seed < 2**32 or len(indexed) >= 2**31:
             raise DatasetError(
-                f"--sample-order megatron: takes a --seed below 2^32 and fewer than 2^31 sequences, not {seed} and the "
-                f"{len(indexed)} of {indexed.prefix}"
+                "--sample-order megatron: takes a --seed below 2^32 and fewer than 2^31 sequences, "
+                f"not {seed} and the {len(indexed)} of {indexed.prefix}"
             )
         first, last = split_sequences(split, len(indexed))[split_name]
         tokens = int(indexed.lengths[first:last].sum(dtype=np.int64))
-        if tokens < seq_length + 1:
-            raise DatasetError(
-                f"split '{split_name}' has {tokens} tokens but needs at least seq-length + 1 = {seq_length + 1}. "
-                "Give it a larger share of --split, use more data, or a shorter --seq-length"
-            )
+        check_tokens(tokens, seq_length, split_name)
         epochs, apart, before_last = epochs_of(tokens, seq_length, samples)
         random = np.random.RandomState(seed)
+        # Repeat and shuffle the sequences; the stream lays them end to end.
         order = np.tile(np.arange(first, last, dtype=np.int32), epochs)
         _shuffle(order, (epochs - 1) * (last - first) if apart else len(order), random)
-        super().__init__(
-            GatheredStream(indexed, order, f"sequences {first}:{last}"),
-            seq_length,
-            split_name,
-            vocab_size,
-        )
+        stream = GatheredStream(indexed, order, f"sequences {first}:{last}")
+        super().__init__(stream, seq_length, split_name, vocab_size)
+        # Shuffle the samples.
         count = (epochs * tokens - 1) // seq_length
         self._windows = np.arange(count, dtype=np.uint32 if count < 2**32 - 2 else np.int64)
         _shuffle(self._windows, before_last if apart else count, random)
@@ -105,7 +102,10 @@ class MegatronOrderDataset(WindowDataset):
         return len(self._windows)
 
     def window(self, i: int) -> int:
-        """Token of the shuffled sequences at which sample i starts. Raises IndexError outside of 0 .. len - 1."""
+        """Position in the shuffled sequences at which sample i starts.
+
+        Raises IndexError outside of 0 .. len - 1.
+        """
         if not 0 <= i < len(self):
             raise IndexError(
                 f"sample {i}: split '{self.split_name}' has {len(self)} in the order of megatron"
@@ -114,28 +114,34 @@ class MegatronOrderDataset(WindowDataset):
 
 
 def _shuffle(values: np.ndarray, border: int, random: np.random.RandomState) -> None:
-    """Shuffle what lies before the border in place, then what lies behind it."""
+    """Shuffle values[:border] in place, then values[border:]."""
     random.shuffle(values[:border])
     random.shuffle(values[border:])
 
 
 def split_sequences(text: str, sequences: int) -> dict[str, tuple[int, int]]:
-    """[first, last) sequence of each split, with the rounding of Megatron-core: running float64 sums of the normalised
-    shares, times the number of sequences, to the nearest whole number, halves to even.
+    """[first, last) sequence of each split, rounded as Megatron-core does: running float64 sums of
+    the normalised shares, times the number of sequences, to the nearest integer, halves to even.
 
-    Raises DatasetError for what is no split, or what Megatron-core would read as other numbers, such as 1e3 or 1/2.
+    Raises DatasetError for an invalid split, and for one that Megatron-core would read as other
+    numbers, such as 1e3 or 1/2.
     """
     parse_split(text)
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch("[.0-9]+", part) for part in parts):
         raise DatasetError(
-            f"--split {text}: --sample-order megatron takes plain numbers, such as 969,30,1 or 0.98,0.02"
+            f"--split {text}: --sample-order megatron takes plain numbers, such as 969,30,1 or "
+            "0.98,0.02"
         )
     # Every rounding to float64 is part of the rule: no sum(), which newer Pythons make more exact.
     shares = [float(part) for part in parts] + [0.0] * (len(SPLITS) - len(parts))
     whole = shares[0] + shares[1] + shares[2]
-    edges, total = [0], 0.0
-    for share in shares:
+    bounds = {}
+    total = 0.0
+    first = 0
+    for name, share in zip(SPLITS, shares, strict=True):
         total += share / whole
-        edges.append(round(total * float(sequences)))
-    return {name: (edges[i], edges[i + 1]) for i, name in enumerate(SPLITS)}
+        last = round(total * float(sequences))
+        bounds[name] = (first, last)
+        first = last
+    return bounds

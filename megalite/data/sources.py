@@ -1,4 +1,4 @@
-"""What the samples come from: weighted datasets, and how far each has been used."""
+"""The datasets that samples come from, with their weights, and how far each has been used."""
 
 import math
 import os
@@ -16,40 +16,41 @@ class Source:
     weight: float
     """Share of the samples, relative to the other sources' weights."""
     prefix: str
-    """Where it lies: PREFIX.bin and PREFIX.idx."""
+    """Prefix of its files, PREFIX.bin and PREFIX.idx."""
 
 
 def parse_sources(words: Sequence[str], flag: str = "--data-path") -> tuple[Source, ...]:
-    """The sources that `--data-path` asks for: one prefix, or weights and prefixes in turn.
+    """The sources that a flag such as --data-path names: one prefix, or weight and prefix in turn.
 
-    Raises DatasetError for another pattern, a weight that is no positive number, or a prefix given twice.
+    Raises DatasetError for another pattern, a weight that is not a positive number, or a prefix
+    that is given twice.
     """
     if not words:
         return ()
     if len(words) == 1:
         return (Source(1.0, words[0]),)
-    weights, prefixes = words[::2], words[1::2]
+    weights = words[::2]
+    prefixes = words[1::2]
+    problem = None
     wrong = [text for text in weights if not _is_weight(text)]
-    if wrong or len(words) % 2:
-        blamed = (
-            f"{wrong[0]!r} is no weight above 0"
-            if wrong
-            else f"{words[-1]!r} has no prefix after it"
-        )
+    if wrong:
+        problem = f"{wrong[0]!r} is not a weight above 0"
+    elif len(words) % 2:
+        problem = f"{words[-1]!r} has no prefix after it"
+    if problem:
         raise DatasetError(
-            f"{flag} {' '.join(words)}: {blamed}; give one prefix, or weights and prefixes in turn: 0.3 a 0.7 b"
+            f"{flag} {' '.join(words)}: {problem}; give one prefix, or weights and prefixes in "
+            "turn: 0.3 a 0.7 b"
         )
-    places = [os.path.realpath(f"{prefix}.idx") for prefix in prefixes]
-    repeated = [
-        prefix for number, prefix in enumerate(prefixes) if places[number] in places[:number]
-    ]
-    if repeated:
-        raise DatasetError(
-            f"{flag}: {', '.join(repeated)} given twice; name each once, with the sum of its weights"
-        )
-    return tuple(
-        Source(float(weight), prefix) for weight, prefix in zip(weights, prefixes, strict=True)
-    )
+    paths = set()
+    for prefix in prefixes:
+        path = os.path.realpath(f"{prefix}.idx")
+        if path in paths:
+            raise DatasetError(
+                f"{flag}: {prefix} given twice; name each dataset once, with the sum of its weights"
+            )
+        paths.add(path)
+    return tuple(map(Source, map(float, weights), prefixes))
 
 
 def _is_weight(text: str) -> bool:
@@ -61,125 +62,130 @@ def _is_weight(text: str) -> bool:
 
 @dataclass(frozen=True)
 class UsedSource:
-    """A source as a checkpoint remembers it."""
+    """A source as a checkpoint records it."""
 
     prefix: str
     weight: float
     fingerprint: str
-    """Tells its content from other content, wherever it lies."""
+    """Identifies its contents, wherever the files lie."""
     consumed: int
     """Samples of it used before `DataState.start`."""
 
     @property
     def content(self) -> str:
-        """The part of the fingerprint that tells the dataset, without the documents that are taken of it."""
+        """The part of the fingerprint that identifies the dataset, without the documents used."""
         return self.fingerprint.partition("[")[0]
 
     @property
     def documents(self) -> str:
-        """The documents, as the fingerprint has them: [first:last]."""
+        """The documents used, as the fingerprint has them: [first:last]."""
         return self.fingerprint.removeprefix(self.content)
 
 
 @dataclass(frozen=True)
 class DataState:
-    """Which data a run uses from sample `start` on, and what each source had given before. Knows no rank and no layout.
+    """The data of a run from sample `start` on, and the samples each source had given before.
 
-    The order of the samples is a function of this and the number of the sample alone.
+    The order of the samples is a function of this and the index of the sample alone. It does not
+    depend on the rank or the layout.
     """
 
     order: dict
-    """What else decides which tokens a sample has: seed, sequence length, kind of order."""
+    """What else the tokens of a sample depend on: seed, sequence length, kind of order."""
     sources: tuple[UsedSource, ...]
     start: int = 0
-    """Samples the run had used when these sources and weights came into force."""
+    """Samples the run had used when these sources and weights took effect."""
     before: tuple[dict, ...] = ()
-    """The earlier states of the run, oldest first; what their sources had given at their end is `consumed` there."""
+    """The earlier states of the run, oldest first. `consumed` of their sources is the count at
+    their end."""
 
     def to_json(self) -> dict:
-        """As plain lists and dicts."""
+        """The state as plain lists and dicts."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, stored: dict) -> "DataState":
-        """What `to_json` gave."""
+        """The state that `to_json` gave."""
         sources = tuple(UsedSource(**source) for source in stored["sources"])
         return cls(stored["order"], sources, stored["start"], tuple(stored["before"]))
 
     def differences(self, other: "DataState") -> list[str]:
-        """What `other`, the data of a run that goes on from here, has otherwise; [] when every sample is the same.
+        """How `other`, the data of a run that resumes from here, differs; [] when every sample is
+        the same.
 
-        Where a source lies does not matter, nor in which order sources are named, but the blend goes by that order. Of
-        weights only their ratios matter. What an older checkpoint does not tell of the order is not compared.
+        The location of a source does not matter. The order in which sources are named does, since
+        ties of a blend go by it. Of weights only the ratios matter. What an older checkpoint does
+        not record is not compared.
         """
-        found = [
-            f"{name.replace('_', '-')} {self.order[name]} -> {value}"
-            for name, value in other.order.items()
-            if self.order.get(name, value) != value
-        ]
+        found = []
+        for name, value in other.order.items():
+            recorded = self.order.get(name, value)
+            if recorded != value:
+                found.append(f"{name.replace('_', '-')} {recorded} -> {value}")
         if self._blended() == other._blended():
             return found
-        known = {source.content: source for source in self.sources}
-        earlier = {
-            UsedSource(**source).content for state in self.before for source in state["sources"]
-        }
         for source in other.sources:
-            was = known.get(source.content)
-            if was is None:
-                back = source.content in earlier
-                found.append(
-                    f"{source.prefix} is {'back' if back else 'new, or has other contents'}"
-                )
-                continue
-            if was.documents != source.documents:
-                found.append(
-                    f"documents of {source.prefix} {was.documents} -> {source.documents} (--split)"
-                )
-            if was.weight != source.weight:
-                found.append(f"weight of {source.prefix} {was.weight:g} -> {source.weight:g}")
+            found += self._source_differences(source)
         kept = {source.content for source in other.sources}
-        found += [
-            f"{source.prefix} is no longer used"
-            for source in self.sources
-            if source.content not in kept
-        ]
+        for source in self.sources:
+            if source.content not in kept:
+                found.append(f"{source.prefix} is no longer used")
         return found or ["the sources are named in another order"]
 
-    def _blended(self) -> list[tuple[str, float]]:
-        """What the blend goes by: (fingerprint, share of the samples) of each source."""
-        shares = Blend([source.weight for source in self.sources]).shares
-        return [(source.fingerprint, float(share)) for source, share in zip(self.sources, shares)]
+    def _source_differences(self, source: UsedSource) -> list[str]:
+        """How a source differs from the one here that has the same content."""
+        recorded = {own.content: own for own in self.sources}.get(source.content)
+        if recorded is None:
+            for state in self.before:
+                for earlier in state["sources"]:
+                    if UsedSource(**earlier).content == source.content:
+                        return [f"{source.prefix} is back"]
+            return [f"{source.prefix} is new, or has other contents"]
+        found = []
+        if recorded.documents != source.documents:
+            change = f"{recorded.documents} -> {source.documents}"
+            found.append(f"documents of {source.prefix} {change} (--split)")
+        if recorded.weight != source.weight:
+            change = f"{recorded.weight:g} -> {source.weight:g}"
+            found.append(f"weight of {source.prefix} {change}")
+        return found
 
-    def at_places_of(self, other: "DataState") -> "DataState":
-        """This state with the prefixes of `other`, which has the same sources, and all that it tells of the order."""
-        moved = zip(self.sources, other.sources, strict=True)
-        sources = tuple(replace(mine, prefix=theirs.prefix) for mine, theirs in moved)
+    def _blend(self) -> Blend:
+        return Blend([source.weight for source in self.sources])
+
+    def _blended(self) -> list[tuple[str, float]]:
+        """What the blend depends on: (fingerprint, share of the samples) of each source."""
+        shares = self._blend().shares.tolist()
+        return list(zip((source.fingerprint for source in self.sources), shares, strict=True))
+
+    def with_prefixes_of(self, other: "DataState") -> "DataState":
+        """This state with the prefixes and the order of `other`, which has the same sources."""
+        pairs = zip(self.sources, other.sources, strict=True)
+        sources = tuple(replace(own, prefix=moved.prefix) for own, moved in pairs)
         return replace(self, order=other.order, sources=sources)
 
     def consumed_at(self, sample: int) -> list[int]:
-        """Samples of each source used before sample number `sample` >= start of the run."""
-        counts = Blend([source.weight for source in self.sources]).counts(sample - self.start)
-        return [
-            source.consumed + int(count) for source, count in zip(self.sources, counts, strict=True)
-        ]
+        """Samples of each source used before sample `sample` >= start of the run."""
+        counts = self._blend().counts(sample - self.start).tolist()
+        pairs = zip(self.sources, counts, strict=True)
+        return [source.consumed + count for source, count in pairs]
 
     def followed_by(self, other: "DataState", at: int) -> "DataState":
-        """`other` from sample `at` on, each source going on where it was: no sample of it comes again.
+        """`other` from sample `at` on. Each source continues after its last sample, so no sample
+        comes again.
 
-        A source that was used earlier, was left out and is back goes on from there too.
+        That includes a source that was used earlier, was left out and is back.
         """
-        used = zip(self.sources, self.consumed_at(at), strict=True)
-        ended = replace(
-            self, sources=tuple(replace(s, consumed=count) for s, count in used), before=()
-        )
-        before = (
-            *self.before,
-            {key: value for key, value in ended.to_json().items() if key != "before"},
-        )
-        last = {
-            source["fingerprint"]: source["consumed"]
-            for state in before
-            for source in state["sources"]
-        }
+        # Record this state as it was at its end.
+        pairs = zip(self.sources, self.consumed_at(at), strict=True)
+        ended = tuple(replace(source, consumed=count) for source, count in pairs)
+        record = replace(self, sources=ended).to_json()
+        del record["before"]
+        before = (*self.before, record)
+        # The last count of every source that was ever used.
+        last = {}
+        for state in before:
+            for source in state["sources"]:
+                last[source["fingerprint"]] = source["consumed"]
         sources = tuple(replace(s, consumed=last.get(s.fingerprint, 0)) for s in other.sources)
         return replace(other, sources=sources, start=at, before=before)

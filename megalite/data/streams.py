@@ -1,54 +1,71 @@
-"""TrainingComponents of an indexed dataset as flat sequences of tokens."""
+"""Documents of an indexed dataset as one flat sequence of tokens."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from megalite.data.indexed import IndexedDataset
+
+class TokenSource(Protocol):
+    """What a stream needs of a dataset: see megalite.data.indexed.IndexedDataset."""
+
+    dtype: np.dtype
+    ids: np.ndarray
+    """All token ids of the dataset, in `dtype`."""
+    lengths: np.ndarray
+    """Tokens in each sequence."""
+    offsets: np.ndarray
+    """Byte at which each sequence starts in `ids`."""
+
+    def fingerprint(self) -> str:
+        """Identifies the contents of the dataset."""
 
 
 class TokenStream:
-    """A stretch of the .bin file as one flat sequence of tokens. `len()` is its number of tokens.
+    """A contiguous range of a dataset's tokens. `len()` is the number of tokens.
 
     Args:
-        dataset: a contiguous one.
-        start, stop: tokens [start, stop) of the file.
-        name: the part of the dataset that this is, for the fingerprint.
+        dataset: the dataset, whose sequences are contiguous.
+        start, stop: the range [start, stop) of token positions in the dataset.
+        name: identifies the range in the fingerprint.
     """
 
-    def __init__(self, dataset: IndexedDataset, start: int, stop: int, name: str):
+    def __init__(self, dataset: TokenSource, start: int, stop: int, name: str):
         self.dtype = dataset.dtype
-        self._dataset, self._ids, self._name = dataset, dataset.ids[start:stop], name
+        self._dataset = dataset
+        self._ids = dataset.ids[start:stop]
+        self._name = name
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Token ids [start, stop), 0 <= start <= stop <= len, in the dtype of the file: a view of it."""
+        """Token ids [start, stop) of the stream, 0 <= start <= stop <= len, in the file's dtype.
+
+        The result is a view of the file.
+        """
         return self._ids[start:stop]
 
     def fingerprint(self) -> str:
-        """Tells this stream from others: the dataset's fingerprint and the part taken from it."""
+        """Identifies the contents: the dataset's fingerprint and the name of the range."""
         return f"{self._dataset.fingerprint()}[{self._name}]"
 
 
 class GatheredStream:
-    """Sequences of a dataset in any order as one flat sequence of tokens. `len()` is its number of tokens.
+    """Sequences of a dataset, in any order, laid end to end. `len()` is the number of tokens.
 
-    Holds, beside the order, 8 bytes for each sequence: where it starts in the stream.
+    Memory: the order, and 8 bytes for each of its sequences.
 
     Args:
-        dataset: contiguous or not.
-        order: numbers of sequences, integers [n]; any order, repeated or not.
-        name: what these are, for the fingerprint.
+        dataset: the dataset, whose sequences may lie anywhere in its .bin file.
+        order: indices of sequences, integers [n], in any order, repeated or not.
+        name: identifies the order in the fingerprint.
     """
 
-    def __init__(self, dataset: IndexedDataset, order: np.ndarray, name: str):
+    def __init__(self, dataset: TokenSource, order: np.ndarray, name: str):
         self.dtype = dataset.dtype
-        self._dataset, self._order, self._name = dataset, order, name
+        self._dataset = dataset
+        self._order = order
+        self._name = name
         self._starts = np.zeros(len(order) + 1, np.int64)
         np.cumsum(dataset.lengths[order], out=self._starts[1:])
 
@@ -56,18 +73,27 @@ class GatheredStream:
         return int(self._starts[-1])
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Token ids [start, stop), 0 <= start <= stop <= len, in the file's dtype; a view of it within a sequence."""
+        """Token ids [start, stop) of the stream, 0 <= start <= stop <= len, in the file's dtype.
+
+        The result is a view of the file when all tokens belong to one sequence, else a copy.
+        """
         stop = len(self) if stop is None else stop
+        # The sequences first .. last - 1 of the order hold these tokens.
         first = int(self._starts.searchsorted(start, side="right")) - 1
         last = int(self._starts.searchsorted(stop, side="left"))
         starts = self._starts[first : last + 1]
-        # In the file, token t of the stream lies at t + shift, with one shift for each sequence.
-        shifts = self._dataset.offsets[self._order[first:last]] // self.dtype.itemsize - starts[:-1]
+        # Token t of the stream lies at t + shift in the file, with one shift for each sequence.
+        positions = self._dataset.offsets[self._order[first:last]] // self.dtype.itemsize
+        shifts = positions - starts[:-1]
         if last - first == 1:
             return self._dataset.ids[start + shifts[0] : stop + shifts[0]]
         edges = starts.clip(start, stop)
         return self._dataset.ids[np.repeat(shifts, edges[1:] - edges[:-1]) + np.arange(start, stop)]
 
     def fingerprint(self) -> str:
-        """Tells this stream from others: the dataset's fingerprint and the part taken from it."""
+        """Identifies the contents: the dataset's fingerprint and the name of the order."""
         return f"{self._dataset.fingerprint()}[{self._name}]"
+
+
+Stream = TokenStream | GatheredStream
+"""The tokens that samples are cut from."""

@@ -1,54 +1,72 @@
-"""The full check of an indexed dataset: every entry of the index, and every id against PREFIX.json."""
+"""The full check of an indexed dataset: every entry of the index, and every token id."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
 from megalite.data.indexed import CHUNK, REMAKE, DatasetError, DatasetInfo, IndexedDataset
 
-MOST = 20
-"""Problems told before the check gives up."""
+MAX_PROBLEMS = 20
+"""The check stops after this many."""
+
+
+class Verification(NamedTuple):
+    """What the full check found."""
+
+    problems: list[str]
+    """At most MAX_PROBLEMS messages; empty when the dataset is sound."""
+    largest_id: int | None
+    """Of the ids that were read, which are all of them when there is no problem. None: no ids."""
 
 
 def verify(
     data: IndexedDataset, progress: Callable[[float], None] = lambda share: None
-) -> list[str]:
-    """Everything that is wrong with an opened dataset, at most MOST problems, in bounded memory.
+) -> Verification:
+    """Check an opened dataset, in memory that does not grow with its size.
 
-    Every length, offset and document boundary is checked; where opening, which looks at a sample, found the sequences
-    contiguous, that each starts where the one before ends; and with a PREFIX.json, its counts and that every id is
-    below its vocabulary.
+    Checks every length, offset and document boundary; that every id is at least 0; that sequences
+    are contiguous throughout when the entries that were checked on opening are; and, when there is
+    a PREFIX.json, its counts and that every id is below its vocabulary size.
 
     Args:
         data: the dataset.
-        progress: called with the share that is done, up to 1.
+        progress: called with the share of the work that is done, up to 1.
     """
-    return list(islice(_problems(data, progress), MOST))
+    ids = _IdCheck(data)
+    problems = list(islice(_problems(data, ids, progress), MAX_PROBLEMS))
+    return Verification(problems, ids.largest)
 
 
-def _problems(data: IndexedDataset, progress: Callable[[float], None]) -> Iterator[str]:
+def _problems(
+    data: IndexedDataset, ids: "_IdCheck", progress: Callable[[float], None]
+) -> Iterator[str]:
+    # Compare with the description.
+    info = None
     try:
         info = DatasetInfo.read(data.prefix)
     except DatasetError as error:
-        info = None
         yield str(error)
-    if info is not None and (info.documents, info.tokens) != (data.num_documents, data.num_tokens):
-        yield (
-            f"{data.prefix}.json tells of {info.documents:,} documents and {info.tokens:,} tokens, the files hold "
-            f"{data.num_documents:,} and {data.num_tokens:,}: they do not belong together, or are damaged. {REMAKE}"
-        )
-    parts = [
+    if info is not None:
+        ids.vocab_size = info.vocab_size
+        if (info.documents, info.tokens) != (data.num_documents, data.num_tokens):
+            yield (
+                f"{data.prefix}.json describes {info.documents:,} documents and {info.tokens:,} "
+                f"tokens, but the files hold {data.num_documents:,} and {data.num_tokens:,}. They "
+                f"do not belong together, or are damaged. {REMAKE}"
+            )
+    # Run each check over all entries that it applies to, in chunks.
+    checks = [
         (data.sequence_problems, len(data)),
         (data.boundary_problems, len(data.document_indices)),
+        (ids.problems, len(data.ids)),
     ]
     if data.contiguous:
-        parts.append((partial(_breaks, data), len(data)))
-    if info is not None:
-        parts.append((partial(_foreign_ids, data, info.vocab_size), len(data.ids)))
-    total, done = sum(count for _, count in parts), 0
-    for check, count in parts:
+        checks.insert(2, (lambda sequences: _gaps(data, sequences), len(data)))
+    total = sum(count for _, count in checks)
+    done = 0
+    for check, count in checks:
         for start in range(0, count, CHUNK):
             stop = min(start + CHUNK, count)
             yield from check(np.arange(start, stop))
@@ -56,20 +74,42 @@ def _problems(data: IndexedDataset, progress: Callable[[float], None]) -> Iterat
         done += count
 
 
-def _breaks(data: IndexedDataset, places: np.ndarray) -> Iterator[str]:
-    for i in data.breaks(places):
+def _gaps(data: IndexedDataset, sequences: np.ndarray) -> Iterator[str]:
+    for i in data.gaps(sequences):
         yield (
-            f"{data.index_path}: sequence {i + 1} starts at byte {data.offsets[i + 1]}, not where the one before ends. "
-            f"It is read as if it did, since in the places looked at when opening all do. {REMAKE}"
+            f"{data.index_path}: sequence {i + 1} starts at byte {data.offsets[i + 1]}, not where "
+            "the one before ends. Training would read it as if it did, since the entries that are "
+            f"checked on opening are contiguous. {REMAKE}"
         )
 
 
-def _foreign_ids(data: IndexedDataset, vocab_size: int, places: np.ndarray) -> Iterator[str]:
-    first, last = int(places[0]), int(places[-1])
-    ids = data.ids[first : last + 1]
-    bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-    if len(bad):
-        yield (
-            f"{data.bin_path}: id {ids[bad[0]]} at token {first + bad[0]}, but {data.prefix}.json tells of a "
-            f"vocabulary of {vocab_size} entries ({len(bad)} such ids in tokens {first} to {last}). {REMAKE}"
-        )
+class _IdCheck:
+    """Checks the ids of a dataset, and keeps the largest one that it has read."""
+
+    def __init__(self, data: IndexedDataset):
+        self._data = data
+        self.vocab_size: int | None = None
+        """Every id must be below this. None: any id of at least 0 is sound."""
+        self.largest: int | None = None
+
+    def problems(self, positions: np.ndarray) -> Iterator[str]:
+        """At most one message for the ids at these consecutive positions."""
+        first = int(positions[0])
+        last = int(positions[-1])
+        ids = self._data.ids[first : last + 1]
+        largest = int(ids.max())
+        if self.largest is None or largest > self.largest:
+            self.largest = largest
+        bad = ids < 0
+        allowed = "ids are at least 0"
+        if self.vocab_size is not None:
+            bad |= ids >= self.vocab_size
+            allowed = (
+                f"{self._data.prefix}.json describes a vocabulary of {self.vocab_size} entries"
+            )
+        bad = np.flatnonzero(bad)
+        if len(bad):
+            yield (
+                f"{self._data.bin_path}: id {ids[bad[0]]} at token {first + bad[0]}, but {allowed} "
+                f"({len(bad)} such ids in tokens {first} to {last}). {REMAKE}"
+            )

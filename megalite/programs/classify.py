@@ -12,7 +12,6 @@ from typing import Literal
 import tyro
 
 from megalite.checkpoint.folder import CheckpointError
-from megalite.data.build import special_ids
 from megalite.data.classification import (
     SUFFIXES,
     Example,
@@ -24,6 +23,7 @@ from megalite.data.classification import (
     refuse,
 )
 from megalite.data.indexed import DatasetError
+from megalite.data.masking import special_ids
 from megalite.data.tokenizers import TokenizerError
 from megalite.programs import reporting
 from megalite.training.finetune_config import ClassifierDescription

@@ -64,7 +64,7 @@ class Options:
 
 def fill(options: Options) -> None:
     """Load the model, and print each text and the most probable tokens of each of its blanks."""
-    from megalite.data.build import special_ids
+    from megalite.data.masking import special_ids
     from megalite.data.tokenizers import tokenizer_fields
     from megalite.training.trained import load_model
 

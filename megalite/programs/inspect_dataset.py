@@ -4,8 +4,8 @@
         --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model
 
 shows the text of its first documents, with --random that of others. --verify reads both files from
-end to end and reports every invalid entry of the index, and ids that are not below the vocabulary
-size of the .json.
+end to end and reports every invalid entry of the index, negative ids, and ids that are not below the
+vocabulary size in the .json.
 """
 
 import random
@@ -35,15 +35,15 @@ class InspectConfig:
     prefix: Annotated[str, tyro.conf.Positional]
     """Prefix of the .bin and .idx files, or one of their names."""
     documents: int = 1
-    """Documents to show, the first ones."""
+    """Number of documents to print, from the first."""
     random: bool = False
-    """Show random documents, others every time."""
+    """Print random documents, different ones at every call."""
     verify: bool = False
-    """Check every entry of the index, and every id."""
+    """Check every entry of the index and every id."""
     tokens: int = 64
-    """Ids, or so many tokens of text, to show of each document."""
+    """Number of tokens to print of each document."""
     tokenizer_type: TokenizerType | None = None
-    """Kind of tokenizer, to show documents as text."""
+    """Type of the tokenizer, to print documents as text."""
     tokenizer_model: str | None = None
     """Model file of the tokenizer."""
     vocab_file: str | None = None
@@ -60,7 +60,7 @@ def tokenizer_of(config: InspectConfig) -> Tokenizer | None:
     """The tokenizer, if one is named. Raises TokenizerError."""
     if config.tokenizer_type is None:
         if config.tokenizer_model or config.vocab_file or config.merge_file or config.vocab_size:
-            raise TokenizerError("files of a tokenizer are given, but no --tokenizer-type")
+            raise TokenizerError("tokenizer files are given, but no --tokenizer-type")
         return None
     return build_tokenizer(**tokenizer_fields(config), vocab_size=config.vocab_size)
 
@@ -71,7 +71,7 @@ def sizes(dataset: IndexedDataset) -> dict[str, str]:
         "documents": f"{dataset.num_documents:,}",
         "sequences": f"{len(dataset):,}",
         "tokens": f"{dataset.num_tokens:,}",
-        "stored as": f"{dataset.dtype.name}, {dataset.bin_path.stat().st_size:,} bytes",
+        "stored as": f"{dataset.dtype.name}, {dataset.bin_size:,} bytes",
         "contiguous": "yes",
     }
     if not dataset.contiguous:
@@ -174,11 +174,18 @@ def checked(dataset: IndexedDataset) -> list[str]:
 
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("checking", total=1.0)
-        return verify(dataset, lambda share: bar.update(task, completed=share))
+        found = verify(dataset, lambda share: bar.update(task, completed=share))
+    if not found.problems:
+        largest = "" if found.largest_id is None else f"; the largest id is {found.largest_id:,}"
+        print(
+            f"verified: all {len(dataset):,} sequences and {dataset.num_documents:,} documents are "
+            f"sound{largest}"
+        )
+    return found.problems
 
 
 def main() -> int:
-    """Exit status 0, 1 when the dataset is damaged, 2 when the arguments are at fault."""
+    """Exit status: 0, or 1 when the dataset is damaged, or 2 when the arguments are wrong."""
     config = tyro.cli(InspectConfig, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     if min(config.documents, config.tokens) < 0:
         refuse(["--documents and --tokens: give numbers of at least 0"])

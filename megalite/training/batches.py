@@ -4,10 +4,9 @@ import numpy as np
 import torch
 
 from megalite.config.run import RunConfig
-from megalite.data.bert import BertLoader
+from megalite.data.architectures import DATA_OF, SampleConfig
 from megalite.data.indexed import DatasetError
-from megalite.data.sampler import BatchLoader, first_sample
-from megalite.data.tokenizers import configured_tokenizer
+from megalite.data.sampler import Loader, first_sample
 from megalite.models.batch import Microbatch
 from megalite.parallel.collectives import all_reduce
 from megalite.training.prefetch import Prefetcher
@@ -19,7 +18,7 @@ class GlobalBatches:
     A stage reads the fields that the model's `inputs` name, where the loader has them.
     """
 
-    def __init__(self, loader: BatchLoader | BertLoader, model, global_batch_size: int):
+    def __init__(self, loader: Loader, model, global_batch_size: int):
         self.loader = loader
         self.model = model
         self.context = model.context
@@ -105,18 +104,8 @@ def build_batches(config: RunConfig, dataset, model, eod: int | None = None) -> 
     `eod` is the token that ends documents; None: the tokenizer's, if the configuration needs one.
     Raises TokenizerError when there is none.
     """
-    data = config.data
-    context = model.context
-    share = (dataset, data.micro_batch_size, context.data.size, context.data.rank)
-    if config.is_bert:
-        return GlobalBatches(BertLoader(*share), model, data.global_batch_size)
-    if eod is None and data.eod_matters:
-        eod = configured_tokenizer(data, config.model.vocab_size).eod
-    loader = BatchLoader(
-        *share,
-        eod=eod,
-        eod_mask_loss=data.eod_mask_loss,
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-    )
-    return GlobalBatches(loader, model, data.global_batch_size)
+    data_group = model.context.data
+    samples = SampleConfig(config.data, config.model, config.training.seed, config.bert)
+    build_loader = DATA_OF[config.model.architecture].loader
+    loader = build_loader(samples, dataset, data_group.size, data_rank=data_group.rank, eod=eod)
+    return GlobalBatches(loader, model, config.data.global_batch_size)

@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megalite.config.run import ConfigError, RunConfig, from_flat, to_flat, with_values
-from megalite.data.build import special_ids
 from megalite.data.classification import Columns
 from megalite.data.config import TOKENIZER_FILES
 from megalite.data.indexed import DatasetError
-from megalite.data.masking import SpecialIds
+from megalite.data.masking import SpecialIds, special_ids
 from megalite.data.tokenizers import Tokenizer, TokenizerError, trained_tokenizer
 
 DESCRIPTION_FILE = "classifier.json"

@@ -196,7 +196,7 @@ def settle_data(progress: Progress, now: DataState, allow_change: bool) -> None:
         return
     differences = progress.data.differences(now)
     if not differences:
-        progress.data = progress.data.at_places_of(now)
+        progress.data = progress.data.with_prefixes_of(now)
     elif allow_change:
         progress.data = progress.data.followed_by(now, progress.consumed_samples)
         used = ", ".join(

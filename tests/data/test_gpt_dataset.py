@@ -8,8 +8,9 @@ import pytest
 
 from megalite.data.build import blended, build_sources, data_state
 from megalite.data.config import DataConfig
-from megalite.data.gpt import GPTDataset, Permutation, parse_split, split_documents
+from megalite.data.gpt import GPTDataset, parse_split, split_documents
 from megalite.data.indexed import DatasetError, IndexedDataset
+from megalite.data.permutation import Permutation
 from megalite.kernels.philox import counters, key_of, philox4x32
 from megalite.nn.config import ModelConfig
 from megalite.preprocess.indexed_writer import IndexedWriter
@@ -249,6 +250,7 @@ def test_two_sources_of_equal_contents_are_refused(tmp_path):
         dataset_of(tmp_path / name, [50] * 20)
     blend = DataConfig(data_path=("1", str(tmp_path / "a"), "1", str(tmp_path / "b")), split="1")
     with pytest.raises(
-        DatasetError, match="/a and .*/b hold the same; name one, with the sum of the weights"
+        DatasetError,
+        match="/a and .*/b have the same contents; name one, with the sum of the weights",
     ):
         data_state(blend, ModelConfig(seq_length=16, vocab_size=1000), 1, 40)

@@ -9,7 +9,7 @@ import pytest
 
 from megalite.data.indexed import CHUNK, SAMPLED, DatasetError, DatasetInfo, IndexedDataset, spread
 from megalite.data.streams import GatheredStream
-from megalite.preprocess.indexed_verify import MOST, verify
+from megalite.preprocess.indexed_verify import MAX_PROBLEMS, verify
 from megalite.preprocess.indexed_writer import IndexedWriter
 
 INFO = DatasetInfo("ByteTokenizer", 257, 256, "00", 3, 7)
@@ -120,8 +120,8 @@ def damaged(at, form, *values):
         ),
         (GOLDEN_IDX + b"\0", GOLDEN_BIN, r"115 bytes, but .* cut short"),
         (damaged(18, "<Q", 2**60), GOLDEN_BIN, "sequences and 4 document boundaries take"),
-        (damaged(82, "<q", 1), GOLDEN_BIN, "run from 1 to 4, not from 0 to 4"),
-        (damaged(106, "<q", 3), GOLDEN_BIN, "run from 0 to 3"),
+        (damaged(82, "<q", 1), GOLDEN_BIN, "are from 1 to 4; they must run from 0 to 4"),
+        (damaged(106, "<q", 3), GOLDEN_BIN, "are from 0 to 3"),
         (damaged(90, "<q", 4), GOLDEN_BIN, "go backwards"),
         (damaged(34, "<i", -3), GOLDEN_BIN, "sequence 0 of -3 tokens"),
         (damaged(58, "<q", 7), GOLDEN_BIN, "sequence 1 of 1 tokens should lie at bytes 7 to 9"),
@@ -131,7 +131,7 @@ def damaged(at, form, *values):
             "sequence 3 of 3 tokens .* 10 to 16, but the file has 14",
         ),
         (GOLDEN_IDX, GOLDEN_BIN[:-1], r"a\.bin: sequence 3 .* but the file has 13"),
-        (GOLDEN_IDX, GOLDEN_BIN + b"\0\0", r"16 bytes, but .*a\.idx tells of 14"),
+        (GOLDEN_IDX, GOLDEN_BIN + b"\0\0", r"16 bytes, but .*a\.idx describes 14"),
     ],
 )
 def test_damaged_files_are_refused_with_file_value_and_remedy(tmp_path, idx, bin, message):
@@ -157,7 +157,7 @@ def test_a_contiguous_stream_is_a_view_of_the_file(tmp_path):
     assert part.tolist() == [12, 13, 65535, 15]
     assert data.tokens(2, 3).read(0, 3).tolist() == [65535, 15, 16]
     assert len(data.tokens(1, 2)) == 0 and len(data.tokens(3, 3)) == 0
-    with pytest.raises(DatasetError, match="documents 2 to 4 asked for, it has 3"):
+    with pytest.raises(DatasetError, match="documents 2 to 4 requested, but it has 3"):
         data.tokens(2, 4)
 
 
@@ -209,7 +209,7 @@ def test_opening_a_large_file_looks_at_a_sample_and_verify_at_everything(tmp_pat
     between, looked_at, bound = 5, int(spread(LARGE)[100]), int(spread(LARGE + 1)[100])
     assert between not in spread(LARGE) and len(spread(LARGE)) == SAMPLED
     offset, boundary = 4 * LARGE + 8 * between, 12 * LARGE + 8 * between
-    assert verify(IndexedDataset(large(tmp_path / "sound"))) == []
+    assert verify(IndexedDataset(large(tmp_path / "sound"))) == ([], LARGE - 1)
     for name, at, form, value, message in [
         ("length", 4 * between, "<i", -1, "sequence 5 of -1 tokens"),
         (
@@ -222,7 +222,7 @@ def test_opening_a_large_file_looks_at_a_sample_and_verify_at_everything(tmp_pat
         ("gap", offset, "<q", 8, "sequence 5 starts at byte 8, not where the one before ends"),
         ("boundary", boundary, "<q", 9999, "go backwards .* 9999, then 6 for document 5"),
     ]:
-        found, *_ = verify(IndexedDataset(large(tmp_path / name, (at, form, value))))
+        found, *_ = verify(IndexedDataset(large(tmp_path / name, (at, form, value)))).problems
         assert re.search(message, found), found
     for name, at, form, value in [
         ("a", 4 * looked_at, "<i", -1),
@@ -235,12 +235,16 @@ def test_opening_a_large_file_looks_at_a_sample_and_verify_at_everything(tmp_pat
 def test_verify_lists_problems_up_to_a_limit(tmp_path):
     between = [i for i in range(50) if not np.isin([i, i - 1], spread(LARGE)).any()]
     damage = [(4 * i, "<i", -1) for i in between]
-    two = verify(IndexedDataset(large(tmp_path / "two", *damage[:2])))
+    two = verify(IndexedDataset(large(tmp_path / "two", *damage[:2]))).problems
     assert [f"sequence {i} of -1" in text for i, text in zip(between[:2], two, strict=False)] == [
         True,
         True,
     ]
-    assert len(verify(IndexedDataset(large(tmp_path / "many", *damage)))) == MOST < len(damage)
+    assert (
+        len(verify(IndexedDataset(large(tmp_path / "many", *damage))).problems)
+        == MAX_PROBLEMS
+        < len(damage)
+    )
 
 
 def test_verify_compares_with_the_description(tmp_path):
@@ -248,16 +252,17 @@ def test_verify_compares_with_the_description(tmp_path):
     sound = large(
         tmp_path / "sound", info=DatasetInfo("ByteTokenizer", LARGE, None, "", LARGE, LARGE)
     )
-    assert verify(IndexedDataset(sound), shares.append) == []
+    assert verify(IndexedDataset(sound), shares.append) == ([], LARGE - 1)
     assert shares == sorted(shares) and shares[-1] == 1
     wrong = IndexedDataset(
         large(tmp_path / "wrong", info=DatasetInfo("ByteTokenizer", 9000, None, "", LARGE, 7))
     )
-    counts, ids = verify(wrong)
-    assert f"{LARGE:,} documents and 7 tokens, the files hold {LARGE:,} and {LARGE:,}" in counts
+    (counts, ids), largest = verify(wrong)
+    assert largest == LARGE - 1
+    assert f"{LARGE:,} documents and 7 tokens, but the files hold {LARGE:,} and {LARGE:,}" in counts
     assert "id 9000 at token 9000" in ids and f"9000 entries ({LARGE - 9000} such ids" in ids
     (tmp_path / "sound.json").write_text("{")
-    assert "not a dataset description" in verify(IndexedDataset(sound))[0]
+    assert "not a dataset description" in verify(IndexedDataset(sound)).problems[0]
 
 
 def test_the_fingerprint_of_a_large_file_reads_blocks_of_it(tmp_path):

@@ -173,8 +173,9 @@ def test_other_errors():
     with pytest.raises(DatasetError, match="not be all of it"):
         Masker(SpecialIds(0, 1, 2, 3), 4, None, BertDataConfig())
     with pytest.raises(
-        DatasetError, match="which of the 100 tokens begin a word, but none is known"
+        DatasetError,
+        match="each of the 100 tokens whether it starts a word, but that is known for 0",
     ):
         masker(whole_word_mask=True)
-    with pytest.raises(DatasetError, match="but 99 are known"):
+    with pytest.raises(DatasetError, match="known for 99"):
         masker(np.ones(99, bool), whole_word_mask=True)

@@ -23,10 +23,10 @@ def test_sources_are_weights_and_prefixes():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["a", "b"], "'a' is no weight"),
-        (["0", "a", "1", "b"], "'0' is no weight"),
-        (["nan", "a"], "'nan' is no weight"),
-        (["inf", "a"], "'inf' is no weight"),
+        (["a", "b"], "'a' is not a weight"),
+        (["0", "a", "1", "b"], "'0' is not a weight"),
+        (["nan", "a"], "'nan' is not a weight"),
+        (["inf", "a"], "'inf' is not a weight"),
         (["0.3", "a", "0.7"], "'0.7' has no prefix"),
         (["1", "a", "2", "a"], "a given twice"),
         ([".5", "a", ".5", "./a"], "./a given twice"),
@@ -44,7 +44,10 @@ def test_same_data_elsewhere_is_no_difference():
         tuple(UsedSource("/new" + s.prefix, s.weight, s.fingerprint, 0) for s in before.sources),
     )
     assert before.differences(moved) == []
-    assert [s.prefix for s in before.at_places_of(moved).sources] == ["/new/data/a", "/new/data/b"]
+    assert [s.prefix for s in before.with_prefixes_of(moved).sources] == [
+        "/new/data/a",
+        "/new/data/b",
+    ]
 
 
 def test_every_difference_is_told():

@@ -77,7 +77,7 @@ def test_what_is_wrong_with_the_data_is_status_1(prefix):
 def test_ids_of_another_tokenizer_are_status_1(tmp_path, prefix):
     other = inspect(prefix, "--tokenizer-type", "NullTokenizer", "--vocab-size", 257, status=1)
     assert (
-        "data was made with another tokenizer, a ByteTokenizer of 257 ids. Name that one" in other
+        "data was made with another tokenizer, a ByteTokenizer of 257 ids. Give that one" in other
     )
     with IndexedWriter(tmp_path / "other", "u2") as writer:
         writer.add_document(np.array([5, 300]))
@@ -118,3 +118,15 @@ def test_a_prefix_is_shown_as_it_is(tmp_path, prefix):
     for suffix in (".bin", ".idx", ".json"):
         prefix.with_suffix(suffix).rename(tmp_path / "d[red]x" / f"y{suffix}")
     assert "d[red]x/y" in inspect(tmp_path / "d[red]x" / "y").replace(" ", "")
+
+
+def test_negative_ids_are_wrong_without_a_description(tmp_path):
+    for name, ids in (("sound", [1, 2, 5, 4]), ("negative", [1, 2, -5, 4])):
+        with IndexedWriter(tmp_path / name, "i4") as writer:
+            writer.add_document(np.array(ids))
+            writer.finish()
+        assert not (tmp_path / f"{name}.json").exists()
+    shown = inspect(tmp_path / "sound", "--verify")
+    assert "all 1 sequences and 1 documents are sound; the largest id is 5" in shown
+    found = inspect(tmp_path / "negative", "--verify", status=1)
+    assert "negative.bin: id -5 at token 2, but ids are at least 0 (1 such ids" in found

@@ -77,7 +77,7 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
 
 def _masks(config: RunConfig, tokenizer) -> Iterator[Finding]:
     """A BERT's tokenizer has the tokens that frame and mask samples, and knows words where whole ones are masked."""
-    from megalite.data.build import special_ids
+    from megalite.data.masking import special_ids
     from megalite.data.tokenizers import TokenizerError
 
     if (
