@@ -20,8 +20,9 @@ if sys.version_info < OLDEST_PYTHON:
 def start(name="main"):
     """Run the `main()` of megalite.programs.NAME and exit with the status that it returns.
 
-    Raises the soft limit of open files to the hard one. Without a name, run the command `megalite`. Characters that the encoding of stdout or stderr lacks are written as
-    escapes. When the reader of the output has ended, as `head` does, the program ends with status 1 and without a
+    Without a name, run the command `megalite`. The soft limit of open files is raised to the hard
+    one. Characters that the encoding of stdout or stderr lacks are written as escapes. When the
+    reader of the output has ended, as `head` does, the program ends with status 1 and without a
     traceback.
     """
     from megalite.system.errors import raise_open_file_limit
