@@ -96,3 +96,18 @@ def test_a_blend_needs_no_descriptors_and_one_map_a_file(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "130\n"
+
+
+def test_programs_raise_the_soft_limit_of_open_files():
+    script = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))\n"
+        "from megalite.programs.start import start\n"
+        "sys.argv[1:] = ['--version']\n"
+        "try:\n    start()\nexcept SystemExit:\n    pass\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1:] == ["(128, 128)"], done.stderr
