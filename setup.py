@@ -1,10 +1,13 @@
-"""Builds megalite's native kernels beside the Python package where that is possible; metadata is in pyproject.toml.
+"""Builds megalite's native kernels beside the Python package where that is possible; metadata is in
+pyproject.toml.
 
-They are an extra: without a C++ compiler or without torch in the build environment (pip's build isolation), and when
-compiling fails, the package is built without them and says so. `python -m megalite.kernels` tells what there is.
+They are an extra: without a C++ compiler or without torch in the build environment (pip's build
+isolation), and when compiling fails, the package is built without them and says so. `python -m
+megalite.kernels` tells what there is.
 
-The CUDA part needs nvcc of the same major version as a CUDA build of torch. MEGALITE_CUDA_ARCHITECTURES names the GPUs,
-those of "80;90;100" that nvcc knows unless set; the last one's PTX serves later ones.
+The CUDA part needs nvcc of the same major version as a CUDA build of torch.
+MEGALITE_CUDA_ARCHITECTURES names the GPUs, those of "80;90;100" that nvcc knows unless set; the
+last one's PTX serves later ones.
 """
 
 import copy
@@ -34,7 +37,8 @@ COMPILE = [
 
 
 def torch_build() -> tuple[list[str], Path, str | None] | None:
-    """(include folders, library folder, CUDA version or None) of the torch of this environment, if there is one."""
+    """(include folders, library folder, CUDA version or None) of the torch of this environment, if
+    there is one."""
     try:
         import torch
         from torch.utils.cpp_extension import include_paths
@@ -44,7 +48,8 @@ def torch_build() -> tuple[list[str], Path, str | None] | None:
 
 
 def cuda_compiler(version: str | None) -> tuple[str, Path] | None:
-    """(nvcc, the folder of its libraries) for that major version of CUDA: of CUDA_HOME, or in the PATH."""
+    """(nvcc, the folder of its libraries) for that major version of CUDA: of CUDA_HOME, or in the
+    PATH."""
     home = os.environ.get("CUDA_HOME")
     nvcc = (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
     if not version or nvcc is None:
@@ -94,7 +99,8 @@ class BuildKernels(build_ext):
         self.distribution.ext_modules = None
 
     def build_extension(self, extension):
-        """Compile the .cu sources to objects, then leave the rest to setuptools; without them where that fails."""
+        """Compile the .cu sources to objects, then leave the rest to setuptools; without them where
+        that fails."""
         try:
             found = cuda_compiler(extension.cuda)
             if found:
@@ -133,7 +139,8 @@ class BuildKernels(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """bdist_wheel that looks after building, not before, whether the wheel is for one platform or for any."""
+    """bdist_wheel that looks after building, not before, whether the wheel is for one platform or
+    for any."""
 
     def run(self):
         """Build, then make the wheel of what there is."""

@@ -1,7 +1,7 @@
 """Megatron-style data, tensor and pipeline parallel training of large language models.
 
-A program of your own needs the names of `__all__` (docs/library.md). Each is imported on first use, so `import megalite`
-does not load torch.
+A program of your own needs the names of `__all__` (docs/library.md). Each is imported on first use,
+so `import megalite` does not load torch.
 """
 
 import importlib
