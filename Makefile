@@ -40,7 +40,7 @@ quickstart: install
 	$(BIN)/python examples/quickstart/run.py
 
 quickstart-bert: install
-	$(BIN)/python examples/quickstart/run_bert.py
+	$(BIN)/python examples/quickstart/run.py bert
 
 test: install
 	@command -v slurmctld >/dev/null && echo "tests on SLURM: make test-slurm" || echo "tests on SLURM are left out: it is not installed"
