@@ -9,9 +9,9 @@ STAMP := $(VENV)/.megalite-installed
 
 help:
 	@echo "make quickstart   from raw text to a trained, resumed and sampled GPT, on 8 CPU ranks; results in runs/"
-	@echo "make quickstart-bert  the same for a BERT: pretrained on sentences, resumed, blanks filled in"
+	@echo "make quickstart-bert  the same steps for a BERT: pretrained on sentences, resumed, blanks filled in"
 	@echo "make test         the tests"
-	@echo "make test-all     the tests, slow ones too"
+	@echo "make test-all     the tests, also the slow ones"
 	@echo "make test-slurm   the tests on a real SLURM, brought up on this machine (root; tests/slurm/cluster.sh install)"
 	@echo "make lint         style (ruff) and the borders between packages (import-linter)"
 	@echo "make install      create $(VENV) and install megalite there, editable, with all extras"
@@ -19,8 +19,8 @@ help:
 
 install: $(STAMP)
 
-# Newer than what it depends on exactly when the last install succeeded.
-# torch comes first and the build is not isolated, so that the native kernels are built against this torch.
+# The stamp is newer than its dependencies exactly when the last install succeeded.
+# torch is installed first and the build is not isolated, so that the native kernels are built against this torch.
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard megalite/kernels/csrc/*) | $(BIN)/pip
 	$(BIN)/python -m pip install -c constraints.txt torch 'setuptools>=77'
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
@@ -40,7 +40,7 @@ quickstart: install
 	$(BIN)/python examples/quickstart/run.py
 
 quickstart-bert: install
-	$(BIN)/python examples/quickstart/run_bert.py
+	$(BIN)/python examples/quickstart/run.py bert
 
 test: install
 	@command -v slurmctld >/dev/null && echo "tests on SLURM: make test-slurm" || echo "tests on SLURM are left out: it is not installed"

@@ -1,10 +1,13 @@
-"""Builds megalite's native kernels beside the Python package where that is possible; metadata is in pyproject.toml.
+"""Builds megalite's native kernels beside the Python package where that is possible; metadata is in
+pyproject.toml.
 
-They are an extra: without a C++ compiler or without torch in the build environment (pip's build isolation), and when
-compiling fails, the package is built without them and says so. `python -m megalite.kernels` tells what there is.
+The kernels are optional: without a C++ compiler or without torch in the build environment (pip's
+build isolation), and when compiling fails, the package is built without them and says so. `python
+-m megalite.kernels` tells what there is.
 
-The CUDA part needs nvcc of the same major version as a CUDA build of torch. MEGALITE_CUDA_ARCHITECTURES names the GPUs,
-those of "80;90;100" that nvcc knows unless set; the last one's PTX serves later ones.
+The CUDA part needs nvcc of the same major version as a CUDA build of torch.
+MEGALITE_CUDA_ARCHITECTURES names the GPUs, those of "80;90;100" that nvcc knows unless set; the
+last one's PTX serves later ones.
 """
 
 import copy
@@ -15,6 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+if sys.version_info < (3, 10):
+    sys.exit(f"megalite needs Python 3.10 or newer, this is Python {sys.version.split()[0]}")
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
@@ -22,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("megalite/kernels/csrc")
 OLDEST_TORCH = "0x020a000000000000"
 """The stable ABI of torch 2.10: the library works with it and later ones."""
-# inf and NaN must stay what they are, so no -ffast-math; it would also change the rounding of the whole process.
+# No -ffast-math: it breaks inf and NaN, and changes the rounding of the whole process.
 COMPILE = [
     "-std=c++17",
     "-O3",
@@ -34,7 +40,8 @@ COMPILE = [
 
 
 def torch_build() -> tuple[list[str], Path, str | None] | None:
-    """(include folders, library folder, CUDA version or None) of the torch of this environment, if there is one."""
+    """(include folders, library folder, CUDA version or None) of the torch of this environment, if
+    there is one."""
     try:
         import torch
         from torch.utils.cpp_extension import include_paths
@@ -44,15 +51,16 @@ def torch_build() -> tuple[list[str], Path, str | None] | None:
 
 
 def cuda_compiler(version: str | None) -> tuple[str, Path] | None:
-    """(nvcc, the folder of its libraries) for that major version of CUDA: of CUDA_HOME, or in the PATH."""
+    """(nvcc, the folder of its libraries) for that major version of CUDA: of CUDA_HOME, or in the
+    PATH."""
     home = os.environ.get("CUDA_HOME")
     nvcc = (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
     if not version or nvcc is None:
         return None
-    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    if f"release {version.split('.')[0]}." not in told:
+    version_text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    if f"release {version.split('.')[0]}." not in version_text:
         return None
-    # nvcc may be a link or a script; it knows where it lives itself.
+    # nvcc may be a link or a script; it reports its own folder.
     plan = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
     return nvcc, Path(re.search(r"^#\$ TOP=(.*)$", plan, re.M).group(1)) / "lib64"
 
@@ -72,7 +80,7 @@ def cuda_flags(nvcc: str) -> list[str]:
 
 
 def say(text: str) -> None:
-    """To stderr, whatever -q says."""
+    """Print to stderr, also under -q."""
     print(f"megalite is built without {text}", file=sys.stderr, flush=True)
 
 
@@ -80,7 +88,7 @@ class BuildKernels(build_ext):
     """build_ext that compiles CUDA sources too, names one file for all Pythons, and may fail."""
 
     def run(self):
-        """Build, or say why not."""
+        """Build, or say why that failed."""
         try:
             super().run()
         except Exception as problem:
@@ -89,12 +97,13 @@ class BuildKernels(build_ext):
             (SOURCES.parent / "native_library.so").unlink(missing_ok=True)
 
     def give_up(self, problem):
-        """Say why, and leave a package of Python alone."""
+        """Say why, and build a package of Python only."""
         say(f"native kernels: {problem}")
         self.distribution.ext_modules = None
 
     def build_extension(self, extension):
-        """Compile the .cu sources to objects, then leave the rest to setuptools; without them where that fails."""
+        """Compile the .cu sources to objects, then leave the rest to setuptools; without them where
+        that fails."""
         try:
             found = cuda_compiler(extension.cuda)
             if found:
@@ -124,7 +133,7 @@ class BuildKernels(build_ext):
         extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
     def get_ext_filename(self, name):
-        """No Python version in the file's name: the library knows nothing of Python."""
+        """A name without the Python version: the library does not use Python."""
         return os.path.join(*name.split(".")) + ".so"
 
     def get_export_symbols(self, extension):
@@ -133,7 +142,8 @@ class BuildKernels(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """bdist_wheel that looks after building, not before, whether the wheel is for one platform or for any."""
+    """bdist_wheel that looks after building, not before, whether the wheel is for one platform or
+    for any."""
 
     def run(self):
         """Build, then make the wheel of what there is."""
@@ -147,7 +157,8 @@ def kernels() -> list[Extension]:
     build = torch_build()
     if build is None:
         say(
-            "native kernels: there is no torch in the environment of the build (pip's --no-build-isolation gives it)"
+            "native kernels: there is no torch in the environment of the build "
+            "(pip's --no-build-isolation gives it)"
         )
         return []
     include, library, cuda = build

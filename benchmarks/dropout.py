@@ -1,24 +1,29 @@
 #!/usr/bin/env python
-"""What layout-independent dropout costs in its plain-PyTorch reference, beside torch's own dropout, in turn.
+"""Time layout-independent dropout and torch's own dropout, in turn.
 
-    OMP_NUM_THREADS=1 python benchmarks/dropout.py                # the operator, then whole training steps
+    OMP_NUM_THREADS=1 python benchmarks/dropout.py   # the operator, then whole steps
     OMP_NUM_THREADS=1 python benchmarks/dropout.py --only operator
 
-Operator: forward and backward of residual + dropout(x + bias) at a hidden shape, and of dropout alone at an attention
-shape, fp32. Step: the GPT of benchmarks/training.py without dropout, and with 0.1 everywhere under either scheme.
+Operator: forward and backward of residual + dropout(x + bias) at a hidden shape, and of dropout
+alone at an attention shape, fp32. Step: the GPT of benchmarks/training.py without dropout, and with
+0.1 everywhere under either scheme.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import megalite.programs.start  # noqa: F401  first: says which Python is needed
+
+# isort: split
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.training import SHAPE, our_step
 from megalite.config.run import from_flat
@@ -31,17 +36,19 @@ KEY = key_of(1234, "dropout")
 
 
 def in_turn(sides: dict[str, Callable[[], object]], rounds: int, repeat: int) -> None:
-    """Time the sides in turn; print a row of Markdown for each: median wall time, and median ratios to the first side.
+    """Time the sides in turn; print a row of Markdown for each: median wall time, and median ratios
+    to the first side.
 
-    Ratios are of one round's times, which lie side by side; CPU time beside wall time, since other work on the machine
-    stretches the latter.
+    Ratios are of one round's times, which lie side by side; CPU time beside wall time, since other
+    work on the machine stretches the latter.
     """
     times = {name: [] for name in sides}
     for run in sides.values():
         run()
     for _ in range(rounds):
         for name, run in sides.items():
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall = time.perf_counter()
+            cpu = time.process_time()
             for _ in range(repeat):
                 run()
             times[name].append(
@@ -63,7 +70,8 @@ def hidden(rounds: int) -> None:
     """[s, b, h] = [256, 4, 512]: bias, dropout and residual."""
     x, residual, gradient = (torch.randn(256, 4, 512) for _ in range(3))
     leaves = [x.requires_grad_(), torch.randn(512, requires_grad=True), residual.requires_grad_()]
-    rows, samples = torch.arange(256)[:, None], torch.arange(4)
+    rows = torch.arange(256)[:, None]
+    samples = torch.arange(4)
 
     def ours():
         torch.autograd.grad(bias_dropout_add(*leaves, rows, samples, 1, *KEY, P), leaves, gradient)
@@ -77,8 +85,10 @@ def hidden(rounds: int) -> None:
 
 def attention(rounds: int) -> None:
     """[b, n, s, s] = [4, 8, 256, 256]: dropout alone."""
-    x, gradient = torch.randn(4, 8, 256, 256, requires_grad=True), torch.randn(4, 8, 256, 256)
-    rows, samples = torch.arange(8 * 256).view(8, 256), torch.arange(4)[:, None, None]
+    x = torch.randn(4, 8, 256, 256, requires_grad=True)
+    gradient = torch.randn(4, 8, 256, 256)
+    rows = torch.arange(8 * 256).view(8, 256)
+    samples = torch.arange(4)[:, None, None]
 
     def ours():
         torch.autograd.grad(bias_dropout_add(x, None, None, rows, samples, 0, *KEY, P), x, gradient)
@@ -105,14 +115,10 @@ def steps(rounds: int, layers: int) -> None:
     }
     context = ParallelContext.single()
     shape = {**SHAPE, "num_layers": layers, "global_batch_size": SHAPE["micro_batch_size"]}
-    in_turn(
-        {
-            name: our_step(from_flat({**shape, **flags}), context)[0]
-            for name, flags in sides.items()
-        },
-        rounds,
-        1,
-    )
+    steps = {}
+    for name, flags in sides.items():
+        steps[name], _ = our_step(from_flat({**shape, **flags}), context)
+    in_turn(steps, rounds, repeat=1)
 
 
 def main() -> None:

@@ -33,14 +33,16 @@ def texts(folder: Path) -> Iterator[str]:
 
 def documents(folder: Path, size: int = 2000) -> Iterator[str]:
     """Paragraphs, gathered until a document has this many characters."""
-    gathered, length = [], 0
+    gathered = []
+    length = 0
     for text in texts(folder):
         for paragraph in filter(None, map(str.strip, text.split("\n\n"))):
             gathered.append(paragraph)
             length += len(paragraph)
             if length >= size:
                 yield "\n\n".join(gathered)
-                gathered, length = [], 0
+                gathered = []
+                length = 0
 
 
 def main() -> None:

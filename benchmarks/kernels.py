@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The kernels beside what they stand in for, in turn: plain PyTorch and, for softmax, torch.compile.
+"""Time the kernels and what they replace, in turn: plain PyTorch and, for softmax, torch.compile.
 
     OMP_NUM_THREADS=1 python benchmarks/kernels.py softmax
     OMP_NUM_THREADS=1 python benchmarks/kernels.py bandwidth
@@ -7,24 +7,29 @@
     OMP_NUM_THREADS=1 python benchmarks/kernels.py memory
     OMP_NUM_THREADS=1 python benchmarks/training.py --dropout 0.1       # whole steps
 
-Each measurement allocates its outputs, as training does, but for `bandwidth`. A row gives medians over the rounds;
-ratios are of times of one round, above 1 where ours is faster, with the range of the middle half in brackets.
+Each measurement allocates its outputs, as training does, but for `bandwidth`. A row gives medians
+over the rounds; ratios are of times of one round, above 1 where ours is faster, with the range of
+the middle half in brackets.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import megalite.programs.start  # noqa: F401  first: says which Python is needed
+
+# isort: split
 import argparse
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.nn import functional
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megalite.kernels import native
 from megalite.kernels.activation import bias_gelu, swiglu
@@ -37,13 +42,15 @@ from megalite.kernels.softmax import Dropout, scaled_causal_softmax, scaled_mask
 from megalite.nn.attention import explicit_attention
 from megalite.nn.rope import rotary_table
 
-KEY, P = key_of(1234, "dropout"), 0.1
+KEY = key_of(1234, "dropout")
+P = 0.1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Sides = dict[str, Callable[[], object]]
 
 
 def in_turn(sides: Sides, rounds: int) -> dict[str, list[float]]:
-    """Wall times in ms of every side, one after the other in each round; the first round is not counted."""
+    """Wall times in ms of every side, one after the other in each round; the first round is not
+    counted."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name, run in sides.items():
@@ -66,18 +73,20 @@ def ratio(other: list[float], ours: list[float]) -> str:
 def backward_of(
     output: torch.Tensor, leaves: list[torch.Tensor], grad: torch.Tensor
 ) -> Callable[[], object]:
-    """Runs the backward of what is there, as often as wanted."""
+    """A function that runs the backward of an output; it can be called any number of times."""
     return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
 
 
 def softmax(rounds: int) -> None:
-    """Scaled causal softmax of 8.4 million scores, beside the eager composition and torch.compile of it."""
+    """Scaled causal softmax of 8.4 million scores, beside the eager composition and torch.compile
+    of it."""
     print(
         "| scores | | ms | eager / ours | compiled / ours | clone / ours |\n|---|---|---|---|---|---|"
     )
     for name, dtype in DTYPES.items():
         for shape in ((64, 8, 128, 128), (4, 8, 512, 512), (1, 8, 1024, 1024), (1, 2, 2048, 2048)):
-            x, grad = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
+            x = torch.randn(shape).to(dtype).requires_grad_()
+            grad = torch.randn(shape).to(dtype)
             future = torch.ones(shape[-2:], dtype=torch.bool).triu(1)
 
             def eager(x, future=future):
@@ -104,12 +113,13 @@ def softmax(rounds: int) -> None:
 
 
 def bandwidth(rounds: int) -> None:
-    """Scaled causal softmax of 67 million scores, much more than a cache holds, beside a copy of them, in memory that
-    is there already: how near the kernel comes to what the memory can do."""
+    """Scaled causal softmax of 67 million scores, much more than a cache holds, beside a copy of
+    them, in memory that is there already: how near the kernel comes to what the memory can do."""
     print(
         "| scores | ms, forward | ms, backward | copy / forward | copy / backward |\n|---|---|---|---|---|"
     )
-    own, dropout = torch.ops.megalite, (None, None, 0, 0, 0, 0, 1.0)  # there is none
+    own = torch.ops.megalite
+    dropout = (None, None, 0, 0, 0, 0, 1.0)  # there is none
     for name, dtype in DTYPES.items():
         for shape in (
             (512, 8, 128, 128),
@@ -117,8 +127,11 @@ def bandwidth(rounds: int) -> None:
             (8, 8, 1024, 1024),
             (2, 8, 2048, 2048),
         ):
-            x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
-            y, out, lse = torch.empty_like(x), torch.empty_like(x), torch.empty(shape[:-1])
+            x = torch.randn(shape).to(dtype)
+            grad = torch.randn(shape).to(dtype)
+            y = torch.empty_like(x)
+            out = torch.empty_like(x)
+            lse = torch.empty(shape[:-1])
             forward = (x, None, True, 0.125, *dropout, y, lse)
             backward = (grad, None, y, None, True, 0.125, *dropout, out, lse)
             sides = {
@@ -155,7 +168,8 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable, list[torch.
     def masked_softmax(x):
         return (x * 0.125).masked_fill(padding, -math.inf).softmax(dim=-1)
 
-    rows, samples = torch.arange(1024)[:, None], torch.arange(4)
+    rows = torch.arange(1024)[:, None]
+    samples = torch.arange(4)
     padding = torch.arange(512) >= torch.tensor([512, 500, 400, 300]).view(4, 1, 1, 1)
     attention = Dropout(torch.arange(8 * 512).view(8, 512), samples[:, None, None], 0, KEY, P)
     future = torch.ones(512, 512, dtype=torch.bool).triu(1)
@@ -192,22 +206,19 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable, list[torch.
 
 
 def family(rounds: int) -> None:
-    """Forward and backward of the others, 4.2 million elements (softmax: 8.4), and cross-entropy."""
+    """Forward and backward of the others, 4.2 million elements (softmax: 8.4), and
+    cross-entropy."""
     print("| | | ms | plain / ours, forward | plain / ours, both |\n|---|---|---|---|---|")
     for name, dtype in DTYPES.items():
         for what, (plain, fused, leaves) in pairs(dtype).items():
             grad = torch.randn(plain(*leaves).shape).to(dtype)
-            both = {
-                side: lambda f=f, leaves=leaves, grad=grad: torch.autograd.grad(
-                    f(*leaves), leaves, grad
-                )
-                for side, f in (("plain", plain), ("fused", fused))
-            }
-            forward = {
-                side: lambda f=f, leaves=leaves: f(*leaves)
-                for side, f in (("plain", plain), ("fused", fused))
-            }
-            forward, both = in_turn(forward, rounds), in_turn(both, rounds)
+
+            def backward(f, leaves=leaves, grad=grad):
+                return torch.autograd.grad(f(*leaves), leaves, grad)
+
+            sides = {"plain": plain, "fused": fused}
+            forward = in_turn({side: partial(f, *leaves) for side, f in sides.items()}, rounds)
+            both = in_turn({side: partial(backward, f) for side, f in sides.items()}, rounds)
             shown = " | ".join(ratio(times["plain"], times["fused"]) for times in (forward, both))
             print(
                 f"| {what} | {name} | {statistics.median(both['fused']):.1f} | {shown} |",
@@ -218,8 +229,10 @@ def family(rounds: int) -> None:
 
 
 def cross_entropy(name: str, dtype: torch.dtype, rounds: int) -> None:
-    """Of 512 tokens and 8192 words. Ours writes the gradient over the logits, so each round has a copy of them."""
-    logits, labels = torch.randn(512, 8192).to(dtype), torch.randint(0, 8192, (512,))
+    """Of 512 tokens and 8192 words. Ours writes the gradient over the logits, so each round has a
+    copy of them."""
+    logits = torch.randn(512, 8192).to(dtype)
+    labels = torch.randint(0, 8192, (512,))
     ones = torch.ones(512)
 
     def plain():
@@ -237,7 +250,8 @@ def cross_entropy(name: str, dtype: torch.dtype, rounds: int) -> None:
 
     sides = {"plain": lambda: functional.cross_entropy(logits, labels, reduction="none"),
              "fused": lambda: cross_entropy_statistics(logits, labels, 8192)}  # fmt: skip
-    forward, both = in_turn(sides, rounds), in_turn({"plain": plain, "fused": fused}, rounds)
+    forward = in_turn(sides, rounds)
+    both = in_turn({"plain": plain, "fused": fused}, rounds)
     shown = " | ".join(ratio(times["plain"], times["fused"]) for times in (forward, both))
     print(
         f"| cross-entropy | {name} | {statistics.median(both['fused']):.1f} | {shown} |", flush=True
@@ -247,11 +261,10 @@ def cross_entropy(name: str, dtype: torch.dtype, rounds: int) -> None:
 def layer_norm(rounds: int) -> None:
     """torch's LayerNorm beside a copy of its input: how much there is to gain."""
     for name, dtype in DTYPES.items():
-        x, grad = (
-            torch.randn(1024, 4, 1024).to(dtype).requires_grad_(),
-            torch.randn(1024, 4, 1024).to(dtype),
-        )
-        weight, bias = (torch.randn(1024).to(dtype).requires_grad_() for _ in range(2))
+        x = torch.randn(1024, 4, 1024).to(dtype).requires_grad_()
+        grad = torch.randn(1024, 4, 1024).to(dtype)
+        weight = torch.randn(1024).to(dtype).requires_grad_()
+        bias = torch.randn(1024).to(dtype).requires_grad_()
 
         def norm(x=x, weight=weight, bias=bias):
             return functional.layer_norm(x, (1024,), weight, bias)
@@ -269,14 +282,14 @@ def layer_norm(rounds: int) -> None:
         }
         times = in_turn(run, rounds)
         print(
-            f"torch's LayerNorm {name}: forward {ratio(times['forward'], times['clone'])} times a clone, forward and "
-            f"backward {ratio(times['both'], times['RMSNorm'])} times our RMSNorm"
+            f"torch's LayerNorm {name}: forward {ratio(times['forward'], times['clone'])} times "
+            f"a clone, forward and backward {ratio(times['both'], times['RMSNorm'])} times our RMSNorm"
         )
 
 
 def peak(run: Callable[[], object]) -> int:
-    """Bytes of memory that a call needed at its peak, beyond what was there (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # from now on VmHWM counts anew
+    """Peak memory of a call in bytes, beyond what was in use before (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     before = int(status["VmRSS"].split()[0])
     result = run()
@@ -286,9 +299,11 @@ def peak(run: Callable[[], object]) -> int:
 
 
 def memory() -> None:
-    """Peak memory of an attention core, forward and backward, in multiples of its b n s s scores."""
+    """Peak memory of an attention core, forward and backward, in multiples of its b n s s
+    scores."""
     b, n, s, d = 1, 8, 2048, 64
-    rows, samples = torch.arange(n * s).view(n, s), torch.arange(b).view(b, 1, 1)
+    rows = torch.arange(n * s).view(n, s)
+    samples = torch.arange(b).view(b, 1, 1)
     print("| | dropout | eager | fused softmax |\n|---|---|---|---|")
     for name, dtype in DTYPES.items():
         q, k, v = (torch.randn(b, n, s, d).to(dtype).requires_grad_() for _ in range(3))
@@ -297,11 +312,9 @@ def memory() -> None:
             dropout = Dropout(rows, samples, 0, KEY, p)
 
             def drop(weights, p=p):
-                return (
-                    bias_dropout_add(weights, None, None, rows, samples, 0, *KEY, p)
-                    if p
-                    else weights
-                )
+                if p == 0:
+                    return weights
+                return bias_dropout_add(weights, None, None, rows, samples, 0, *KEY, p)
 
             def eager(q=q, k=k, v=v, drop=drop):
                 return explicit_attention(q, k, v, drop=drop, causal=True)

@@ -1,33 +1,38 @@
 #!/usr/bin/env python
-"""Tokens per second of megalite in one process, beside a plain PyTorch model of the same shape, in turn.
+"""Tokens per second of megalite and of a plain PyTorch model of the same shape, in one process, in
+turn.
 
     OMP_NUM_THREADS=1 python benchmarks/training.py             # the paired comparison
-    python benchmarks/training.py --profile tp2                 # where the time of two ranks goes (tp2 or pp2)
+    python benchmarks/training.py --profile tp2                 # profile two ranks (tp2, pp2)
 
-Shape: GPT of 8 layers, hidden 512, 8 heads, sequence 256, vocabulary 8192, untied, microbatch 4, fp32, AdamW. Both
-sides start from the same weights and see the same tokens; their losses are compared before their times are. A step is
-one microbatch forward and backward, gradient clipping (both or, with --no-clip, neither) and the optimizer.
+Shape: GPT of 8 layers, hidden 512, 8 heads, sequence 256, vocabulary 8192, untied, microbatch 4,
+fp32, AdamW. Both sides start from the same weights and see the same tokens; their losses are
+compared before their times are. A step is one microbatch forward and backward, gradient clipping
+(both or, with --no-clip, neither) and the optimizer.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import megalite.programs.start  # noqa: F401  first: says which Python is needed
+
+# isort: split
 import argparse
 import os
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from megalite.config.run import RunConfig, from_flat  # noqa: E402
-from megalite.data.mock import MockDataset  # noqa: E402
-from megalite.parallel.context import ParallelContext  # noqa: E402
-from megalite.parallel.launch import detect  # noqa: E402
-from megalite.training.batches import build_batches  # noqa: E402
-from megalite.training.build import build_components, build_context  # noqa: E402
+from megalite.config.run import RunConfig, from_flat
+from megalite.data.mock import MockDataset
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.launch import detect
+from megalite.training.batches import build_batches
+from megalite.training.build import build_components, build_context
 
 SHAPE = dict(
     num_layers=8, hidden_size=512, num_attention_heads=8, seq_length=256, vocab_size=8192,
@@ -41,13 +46,18 @@ class PlainBlock(nn.Module):
 
     def __init__(self, hidden: int, heads: int, dropout: float):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-        self.qkv, self.output = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
-        self.up, self.down = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
+        self.heads = heads
+        self.dropout = dropout
+        self.norm1 = nn.LayerNorm(hidden)
+        self.norm2 = nn.LayerNorm(hidden)
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.output = nn.Linear(hidden, hidden)
+        self.up = nn.Linear(hidden, 4 * hidden)
+        self.down = nn.Linear(4 * hidden, hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, s, h] -> [b, s, h]. Heads are laid out [n, 3, d], as megalite's qkv weight has them."""
+        """[b, s, h] -> [b, s, h]. Heads are laid out [n, 3, d], as megalite's qkv weight has
+        them."""
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
         y = nn.functional.scaled_dot_product_attention(*qkv, is_causal=True, dropout_p=self.dropout)
         x = x + nn.functional.dropout(self.output(y.transpose(1, 2).flatten(2)), self.dropout)
@@ -130,7 +140,8 @@ def plain_step(config: RunConfig, weights: dict[str, torch.Tensor], fused: bool)
         model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=fused or None
     )
     dataset = MockDataset(config.model.vocab_size, config.model.seq_length, 1, "train")
-    b, taken = config.data.micro_batch_size, 0
+    b = config.data.micro_batch_size
+    taken = 0
 
     def step() -> float:
         nonlocal taken
@@ -148,7 +159,8 @@ def plain_step(config: RunConfig, weights: dict[str, torch.Tensor], fused: bool)
 
 
 def compare(config: RunConfig, rounds: int, steps: int) -> None:
-    """Time the sides in turn, `rounds` times `steps` steps each; print medians and ratios (above 1: ours is faster).
+    """Time the sides in turn, `rounds` times `steps` steps each; print medians and ratios (above 1:
+    ours is faster).
 
     CPU time beside wall time, since other work on the machine stretches the latter.
     """
@@ -168,7 +180,8 @@ def compare(config: RunConfig, rounds: int, steps: int) -> None:
     seconds = {name: [] for name in sides}
     for _ in range(rounds):
         for name, step in sides.items():
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall = time.perf_counter()
+            cpu = time.process_time()
             for _ in range(steps):
                 step()
             seconds[name].append(
@@ -176,11 +189,13 @@ def compare(config: RunConfig, rounds: int, steps: int) -> None:
             )
     tokens = config.data.micro_batch_size * config.model.seq_length
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {rounds} rounds of {steps} steps"
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
+        f"{rounds} rounds of {steps} steps"
     )
     for name, times in seconds.items():
         walls = [wall for wall, _ in times]
-        line = f"{name:20} {tokens / statistics.median(walls):6.0f} tokens/s | first loss {first[name]:.5f}"
+        rate = tokens / statistics.median(walls)
+        line = f"{name:20} {rate:6.0f} tokens/s | first loss {first[name]:.5f}"
         if name != "megalite":
             for kind, which in (("wall", 0), ("CPU", 1)):
                 ratios = [
@@ -192,7 +207,8 @@ def compare(config: RunConfig, rounds: int, steps: int) -> None:
 
 
 def profile(layout: str) -> None:
-    """Run a few steps of a layout under torch's profiler in this rank and print where the time goes (rank 0)."""
+    """Run a few steps of a layout under torch's profiler in this rank and print where the time goes
+    (rank 0)."""
     launch = detect(os.environ)
     sizes = {
         "tp2": {"tensor_model_parallel_size": 2},
@@ -202,7 +218,8 @@ def profile(layout: str) -> None:
     context, _ = build_context(config, launch)
     step, _ = our_step(config, context)
     step()
-    tokens, times = config.data.global_batch_size * config.model.seq_length, []
+    tokens = config.data.global_batch_size * config.model.seq_length
+    times = []
     for _ in range(3):
         begin = time.perf_counter()
         step()

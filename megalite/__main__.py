@@ -1,4 +1,5 @@
-"""`python -m megalite PROGRAM ...`; under torchrun: `torchrun --nproc-per-node 8 -m megalite pretrain-gpt ...`."""
+"""`python -m megalite PROGRAM ...`; under torchrun: `torchrun --nproc-per-node 8 -m megalite
+pretrain-gpt ...`."""
 
 from megalite.programs.start import start
 

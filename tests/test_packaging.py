@@ -6,10 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import megalite
+from megalite.programs.main import PROGRAMS as COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -132,6 +136,75 @@ def test_wheel_has_version_and_license(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
     metadata = next(name for name in wheel.namelist() if name.endswith("METADATA"))
     assert f"\nVersion: {__version__}\n" in wheel.read(metadata).decode()
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The bin folder of an environment with the wheel, and with what this environment has installed."""
+    folder = tmp_path_factory.mktemp("installed")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / "bin/python"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "-q", wheel.filename],
+        check=True,
+    )  # fmt: skip
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin"
+
+
+def run_installed(installed: Path, folder: Path, *command: str) -> subprocess.CompletedProcess:
+    """Run a command of the environment in a folder that has no checkout, without PYTHONPATH."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PATH"] = f"{installed}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+def test_each_installed_program_shows_its_help_in_any_folder(program, installed, tmp_path):
+    done = run_installed(installed, tmp_path, "megalite", program, "--help")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert f"megalite {program}" in done.stdout
+
+
+def test_installed_programs_work_in_any_folder(installed, tmp_path):
+    """From text to a trained model, sampled from; and a job for SLURM whose copy of the code runs."""
+    (tmp_path / "a.jsonl").write_text('{"text": "We the people of the United States"}\n' * 40)
+    commands = [
+        "megalite preprocess --input a.jsonl --output-prefix a --tokenizer-type ByteTokenizer --append-eod",
+        "megalite inspect-dataset a_text_document --verify",
+        "megalite merge --input a_text_document --output-prefix b",
+        "python -m megalite pretrain-gpt --data-path b --tokenizer-type ByteTokenizer --num-layers 1 --save out "
+        "--hidden-size 32 --num-attention-heads 2 --seq-length 16 --train-iters 2 "
+        "--eval-interval 0 --eval-iters 0 --device cpu",
+        "megalite generate --load out --max-new-tokens 3 --device cpu",
+        "megalite submit --run-dir run --nodes 1 --mock-data --vocab-size 512 --train-iters 10 --dry-run",
+    ]
+    for command in commands:
+        done = run_installed(installed, tmp_path, *command.split())
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+    # Without sbatch the job is left ready.
+    environment = {"PATH": str(installed), "HOME": str(tmp_path)}
+    job = [installed / "megalite", *commands[-1].split()[1:-1]]
+    done = subprocess.run(job, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "sbatch cannot be run" in done.stderr, done.stderr
+    kept = tmp_path / "run/submitted-1"
+    check = ["--config", str(kept / "config.yaml"), "--world-size", "8"]
+    done = run_installed(installed, tmp_path, "python", str(kept / "code/pretrain_gpt.py"), *check)
+    assert done.returncode == 0 and "Nothing was started" in done.stdout, done.stderr
+
+
+def test_the_public_names_are_there_and_importing_the_package_loads_no_torch():
+    code = (
+        "import sys, megalite; assert 'torch' not in sys.modules; "
+        "from megalite import *; print(*(name for name in megalite.__all__ if name in globals()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == megalite.__all__ and len(megalite.__all__) == 10, done.stderr
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = megalite.nothing
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
+    assert not re.search(r"megalite\.\w+\.|from megalite\.", "".join(code))
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from examples.quickstart import phases, run, run_bert, speeches
+from examples.quickstart import phases, speeches
+from examples.quickstart.run import QUICKSTARTS, best_constant_guess
 from megalite.config.cli import read
 from megalite.config.run import from_flat
 from megalite.config.validate import resolve
 from megalite.data.build import build_sources
 
 ROOT = Path(__file__).resolve().parents[1]
+RUN = QUICKSTARTS["gpt"].run
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +23,11 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("run", [run, run_bert])
-def test_config_is_read_and_is_a_2x2x2_layout(run):
-    config = read(["--config", str(ROOT / run.CONFIG)])
-    assert config.is_bert == (run is run_bert)
+@pytest.mark.parametrize("name", QUICKSTARTS)
+def test_config_is_read_and_is_a_2x2x2_layout(name):
+    chosen = QUICKSTARTS[name]
+    config = read(["--config", str(ROOT / chosen.config)])
+    assert config.model.architecture == name
     p = config.parallel
     assert (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.sequence_parallel) == (
         2,
@@ -33,17 +36,17 @@ def test_config_is_read_and_is_a_2x2x2_layout(run):
     )
     assert config.data.global_batch_size % (2 * config.data.micro_batch_size) == 0
     assert config.training.train_iters // 2 % config.training.eval_interval == 0
-    assert config.checkpoint.save == config.checkpoint.load == str(run.RUN / "checkpoints")
+    assert config.checkpoint.save == config.checkpoint.load == str(chosen.run / "checkpoints")
 
 
 def test_finished_runs_are_moved_aside_and_unfinished_ones_are_not():
     console = Console(quiet=True)
     for number in range(3):
-        phases.move_finished_run_aside(run.RUN, console)
-        (run.RUN / f"result-{number}").touch()
-        phases.move_finished_run_aside(run.RUN, console)
-        assert (run.RUN / f"result-{number}").exists()
-        (run.RUN / phases.FINISHED).touch()
+        phases.move_finished_run_aside(RUN, console)
+        (RUN / f"result-{number}").touch()
+        phases.move_finished_run_aside(RUN, console)
+        assert (RUN / f"result-{number}").exists()
+        (RUN / phases.FINISHED).touch()
     assert [(Path(f"runs/quickstart-{n + 1}") / f"result-{n}").exists() for n in range(2)] == [
         True,
         True,
@@ -62,14 +65,13 @@ def test_a_failing_command_ends_the_run_with_its_status(capsys):
 
 
 def test_loss_table_has_the_mean_since_the_last_evaluation():
-    run.RUN.mkdir(parents=True)
+    RUN.mkdir(parents=True)
     lines = [{"iteration": i, "loss": 8.0 - i, "consumed_samples": 16 * i} for i in (1, 2, 3, 4)]
     lines[2:2] = [{"iteration": 2, "validation_loss": 6.25}]
     lines.append({"iteration": 4, "validation_loss": 5.125})
-    (run.RUN / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (RUN / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     cells = [
-        list(column.cells)
-        for column in phases.loss_table(phases.read_metrics(run.RUN), 128).columns
+        list(column.cells) for column in phases.loss_table(phases.read_metrics(RUN), 128).columns
     ]
     assert cells == [["2", "4"], ["4,096", "8,192"], ["6.500", "4.500"], ["6.250", "5.125"]]
 
@@ -86,7 +88,7 @@ def test_the_best_constant_guess_is_that_of_the_evaluation_s_samples():
         for label, m in zip(dataset[i]["labels"], dataset[i]["loss_mask"])
         if m
     ]
-    assert run_bert.best_constant_guess(config) == max(map(wanted.count, wanted)) / len(wanted)
+    assert best_constant_guess(config) == max(map(wanted.count, wanted)) / len(wanted)
 
 
 def test_scores_are_columns_of_the_table():
@@ -105,10 +107,10 @@ def test_scores_are_columns_of_the_table():
 
 
 def test_latest_iteration():
-    assert phases.latest_iteration(run.RUN) == 0
-    (run.RUN / "checkpoints").mkdir(parents=True)
-    (run.RUN / "checkpoints/latest_checkpointed_iteration.txt").write_text("120\n")
-    assert phases.latest_iteration(run.RUN) == 120
+    assert phases.latest_iteration(RUN) == 0
+    (RUN / "checkpoints").mkdir(parents=True)
+    (RUN / "checkpoints/latest_checkpointed_iteration.txt").write_text("120\n")
+    assert phases.latest_iteration(RUN) == 120
 
 
 def test_speeches_are_shuffled_the_same_way_each_time(tmp_path):

@@ -1,4 +1,4 @@
-"""What the quickstarts share: phases that are shown, timed and gone on with, and what a run leaves."""
+"""Phases of a quickstart, which are shown, timed and resumed, and the tables at its end."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 FINISHED = "finished"
-"""File in the folder of a run that came to its end."""
+"""File in the folder of a run that is complete."""
 
 
 class Phases:
@@ -23,7 +23,8 @@ class Phases:
         self.times: dict[str, float | None] = {}
 
     def run(self, title: str, *commands: str, done: bool = False) -> None:
-        """Run the shell commands of a phase, each shown first, or none when it is done already. Exits if one fails."""
+        """Show and run the shell commands of a phase; none when it is done already. Exits if one
+        fails."""
         self.console.print()
         self.console.rule(f"[bold]{len(self.times) + 1}/{self.total} {title}", align="left")
         if done:
@@ -38,7 +39,7 @@ class Phases:
             status = run_command(command)
             if status:
                 self.console.print(
-                    f"status {status}. The same `make` command goes on from here.", style="bold red"
+                    f"status {status}. The same `make` command resumes from here.", style="bold red"
                 )
                 sys.exit(status)
         self.times[title] = time.monotonic() - began
@@ -46,7 +47,8 @@ class Phases:
 
 
 def run_command(command: str) -> int:
-    """Run a shell command; returns its status as a shell would. Ctrl-C is left to the command: training saves first."""
+    """Run a shell command; returns its status as a shell would. Ctrl-C is left to the command:
+    training saves first."""
     process = subprocess.Popen(command, shell=True)
     while True:
         try:
@@ -63,17 +65,22 @@ def latest_iteration(run: Path) -> int:
 
 
 def move_finished_run_aside(run: Path, console: Console) -> None:
-    """Make room for a new run; never deletes anything."""
+    """Rename the folder of a finished run, and create it again; nothing is deleted."""
     if (run / FINISHED).exists():
-        numbers = (n for n in range(1, 10_000) if not run.with_name(f"{run.name}-{n}").exists())
-        aside = run.rename(run.with_name(f"{run.name}-{next(numbers)}"))
-        console.print(f"The finished run of before is now in {aside}.")
+        number = 1
+        while run.with_name(f"{run.name}-{number}").exists():
+            number += 1
+        aside = run.rename(run.with_name(f"{run.name}-{number}"))
+        console.print(f"The earlier finished run is now in {aside}.")
     run.mkdir(parents=True, exist_ok=True)
 
 
 def prepare() -> Console:
-    """Go to the repository's root, and take the programs of the environment this runs in, as after `source
-    .venv/bin/activate`, with one thread for each of the 8 ranks: they share the cores."""
+    """Change to the repository's root, and set the environment of the commands.
+
+    PATH is set as by `source .venv/bin/activate`, and each rank gets one thread, since 8 ranks
+    share the cores.
+    """
     os.chdir(Path(__file__).resolve().parents[2])
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -88,8 +95,10 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def loss_table(lines: list[dict], seq_length: int, more: tuple[str, ...] = ()) -> Table:
-    """One row for each evaluation: mean training loss since the one before, validation loss, and `more` columns of the
-    metrics, as shares."""
+    """One row for each evaluation: mean training loss since the one before, and validation loss.
+
+    more: further metrics, each a column of shares.
+    """
     titles = (name.replace("_", " ") for name in more)
     table = Table(
         "iteration", "tokens seen", "training loss", "validation loss", *titles, title="Loss"
@@ -112,13 +121,11 @@ def loss_table(lines: list[dict], seq_length: int, more: tuple[str, ...] = ()) -
 
 
 def time_table(times: dict[str, float | None]) -> Table:
-    """Seconds of each phase and in all."""
+    """Seconds of each phase, and of all together."""
     table = Table("phase", "seconds", title="Time", show_footer=True)
     table.columns[1].justify = "right"
     for title, seconds in times.items():
         table.add_row(title, "earlier" if seconds is None else f"{seconds:.1f}")
-    table.columns[0].footer, table.columns[1].footer = (
-        "in all",
-        f"{sum(filter(None, times.values())):.1f}",
-    )
+    table.columns[0].footer = "in all"
+    table.columns[1].footer = f"{sum(filter(None, times.values())):.1f}"
     return table

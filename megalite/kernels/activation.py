@@ -1,6 +1,7 @@
 """Activations of an MLP in one pass: GELU (the tanh form) with the bias before it, and SwiGLU.
 
-The sources of the formulas are those of csrc/activation.h. Nothing is kept for the backward but the inputs.
+The sources of the formulas are those of csrc/activation.h. Nothing is kept for the backward but the
+inputs.
 """
 
 import torch
@@ -15,14 +16,12 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """gelu(x + bias) for x [..., columns] and bias [columns] or None."""
     _check_bias_gelu(x, bias)
     if not native.takes(x) or x.numel() == 0:
-        return torch.nn.functional.gelu(
-            x if bias is None else x + bias, approximate=GELU
-        ).contiguous()
-    y, bias = (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        None if bias is None else bias.contiguous(),
-    )
-    torch.ops.megalite._bias_gelu(native.as_rows(x), bias, None, native.as_rows(y))
+        added = x if bias is None else x + bias
+        return torch.nn.functional.gelu(added, approximate=GELU).contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if bias is not None:
+        bias = bias.contiguous()
+    torch.ops.megalite._bias_gelu(native.as_rows(x), bias, None, out=native.as_rows(y))
     return y
 
 
@@ -30,15 +29,16 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 def bias_gelu_backward(
     grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """The gradient of x + bias."""
+    """The gradient of x + bias, from the gradient of the output."""
     if not native.takes(x) or x.numel() == 0:
         added = x if bias is None else x + bias
         return torch.ops.aten.gelu_backward(grad, added, approximate=GELU).contiguous()
-    dx, bias = (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        None if bias is None else bias.contiguous(),
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if bias is not None:
+        bias = bias.contiguous()
+    torch.ops.megalite._bias_gelu(
+        native.as_rows(x), bias, native.as_rows(grad), out=native.as_rows(dx)
     )
-    torch.ops.megalite._bias_gelu(native.as_rows(x), bias, native.as_rows(grad), native.as_rows(dx))
     return dx
 
 
@@ -67,7 +67,9 @@ def _(grad, x, bias):
 def _bias_gelu_backward(ctx, grad):
     x, bias = ctx.saved_tensors
     dx = bias_gelu_backward(grad, x, bias)
-    return dx, None if bias is None else dx.flatten(0, -2).sum(dim=0) if dx.dim() > 1 else dx
+    if bias is None:
+        return dx, None
+    return dx, torch.atleast_2d(dx).flatten(0, -2).sum(dim=0)
 
 
 bias_gelu.register_autograd(
@@ -77,7 +79,7 @@ bias_gelu.register_autograd(
 
 @native.operator("swiglu")
 def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up for x [..., 2 f], gate and up one after the other -> [..., f]."""
+    """silu(gate) * up (Shazeer 2020) for x [..., 2 f], the gate in its first half: [..., f]."""
     _check_swiglu(x)
     y = _half(x)
     if not native.takes(x) or y.numel() == 0:
@@ -89,7 +91,7 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 
 @native.operator("swiglu_backward")
 def swiglu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The gradient of x."""
+    """The gradient of x, from the gradient of the output."""
     if not native.takes(x) or x.numel() == 0:
         gate, up = x.chunk(2, dim=-1)
         d_gate = torch.ops.aten.silu_backward(grad * up, gate)
@@ -109,6 +111,7 @@ def _check_swiglu(x: torch.Tensor) -> None:
 
 
 def _half(x: torch.Tensor) -> torch.Tensor:
+    """An empty tensor with half the columns."""
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 

@@ -1,6 +1,8 @@
-"""The local parts of cross-entropy over a vocabulary that ranks share: no copy of the logits, none in fp32.
+"""The local parts of cross-entropy over a vocabulary that ranks share: no copy of the logits, none
+in fp32.
 
-What ranks exchange comes between the two operators, so neither has an autograd of its own (nn/loss.py has).
+Ranks exchange statistics between the two operators, so neither has an autograd formula of its own;
+nn/loss.py has one for both.
 """
 
 import torch
@@ -12,11 +14,17 @@ def _wide(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def _outputs(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Three empty tensors with a number for each label."""
+    empty = torch.empty(labels.shape, dtype=_wide(logits), device=logits.device)
+    return empty, torch.empty_like(empty), torch.empty_like(empty)
+
+
 def _check(logits: torch.Tensor, labels: torch.Tensor, valid: int) -> None:
     if logits.dim() < 2 or not logits.is_floating_point() or not 0 <= valid <= logits.shape[-1]:
         raise ValueError(
-            f"cross-entropy takes floating-point logits [..., v] with 0 <= valid <= v, not {logits.dtype} "
-            f"{tuple(logits.shape)} with valid = {valid}"
+            "cross-entropy takes floating-point logits [..., v] with 0 <= valid <= v, "
+            f"not {logits.dtype} {tuple(logits.shape)} with valid = {valid}"
         )
     if (
         labels.shape != logits.shape[:-1]
@@ -24,8 +32,8 @@ def _check(logits: torch.Tensor, labels: torch.Tensor, valid: int) -> None:
         or labels.device != logits.device
     ):
         raise ValueError(
-            f"labels are int64 {tuple(logits.shape[:-1])} on {logits.device}, not {labels.dtype} {tuple(labels.shape)} "
-            f"on {labels.device}"
+            f"labels are int64 {tuple(logits.shape[:-1])} on {logits.device}, "
+            f"not {labels.dtype} {tuple(labels.shape)} on {labels.device}"
         )
 
 
@@ -33,29 +41,27 @@ def _check(logits: torch.Tensor, labels: torch.Tensor, valid: int) -> None:
 def cross_entropy_statistics(
     logits: torch.Tensor, labels: torch.Tensor, valid: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(top, sum of exp(logit - top), the label's logit) over the first `valid` columns of logits [..., v], each [...].
+    """Statistics of each row over the first `valid` columns of logits [..., v].
 
-    A label outside of 0 .. valid - 1 is that of another rank: its logit counts as 0. fp32, or fp64 for fp64.
+    Returns three tensors [...], fp32 or, for fp64 logits, fp64: the largest logit `top`, the sum of
+    exp(logit - top), and the label's logit. A label outside of 0 .. valid - 1 belongs to another
+    rank: its logit is 0 here.
     """
     _check(logits, labels, valid)
-    top, total, target = (
-        torch.empty(labels.shape, dtype=_wide(logits), device=logits.device) for _ in range(3)
-    )
+    top, total, target = _outputs(logits, labels)
     if labels.numel() == 0 or valid == 0:
         return top.fill_(float("-inf")), total.zero_(), target.zero_()
     if native.takes(logits):
         torch.ops.megalite._cross_entropy_forward(
-            native.as_rows(logits), labels.contiguous(), valid, top, total, target
+            native.as_rows(logits), labels.contiguous(), valid, top=top, sum=total, target=target
         )
         return top, total, target
     x = logits[..., :valid].to(top.dtype)
     top = x.amax(dim=-1)
     elsewhere = (labels < 0) | (labels >= valid)
-    target = (
-        x.gather(-1, labels.masked_fill(elsewhere, 0).unsqueeze(-1))
-        .squeeze(-1)
-        .masked_fill(elsewhere, 0.0)
-    )
+    local = labels.masked_fill(elsewhere, 0).unsqueeze(-1)
+    target = x.gather(-1, local).squeeze(-1).masked_fill(elsewhere, 0.0)
+    # A row of -inf: exp(-inf - 0) is 0 where exp(-inf + inf) would be NaN.
     shift = top.masked_fill(top == float("-inf"), 0)
     return top, (x - shift.unsqueeze(-1)).exp_().sum(dim=-1), target
 
@@ -64,7 +70,11 @@ def cross_entropy_statistics(
 def cross_entropy_gradient_(
     logits: torch.Tensor, labels: torch.Tensor, valid: int, lse: torch.Tensor, grad: torch.Tensor
 ) -> None:
-    """Put (softmax - [column is label]) * grad in the place of the logits, for lse = log sum exp over all ranks."""
+    """Overwrite the logits with their gradient, (softmax - [column is label]) * grad.
+
+    lse: log of the sum of exp over the vocabulary of all ranks, [...]; grad: that of the loss,
+    [...].
+    """
     _check(logits, labels, valid)
     for name, t in (("lse", lse), ("grad", grad)):
         if t.shape != labels.shape or t.dtype != _wide(logits) or t.device != logits.device:
@@ -75,7 +85,11 @@ def cross_entropy_gradient_(
         return
     if native.takes(logits) and logits.is_contiguous():
         torch.ops.megalite._cross_entropy_backward(
-            native.as_rows(logits), labels.contiguous(), valid, lse.contiguous(), grad.contiguous()
+            native.as_rows(logits),
+            labels.contiguous(),
+            valid,
+            lse=lse.contiguous(),
+            grad=grad.contiguous(),
         )
         return
     x = (logits[..., :valid].to(lse.dtype) - lse.unsqueeze(-1)).exp_().mul_(grad.unsqueeze(-1))
@@ -90,9 +104,7 @@ def cross_entropy_gradient_(
 @cross_entropy_statistics.register_fake
 def _(logits, labels, valid):
     _check(logits, labels, valid)
-    return tuple(
-        torch.empty(labels.shape, dtype=_wide(logits), device=logits.device) for _ in range(3)
-    )
+    return _outputs(logits, labels)
 
 
 @cross_entropy_gradient_.register_fake

@@ -1,15 +1,20 @@
-"""Dropout that no layout can change: an element is dropped or kept according to where it is, by Philox 4x32-10.
+"""Dropout that no layout can change: an element is dropped or kept according to its position.
 
-The format, fixed for good (docs/randomness.md): a tensor is rows of columns. The 32-bit word of element (row, column)
-of sample i at place (layer, site) is word `column // 64 % 4` of the Philox counter
+The format, fixed for good (docs/randomness.md): a tensor is rows of columns. The 32-bit word of
+element (row, column) of sample i at site (layer, site) is word `column // 64 % 4` of the Philox
+4x32-10 counter
 
-    (column // 256 * 64 + column % 64,  row,  i mod 2^32,  i // 2^32 + 2^16 * (8 * layer + site) mod 2^32)
+    (column // 256 * 64 + column % 64,
+     row,
+     i mod 2^32,
+     i // 2^32 + 2^16 * (8 * layer + site) mod 2^32)
 
-under the key of the seed; the element is dropped when the word is below round(p * 2^32). 64 neighbouring columns use
-the same word of 64 neighbouring counters, so that a vector unit never has to interleave the four words (a planar
-layout).
+under the key of the seed; the element is dropped when the word is below round(p * 2^32). 64
+neighbouring columns use the same word of 64 neighbouring counters, so that a vector unit never has
+to interleave the four words (a planar layout).
 
-`keep_mask` is the reference in plain PyTorch, on any device. Nothing is kept for the backward but the coordinates.
+`keep_mask` is the reference in plain PyTorch, on any device. Only the positions are kept for the
+backward.
 """
 
 import torch
@@ -23,8 +28,11 @@ _LARGE_BLOCK = 1 << 22
 """On other devices, where starting an operation costs more than memory traffic."""
 
 
-def place(layer: int, site: int) -> int:
-    """The number of a dropout site in the counter: 8 * layer + site. Raises ValueError outside 0 <= site < 8."""
+def site_id(layer: int, site: int) -> int:
+    """The number of a dropout site in the counter: 8 * layer + site.
+
+    Raises ValueError unless 0 <= site < 8 and 0 <= layer < 8192.
+    """
     if not 0 <= site < 8 or not 0 <= layer < 8192:
         raise ValueError(
             f"dropout has sites 0..7 of layers 0..8191, not site {site} of layer {layer}"
@@ -35,14 +43,20 @@ def place(layer: int, site: int) -> int:
 def _philox(
     x0: torch.Tensor, x1: torch.Tensor, x2: torch.Tensor, x3: torch.Tensor, key: tuple[int, int]
 ):
-    """Philox 4x32-10 (Salmon et al. 2011) on int64 tensors that hold 32-bit words and broadcast: four words."""
+    """Philox 4x32-10 (Salmon et al. 2011): four words of a counter to four random words.
+
+    Words are 32-bit values in int64 tensors, which broadcast.
+    """
     for i in range(ROUNDS):
-        k0, k1 = ((k + i * step) & MASK for k, step in zip(key, KEY_STEPS))
-        # The products wrap around 64 bits; an arithmetic shift and a mask still give their high words.
-        p0, p1 = x0 * MULTIPLIERS[0], x2 * MULTIPLIERS[1]
+        k0 = (key[0] + i * KEY_STEPS[0]) & MASK
+        k1 = (key[1] + i * KEY_STEPS[1]) & MASK
+        # The products wrap around 64 bits; a shift and a mask still give the high words.
+        p0 = x0 * MULTIPLIERS[0]
+        p1 = x2 * MULTIPLIERS[1]
         x0 = (p1 >> 32).bitwise_and_(MASK) ^ (x1 ^ k0)
         x2 = (p0 >> 32).bitwise_and_(MASK) ^ (x3 ^ k1)
-        x1, x3 = p1.bitwise_and_(MASK), p0.bitwise_and_(MASK)
+        x1 = p1.bitwise_and_(MASK)
+        x3 = p0.bitwise_and_(MASK)
     return x0, x1, x2, x3
 
 
@@ -50,34 +64,41 @@ def keep_mask(
     rows: torch.Tensor,
     samples: torch.Tensor,
     columns: int,
-    place: int,
+    site_id: int,
     key: tuple[int, int],
     p: float,
 ) -> torch.Tensor:
-    """Which elements are kept: bool [..., columns], for row numbers and sample numbers that broadcast to [...]."""
+    """Which elements are kept: bool [..., columns], for row numbers and sample numbers that
+    broadcast to [...]."""
     rows, samples = torch.broadcast_tensors(rows, samples)
-    shape, rows, samples = rows.shape, rows.reshape(-1, 1), samples.reshape(-1, 1)
+    shape = rows.shape
+    rows = rows.reshape(-1, 1)
+    samples = samples.reshape(-1, 1)
+    # The four words of the counters: x0 for a row [counters], the others for each row [rows, 1].
     counters = -(-columns // 256) * 64
     x0 = torch.arange(counters, device=rows.device)
-    x1, x2, x3 = rows & MASK, samples & MASK, (samples >> 32) + (place << 16) & MASK
+    x1 = rows & MASK
+    x2 = samples & MASK
+    x3 = (samples >> 32) + (site_id << 16) & MASK
     threshold = round(p * 2**32)
-    keep = torch.empty((rows.shape[0], counters // 64, 4, 64), dtype=torch.bool, device=rows.device)
-    step = max(1, (_BLOCK if rows.device.type == "cpu" else _LARGE_BLOCK) // max(counters, 1))
-    for i in range(0, rows.shape[0], step):
-        part = slice(i, i + step)
-        for w, word in enumerate(_philox(x0, x1[part], x2[part], x3[part], key)):
-            torch.ge(
-                word.expand(-1, counters).view(-1, counters // 64, 64),
-                threshold,
-                out=keep[part, :, w],
-            )
-    return keep.view(rows.shape[0], 4 * counters)[:, :columns].reshape(*shape, columns)
+    count = rows.shape[0]
+    keep = torch.empty((count, counters // 64, 4, 64), dtype=torch.bool, device=rows.device)
+    # A block of rows at a time; word w of a counter decides about column 64 w of its 256.
+    block = _BLOCK if rows.device.type == "cpu" else _LARGE_BLOCK
+    step = max(1, block // max(counters, 1))
+    for i in range(0, count, step):
+        some = slice(i, i + step)
+        for w, word in enumerate(_philox(x0, x1[some], x2[some], x3[some], key=key)):
+            word = word.expand(-1, counters).view(-1, counters // 64, 64)
+            torch.ge(word, threshold, out=keep[some, :, w])
+    return keep.view(count, 4 * counters)[:, :columns].reshape(*shape, columns)
 
 
 def check_dropout(
     x: torch.Tensor, rows: torch.Tensor | None, samples: torch.Tensor | None, p: float
 ) -> None:
-    """Raise ValueError or TypeError unless rows and samples (both or neither) broadcast to x's rows and 0 <= p < 1."""
+    """Raise ValueError or TypeError unless rows and samples, both or neither, broadcast to x's
+    rows, and 0 <= p < 1."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout takes 0 <= p < 1, not {p}")
     if (rows is None) != (samples is None) or (rows is None and p > 0):
@@ -121,59 +142,72 @@ def bias_dropout_add(
     residual: torch.Tensor | None,
     rows: torch.Tensor,
     samples: torch.Tensor,
-    place: int,
+    site_id: int,
     key0: int,
     key1: int,
     p: float,
 ) -> torch.Tensor:
-    """residual + dropout(x + bias): x and residual [..., columns], bias [columns]; bias and residual may be None.
+    """residual + dropout(x + bias): x and residual [..., columns], bias [columns]; bias and
+    residual may be None.
 
-    `rows` and `samples` (int64, broadcasting to [...]) say which row of which sample each row of x is in the whole
-    model. The result is contiguous.
+    `rows` and `samples` (int64, broadcasting to [...]) say which row of which sample each row of x
+    is in the whole model. The result is contiguous.
     """
-    _check(x, bias, residual, rows, samples, p)
+    _check(x, bias, residual, rows=rows, samples=samples, p=p)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     if native.takes(x) and round(p * 2**32) > 0:
-        return _native(x, bias, residual, rows, samples, place, key0, key1, p)
+        arguments = native.dropout_arguments(site_id, key0, key1, p=p)
+        return _native(x, bias, residual, rows=rows, samples=samples, dropout=arguments)
     y = x if bias is None else x + bias
-    keep = keep_mask(rows, samples, x.shape[-1], place, (key0, key1), p)
-    y = torch.where(
-        keep, y * (1 / (1 - p)), 0
-    )  # one rounding: in bf16, 1 / 0.9 itself would be 0.16% too small
+    keep = keep_mask(rows, samples, x.shape[-1], site_id=site_id, key=(key0, key1), p=p)
+    # One rounding: in bf16, 1 / 0.9 itself would be 0.16% too small.
+    y = torch.where(keep, y * (1 / (1 - p)), 0)
     return y if residual is None else y.add_(residual)
 
 
-def _native(x, bias, residual, rows, samples, place, key0, key1, p) -> torch.Tensor:
+def _native(x, bias, residual, rows, samples, dropout: dict) -> torch.Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    residual = residual if residual is None else native.as_rows(residual)
-    bias = bias if bias is None else bias.contiguous()
-    rows, samples = (native.row_numbers(part, x.shape[:-1]) for part in (rows, samples))
-    words = native.dropout_words(place, key0, key1, p)
+    if residual is not None:
+        residual = native.as_rows(residual)
+    if bias is not None:
+        bias = bias.contiguous()
     torch.ops.megalite._bias_dropout_add(
-        native.as_rows(x), bias, residual, rows, samples, *words, native.as_rows(y)
+        native.as_rows(x),
+        bias,
+        residual,
+        rows=native.row_numbers(rows, x.shape[:-1]),
+        samples=native.row_numbers(samples, x.shape[:-1]),
+        **dropout,
+        out=native.as_rows(y),
     )
     return y
 
 
 @bias_dropout_add.register_fake
-def _(x, bias, residual, rows, samples, place, key0, key1, p):
-    _check(x, bias, residual, rows, samples, p)
+def _(x, bias, residual, rows, samples, site_id, key0, key1, p):
+    _check(x, bias, residual, rows=rows, samples=samples, p=p)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
-    _, bias, residual, rows, samples, ctx.place, ctx.key0, ctx.key1, ctx.p = inputs
-    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+    _, bias, residual, rows, samples, *ctx.dropout = inputs
+    ctx.has_bias = bias is not None
+    ctx.has_residual = residual is not None
     ctx.save_for_backward(rows, samples)
 
 
 def _backward(ctx, grad):
     rows, samples = ctx.saved_tensors
-    # Dropout is linear: the gradient of what goes in is what comes out, dropped alike.
-    grad_x = bias_dropout_add(grad, None, None, rows, samples, ctx.place, ctx.key0, ctx.key1, ctx.p)
-    grad_bias = torch.atleast_2d(grad_x).flatten(0, -2).sum(dim=0) if ctx.has_bias else None
-    return grad_x, grad_bias, grad if ctx.has_residual else None, None, None, None, None, None, None
+    # Dropout is linear: the gradient of its input is the gradient of its output, dropped alike.
+    site_id, key0, key1, p = ctx.dropout
+    grad_x = bias_dropout_add(
+        grad, None, None, rows=rows, samples=samples, site_id=site_id, key0=key0, key1=key1, p=p
+    )
+    grad_bias = None
+    if ctx.has_bias:
+        grad_bias = torch.atleast_2d(grad_x).flatten(0, -2).sum(dim=0)
+    return grad_x, grad_bias, grad if ctx.has_residual else None, *[None] * 6
 
 
 bias_dropout_add.register_autograd(_backward, setup_context=_save)

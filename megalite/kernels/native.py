@@ -1,7 +1,8 @@
 """The native kernels: loaded here if they were built, never built here.
 
-Each operator of this package has one definition in Python, and two bodies: a composition of PyTorch operations, which
-is the reference and runs everywhere, and a kernel in csrc/. `takes` says which one runs.
+Each operator of this package has one definition in Python, and two bodies: a composition of PyTorch
+operations, which is the reference and runs everywhere, and a kernel in csrc/. `takes` says which
+one runs.
 """
 
 import os
@@ -22,16 +23,23 @@ OFF = ("off", "0", "false", "no")
 
 
 def _load() -> str | None:
-    """Load the library; say why there is none, or return None. Raises ValueError for an unknown value of the switch."""
+    """Load the library. Returns why there is none, or None when it is loaded.
+
+    Raises ValueError for an unknown value of the switch.
+    """
     switch = os.environ.get(SWITCH, "")
     if switch.lower() in OFF:
         return f"{SWITCH}={switch} turns them off"
     if switch:
         raise ValueError(
-            f"{SWITCH} is {switch!r}: {', '.join(OFF)} turn the native kernels off, unset leaves them on"
+            f"{SWITCH} is {switch!r}: {', '.join(OFF)} turn the native kernels off, "
+            "unset leaves them on"
         )
     if not LIBRARY.exists():
-        return "they were not built: `pip install --no-build-isolation` with a C++ compiler (docs/kernels.md)"
+        return (
+            "they were not built: `pip install --no-build-isolation` with a C++ compiler "
+            "(docs/kernels.md)"
+        )
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as problem:
@@ -44,6 +52,7 @@ MISSING = _load()
 
 
 def _has(device: str) -> bool:
+    """Whether the library has kernels for this type of device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
     return (
         MISSING is None
@@ -59,8 +68,8 @@ DEVICES = tuple(device for device in ("cpu", "cuda") if _has(device))
 def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable:
     """Decorates a function that becomes the operator megalite::name.
 
-    It raises NotImplementedError where forward-mode derivatives are taken, which no operator here has: torch itself
-    would give tangents of zero without a word.
+    The operator raises NotImplementedError in forward-mode differentiation, which no operator here
+    supports: torch itself would return tangents of zero without an error.
     """
 
     def define(body: Callable):
@@ -86,30 +95,34 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     """A tensor [..., columns] as the kernels see it, contiguous [i, j, k, columns]."""
     x = x.contiguous()
     leading = x.shape[:-1]
-    return (
-        x.view(*[1] * (3 - len(leading)), *leading, -1)
-        if len(leading) <= 3
-        else x.view(1, 1, -1, x.shape[-1])
-    )
+    if len(leading) > 3:
+        return x.view(1, 1, -1, x.shape[-1])
+    return x.view(*[1] * (3 - len(leading)), *leading, -1)
 
 
 def row_numbers(numbers: torch.Tensor, leading: torch.Size) -> torch.Tensor:
-    """Row or sample numbers, broadcast to the leading dims of a tensor: a view [i, j, k] where there are up to 3."""
+    """Row or sample numbers, broadcast to the leading dims of a tensor: a view [i, j, k] where
+    there are up to 3."""
     numbers = numbers.expand(leading)
-    return (
-        numbers.view(*[1] * (3 - len(leading)), *leading)
-        if len(leading) <= 3
-        else numbers.reshape(1, 1, -1)
+    if len(leading) > 3:
+        return numbers.reshape(1, 1, -1)
+    return numbers.view(*[1] * (3 - len(leading)), *leading)
+
+
+def dropout_arguments(site_id: int, key0: int, key1: int, p: float) -> dict[str, int | float]:
+    """The kernels' arguments for dropout: where and under which key, the largest 32-bit word that
+    is dropped, and the factor 1 / (1 - p) of what is kept."""
+    return dict(
+        place=site_id,
+        key0=key0 & MASK,
+        key1=key1 & MASK,
+        limit=round(p * 2**32) - 1,
+        factor=1 / (1 - p),
     )
 
 
-def dropout_words(place: int, key0: int, key1: int, p: float) -> tuple[int, int, int, int, float]:
-    """How the kernels are told of dropout: place, key, the largest word that is dropped, 1 / (1 - p)."""
-    return place, key0 & MASK, key1 & MASK, round(p * 2**32) - 1, 1 / (1 - p)
-
-
 def report() -> list[str]:
-    """What is available, and why something is not, in lines."""
+    """Lines that say which kernels are available, and why others are missing."""
     if MISSING:
         return [
             f"native kernels: none, {MISSING}",
@@ -128,7 +141,7 @@ def report() -> list[str]:
 
 
 def status() -> str:
-    """One line for the start of a run."""
+    """One line about the kernels, printed at the start of a run and compared between ranks."""
     if MISSING:
         return f"kernels: PyTorch compositions, no native ones: {MISSING}"
     return f"kernels: native on {' and '.join(DEVICES)}"

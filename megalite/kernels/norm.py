@@ -1,7 +1,8 @@
-"""RMSNorm (Zhang and Sennrich 2019) of a sum: s = x + residual, y = weight * s / sqrt(mean(s^2) + epsilon).
+"""RMSNorm (Zhang and Sennrich 2019) of a sum: s = x + residual, y = weight * s / sqrt(mean(s^2) +
+epsilon).
 
-Everything is computed in fp32 (fp64 for fp64), the gradient of the weight too. For LayerNorm torch's own operator is as
-fast (docs/kernels.md).
+Everything is computed in fp32 (fp64 for fp64), the gradient of the weight too. For LayerNorm
+torch's own operator is as fast (docs/kernels.md).
 """
 
 import torch
@@ -9,7 +10,8 @@ import torch
 from megalite.kernels import native
 
 GROUPS = {"cpu": 64, "cuda": 1024}
-"""Into how many groups the backward divides the rows; each makes a part of the weight's gradient."""
+"""Groups that the backward divides the rows into, at most; each has a partial sum of the weight's
+gradient."""
 
 
 def rms_norm(
@@ -24,25 +26,32 @@ def rms_norm(
 def rms_norm_forward(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, s or nothing, 1 / sqrt(...) of each row [...]); the third has no gradient."""
+    """(y, s or without a residual an empty tensor, 1 / sqrt(mean(s^2) + epsilon) of each row
+    [...]).
+
+    The third has no gradient.
+    """
     _check(x, weight, residual)
     y, s, scale = _outputs(x, residual)
     if x.numel() == 0:
         return y, s, scale
     if not native.takes(x):
-        wide = (x if residual is None else x + residual).to(scale.dtype)
+        if residual is not None:
+            x = s = (x + residual).contiguous()
+        wide = x.to(scale.dtype)
         scale = torch.rsqrt(wide.square().mean(dim=-1) + epsilon)
         y = (wide * scale.unsqueeze(-1) * weight).to(x.dtype)
-        return y.contiguous(), s if residual is None else (x + residual).contiguous(), scale
-    residual = None if residual is None else native.as_rows(residual)
+        return y.contiguous(), s, scale
+    if residual is not None:
+        residual = native.as_rows(residual)
     torch.ops.megalite._rms_norm_forward(
         native.as_rows(x),
         residual,
         weight.contiguous(),
-        epsilon,
-        y,
-        None if residual is None else s,
-        scale,
+        epsilon=epsilon,
+        out=y,
+        sum=None if residual is None else s,
+        scale=scale,
     )
     return y, s, scale
 
@@ -55,32 +64,37 @@ def rms_norm_backward(
     weight: torch.Tensor,
     scale: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of s (that of its other uses, grad_sum, added) and of the weight."""
+    """Gradients of s and of the weight; grad_sum is the gradient of s from its other uses, or
+    None."""
     if s.numel() == 0:
         return torch.empty_like(s, memory_format=torch.contiguous_format), torch.zeros_like(weight)
     if not native.takes(s):
-        normal, d = s.to(scale.dtype) * scale.unsqueeze(-1), grad.to(scale.dtype)
+        normal = s.to(scale.dtype) * scale.unsqueeze(-1)
+        d = grad.to(scale.dtype)
         grad_weight = (d * normal).flatten(0, -2).sum(dim=0)
         d = d * weight
         ds = scale.unsqueeze(-1) * (d - normal * (d * normal).mean(dim=-1, keepdim=True))
-        ds = ds if grad_sum is None else ds + grad_sum
+        if grad_sum is not None:
+            ds = ds + grad_sum
         return ds.to(s.dtype).contiguous(), grad_weight.to(weight.dtype)
     rows = s.numel() // s.shape[-1]
     group = -(-rows // GROUPS[s.device.type])
-    parts = torch.empty((-(-rows // group), s.shape[-1]), dtype=torch.float32, device=s.device)
+    # Each group of rows has a partial sum of the weight's gradient.
+    sums = torch.empty((-(-rows // group), s.shape[-1]), dtype=torch.float32, device=s.device)
     ds = torch.empty_like(s, memory_format=torch.contiguous_format)
-    grad_sum = None if grad_sum is None else native.as_rows(grad_sum)
+    if grad_sum is not None:
+        grad_sum = native.as_rows(grad_sum)
     torch.ops.megalite._rms_norm_backward(
         native.as_rows(s),
         weight.contiguous(),
         native.as_rows(grad),
-        grad_sum,
-        scale.contiguous(),
-        group,
-        ds,
-        parts,
+        grad_sum=grad_sum,
+        scale=scale.contiguous(),
+        group=group,
+        out=ds,
+        grad_weight=sums,
     )
-    return ds, parts.sum(dim=0).to(weight.dtype)
+    return ds, sums.sum(dim=0).to(weight.dtype)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:

@@ -1,8 +1,9 @@
-"""Philox 4x32-10: random numbers that are counted, not drawn in sequence. Pure NumPy, no torch.
+"""Philox 4x32-10: counter-based random numbers. Pure NumPy, no torch.
 
-Philox (Salmon et al. 2011) turns a 128-bit counter and a 64-bit key into 128 random bits. A number's value depends on
-its key and counter alone, so no layout, device or order of calls can change it: take the key from *what* is drawn
-(`key_of(seed, "weights", name)`) and the counter from *where* it goes (`counters(first, count)`).
+Philox (Salmon et al. 2011) turns a 128-bit counter and a 64-bit key into 128 random bits. A
+number's value depends on its key and counter alone, so no layout, device or order of calls changes
+it: take the key from *what* is drawn (`key_of(seed, "weights", name)`) and the counter from *where*
+it goes (`counters(first, count)`).
 """
 
 import hashlib
@@ -16,13 +17,15 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF
 BLOCK = 16384
-"""Counters computed at a time: four columns of 8 bytes and two products, 768 KiB, stay in a core's cache."""
+"""Counters computed at a time: four columns of 8 bytes and two products, 768 KiB, stay in a core's
+cache."""
 
 
 def key_of(seed: int, *what: str | int) -> tuple[int, int]:
     """The key of a stream of random numbers: two 32-bit words, the same on every platform.
 
-    Different arguments give unrelated keys: `key_of(1, "ab")`, `key_of(1, "a", "b")` and `key_of(1, "1")` differ.
+    Different arguments give unrelated keys: `key_of(1, "ab")`, `key_of(1, "a", "b")` and `key_of(1,
+    "1")` differ.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in (seed, *what):
@@ -34,7 +37,8 @@ def key_of(seed: int, *what: str | int) -> tuple[int, int]:
 
 
 def counters(start: int, count: int) -> np.ndarray:
-    """The counters start, start + 1, ..., as uint32 [count, 4], lowest word first; words 2 and 3 are 0.
+    """The counters start, start + 1, ..., as uint32 [count, 4], lowest word first; words 2 and 3
+    are 0.
 
     Raises ValueError unless 0 <= start and start + count <= 2^64.
     """
@@ -49,14 +53,16 @@ def counters(start: int, count: int) -> np.ndarray:
 
 
 def philox4x32(counter: np.ndarray, key: Sequence[int]) -> np.ndarray:
-    """Ten rounds of Philox 4x32 under a key of two words: counters, uint32 [..., 4], to random words, uint32 [..., 4].
+    """Ten rounds of Philox 4x32 under a key of two words: counters, uint32 [..., 4], to random
+    words, uint32 [..., 4].
 
     Raises ValueError when a counter or the key has another shape.
     """
     counter = np.asarray(counter, dtype=np.uint32)
     if counter.ndim == 0 or counter.shape[-1] != 4 or len(key) != 2:
         raise ValueError(
-            f"Philox needs counters [..., 4] and a key of 2 words, not {counter.shape} and {len(key)}"
+            "Philox needs counters [..., 4] and a key of 2 words, "
+            f"not {counter.shape} and {len(key)}"
         )
     flat = counter.reshape(-1, 4)
     words = np.empty((len(flat), 4), dtype=np.uint32)
@@ -72,7 +78,8 @@ def philox4x32(counter: np.ndarray, key: Sequence[int]) -> np.ndarray:
 
 
 def _rounds(columns: np.ndarray, products: np.ndarray, key0: int, key1: int) -> np.ndarray:
-    """Apply the rounds in place to columns, uint64 [4, n] of 32-bit values; products is room for uint64 [2, n]."""
+    """Apply the rounds in place to columns, uint64 [4, n] of 32-bit values; products is room for
+    uint64 [2, n]."""
     multipliers = [np.uint64(m) for m in MULTIPLIERS]
     mask, half = np.uint64(MASK), np.uint64(32)
     a, b, c, d = columns

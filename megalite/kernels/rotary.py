@@ -6,32 +6,43 @@ from megalite.kernels import native
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the two halves (a, b) of each head of x [s, b, n, d]: (a cos - b sin, b cos + a sin).
+    """Rotate the two halves (a, b) of each head of x [s, b, n, d]: (a cos - b sin, b cos + a sin).
 
-    cos and sin broadcast to x but have its d entries, of which the first half counts (both are alike). x may have any
-    strides, as long as a head is contiguous; the result is contiguous. cos and sin have no gradient.
+    cos and sin [..., d] broadcast to x; both halves of a row are equal, and only the first is read.
+    x may have any strides; the result is contiguous. cos and sin have no gradient.
     """
-    return turn(x, cos, sin, False)
+    return turn(x, cos, sin, inverse=False)
 
 
 @native.operator("rotary")
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
-    """`rotary`, or when `inverse` the same by the opposite angles, which is its gradient."""
+    """`rotary`, or with `inverse` the rotation by the opposite angles, which is its gradient."""
     _check(x, cos, sin)
     if not native.takes(x) or x.numel() == 0:
         first, second = x.chunk(2, dim=-1)
-        sin = -sin if inverse else sin
+        if inverse:
+            sin = -sin
         return (x * cos + torch.cat([-second, first], dim=-1) * sin).contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
-    torch.ops.megalite._rotary(x, cos.expand(x.shape), sin.expand(x.shape), inverse, y)
+    torch.ops.megalite._rotary(
+        _with_contiguous_rows(x),
+        _with_contiguous_rows(cos).expand(x.shape),
+        _with_contiguous_rows(sin).expand(x.shape),
+        inverse=inverse,
+        out=y,
+    )
     return y
+
+
+def _with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     if x.dim() != 4 or not x.is_floating_point() or x.shape[-1] % 2:
         raise ValueError(
-            f"rotary takes floating-point heads [s, b, n, d], d even, not {x.dtype} {tuple(x.shape)}"
+            "rotary takes floating-point heads [s, b, n, d], d even, "
+            f"not {x.dtype} {tuple(x.shape)}"
         )
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype != x.dtype or table.device != x.device:
@@ -61,7 +72,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return turn(grad, *ctx.saved_tensors, not ctx.inverse), None, None, None
+    return turn(grad, *ctx.saved_tensors, inverse=not ctx.inverse), None, None, None
 
 
 turn.register_autograd(_backward, setup_context=_save)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from megalite.kernels.dropout import bias_dropout_add, place
+from megalite.kernels.dropout import bias_dropout_add, site_id
 from megalite.kernels.softmax import Dropout
 from megalite.nn.settings import LayerSettings
 from megalite.parallel.rng import REPLICATED, TENSOR, RngTracker, dropout
@@ -44,7 +44,7 @@ class HiddenDropout(nn.Module):
         super().__init__()
         self.p = settings.model.hidden_dropout if p is None else p
         self.rng = settings.rng
-        self.site_id = place(layer, site)
+        self.site_id = site_id(layer, site)
         divided = on_part and settings.sequence_parallel
         self.shard_index = settings.tensor.rank if divided else 0
         # Streams: tensor ranks that hold the same values must draw the same numbers, others each their own.
@@ -85,7 +85,7 @@ class AttentionDropout(nn.Module):
         super().__init__()
         self.p = settings.model.attention_dropout
         self.rng = settings.rng
-        self.site_id = place(layer, ATTENTION_WEIGHTS)
+        self.site_id = site_id(layer, ATTENTION_WEIGHTS)
         self.shard_index = settings.tensor.rank
 
     def forward(self, weights: torch.Tensor, samples: torch.Tensor | None) -> torch.Tensor:

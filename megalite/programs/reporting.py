@@ -1,18 +1,11 @@
 """How a program reports problems and failures: a line for each on stderr, and an exit status."""
 
-import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-REMEDIES = {
-    errno.EACCES: "change its permissions (chmod, chown), or give another path",
-    errno.ENOENT: "check the path",
-    errno.ENOSPC: "free space on that disk, or write to another one",
-    errno.EMFILE: "raise the limit of open files: ulimit -n 65536",
-}
-"""What to do about the errors of the operating system that a user can cause and correct."""
+from megalite.system.errors import explain_os_error
 
 
 def refuse(problems: list[str]) -> None:
@@ -51,8 +44,7 @@ def failures_reported(*expected: type[Exception]) -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """The message of an exception; for an error of the operating system also a remedy."""
+    """The message of an exception; for an error of the operating system the file and a remedy."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    remedy = REMEDIES.get(getattr(error, "errno", None))
-    return f"{error}; {remedy}" if remedy else str(error)
+    return explain_os_error(error) if isinstance(error, OSError) else str(error)

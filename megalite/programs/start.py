@@ -20,16 +20,14 @@ if sys.version_info < OLDEST_PYTHON:
 def start(name="main"):
     """Run the `main()` of megalite.programs.NAME and exit with the status that it returns.
 
-    Raises the soft limit of open files to the hard one. Without a name, run the command `megalite`.
+    Without a name, run the command `megalite`. The limit of open files is raised as far as allowed.
     Characters that the encoding of stdout or stderr lacks are written as escapes. When the reader
     of the output has ended, as `head` does, the program ends with status 1 and without a traceback.
     """
-    from megalite.system.errors import raise_open_file_limit
-
-    raise_open_file_limit()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    importlib.import_module("megalite.system.errors").raise_open_file_limit()
     try:
         try:
             status = importlib.import_module("megalite.programs." + name).main()

@@ -149,7 +149,7 @@ class Dropout(NamedTuple):
 
     rows: np.ndarray
     samples: np.ndarray
-    place: int
+    site_id: int
     key: tuple[int, int]
     p: float
 
@@ -183,10 +183,10 @@ def _per_row(values: np.ndarray | None, leading: tuple[int, ...]) -> PerRow:
 def _dropout(dropout: Dropout | None, leading: tuple[int, ...]) -> DropoutStruct:
     if dropout is None:
         return DropoutStruct()
-    rows, samples, place, key, p = dropout
+    rows, samples, site_id, key, p = dropout
     numbers = _per_row(rows, leading), _per_row(samples, leading)
     return DropoutStruct(
-        *numbers, place, (ctypes.c_uint32 * 2)(*key), round(p * 2**32) - 1, 1 / (1 - p)
+        *numbers, site_id, (ctypes.c_uint32 * 2)(*key), round(p * 2**32) - 1, 1 / (1 - p)
     )
 
 

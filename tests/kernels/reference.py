@@ -29,7 +29,7 @@ def kept(dropout, shape) -> np.ndarray:
         column // 256 * 64 + column % 64,
         rows,
         samples & 0xFFFFFFFF,
-        ((samples >> 32) + (dropout.place << 16)) & 0xFFFFFFFF,
+        ((samples >> 32) + (dropout.site_id << 16)) & 0xFFFFFFFF,
     )
     counters = np.stack(np.broadcast_arrays(*words), axis=-1).astype(np.uint32)
     which = np.broadcast_to((column // 64 % 4).astype(np.int64), shape)[..., None]

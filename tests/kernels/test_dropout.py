@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from megalite.kernels.dropout import bias_dropout_add, keep_mask, place
+from megalite.kernels.dropout import bias_dropout_add, keep_mask, site_id
 from megalite.kernels.philox import key_of, philox4x32
 
 KEY = key_of(1234, "dropout")
 
 
-def mask(rows, samples, columns: int, place: int = 25, p: float = 0.1, key=KEY) -> torch.Tensor:
+def mask(rows, samples, columns: int, site: int = 25, p: float = 0.1, key=KEY) -> torch.Tensor:
     """keep_mask for any sequences of rows and of samples: [samples, rows, columns]."""
     rows, samples = torch.tensor(list(rows)), torch.tensor(list(samples))
-    return keep_mask(rows, samples[:, None], columns, place, key, p)
+    return keep_mask(rows, samples[:, None], columns, site, key, p)
 
 
 def word_by_the_format(row: int, column: int, sample: int, layer: int, site: int, key=KEY) -> int:
@@ -38,7 +38,7 @@ def word_by_the_format(row: int, column: int, sample: int, layer: int, site: int
 @pytest.mark.parametrize("sample", [0, 77, 2**32 - 1, 2**32 + 5, 2**48 - 1])
 def test_the_mask_is_the_one_of_the_format(layer, site, sample):
     rows, columns = [0, 1, 4095, 2**32 - 1], [0, 1, 63, 64, 127, 128, 192, 255, 256, 300, 1023]
-    kept = mask(rows, [sample], max(columns) + 1, place(layer, site), 0.5)[0]
+    kept = mask(rows, [sample], max(columns) + 1, site_id(layer, site), 0.5)[0]
     for i, row in enumerate(rows):
         for column in columns:
             assert kept[i, column] == (
@@ -59,10 +59,10 @@ def test_numbers_are_taken_mod_2_to_the_32(body, row, sample):
 
 
 def test_the_first_bits_of_a_mask_stay_what_they_are():
-    """Sample 0, row 0 of the embedding's dropout at seed 1234 and p = 1/2; and of a far place."""
-    near = mask([0], [0], 32, place(0, 3), 0.5).int().flatten().tolist()
+    """Sample 0, row 0 of the embedding's dropout at seed 1234 and p = 1/2; and of a far site."""
+    near = mask([0], [0], 32, site_id(0, 3), 0.5).int().flatten().tolist()
     assert "".join(map(str, near)) == "10101101101100011111011010001001"
-    far = mask([70_000], [2**40 + 3], 600, place(95, 1), 0.5).int().flatten()[-32:].tolist()
+    far = mask([70_000], [2**40 + 3], 600, site_id(95, 1), 0.5).int().flatten()[-32:].tolist()
     assert "".join(map(str, far)) == "00110011000000100010100001000001"
 
 
@@ -89,11 +89,11 @@ def test_rows_and_samples_may_lie_in_any_dimensions():
     )
 
 
-def test_places_are_numbered_and_limited():
-    assert [place(0, 0), place(0, 7), place(3, 1), place(8191, 7)] == [0, 7, 25, 2**16 - 1]
+def test_sites_are_numbered_and_limited():
+    assert [site_id(0, 0), site_id(0, 7), site_id(3, 1), site_id(8191, 7)] == [0, 7, 25, 2**16 - 1]
     for layer, site in ((-1, 0), (8192, 0), (0, -1), (0, 8)):
         with pytest.raises(ValueError, match=f"site {site} of layer {layer}"):
-            place(layer, site)
+            site_id(layer, site)
 
 
 # The operator
@@ -296,7 +296,7 @@ CHI_SQUARE = 31.8
 def million(first_row=0, sample=5, layer=3, site=1, seed=1234, p=0.3) -> torch.Tensor:
     """Dropped elements of 1024 rows of 1024 columns, as float64."""
     rows = range(first_row, first_row + N)
-    return (~mask(rows, [sample], N, place(layer, site), p, key_of(seed, "dropout"))[0]).double()
+    return (~mask(rows, [sample], N, site_id(layer, site), p, key_of(seed, "dropout"))[0]).double()
 
 
 def assert_unrelated(a: torch.Tensor, b: torch.Tensor, p: float = 0.3) -> None:

@@ -54,7 +54,7 @@ STOPPED = "os.kill(os.getpid(), signal.SIGKILL)"
     ("error", "said"),
     [
         ("KeyboardInterrupt", "interrupted"),
-        ("PermissionError(13, 'Permission denied', 'x')", "or give another path"),
+        ("PermissionError(13, 'Permission denied', 'x')", "or give a path that you may use"),
     ],
 )
 def test_a_stopped_merge_is_one_line_and_leaves_nothing(tmp_path, error, said):
