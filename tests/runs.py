@@ -20,7 +20,8 @@ import torch
 from megalite.checkpoint.folder import list_iterations
 from megalite.checkpoint.load import Checkpoint
 from megalite.config import cli, validate
-from megalite.config.run import RunConfig, from_flat, to_flat, to_yaml
+from megalite.config.run import RunConfig, from_flat, to_flat
+from megalite.config.yaml_file import to_yaml
 from megalite.data.indexed import DatasetInfo
 from megalite.data.sampler import BatchLoader
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece
