@@ -181,7 +181,10 @@ def parse_options(kind: type[T], description: str, argv: list[str] | None = None
     values, problems = read_flags(argv, known)
     refused = {key for problem in problems for key in problem.flags}
     problems += missing_options((o for o in known if o.key not in refused), values)
-    problems += [p for o in known if (p := problem_of(o, values.get(o.key)))]
+    for option in known:
+        problem = problem_of(option, values.get(option.key)) if option.kind is not str else None
+        if problem is not None:
+            problems.append(problem)
     if problems:
         refuse(problems)
     return take(kind, values)

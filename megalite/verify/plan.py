@@ -103,7 +103,8 @@ def _read_flags(argv: list[str]) -> tuple[VerifyOptions, dict[str, Any], list[Pr
     own = options_of(VerifyOptions)
     values, problems = read_flags(argv, (options() | own).values())
     asked = take(VerifyOptions, values)
-    problems += [p for o in own.values() if (p := problem_of(o, getattr(asked, o.key)))]
+    found = [problem_of(option, getattr(asked, key)) for key, option in own.items()]
+    problems += [problem for problem in found if problem is not None]
     return asked, values, problems
 
 
