@@ -20,7 +20,9 @@ import torch
 from megalite.checkpoint.folder import list_iterations
 from megalite.checkpoint.load import Checkpoint
 from megalite.config import cli, validate
-from megalite.config.run import RunConfig, from_flat, to_flat, to_yaml
+from megalite.config.run import RunConfig, from_flat, to_flat
+from megalite.config.summary import summary_lines
+from megalite.config.yaml_file import to_yaml
 from megalite.data.indexed import DatasetInfo
 from megalite.data.sampler import BatchLoader
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece
@@ -122,7 +124,8 @@ def console_of(
     """Run the training of one rank in a folder; what it printed, without the configuration and without times."""
     with working_in(folder), redirect_stdout(io.StringIO()) as printed:
         pretrain(config, launch, build_model)
-    return TIMES.sub("", printed.getvalue().removeprefix(to_yaml(config)))
+    summary = "".join(f"{line}\n" for line in summary_lines(config, launch.world_size))
+    return TIMES.sub("", printed.getvalue().removeprefix(summary))
 
 
 class Bench:

@@ -55,7 +55,7 @@ def test_two_runs_and_a_resume_in_one_picture(tmp_path):
     b = write(tmp_path / "b.jsonl", {"iteration": 2, "validation_loss": 7.0})
     plain, marked = tmp_path / "plain.svg", tmp_path / "marked.svg"
     draw(PlotConfig((a, b), plain), [read_curves(a), read_curves(b)])
-    draw(PlotConfig((a, b), marked, resumed_at=(3,)), [read_curves(a), read_curves(b)])
+    draw(PlotConfig((a, b), marked, resumed_at=("3",)), [read_curves(a), read_curves(b)])
     assert "<svg" in plain.read_text()
     assert "resumed at 3" in marked.read_text() and "resumed at 3" not in plain.read_text()
 

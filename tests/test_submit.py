@@ -13,7 +13,8 @@ import yaml
 
 from megalite.config import validate
 from megalite.config.estimate import estimate_stages
-from megalite.config.run import ConfigError, from_flat
+from megalite.config.problem import ConfigError
+from megalite.config.run import from_flat
 from megalite.programs.submit import (
     JobConfig,
     keep,

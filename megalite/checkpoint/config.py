@@ -1,28 +1,35 @@
-"""Where checkpoints go and come from. Imports no torch."""
+"""Where checkpoints are written and loaded. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from megalite.fields import Field
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Where checkpoints go and where they come from."""
+    """Where checkpoints are written to and loaded from."""
 
-    save: str | None = None
-    """Folder to write checkpoints to (iter_0000100/, latest_checkpointed_iteration.txt). Unset: none are written."""
-    save_interval: int | None = None
-    """Iterations between checkpoints. Unset: one at the end of the run (and at a signal or an exit flag)."""
-    keep_last: int | None = None
+    save: Annotated[str | None, Field(changes_numbers=False, names_files=True)] = None
+    """Folder to write checkpoints to (iter_0000100/, latest_checkpointed_iteration.txt).
+    Unset: none are written."""
+    save_interval: Annotated[int | None, Field(minimum=1, changes_numbers=False)] = None
+    """Iterations between checkpoints. Unset: one at the end of the run (and at a signal or an exit
+    flag)."""
+    keep_last: Annotated[int | None, Field(minimum=1, changes_numbers=False)] = None
     """Keep only this many newest checkpoints in --save. Unset: all."""
-    load: str | None = None
+    load: Annotated[str | None, Field(changes_numbers=False, names_files=True)] = None
     """Folder to resume from. An empty or absent folder that is also --save starts from scratch."""
-    ckpt_step: int | None = None
+    ckpt_step: Annotated[int | None, Field(minimum=0, changes_numbers=False)] = None
     """Iteration to load. Unset: the latest."""
     finetune: bool = False
-    """Load only the weights: iteration, optimizer, random state and data position start anew."""
-    no_load_optim: bool = False
+    """Load only the weights: iteration, optimizer, random state and data position start from
+    scratch."""
+    no_load_optim: Annotated[bool, Field(changes_numbers=False)] = False
     """Do not load the optimizer's state."""
-    no_load_rng: bool = False
-    """With --rng-scheme megatron, do not load the random state: dropout's streams start from the seed."""
-    allow_data_change: bool = False
-    """Go on with other training data, weights or order than the checkpoint's run had; known sources go on where they
-    were."""
+    no_load_rng: Annotated[bool, Field(changes_numbers=False)] = False
+    """With --rng-scheme megatron, do not load the random state: dropout's streams start from the
+    seed."""
+    allow_data_change: Annotated[bool, Field(changes_numbers=False)] = False
+    """Resume with other training data, weights or order than the checkpoint's run had. Sources that
+    the checkpoint knows continue where they were."""

@@ -18,12 +18,16 @@ def iteration_folder(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def list_iterations(root: str | Path) -> list[int]:
-    """Iterations with a committed checkpoint under their own name in `root`, ascending; [] when there is no folder."""
-    names = [path.parent.name for path in Path(root).glob(f"iter_*/{INDEX_FILE}")]
-    return sorted(
-        int(match[1]) for match in map(re.compile(r"iter_(\d{7,})").fullmatch, names) if match
-    )
+def list_iterations(root: str | Path, replaced: bool = False) -> list[int]:
+    """Iterations with a committed checkpoint under their own name in `root`, ascending; [] when
+    there is no folder. replaced: also those whose checkpoint is moved aside, to be replaced."""
+    pattern = re.compile(r"iter_(\d{7,})" + (r"(\.replaced-\d+)?" if replaced else ""))
+    found = set()
+    for index in Path(root).glob(f"iter_*/{INDEX_FILE}"):
+        match = pattern.fullmatch(index.parent.name)
+        if match:
+            found.add(int(match[1]))
+    return sorted(found)
 
 
 def latest_iteration(root: str | Path) -> int | None:

@@ -1,7 +1,9 @@
 """Where the tokens come from and how they are grouped. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from megalite.fields import Field
 
 TokenizerType = Literal[
     "SentencePieceTokenizer",
@@ -47,28 +49,33 @@ TOKENIZER_FIELDS = (
 class DataConfig:
     """Where the tokens come from and how they are grouped into batches."""
 
-    data_path: tuple[str, ...] | None = None
-    """Prefix of an indexed dataset, PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes it; or several with
-    weights, 0.3 PREFIX 0.7 PREFIX, to blend. --split divides each."""
-    train_data_path: tuple[str, ...] | None = None
-    """The same for training alone, all of its documents, in place of --data-path."""
-    valid_data_path: tuple[str, ...] | None = None
-    """The same for validation alone."""
+    data_path: Annotated[tuple[str, ...] | None, Field(names_files=True)] = None
+    """Prefix of an indexed dataset, PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes
+    it; or several with weights, 0.3 PREFIX 0.7 PREFIX, to blend. --split divides each."""
+    train_data_path: Annotated[tuple[str, ...] | None, Field(names_files=True)] = None
+    """Prefixes and weights, as --data-path takes them, for training alone: all of their documents,
+    in place of --data-path."""
+    valid_data_path: Annotated[tuple[str, ...] | None, Field(names_files=True)] = None
+    """Prefixes and weights, as --data-path takes them, for validation alone."""
     sample_order: Literal["counted", "megatron"] = "counted"
-    """counted: windows over all tokens, in an order that only the seed decides. megatron: the samples and the order of
-    Megatron-core's GPTDataset, which depend on the number of iterations too."""
+    """counted: windows over all tokens, in an order that only the seed decides. megatron: the
+    samples and the order of Megatron-core's GPTDataset, which depend on the number of iterations
+    too."""
     mock_data: bool = False
-    """Tokens made up on the spot, with structure that can be learned, in place of --data-path. Needs --vocab-size."""
+    """Generate tokens with structure that can be learned, in place of --data-path. Needs
+    --vocab-size."""
     split: str = "969,30,1"
     """Shares of the documents for training, validation and test; missing ones are 0."""
     tokenizer_type: TokenizerType | None = None
-    """Tokenizer that the data was made with; gives the vocabulary size and is recorded for sampling."""
-    tokenizer_model: str | None = None
+    """Tokenizer that the data was made with; gives the vocabulary size and is recorded for
+    sampling."""
+    tokenizer_model: Annotated[str | None, Field(names_files=True)] = None
     """Model file of the tokenizer: a SentencePiece .model, a tokenizer.json or its folder
     (HuggingFaceTokenizer), a file of BPE ranks (TikTokenizer)."""
-    vocab_file: str | None = None
-    """Vocabulary of the tokenizer: encoder.json (GPT2BPETokenizer) or vocab.txt (BertWordPiece*)."""
-    merge_file: str | None = None
+    vocab_file: Annotated[str | None, Field(names_files=True)] = None
+    """Vocabulary of the tokenizer: encoder.json (GPT2BPETokenizer) or vocab.txt (BertWordPiece*).
+    """
+    merge_file: Annotated[str | None, Field(names_files=True)] = None
     """Merges of the tokenizer: vocab.bpe (GPT2BPETokenizer)."""
     tiktoken_pattern: str | None = None
     """How a TikTokenizer splits text, and its special tokens: r50k_base, cl100k_base, o200k_base,
@@ -76,21 +83,33 @@ class DataConfig:
     parse_special_tokens: bool = False
     """Take the text of a special token for that token, as when the data was made; recorded for
     sampling."""
-    micro_batch_size: int = 1
+    micro_batch_size: Annotated[int, Field(minimum=1)] = 1
     """Sequences in one forward pass of one data-parallel rank, b."""
-    global_batch_size: int | None = None
-    """Sequences in one optimizer step over all ranks. Unset: --micro-batch-size * data-parallel size."""
-    eod_mask_loss: bool = False
-    """Leave positions whose input is the end-of-document token out of the loss (needs a tokenizer)."""
-    reset_position_ids: bool = False
-    """Count positions anew after each end-of-document token in a sequence (needs a tokenizer)."""
-    reset_attention_mask: bool = False
-    """Attend only within a document; the end-of-document token belongs to the one it ends (needs a tokenizer)."""
+    global_batch_size: Annotated[int | None, Field(minimum=1)] = None
+    """Sequences in one optimizer step over all ranks. Unset: --micro-batch-size * data-parallel
+    size."""
+    eod_mask_loss: Annotated[bool, Field(needs_eod=True)] = False
+    """Leave positions whose input is the end-of-document token out of the loss (needs a tokenizer).
+    """
+    reset_position_ids: Annotated[bool, Field(needs_eod=True)] = False
+    """Count positions from 0 after each end-of-document token in a sequence (needs a tokenizer)."""
+    reset_attention_mask: Annotated[bool, Field(needs_eod=True)] = False
+    """Attend only within a document; the end-of-document token belongs to the one it ends (needs a
+    tokenizer)."""
 
     @property
     def eod_matters(self) -> bool:
         """Whether batches depend on which token ends a document."""
         return self.eod_mask_loss or self.reset_position_ids or self.reset_attention_mask
+
+    @property
+    def paths(self) -> dict[str, tuple[str, ...] | None]:
+        """The values of the fields that name datasets, by field."""
+        return {
+            "data_path": self.data_path,
+            "train_data_path": self.train_data_path,
+            "valid_data_path": self.valid_data_path,
+        }
 
     def words_of(self, split: str) -> tuple[str, tuple[str, ...] | None]:
         """(flag, its value) that says what "train", "valid" or "test" samples are made of."""

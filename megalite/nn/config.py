@@ -1,7 +1,9 @@
 """The shape of the layers, and what of their activations is kept. Imports no torch."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+from megalite.fields import Field
 
 PresetName = Literal[
     "gpt2",
@@ -19,63 +21,79 @@ PresetName = Literal[
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of the transformer. Defaults give a GPT-2; `--swiglu --normalization RMSNorm
-    --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights` a Llama."""
+    --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights` a
+    Llama."""
 
     architecture: Literal["gpt", "bert"] = "gpt"
-    """Which model. pretrain_gpt.py and pretrain_bert.py know theirs; tools/verify_layouts.py takes either."""
-    preset: PresetName | None = None
-    """Shape of a published model. What is given beside it, on the command line or in the file, wins."""
-    num_layers: int = 12
+    """Which model. pretrain_gpt.py and pretrain_bert.py know theirs; tools/verify_layouts.py takes
+    either."""
+    preset: Annotated[PresetName | None, Field(changes_numbers=False)] = None
+    """Shape of a published model. What is given beside it, on the command line or in the file,
+    wins."""
+    num_layers: Annotated[int, Field(minimum=1, defines_model=True)] = 12
     """Transformer layers in the whole model, L."""
-    hidden_size: int = 768
+    hidden_size: Annotated[int, Field(minimum=1, defines_model=True)] = 768
     """Width of the residual stream, h."""
-    num_attention_heads: int = 12
+    num_attention_heads: Annotated[int, Field(minimum=1, defines_model=True)] = 12
     """Query heads, n. Each has --hidden-size / n components unless --kv-channels says otherwise."""
-    ffn_hidden_size: int | None = None
-    """Inner width of the MLP, f. Unset: 4h, or with --swiglu 8h/3 rounded down to a multiple of 64."""
-    kv_channels: int | None = None
+    ffn_hidden_size: Annotated[int | None, Field(minimum=1, defines_model=True)] = None
+    """Inner width of the MLP, f. Unset: 4h, or with --swiglu 8h/3 rounded down to a multiple of 64.
+    """
+    kv_channels: Annotated[int | None, Field(minimum=1, defines_model=True)] = None
     """Components of one attention head, d. Unset: --hidden-size / --num-attention-heads."""
-    num_query_groups: int | None = None
-    """Key/value heads shared by groups of query heads (grouped-query attention). Unset: one per query head."""
-    seq_length: int = 1024
+    num_query_groups: Annotated[int | None, Field(minimum=1, defines_model=True)] = None
+    """Key/value heads shared by groups of query heads (grouped-query attention). Unset: one per
+    query head."""
+    seq_length: Annotated[int, Field(minimum=1)] = 1024
     """Tokens in a training sequence, s."""
-    max_position_embeddings: int | None = None
-    """Rows of the learned position table, or the longest sequence that RoPE is used for. Unset: --seq-length."""
-    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
-    """How positions enter: a learned table added to the embedding, rotary embedding of queries and keys, or not."""
-    rotary_base: float = 10000.0
+    max_position_embeddings: Annotated[int | None, Field(minimum=1, defines_model=True)] = None
+    """Rows of the learned position table, or the longest sequence that RoPE is used for. Unset:
+    --seq-length."""
+    position_embedding_type: Annotated[
+        Literal["learned_absolute", "rope", "none"], Field(defines_model=True)
+    ] = "learned_absolute"
+    """How positions enter: a learned table added to the embedding, rotary embedding of queries and
+    keys, or not."""
+    rotary_base: Annotated[float, Field(above=0, defines_model=True)] = 10000.0
     """Base of the rotary frequencies (with --position-embedding-type rope)."""
-    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    normalization: Annotated[Literal["LayerNorm", "RMSNorm"], Field(defines_model=True)] = (
+        "LayerNorm"
+    )
     """Normalisation before attention, before the MLP and before the output layer."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Annotated[float, Field(above=0, defines_model=True)] = 1e-5
     """Added to the variance before the square root in the normalisation."""
-    norm_placement: Literal["pre", "post"] = "pre"
-    """pre: normalise what goes into attention and MLP, and what leaves the last layer (as GPT-2 and Megatron-LM).
-    post: normalise the sum after each of them, and the embedding (as in BERT's paper; for BERT only)."""
-    swiglu: bool = False
+    norm_placement: Annotated[Literal["pre", "post"], Field(defines_model=True)] = "pre"
+    """pre: normalise what goes into attention and MLP, and what leaves the last layer (as GPT-2 and
+    Megatron-LM). post: normalise the sum after each of them, and the embedding (as in BERT's paper;
+    for BERT only)."""
+    swiglu: Annotated[bool, Field(defines_model=True)] = False
     """Gated MLP, silu(gate) * up, in place of GELU."""
-    gelu: Literal["tanh", "erf"] = "tanh"
+    gelu: Annotated[Literal["tanh", "erf"], Field(defines_model=True)] = "tanh"
     """GELU by its tanh approximation (as GPT-2 and Megatron-LM) or exactly (as BERT)."""
-    disable_bias_linear: bool = False
+    disable_bias_linear: Annotated[bool, Field(defines_model=True)] = False
     """No biases in the linear layers."""
-    untie_embeddings_and_output_weights: bool = False
+    untie_embeddings_and_output_weights: Annotated[bool, Field(defines_model=True)] = False
     """Give the output layer a weight of its own in place of the word embedding's."""
-    vocab_size: int | None = None
+    vocab_size: Annotated[int | None, Field(minimum=1, example=8192, defines_model=True)] = None
     """Entries of the vocabulary, v. Unset: the tokenizer's."""
-    make_vocab_size_divisible_by: int = 128
-    """Rows of the word embedding are padded in memory to a multiple of this times the tensor-parallel size;
-    padding is never drawn, trained, counted in the loss, or stored."""
-    attention_dropout: float = 0.1
+    make_vocab_size_divisible_by: Annotated[int, Field(minimum=1)] = 128
+    """Rows of the word embedding are padded in memory to a multiple of this times the
+    tensor-parallel size; padding is never drawn, trained, counted in the loss, or stored."""
+    attention_dropout: Annotated[float, Field(minimum=0, below=1)] = 0.1
     """Probability of dropping an attention weight, 0 = off."""
-    attention_backend: Literal["auto", "sdpa", "fused-softmax", "eager"] = "auto"
-    """How attention is computed. sdpa: by torch's fused kernels, which cannot drop weights by --rng-scheme.
-    fused-softmax: scores are formed; scale, mask, softmax and dropout are one kernel of megalite's. eager: by plain
-    operations. auto: sdpa without dropout where torch has a fused kernel; otherwise fused-softmax, or eager with
-    dropout and --rng-scheme megatron."""
-    hidden_dropout: float = 0.1
-    """Probability of dropping an element of the embedding and of what each sublayer adds, 0 = off."""
-    init_method_std: float = 0.02
-    """Standard deviation of the initial weights; output projections of attention and MLP use this / sqrt(2L)."""
+    attention_backend: Annotated[
+        Literal["auto", "sdpa", "fused-softmax", "eager"], Field(changes_numbers=False)
+    ] = "auto"
+    """How attention is computed. sdpa: by torch's fused kernels, which cannot drop weights by
+    --rng-scheme. fused-softmax: scores are formed; scale, mask, softmax and dropout are one kernel
+    of megalite's. eager: by plain operations. auto: sdpa without dropout where torch has a fused
+    kernel; otherwise fused-softmax, or eager with dropout and --rng-scheme megatron."""
+    hidden_dropout: Annotated[float, Field(minimum=0, below=1)] = 0.1
+    """Probability of dropping an element of the embedding and of what each sublayer adds, 0 = off.
+    """
+    init_method_std: Annotated[float, Field(above=0)] = 0.02
+    """Standard deviation of the initial weights; output projections of attention and MLP use this /
+    sqrt(2L)."""
 
     def padded_vocabulary(self, tensor: int) -> int:
         """Rows of the word embedding over `tensor` ranks: v, padded to a multiple of --make-vocab-size-divisible-by
@@ -93,7 +111,9 @@ class ModelConfig:
         """f, with its default filled in."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
-        return self.hidden_size * 8 // 3 // 64 * 64 or 64 if self.swiglu else 4 * self.hidden_size
+        if self.swiglu:
+            return self.hidden_size * 8 // 3 // 64 * 64 or 64
+        return 4 * self.hidden_size
 
     @property
     def head_size(self) -> int:
@@ -110,6 +130,16 @@ class ModelConfig:
         """Longest sequence the model is made for."""
         return self.max_position_embeddings or self.seq_length
 
+    def filled(self) -> "ModelConfig":
+        """The same shape, with every default that follows from other fields filled in."""
+        return replace(
+            self,
+            ffn_hidden_size=self.ffn,
+            kv_channels=self.head_size,
+            num_query_groups=self.query_groups,
+            max_position_embeddings=self.positions,
+        )
+
     @property
     def tied(self) -> bool:
         """Whether the output layer uses the word embedding's weight."""
@@ -118,15 +148,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RecomputeConfig:
-    """Activation checkpointing: memory against time. Gradients are the same to the bit."""
+    """Activation checkpointing: memory against time. Gradients are bitwise equal."""
 
     recompute_granularity: Literal["none", "selective", "full"] = "none"
-    """none: keep all; selective: recompute the attention core (scores, softmax, values); full: whole layers."""
+    """none: keep all; selective: recompute the attention core (scores, softmax, values); full:
+    whole layers."""
     recompute_activations: bool = False
     """Short for --recompute-granularity selective."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """With full: uniform keeps the input of every n layers; block recomputes only the first n layers of a stage."""
-    recompute_num_layers: int = 1
+    """With full: uniform keeps the input of every n layers; block recomputes only the first n
+    layers of a stage."""
+    recompute_num_layers: Annotated[int, Field(minimum=1)] = 1
     """With full: n of --recompute-method."""
 
     @property

@@ -1,7 +1,9 @@
 """Optimizer, precision and learning rate. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from megalite.fields import Field
 
 
 @dataclass(frozen=True)
@@ -14,34 +16,41 @@ class OptimizerConfig:
     """bf16 keeps fp32 master weights and accumulates gradients in fp32; fp64 is for proofs."""
     bf16: bool = False
     """Short for --precision bf16."""
-    lr: float = 3e-4
+    lr: Annotated[float, Field(above=0)] = 3e-4
     """Highest learning rate, after the warm-up."""
-    min_lr: float = 0.0
-    """Learning rate at the end of the decay and after it."""
+    min_lr: Annotated[float | None, Field(minimum=0, example=3e-5)] = None
+    """Learning rate at the end of the decay and after it. Unset: a tenth of --lr."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the decay from --lr to --min-lr."""
-    lr_decay_iters: int | None = None
+    lr_decay_iters: Annotated[int | None, Field(minimum=1)] = None
     """Iteration at which --min-lr is reached, warm-up included. Unset: --train-iters."""
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: Annotated[int, Field(minimum=0)] = 0
     """Iterations of linear warm-up from 0 to --lr."""
-    lr_warmup_fraction: float | None = None
+    lr_warmup_fraction: Annotated[float | None, Field(minimum=0, below=1)] = None
     """Warm-up as a fraction of the decay iterations, in place of --lr-warmup-iters."""
-    weight_decay: float = 0.01
-    """Weight decay; biases and norms are left out. Decoupled in adam (AdamW), added to the gradient in sgd."""
-    adam_beta1: float = 0.9
+    weight_decay: Annotated[float, Field(minimum=0)] = 0.01
+    """Weight decay; biases and norms are left out. Decoupled in adam (AdamW), added to the gradient
+    in sgd."""
+    adam_beta1: Annotated[float, Field(minimum=0, below=1)] = 0.9
     """Decay of Adam's running mean of gradients."""
-    adam_beta2: float = 0.999
+    adam_beta2: Annotated[float, Field(minimum=0, below=1)] = 0.999
     """Decay of Adam's running mean of squared gradients (GPT-3 used 0.95)."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Field(above=0)] = 1e-8
     """Added to the denominator of Adam's update."""
-    sgd_momentum: float = 0.9
+    sgd_momentum: Annotated[float, Field(minimum=0, below=1)] = 0.9
     """Momentum of SGD."""
-    clip_grad: float = 1.0
+    clip_grad: Annotated[float, Field(minimum=0)] = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0 = off."""
+
+    @property
+    def lowest_lr(self) -> float:
+        """--min-lr, with its default filled in."""
+        if self.min_lr is not None:
+            return self.min_lr
+        return float(f"{self.lr / 10:.12g}")  # 3e-05, not 2.9999999999999997e-05
 
     @property
     def dtype(self) -> str:
         """Name of the torch dtype of the working weights."""
-        return {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}[
-            "bf16" if self.bf16 else self.precision
-        ]
+        names = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+        return names["bf16" if self.bf16 else self.precision]

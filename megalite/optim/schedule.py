@@ -16,7 +16,7 @@ def learning_rate(iteration: int, config: OptimizerConfig, train_iters: int) -> 
     """The learning rate of the step that ends iteration `iteration`, counted from 1.
 
     Linear from 0 to lr during the warm-up, which ends at lr; then lr, or a line or half a cosine (Loshchilov and Hutter
-    2016) down to min_lr at `lr_decay_iters`, and min_lr from there on.
+    2016) down to min_lr (unset: lr / 10) at `lr_decay_iters`, and min_lr from there on.
     """
     decay = config.lr_decay_iters or train_iters
     warmup = warmup_iterations(config, decay)
@@ -25,7 +25,7 @@ def learning_rate(iteration: int, config: OptimizerConfig, train_iters: int) -> 
     if config.lr_decay_style == "constant":
         return config.lr
     if iteration >= decay:
-        return config.min_lr
+        return config.lowest_lr
     done = (iteration - warmup) / (decay - warmup)
     share = 1 - done if config.lr_decay_style == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return config.min_lr + share * (config.lr - config.min_lr)
+    return config.lowest_lr + share * (config.lr - config.lowest_lr)

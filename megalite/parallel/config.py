@@ -3,31 +3,38 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import tyro
+from megalite.fields import Field
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """How the run is spread over ranks. Data-parallel size = world size / (tp * pp)."""
 
-    tensor_model_parallel_size: Annotated[int, tyro.conf.arg(aliases=["--tp"])] = 1
+    tensor_model_parallel_size: Annotated[int, Field(minimum=1, aliases=("--tp",))] = 1
     """Ranks that share each layer's weights, t."""
-    pipeline_model_parallel_size: Annotated[int, tyro.conf.arg(aliases=["--pp"])] = 1
+    pipeline_model_parallel_size: Annotated[int, Field(minimum=1, aliases=("--pp",))] = 1
     """Stages the layers are divided into, p."""
-    sequence_parallel: Annotated[bool, tyro.conf.arg(aliases=["--sp"])] = False
-    """Split norms, dropout and residuals along the sequence over the tensor-parallel ranks. Needs --tp > 1."""
+    sequence_parallel: Annotated[bool, Field(aliases=("--sp",))] = False
+    """Split norms, dropout and residuals along the sequence over the tensor-parallel ranks. Needs
+    --tp > 1."""
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """Order of forwards and backwards in the pipeline: 1f1b keeps min(p - stage, m) microbatches in memory, gpipe m."""
-    world_size: int | None = None
-    """Check the configuration for this many ranks and exit 0 if it is sound (for a login node; nothing is started)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: GPUs when this node has one per local rank, else the CPU; the choice and its reason are printed."""
-    distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Order of forwards and backwards in the pipeline: 1f1b keeps min(p - stage, m) microbatches in
+    memory, gpipe m."""
+    world_size: Annotated[int | None, Field(minimum=1, changes_numbers=False)] = None
+    """Check the configuration for this many ranks and exit 0 if it is sound (for a login node;
+    nothing is started)."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Field(changes_numbers=False)] = "auto"
+    """auto: GPUs when this node has one per local rank, else the CPU; the choice and its reason are
+    printed."""
+    distributed_backend: Annotated[
+        Literal["auto", "nccl", "gloo"], Field(changes_numbers=False)
+    ] = "auto"
     """auto: nccl on GPUs, gloo on the CPU."""
-    distributed_timeout_minutes: float = 10.0
+    distributed_timeout_minutes: Annotated[float, Field(above=0, changes_numbers=False)] = 10.0
     """A collective that takes longer than this ends the run with an error."""
-    hang_timeout: float = 300.0
-    """Seconds without progress on any rank after which the watchdog says which rank hangs, where, and ends the job;
-    0 = never. Saving and starting may take longer."""
-    check_stragglers: bool = False
-    """Before training, time a matrix product on each rank and an all-reduce of each group, and name the slow ones."""
+    hang_timeout: Annotated[float, Field(minimum=0, changes_numbers=False)] = 300.0
+    """Seconds without progress on any rank after which the watchdog reports which rank hangs and
+    where, and ends the job; 0 = never. Saving and starting may take longer."""
+    check_stragglers: Annotated[bool, Field(changes_numbers=False)] = False
+    """Before training, time a matrix product on each rank and an all-reduce of each group, and name
+    the slow ones."""

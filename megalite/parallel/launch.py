@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 JOB_PORTS = range(10_000, 30_000)
 """Ports for jobs under srun: outside the range that systems give to outgoing connections."""
+OTHERS_FIRST_SECONDS = 1.0
+"""How long a rank that ends because of another waits before it exits, so that the other one can
+print the reason: a launcher ends all ranks as soon as one has ended."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from megalite.checkpoint.folder import CheckpointError
+from megalite.config.cli import parse_options
 from megalite.data.classification import (
     SUFFIXES,
     Example,
@@ -117,7 +116,7 @@ def classify(options: Options, about: ClassifierDescription, rows: Rows) -> list
 def main() -> None:
     """Read the flags, report all problems at once (status 2, or 1 for what is in the files),
     classify."""
-    options = tyro.cli(Options, description=__doc__)
+    options = parse_options(Options, __doc__)
     reporting.refuse(options.problems())
     with reporting.failures_reported(DatasetError, TokenizerError):
         about = ClassifierDescription.read(options.classifier)

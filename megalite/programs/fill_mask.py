@@ -8,10 +8,9 @@ One process reads a checkpoint of any layout.
 import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
-
+from megalite.config.cli import parse_options
 from megalite.programs.reporting import failures_reported, refuse
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class Options:
     tokenizer_model: str | None = None
     """Its tokenizer.json (HuggingFaceTokenizer). Unset: the one in the checkpoint's
     configuration."""
-    parse_special_tokens: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    parse_special_tokens: bool = False
     """Take the text of a special token for that token, which is the default if the checkpoint's
     run did."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -134,7 +133,7 @@ def most_probable(
 
 def main() -> None:
     """Read the flags, report all problems at once (status 2), fill in."""
-    options = tyro.cli(Options, description=__doc__)
+    options = parse_options(Options, __doc__)
     refuse(options.problems())
 
     from megalite.checkpoint.folder import CheckpointError

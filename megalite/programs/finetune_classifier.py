@@ -8,13 +8,12 @@ One process reads a checkpoint of any layout. tools/classify.py uses what --save
 """
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from megalite.checkpoint.folder import CheckpointError, checkpoint_folder, latest_iteration
+from megalite.config.cli import parse_options
 from megalite.config.rules.files import read_config
 from megalite.config.run import RunConfig
 from megalite.data.classification import (
@@ -37,8 +36,8 @@ from megalite.training.finetune_config import ClassifierDescription, FinetuneCon
 SHOWN_CLASSES = 20
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(FinetuneConfig):
     """What to train, from what, and how."""
 
     load: str
@@ -63,9 +62,6 @@ class Options:
     ordinary characters."""
     seq_length: int | None = None
     """Tokens that a text or pair is cut to, [CLS] and [SEP] among them. Unset: the checkpoint's."""
-    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(
-        default_factory=FinetuneConfig
-    )
     ckpt_step: int | None = None
     """Iteration to load. Unset: the latest."""
     tokenizer_type: (
@@ -77,7 +73,7 @@ class Options:
     tokenizer_model: str | None = None
     """Its tokenizer.json (HuggingFaceTokenizer). Unset: the one in the checkpoint's
     configuration."""
-    parse_special_tokens: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    parse_special_tokens: bool = False
     """Take the text of a special token for that token, which is the default if the checkpoint's
     run did."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -120,7 +116,7 @@ class Options:
                 wrong_kind = Path(path).suffix not in SUFFIXES
                 checks.append((wrong_kind, f"{flag} {path}: give a file that ends in {suffixes}"))
                 checks.append((not Path(path).is_file(), f"{flag} {path}: there is no such file"))
-        return [text for wrong, text in checks if wrong] + self.config.problems()
+        return [text for wrong, text in checks if wrong] + super().problems()
 
 
 def writable(folder: str) -> bool:
@@ -164,7 +160,7 @@ def prepare(options: Options) -> Prepared:
     refuse(problems)
     # The classes are those of the training examples.
     if options.valid is None:
-        train, valid = hold_out(train, options.valid_share, options.config.seed)
+        train, valid = hold_out(train, options.valid_share, options.seed)
     classes = classes_of(train)
     if len(classes) < 2:
         raise DatasetError(
@@ -233,13 +229,13 @@ def train(options: Options, prepared: Prepared) -> None:
     device = single_process_device(options.device)
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
         model = pretrained_classifier(
-            checkpoint, about.config, len(about.classes), config=options.config, device=device
+            checkpoint, about.config, len(about.classes), config=options, device=device
         )
         print(f"iteration {checkpoint.iteration} of {options.load}, on {device}")
     print_data(prepared)
-    for epoch in finetune(model, prepared.train, prepared.valid, config=options.config):
+    for epoch in finetune(model, prepared.train, prepared.valid, config=options):
         print(
-            f"epoch {epoch.number}/{options.config.epochs} "
+            f"epoch {epoch.number}/{options.epochs} "
             f"| training loss {epoch.training_loss:.4f} "
             f"| validation loss {epoch.validation_loss:.4f} "
             f"| accuracy {epoch.accuracy:.4f} | baseline {prepared.baseline:.4f}",
@@ -273,7 +269,7 @@ def print_data(prepared: Prepared) -> None:
 def main() -> None:
     """Read the flags, report all problems at once (status 2, or 1 for what is in the files),
     train."""
-    options = tyro.cli(Options, description=__doc__)
+    options = parse_options(Options, __doc__)
     reporting.refuse(options.problems())
     with reporting.failures_reported(DatasetError):
         prepared = prepare(options)

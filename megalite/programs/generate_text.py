@@ -9,10 +9,9 @@ One process reads a checkpoint of any layout.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
+from megalite.config.cli import parse_options
 from megalite.data.config import TokenizerType
 from megalite.programs.reporting import failures_reported, refuse
 
@@ -48,7 +47,7 @@ class Options:
     tiktoken_pattern: str | None = None
     """Its pattern and special tokens (TikTokenizer). Unset: the one in the checkpoint's
     configuration, or known from the file."""
-    parse_special_tokens: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    parse_special_tokens: bool = False
     """Take the text of a special token for that token, which is the default if the checkpoint's
     run did."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -118,7 +117,7 @@ def sample(options: Options) -> None:
 
 def main() -> None:
     """Read the flags, report all problems at once (status 2), sample."""
-    options = tyro.cli(Options, description=__doc__)
+    options = parse_options(Options, __doc__)
     refuse(options.problems())
 
     from megalite.checkpoint.folder import CheckpointError

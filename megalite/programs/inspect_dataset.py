@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
-import tyro
 
+from megalite.config.cli import parse_options
 from megalite.data.config import TokenizerType
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
 from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer, tokenizer_fields
+from megalite.fields import Field
 from megalite.preprocess.indexed_verify import verify
 from megalite.programs.reporting import describe, failures_reported, print_errors, refuse
 
@@ -32,7 +33,7 @@ ANSWERS = {None: "not recorded", True: "yes", False: "no"}
 class InspectConfig:
     """Look into an indexed dataset."""
 
-    prefix: Annotated[str, tyro.conf.Positional]
+    prefix: Annotated[str, Field(positional=True)]
     """Prefix of the .bin and .idx files, or one of their names."""
     documents: int = 1
     """Number of documents to print, from the first."""
@@ -185,8 +186,8 @@ def checked(dataset: IndexedDataset) -> list[str]:
 
 
 def main() -> int:
-    """Exit status: 0, or 1 when the dataset is damaged, or 2 when the arguments are wrong."""
-    config = tyro.cli(InspectConfig, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    """Exit status 0, 1 when the dataset is damaged, 2 when the arguments are at fault."""
+    config = parse_options(InspectConfig, __doc__)
     if min(config.documents, config.tokens) < 0:
         refuse(["--documents and --tokens: give numbers of at least 0"])
     try:

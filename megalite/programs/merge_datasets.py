@@ -10,8 +10,7 @@ must be complete and in order.
 
 from dataclasses import dataclass
 
-import tyro
-
+from megalite.config.cli import parse_options
 from megalite.data.indexed import DatasetError, IndexedDataset
 from megalite.preprocess.merge import find_prefixes, merge
 from megalite.programs.reporting import failures_reported, refuse
@@ -29,7 +28,7 @@ class MergeConfig:
 
 def main() -> None:
     """Exit status 0, 1 when the data is at fault, 2 when the arguments are."""
-    config = tyro.cli(MergeConfig, description=__doc__)
+    config = parse_options(MergeConfig, __doc__)
     prefixes, problems = find_prefixes(config.input)
     refuse(problems)
     with failures_reported(DatasetError):

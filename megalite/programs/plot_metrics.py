@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
+from megalite.config.cli import parse_options
+from megalite.fields import Field
 from megalite.programs.reporting import fail, failures_reported, refuse
 
 
@@ -21,11 +21,11 @@ from megalite.programs.reporting import fail, failures_reported, refuse
 class PlotConfig:
     """What to plot, and where to."""
 
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    files: Annotated[tuple[str, ...], Field(positional=True)]
     """Metrics files, one for each run."""
-    output: Path
+    output: str
     """Picture to write; the ending says the format (.png, .svg, .pdf)."""
-    resumed_at: tuple[int, ...] = ()
+    resumed_at: tuple[str, ...] = ()
     """Iterations after which a run was resumed: each is marked by a vertical line."""
     title: str = ""
     """Title of the picture."""
@@ -93,7 +93,7 @@ def draw(config: PlotConfig, runs: list[Curves]) -> None:
             axes.plot(iterations, losses, color=color, label=f"validation{of}", **validation_style)
     for iteration in config.resumed_at:
         label = f"resumed at {iteration}"
-        axes.axvline(iteration, color="gray", linestyle="--", linewidth=1, label=label)
+        axes.axvline(int(iteration), color="gray", linestyle="--", linewidth=1, label=label)
     axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=config.title)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -102,12 +102,12 @@ def draw(config: PlotConfig, runs: list[Curves]) -> None:
 
 def main() -> None:
     """Exit status 0, 1 when a file is at fault, 2 when the arguments are."""
-    config = tyro.cli(PlotConfig, description=__doc__)
-    if not config.files:
-        refuse(["give at least one metrics file"])
+    config = parse_options(PlotConfig, __doc__)
+    wrong = [word for word in config.resumed_at if not word.isdecimal()]
+    refuse([f"--resumed-at {word}: give the number of an iteration" for word in wrong])
     with failures_reported(ValueError):
         try:
-            draw(config, [read_curves(path) for path in config.files])
+            draw(config, [read_curves(Path(path)) for path in config.files])
         except ImportError:
             fail("plotting needs matplotlib: pip install 'megalite[plot]'")
     print(config.output)

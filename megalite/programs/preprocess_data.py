@@ -12,8 +12,7 @@ task takes `--shard $ID/$COUNT`, and tools/merge_datasets.py merges the shards.
 import sys
 from pathlib import Path
 
-import tyro
-
+from megalite.config.cli import parse_options
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError
 from megalite.preprocess.config import PreprocessConfig, find_problems
@@ -33,7 +32,7 @@ RESUME = (
 
 def main() -> None:
     """Exit status 0, 1 when the data is at fault, 2 when the arguments are."""
-    config = tyro.cli(PreprocessConfig, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    config = parse_options(PreprocessConfig, __doc__)
     refuse(find_problems(config))
     print_plan(config)
     last = Progress(0)

@@ -19,19 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from megalite.config import cli, validate
-from megalite.config.run import (
-    ConfigError,
-    Option,
-    Problem,
-    RunConfig,
-    example,
-    options_of,
-    to_yaml,
-    with_values,
-)
+from megalite.config.flags import read_flags
+from megalite.config.options import Option, options_of
+from megalite.config.problem import ConfigError, Problem
+from megalite.config.run import RunConfig, options, with_values
+from megalite.config.yaml_file import read_yaml, to_yaml
 from megalite.programs.reporting import failures_reported
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -321,7 +314,8 @@ def read(argv: list[str]) -> tuple[JobConfig, RunConfig]:
     both."""
     known = options_of(JobConfig)
     # Flags of both kinds, and the file of the cluster, which flags override.
-    recipe, flags, problems = cli.read_flags(argv, known.values())
+    flags, problems = read_flags(argv, (options() | options_of(cli.ConfigFile) | known).values())
+    recipe = flags.pop("config", None)
     job_values = {key: flags.pop(key) for key in known if key in flags}
     if job_values.get("cluster") is not None:
         values, found = read_cluster(job_values["cluster"])
@@ -334,13 +328,13 @@ def read(argv: list[str]) -> tuple[JobConfig, RunConfig]:
             continue
         option = known[key]
         if key not in reported:
-            fix = f"{option.flag} {example(option)}"
+            fix = f"{option.flag} {option.example}"
             problems.append(Problem(f"{option.flag} is missing", fix))
-        job_values[key] = option.from_words([example(option)])
+        job_values[key] = option.from_words([option.example])
     job = JobConfig(**job_values)
     problems += problems_of(job)
     # The configuration of the training, which must leave to the job what follows from it.
-    values = flags if recipe is None else cli.read_yaml(recipe)[0] | flags
+    values = flags if recipe is None else read_yaml(recipe)[0] | flags
     owned = [key for key in (*job.paths, "world_size") if values.get(key) is not None]
     if owned:
         names = ", ".join("--" + key.replace("_", "-") for key in owned)
@@ -380,7 +374,7 @@ def read_cluster(path: str) -> tuple[dict[str, Any], list[Problem]]:
         except ValueError:
             expected = option.expected.replace("null", "unset")
             message = f"--cluster {path}: {name}: {value!r} is not {expected}"
-            problems.append(Problem(message, f"for example {name}: {example(option)}"))
+            problems.append(Problem(message, f"for example {name}: {option.example}"))
     return values, problems
 
 
@@ -402,7 +396,7 @@ def main() -> None:
     """Exit status 0, 1 when SLURM or the disk refuse, 2 when the job or its configuration are at
     fault."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        tyro.cli(JobConfig, description=__doc__, args=["--help"])
+        cli.show_help(__doc__, {"options": JobConfig, "configuration": cli.ConfigFile})
     try:
         job, config = read(sys.argv[1:])
     except ConfigError as error:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
+from megalite.config.cli import parse_options
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError, train_bpe, train_sentencepiece, train_wordpiece
 from megalite.preprocess.inputs import STDIN, expand
@@ -128,7 +127,7 @@ def write(contents: tuple[bytes, ...], paths: list[Path]) -> None:
 
 def main() -> None:
     """Exit status 0, 1 when the data is at fault, 2 when the arguments are."""
-    config = tyro.cli(TrainTokenizerConfig, description=__doc__)
+    config = parse_options(TrainTokenizerConfig, __doc__)
     refuse(find_problems(config))
     with failures_reported(DatasetError, TokenizerError):
         write(train(config), config.outputs)

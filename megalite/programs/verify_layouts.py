@@ -17,7 +17,6 @@ Exit status: 0 the numbers are equal up to rounding, 1 they differ, 2 problems: 
 configuration, or of a rank.
 """
 
-import os
 import sys
 import tempfile
 import traceback
@@ -25,20 +24,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from megalite.config import cli
-from megalite.config.run import ConfigError, Problem, RunConfig
-from megalite.parallel.launch import LaunchInfo, detect
-from megalite.verify.plan import Plan, plan
+from megalite.config.problem import ConfigError
+from megalite.config.run import RunConfig
+from megalite.parallel.launch import LaunchInfo
+from megalite.verify.plan import Plan, VerifyOptions, plan
 
 
 def main() -> int:
     """Read and check the configuration, and only then load torch and compare."""
     if "-h" in sys.argv or "--help" in sys.argv:
-        cli.show_help(__doc__)
-    try:
-        launch = detect(os.environ)
-    except ValueError as error:
-        fix = "start with torchrun or srun, or with none of their variables set"
-        cli.refuse([Problem(str(error), fix)])
+        cli.show_help(__doc__, {"comparison": VerifyOptions} | cli.run_groups())
+    launch = cli.detect_launch()
     try:
         planned = plan(sys.argv[1:], launch)
     except ConfigError as error:

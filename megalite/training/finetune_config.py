@@ -8,7 +8,8 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megalite.config.run import ConfigError, RunConfig, from_flat, to_flat, with_values
+from megalite.config.problem import ConfigError
+from megalite.config.run import RunConfig, from_flat, to_flat, with_values
 from megalite.data.classification import Columns
 from megalite.data.config import TOKENIZER_FILES
 from megalite.data.indexed import DatasetError

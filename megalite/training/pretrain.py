@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from megalite.checkpoint.folder import latest_iteration
-from megalite.config.run import RunConfig, to_yaml
+from megalite.config.run import RunConfig
+from megalite.config.summary import keep_config, summary_lines
 from megalite.data.build import blended, build_sources, data_state
 from megalite.parallel.collectives import barrier, gather_objects
 from megalite.parallel.context import ParallelContext, tell_torchrun
@@ -98,7 +99,8 @@ def _run(
     """Build everything, continue from the checkpoint if there is one, and train. Collective."""
     log = rank_0_printer(context)
     is_dry_run = config.training.dry_run
-    log(to_yaml(config).rstrip())
+    for line in summary_lines(config, context.world_size):
+        log(line)
     log(description)
     if config.checkpoint.save is None and not is_dry_run:
         log("no checkpoint will be written: --save is not set")
@@ -117,6 +119,8 @@ def _run(
     lease = None
     if not is_dry_run:
         lease = take_lease(config.checkpoint.save, context)
+    if lease is not None and context.rank == 0:
+        log(keep_config(config, config.checkpoint.save))
     progress = _starting_point(config, components, context)
 
     # Continue in the data, which must be the checkpoint's and the same on all nodes.

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-import yaml
 
 from megalite import __version__
 from megalite.checkpoint.fence import Lease
@@ -12,7 +11,8 @@ from megalite.checkpoint.folder import CheckpointError
 from megalite.checkpoint.format import Shard
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
-from megalite.config.run import RunConfig, from_flat, to_flat, to_yaml
+from megalite.config.run import RunConfig, keys_where, to_flat
+from megalite.config.yaml_file import config_of_checkpoint, to_yaml
 from megalite.data.sources import DataState
 from megalite.parallel.context import ParallelContext
 from megalite.training.build import TrainingComponents
@@ -214,49 +214,15 @@ def data_changed(differences: list[str]) -> str:
     return f"the training data is not what the checkpoint was made with: {'; '.join(differences)}"
 
 
-MAY_DIFFER = {
-    "save",
-    "save_interval",
-    "keep_last",
-    "load",
-    "ckpt_step",
-    "no_load_optim",
-    "no_load_rng",
-    "metrics_file",
-    "dry_run",
-    "log_interval",
-    "exit_interval",
-    "exit_duration_in_mins",
-    "exit_signal_handler",
-    "world_size",
-    "device",
-    "distributed_backend",
-    "distributed_timeout_minutes",
-    "hang_timeout",
-    "check_stragglers",
-    "check_replicas",
-    "allow_data_change",
-    "preset",
-    "tensorboard_dir",
-    "wandb_project",
-    "wandb_exp_name",
-    "profile",
-    "profile_dir",
-    "profile_ranks",
-    "attention_backend",
-}
-"""Fields that change nothing of what is computed."""
-
-
 def _changes(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     """A note for what the checkpoint was made with and this run is not, since the numbers will go on differently."""
-    before, now = to_flat(from_flat(yaml.safe_load(checkpoint.config_yaml))), to_flat(config)
-    changed = {key for key in now if key not in MAY_DIFFER and before[key] != now[key]}
-    notes = []
-    if changed:
-        words = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in now if key in changed)
-        notes.append(f"changed since the checkpoint was made: {words}")
-    return notes
+    before = to_flat(config_of_checkpoint(checkpoint.config_yaml))
+    now = to_flat(config)
+    changed = []
+    for key in keys_where(lambda field: field.changes_numbers):
+        if before[key] != now[key]:
+            changed.append(f"{key} {before[key]} -> {now[key]}")
+    return [f"changed since the checkpoint was made: {', '.join(changed)}"] if changed else []
 
 
 def _restore_streams(

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from megalite.checkpoint.folder import CheckpointError
 from megalite.checkpoint.load import Checkpoint
-from megalite.config.run import RunConfig, from_flat
+from megalite.config.run import RunConfig
+from megalite.config.yaml_file import config_of_checkpoint
 from megalite.data.tokenizers import Tokenizer, checkpoint_data_config, trained_tokenizer
 from megalite.models.stage import Stage
 from megalite.parallel.context import ParallelContext, choose_device
@@ -53,7 +53,7 @@ def load_model(
     tokenizer is not named, not found or does not fit, DeviceError if there is no such device.
     """
     with Checkpoint.open(folder, step) as checkpoint:
-        config = from_flat(yaml.safe_load(checkpoint.config_yaml))
+        config = config_of_checkpoint(checkpoint.config_yaml)
         if config.model.architecture != architecture:
             found = config.model.architecture.upper()
             raise CheckpointError(

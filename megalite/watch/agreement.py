@@ -8,12 +8,10 @@ from typing import Any
 
 from megalite.parallel.collectives import gather_objects
 from megalite.parallel.context import ParallelContext
+from megalite.parallel.launch import OTHERS_FIRST_SECONDS
 
 LINGER_SECONDS = 10.0
 """How long rank 0, whose process may hold the store, waits for the others to read the result."""
-OTHERS_FIRST_SECONDS = 1.0
-"""How long other ranks wait before they end: a launcher ends all ranks when the first one ends, and
-rank 0 is to print its message before that."""
 
 
 class RanksDiffer(RuntimeError):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megalite.parallel.context import ParallelContext
+from megalite.parallel.launch import OTHERS_FIRST_SECONDS
 from megalite.watch.bounded import ANSWER_SECONDS, BoundedStore, SuspendDetector
 from megalite.watch.verdict import Report, all_stacks, hang_verdict
 
@@ -39,9 +40,6 @@ POLL_SECONDS = 0.2
 """Time between two looks for another rank's key in the store: a thousand ranks may look."""
 LINGER_SECONDS = 5.0
 """How long rank 0 keeps the store, at most, for ranks that do not know yet why the job ends."""
-OTHERS_FIRST_SECONDS = 0.5
-"""How long a rank that ends because of another one waits, so that the other prints its message
-first: a launcher ends all ranks when one has ended."""
 
 
 class LostContact(RuntimeError):

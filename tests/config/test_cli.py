@@ -5,39 +5,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import pytest
-import yaml
 
 from megalite.config import cli
-from megalite.config.run import ConfigError, RunConfig, from_flat, options, to_flat, to_yaml
+from megalite.config.problem import ConfigError
+from megalite.config.run import RunConfig, options, to_flat
+from megalite.fields import Field
 from megalite.parallel.launch import LaunchInfo
+from tests.config.validation import another_value, problems_of, write
 
 ROOT = Path(cli.__file__).parents[2]
 SOUND = ["--mock-data", "--vocab-size", "512", "--train-iters", "10"]
-
-
-def problems_of(*argv: str) -> list[str]:
-    """What is said of each mistake in a command line."""
-    with pytest.raises(ConfigError) as caught:
-        cli.read(list(argv))
-    return [f"{p.message} | {p.fix}" for p in caught.value.problems]
-
-
-def write(folder: Path, text: str) -> str:
-    (folder / "run.yaml").write_text(text)
-    return str(folder / "run.yaml")
-
-
-def another_value(option):
-    """A value that is not the option's default."""
-    if option.kind is bool:
-        return not option.default
-    if option.choices:
-        return next(choice for choice in option.choices if choice != option.default)
-    return {int: 7, float: 0.25, str: "somewhere", tuple: ("0.3", "some where", "0.7", "-else")}[
-        option.kind
-    ]
 
 
 # Flags --------------------------------------------------------------------------------------------------------------
@@ -53,7 +33,7 @@ def test_each_flag_sets_its_field_and_no_other(key):
     for spelling in (
         option.flag,
         option.flag[:2] + option.flag[2:].replace("-", "_"),
-        *option.aliases,
+        *option.field.aliases,
     ):
         if option.kind is bool:
             off = spelling.replace("--no", "-") if key.startswith("no_") else "--no-" + spelling[2:]
@@ -136,93 +116,14 @@ def test_all_mistakes_of_flags_and_file_at_once(tmp_path):
     assert len(said) == 7
     for word in (
         "num_layers",
-        "lr: 'fast'",
+        "lr: fast",
         "swiglu: 1",
-        "'adm'",
+        "adm is not",
         "--tpp",
         "--num-layers: 'x'",
         "--pp needs",
     ):
         assert sum(word in line for line in said) == 1, word
-
-
-# YAML files ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_file_with_either_spelling(tmp_path):
-    file = write(
-        tmp_path,
-        "num-layers: 3\nhidden_size: 64\ntp: 2\nsp: true\nlr: 1e-4\nmin-lr: 0\nsave: null\n",
-    )
-    config = cli.read(["--config", file])
-    changed = dict(
-        num_layers=3, hidden_size=64, tensor_model_parallel_size=2, sequence_parallel=True, lr=1e-4
-    )
-    assert to_flat(config) == to_flat(RunConfig()) | changed
-    assert isinstance(config.optimizer.min_lr, float)
-
-
-def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
-    file = write(
-        tmp_path, "num_layers: 3\nswiglu: true\nno_load_optim: true\nsave: out\nsave_interval: 5\n"
-    )
-    argv = f"--num-layers 4 --no-swiglu --config={file} --load-optim --save unset --save-interval unset"
-    assert to_flat(cli.read(argv.split())) == to_flat(RunConfig()) | {"num_layers": 4}
-
-
-def test_the_whole_configuration_survives_a_file(tmp_path):
-    odd = {key: another_value(option) for key, option in options().items()}
-    odd = from_flat(odd | {"lr": 1 / 3, "save": "null", "preset": "bert-base"})
-    for config in (RunConfig(), odd):
-        assert cli.read(["--config", write(tmp_path, to_yaml(config))]) == config
-        assert from_flat(to_flat(config)) == config
-        assert list(yaml.safe_load(to_yaml(config))) == list(options())
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("num_layer: 3", "unknown 'num_layer' num_layers"),
-        ("model:\n  num_layers: 3", "unknown 'model'"),
-        ("num_layers: 3\nnum_layers: 4", "'num_layers' twice"),
-        ("num_layers: 3\nnum-layers: 4", "'num_layers' and 'num-layers' are the same"),
-        (
-            "tp: 3\ntensor_model_parallel_size: 4",
-            "'tp' and 'tensor_model_parallel_size' are the same",
-        ),
-        ("num_layers: '3'", "'3' whole number"),
-        ("num_layers: true", "True whole number"),
-        ("num_layers: null", "None whole number"),
-        ("num_layers: 3.0", "3.0 whole number"),
-        ("swiglu: 'yes'", "'yes' true or false"),
-        ("lr: true", "True number"),
-        ("save: 3", "3 text"),
-        ("split: [1, 2]", "[1, 2] text"),
-        ("normalization: rmsnorm", "'rmsnorm' RMSNorm"),
-        ("3: 4", "unknown 3"),
-        ("- a\n- b", "list names"),
-        ("just text", "str names"),
-        ("a: [", "not YAML line"),
-    ],
-)
-def test_a_mistake_in_a_file(tmp_path, text, words):
-    file = write(tmp_path, text)
-    (said,) = problems_of("--config", file)
-    for word in (file, *words.split()):
-        assert word in said
-
-
-def test_files_that_cannot_be_read(tmp_path):
-    assert "No such file" in problems_of("--config", str(tmp_path / "absent.yaml"))[0]
-    assert "directory" in problems_of("--config", str(tmp_path))[0]
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
-    assert "not UTF-8" in problems_of("--config", str(tmp_path / "binary"))[0]
-    assert cli.read(["--config", write(tmp_path, "# nothing\n")]) == RunConfig()
-
-
-def test_from_flat_raises_with_every_problem():
-    with pytest.raises(ConfigError, match="num_layer'.*hidden_size: 'a'"):
-        from_flat({"num_layer": 1, "hidden_size": "a"})
 
 
 # What the user sees -------------------------------------------------------------------------------------------------
@@ -231,21 +132,17 @@ def test_from_flat_raises_with_every_problem():
 @pytest.fixture(scope="module")
 def help_text() -> str:
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys\n"
         "from megalite.config import cli\n"
         "try: cli.parse(['--help'], 'Pretrain a GPT.')\n"
         "except SystemExit as end: assert end.code == 0\n"
-        "assert 'torch' not in sys.modules\n"
-        "print(time.perf_counter() - start, file=sys.stderr)"
+        "assert 'torch' not in sys.modules"
     )
     env = {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "PATH": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert (
-        float(done.stderr) < 3
-    )  # 0.3 s on an idle machine; importing torch alone would take longer than this
     return done.stdout
 
 
@@ -253,16 +150,16 @@ def test_help_shows_every_flag_its_default_and_its_words(help_text):
     flat = " ".join(help_text.replace("│", " ").split())
     for option in options().values():
         shown = option.flag if option.default is not True else "--no-" + option.flag[2:]
-        assert f" {shown} " in flat
-        for alias in option.aliases:
+        assert f" {shown} " in flat or f" {shown}, " in flat
+        for alias in option.field.aliases:
             assert f" {alias}" in flat
-    assert flat.count("(default: ") == len(options()) + 1  # and --config
+    assert flat.count("(default: ") == len(options()) + 2  # and --config, --print-config
     assert "Pretrain a GPT." in flat and "--config FILE.yaml" in flat
 
 
 def test_help_is_grouped_and_fits_100_columns(help_text):
     for section in dataclasses.fields(RunConfig):
-        assert f"─ {section.name} options ─" in help_text
+        assert f"\n{section.name} options:\n" in help_text
     assert max(map(len, help_text.splitlines())) <= 100
     for silly in ("--no-no-", "None", "{None}"):
         assert silly not in help_text
@@ -274,7 +171,8 @@ def launch(rank: int = 0, world_size: int = 1) -> LaunchInfo:
 
 def test_problems_are_told_by_the_first_rank_only(capsys, monkeypatch):
     """The other leaves it the time to: a launcher ends all ranks as soon as one has ended."""
-    monkeypatch.setattr(cli, "OTHERS_FIRST_SECONDS", 0.3)
+    monkeypatch.setattr(cli, "START_SKEW_SECONDS", 0.3)
+    monkeypatch.setattr(cli, "OTHERS_FIRST_SECONDS", 0.0)
     for argv in (["--tp", "8"], ["--nonsense"]):
         for rank in (0, 1):
             began = time.monotonic()
@@ -389,3 +287,52 @@ def test_a_broken_launcher_is_a_problem(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         cli.parse_and_check(SOUND)
     assert end.value.code == 2 and "RANK" in capsys.readouterr().err
+
+
+def test_print_config_prints_a_file_for_config(capsys, tmp_path):
+    argv = [*SOUND, "--tp", "2", "--global-batch-size", "32", "--print-config"]
+    for more in ([], ["--world-size", "8"]):
+        with pytest.raises(SystemExit) as end:
+            cli.parse_and_check([*argv, *more], launch=launch(0, 8))
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        resolved = cli.parse_and_check(argv[:-1], launch=launch(0, 8))
+        assert cli.read(["--config", write(tmp_path, text)]) == resolved
+    with pytest.raises(SystemExit):
+        cli.parse_and_check(argv, launch=launch(1, 8))
+    assert capsys.readouterr().out == ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolOptions:
+    """What a tool does."""
+
+    prefix: Annotated[str, Field(positional=True)]
+    """Where it is."""
+    tokens: Annotated[int, Field(minimum=1)]
+    """How many."""
+    names: tuple[str, ...] = ()
+    """Of what."""
+
+
+def test_a_tool_s_options(capsys):
+    def parse(*argv):
+        return cli.parse_options(ToolOptions, "Look at data.", list(argv))
+
+    assert parse("here", "--tokens", "3") == ToolOptions("here", 3)
+    assert parse("--names", "a", "b", "--tokens=3", "here") == ToolOptions("here", 3, ("a", "b"))
+    for argv, words in (
+        ([], ("PREFIX is missing", "--tokens is missing")),
+        (["here", "--tokens", "0"], ("--tokens 0 must be a whole number from 1",)),
+        (["here", "--tokens", "x", "there"], ("--tokens: 'x' is not", "unexpected 'there'")),
+    ):
+        with pytest.raises(SystemExit) as end:
+            parse(*argv)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and f"{len(words)} problem" in said
+        assert all(word in said for word in words)
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "  PREFIX                   Where it is.\n" in text
+    assert "  --tokens INT             How many.\n" in text and "--names STR ..." in text

@@ -112,11 +112,11 @@ RESUMED = {**LONGER, "load": "../trained"}
 STREAMS = {"rng_scheme": "megatron"}
 TENSORS = {"tensor_model_parallel_size": 2}
 STAGES = {"pipeline_model_parallel_size": 2}
-WARMED_UP = (0.025, 0.05, 0.025, 0.0)
-"""Two iterations up to 0.05, then half a cosine of two iterations down to 0."""
+WARMED_UP = (0.025, 0.05, 0.0275, 0.005)
+"""Two iterations up to 0.05, then half a cosine of two iterations down to a tenth of it."""
 
 
-def half_cosine(high: float, low: float = 0.0) -> tuple[float, ...]:
+def half_cosine(high: float, low: float) -> tuple[float, ...]:
     """The rates of the 4 iterations of BASE."""
     return tuple(low + (high - low) * (1 + cos(pi * i / 4)) / 2 for i in (1, 2, 3, 4))
 
@@ -205,13 +205,13 @@ FLAGS: dict[str, list[Effect]] = {
         effect("fp64", becomes("dtype", torch.float64), other_rounding, base=SAVES),
     ],
     "bf16": [effect(True, becomes("dtype", torch.bfloat16), other_rounding, base=SAVES)],
-    "lr": [effect(0.02, rates(*half_cosine(0.02)))],
+    "lr": [effect(0.02, rates(*half_cosine(0.02, 0.002)))],
     "min_lr": [effect(0.01, rates(*half_cosine(0.05, 0.01)))],
     "lr_decay_style": [
-        effect("linear", rates(0.0375, 0.025, 0.0125, 0.0)),
+        effect("linear", rates(0.03875, 0.0275, 0.01625, 0.005)),
         effect("constant", rates(0.05, 0.05, 0.05, 0.05)),
     ],
-    "lr_decay_iters": [effect(2, rates(0.025, 0.0, 0.0, 0.0))],
+    "lr_decay_iters": [effect(2, rates(0.0275, 0.005, 0.005, 0.005))],
     "lr_warmup_iters": [effect(2, rates(*WARMED_UP))],
     "lr_warmup_fraction": [effect(0.5, rates(*WARMED_UP))],
     "weight_decay": [effect(1.0, losses_from(2))],

@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from megalite.config import validate
-from megalite.config.run import ConfigError, from_flat
+from megalite.config.problem import ConfigError
+from megalite.config.run import from_flat
 from megalite.data.mock import MockDataset
 from megalite.data.sampler import BatchLoader
 from megalite.models.gpt import GPT
@@ -364,9 +365,9 @@ def test_problems_are_told_at_once_with_their_fix():
     told = problems_of("--ranks", "many", "--reference-tp", "--hiden-size", "8", "--work-folder=")
     for text in (
         "--ranks: 'many' is not",
-        "--reference-tp: ''",
+        "--reference-tp needs a value",
         "--hidden-size",
-        "--work-folder: ''",
+        "--work-folder is empty",
     ):
         assert text in told
     told = problems_of(

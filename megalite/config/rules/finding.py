@@ -5,12 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megalite.config.run import RunConfig
-
-EXAMPLES = {"vocab_size": 8192, "train_iters": 1000}
-"""Values offered for fields that have no default but are needed."""
-PATHS = ("data_path", "train_data_path", "valid_data_path")
-"""Fields that name datasets."""
+from megalite.config.run import RunConfig, options
 
 
 @dataclass(frozen=True)
@@ -21,17 +16,34 @@ class Finding:
     flags: tuple[str, ...]
     """Every field that the rule looked at for this."""
     candidates: tuple[dict[str, Any] | str, ...]
-    """Changes of fields that may help, best first (world_size: the number of ranks), or advice in words."""
+    """Changes of fields that may help, best first (world_size: the number of ranks), or advice in
+    words."""
 
 
 Rule = Callable[[RunConfig, int], Iterable[Finding]]
 """A function of (config, world_size) that yields a Finding for each thing wrong."""
 
 
+def flag_of(key: str) -> str:
+    """The full flag of a field: --tokenizer-model."""
+    return options()[key].flag
+
+
+def example_of(key: str) -> dict[str, Any]:
+    """A change that gives a field its example, for one that has no default but is needed."""
+    return {key: options()[key].usual}
+
+
+def without_evaluation() -> dict[str, Any]:
+    """The change that turns evaluation off."""
+    return {"eval_interval": 0, "eval_iters": 0}
+
+
 def divisors(number: int, most: int) -> list[int]:
     """Divisors of a number up to `most`, the largest first."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({d for d in (*small, *(number // d for d in small)) if d <= most}, reverse=True)
+    every = {*small, *(number // d for d in small)}
+    return sorted((d for d in every if d <= most), reverse=True)
 
 
 def multiples(step: int, near: int, count: int = 2) -> list[int]:
@@ -42,24 +54,22 @@ def multiples(step: int, near: int, count: int = 2) -> list[int]:
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """World size / (tp * pp), at least 1."""
-    split = (
-        config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
-    )
-    return max(1, world_size // split)
+    p = config.parallel
+    return max(1, world_size // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size))
 
 
 def global_batch(config: RunConfig, world_size: int) -> int:
     """Global batch size, with its default filled in."""
-    default = config.data.micro_batch_size * data_parallel_size(config, world_size)
-    return config.data.global_batch_size or default
+    d = config.data
+    return d.global_batch_size or d.micro_batch_size * data_parallel_size(config, world_size)
 
 
 def iterations(config: RunConfig, world_size: int) -> int | None:
-    """Iterations to train for, from samples if need be."""
-    samples = config.training.train_samples
-    return config.training.train_iters or (
-        samples // global_batch(config, world_size) if samples else None
-    )
+    """Iterations to train for, from samples if need be; None when neither is given."""
+    t = config.training
+    if t.train_iters or not t.train_samples:
+        return t.train_iters
+    return t.train_samples // global_batch(config, world_size)
 
 
 def wanted_splits(config: RunConfig) -> tuple[str, ...]:

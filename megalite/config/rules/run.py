@@ -4,51 +4,57 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from megalite.config.rules.finding import (
-    EXAMPLES,
-    PATHS,
     Finding,
     Rule,
     data_parallel_size,
     divisors,
+    example_of,
+    flag_of,
     global_batch,
     iterations,
     multiples,
     wanted_splits,
+    without_evaluation,
 )
 from megalite.config.rules.tokenizer import tokenizer_is_whole
-from megalite.config.run import RunConfig
+from megalite.config.run import RunConfig, options
 from megalite.pipeline.partition import layers_of_stages
 
 
 def recompute_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """The short form against the long one; and no more layers at a time than a stage holds."""
-    r, m, p = config.recompute, config.model, config.parallel.pipeline_model_parallel_size
+    r = config.recompute
     if r.recompute_activations and r.recompute_granularity == "full":
         yield Finding(
-            "--recompute-activations means --recompute-granularity selective, but full is given too",
+            "--recompute-activations means --recompute-granularity selective, but full is given "
+            "too",
             ("recompute_activations", "recompute_granularity"),
             ({"recompute_activations": False}, {"recompute_granularity": "selective"}),
         )
-    elif r.granularity == "full" and p <= m.num_layers:
-        most = _largest_stage(config)
-        if r.recompute_num_layers > most:
-            yield Finding(
-                f"--recompute-num-layers {r.recompute_num_layers} is more than the {most} layers of the largest stage",
-                ("recompute_num_layers", "num_layers", "pipeline_model_parallel_size"),
-                ({"recompute_num_layers": most},),
-            )
+        return
+    stages = config.parallel.pipeline_model_parallel_size
+    if r.granularity != "full" or stages > config.model.num_layers:
+        return
+    most = _largest_stage(config)
+    if r.recompute_num_layers > most:
+        yield Finding(
+            f"--recompute-num-layers {r.recompute_num_layers} is more than the {most} layers of "
+            "the largest stage",
+            ("recompute_num_layers", "num_layers", "pipeline_model_parallel_size"),
+            ({"recompute_num_layers": most},),
+        )
 
 
 def _largest_stage(config: RunConfig) -> int:
-    """Layers of the fullest stage; the most that it could have while the vocabulary is still to be read from a file."""
-    model, stages = config.model, config.parallel.pipeline_model_parallel_size
-    if model.vocab_size is None:
-        return (
-            model.num_layers // stages
-            if model.num_layers % stages == 0
-            else model.num_layers - stages + 1
-        )
-    return max(map(len, layers_of_stages(model, stages, config.predicted)))
+    """Layers of the fullest stage; the most that it could have while the vocabulary is still to be
+    read from a file."""
+    model = config.model
+    stages = config.parallel.pipeline_model_parallel_size
+    if model.vocab_size is not None:
+        return max(map(len, layers_of_stages(model, stages, config.predicted)))
+    if model.num_layers % stages == 0:
+        return model.num_layers // stages
+    return model.num_layers - stages + 1
 
 
 def precision_is_one(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -65,7 +71,7 @@ def precision_is_one(config: RunConfig, world_size: int) -> Iterator[Finding]:
 def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """min_lr <= lr; a warm-up given once, that ends before the decay does."""
     o = config.optimizer
-    if o.min_lr > o.lr:
+    if o.lowest_lr > o.lr:
         yield Finding(
             f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}",
             ("min_lr", "lr"),
@@ -73,17 +79,21 @@ def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]
         )
     if o.lr_warmup_fraction is not None and o.lr_warmup_iters:
         yield Finding(
-            f"--lr-warmup-fraction {o.lr_warmup_fraction:g} and --lr-warmup-iters {o.lr_warmup_iters} "
-            "both set the warm-up",
+            f"--lr-warmup-fraction {o.lr_warmup_fraction:g} and --lr-warmup-iters "
+            f"{o.lr_warmup_iters} both set the warm-up",
             ("lr_warmup_fraction", "lr_warmup_iters"),
             ({"lr_warmup_fraction": None}, {"lr_warmup_iters": 0}),
         )
-    end, end_key = o.lr_decay_iters, "lr_decay_iters"
+    # The end of the schedule.
+    end = o.lr_decay_iters
+    end_key = "lr_decay_iters"
     if end is None or o.lr_decay_style == "constant":
-        end, end_key = iterations(config, world_size), "train_iters"
+        end = iterations(config, world_size)
+        end_key = "train_iters"
     if end and o.lr_warmup_iters >= end:
         yield Finding(
-            f"--lr-warmup-iters {o.lr_warmup_iters} does not end before the schedule does, at iteration {end}",
+            f"--lr-warmup-iters {o.lr_warmup_iters} does not end before the schedule does, at "
+            f"iteration {end}",
             ("lr_warmup_iters", end_key, "train_samples"),
             ({"lr_warmup_iters": end // 10}, {end_key: 10 * o.lr_warmup_iters}),
         )
@@ -91,13 +101,14 @@ def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]
 
 def attention_can_drop(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """A backend of attention that drops weights as --rng-scheme says, if any are dropped."""
-    m, scheme = config.model, config.training.rng_scheme
+    m = config.model
+    scheme = config.training.rng_scheme
     if m.attention_dropout == 0 or m.attention_backend in ("auto", "eager"):
         return
     if m.attention_backend == "sdpa" or scheme == "megatron":
         yield Finding(
-            f"--attention-backend {m.attention_backend} cannot drop attention weights (--attention-dropout "
-            f"{m.attention_dropout:g}) by --rng-scheme {scheme}",
+            f"--attention-backend {m.attention_backend} cannot drop attention weights "
+            f"(--attention-dropout {m.attention_dropout:g}) by --rng-scheme {scheme}",
             ("attention_backend", "attention_dropout", "rng_scheme"),
             ({"attention_backend": "auto"}, {"attention_dropout": 0.0}),
         )
@@ -105,26 +116,30 @@ def attention_can_drop(config: RunConfig, world_size: int) -> Iterator[Finding]:
 
 def length_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """train_iters or train_samples, in agreement when both are given; samples in whole batches."""
-    t, batch = config.training, global_batch(config, world_size)
-    if t.train_iters is None and t.train_samples is None:
-        yield Finding(
-            "how long to train is not said: neither --train-iters nor --train-samples is given",
-            ("train_iters", "train_samples"),
-            (
-                {"train_iters": EXAMPLES["train_iters"]},
-                {"train_samples": EXAMPLES["train_iters"] * batch},
-            ),
-        )
-    elif t.train_samples is not None and t.train_samples % batch:
+    t = config.training
+    batch = global_batch(config, world_size)
+    if t.train_samples is None:
+        if t.train_iters is None:
+            example = example_of("train_iters")
+            yield Finding(
+                "the length of the training is not known: neither --train-iters nor "
+                "--train-samples is given",
+                ("train_iters", "train_samples"),
+                (example, {"train_samples": example["train_iters"] * batch}),
+            )
+        return
+    steps = t.train_samples // batch
+    if t.train_samples % batch:
+        fitting = multiples(batch, t.train_samples)
         yield Finding(
             f"--train-samples {t.train_samples} is not a multiple of the global batch size {batch}",
             ("train_samples", "global_batch_size", "micro_batch_size"),
-            tuple({"train_samples": n} for n in multiples(batch, t.train_samples)),
+            tuple({"train_samples": n} for n in fitting),
         )
-    elif t.train_samples is not None and t.train_iters not in (None, t.train_samples // batch):
+    elif t.train_iters not in (None, steps):
         yield Finding(
-            f"--train-samples {t.train_samples} are {t.train_samples // batch} iterations of {batch}, "
-            f"but --train-iters is {t.train_iters}",
+            f"--train-samples {t.train_samples} are {steps} iterations of {batch}, but "
+            f"--train-iters is {t.train_iters}",
             ("train_samples", "train_iters", "global_batch_size"),
             ({"train_samples": None}, {"train_iters": None}),
         )
@@ -132,104 +147,101 @@ def length_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]:
 
 def batch_divides(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """global batch % (micro batch * dp)."""
-    d, dp = config.data, data_parallel_size(config, world_size)
-    unit = d.micro_batch_size * dp
-    if d.global_batch_size is not None and d.global_batch_size % unit:
-        fitting = (
-            divisors(d.global_batch_size // dp, d.micro_batch_size)
-            if d.global_batch_size % dp == 0
-            else []
-        )
-        yield Finding(
-            f"--global-batch-size {d.global_batch_size} is not a multiple of --micro-batch-size {d.micro_batch_size} "
-            f"x data-parallel size {dp} = {unit}",
-            ("global_batch_size", "micro_batch_size"),
-            (
-                *({"global_batch_size": n} for n in multiples(unit, d.global_batch_size)),
-                *({"micro_batch_size": n} for n in fitting),
-            ),
-        )
+    batch = config.data.global_batch_size
+    micro = config.data.micro_batch_size
+    dp = data_parallel_size(config, world_size)
+    unit = micro * dp
+    if batch is None or batch % unit == 0:
+        return
+    offers = [{"global_batch_size": n} for n in multiples(unit, batch)]
+    if batch % dp == 0:
+        offers += [{"micro_batch_size": n} for n in divisors(batch // dp, micro)]
+    yield Finding(
+        f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro} "
+        f"x data-parallel size {dp} = {unit}",
+        ("global_batch_size", "micro_batch_size"),
+        tuple(offers),
+    )
 
 
 def data_has_one_source(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """Paths or mock_data, not both, not neither; every split that is wanted has its data, as weights and prefixes."""
+    """Paths or mock_data, not both, not neither; data for every split that is read; paths that are
+    prefixes with weights."""
     from megalite.data.indexed import DatasetError
     from megalite.data.sources import parse_sources
 
-    d, vocab = (
-        config.data,
-        {} if config.model.vocab_size else {"vocab_size": EXAMPLES["vocab_size"]},
-    )
-    paths = [key for key in PATHS if getattr(d, key) is not None]
-    if not paths and not d.mock_data:
+    d = config.data
+    given = {key: words for key, words in d.paths.items() if words is not None}
+    if not given and not d.mock_data:
+        mock = {"mock_data": True}
+        if not config.model.vocab_size:
+            mock |= example_of("vocab_size")
         yield Finding(
             "there is no data: neither --data-path nor --mock-data is given",
             ("data_path", "mock_data"),
-            (
-                "--data-path PREFIX of a dataset made by tools/preprocess_data.py",
-                {"mock_data": True, **vocab},
-            ),
+            ("--data-path PREFIX of a dataset made by tools/preprocess_data.py", mock),
         )
     elif d.mock_data:
-        for key in paths:
-            shown = f"--{key.replace('_', '-')} {' '.join(getattr(d, key))}"
-            alone = [{"mock_data": False}] if paths == [key] else []
-            yield Finding(
-                f"{shown} and --mock-data are both given", (key, "mock_data"), (*alone, {key: None})
-            )
+        for key, words in given.items():
+            offers = [{"mock_data": False}] if len(given) == 1 else []
+            message = f"{flag_of(key)} {' '.join(words)} and --mock-data are both given"
+            yield Finding(message, (key, "mock_data"), (*offers, {key: None}))
     else:
-        for split in wanted_splits(config):
-            if d.words_of(split)[1] is None:
-                quiet = [{"eval_interval": 0, "eval_iters": 0}] if split == "valid" else []
-                yield Finding(
-                    f"no data for {split} samples: neither --{split}-data-path nor --data-path is given",
-                    (f"{split}_data_path", "data_path"),
-                    (f"--{split}-data-path PREFIX", *quiet),
-                )
-    for key in paths:
+        yield from _splits_have_data(config)
+    for key, words in given.items():
         try:
-            parse_sources(getattr(d, key), "--" + key.replace("_", "-"))
+            parse_sources(words, flag_of(key))
         except DatasetError as error:
             yield Finding(str(error), (key,), ("one PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...",))
 
 
+def _splits_have_data(config: RunConfig) -> Iterator[Finding]:
+    """Every split that is read has a flag that names its data."""
+    for split in wanted_splits(config):
+        if config.data.words_of(split)[1] is None:
+            offers = [f"--{split}-data-path PREFIX"]
+            if split == "valid":
+                offers.append(without_evaluation())
+            yield Finding(
+                f"no data for {split} samples: neither --{split}-data-path nor --data-path is "
+                "given",
+                (f"{split}_data_path", "data_path"),
+                tuple(offers),
+            )
+
+
 def megatron_order_is_possible(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """--sample-order megatron is that of one dataset."""
-    d = config.data
-    if d.sample_order != "megatron":
+    if config.data.sample_order != "megatron":
         return
-    for key in PATHS:
-        if len(getattr(d, key) or ()) > 1:
+    for key, words in config.data.paths.items():
+        if words is not None and len(words) > 1:
             yield Finding(
-                f"--sample-order megatron reproduces the order of one dataset, but --{key.replace('_', '-')} blends "
-                f"{len(getattr(d, key)) // 2}",
+                "--sample-order megatron reproduces the order of one dataset, but "
+                f"{flag_of(key)} blends {len(words) // 2}",
                 ("sample_order", key),
                 ({"sample_order": "counted"}, "one PREFIX"),
             )
 
 
 def vocabulary_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """A vocabulary size, given or from the tokenizer; the made-up tokens need it given."""
-    m, d = config.model, config.data
-    paths = any(getattr(d, key) is not None for key in PATHS)
-    if m.vocab_size is None and d.mock_data and not paths:
-        yield Finding(
-            "--mock-data needs --vocab-size",
-            ("vocab_size", "mock_data"),
-            ({"vocab_size": EXAMPLES["vocab_size"]},),
-        )
-    elif m.vocab_size is None and d.tokenizer_type is None and paths:
+    """A vocabulary size, given or from the tokenizer; mock data needs it given, and above 1."""
+    size = config.model.vocab_size
+    d = config.data
+    has_paths = any(d.paths.values())
+    mock_flags = ("vocab_size", "mock_data")
+    example = example_of("vocab_size")
+    if size is None and d.mock_data and not has_paths:
+        yield Finding("--mock-data needs --vocab-size", mock_flags, (example,))
+    elif size is None and d.tokenizer_type is None and has_paths:
         yield Finding(
             "the vocabulary size is not known: neither --vocab-size nor --tokenizer-type is given",
             ("vocab_size", "tokenizer_type"),
-            ("--tokenizer-type of the data, and its files", {"vocab_size": EXAMPLES["vocab_size"]}),
+            ("--tokenizer-type of the data, and its files", example),
         )
-    if m.vocab_size == 1 and d.mock_data:
-        yield Finding(
-            "--mock-data cannot be learned with --vocab-size 1",
-            ("vocab_size", "mock_data"),
-            ({"vocab_size": EXAMPLES["vocab_size"]},),
-        )
+    if size == 1 and d.mock_data:
+        message = "--mock-data cannot be learned with --vocab-size 1"
+        yield Finding(message, mock_flags, (example,))
 
 
 def split_is_readable(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -242,7 +254,7 @@ def split_is_readable(config: RunConfig, world_size: int) -> Iterator[Finding]:
     try:
         parse_split(config.data.split)
     except DatasetError as error:
-        yield Finding(str(error), ("split",), ({"split": "969,30,1"},))
+        yield Finding(str(error), ("split",), (example_of("split"),))
 
 
 def profile_is_ranges(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -251,7 +263,7 @@ def profile_is_ranges(config: RunConfig, world_size: int) -> Iterator[Finding]:
     if t.profile is None:
         return
     try:
-        t.profile_ranges  # noqa: B018
+        t.profile_ranges  # noqa: B018 - raises
     except ValueError as error:
         yield Finding(f"--profile {t.profile}: {error}", ("profile",), ({"profile": "10-12"},))
     unknown = [rank for rank in t.profile_ranks if not rank.isdecimal() or int(rank) >= world_size]
@@ -259,24 +271,18 @@ def profile_is_ranges(config: RunConfig, world_size: int) -> Iterator[Finding]:
         yield Finding(
             f"--profile-ranks {' '.join(unknown)}: the ranks are 0 to {world_size - 1}",
             ("profile_ranks",),
-            ({"profile_ranks": ("0",)},),
+            (example_of("profile_ranks"),),
         )
 
 
-WATCHERS = {"tensorboard_dir": "tensorboard", "wandb_project": "wandb"}
-"""Flags that need a library, which not everyone wants installed."""
-
-
-def watchers_are_installed(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """The libraries of TensorBoard and Weights & Biases are there when they are asked for."""
-    for key, library in WATCHERS.items():
-        given = getattr(config.training, key)
-        if given is not None and find_spec(library) is None:
-            flag = "--" + key.replace("_", "-")
-            advice = "pip install 'megalite[tracking]'"
-            yield Finding(
-                f"{flag} {given} needs the library {library}", (key,), (advice, {key: None})
-            )
+def libraries_are_installed(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """Optional libraries, such as TensorBoard's, are there when they are asked for."""
+    for key, option in options().items():
+        library = option.field.needs_library
+        value = getattr(getattr(config, option.section), key)
+        if library and value is not None and find_spec(library) is None:
+            message = f"{option.flag} {value} needs the library {library}"
+            yield Finding(message, (key,), ("pip install 'megalite[tracking]'", {key: None}))
 
 
 RUN_RULES: tuple[Rule, ...] = (
@@ -292,5 +298,5 @@ RUN_RULES: tuple[Rule, ...] = (
     tokenizer_is_whole,
     split_is_readable,
     profile_is_ranges,
-    watchers_are_installed,
+    libraries_are_installed,
 )

@@ -5,104 +5,85 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from megalite.config.rules.bert import MASKING_TOKENIZERS
 from megalite.config.rules.data import datasets_of, prefixes_of
 from megalite.config.rules.disk import MAKE_DATA, neighbours
-from megalite.config.rules.finding import EXAMPLES, Finding, Rule
-from megalite.config.run import RunConfig
+from megalite.config.rules.finding import Finding, Rule, example_of, flag_of
+from megalite.config.run import RunConfig, keys_where
 from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
 
-OTHER_TOKENIZER = "give the tokenizer the data was made with, or make the data again with this one"
+OTHER_TOKENIZER = "give the tokenizer that made the data, or make the data again with this one"
 
 
 def tokenizer_is_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """Every file that the kind of tokenizer is made of is named; NullTokenizer knows its size. Reads no file."""
+    """Every file that the kind of tokenizer is made of is named; NullTokenizer knows its size.
+    Reads no file."""
     d = config.data
-    for field in TOKENIZER_FILES.get(d.tokenizer_type, ()):
+    for field in files_of(config):
         if getattr(d, field) is None:
-            flag = _flag(field)
-            yield Finding(
-                f"--tokenizer-type {d.tokenizer_type} needs {flag}",
-                ("tokenizer_type", field),
-                (f"{flag} FILE",),
-            )
+            flag = flag_of(field)
+            message = f"--tokenizer-type {d.tokenizer_type} needs {flag}"
+            yield Finding(message, ("tokenizer_type", field), (f"{flag} FILE",))
     if d.tokenizer_type == "NullTokenizer" and config.model.vocab_size is None and not d.mock_data:
         yield Finding(
-            "--tokenizer-type NullTokenizer needs --vocab-size, the ids and one more that ends documents",
+            "--tokenizer-type NullTokenizer needs --vocab-size, the ids and one more that ends "
+            "documents",
             ("tokenizer_type", "vocab_size"),
-            ({"vocab_size": EXAMPLES["vocab_size"]},),
+            (example_of("vocab_size"),),
         )
 
 
 def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """The tokenizer can be built, fits the vocabulary, and knows the end of a document if that is asked for."""
+    """The tokenizer can be built, fits the vocabulary, and has an end of a document if flags look
+    for it."""
     from megalite.data.tokenizers import TokenizerError
 
-    m, d = config.model, config.data
-    missing = [field for field in _files(config) if not os.path.exists(getattr(d, field) or "")]
+    # Its files.
+    files = files_of(config)
+    paths = {field: getattr(config.data, field) for field in files}
+    missing = [field for field, path in paths.items() if not os.path.exists(path or "")]
     for field in missing:
-        if path := getattr(d, field):
-            offers = (*_similar(config, field, path), f"{_flag(field)} FILE")
-            found = f"{_flag(field)} {path}: no such file. tools/train_tokenizer.py makes one"
-            yield Finding(found, ("tokenizer_type", field), offers)
+        path = paths[field]
+        if path:
+            message = f"{flag_of(field)} {path}: no such file. tools/train_tokenizer.py makes one"
+            offers = (*_similar(config, field, path), f"{flag_of(field)} FILE")
+            yield Finding(message, ("tokenizer_type", field), offers)
     if missing:
         return
+    # The tokenizer that they make.
     try:
         tokenizer = build_tokenizer(config)
     except (TokenizerError, OSError) as error:
-        fields = _files(config)
-        offers = [f"{_flag(field)} FILE" for field in fields]
-        if d.tokenizer_type == "TikTokenizer":
-            fields = (*fields, "tiktoken_pattern")
+        offers = [f"{flag_of(field)} FILE" for field in files]
+        flags = ("tokenizer_type", *files)
+        if config.data.tokenizer_type == "TikTokenizer":
+            flags = (*flags, "tiktoken_pattern")
             offers.append("--tiktoken-pattern NAME")
-        offers.append("another --tokenizer-type")
-        yield Finding(str(error), ("tokenizer_type", *fields), tuple(offers))
+        yield Finding(str(error), flags, (*offers, "another --tokenizer-type"))
         return
-    if tokenizer is None:
-        return
-    if m.vocab_size is not None and m.vocab_size < tokenizer.vocab_size:
-        yield Finding(
-            f"--vocab-size {m.vocab_size} is less than the {tokenizer.vocab_size} entries of the tokenizer",
-            ("vocab_size", "tokenizer_type", *_files(config)),
-            ({"vocab_size": tokenizer.vocab_size}, {"vocab_size": None}),
-        )
-    yield from _masks(config, tokenizer)
-    for key in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
-        try:
-            _ = tokenizer.eod if getattr(d, key) else None
-        except TokenizerError as error:
-            found = f"{_flag(key)} needs an end-of-document token: {error}"
-            yield Finding(found, (key, *_files(config)), ({key: False},))
+    if tokenizer is not None:
+        yield from _fits(config, tokenizer)
 
 
-def _masks(config: RunConfig, tokenizer) -> Iterator[Finding]:
-    """A BERT's tokenizer has the tokens that frame and mask samples, and knows words where whole ones are masked."""
-    from megalite.data.masking import special_ids
+def _fits(config: RunConfig, tokenizer) -> Iterator[Finding]:
+    """The tokenizer's entries fit the vocabulary, and one ends documents if flags look for it."""
     from megalite.data.tokenizers import TokenizerError
 
-    if (
-        not config.is_bert
-        or config.data.mock_data
-        or config.data.tokenizer_type not in MASKING_TOKENIZERS
-    ):
-        return  # the flags alone tell
-    try:
-        special_ids(tokenizer)
-    except TokenizerError as error:
+    vocab_size = config.model.vocab_size
+    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         yield Finding(
-            str(error),
-            ("architecture", "tokenizer_type", *_files(config)),
-            ("another --tokenizer-type",),
+            f"--vocab-size {vocab_size} is less than the {tokenizer.vocab_size} entries of the "
+            "tokenizer",
+            ("vocab_size", "tokenizer_type", *files_of(config)),
+            ({"vocab_size": tokenizer.vocab_size}, {"vocab_size": None}),
         )
-    if config.bert.whole_word_mask and getattr(tokenizer, "starts_word", None) is None:
-        yield Finding(
-            f"--whole-word-mask: --tokenizer-type {config.data.tokenizer_type} does not tell which tokens begin a word",
-            ("whole_word_mask", "tokenizer_type"),
-            (
-                {"whole_word_mask": False},
-                "--tokenizer-type BertWordPieceLowerCase or BertWordPieceCase",
-            ),
-        )
+    for key in keys_where(lambda field: field.needs_eod):
+        if not getattr(config.data, key):
+            continue
+        try:
+            _ = tokenizer.eod
+        except TokenizerError as error:
+            message = f"{flag_of(key)} needs an end-of-document token: {error}"
+            yield Finding(message, (key, *files_of(config)), ({key: False},))
 
 
 def _similar(config: RunConfig, field: str, path: str) -> Iterator[dict[str, str]]:
@@ -121,7 +102,8 @@ def _similar(config: RunConfig, field: str, path: str) -> Iterator[dict[str, str
 
 
 def tokenizer_made_data(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """The tokenizer is the one that PREFIX.json says the data was made with; the data's ids fit the vocabulary."""
+    """The tokenizer is the one that PREFIX.json says the data was made with; the data's ids fit the
+    vocabulary."""
     from megalite.data.indexed import DatasetError, DatasetInfo
     from megalite.data.tokenizers import TokenizerError
 
@@ -132,45 +114,52 @@ def tokenizer_made_data(config: RunConfig, world_size: int) -> Iterator[Finding]
     for key, prefixes in prefixes_of(config).items():
         for prefix in prefixes:
             try:
-                if info := DatasetInfo.read(prefix):
-                    yield from _made_by(config, tokenizer, key, prefix, info)
+                info = DatasetInfo.read(prefix)
             except DatasetError as error:
                 yield Finding(str(error), (key,), (MAKE_DATA,))
+                continue
+            if info:
+                yield from _made_by(config, tokenizer, key, prefix=prefix, info=info)
 
 
 def _made_by(config: RunConfig, tokenizer, key: str, prefix: str, info) -> Iterator[Finding]:
-    """The description `info` of the dataset that field `key` names is that of this tokenizer, if there is one."""
-    d, vocab_size = config.data, config.model.vocab_size
-    given = f"--tokenizer-type {d.tokenizer_type}"
-    if tokenizer and info.tokenizer_type != d.tokenizer_type:
+    """The description `info` of the dataset that field `key` names is that of this tokenizer, if
+    there is one."""
+    kind = config.data.tokenizer_type
+    vocab_size = config.model.vocab_size
+    if tokenizer and info.tokenizer_type != kind:
         yield Finding(
-            f"{given}, but {prefix} was made with {info.tokenizer_type}",
+            f"--tokenizer-type {kind}, but {prefix} was made with {info.tokenizer_type}",
             ("tokenizer_type", key),
             (f"--tokenizer-type {info.tokenizer_type}, with its own files if it has any",),
         )
-    elif tokenizer and (info.tokenizer_sha256, info.vocab_size) != (
-        tokenizer.sha256,
-        tokenizer.vocab_size,
-    ):
-        named = " ".join(f"{_flag(field)} {getattr(d, field)}" for field in _files(config)) or given
+        return
+    if not tokenizer:
+        if vocab_size and vocab_size < info.vocab_size:
+            yield Finding(
+                f"--vocab-size {vocab_size} is less than the {info.vocab_size} entries that "
+                f"{prefix} was made with",
+                ("vocab_size", key),
+                ({"vocab_size": info.vocab_size},),
+            )
+        return
+    made_with = (info.tokenizer_sha256, info.vocab_size)
+    if made_with != (tokenizer.sha256, tokenizer.vocab_size):
+        files = files_of(config)
+        named = " ".join(f"{flag_of(field)} {getattr(config.data, field)}" for field in files)
         yield Finding(
-            f"{named} ({tokenizer.vocab_size} entries) is not the one that {prefix} was made with "
-            f"({info.vocab_size} entries, sha256 {info.tokenizer_sha256[:12]})",
-            (*_files(config), key),
+            f"{named or f'--tokenizer-type {kind}'} ({tokenizer.vocab_size} entries) is not the "
+            f"one that {prefix} was made with ({info.vocab_size} entries, sha256 "
+            f"{info.tokenizer_sha256[:12]})",
+            (*files, key),
             (OTHER_TOKENIZER,),
         )
-    elif tokenizer and info.parse_special_tokens and not d.parse_special_tokens:
+    elif info.parse_special_tokens and not config.data.parse_special_tokens:
         yield Finding(
             f"{prefix} was made with --parse-special-tokens, and this run, whose checkpoints say "
             "how prompts are encoded, is without it",
             ("parse_special_tokens", key),
             ({"parse_special_tokens": True},),
-        )
-    elif not tokenizer and vocab_size and vocab_size < info.vocab_size:
-        yield Finding(
-            f"--vocab-size {vocab_size} is less than the {info.vocab_size} entries that {prefix} was made with",
-            ("vocab_size", key),
-            ({"vocab_size": info.vocab_size},),
         )
 
 
@@ -184,13 +173,15 @@ def ids_fit_file(config: RunConfig, world_size: int) -> Iterator[Finding]:
         tokenizer = build_tokenizer(config)
     except (TokenizerError, OSError):
         return
-    for key, prefix, indexed in datasets_of(config) if tokenizer is not None else ():
+    if tokenizer is None:
+        return
+    for key, prefix, indexed in datasets_of(config):
         largest = int(np.iinfo(indexed.dtype).max)
         if tokenizer.vocab_size > largest + 1:
             yield Finding(
-                f"{prefix} holds ids up to {largest}, too few for the {tokenizer.vocab_size} entries "
-                "of the tokenizer: it was made with another one",
-                (key, "tokenizer_type", *_files(config)),
+                f"{prefix} holds ids up to {largest}, too few for the {tokenizer.vocab_size} "
+                "entries of the tokenizer: it was made with another one",
+                (key, "tokenizer_type", *files_of(config)),
                 (OTHER_TOKENIZER,),
             )
 
@@ -199,14 +190,16 @@ TOKENIZER_FILE_RULES: tuple[Rule, ...] = (tokenizer_fits, tokenizer_made_data, i
 
 
 def build_tokenizer(config: RunConfig):
-    """The configured tokenizer, None when none is or not all it needs is given. Raises TokenizerError, OSError.
+    """The configured tokenizer; None when none is, or not all it needs is given.
 
-    Flags that do not belong to its kind are left out here: nothing_is_ignored reports them.
+    Flags that do not belong to its kind are left out: nothing_is_ignored reports them. Raises
+    TokenizerError, OSError.
     """
     from megalite.data.tokenizers import build_tokenizer
 
-    kind, size = config.data.tokenizer_type, config.model.vocab_size
-    flags = {field: getattr(config.data, field) for field in _files(config)}
+    kind = config.data.tokenizer_type
+    size = config.model.vocab_size
+    flags = {field: getattr(config.data, field) for field in files_of(config)}
     if kind is None or None in flags.values() or (kind == "NullTokenizer" and size is None):
         return None
     if kind == "TikTokenizer":
@@ -216,9 +209,6 @@ def build_tokenizer(config: RunConfig):
     return build_tokenizer(kind, **flags, vocab_size=size)
 
 
-def _files(config: RunConfig) -> tuple[str, ...]:
+def files_of(config: RunConfig) -> tuple[str, ...]:
+    """The fields that name the files of the configured kind of tokenizer."""
     return TOKENIZER_FILES.get(config.data.tokenizer_type, ())
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")

@@ -1,0 +1,62 @@
+"""What the code knows about one configuration field, written in the field's annotation.
+
+    hang_timeout: Annotated[float, Field(minimum=0, changes_numbers=False)] = 300.0
+
+Meaning and unit stand in the docstring below the field; `--help` prints it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """Facts about one field. The defaults describe a field that nothing special is known about."""
+
+    aliases: tuple[str, ...] = ()
+    """Short flags: ("--tp",)."""
+    metavar: str = ""
+    """Name of the value in `--help`. Empty: the name of its type."""
+    positional: bool = False
+    """The value is given without a flag."""
+    example: Any = None
+    """A value to offer where the field has no default."""
+    minimum: float | None = None
+    """Least value of a number."""
+    above: float | None = None
+    """A number must be greater than this; in place of `minimum`."""
+    maximum: float | None = None
+    """Greatest value of a number."""
+    below: float | None = None
+    """A number must be less than this; in place of `maximum`."""
+    changes_numbers: bool = True
+    """False: no loss and no weight depends on the value, so it may change when a run resumes."""
+    defines_model: bool = False
+    """True: a checkpoint made with another value holds another model."""
+    names_files: bool = False
+    """True: the value names files, which one node may have and another lack."""
+    needs_library: str = ""
+    """Optional library to import when the field is set."""
+    needs_eod: bool = False
+    """True: the feature looks for the token that ends a document."""
+
+    def contains(self, value: float) -> bool:
+        """Whether a number is finite and within the bounds."""
+        return (
+            math.isfinite(value)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.below is None or value < self.below)
+        )
+
+    @property
+    def bounds(self) -> str:
+        """The bounds in words: `at least 0 and below 1`."""
+        least = f"at least {self.minimum:g}" if self.above is None else f"above {self.above:g}"
+        if self.below is not None:
+            return f"{least} and below {self.below:g}"
+        if self.maximum is not None:
+            return f"{least} and at most {self.maximum:g}"
+        return f"{least} and finite"
