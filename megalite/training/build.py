@@ -88,7 +88,7 @@ class TrainingComponents:
 
 
 def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stage:
-    """This rank's stage of the model, a GPT or a BERT, with its initial weights."""
+    """This rank's stage of the model, with its initial weights."""
     layers = layers_of_stages(config.model, context.pipeline.size, config.predicted)
     settings = LayerSettings(
         config.model,
@@ -99,10 +99,22 @@ def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stage:
         recompute=config.recompute,
     )
     own_layers = layers[context.pipeline.rank]
-    seed = config.training.seed
-    if config.is_bert:
-        return Bert(settings, own_layers, seed, pair=config.pair_head)
-    return GPT(settings, own_layers, seed)
+    return STAGE_OF[config.model.architecture](config, settings, own_layers)
+
+
+def _gpt(config: RunConfig, settings: LayerSettings, layers: range) -> Stage:
+    return GPT(settings, layers, config.training.seed)
+
+
+def _bert(config: RunConfig, settings: LayerSettings, layers: range) -> Stage:
+    return Bert(settings, layers, config.training.seed, pair=config.pair_head)
+
+
+STAGE_OF: dict[str, Callable[[RunConfig, LayerSettings, range], Stage]] = {
+    "gpt": _gpt,
+    "bert": _bert,
+}
+"""What makes a stage of a model, by architecture."""
 
 
 def build_components(

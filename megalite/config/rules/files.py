@@ -83,7 +83,7 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
     if made_with is None:
         return
     # The architecture.
-    if made_with.is_bert != config.is_bert:
+    if made_with.model.architecture != config.model.architecture:
         there = made_with.model.architecture
         here = config.model.architecture
         yield Finding(
@@ -93,7 +93,7 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
         )
         return
     # The heads.
-    if made_with.is_bert and made_with.pair_head != config.pair_head:
+    if made_with.pair_head != config.pair_head:
         there = made_with.bert.bert_pair
         heads = "has no pair head" if there == "none" else "has a pair head"
         yield Finding(
