@@ -349,7 +349,7 @@ def ended_of(
 
 def statuses(ended: list[tuple[int, str]]) -> list[int]:
     """Exit status of each rank."""
-    return statuses(ended)
+    return [status for status, _ in ended]
 
 
 def messages(ended: list[tuple[int, str]], but: int | None = None) -> list[str]:
