@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = str(ROOT / "pretrain_gpt.py")
 MODEL = """
     --mock-data --vocab-size 61 --num-layers 2 --hidden-size 16 --num-attention-heads 4
-    --seq-length 16 --device cpu --attention-dropout 0 --hidden-dropout 0 --global-batch-size 4 --lr 0.05
-    --eval-interval 0 --log-interval 1
+    --seq-length 16 --device cpu --attention-dropout 0 --hidden-dropout 0 --global-batch-size 4
+    --lr 0.05 --eval-interval 0 --log-interval 1
 """.split()
 
 
