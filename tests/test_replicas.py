@@ -74,7 +74,7 @@ def test_a_flipped_bit_is_found(pool, rank, name, holders):
     messages = pool.run(checked, 8, LAYOUT, rank, name)
     assert set(messages[1:]) == {"after iteration 7, replicas are not equal: see rank 0's message"}
     assert f"{name} at" in messages[0] and holders in messages[0]
-    assert "after iteration 7, replicas of 1 tensor part" in messages[0]
+    assert "after iteration 7, replicas of 1 shard" in messages[0]
 
 
 def test_sound_replicas_pass(pool):

@@ -1,4 +1,4 @@
-"""Stopping and resuming: to the bit in the same layout, whatever ends the run; to rounding in another one."""
+"""Stopping and resuming: bit-exact in the same layout, to rounding in another one."""
 
 import io
 import json
@@ -70,11 +70,11 @@ def undisturbed(pool, tmp_path_factory) -> Path:
 
 
 def resumable(folder: Path) -> list:
-    """The flags of a run that goes on where it stopped."""
+    """The flags of a run that resumes where it stopped."""
     return ["--save", folder / "c", "--load", folder / "c", "--metrics-file", folder / "m.jsonl"]
 
 
-def test_exit_interval_and_resume_to_the_bit(pool, tmp_path, undisturbed):
+def test_exit_interval_and_resume_bit_exactly(pool, tmp_path, undisturbed):
     train(pool, 1, *resumable(tmp_path), "--exit-interval", "5")
     assert [path.name for path in (tmp_path / "c").glob("iter_*")] == ["iter_0000005"]
     train(pool, 1, *resumable(tmp_path))
@@ -85,7 +85,7 @@ def test_exit_interval_and_resume_to_the_bit(pool, tmp_path, undisturbed):
 @pytest.mark.parametrize(
     "which", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda s: s.name
 )
-def test_a_signal_saves_and_the_run_goes_on_to_the_bit(pool, tmp_path, undisturbed, which):
+def test_a_signal_saves_and_the_run_resumes_bit_exactly(pool, tmp_path, undisturbed, which):
     run = start(*resumable(tmp_path))
     wait_for(
         lambda: (
@@ -97,7 +97,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_bit(pool, tmp_path, undisturb
     assert run.returncode == 0 and f": {which.name}" in output
     assert len(list((tmp_path / "c").glob("iter_*"))) == 1
     train(pool, 1, *resumable(tmp_path))
-    # An evaluation that the signal met was given up.
+    # An evaluation that the signal interrupted was given up.
     steps, wanted = (
         [line for line in curve(path) if "loss" in line]
         for path in (tmp_path / "m.jsonl", undisturbed)
@@ -155,7 +155,8 @@ def test_a_signal_in_an_evaluation_saves_at_once(tmp_path):
 
 
 def test_killed_runs_lose_nothing_that_was_saved(pool, tmp_path, undisturbed):
-    """SIGKILL at moments that may lie inside a save: each next run starts from a whole checkpoint and ends the same."""
+    """SIGKILL at moments that may lie inside a save: the next run starts from a complete checkpoint
+    and gives the same numbers."""
     flags, attempts = (
         resumable(tmp_path)[:4],
         [tmp_path / f"{attempt}.jsonl" for attempt in range(3)],
@@ -178,7 +179,7 @@ def kill_after_first_line(flags: list, metrics: Path, delay: float) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["global", "megatron"])
-def test_eight_ranks_stop_and_resume_to_the_bit(pool, tmp_path, scheme):
+def test_eight_ranks_stop_and_resume_bit_exactly(pool, tmp_path, scheme):
     """dp=2 x tp=2 x pp=2 with sequence parallelism, dropout and bf16: undisturbed, and stopped in the middle."""
     layout = [
         *EIGHT_RANKS,
@@ -195,8 +196,8 @@ def test_eight_ranks_stop_and_resume_to_the_bit(pool, tmp_path, scheme):
 
 
 def test_resuming_in_another_layout_continues_the_same_curve(pool, tmp_path):
-    """Weights, optimizer and data position are read into any layout, and dropout drops the same: 8 ranks, one process,
-    pp=2 make one run."""
+    """Weights, optimizer and data position are read into any layout, and dropout drops the same: 8
+    ranks, one process and pp=2 make one run."""
     exact = ["--precision", "fp64"]
     train(pool, 1, *exact, "--metrics-file", tmp_path / "whole.jsonl")
     train(pool, 8, *EIGHT_RANKS, *exact, *resumable(tmp_path), "--exit-interval", "4")
@@ -209,8 +210,22 @@ def test_resuming_in_another_layout_continues_the_same_curve(pool, tmp_path):
     assert "at iteration 4" in said and "drop" not in said.partition("resumed from")[2]
 
 
+def test_one_checkpoints_folder_is_resumed(pool, tmp_path, undisturbed):
+    """--load SAVE/iter_N is --load SAVE --ckpt-step N; another --ckpt-step is refused."""
+    folder = tmp_path / "c"
+    train(pool, 1, "--save", folder, "--save-interval", "3", "--exit-interval", "9")
+    load = ["--load", folder / "iter_0000006", "--metrics-file", tmp_path / "m.jsonl"]
+    said = train(pool, 1, *load)
+    assert f"resumed from {folder}/iter_0000006 at iteration 6" in said
+    wanted = [line for line in curve(undisturbed) if line["iteration"] > 6]
+    assert curve(tmp_path / "m.jsonl") == wanted
+    config = cli.read([*MODEL, *map(str, load), "--ckpt-step", "3"])
+    (problem,) = validate.check(config, 1)
+    assert "--ckpt-step 3" in problem.message and "holds iterations 6" in problem.message
+
+
 def test_a_change_of_masks_is_said(pool, tmp_path):
-    """Streams that cannot go on, since the layout or the scheme is another one."""
+    """Streams that cannot continue, since the layout or the scheme has changed."""
     streams = ["--rng-scheme", "megatron"]
     train(pool, 1, *streams, *resumable(tmp_path), "--exit-interval", "2")
     said = train(pool, 2, "--pp", "2", *streams, *resumable(tmp_path), "--exit-interval", "4")
@@ -244,7 +259,7 @@ def blend(folder: Path, **weights: float) -> list[str]:
 
 
 def test_a_blend_may_change_in_the_middle(tmp_path):
-    """What each source gave is kept, so that it goes on from there; --allow-data-change is asked for."""
+    """Each source continues from its own position; --allow-data-change must be given."""
     quiet = ["--eval-interval", "0", "--eval-iters", "0", "--split", "1", "--exit-interval", "4"]
     config = [*MODEL, *quiet, "--save", str(tmp_path / "run")]
 
@@ -281,7 +296,8 @@ def test_a_blend_may_change_in_the_middle(tmp_path):
 
 
 def test_megatrons_order_asks_before_it_becomes_another(tmp_path):
-    """Within an epoch it is the same for any number of iterations; more epochs shuffle anew what was seen already."""
+    """Within an epoch the order is the same for any number of iterations; with more epochs, samples
+    that were used already are shuffled again."""
     quiet = "--eval-interval 0 --eval-iters 0 --split 1 --sample-order megatron --exit-interval 4".split()
     config = [
         *MODEL,

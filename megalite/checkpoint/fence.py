@@ -1,10 +1,15 @@
-"""One writer at a time: a run claims its folder, and a run that was replaced can write no checkpoint any more.
+"""One writer at a time: a run takes the lease of its folder; a replaced run can write nothing more.
 
-A node may be cut off while its job is requeued elsewhere: its ranks go on, come back, and must not write over what
-their successor has saved. Looking at the lease before acting is not enough, since a run may be suspended in between; so
-the owner acts only through a folder named by its token, its staging_dir. What is to be seen is renamed from there, what is to
-go is renamed to there, and what is renamed beside it is named by a path through it. The next owner removes the staging_dir;
-from then on each of these renames fails. Imports no torch.
+A node may be cut off while its job is requeued elsewhere. Its ranks continue, come back, and must
+not overwrite what their successor has saved. Checking the lease before each operation is not
+enough, since a run may be suspended between check and operation. So the owner works only through a
+folder that is named by its token, its staging directory:
+
+- what becomes visible is renamed from there,
+- what is removed is renamed to there,
+- what is renamed beside it is named by a path through it.
+
+The next owner removes the staging directory; each of these renames then fails. Imports no torch.
 """
 
 import errno
@@ -19,54 +24,52 @@ from datetime import datetime
 from pathlib import Path
 
 from megalite.checkpoint.folder import CheckpointError, fsync_folder
+from megalite.system.errors import explain_os_error
 
 OWNER_FILE = "owner.json"
 CONTINUE_FILE = "to-be-continued"
-"""Left by a run that its time limit ended: a job script that finds it starts the same command again."""
-DESK = ".writing."
-"""Before the owner's token: name of its staging_dir."""
+"""Left by a run that its time limit ended: a job script that finds it starts the same command
+again."""
+STAGING_PREFIX = ".writing."
+"""A staging directory is named by this and its owner's token."""
 MOVED_MEANWHILE = {errno.ENOENT, errno.ESTALE, errno.ENOTEMPTY, errno.EEXIST}
-"""What removing a staging_dir may meet while its owner, or another run that claims the folder, moves what is in it."""
+"""Errors of removing a staging directory while its owner, or another run that takes the lease,
+moves its entries."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write checkpoints to a folder, until another run claims it."""
+    """The right to write checkpoints to a folder, until another run takes the lease."""
 
     root: Path
     token: str
 
     @classmethod
     def take(cls, root: str | Path) -> "Lease":
-        """Lease a folder, made if it is absent. Once this returns, whoever held it before can change nothing there.
+        """Take the lease of a folder, which is made if it is absent.
 
-        Raises CheckpointError when yet another run claims it meanwhile, OSError when nothing can be written.
+        Once this returns, the previous owner can change nothing there. Raises CheckpointError when
+        a third run takes the lease meanwhile, OSError when the folder cannot be written to.
         """
         root = Path(root)
         root.mkdir(parents=True, exist_ok=True)
-        job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
-        who = f"process {os.getpid()} on {os.uname().nodename}" + (
-            f", job {job}, restart {restarts}" if job else ""
-        )
-        owner = {
-            "token": uuid.uuid4().hex,
-            "who": who,
-            "since": datetime.now().isoformat(timespec="seconds"),
-        }
-        draft = root / f".{OWNER_FILE}.{owner['token']}"
+        # 1. Become the owner: from here on, the previous owner's check() fails.
+        owner = _new_owner()
+        token = owner["token"]
+        draft = root / f".{OWNER_FILE}.{token}"
         with open(draft, "w") as file:
             json.dump(owner, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, root / OWNER_FILE)
-        lease = cls(root, owner["token"])
+        # 2. Make a staging directory, and only then list those of earlier owners.
+        lease = cls(root, token)
         lease.staging_dir.mkdir()
-        desks = [
-            staging_dir for staging_dir in root.glob(f"{DESK}*") if staging_dir != lease.staging_dir
-        ]
-        with lease._explaining():
-            for staging_dir in desks:
-                lease._remove_desk(staging_dir)
+        earlier = [path for path in root.glob(f"{STAGING_PREFIX}*") if path != lease.staging_dir]
+        # 3. Remove them, and whatever earlier runs left.
+        with lease._naming_successor():
+            for staging_dir in earlier:
+                lease._remove_staging_dir(staging_dir)
             with suppress(FileNotFoundError):
                 os.rename(root / CONTINUE_FILE, lease.staging_dir / CONTINUE_FILE)
             lease.clear()
@@ -75,16 +78,18 @@ class Lease:
 
     @property
     def staging_dir(self) -> Path:
-        """The folder through which the owner acts; gone once another run has claimed the root."""
-        return self.root / f"{DESK}{self.token}"
+        """The folder through which the owner works; gone once another run has taken the lease."""
+        return self.root / f"{STAGING_PREFIX}{self.token}"
 
-    def _remove_desk(self, staging_dir: Path) -> None:
-        """Take a staging_dir away that was found after this run had made its own."""
+    def _remove_staging_dir(self, staging_dir: Path) -> None:
+        """Remove an earlier owner's staging directory, listed after this run had made its own."""
         while staging_dir.exists():
-            # A staging_dir is made after its owner's name is there. So one that was found before this look is of a run before
-            # this one: who claims the folder later loses nothing here, however late this run goes on.
+            # A run makes its staging directory only after it has written its name to owner.json.
+            # If this run still owns the folder here, the listed directory is of an earlier owner.
+            # A run that takes the lease later loses nothing, however late this one continues.
             self.check()
-            # Entry by entry, and deleted elsewhere: none may be renamed by its owner while only a part of it is left.
+            # Move each entry out before it is deleted, so that its owner cannot rename an entry
+            # that is half deleted.
             try:
                 for entry in staging_dir.iterdir():
                     os.rename(entry, self.staging_dir / uuid.uuid4().hex)
@@ -94,16 +99,21 @@ class Lease:
                     raise
 
     def clear(self) -> None:
-        """Delete what lies on the staging_dir. What resists is told in a line, and left for the next time."""
+        """Delete what is in the staging directory. An entry that cannot be deleted is reported in
+        a line and left for the next time."""
         for entry in self.staging_dir.iterdir():
             try:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
             except OSError as error:
-                print(f"checkpoint: could not remove {entry}: {error}", flush=True)
+                reason = explain_os_error(error)
+                print(f"checkpoint: could not remove {entry}: {reason}", flush=True)
 
     def check(self) -> None:
-        """Raise CheckpointError when another run has claimed the folder, OSError or ValueError when owner.json cannot
-        be read."""
+        """Raise CheckpointError when another run has taken the lease, OSError or ValueError when
+        owner.json cannot be read."""
         owner = json.loads((self.root / OWNER_FILE).read_text())
         if owner["token"] != self.token:
             raise CheckpointError(
@@ -112,17 +122,28 @@ class Lease:
             )
 
     def request_requeue(self, reason: str) -> None:
-        """Tell the job script that the run has saved and wants to go on. Raises CheckpointError when the run was
-        replaced, OSError when the file cannot be written."""
-        with self._explaining():
+        """Tell the job script that the run has saved and is to be started again.
+
+        Raises CheckpointError when the run was replaced, OSError when the file cannot be written.
+        """
+        with self._naming_successor():
             (self.staging_dir / CONTINUE_FILE).write_text(reason + "\n")
             os.rename(self.staging_dir / CONTINUE_FILE, self.root / CONTINUE_FILE)
 
     @contextmanager
-    def _explaining(self) -> Iterator[None]:
-        """Around what the owner does: that it was replaced is the reason for whatever fails then."""
+    def _naming_successor(self) -> Iterator[None]:
+        """When the owner's file operation fails because it was replaced, raise that reason."""
         try:
             yield
         except OSError:
             self.check()
             raise
+
+
+def _new_owner() -> dict[str, str]:
+    """The content of owner.json for this process."""
+    who = f"process {os.getpid()} on {os.uname().nodename}"
+    if job := os.environ.get("SLURM_JOB_ID"):
+        who += f", job {job}, restart {os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    since = datetime.now().isoformat(timespec="seconds")
+    return {"token": uuid.uuid4().hex, "who": who, "since": since}

@@ -1,4 +1,4 @@
-"""A folder of checkpoints: names of what is in it, and which checkpoint is the latest. Imports no torch."""
+"""The folder of a run's checkpoints: its files, its iterations, and the latest. No torch here."""
 
 import os
 import re
@@ -10,7 +10,7 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or is not what was expected; the message says what and where."""
+    """A checkpoint cannot be written, or is not as expected; the message says what and where."""
 
 
 def iteration_folder(iteration: int) -> str:
@@ -20,22 +20,36 @@ def iteration_folder(iteration: int) -> str:
 
 def list_iterations(root: str | Path, replaced: bool = False) -> list[int]:
     """Iterations with a committed checkpoint under their own name in `root`, ascending; [] when
-    there is no folder. replaced: also those whose checkpoint is moved aside, to be replaced."""
+    there is no folder. replaced: also those whose checkpoint is moved aside, to be replaced.
+
+    A folder that is itself one checkpoint, `SAVE/iter_0000100`, holds that iteration.
+    """
     pattern = re.compile(r"iter_(\d{7,})" + (r"(\.replaced-\d+)?" if replaced else ""))
     found = set()
     for index in Path(root).glob(f"iter_*/{INDEX_FILE}"):
         match = pattern.fullmatch(index.parent.name)
         if match:
             found.add(int(match[1]))
+    if not found and (own := _own_iteration(root)) is not None:
+        return [own]
     return sorted(found)
 
 
-def latest_iteration(root: str | Path) -> int | None:
-    """The iteration that `latest_checkpointed_iteration.txt` names; None when there is no checkpoint at all.
+def _own_iteration(folder: str | Path) -> int | None:
+    """The iteration of the one checkpoint that `folder` is; None when it is no checkpoint."""
+    if not (Path(folder) / INDEX_FILE).is_file():
+        return None
+    match = re.fullmatch(r"iter_(\d{7,})(\.replaced-\d+)?", Path(folder).resolve().name)
+    return int(match[1]) if match else None
 
-    Without that file (the very first save was killed when its folder was complete, or a person removed the file) it is
-    the highest iteration there is: a run never starts from scratch beside whole checkpoints.
-    Raises CheckpointError when the file does not hold a number.
+
+def latest_iteration(root: str | Path) -> int | None:
+    """The iteration that `latest_checkpointed_iteration.txt` names; None without any checkpoint.
+
+    The file may be missing: the very first save was killed when its folder was complete, or a
+    person removed the file. Then it is the highest iteration there is, since a run must never start
+    from scratch beside complete checkpoints. Raises CheckpointError when the file does not hold a
+    number.
     """
     path = Path(root) / LATEST_FILE
     try:
@@ -50,24 +64,31 @@ def latest_iteration(root: str | Path) -> int | None:
 def replaced_folders(root: str | Path, iteration: int) -> list[Path]:
     """`iter_N.replaced-K` folders of an iteration, the newest (highest K) last."""
     prefix = f"{iteration_folder(iteration)}.replaced-"
-    numbered = [
-        path for path in Path(root).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdecimal()
-    ]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix(prefix)))
+    numbered = {}
+    for path in Path(root).glob(f"{prefix}*"):
+        number = path.name.removeprefix(prefix)
+        if number.isdecimal():
+            numbered[int(number)] = path
+    return [numbered[number] for number in sorted(numbered)]
 
 
 def checkpoint_folder(root: str | Path, iteration: int) -> Path | None:
-    """Where a checkpoint lies: `iter_N`, or, when a run was killed between moving an old one aside and moving the new
-    one in (see save.py), what it had moved aside. None when there is neither."""
-    folders = [
-        Path(root) / iteration_folder(iteration),
-        *reversed(replaced_folders(root, iteration)),
-    ]
-    return next((folder for folder in folders if (folder / INDEX_FILE).is_file()), None)
+    """The folder of a checkpoint in `root`; None when there is none of this iteration.
+
+    It is `iter_N`. When a run was killed between moving an old `iter_N` aside and moving the new
+    one in (see save.py), it is the old one under its new name. When `root` itself is the
+    checkpoint, it is `root`.
+    """
+    candidates = [Path(root) / iteration_folder(iteration)]
+    candidates += reversed(replaced_folders(root, iteration))
+    for folder in candidates:
+        if (folder / INDEX_FILE).is_file():
+            return folder
+    return Path(root) if _own_iteration(root) == iteration else None
 
 
 def fsync_folder(path: Path) -> None:
-    """Make the folder's entries (new files, renames) survive a power failure."""
+    """Flush the folder's entries to the disk: new files and renames survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""What a checkpoint is on disk: names of folders and files, the index, and the checks that make an index trustworthy.
+"""The format of a checkpoint on disk: names of files, the index and the checks of an index.
 
-The specification for users is docs/checkpoints.md. Nothing here communicates.
+docs/checkpoints.md specifies it for users. Nothing here communicates.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ CONFIG_FILE = "config.yaml"
 
 SHOWN_PROBLEMS = 20
 PRIVATE_PREFIX = "@"
-"""Keys that begin with it are a rank's own tensors, parts of nothing."""
+"""Begins the keys of a rank's private tensors, which are no shard of a global tensor."""
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -40,31 +40,37 @@ _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSOR
 
 
 def listing(heading: str, problems: Sequence[str], total: int | None = None) -> str:
-    """A message of one line per problem, the first 20 of them; `total` when `problems` is not all of them."""
+    """A message of one line per problem, at most 20. total: how many there are (default: all
+    of `problems`)."""
     shown = problems[:SHOWN_PROBLEMS]
+    lines = [heading, *shown]
     unshown = (total or len(problems)) - len(shown)
-    return "\n  ".join([heading, *shown, *([f"and {unshown} more"] if unshown else [])])
+    if unshown:
+        lines.append(f"and {unshown} more")
+    return "\n  ".join(lines)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's part of a global tensor. `tensor` may be any view of shape `box.shape`; an empty box holds nothing.
+    """A rank's shard of a global tensor. `tensor` may be any view of shape `box.shape`.
 
-    Raises ValueError when tensor, box and global shape do not fit together.
+    An empty box holds nothing. Raises ValueError when tensor, box and global shape do not fit.
     """
 
     name: str
-    """Global name, the same in every layout: `layers.0.mlp.up.weight`. No `@`, which marks keys inside the files."""
+    """Global name, the same in every layout: `layers.0.mlp.up.weight`. Without `@`, which marks
+    keys in the files."""
     tensor: torch.Tensor
     global_shape: tuple[int, ...]
     box: Box
 
     def __post_init__(self):
         if not self.name or PRIVATE_PREFIX in self.name:
-            raise ValueError(f"a piece needs a name without {PRIVATE_PREFIX!r}; got {self.name!r}")
+            raise ValueError(f"a shard needs a name without {PRIVATE_PREFIX!r}; got {self.name!r}")
         if tuple(self.tensor.shape) != tuple(self.box.shape):
             raise ValueError(
-                f"{self.name}: the tensor has shape {tuple(self.tensor.shape)}, its box {self.box.shape}"
+                f"{self.name}: the tensor has shape {tuple(self.tensor.shape)}, "
+                f"its box {self.box.shape}"
             )
         if not lies_within(self.box, self.global_shape):
             raise ValueError(
@@ -73,7 +79,7 @@ class Shard:
 
 
 def lies_within(box: Box, shape: Sequence[int]) -> bool:
-    """Whether `box` is a part of a tensor of this shape (same number of dims, no element outside)."""
+    """Whether `box` has as many dims as `shape` and no element outside of it."""
     return len(box.offset) == len(box.shape) == len(shape) and all(
         0 <= start and 0 <= size and start + size <= length
         for start, size, length in zip(box.offset, box.shape, shape)
@@ -81,8 +87,8 @@ def lies_within(box: Box, shape: Sequence[int]) -> bool:
 
 
 @dataclass(frozen=True)
-class StoredBox:
-    """Where one box of a tensor lies: under `key` in `file`."""
+class StoredShard:
+    """Where one shard of a tensor is stored: under `key` in `file`."""
 
     file: str
     key: str
@@ -91,31 +97,36 @@ class StoredBox:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A global tensor and the boxes it is stored in."""
+    """A global tensor and the shards it is stored in."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    boxes: tuple[StoredBox, ...]
+    shards: tuple[StoredShard, ...]
 
     def problems(self, name: str) -> list[str]:
-        """Why the boxes are not exactly the tensor: one outside, two that overlap, elements that none covers."""
-        outside = [part for part in self.boxes if not lies_within(part.box, self.shape)]
-        if outside:
-            return [
-                f"{name}: {part.box} in {part.file} lies outside the shape {self.shape}"
-                for part in outside
-            ]
-        overlapping = [
-            f"{name}: {one.box} in {one.file} and {other.box} in {other.file} overlap"
-            for one, other in itertools.combinations(self.boxes, 2)
-            if one.box.intersect(other.box)
-        ]
-        covered, wanted = sum(part.box.numel for part in self.boxes), Box.whole(self.shape).numel
-        if not overlapping and covered != wanted:
-            return [
+        """Why the shards are not exactly the tensor: a box outside of it, boxes that overlap, or
+        elements that no box covers."""
+        problems = []
+        for shard in self.shards:
+            if not lies_within(shard.box, self.shape):
+                problems.append(
+                    f"{name}: {shard.box} in {shard.file} lies outside the shape {self.shape}"
+                )
+        if problems:
+            return problems
+        for one, other in itertools.combinations(self.shards, 2):
+            if one.box.intersect(other.box):
+                problems.append(
+                    f"{name}: {one.box} in {one.file} and {other.box} in {other.file} overlap"
+                )
+        # Without overlaps, the shards cover the tensor when their elements are as many as its own.
+        covered = sum(shard.box.numel for shard in self.shards)
+        wanted = Box.whole(self.shape).numel
+        if not problems and covered != wanted:
+            problems.append(
                 f"{name}: only {covered} of the {wanted} elements of shape {self.shape} are covered"
-            ]
-        return overlapping
+            )
+        return problems
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Index:
-    """The content of index.json: every tensor's boxes, and every other file's size and checksum."""
+    """The content of index.json: each tensor's shards, each other file's size and checksum."""
 
     iteration: int
     world_size: int
@@ -150,7 +161,8 @@ class Index:
 
     @classmethod
     def from_json(cls, text: str) -> "Index":
-        """Parse index.json. Raises CheckpointError on another format version, or when it is damaged or unsafe."""
+        """Parse index.json. Raises CheckpointError when it is damaged, unsafe or of another format
+        version."""
         try:
             raw = json.loads(text)
             version = raw["format_version"]
@@ -173,28 +185,28 @@ class Index:
 
     def _refuse_if_unsound(self) -> None:
         for name in self.files:
-            # A name such as ../../secret would make the reader open files outside the checkpoint's folder.
+            # A name such as ../../secret would open a file outside the checkpoint's folder.
             if name in ("", ".", "..") or "/" in name or "\\" in name:
                 raise CheckpointError(
                     f"{INDEX_FILE}: unsafe file name {name!r}: it must lie in this folder"
                 )
         for name, tensor in self.tensors.items():
-            for part in tensor.boxes:
-                if part.file not in self.files:
+            for shard in tensor.shards:
+                if shard.file not in self.files:
                     raise CheckpointError(
-                        f"{INDEX_FILE}: {name} lies in {part.file!r}, which is not listed"
+                        f"{INDEX_FILE}: {name} lies in {shard.file!r}, which is not listed"
                     )
-                if not lies_within(part.box, tensor.shape):
+                if not lies_within(shard.box, tensor.shape):
                     raise CheckpointError(
-                        f"{INDEX_FILE}: {name}: {part.box} lies outside the shape {tensor.shape}"
+                        f"{INDEX_FILE}: {name}: {shard.box} lies outside the shape {tensor.shape}"
                     )
 
 
 def _tensor_to_dict(tensor: StoredTensor) -> dict:
-    boxes = [
-        {"file": part.file, "key": part.key, "offset": part.box.offset, "shape": part.box.shape}
-        for part in tensor.boxes
-    ]
+    boxes = []
+    for shard in tensor.shards:
+        box = {"offset": shard.box.offset, "shape": shard.box.shape}
+        boxes.append({"file": shard.file, "key": shard.key, **box})
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": tensor.shape,
@@ -203,13 +215,11 @@ def _tensor_to_dict(tensor: StoredTensor) -> dict:
 
 
 def _tensor_from_dict(item: dict) -> StoredTensor:
-    boxes = tuple(
-        StoredBox(
-            str(part["file"]), str(part["key"]), Box(_ints(part["offset"]), _ints(part["shape"]))
-        )
-        for part in item["boxes"]
-    )
-    return StoredTensor(_DTYPE_NAMES[item["dtype"]], _ints(item["shape"]), boxes)
+    shards = []
+    for stored in item["boxes"]:
+        box = Box(_ints(stored["offset"]), _ints(stored["shape"]))
+        shards.append(StoredShard(str(stored["file"]), str(stored["key"]), box))
+    return StoredTensor(_DTYPE_NAMES[item["dtype"]], _ints(item["shape"]), tuple(shards))
 
 
 def _ints(values: list) -> tuple[int, ...]:
@@ -217,52 +227,66 @@ def _ints(values: list) -> tuple[int, ...]:
 
 
 def rank_file(rank: int) -> str:
-    """Name of the file in which a rank stores its boxes and its private tensors."""
+    """Name of the file in which a rank stores its shards and its private tensors."""
     return f"weights-{rank:05d}.safetensors"
 
 
 def write_file(path: Path, chunks: Iterable) -> StoredFile:
-    """Write bytes-like chunks through to the disk (fsync) and return the file's size and checksum."""
-    size, digest = 0, hashlib.sha256()
-    with open(path, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write bytes-like chunks through to the disk (fsync); returns the file's size and checksum.
+
+    Raises OSError, with the path, when the disk is full or fails.
+    """
+    size = 0
+    digest = hashlib.sha256()
+    try:
+        with open(path, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # those of write() and fsync() name no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return StoredFile(size, digest.hexdigest())
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> StoredFile:
     """Write a safetensors file from tensors on any device, contiguous or not.
 
-    Streamed here instead of `safetensors.torch.save_file`: only one tensor at a time is copied to the host, the
-    checksum comes from the same pass, overlapping views are allowed, and the file has the user's permissions.
+    Streamed here instead of `safetensors.torch.save_file`: only one tensor at a time is copied to
+    the host, the checksum comes from the same pass, overlapping views are allowed, and the file has
+    the user's permissions. Raises CheckpointError for a dtype that cannot be stored, OSError.
     """
-    # Wide elements first: every tensor then begins at a multiple of its element size and can be mapped in place.
+    # Wide elements first: every tensor then begins at a multiple of its element size and can be
+    # mapped in place.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    entries, end = {}, 0
+    # The header: where each tensor's bytes begin and end.
+    entries = {}
+    end = 0
     for key, tensor in ordered:
         if tensor.dtype not in SAFETENSORS_DTYPES:
             raise CheckpointError(
                 f"{key}: {tensor.dtype} cannot be stored; possible: {', '.join(_DTYPE_NAMES)}"
             )
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
+        start = end
+        end += tensor.numel() * tensor.element_size()
         entries[key] = {
             "dtype": SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": shape,
+            "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
+    # The bytes, one tensor at a time.
     contents = (_raw_bytes(tensor) for _, tensor in ordered)
     return write_file(path, itertools.chain([struct.pack("<Q", len(header)), header], contents))
 
 
 def _raw_bytes(tensor: torch.Tensor):
-    """A 1-D uint8 array of the tensor's elements in row-major order, without a copy where they lie so already."""
+    """The bytes of the tensor's elements in row-major order, as uint8 [n]; no copy of a contiguous
+    tensor on the CPU."""
     dense = tensor.detach().cpu().contiguous()
-    # Not `view(-1)`: a dim of size 1 counts as contiguous whatever its stride, and a stride other than 1 has no bytes.
+    # Not `view(-1)`: a dim of size 1 counts as contiguous whatever its stride, and a tensor with a
+    # last stride other than 1 cannot be viewed as bytes.
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""Read a checkpoint in any layout: a wanted box is assembled from the stored boxes it meets."""
+"""Read a checkpoint in any layout: a box is assembled from the stored shards it intersects."""
 
 import difflib
 import hashlib
@@ -26,17 +26,18 @@ from megalite.checkpoint.format import (
     SHOWN_PROBLEMS,
     Index,
     Shard,
-    StoredBox,
+    StoredShard,
     StoredTensor,
     lies_within,
     listing,
     rank_file,
 )
 from megalite.parallel.boxes import Box
+from megalite.system.errors import explain_os_error
 
 
 class Checkpoint:
-    """An open checkpoint. Every rank may open it on its own; nothing here communicates. Usable in a `with` block."""
+    """An open checkpoint, usable in a `with` block. Each rank may open it; nothing communicates."""
 
     def __init__(self, folder: Path, index: Index, state: dict, config_yaml: str):
         self.folder = folder
@@ -50,7 +51,9 @@ class Checkpoint:
     def open(cls, root: str | Path, step: int | None = None) -> "Checkpoint":
         """Open the latest checkpoint in `root`, or that of iteration `step`.
 
-        Raises CheckpointError when it is not there, damaged, of another format version, or lacks (part of) a file.
+        `root` may also be the folder of one checkpoint (`SAVE/iter_0000100`). Raises
+        CheckpointError when the checkpoint is not there, is damaged or of another format version,
+        or when a file is missing or truncated.
         """
         folder = _find(Path(root), step)
         try:
@@ -60,7 +63,9 @@ class Checkpoint:
             return cls(folder, index, state, (folder / CONFIG_FILE).read_text())
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from error
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be read: {explain_os_error(error)}") from error
+        except ValueError as error:
             raise CheckpointError(f"{folder} cannot be read: {error}") from error
 
     def close(self) -> None:
@@ -99,7 +104,7 @@ class Checkpoint:
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         """One box of a tensor (None: all of it), on the CPU, in the stored dtype.
 
-        Raises CheckpointError when the name is unknown, or the box does not lie in the stored shape.
+        Raises CheckpointError when the name is unknown or the box is outside the stored shape.
         """
         stored = self._stored(name)
         box = Box.whole(stored.shape) if box is None else box
@@ -109,12 +114,11 @@ class Checkpoint:
             )
         out = torch.empty(box.shape, dtype=stored.dtype)
         filled = 0
-        for part in stored.boxes:
-            common = part.box.intersect(box)
+        for shard in stored.shards:
+            common = shard.box.intersect(box)
             if common:
-                out[common.slices_in(box)] = self._slice(part, stored.dtype)[
-                    common.slices_in(part.box)
-                ]
+                source = self._slice(shard, stored.dtype)
+                out[common.slices_in(box)] = source[common.slices_in(shard.box)]
                 filled += common.numel
         if filled != box.numel:
             raise CheckpointError(
@@ -122,32 +126,40 @@ class Checkpoint:
             )
         return out
 
-    def check(self, pieces: Iterable[Shard]) -> None:
-        """Raise one CheckpointError that lists every piece whose name is missing or whose global shape differs."""
-        pieces = list(pieces)
-        missing = sorted({piece.name for piece in pieces if piece.name not in self._index.tensors})
-        problems = [
-            f"{piece.name}: shape {self.shape(piece.name)} is stored, {tuple(piece.global_shape)} is wanted"
-            for piece in pieces
-            if piece.name not in missing and self.shape(piece.name) != tuple(piece.global_shape)
-        ]
+    def check(self, shards: Iterable[Shard]) -> None:
+        """Raise one CheckpointError that lists every shard whose tensor is not stored, or is stored
+        with another global shape."""
+        missing = set()
+        problems = []
+        for shard in shards:
+            wanted = tuple(shard.global_shape)
+            if shard.name not in self._index.tensors:
+                missing.add(shard.name)
+            elif self.shape(shard.name) != wanted:
+                problems.append(
+                    f"{shard.name}: shape {self.shape(shard.name)} is stored, {wanted} is wanted"
+                )
         if not missing and not problems:
             return
-        # Finding near names is slow: only for those that are shown.
-        lines = [
-            f"{name}: not stored{self._nearest(name)}" for name in missing[:SHOWN_PROBLEMS]
-        ] + problems
+        # Finding similar names is slow: only for those that are shown.
+        shown = sorted(missing)[:SHOWN_PROBLEMS]
+        lines = [f"{name}: not stored{self._nearest(name)}" for name in shown]
         total = len(missing) + len(problems)
-        raise CheckpointError(listing(f"{self.folder} does not hold what is wanted:", lines, total))
+        heading = f"{self.folder} does not hold what is wanted:"
+        raise CheckpointError(listing(heading, lines + problems, total))
 
-    def read_into(self, piece: Shard) -> None:
-        """Fill the piece's tensor from the checkpoint, converted to its dtype and device. Raises as `check` does."""
-        self.check([piece])
+    def read_into(self, shard: Shard) -> None:
+        """Fill the shard's tensor, converted to its dtype and device.
+
+        Raises CheckpointError when the tensor is not stored, or with another global shape.
+        """
+        self.check([shard])
         with torch.no_grad():
-            piece.tensor.copy_(self.read(piece.name, piece.box))
+            shard.tensor.copy_(self.read(shard.name, shard.box))
 
     def private(self, rank: int, world_size: int) -> dict[str, torch.Tensor] | None:
-        """The tensors that this rank alone stored; None when the checkpoint was written by another number of ranks."""
+        """The tensors that this rank alone stored; None when another number of ranks wrote the
+        checkpoint."""
         if world_size != self.world_size:
             return None
         file = self._file(rank_file(rank))
@@ -158,15 +170,13 @@ class Checkpoint:
         }
 
     def verify(self) -> None:
-        """Compare every file's SHA-256 with the index, and the boxes with the shapes.
+        """Compare every file's SHA-256 with the index, and every tensor's shards with its shape.
 
         Reads everything. Raises CheckpointError that lists all damage.
         """
-        problems = [
-            problem
-            for name, tensor in self._index.tensors.items()
-            for problem in tensor.problems(name)
-        ]
+        problems = []
+        for name, tensor in self._index.tensors.items():
+            problems += tensor.problems(name)
         for name, file in self._index.files.items():
             if _sha256(self.folder / name) != file.sha256:
                 problems.append(f"{name}: its checksum differs from the index")
@@ -189,29 +199,29 @@ class Checkpoint:
         if name not in self._open_files:
             try:
                 self._open_files[name] = safe_open(self.folder / name, framework="pt")
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
+                raise CheckpointError(f"{explain_os_error(error)}") from error
+            except SafetensorError as error:
                 raise CheckpointError(f"{self.folder / name} cannot be read: {error}") from error
         return self._open_files[name]
 
-    def _slice(self, part: StoredBox, dtype: torch.dtype):
-        """A lazily read tensor of the file, checked against what the index says of it."""
+    def _slice(self, shard: StoredShard, dtype: torch.dtype):
+        """A stored tensor, read when it is indexed. Its shape and dtype are those of the index."""
         try:
-            data = self._file(part.file).get_slice(part.key)
+            data = self._file(shard.file).get_slice(shard.key)
         except SafetensorError as error:
-            raise CheckpointError(f"{self.folder / part.file}: {error}") from error
-        found, expected = (
-            (tuple(data.get_shape()), data.get_dtype()),
-            (part.box.shape, SAFETENSORS_DTYPES[dtype]),
-        )
+            raise CheckpointError(f"{self.folder / shard.file}: {error}") from error
+        found = (tuple(data.get_shape()), data.get_dtype())
+        expected = (shard.box.shape, SAFETENSORS_DTYPES[dtype])
         if found != expected:
             raise CheckpointError(
-                f"{self.folder / part.file}: {part.key} is {found}, the index says {expected}"
+                f"{self.folder / shard.file}: {shard.key} is {found}, the index says {expected}"
             )
         return data
 
 
 def _find(root: Path, step: int | None) -> Path:
-    """The folder to open. Raises CheckpointError that names what is there instead."""
+    """The folder to open. Raises CheckpointError, with the checkpoints that exist instead."""
     there = ", ".join(map(iteration_folder, list_iterations(root))) or "no checkpoint"
     iteration = latest_iteration(root) if step is None else step
     if iteration is None:

@@ -1,4 +1,4 @@
-"""Write a checkpoint: every rank its own file, one commit for all, nothing half-done ever visible."""
+"""Write a checkpoint: one file per rank, one commit for all; an unfinished one is never visible."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from megalite.checkpoint.format import (
     PRIVATE_PREFIX,
     Index,
     Shard,
-    StoredBox,
+    StoredShard,
     StoredFile,
     StoredTensor,
     listing,
@@ -34,12 +34,13 @@ from megalite.checkpoint.format import (
     write_tensors,
 )
 from megalite.parallel.collectives import Group, gather_objects
+from megalite.system.errors import explain_os_error
 
 
 def write(
     root: str | Path,
     iteration: int,
-    pieces: Iterable[Shard],
+    shards: Iterable[Shard],
     private: dict[str, torch.Tensor],
     state: dict,
     config_yaml: str,
@@ -47,23 +48,24 @@ def write(
     keep_last: int | None = None,
     lease: Lease | None = None,
 ) -> Path:
-    """Write the checkpoint `root/iter_N` and make it the latest; every rank of `world` calls this. Returns its folder.
+    """Write the checkpoint `root/iter_N` and make it the latest. Returns its folder. Collective.
 
-    Together the ranks' pieces must cover every named tensor exactly once. `private` tensors belong to this rank alone
-    (random streams). `state` (JSON), `config_yaml` and `keep_last` are taken from rank 0; `keep_last` removes all but
-    that many newest checkpoints, counted up to this one. `root` must be the same folder on every rank. `lease` is rank
-    0's; without one it claims `root` now.
+    Together the ranks' shards must cover every named tensor exactly once. `private` tensors belong
+    to this rank alone (random streams). `state` (JSON), `config_yaml` and `keep_last` are taken
+    from rank 0; `keep_last` removes all but that many newest checkpoints, counted up to this one.
+    `root` must be the same folder on every rank. `lease` is rank 0's; without one, rank 0 takes the
+    lease of `root` now.
 
-    Raises CheckpointError on every rank when any rank fails, or another run has claimed `root`; the previous checkpoint
-    then stays the latest.
+    Raises CheckpointError on every rank when any rank fails, or another run has taken the lease;
+    the previous checkpoint then stays the latest.
     """
     lease = _on_first(world, lambda: lease or Lease.take(root))
     try:
         draft, texts = _on_first(
             world, lambda: _begin(lease, iteration, state, config_yaml, keep_last)
         )
-        parts = _on_all(world, lambda: _write_part(draft, world.rank, pieces, private))
-        _on_first(world, lambda: _commit(lease, draft, iteration, parts, texts))
+        written = _on_all(world, lambda: _write_rank(draft, world.rank, shards, private))
+        _on_first(world, lambda: _commit(lease, draft, iteration, written, texts))
     except CheckpointError:
         _on_first(world, lambda: _give_up(lease))
         raise
@@ -73,21 +75,23 @@ def write(
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What one rank wrote: the boxes of its tensors, and its file."""
+class _Written:
+    """What one rank wrote: the shards of its tensors, and its file."""
 
     tensors: dict[str, StoredTensor]
     file: StoredFile
 
 
 def _on_all(world: Group, action: Callable) -> list:
-    """Run `action` on every rank and return all results; when it fails anywhere, raise on every rank."""
-    result, failure = None, None
+    """Run `action` on every rank and return all results.
+
+    When it fails on any rank, raises CheckpointError with the reasons on every rank.
+    """
+    result = None
+    failure = None
     try:
         result = action()
-    except (
-        Exception
-    ) as error:  # whatever it is, the other ranks wait for the outcome below and must learn of it
+    except Exception as error:  # of any kind: the other ranks wait below and must learn of it
         failure = error
     outcomes = gather_objects((result, failure and _describe(failure)), world)
     reasons = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(outcomes) if reason]
@@ -97,18 +101,23 @@ def _on_all(world: Group, action: Callable) -> list:
 
 
 def _on_first(world: Group, action: Callable):
-    """Run `action` on rank 0 and return its result everywhere; when it fails, raise on every rank."""
+    """Run `action` on rank 0 and return its result on every rank, or raise there as _on_all."""
     return _on_all(world, action if world.rank == 0 else lambda: None)[0]
 
 
 def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {explain_os_error(error)}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _begin(
     lease: Lease, iteration: int, state: dict, config_yaml: str, keep_last: int | None
 ) -> tuple[Path, dict[str, str]]:
-    """Make the draft folder on the owner's staging_dir. Returns it, and the contents of its text files."""
+    """Make the draft folder in the owner's staging directory. Returns it, and the contents of its
+    text files by name."""
     texts = {STATE_FILE: json.dumps(state, indent=1), CONFIG_FILE: config_yaml}
     if keep_last is not None and keep_last < 1:
         raise CheckpointError(f"keep_last must be at least 1, or None to keep all; got {keep_last}")
@@ -119,54 +128,63 @@ def _begin(
 
 
 def _give_up(lease: Lease) -> None:
-    """Remove the draft. Raises CheckpointError when the run was replaced: that is then the reason."""
+    """Remove the draft. Raises CheckpointError when the run was replaced: then that is the reason
+    of the failure."""
     with suppress(OSError, ValueError):
         lease.check()
         lease.clear()
 
 
-def _write_part(
-    draft: Path, rank: int, pieces: Iterable[Shard], private: dict[str, torch.Tensor]
-) -> _Part:
+def _write_rank(
+    draft: Path, rank: int, shards: Iterable[Shard], private: dict[str, torch.Tensor]
+) -> _Written:
+    """Write this rank's file: its shards and its private tensors."""
     tensors = {PRIVATE_PREFIX + name: tensor for name, tensor in private.items()}
     stored: dict[str, StoredTensor] = {}
-    for piece in pieces:
-        known = stored.get(piece.name)
-        boxes = known.boxes if known else ()
-        if piece.box.numel:
-            key = f"{piece.name}@{len(boxes)}" if boxes else piece.name
-            tensors[key] = piece.tensor
-            boxes += (StoredBox(rank_file(rank), key, piece.box),)
-        # An empty piece is noted too: a tensor of which all ranks hold nothing is then missed by name.
-        stored[piece.name] = StoredTensor(piece.tensor.dtype, tuple(piece.global_shape), boxes)
-    return _Part(stored, write_tensors(draft / rank_file(rank), tensors))
+    for shard in shards:
+        known = stored.get(shard.name)
+        earlier = known.shards if known else ()
+        if shard.box.numel:
+            key = f"{shard.name}@{len(earlier)}" if earlier else shard.name
+            tensors[key] = shard.tensor
+            earlier += (StoredShard(rank_file(rank), key, shard.box),)
+        # An empty shard is recorded too: a tensor of which every rank holds nothing is then
+        # reported as not covered.
+        shape = tuple(shard.global_shape)
+        stored[shard.name] = StoredTensor(shard.tensor.dtype, shape, earlier)
+    return _Written(stored, write_tensors(draft / rank_file(rank), tensors))
 
 
-def _merge(parts: list[_Part]) -> dict[str, StoredTensor]:
-    """Join the ranks' boxes. Raises CheckpointError unless they cover every tensor exactly once."""
+def _merge(written: list[_Written]) -> dict[str, StoredTensor]:
+    """Join the ranks' shards. Raises CheckpointError unless they cover each tensor exactly once."""
     merged: dict[str, StoredTensor] = {}
     problems = []
-    for rank, part in enumerate(parts):
-        for name, tensor in part.tensors.items():
+    for rank, of_rank in enumerate(written):
+        for name, tensor in of_rank.tensors.items():
             known = merged.setdefault(name, StoredTensor(tensor.dtype, tensor.shape, ()))
-            if (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
-                here, there = (tensor.dtype, tensor.shape), (known.dtype, known.shape)
+            here = (tensor.dtype, tensor.shape)
+            there = (known.dtype, known.shape)
+            if here != there:
                 problems.append(f"{name}: rank {rank} says {here}, an earlier rank {there}")
-            merged[name] = StoredTensor(known.dtype, known.shape, known.boxes + tensor.boxes)
-    problems += [problem for name, tensor in merged.items() for problem in tensor.problems(name)]
+            merged[name] = StoredTensor(known.dtype, known.shape, known.shards + tensor.shards)
+    for name, tensor in merged.items():
+        problems += tensor.problems(name)
     if problems:
-        raise CheckpointError(listing("the ranks' pieces do not fit together:", problems))
+        raise CheckpointError(listing("the ranks' shards do not fit together:", problems))
     return merged
 
 
 def _commit(
-    lease: Lease, draft: Path, iteration: int, parts: list[_Part], texts: dict[str, str]
+    lease: Lease, draft: Path, iteration: int, written: list[_Written], texts: dict[str, str]
 ) -> None:
     """Write text files and index, then rename: draft to folder, and the name of the latest last."""
     root = lease.root
+    # The text files and the index of everything.
     files = {name: write_file(draft / name, [text.encode()]) for name, text in texts.items()}
-    files |= {rank_file(rank): part.file for rank, part in enumerate(parts)}
-    index = Index(iteration, len(parts), _merge(parts), files)
+    for rank, of_rank in enumerate(written):
+        files[rank_file(rank)] = of_rank.file
+    index = Index(iteration, len(written), _merge(written), files)
+    # Every rank's file must be visible here.
     for name, file in files.items():
         path = draft / name
         if not path.exists() or path.stat().st_size != file.bytes:
@@ -175,6 +193,7 @@ def _commit(
             )
     write_file(draft / INDEX_FILE, [index.to_json().encode()])
     fsync_folder(draft)
+    # The renames that make it visible.
     fresh = lease.staging_dir / LATEST_FILE
     write_file(fresh, [f"{iteration}\n".encode()])
     _move_in(lease, draft, iteration)
@@ -184,10 +203,10 @@ def _commit(
 
 
 def _move_in(lease: Lease, draft: Path, iteration: int) -> None:
-    """Rename the draft to `iter_N`. What stands there is kept under the next free name, `iter_N.replaced-K`.
+    """Rename the draft to `iter_N`; one that exists is kept as `iter_N.replaced-K`.
 
-    Should that be the latest and the run be killed right now, readers still find it: the highest K stands in for a
-    missing `iter_N`.
+    If that one is the latest and the run is killed between the two renames, readers still find it:
+    they open the one with the highest K when `iter_N` is missing.
     """
     root, folder = lease.root, lease.root / iteration_folder(iteration)
     if not folder.exists():
@@ -195,9 +214,11 @@ def _move_in(lease: Lease, draft: Path, iteration: int) -> None:
         return
     replaced = replaced_folders(root, iteration)
     number = 1 + int(replaced[-1].name.rpartition("-")[2]) if replaced else 1
-    # This path leads through the draft: it does not exist for a run that was replaced, whose successor's folder it is.
+    # This path leads through the draft, which is gone when this run was replaced: then the rename
+    # fails, and the successor's folder stays.
     here = draft / os.pardir / os.pardir
-    name, aside = folder.name, f"{folder.name}.replaced-{number}"
+    name = folder.name
+    aside = f"{name}.replaced-{number}"
     os.rename(here / name, here / aside)
     try:
         fsync_folder(root)
@@ -210,21 +231,21 @@ def _move_in(lease: Lease, draft: Path, iteration: int) -> None:
 
 
 def _prune(lease: Lease, latest: int, keep_last: int | None) -> None:
-    """Remove all but the `keep_last` newest checkpoints up to `latest`; later ones (an older branch) are left alone."""
+    """Remove all but the `keep_last` newest checkpoints up to iteration `latest`. Later ones, of an
+    older branch, are left alone."""
     if keep_last is None:
         return
     try:
-        for iteration in [number for number in list_iterations(lease.root) if number <= latest][
-            :-keep_last
-        ]:
-            # Renamed first: a kill in the middle of the deletion leaves nothing that looks like a checkpoint.
-            os.rename(
-                lease.root / iteration_folder(iteration),
-                lease.staging_dir / iteration_folder(iteration),
-            )
+        iterations = [number for number in list_iterations(lease.root) if number <= latest]
+        for iteration in iterations[:-keep_last]:
+            # Renamed first: a kill in the middle of the deletion leaves nothing that looks like a
+            # checkpoint.
+            name = iteration_folder(iteration)
+            os.rename(lease.root / name, lease.staging_dir / name)
         lease.clear()
     except OSError as error:
+        reason = explain_os_error(error)
         print(
-            f"checkpoint: could not remove what is older than the last {keep_last}: {error}",
+            f"checkpoint: could not remove checkpoints older than the last {keep_last}: {reason}",
             flush=True,
         )

@@ -1,72 +1,82 @@
-"""Replicas that must be equal are equal: a check against faulty memory, faulty hardware and missing reductions."""
+"""Check that replicas are bitwise equal: finds faulty memory, hardware and missing reductions."""
 
 import hashlib
 from collections import Counter, defaultdict
 
 import torch
 
+from megalite.checkpoint.format import listing
 from megalite.parallel.collectives import gather_objects
 from megalite.parallel.context import ParallelContext
 from megalite.training.build import TrainingComponents
 
 
 class ReplicasDiffer(RuntimeError):
-    """Ranks that hold the same part of a parameter hold different values."""
+    """Ranks that hold the same shard of a parameter hold different values."""
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    """A hash of the values, bit by bit."""
+    """A hash of all bits of the values."""
     data = tensor.detach().contiguous().cpu().view(torch.uint8).numpy()
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def check_replicas(parts: TrainingComponents, context: ParallelContext, iteration: int) -> None:
-    """Compare hashes of all parameters, and of the optimizer's master weights and moments, among the ranks that hold
-    the same box of them: data replicas, tensor ranks of what is not split, first and last stage of a tied embedding.
-    Collective over the world.
+    """Compare hashes of parameters, master weights and moments among the ranks that hold the same
+    box of them: data replicas, tensor ranks of what is not sharded over them, first and last stage
+    of a tied embedding. Collective over the world.
 
-    Raises ReplicasDiffer on every rank; rank 0's names tensors and ranks, with more than two replicas the odd ones out.
+    Raises ReplicasDiffer on every rank. Rank 0's names the tensors and ranks; with more than two
+    replicas, the ranks that differ from the majority.
     """
-    parameters = parts.model.parameters_by_name
-    tensors = [(name, name, parameter) for name, parameter in parameters.items()]
-    tensors += [
-        (f"optimizer.{kind}.{name}", name, tensor) for kind, name, tensor in parts.optimizer.state()
-    ]
-    mine = {}
-    for title, name, tensor in tensors:
-        spec = parameters[name].spec
-        if spec.box.numel:
-            mine[title, spec.box.offset] = _digest(spec.real(tensor))
+    # Which ranks hold which digest of each shard.
     held = defaultdict(dict)
-    for rank, digests in enumerate(gather_objects(mine, context.control)):
-        for part, digest in digests.items():
-            held[part][rank] = digest
+    for rank, digests in enumerate(gather_objects(_digests(parts), context.control)):
+        for shard, digest in digests.items():
+            held[shard][rank] = digest
     problems = []
     for (name, offset), by_rank in sorted(held.items()):
-        counts = Counter(by_rank.values())
-        if len(counts) == 1:
-            continue
-        usual, votes = counts.most_common(1)[0]
-        if votes > len(by_rank) / 2:
-            odd = [rank for rank, digest in by_rank.items() if digest != usual]
-            problems.append(
-                f"{name} at {offset}: {_ranks(odd)} differ(s) from the other {votes} of ranks {list(by_rank)}"
-            )
-        else:
-            problems.append(f"{name} at {offset}: ranks {list(by_rank)} do not agree")
+        if difference := _difference(by_rank):
+            problems.append(f"{name} at {offset}: {difference}")
     if problems and context.rank > 0:
         raise ReplicasDiffer(
             f"after iteration {iteration}, replicas are not equal: see rank 0's message"
         )
     if problems:
-        shown = "\n  ".join(problems[:20]) + (
-            f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        heading = (
+            f"after iteration {iteration}, replicas of {len(problems)} shard(s) are not equal:"
         )
         raise ReplicasDiffer(
-            f"after iteration {iteration}, replicas of {len(problems)} tensor part(s) are not equal to the bit:\n  "
-            f"{shown}\nSuspect the memory of those ranks' devices, or code that changes weights on some ranks only. "
-            "Every checkpoint was checked before it was saved: resume from the last one."
+            f"{listing(heading, problems)}\nSuspect the memory of those ranks' devices, or code "
+            "that changes weights on some ranks only. Every checkpoint was checked before it was "
+            "saved: resume from the last one."
         )
+
+
+def _digests(parts: TrainingComponents) -> dict[tuple[str, tuple[int, ...]], str]:
+    """Digest of each shard that this rank holds, by its name and offset."""
+    parameters = parts.model.parameters_by_name
+    tensors = [(name, name, parameter) for name, parameter in parameters.items()]
+    for kind, name, tensor in parts.optimizer.state():
+        tensors.append((f"optimizer.{kind}.{name}", name, tensor))
+    digests = {}
+    for title, name, tensor in tensors:
+        spec = parameters[name].spec
+        if spec.box.numel:
+            digests[title, spec.box.offset] = _digest(spec.real(tensor))
+    return digests
+
+
+def _difference(by_rank: dict[int, str]) -> str:
+    """Which ranks' digests differ, in words; an empty string when all are equal."""
+    counts = Counter(by_rank.values())
+    if len(counts) == 1:
+        return ""
+    usual, votes = counts.most_common(1)[0]
+    if votes <= len(by_rank) / 2:
+        return f"ranks {list(by_rank)} do not agree"
+    odd = [rank for rank, digest in by_rank.items() if digest != usual]
+    return f"{_ranks(odd)} differ(s) from the other {votes} of ranks {list(by_rank)}"
 
 
 def _ranks(ranks: list[int]) -> str:

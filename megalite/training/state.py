@@ -1,4 +1,4 @@
-"""What a training run must keep to go on to the bit, as pieces of a checkpoint."""
+"""The state of a training run for a bit-exact resume, as shards of a checkpoint."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,35 +23,36 @@ OPTIMIZER = "optimizer."
 
 @dataclass
 class Progress:
-    """Where a run stands. Global counters only: no layout, no rank."""
+    """How far a run has come. Global counters only: no layout, no rank."""
 
     iteration: int = 0
     """Optimizer steps done."""
     consumed_samples: int = 0
     """Training sequences used, which is also the position in the data."""
     data: DataState | None = None
-    """The training data and what was used of each source. None: not known yet."""
+    """The training data, and how many samples of each source are used. None: not known yet."""
     notes: list[str] = field(default_factory=list)
-    """What a reader of the log should know about how this state came about."""
+    """Lines for the log about how this state was restored."""
 
 
-def _piece(parameter: torch.nn.Parameter, stored_name: str, tensor: torch.Tensor) -> Shard:
-    """The part of `tensor`, shaped like the parameter, that belongs to this rank's box."""
+def _shard(parameter: torch.nn.Parameter, stored_name: str, tensor: torch.Tensor) -> Shard:
+    """This rank's shard of a tensor that is shaped like the parameter."""
     spec = parameter.spec
     return Shard(stored_name, spec.real(tensor.detach()), spec.global_shape, spec.box)
 
 
 def _owned(parts: TrainingComponents, context: ParallelContext) -> Iterator[Shard]:
-    """The shards of model and optimizer that this rank writes: each is written once, by its primary owner."""
+    """The shards of model and optimizer that this rank writes: each is written once, by its primary
+    owner."""
     parameters = parts.model.parameters_by_name
     position = context.coordinates
     owned = {name for name, p in parameters.items() if p.spec.is_primary(position)}
     for name, parameter in parameters.items():
         if name in owned:
-            yield _piece(parameter, name, parameter)
+            yield _shard(parameter, name, parameter)
     for kind, name, tensor in parts.optimizer.state():
         if name in owned:
-            yield _piece(parameters[name], f"{OPTIMIZER}{kind}.{name}", tensor)
+            yield _shard(parameters[name], f"{OPTIMIZER}{kind}.{name}", tensor)
 
 
 def save_state(
@@ -61,7 +62,10 @@ def save_state(
     context: ParallelContext,
     lease: Lease | None = None,
 ) -> None:
-    """Write a checkpoint of the run to --save. Collective; raises CheckpointError on every rank when any rank fails."""
+    """Write a checkpoint of the run to --save. Collective.
+
+    Raises CheckpointError on every rank when any rank fails; the previous checkpoint stays.
+    """
     state = {
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_samples,
@@ -81,24 +85,27 @@ def save_state(
         checkpoint.save,
         progress.iteration,
         _owned(parts, context),
-        streams,
-        state,
-        to_yaml(config),
-        context.control,
-        checkpoint.keep_last,
-        lease,
+        private=streams,
+        state=state,
+        config_yaml=to_yaml(config),
+        world=context.control,
+        keep_last=checkpoint.keep_last,
+        lease=lease,
     )
 
 
 def load_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Read a model's parameters, or some of them, by name into this rank's boxes, whatever the layout that wrote them:
-    from the fp32 master weights where there are any and the model is not bf16 itself. Raises CheckpointError listing
-    all that does not fit."""
-    pieces = []
+    """Read a model's parameters, or some of them, by name into this rank's boxes. Any layout may
+    have written them.
+
+    A model that is not bf16 takes the fp32 master weights where they are stored. Raises
+    CheckpointError that lists every parameter that does not fit.
+    """
+    shards = []
     for name, parameter in parameters.items():
         stored = _best_source(checkpoint, name) if parameter.dtype != torch.bfloat16 else name
-        pieces.append(_piece(parameter, stored, parameter))
-    _read(checkpoint, pieces)
+        shards.append(_shard(parameter, stored, parameter))
+    _read(checkpoint, shards)
 
 
 def _best_source(checkpoint: Checkpoint, name: str) -> str:
@@ -110,39 +117,42 @@ def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: R
     stored = checkpoint.state["optimizer"]
     if stored != config.optimizer.optimizer:
         raise CheckpointError(
-            f"{checkpoint.folder} holds the state of --optimizer {stored}, this run uses {config.optimizer.optimizer}; "
-            f"use --optimizer {stored}, or --no-load-optim to start the optimizer anew"
+            f"{checkpoint.folder} holds the state of --optimizer {stored}, this run uses "
+            f"{config.optimizer.optimizer}; use --optimizer {stored}, or --no-load-optim to start "
+            "the optimizer from scratch"
         )
-    pieces = []
+    shards = []
     for kind, name, tensor in parts.optimizer.state():
         source = _best_source(checkpoint, name) if kind == "master" else f"{OPTIMIZER}{kind}.{name}"
-        pieces.append(_piece(parts.optimizer.parameters[name], source, tensor))
-    _read(checkpoint, pieces)
+        shards.append(_shard(parts.optimizer.parameters[name], source, tensor))
+    _read(checkpoint, shards)
     parts.optimizer.set_steps(checkpoint.state["optimizer_steps"])
 
 
 def _load_master(checkpoint: Checkpoint, parts: TrainingComponents) -> None:
-    """The master weights of a bf16 model from the best that is stored, which may be finer than bf16."""
-    if parts.optimizer.keeps_master:
-        parameters = parts.optimizer.parameters
-        masters = parts.optimizer.master.items()
-        _read(
-            checkpoint,
-            [_piece(parameters[name], _best_source(checkpoint, name), m) for name, m in masters],
-        )
+    """Fill the master weights of a bf16 model from the stored master weights, else the weights."""
+    optimizer = parts.optimizer
+    if not optimizer.keeps_master:
+        return
+    shards = []
+    for name, master in optimizer.master.items():
+        source = _best_source(checkpoint, name)
+        shards.append(_shard(optimizer.parameters[name], source, master))
+    _read(checkpoint, shards)
 
 
-def _read(checkpoint: Checkpoint, pieces: list[Shard]) -> None:
-    checkpoint.check(pieces)
-    for piece in pieces:
-        checkpoint.read_into(piece)
+def _read(checkpoint: Checkpoint, shards: list[Shard]) -> None:
+    checkpoint.check(shards)
+    for shard in shards:
+        checkpoint.read_into(shard)
 
 
 def load_state(parts: TrainingComponents, config: RunConfig, context: ParallelContext) -> Progress:
-    """Continue from --load: weights, optimizer, random streams and position in the data, as the flags say.
+    """Continue from --load: weights, optimizer, random streams and data position, as the flags say.
 
-    Any layout reads any layout's checkpoint. The streams of --rng-scheme megatron belong to ranks, so under another
-    layout they start from the seed; a note says so. Raises CheckpointError when something wanted is not there.
+    Any layout reads any layout's checkpoint. The streams of --rng-scheme megatron belong to ranks,
+    so in another layout they start from the seed; a note says so. Raises CheckpointError when
+    something that the flags ask for is not stored.
     """
     options = config.checkpoint
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
@@ -152,45 +162,43 @@ def load_state(parts: TrainingComponents, config: RunConfig, context: ParallelCo
         else:
             _load_optimizer(checkpoint, parts, config)
         if options.finetune:
-            return Progress(
-                notes=[
-                    f"weights from {checkpoint.folder}; everything else starts anew (--finetune)"
-                ]
-            )
+            note = f"weights from {checkpoint.folder}; all else starts from scratch (--finetune)"
+            return Progress(notes=[note])
         state = checkpoint.state
-        data = (
-            DataState.from_json(state["data"]) if state.get("data") else None
-        )  # older checkpoints do not tell
-        progress = Progress(state["iteration"], state["consumed_samples"], data)
+        progress = Progress(state["iteration"], state["consumed_samples"])
+        if state.get("data"):  # older checkpoints do not have it
+            progress.data = DataState.from_json(state["data"])
         progress.notes.append(f"resumed from {checkpoint.folder} at iteration {progress.iteration}")
-        batch = config.data.global_batch_size
-        if (
-            config.training.train_samples
-            and progress.consumed_samples != progress.iteration * batch
-        ):
-            done = (
-                progress.iteration
-                + (config.training.train_samples - progress.consumed_samples) // batch
-            )
-            raise CheckpointError(
-                f"{checkpoint.folder} has used {progress.consumed_samples} samples in {progress.iteration} iterations, "
-                f"not --global-batch-size {batch} in each, so --train-samples {config.training.train_samples} is no "
-                f"whole number of iterations: use --train-iters {done} in its place"
-            )
+        _refuse_part_iterations(checkpoint, progress, config)
         progress.notes += _changes(checkpoint, config)
         _restore_streams(checkpoint, parts, config, context, progress)
     return progress
 
 
-def settle_data(progress: Progress, now: DataState, allow_change: bool) -> None:
-    """Let the run go on with the data `now` from where `progress` stands. A change is noted, and kept in the state.
+def _refuse_part_iterations(checkpoint: Checkpoint, progress: Progress, config: RunConfig) -> None:
+    """Raise CheckpointError when --train-samples are not whole iterations, since the batch size has
+    changed on the way."""
+    samples = config.training.train_samples
+    batch = config.data.global_batch_size
+    consumed = progress.consumed_samples
+    if samples and consumed != progress.iteration * batch:
+        iterations = progress.iteration + (samples - consumed) // batch
+        raise CheckpointError(
+            f"{checkpoint.folder} has used {consumed} samples in {progress.iteration} iterations, "
+            f"not --global-batch-size {batch} in each, so --train-samples {samples} is no whole "
+            f"number of iterations: use --train-iters {iterations} in its place"
+        )
 
-    Raises CheckpointError when the data is not the checkpoint's and --allow-data-change is not given.
+
+def settle_data(progress: Progress, now: DataState, allow_change: bool) -> None:
+    """Continue with the data `now` from the position in `progress`, where a change is recorded.
+
+    Raises CheckpointError when the data is not the checkpoint's and `allow_change` is False.
     """
     if progress.data is None:
         if progress.consumed_samples:
             progress.notes.append(
-                "the checkpoint does not tell which data it was made with: it is not compared"
+                "the checkpoint does not say which data it was made with: it is not compared"
             )
         progress.data = replace(now, start=0)
         return
@@ -210,7 +218,7 @@ def settle_data(progress: Progress, now: DataState, allow_change: bool) -> None:
 
 
 def data_changed(differences: list[str]) -> str:
-    """What is said when the data is not the checkpoint's."""
+    """The message for data that is not the checkpoint's."""
     return f"the training data is not what the checkpoint was made with: {'; '.join(differences)}"
 
 
@@ -232,29 +240,29 @@ def _restore_streams(
     context: ParallelContext,
     progress: Progress,
 ) -> None:
-    """Put the random streams where the checkpoint's run had them, if both runs have streams and the layout is its."""
+    """Restore the random streams, if both runs have streams and have the same layout and device."""
     scheme = config.training.rng_scheme
-    stored = checkpoint.state.get("rng_scheme", "megatron")  # the only one before it was noted down
+    stored = checkpoint.state.get("rng_scheme", "megatron")  # the only one of older checkpoints
     if stored != scheme:
         progress.notes.append(
-            f"the checkpoint was made with --rng-scheme {stored}, this run has {scheme}: from here on, dropout drops "
-            "other elements than the run that made it would have dropped"
+            f"the checkpoint was made with --rng-scheme {stored}, this run has {scheme}: from here "
+            "on, dropout drops other elements than the run that made it would have dropped"
         )
         return
     if scheme == "global" or config.checkpoint.no_load_rng:
         return
-    if (checkpoint.state["layout"], checkpoint.state["device"]) != (
-        _layout(context),
-        context.device.type,
-    ):
+    state = checkpoint.state
+    if state["layout"] != _layout(context) or state["device"] != context.device.type:
         progress.notes.append(
-            "layout or device are other ones: dropout's random streams start from the seed"
+            "the layout or the device has changed: dropout's random streams start from the seed"
         )
         return
     private = checkpoint.private(context.rank, context.world_size)
-    parts.rng.restore(
-        {name.removeprefix(RNG): value for name, value in private.items() if name.startswith(RNG)}
-    )
+    streams = {}
+    for name, value in private.items():
+        if name.startswith(RNG):
+            streams[name.removeprefix(RNG)] = value
+    parts.rng.restore(streams)
 
 
 def _layout(context: ParallelContext) -> dict:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.fence import DESK, OWNER_FILE
+from megalite.checkpoint.fence import OWNER_FILE, STAGING_PREFIX
 from megalite.checkpoint.format import Shard
 from megalite.checkpoint.save import write
 from megalite.parallel.boxes import Box, split
@@ -50,19 +50,20 @@ def cut(shape: tuple[int, ...], dim: int, parts: int) -> list[Box]:
 def save(
     root: Path,
     iteration: int,
-    *pieces: Shard,
+    *shards: Shard,
     state: dict | None = None,
     keep_last: int | None = None,
 ) -> Path:
     """Write a checkpoint from a single rank."""
-    return write(root, iteration, pieces, {}, state or {}, "lr: 0.1\n", ALONE, keep_last)
+    return write(root, iteration, shards, {}, state or {}, "lr: 0.1\n", ALONE, keep_last)
 
 
 def names_in(root: Path) -> list[str]:
-    """What lies in a folder, hidden entries included, without what tells the owner. Desks must be empty."""
-    assert not list(root.glob(f"{DESK}*/*"))
+    """Entries of a folder, hidden ones included, without those of its owner. Staging directories must
+    be empty."""
+    assert not list(root.glob(f"{STAGING_PREFIX}*/*"))
     return sorted(
         path.name
         for path in root.iterdir()
-        if path.name != OWNER_FILE and not path.name.startswith(DESK)
+        if path.name != OWNER_FILE and not path.name.startswith(STAGING_PREFIX)
     )

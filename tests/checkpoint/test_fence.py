@@ -30,11 +30,11 @@ def save(
 ) -> Path:
     """Write a checkpoint; `meanwhile` runs while its tensors are written."""
 
-    def pieces():
+    def shards():
         yield whole("w", torch.full((2,), value))
         meanwhile()
 
-    return write(root, iteration, pieces(), {}, {}, "", ALONE, keep_last, lease)
+    return write(root, iteration, shards(), {}, {}, "", ALONE, keep_last, lease)
 
 
 def test_the_latest_claim_counts(tmp_path):

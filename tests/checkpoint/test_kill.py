@@ -25,8 +25,8 @@ def save_until_killed(root, first, ready):
     while True:
         start = time.monotonic()
         tensor = torch.full(SHAPE, float(number))
-        pieces = [part("w", tensor, box) for box in cut(SHAPE, 0, 3)]
-        save(root, iteration_of(number), *pieces, state={"number": number}, keep_last=2)
+        shards = [part("w", tensor, box) for box in cut(SHAPE, 0, 3)]
+        save(root, iteration_of(number), *shards, state={"number": number}, keep_last=2)
         os.write(log, f"{number}\n".encode())
         if number == first:
             ready.send(time.monotonic() - start)

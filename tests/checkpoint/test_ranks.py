@@ -24,9 +24,9 @@ def numbers(iteration):
 def write_rows(context, root, iteration, holders):
     """Each rank that is in `holders` offers its rows."""
     rows = cut(SHAPE, 0, context.world_size)[context.rank]
-    pieces = [part("w", numbers(iteration), rows)] if context.rank in holders else []
+    shards = [part("w", numbers(iteration), rows)] if context.rank in holders else []
     private = {"rng": torch.tensor([context.rank], dtype=torch.uint8)}
-    return write(root, iteration, pieces, private, {"from": context.rank}, "", context.world)
+    return write(root, iteration, shards, private, {"from": context.rank}, "", context.world)
 
 
 def save_rows_read_columns(launch, root):
@@ -79,12 +79,12 @@ def fill_the_disk(context, root):
 
 
 def run_out_of_memory(context, root):
-    def pieces():
+    def shards():
         if context.rank == 1:
             raise MemoryError("too large")
         yield part("w", numbers(2), cut(SHAPE, 0, 3)[context.rank])
 
-    write(root, 2, pieces(), {}, {}, "", context.world)
+    write(root, 2, shards(), {}, {}, "", context.world)
 
 
 def forget_a_part(context, root):
@@ -105,7 +105,7 @@ def disagree_on_the_dtype(context, root):
 @pytest.mark.parametrize(
     ("fail", "text"),
     [
-        (fill_the_disk, "rank 1: OSError: [Errno 27] File too large"),
+        (fill_the_disk, "rank 1: OSError: [Errno 27] File too large: '"),
         (run_out_of_memory, "rank 1: MemoryError: too large"),
         (forget_a_part, "w: only 72 of the 120 elements"),
         (

@@ -48,7 +48,7 @@ def edit_index(folder, change):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_round_trip_to_the_bit(tmp_path, dtype):
+def test_round_trip_bitwise(tmp_path, dtype):
     tensor = random_bits((5, 7), dtype)
     save(tmp_path, 1, whole("b", tensor), whole("c", tensor.t()))
     with Checkpoint.open(tmp_path) as checkpoint:
@@ -103,7 +103,7 @@ def test_written_along_one_dim_read_along_another(tmp_path, written, wanted):
 def test_any_boxes_read_as_any_other_boxes(tmp_path):
     generator = random.Random(0)
 
-    def pieces_of(box, depth):
+    def boxes_of(box, depth):
         dim = generator.randrange(len(box.shape))
         if depth == 0 or box.shape[dim] < 2:
             return [box]
@@ -111,15 +111,15 @@ def test_any_boxes_read_as_any_other_boxes(tmp_path):
         left = Box(box.offset, (*box.shape[:dim], at, *box.shape[dim + 1 :]))
         offset = (*box.offset[:dim], box.offset[dim] + at, *box.offset[dim + 1 :])
         right = Box(offset, (*box.shape[:dim], box.shape[dim] - at, *box.shape[dim + 1 :]))
-        return pieces_of(left, depth - 1) + pieces_of(right, depth - 1)
+        return boxes_of(left, depth - 1) + boxes_of(right, depth - 1)
 
     for iteration in range(10):
         tensor = torch.randn([generator.randrange(1, 9) for _ in range(generator.randrange(1, 4))])
         everything = Box.whole(tuple(tensor.shape))
-        save(tmp_path, iteration, *(part("w", tensor, box) for box in pieces_of(everything, 4)))
+        save(tmp_path, iteration, *(part("w", tensor, box) for box in boxes_of(everything, 4)))
         checkpoint = Checkpoint.open(tmp_path)
         checkpoint.verify()
-        for box in pieces_of(everything, 4):
+        for box in boxes_of(everything, 4):
             assert same_bits(checkpoint.read("w", box), tensor[box.slices_in(everything)])
 
 
@@ -133,7 +133,7 @@ def test_read_into_converts_and_fills_views_of_parameters(tmp_path):
     assert not parameter[3:].any()
 
 
-def test_an_empty_piece_reads_nothing(tmp_path):
+def test_an_empty_shard_reads_nothing(tmp_path):
     save(tmp_path, 1, whole("w", torch.randn(4, 6)))
     empty = Shard("w", torch.zeros(0, 6), (4, 6), Box((4, 0), (0, 6)))
     Checkpoint.open(tmp_path).read_into(empty)
@@ -293,3 +293,22 @@ def test_an_index_that_disagrees_with_the_files_gives_no_wrong_values(tmp_path):
     edit_index(folder, lambda index: index["names"]["w"].update(boxes=[]))
     with pytest.raises(CheckpointError, match="0 of the 10 elements"):
         Checkpoint.open(tmp_path).read("w", Box((0,), (10,)))
+
+
+def test_the_folder_of_one_checkpoint_is_opened_as_that_checkpoint(tmp_path):
+    for iteration in (5, 20):
+        folder = save(tmp_path, iteration, whole("w", torch.tensor(iteration)))
+    older = tmp_path / "iter_0000005"
+    assert (list_iterations(older), latest_iteration(older)) == ([5], 5)
+    for step in (None, 5):
+        assert Checkpoint.open(older, step).read("w").item() == 5
+        assert Checkpoint.open(f"{older}/", step).folder == older
+    with pytest.raises(
+        CheckpointError, match=r"iter_0000020 does not exist; .* holds iter_0000005"
+    ):
+        Checkpoint.open(older, step=20)
+    folder.rename(tmp_path / "iter_0000020.replaced-1")
+    assert Checkpoint.open(tmp_path / "iter_0000020.replaced-1").iteration == 20
+    folder.mkdir()
+    assert list_iterations(folder) == []
+    assert latest_iteration(folder) is None

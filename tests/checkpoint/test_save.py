@@ -29,7 +29,7 @@ def scalar(value):
 
 
 @pytest.mark.parametrize(
-    ("pieces", "text"),
+    ("shards", "text"),
     [
         ([part("w", TENSOR, TOP)], "w: only 12 of the 24 elements"),
         ([part("w", TENSOR, TOP), part("w", TENSOR, TOP)], "w: .* overlap"),
@@ -42,15 +42,15 @@ def scalar(value):
     ],
     ids=["uncovered", "twice", "overlapping", "all empty", "dtype"],
 )
-def test_pieces_that_do_not_fit_are_refused_before_the_commit(tmp_path, pieces, text):
+def test_shards_that_do_not_fit_are_refused_before_the_commit(tmp_path, shards, text):
     save(tmp_path, 1, scalar(1))
     with pytest.raises(CheckpointError, match=text):
-        save(tmp_path, 2, *pieces)
+        save(tmp_path, 2, *shards)
     assert names_in(tmp_path) == ["iter_0000001", LATEST]
     assert value_at(tmp_path) == 1
 
 
-def test_a_piece_checks_itself():
+def test_a_shard_checks_itself():
     for name, shape, box in [
         ("w", (4, 6), BOTTOM),
         ("w", (1, 6), TOP),
@@ -68,14 +68,32 @@ def test_state_that_json_cannot_hold_is_refused(tmp_path):
     assert names_in(tmp_path) == []
 
 
-def test_pieces_may_come_from_a_generator_that_fails(tmp_path):
-    def pieces():
+def test_shards_may_come_from_a_generator_that_fails(tmp_path):
+    def shards():
         yield scalar(1)
         raise MemoryError("no room for the next copy")
 
     with pytest.raises(CheckpointError, match="rank 0: MemoryError: no room"):
-        write(tmp_path, 1, pieces(), {}, {}, "", ALONE)
+        write(tmp_path, 1, shards(), {}, {}, "", ALONE)
     assert names_in(tmp_path) == []
+
+
+def test_a_full_disk_is_named_and_the_previous_checkpoint_stays(tmp_path):
+    save(tmp_path, 1, scalar(1))
+
+    def shards():
+        """The file that is written next leads to a device that is always full."""
+        (draft,) = tmp_path.glob(".writing.*/iter_0000002")
+        (draft / "weights-00000.safetensors").symlink_to("/dev/full")
+        yield scalar(2)
+
+    with pytest.raises(CheckpointError) as caught:
+        write(tmp_path, 2, shards(), {}, {}, "", ALONE)
+    text = str(caught.value)
+    assert "iter_0000002/weights-00000.safetensors: No space left on device: " in text
+    assert "are free on the file system of" in text and "delete files" in text
+    assert names_in(tmp_path) == ["iter_0000001", LATEST]
+    assert value_at(tmp_path) == 1
 
 
 def test_keep_last_removes_the_oldest_after_the_commit(tmp_path):

@@ -9,7 +9,6 @@ from megalite.checkpoint.folder import (
     STATE_FILE,
     CheckpointError,
     checkpoint_folder,
-    iteration_folder,
     latest_iteration,
     list_iterations,
 )
@@ -55,16 +54,6 @@ def _nothing_to_load(config: RunConfig) -> Iterator[Finding]:
     c = config.checkpoint
     flags = ("load", "save", "ckpt_step", "finetune")
     if same_place(c.load, c.save) and c.ckpt_step is None and not c.finetune:
-        return
-    # The folder of one checkpoint, in place of the folder that holds it.
-    path = Path(c.load).absolute()
-    steps = [step for step in list_iterations(path.parent) if iteration_folder(step) == path.name]
-    if steps:
-        yield Finding(
-            f"--load {c.load} is the folder of one checkpoint, not the folder that holds it",
-            flags,
-            ({"load": os.path.dirname(c.load.rstrip("/")) or ".", "ckpt_step": steps[0]},),
-        )
         return
     what = "holds no checkpoints" if os.path.isdir(c.load) else "is no folder"
     beside = neighbours(c.load.rstrip("/"), "")
