@@ -10,24 +10,21 @@ from pathlib import Path
 
 from megalite.data.indexed import DatasetError, DatasetInfo, dataset_path
 from megalite.preprocess.config import PreprocessConfig
-from megalite.preprocess.inputs import expand, shard_ranges
+from megalite.preprocess.inputs import shard_ranges
 from megalite.preprocess.journal import JOURNAL, Journal
 from megalite.preprocess.merge import merge_into
 from megalite.preprocess.progress import Progress
-from megalite.preprocess.run import job_of, known_bytes, preprocess, refuse_existing, too_many
+from megalite.preprocess.shard import job_of, known_bytes, make_shard, refuse_existing, too_many
 from megalite.preprocess.workers import sigint_blocked
 
 
-def preprocess_in_partitions(
-    config: PreprocessConfig, report: Callable[[Progress], None]
-) -> list[DatasetInfo]:
-    """What `preprocess` does, by --partitions processes with outputs of their own.
+def make_in_partitions(
+    config: PreprocessConfig, files: list[str], report: Callable[[Progress], None]
+) -> None:
+    """What `make_shard` does for all of the files, by --partitions processes with outputs of their own.
 
     Finished parts are kept when it is interrupted, and unfinished ones go on. Raises what `preprocess` raises.
     """
-    files, problems = expand(config.input)
-    if problems:
-        raise DatasetError("; ".join(problems))
     with Journal(config.folder, job_of(config, files)) as journal:
         if journal.state is None:
             refuse_existing(config)
@@ -42,7 +39,6 @@ def preprocess_in_partitions(
                     config.folder, ignore_errors=True
                 )  # no part has anything to go on from
             raise
-    return [DatasetInfo.read(config.prefix(key)) for key in config.json_keys]
 
 
 def _make_all(
@@ -53,7 +49,11 @@ def _make_all(
     parts = [_part(config, number) for number in range(config.partitions)]
     finished = [_finished(part, files) for part in parts if _is_finished(part)]
     done = _run(
-        [part for part in parts if not _is_finished(part)], finished, config.max_bad_lines, report
+        [part for part in parts if not _is_finished(part)],
+        files,
+        finished,
+        config.max_bad_lines,
+        report,
     )
     whole = Progress.total([_finished(part, files) for part in parts])
     whole.bytes_now, whole.tokens_now, whole.spent = done.bytes_now, done.tokens_now, done.spent
@@ -107,6 +107,7 @@ def _finished(part: PreprocessConfig, files: list[str]) -> Progress:
 
 def _run(
     parts: list[PreprocessConfig],
+    files: list[str],
     finished: list[Progress],
     max_bad_lines: int,
     report: Callable[[Progress], None],
@@ -122,7 +123,7 @@ def _run(
     try:
         for part in parts:
             ours, theirs = context.Pipe(duplex=False)
-            running[ours] = context.Process(target=_make, args=(part, theirs))
+            running[ours] = context.Process(target=_make, args=(part, files, theirs))
             with sigint_blocked():
                 running[ours].start()
             theirs.close()
@@ -157,10 +158,10 @@ def _run(
             process.join()
 
 
-def _make(part: PreprocessConfig, connection: Connection) -> None:
+def _make(part: PreprocessConfig, files: list[str], connection: Connection) -> None:
     """One part, in a process of its own; it ends when nobody listens any more."""
     try:
-        preprocess(part, connection.send)
+        make_shard(part, files, connection.send)
     except BrokenPipeError:
         return
     except (DatasetError, OSError, ValueError) as error:

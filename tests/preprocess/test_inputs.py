@@ -19,7 +19,8 @@ from megalite.preprocess import inputs as module
 from megalite.preprocess.config import find_problems
 from megalite.preprocess.encode import Encoder, TextReader
 from megalite.preprocess.inputs import expand, read_blocks, shard_ranges
-from megalite.preprocess.run import BadLineError, preprocess, read_texts
+from megalite.preprocess.run import preprocess, read_texts
+from megalite.preprocess.shard import BadLineError
 from tests.preprocess.preprocess_runs import (
     DOCUMENTS,
     ENVIRONMENT,

@@ -13,7 +13,8 @@ from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
 from megalite.data.tokenizers import ByteTokenizer, train_sentencepiece
 from megalite.preprocess import inputs as module
 from megalite.preprocess.config import find_problems
-from megalite.preprocess.run import BadLineError, preprocess
+from megalite.preprocess.run import preprocess
+from megalite.preprocess.shard import BadLineError
 from tests.preprocess.preprocess_runs import (
     DOCUMENTS,
     ENVIRONMENT,
