@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-from megalite.data.indexed import DatasetError, DatasetInfo
+from megalite.data.indexed import DatasetInfo
 from megalite.preprocess.config import PreprocessConfig
 from megalite.preprocess.encode import TextReader
-from megalite.preprocess.inputs import expand, read_blocks, shard_ranges
+from megalite.preprocess.inputs import display_name, input_files, read_blocks, shard_ranges
 from megalite.preprocess.partitions import make_in_partitions
 from megalite.preprocess.progress import Progress
 from megalite.preprocess.shard import BadLineError, make_shard
@@ -14,31 +14,55 @@ from megalite.preprocess.shard import BadLineError, make_shard
 def preprocess(
     config: PreprocessConfig, report: Callable[[Progress], None] = lambda progress: None
 ) -> list[DatasetInfo]:
-    """Write the datasets of every key and return their descriptions; `report` is called after every block.
+    """Write the datasets of every key.
 
-    Nothing has its final name before everything is written. What an interrupted run of the same job wrote is kept.
-    After an error, the folder is there if the same call would go on from it.
-    Raises BadLineError at a line that is no document and one too many, DatasetError when an output exists, an input
-    cannot be read, or another job's output is in the way, TokenizerError when the fast tokenizer is wrong.
+    Files get their final names when all are complete. What an interrupted run of the same job
+    wrote is kept. After an error, the staging directory remains if the same call would resume from
+    it.
+
+    Args:
+        config: what to read and how to encode it.
+        report: called after every block.
+
+    Returns:
+        The description of each key's dataset.
+
+    Raises:
+        BadLineError: at a bad line, one more than may be left out.
+        DatasetError: an output exists, an input cannot be read, or another job's staging
+            directory is in the way.
+        TokenizerError: the fast tokenizer backend gives wrong ids.
     """
-    files, problems = expand(config.input)
-    if problems:
-        raise DatasetError("; ".join(problems))
+    files = input_files(config.input)
     make = make_in_partitions if config.partitions > 1 else make_shard
     make(config, files, report)
     return [DatasetInfo.read(config.prefix(key)) for key in config.json_keys]
 
 
-def read_texts(inputs: tuple[str, ...], key: str) -> Iterator[str]:
-    """Every text of the inputs, for those who learn from it. Raises BadLineError at a line that is no document."""
-    files, problems = expand(inputs)
-    if problems:
-        raise DatasetError("; ".join(problems))
-    reader, file, line = TextReader((key,)), -1, 1
+def read_texts(inputs: tuple[str, ...], key: str, skip_empty: bool = False) -> Iterator[str]:
+    """Every text of the inputs, for example to train a tokenizer.
+
+    Args:
+        inputs: files, folders and patterns, as --input takes them.
+        key: key of the JSON objects, or column, that holds the text.
+        skip_empty: pass over blank lines and empty texts instead of raising.
+
+    Raises:
+        BadLineError: at a line that is not a document.
+        DatasetError: an input cannot be read.
+    """
+    files = input_files(inputs)
+    reader = TextReader((key,))
+    file = -1
+    line = 1
     for block in read_blocks(files, shard_ranges(files, 0, 1), (key,)):
-        line = 1 if block.file != file else line
-        lines, texts, bad = reader.parse(block.read(), block.is_text)
-        if bad:
-            raise BadLineError(f"{block.path}, line {line + bad[0][0]}: {bad[0][1]}")
-        yield from texts[0]
-        file, line = block.file, line + lines
+        if block.file != file:
+            line = 1
+        parsed = reader.parse(block.read(), block.is_text)
+        for bad in parsed.bad:
+            if not (skip_empty and bad.is_empty):
+                name = display_name(block.path)
+                raise BadLineError(f"{name}, line {line + bad.number}: {bad.reason}")
+        yield from parsed.texts[0]
+        file = block.file
+        line += parsed.lines

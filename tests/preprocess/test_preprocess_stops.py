@@ -190,7 +190,7 @@ def test_the_index_gets_its_name_last(tmp_path, monkeypatch):
     named = []
     monkeypatch.setattr(
         Journal,
-        "end",
+        "publish",
         lambda journal, renames: named.extend(Path(final).name for _, final in renames),
     )
     monkeypatch.setattr(DatasetInfo, "read", lambda prefix: None)
