@@ -1,4 +1,4 @@
-"""What a preprocessing is told, and everything that can be wrong with it."""
+"""The configuration of preprocessing, and every check that can be made before the work starts."""
 
 import os
 import re
@@ -16,11 +16,12 @@ from megalite.preprocess.inputs import STDIN, expand, is_text
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """Turn text into indexed datasets: one PREFIX_KEY_document.bin, .idx and .json for each JSON key."""
+    """Turn text into indexed datasets: PREFIX_KEY_document.bin, .idx, .json for each JSON key."""
 
     input: tuple[str, ...]
-    """JSONL files (.gz, .xz and .zst too), .txt files of one document each, .parquet files, folders of these, patterns
-    such as 'data/*.jsonl', or - for JSON lines on standard input. Taken in this order."""
+    """JSONL files (.gz, .xz and .zst too), .txt files of one document each, .parquet files, folders
+    of these, patterns such as 'data/*.jsonl', or - for JSON lines on standard input. Read in this
+    order."""
     output_prefix: str
     """Path and beginning of the output files' names."""
     tokenizer_type: TokenizerType
@@ -37,25 +38,31 @@ class PreprocessConfig:
     parse_special_tokens: bool = False
     """Take the text of a special token, such as <|endoftext|>, for that token."""
     vocab_size: int | None = None
-    """Ids, and one that ends documents (NullTokenizer)."""
+    """Number of ids, the end-of-document id among them (NullTokenizer)."""
     tokenizer_backend: Literal["auto", "reference", "fast"] = "auto"
-    """fast: gigatoken encodes, and the reference library a sample of every block, to compare. auto: fast if it can."""
+    """fast: gigatoken encodes, and a sample of every block is compared with the reference library's
+    ids. auto: fast if gigatoken supports the tokenizer."""
     json_keys: tuple[str, ...] = ("text",)
-    """Keys of the JSON objects, or columns, whose text is wanted."""
+    """Keys of the JSON objects, or columns, that hold the text."""
     append_eod: bool = False
     """End every document with the tokenizer's end-of-document token."""
     split_sentences: bool = False
     """Make each sentence a sequence of its own, in PREFIX_KEY_sentence."""
     language: str = "en"
-    """Language that sentences are split by (--split-sentences), by its ISO 639 code. The library splits a language that
-    it has no rules for as English."""
+    """Language whose rules split sentences (--split-sentences), as an ISO 639 code. The library
+    splits a language that it has no rules for as English."""
     max_bad_lines: int = 0
-    """Lines that are no documents to leave out before giving up; they are listed in OUTPUT_PREFIX.bad_lines.tsv."""
+    """Bad lines (not JSON, no such key, not UTF-8, ...) to leave out before the job fails. They are
+    listed in OUTPUT_PREFIX.bad_lines.tsv."""
+    skip_empty: bool = False
+    """Leave out blank lines and documents with an empty text. They are counted, and are no bad
+    lines."""
     shard: str | None = None
-    """Part I of N, as I/N with I from 0: only this part of the input, into OUTPUT_PREFIX_000I-of-000N. See
-    tools/merge_datasets.py."""
+    """Shard I of N, as I/N with I from 0: process only this shard of the input, and write
+    OUTPUT_PREFIX_000I-of-000N. See tools/merge_datasets.py."""
     partitions: int = 1
-    """TrainingComponents to make at once on this machine, each by its share of --workers, and to merge."""
+    """Shards to make at the same time on this machine, with --workers divided among them, and then
+    to merge."""
     workers: int = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -69,23 +76,26 @@ class PreprocessConfig:
         )
 
     def __getstate__(self) -> dict:
-        """What another process needs to know; it builds a tokenizer of its own."""
-        return {name: value for name, value in self.__dict__.items() if name != "tokenizer"}
+        """The fields, without the tokenizer: another process builds its own."""
+        state = dict(self.__dict__)
+        state.pop("tokenizer", None)
+        return state
 
     @property
-    def place(self) -> tuple[int, int]:
-        """(I, N) of --shard; (0, 1) without it."""
-        return tuple(map(int, self.shard.split("/"))) if self.shard else (0, 1)
+    def shard_position(self) -> tuple[int, int]:
+        """(I, N) of --shard I/N; (0, 1) without it."""
+        if self.shard is None:
+            return 0, 1
+        index, count = self.shard.split("/")
+        return int(index), int(count)
 
     @property
     def stem(self) -> str:
         """The output prefix, with the shard in its name."""
-        shard, shards = self.place
-        return (
-            f"{self.output_prefix}_{shard:04d}-of-{shards:04d}"
-            if self.shard
-            else self.output_prefix
-        )
+        if self.shard is None:
+            return self.output_prefix
+        index, count = self.shard_position
+        return f"{self.output_prefix}_{index:04d}-of-{count:04d}"
 
     def prefix(self, key: str) -> str:
         """Prefix of the dataset made from a JSON key."""
@@ -93,80 +103,87 @@ class PreprocessConfig:
 
     @property
     def bad_lines(self) -> str:
-        """The file that lists the lines that were left out."""
+        """The file that lists the bad lines that were left out."""
         return f"{self.stem}.bad_lines.tsv"
 
-    def existing_outputs(self) -> list[str]:
-        """Files that this would write and that are there already."""
-        datasets = (
-            dataset_path(self.prefix(key), s)
-            for key in self.json_keys
-            for s in (".bin", ".idx", ".json")
-        )
-        return list(
-            dict.fromkeys(str(path) for path in (*datasets, Path(self.bad_lines)) if path.exists())
-        )
-
     @property
-    def folder(self) -> Path:
-        """Where the output grows."""
+    def staging_dir(self) -> Path:
+        """Folder in which the output files grow until they are complete."""
         return Path(f"{self.stem}.partial")
+
+    def existing_outputs(self) -> list[str]:
+        """Output files that exist already."""
+        outputs = []
+        for key in self.json_keys:
+            for suffix in (".bin", ".idx", ".json"):
+                outputs.append(str(dataset_path(self.prefix(key), suffix)))
+        outputs.append(self.bad_lines)
+        return [path for path in dict.fromkeys(outputs) if os.path.exists(path)]
 
 
 def find_problems(config: PreprocessConfig) -> list[str]:
-    """Everything that is wrong with the arguments, a line each, with what would work. Empty: good to start."""
+    """Every problem of the arguments, one line each, with a value that would work. Empty: sound."""
     files, problems = expand(config.input)
+    keys = " ".join(config.json_keys)
     if config.vocab_size is not None and config.tokenizer_type != "NullTokenizer":
         problems.append(
-            f"--vocab-size {config.vocab_size}: a {config.tokenizer_type} knows its own; leave the flag out"
+            f"--vocab-size {config.vocab_size}: a {config.tokenizer_type} knows its own; "
+            "leave the flag out"
         )
     if config.workers < 1:
         problems.append(f"--workers {config.workers}: needs at least 1")
     if config.max_bad_lines < 0:
         problems.append(f"--max-bad-lines {config.max_bad_lines}: needs at least 0")
     if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
-        problems.append(
-            f"--json-keys {' '.join(config.json_keys)}: needs at least one key, and each once"
-        )
+        problems.append(f"--json-keys {keys}: needs at least one key, and each once")
     if len(config.json_keys) > 1 and any(map(is_text, files)):
-        problems.append(
-            f"--json-keys {' '.join(config.json_keys)}: .txt files have no keys; give one"
-        )
-    problems += _shard_problems(config, files) + _output_problems(config)
+        problems.append(f"--json-keys {keys}: .txt files have no keys; give one")
+    problems += _shard_problems(config, files)
+    problems += _output_problems(config)
+    problems += _tokenizer_problems(config)
+    problems += _language_problems(config)
+    return problems
+
+
+def _tokenizer_problems(config: PreprocessConfig) -> list[str]:
     try:
-        tokenizer = config.tokenizer
         if config.append_eod:
-            tokenizer.eod  # noqa: B018 - raises when there is none
+            _ = config.tokenizer.eod
+        else:
+            _ = config.tokenizer
     except (TokenizerError, OSError) as error:
+        return [str(error)]
+    return []
+
+
+def _language_problems(config: PreprocessConfig) -> list[str]:
+    given = f"--language {config.language}"
+    if not config.split_sentences:
+        if config.language != "en":
+            return [f"{given} has no effect without --split-sentences"]
+        return []
+    problems = []
+    try:
+        sentence_splitter(config.language)
+    except DatasetError as error:
         problems.append(str(error))
-    if config.split_sentences:
-        try:
-            sentence_splitter(config.language)
-        except DatasetError as error:
-            problems.append(str(error))
-        if not re.fullmatch("[a-z]{2,3}(-[a-z]+)*", config.language):
-            problems.append(
-                f"--language {config.language}: needs an ISO 639 code in small letters, such as en or de"
-            )
-    elif config.language != "en":
-        problems.append(f"--language {config.language} has no effect without --split-sentences")
+    if not re.fullmatch("[a-z]{2,3}(-[a-z]+)*", config.language):
+        problems.append(f"{given}: needs an ISO 639 code in small letters, such as en or de")
     return problems
 
 
 def _shard_problems(config: PreprocessConfig, files: list[str]) -> list[str]:
-    problems = []
     if config.shard is not None:
         match = re.fullmatch(r"(\d+)/(\d+)", config.shard)
         if not match or int(match[1]) >= int(match[2]):
             return [f"--shard {config.shard}: needs I/N with I from 0 to N - 1, such as 0/8"]
+    problems = []
+    partitions = f"--partitions {config.partitions}"
     if config.partitions < 1:
-        problems.append(f"--partitions {config.partitions}: needs at least 1")
-    split = config.partitions > 1 or config.shard is not None
+        problems.append(f"{partitions}: needs at least 1")
     if config.partitions > 1 and config.shard is not None:
-        problems.append(
-            f"--partitions {config.partitions} and --shard {config.shard}: give one of them"
-        )
-    if split and STDIN in files:
+        problems.append(f"{partitions} and --shard {config.shard}: give one of them")
+    if (config.partitions > 1 or config.shard is not None) and STDIN in files:
         problems.append(
             "--input -: standard input cannot be split; leave out --shard and --partitions"
         )
@@ -174,30 +191,26 @@ def _shard_problems(config: PreprocessConfig, files: list[str]) -> list[str]:
 
 
 def _output_problems(config: PreprocessConfig) -> list[str]:
+    given = f"--output-prefix {config.output_prefix}"
     problems = []
     folder = dataset_path(config.output_prefix, ".idx").parent
     if not folder.is_dir():
-        problems.append(
-            f"--output-prefix {config.output_prefix}: make the folder first: mkdir -p {folder}"
-        )
+        problems.append(f"{given}: make the folder first: mkdir -p {folder}")
     elif not os.access(folder, os.W_OK):
-        problems.append(
-            f"--output-prefix {config.output_prefix}: the folder {folder} is not writable"
-        )
+        problems.append(f"{given}: the folder {folder} is not writable")
+    # A malformed --shard gives no output names.
     if config.shard is not None and not re.fullmatch(r"\d+/\d+", config.shard):
         return problems
-    if (
-        not config.folder.exists()
-    ):  # otherwise a run that was interrupted while it gave files their names goes on
-        problems += [
-            f"--output-prefix {config.output_prefix}: {path} exists; delete it or choose another prefix"
-            for path in config.existing_outputs()
-        ]
+    # With a staging directory, outputs may exist because a run was interrupted while it renamed
+    # them: that run resumes.
+    if not config.staging_dir.exists():
+        for path in config.existing_outputs():
+            problems.append(f"{given}: {path} exists; delete it or choose another prefix")
     return problems
 
 
 def sentence_splitter(language: str) -> Callable[[str], list[str]]:
-    """A function from a text to its sentences. Raises DatasetError when the library is missing."""
+    """A function that splits a text into sentences. Raises DatasetError without the library."""
     try:
         import sentencex
     except ImportError:

@@ -1,10 +1,10 @@
-"""Writing indexed datasets (the format is in indexed.py): whole or not at all, and resumable in a folder."""
+"""Writing indexed datasets (see indexed.py for the format): complete or not at all, resumable."""
 
-import io
 import json
 import os
 import secrets
 import struct
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
@@ -24,94 +24,99 @@ from megalite.data.indexed import (
     IndexedDataset,
     dataset_path,
 )
-from megalite.preprocess.journal import FolderError
-
-
-class _NamedFile(io.FileIO):
-    """A file whose name stands in the error when it cannot be written, as on a full disk."""
-
-    def write(self, data) -> int:
-        """Bytes written, maybe not all."""
-        try:
-            return super().write(data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.name)) from None
+from megalite.preprocess.journal import StagingError, open_named, sync_file
 
 
 class IndexedWriter:
-    """Writes an indexed dataset as it comes, in bounded memory, under temporary names until `finish`.
+    """Appends documents to a new indexed dataset, in bounded memory.
 
-    Use it in a `with` block: leaving the block without `finish` removes what was written, unless it lies in a `folder`
-    of its own, from where another writer can go on. Only complete datasets ever have their final names; the .idx file
-    is renamed last, so where it exists the dataset is whole.
-    Raises DatasetError when the dataset exists already, at the start and again before the renames.
+    Until `finish`, files have temporary names: only a complete dataset has its final name, and the
+    .idx file is renamed last, so where it exists the dataset is complete. Use it in a `with` block:
+    leaving the block without `finish` removes the temporary files, unless they are in a staging
+    directory, where another writer can resume.
+
+    Args:
+        prefix: path of the dataset, without .bin and .idx.
+        dtype: integer dtype in which token ids are stored.
+        staging_dir: folder for the temporary files; None: hidden files beside the final ones.
+        state: what `sync` returned to the interrupted writer that this one resumes.
+
+    Raises:
+        DatasetError: the dataset exists, at the start or before the renames.
+        StagingError: a file in the staging directory is missing or too short to resume from.
     """
 
     def __init__(
-        self, prefix: str | Path, dtype, folder: Path | None = None, state: dict | None = None
+        self, prefix: str | Path, dtype, staging_dir: Path | None = None, state: dict | None = None
     ):
         self.dtype = np.dtype(dtype).newbyteorder("<")
         codes = {np.dtype(name): code for code, name in DTYPES.items()}
         if self.dtype.kind not in "iu" or self.dtype not in codes:
             raise DatasetError(f"{prefix}: token ids cannot be stored as {np.dtype(dtype)}")
         self._code = codes[self.dtype]
-        self._finals = {
-            suffix: dataset_path(prefix, suffix) for suffix in (".bin", ".json", ".idx")
-        }
-        self.refuse_existing()
-        self._folder = folder
-        self._tag = f".{os.getpid()}-{secrets.token_hex(4)}.partial" if folder is None else ""
+        self._finals = {}
+        for suffix in (".bin", ".json", ".idx"):
+            self._finals[suffix] = dataset_path(prefix, suffix)
+        self._refuse_existing()
+        self._staging_dir = staging_dir
+        self._tag = f".{os.getpid()}-{secrets.token_hex(4)}.partial"
         self._files: dict[str, BinaryIO] = {}
         for suffix in (".bin", ".lengths", ".documents"):
             self._files[suffix] = self._open(suffix, "w+" if state is None else "r+")
-        self.sequences = self.documents = self.tokens = 0
+        self.sequences = 0
+        self.documents = 0
+        self.tokens = 0
         if state is None:
             self._files[".documents"].write(struct.pack("<q", 0))
         else:
-            self._go_on(state)
+            self._resume_from(state)
 
     def _open(self, suffix: str, mode: str) -> BinaryIO:
+        path = self._temporary(suffix)
         try:
-            return io.BufferedRandom(_NamedFile(self._partial(suffix), mode))
+            return open_named(path, mode)
         except FileNotFoundError:
             if mode != "r+":
                 raise
-            raise FolderError(
-                f"{self._partial(suffix)} is gone: delete {self._folder} to start anew"
+            raise StagingError(
+                f"{path} is gone: delete {self._staging_dir} to start again"
             ) from None
 
-    def _go_on(self, state: dict) -> None:
-        """Cut the files back to a state that `state` told of them. Raises FolderError when they are shorter."""
-        self.sequences, self.documents, self.tokens = (
-            state["sequences"],
-            state["documents"],
-            state["tokens"],
-        )
-        sizes = (self.tokens * self.dtype.itemsize, 4 * self.sequences, 8 * (self.documents + 1))
-        for (suffix, file), size in zip(self._files.items(), sizes, strict=True):
+    def _resume_from(self, state: dict) -> None:
+        """Truncate the files to a synced state. Raises StagingError when they are shorter."""
+        self.sequences = state["sequences"]
+        self.documents = state["documents"]
+        self.tokens = state["tokens"]
+        sizes = {
+            ".bin": self.tokens * self.dtype.itemsize,
+            ".lengths": 4 * self.sequences,
+            ".documents": 8 * (self.documents + 1),
+        }
+        for suffix, size in sizes.items():
+            file = self._files[suffix]
             if file.seek(0, os.SEEK_END) < size:
-                raise FolderError(
-                    f"{self._partial(suffix)}: shorter than the {size} bytes that were written to it: delete "
-                    f"{self._folder} to start anew"
+                raise StagingError(
+                    f"{self._temporary(suffix)}: shorter than the {size} bytes that were written "
+                    f"to it: delete {self._staging_dir} to start again"
                 )
             file.truncate(size)
             file.seek(size)
 
-    def state(self) -> dict:
-        """What is on the disk from now on: counts from which a writer in the same folder can go on."""
+    def sync(self) -> dict:
+        """Flush everything to the disk. Returns the state from which another writer can resume."""
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         return {"sequences": self.sequences, "documents": self.documents, "tokens": self.tokens}
 
-    def _partial(self, suffix: str) -> Path:
+    def _temporary(self, suffix: str) -> Path:
+        """The temporary name of a file."""
         final = self._finals[".bin"]
-        if self._folder is not None:
-            return self._folder / f"{final.name.removesuffix('.bin')}{suffix}"
-        return final.with_name(f".{final.name.removesuffix('.bin')}{suffix}{self._tag}")
+        stem = final.name.removesuffix(".bin")
+        if self._staging_dir is not None:
+            return self._staging_dir / f"{stem}{suffix}"
+        return final.with_name(f".{stem}{suffix}{self._tag}")
 
-    def refuse_existing(self) -> None:
-        """Raises DatasetError when the dataset exists."""
+    def _refuse_existing(self) -> None:
         existing = [str(path) for path in self._finals.values() if path.exists()]
         if existing:
             raise DatasetError(
@@ -120,12 +125,13 @@ class IndexedWriter:
 
     def add_document(self, *sequences: np.ndarray) -> None:
         """Append one document made of these sequences (usually one)."""
-        arrays = [self._checked(np.asarray(sequence)) for sequence in sequences]
+        arrays = [self._as_stored(np.asarray(sequence)) for sequence in sequences]
         lengths = np.array([len(array) for array in arrays], "<i4")
         data = b"".join(array.tobytes() for array in arrays)
         self._write(data, lengths, np.array([self.sequences + len(arrays)], "<i8"))
 
-    def _checked(self, ids: np.ndarray) -> np.ndarray:
+    def _as_stored(self, ids: np.ndarray) -> np.ndarray:
+        """Ids in the dtype of the dataset. Raises DatasetError for one that does not fit."""
         stored = ids.astype(self.dtype, copy=False)
         if not np.array_equal(stored, ids):
             raise DatasetError(f"id {ids[stored != ids][0]} cannot be stored as {self.dtype.name}")
@@ -134,11 +140,19 @@ class IndexedWriter:
     def add_documents(
         self, data: bytes | np.ndarray, lengths: np.ndarray, sequences: np.ndarray | None = None
     ) -> None:
-        """Append documents: their ids in one go, in the writer's dtype, the length of each sequence, and how many
-        sequences each document has (None: one)."""
+        """Append several documents.
+
+        Args:
+            data: ids of all documents, one after another, in the dtype of the dataset.
+            lengths: [sequences] tokens in each sequence.
+            sequences: [documents] sequences in each document; None: one in each.
+        """
         lengths = np.asarray(lengths, "<i4")
-        counts = np.ones(len(lengths), "<i8") if sequences is None else np.asarray(sequences, "<i8")
-        self._write(data, lengths, self.sequences + np.cumsum(counts))
+        if sequences is None:
+            ends = np.arange(1, len(lengths) + 1)
+        else:
+            ends = np.cumsum(np.asarray(sequences, "<i8"))
+        self._write(data, lengths, self.sequences + ends)
 
     def append(self, dataset: IndexedDataset) -> None:
         """Append all documents of another dataset, in bounded memory."""
@@ -151,20 +165,21 @@ class IndexedWriter:
             for first, last in pairwise(map(int, bounds)):
                 self.add_document(*map(dataset.sequence, range(first, last)))
             return
+        # Copy ids, lengths and document boundaries in chunks; only the boundaries change.
         for start in range(0, len(dataset.ids), CHUNK):
             self._files[".bin"].write(dataset.ids[start : start + CHUNK].tobytes())
         for start in range(0, len(dataset), CHUNK):
             self._files[".lengths"].write(dataset.lengths[start : start + CHUNK].tobytes())
         for start in range(1, len(bounds), CHUNK):
-            self._files[".documents"].write(
-                (bounds[start : start + CHUNK] + self.sequences).tobytes()
-            )
+            shifted = bounds[start : start + CHUNK] + self.sequences
+            self._files[".documents"].write(shifted.tobytes())
         self.sequences += len(dataset)
         self.documents += dataset.num_documents
         self.tokens += dataset.num_tokens
 
     def _write(self, data: bytes | np.ndarray, lengths: np.ndarray, boundaries: np.ndarray) -> None:
-        tokens, size = int(lengths.sum(dtype=np.int64)), memoryview(data).nbytes
+        tokens = int(lengths.sum(dtype=np.int64))
+        size = memoryview(data).nbytes
         if size != tokens * self.dtype.itemsize:
             raise DatasetError(
                 f"{size} bytes given for {tokens} tokens of {self.dtype.itemsize} bytes"
@@ -177,53 +192,56 @@ class IndexedWriter:
         self.tokens += tokens
 
     def finish(self, info: DatasetInfo | None = None) -> None:
-        """Write the index and, when given, the description; then give all files their final names."""
+        """Write the index and, if given, the description; then rename all files to final names."""
         for source, final in self.seal(info):
             source.rename(final)
 
     def seal(self, info: DatasetInfo | None = None) -> list[tuple[Path, Path]]:
-        """Complete all files under their temporary names. Returns the renames that are left to do, in their order."""
+        """Complete all files under their temporary names.
+
+        Returns the renames (temporary name, final name) that are left to do, in their order.
+        """
+        # Write the index, and the description.
         self._files[".idx"] = self._open(".idx", "w+")
         self._write_index(self._files[".idx"])
         if info is not None:
             self._files[".json"] = self._open(".json", "w+")
             self._files[".json"].write((json.dumps(asdict(info), indent=2) + "\n").encode())
-        self.state()
-        self.refuse_existing()
-        renames = [
-            (self._partial(suffix), final)
-            for suffix, final in self._finals.items()
-            if suffix in self._files
-        ]
-        for suffix in (".bin", ".json", ".idx"):
+        self.sync()
+        self._refuse_existing()
+        # Close what is to be renamed, so that `abort` keeps it.
+        renames = []
+        for suffix, final in self._finals.items():
             if suffix in self._files:
                 self._files.pop(suffix).close()
-        if self._folder is None:
+                renames.append((self._temporary(suffix), final))
+        if self._staging_dir is None:
             self.abort()
         return renames
 
     def _write_index(self, index: BinaryIO) -> None:
+        """Write the .idx file: header, lengths, offsets, document boundaries."""
         index.write(HEADER.pack(MAGIC, VERSION, self._code, self.sequences, self.documents + 1))
         for block in _blocks(self._files[".lengths"]):
             index.write(block)
+        # Offsets are the running sum of the lengths in bytes.
         offset = 0
         for block in _blocks(self._files[".lengths"]):
-            ends = (
-                offset + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * self.dtype.itemsize
-            )
+            lengths = np.frombuffer(block, "<i4")
+            ends = offset + np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
             index.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
             offset = int(ends[-1])
         for block in _blocks(self._files[".documents"]):
             index.write(block)
 
     def abort(self) -> None:
-        """Remove every temporary file, or close those in a folder. Does nothing after `finish`."""
+        """Remove every temporary file, or close those in a staging directory."""
         while self._files:
             suffix, file = self._files.popitem()
-            with suppress(OSError):  # on a full disk: what it still holds is not wanted any more
+            with suppress(OSError):  # on a full disk; the buffered data is not needed any more
                 file.close()
-            if self._folder is None:
-                self._partial(suffix).unlink(missing_ok=True)
+            if self._staging_dir is None:
+                self._temporary(suffix).unlink(missing_ok=True)
 
     def __enter__(self) -> "IndexedWriter":
         return self
@@ -232,7 +250,7 @@ class IndexedWriter:
         self.abort()
 
 
-def _blocks(file: BinaryIO):
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
     """The content of a file in blocks of a whole number of index entries."""
     file.seek(0)
     while block := file.read(8 * CHUNK):

@@ -1,41 +1,48 @@
-"""Input of preprocessing in blocks of JSON lines: JSONL, plain or compressed, text, Parquet, standard input.
+"""Inputs of preprocessing, in blocks: JSONL, plain or compressed, text, Parquet, standard input.
 
-A block of a plain file is a range of bytes, which whoever encodes it reads; blocks of everything else carry lines.
+A block of a plain file is a range of bytes, which the worker that encodes it reads. A block of any
+other file carries its lines.
 """
 
 import glob
-import importlib.util
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from megalite.preprocess.unpacked import COMPRESSED, LIBRARIES, UNKNOWN, suffix_of, unpacked
+from megalite.data.indexed import DatasetError
+from megalite.preprocess.content import HEAD_BYTES, file_problem, stream_problem
+from megalite.preprocess.unpacked import (
+    COMPRESSED,
+    LIBRARIES,
+    UNSUPPORTED,
+    has_library,
+    suffix_of,
+    unpacked,
+)
 
 BLOCK_BYTES = 1 << 20
-"""Whole lines of about this size are encoded at a time."""
+"""Approximate size of a block, which ends at the end of a line."""
 STDIN = "-"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
-"""Of the files that are taken from a folder, compressed or not."""
+"""Suffixes of the files that are taken from a folder, compressed or not."""
 
 
 class Block(NamedTuple):
     """Whole lines of one file, or one text file."""
 
     file: int
-    """Place of the file in the list of inputs."""
+    """Index of the file in the list of inputs."""
     path: str
     start: int
-    """Byte, of the uncompressed lines, at which the block starts."""
+    """Offset, in the uncompressed content, of the block's first byte."""
     stop: int
-    """Byte at which it ends."""
+    """Offset of the byte after its last."""
     data: bytes | None
     """The lines; None: bytes [start, stop) of the file."""
     is_text: bool
-    """Whether this is one document as it stands, not JSON lines."""
+    """Whether the block is one document as it stands, not JSON lines."""
 
     def read(self) -> bytes:
         """The bytes of the block."""
@@ -46,19 +53,19 @@ class Block(NamedTuple):
             return file.read(self.stop - self.start)
 
 
-def shown(path: str) -> str:
-    """How a message names an input."""
+def display_name(path: str) -> str:
+    """The name of an input in messages."""
     return "standard input" if path == STDIN else path
 
 
 def kind_of(path: str) -> str:
-    """ "stdin", "text", "parquet", "compressed" or "plain"."""
-    suffix = suffix_of(path)
+    """How an input is read: "stdin", "text", "parquet", "compressed" or "plain"."""
     if path == STDIN:
         return "stdin"
-    return {".txt": "text", ".parquet": "parquet"}.get(suffix) or (
-        "compressed" if suffix in COMPRESSED else "plain"
-    )
+    suffix = suffix_of(path)
+    if suffix in COMPRESSED:
+        return "compressed"
+    return {".txt": "text", ".parquet": "parquet"}.get(suffix, "plain")
 
 
 def is_text(path: str) -> bool:
@@ -71,76 +78,128 @@ def _uncompressed(path: str) -> str:
     return str(Path(path).with_suffix("")) if suffix_of(path) in COMPRESSED else path
 
 
-def expand(inputs: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """(files, problems): files as they are, patterns and folders as the files in them, sorted by name.
+def input_files(inputs: tuple[str, ...]) -> list[str]:
+    """The files that `expand` finds. Raises DatasetError with its problems."""
+    files, problems = expand(inputs)
+    if problems:
+        raise DatasetError("; ".join(problems))
+    return files
 
-    Of a folder, sub-folders are taken too, and only the kinds of files that are known: see `left_out`.
+
+def expand(inputs: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """(files, problems) of the arguments of --input.
+
+    A file stands for itself, a pattern for the files that match it, and a folder for the files of
+    known kinds in it and its sub-folders (see `ignored_files`); both sorted by name.
     """
-    files, problems = [], [] if inputs else ["--input: give at least one file, folder or pattern"]
+    files: list[str] = []
+    problems: list[str] = []
+    if not inputs:
+        problems.append("--input: give at least one file, folder or pattern")
+    # Find the files of each argument.
     for name in inputs:
-        if name == STDIN or os.path.isfile(name):
-            found = [name]
-        elif os.path.isdir(name):
-            found = [path for path in _files_in(name) if _is_input(path)]
-            if not found:
-                problems.append(f"--input {name}: a folder without {', '.join(SUFFIXES)} files")
-        elif glob.has_magic(name):
-            found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
-            if not found:
-                problems.append(f"--input {name}: no file has such a name")
-        else:
-            found = []
-            piped = "not a file; pipe what it gives to --input -"
-            problems.append(f"--input {name}: {piped if os.path.exists(name) else 'no such file'}")
+        found, problem = _find_files(name)
         files += found
-    problems += [
-        f"--input {path}: not readable"
-        for path in files
-        if path != STDIN and not os.access(path, os.R_OK)
-    ]
+        if problem:
+            problems.append(f"--input {name}: {problem}")
+    # Check each file: readable, and holding what its name says.
+    for path in files:
+        if path != STDIN and (problem := _file_problem(path)):
+            problems.append(f"--input {path}: {problem}")
+    # Check them together: each once, and all libraries installed.
     problems += [f"--input {path}: given twice" for path in _repeated(files)]
-    known = f"no known kind of compression: make it one of {', '.join(COMPRESSED)}, or unpack it"
-    problems += [
-        f"--input {path}: {suffix_of(path)} is {known}"
-        for path in files
-        if suffix_of(path) in UNKNOWN
-    ]
-    for suffix in sorted({suffix_of(path) for path in files} & LIBRARIES.keys()):
-        if importlib.util.find_spec(LIBRARIES[suffix]) is None:
+    for suffix in sorted({suffix_of(path) for path in files}):
+        if not has_library(suffix):
+            library = LIBRARIES[suffix]
             problems.append(
-                f"--input: {suffix} files need the {LIBRARIES[suffix]} library: pip install {LIBRARIES[suffix]}"
+                f"--input: {suffix} files need the {library} library: pip install {library}"
             )
     return files, problems
 
 
-def left_out(inputs: Iterable[str]) -> list[str]:
-    """Files in folders among the inputs that are of no known kind, and so are not read."""
-    return [
-        path
-        for name in inputs
-        if os.path.isdir(name)
-        for path in _files_in(name)
-        if not _is_input(path)
-    ]
+def _find_files(name: str) -> tuple[list[str], str]:
+    """The files that one argument of --input stands for, and what is wrong if there are none."""
+    if name == STDIN or os.path.isfile(name):
+        return [name], ""
+    if os.path.isdir(name):
+        found = [path for path in _files_in(name) if _has_known_suffix(path)]
+        return found, "" if found else f"a folder without {', '.join(SUFFIXES)} files"
+    if glob.has_magic(name):
+        found = [path for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
+        return _once_per_folder(found), "" if found else "no file has such a name"
+    if os.path.exists(name):
+        return [], "not a file; pipe its output to --input -"
+    return [], "no such file"
+
+
+def _file_problem(path: str) -> str | None:
+    """What is wrong with one input file, None if nothing."""
+    if not os.access(path, os.R_OK):
+        return "not readable"
+    if suffix_of(path) in UNSUPPORTED:
+        known = ", ".join(COMPRESSED)
+        return (
+            f"{suffix_of(path)} is no known kind of compression: convert it to one of {known}, "
+            "or unpack it"
+        )
+    return file_problem(path)
+
+
+def ignored_files(inputs: Iterable[str]) -> list[str]:
+    """Files in the input folders that are of no known kind, and so are not read."""
+    ignored = []
+    for folder in filter(os.path.isdir, inputs):
+        ignored += [path for path in _files_in(folder) if not _has_known_suffix(path)]
+    return ignored
 
 
 def _repeated(files: list[str]) -> list[str]:
-    """The first names of files that are there several times, under whatever names."""
+    """The first name of each file that is there several times, under any names."""
     first: dict[str, str] = {}
-    counts = Counter(first.setdefault(os.path.realpath(path), path) for path in files)
-    return sorted(name for name, count in counts.items() if count > 1)
+    repeated = set()
+    for path in files:
+        real = os.path.realpath(path)
+        if real in first:
+            repeated.add(first[real])
+        first.setdefault(real, path)
+    return sorted(repeated)
 
 
 def _files_in(folder: str) -> list[str]:
-    """Every file in a folder and its sub-folders, sorted; hidden ones are none."""
+    """Every file in a folder and its sub-folders, sorted, except hidden ones.
+
+    Links to folders are followed, but each real folder is visited once: a link to a folder around
+    it would otherwise repeat its files until the operating system gives up.
+    """
     found = []
+    visited = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if os.path.isfile(path))
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = os.path.join(parent, name)
+            if not name.startswith(".") and os.path.isfile(path):
+                found.append(path)
+    return sorted(found)
 
 
-def _is_input(path: str) -> bool:
+def _once_per_folder(paths: list[str]) -> list[str]:
+    """Paths, sorted, without those that lead to the same name in the same real folder again.
+
+    The pattern ** follows a link to a folder around it as often as the operating system allows.
+    """
+    shortest: dict[tuple[str, str], str] = {}
+    for path in sorted(paths, key=lambda path: (path.count(os.sep), path)):
+        folder, name = os.path.split(path)
+        shortest.setdefault((os.path.realpath(folder), name), path)
+    return sorted(shortest.values())
+
+
+def _has_known_suffix(path: str) -> bool:
     return suffix_of(_uncompressed(path)) in SUFFIXES
 
 
@@ -150,18 +209,24 @@ def sizes_of(files: list[str]) -> list[int]:
 
 
 def shard_ranges(files: list[str], shard: int, shards: int) -> list[tuple[int, int, int]]:
-    """(file, start, stop) of the bytes in shard number `shard` of `shards` equal ones of all files together.
+    """(file, start, stop) of the byte ranges of shard number `shard` of `shards`.
 
-    Plain files are cut at line ends; other files belong whole to the shard that their first byte is in.
+    All files together are divided into shards of equal size. Plain files are cut at line ends;
+    any other file belongs whole to the shard that its first byte is in.
     """
     sizes = sizes_of(files)
-    total, base, ranges = sum(sizes), 0, []
-    low, high = total * shard // shards, total * (shard + 1) // shards
+    total = sum(sizes)
+    low = total * shard // shards
+    high = total * (shard + 1) // shards
+    base = 0
+    ranges = []
     for number, (path, size) in enumerate(zip(files, sizes)):
-        first, last = max(low - base, 0), min(high - base, size)
         if kind_of(path) == "plain":
+            first = max(low - base, 0)
+            last = min(high - base, size)
             if first < last:
-                start, stop = _line_start(path, first, size), _line_start(path, last, size)
+                start = _line_start(path, first, size)
+                stop = _line_start(path, last, size)
                 if start < stop:
                     ranges.append((number, start, stop))
         elif low <= base < high or (size == 0 and shard == 0):
@@ -185,32 +250,42 @@ def count_lines(path: str, stop: int) -> int:
     count = 0
     with open(path, "rb") as file:
         while stop > 0 and (data := file.read(min(BLOCK_BYTES, stop))):
-            count, stop = count + data.count(b"\n"), stop - len(data)
+            count += data.count(b"\n")
+            stop -= len(data)
     return count
 
 
 def read_blocks(
-    files: list[str], ranges: list[tuple[int, int, int]], keys: tuple[str, ...], after=(0, 0)
+    files: list[str],
+    ranges: list[tuple[int, int, int]],
+    keys: tuple[str, ...],
+    position: tuple[int, int] = (0, 0),
 ) -> Iterator[Block]:
-    """The blocks of these ranges, from position `after` = (file, byte) on. Raises DatasetError for a damaged file."""
+    """The blocks of these ranges, from a position (file, byte) on, where a block ended before.
+
+    Raises DatasetError for a damaged file, and for standard input that is not UTF-8 text.
+    """
     for number, first, last in ranges:
-        if number < after[0]:
+        if number < position[0]:
             continue
-        start = max(first, after[1]) if number == after[0] else first
-        path, kind = files[number], kind_of(files[number])
+        start = max(first, position[1]) if number == position[0] else first
+        path = files[number]
+        kind = kind_of(path)
         if kind == "plain":
             yield from _plain_blocks(number, path, start, last)
         elif kind == "text":
             size = os.path.getsize(path)
             if start < max(size, 1):
-                yield Block(number, path, 0, max(size, 1), None, True)
+                yield Block(number, path, 0, max(size, 1), None, is_text=True)
+        elif kind == "stdin":
+            yield from _stdin_blocks(number)
         else:
-            with nullcontext(sys.stdin.buffer) if kind == "stdin" else unpacked(path, keys) as file:
+            with unpacked(path, keys) as file:
                 if not is_text(path):
-                    yield from _streamed_blocks(number, shown(path), file, start)
+                    yield from _streamed_blocks(number, path, file, start)
                 elif start == 0:
                     data = file.read()
-                    yield Block(number, path, 0, max(len(data), 1), data, True)
+                    yield Block(number, path, 0, max(len(data), 1), data, is_text=True)
 
 
 def _plain_blocks(number: int, path: str, start: int, last: int) -> Iterator[Block]:
@@ -221,16 +296,24 @@ def _plain_blocks(number: int, path: str, start: int, last: int) -> Iterator[Blo
                 file.seek(stop - 1)
                 file.readline()
                 stop = file.tell()
-            yield Block(number, path, start, min(stop, last), None, False)
+            yield Block(number, path, start, min(stop, last), None, is_text=False)
             start = stop
 
 
-def _streamed_blocks(number: int, path: str, file: BinaryIO, after: int) -> Iterator[Block]:
+def _stdin_blocks(number: int) -> Iterator[Block]:
+    name = display_name(STDIN)
+    for block in _streamed_blocks(number, name, sys.stdin.buffer, 0):
+        if block.start == 0 and (problem := stream_problem(block.data[:HEAD_BYTES])):
+            raise DatasetError(f"{name}: {problem}")
+        yield block
+
+
+def _streamed_blocks(number: int, path: str, file: BinaryIO, position: int) -> Iterator[Block]:
     start = 0
-    while start < after and (skipped := file.read(min(BLOCK_BYTES, after - start))):
+    while start < position and (skipped := file.read(min(BLOCK_BYTES, position - start))):
         start += len(skipped)
     while data := file.read(BLOCK_BYTES):
         if not data.endswith(b"\n"):
             data += file.readline()
-        yield Block(number, path, start, start + len(data), data, False)
+        yield Block(number, path, start, start + len(data), data, is_text=False)
         start += len(data)

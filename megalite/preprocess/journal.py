@@ -1,109 +1,151 @@
-"""Where an interrupted preprocessing goes on: growing files in a folder, and a journal of how far they are good."""
+"""The staging directory in which output files grow, and the journal to resume from."""
 
 import fcntl
+import io
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 from megalite.data.indexed import DatasetError
 
 JOURNAL = "journal.json"
 
 
-class FolderError(DatasetError):
-    """The folder is in use, another job's, or damaged: nothing was begun, and the same command would not do either."""
+class StagingError(DatasetError):
+    """The staging directory is in use, of another job, or damaged.
+
+    Nothing was started, and the same command would fail again.
+    """
 
 
 class Journal:
-    """The folder of one output while it is made. One process at a time has it, where the file system knows locks.
+    """The staging directory of one output while it is made, locked against other processes.
 
-    Use it in a `with` block: leaving it with an error removes a folder from which nothing can go on.
+    Use it in a `with` block: leaving it with an error removes a directory from which no run can
+    resume. File systems without locks are used without, after a warning.
 
-    job: what the output is made from and how, as JSON. A folder that another job left is refused.
-    resumable: whether an interrupted run can go on; if not, what a killed one left is refused.
-    Raises FolderError when another process is at work, or the folder is another job's.
+    Args:
+        staging_dir: the directory, created if it does not exist.
+        job: what the output is made from and how, as JSON; another job's directory is refused.
+        resumable: whether an interrupted run can resume; if not, what one left is refused.
+
+    Raises:
+        StagingError: another process is at work, or the directory is another job's or damaged.
     """
 
-    def __init__(self, folder: Path, job: dict, resumable: bool = True):
-        self.folder, self._job, self._resumable = folder, json.loads(json.dumps(job)), resumable
+    def __init__(self, staging_dir: Path, job: dict, resumable: bool = True):
+        self.staging_dir = staging_dir
+        self._job = json.loads(json.dumps(job))
+        self._resumable = resumable
         try:
-            folder.mkdir(exist_ok=True)
+            staging_dir.mkdir(exist_ok=True)
         except FileExistsError:
-            raise FolderError(
-                f"{folder} is no folder, but the output is to grow there: delete it"
+            raise StagingError(
+                f"{staging_dir} is not a folder, but the output is to grow there: delete it"
             ) from None
-        self._lock = open(folder / "lock", "w")
+        self._lock = open(staging_dir / "lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
-            raise FolderError(
-                f"{folder}: another process is writing this output; wait for it, or stop it"
+            raise StagingError(
+                f"{staging_dir}: another process is writing this output; wait for it, or stop it"
             ) from None
         except OSError as error:  # Lustre and others may be mounted without locks
             print(
-                f"{folder} cannot be locked ({error}): start no second run of this output",
+                f"{staging_dir} cannot be locked ({error}): start no second run of this output",
                 file=sys.stderr,
             )
         try:
             self.state = self._read()
-        except FolderError:
+        except StagingError:
             self._lock.close()
             raise
 
     def _read(self) -> dict | None:
-        path = self.folder / JOURNAL
+        """The state that an interrupted run committed, None if there is none."""
+        path = self.staging_dir / JOURNAL
         if not path.exists():
             return None
+        remedy = f"delete {self.staging_dir} to start again"
         if not self._resumable:
-            raise FolderError(
-                f"standard input cannot be taken up again: delete {self.folder} to start anew"
-            )
+            raise StagingError(f"standard input cannot be resumed: {remedy}")
         try:
             stored = json.loads(path.read_text())
-            before, state = stored["job"], stored["state"]
+            before = stored["job"]
+            state = stored["state"]
         except (ValueError, KeyError, TypeError):
-            raise FolderError(f"{path} is damaged: delete {self.folder} to start anew") from None
-        different = [
-            key for key in {**before, **self._job} if before.get(key) != self._job.get(key)
-        ]
-        if different:
-            changes = "; ".join(
-                f"{key} was {_short(before.get(key))}, is {_short(self._job.get(key))}"
-                for key in different
-            )
-            raise FolderError(
-                f"{self.folder} is what an interrupted run left, which was another job: {changes}. Run that one again "
-                f"to finish it, or delete {self.folder} to start anew"
+            raise StagingError(f"{path} is damaged: {remedy}") from None
+        changes = []
+        for key in {**before, **self._job}:
+            then = before.get(key)
+            now = self._job.get(key)
+            if then != now:
+                changes.append(f"{key} was {_short(then)}, is {_short(now)}")
+        if changes:
+            raise StagingError(
+                f"{self.staging_dir} is what an interrupted run left, which was another job: "
+                f"{'; '.join(changes)}. Run that one again to finish it, or {remedy}"
             )
         return state
 
     def commit(self, state: dict) -> None:
-        """Write the state; whatever it counts must be on the disk already."""
-        path, draft = self.folder / JOURNAL, self.folder / (JOURNAL + ".draft")
-        with open(draft, "w") as file:
-            json.dump({"job": self._job, "state": state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(path)
+        """Store the state; all data that it counts must be on the disk already."""
+        write_json(self.staging_dir / JOURNAL, {"job": self._job, "state": state})
         self.state = state
 
-    def end(self, renames: list[tuple[str, str]]) -> None:
-        """Give complete files their final names, whichever have them already, and remove the folder."""
+    def publish(self, renames: list[tuple[str, str]]) -> None:
+        """Rename complete files to their final names, except those renamed before an interruption,
+        and remove the directory."""
         for source, final in renames:
             if os.path.exists(source):
                 os.rename(source, final)
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.staging_dir)
 
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, kind, *_) -> None:
         if kind is not None and (self.state is None or not self._resumable):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()  # another process may have the folder now
+            shutil.rmtree(self.staging_dir, ignore_errors=True)
+        self._lock.close()  # another process may use the directory now
+
+
+class _NamedFile(io.FileIO):
+    """A file whose path is in the error when it cannot be written, for example on a full disk."""
+
+    def write(self, data) -> int:
+        """Write bytes. Returns how many were written, which may be fewer."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.name)) from None
+
+
+def open_named(path: Path, mode: str) -> BinaryIO:
+    """A buffered binary file, to read and write, whose errors name its path."""
+    return io.BufferedRandom(_NamedFile(path, mode))
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Flush a file of `open_named` to the disk."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file.raw.name)) from None
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file so that, after a crash, it holds either the new value or the old one."""
+    draft = path.with_name(path.name + ".draft")
+    with open_named(draft, "w+") as file:
+        file.write(json.dumps(value).encode())
+        sync_file(file)
+    draft.rename(path)
 
 
 def _short(value) -> str:

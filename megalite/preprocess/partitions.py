@@ -1,166 +1,198 @@
-"""Several shards of one preprocessing at once on one machine, then merged."""
+"""All shards of a preprocessing at the same time on one machine (--partitions), then merged."""
 
+import json
 import multiprocessing
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from megalite.data.indexed import DatasetError, DatasetInfo, dataset_path
+from megalite.data.indexed import DatasetError, dataset_path
 from megalite.preprocess.config import PreprocessConfig
-from megalite.preprocess.inputs import expand, shard_ranges
-from megalite.preprocess.journal import JOURNAL, Journal
+from megalite.preprocess.journal import JOURNAL, Journal, StagingError, write_json
 from megalite.preprocess.merge import merge_into
 from megalite.preprocess.progress import Progress
-from megalite.preprocess.run import job_of, known_bytes, preprocess, refuse_existing, too_many
+from megalite.preprocess.shard import (
+    job_description,
+    make_shard,
+    refuse_existing,
+    too_many_bad_lines,
+)
 from megalite.preprocess.workers import sigint_blocked
 
 
-def preprocess_in_partitions(
-    config: PreprocessConfig, report: Callable[[Progress], None]
-) -> list[DatasetInfo]:
-    """What `preprocess` does, by --partitions processes with outputs of their own.
+def make_in_partitions(
+    config: PreprocessConfig, files: list[str], report: Callable[[Progress], None]
+) -> None:
+    """Make what `make_shard` makes of all files, by --partitions processes, one for each shard.
 
-    Finished parts are kept when it is interrupted, and unfinished ones go on. Raises what `preprocess` raises.
+    Shards are made in the staging directory, and merged there. After an interruption, finished
+    shards are kept, and unfinished ones resume. Raises what `make_shard` raises.
     """
-    files, problems = expand(config.input)
-    if problems:
-        raise DatasetError("; ".join(problems))
-    with Journal(config.folder, job_of(config, files)) as journal:
+    staging_dir = config.staging_dir
+    with Journal(staging_dir, job_description(config, files)) as journal:
         if journal.state is None:
             refuse_existing(config)
             journal.commit({"renames": []})
         try:
-            if not journal.state["renames"]:
-                journal.commit({"renames": _make_all(config, files, report)})
-            journal.end(journal.state["renames"])
+            if journal.state["renames"]:
+                report(Progress.of_earlier_run(journal.state.get("progress", {})))
+            else:
+                progress, renames = _make_and_merge(config, files, report)
+                journal.commit({"renames": renames, "progress": asdict(progress)})
+            journal.publish(journal.state["renames"])
         except BaseException:
-            if not [*config.folder.glob("*.idx"), *config.folder.glob(f"*/{JOURNAL}")]:
-                shutil.rmtree(
-                    config.folder, ignore_errors=True
-                )  # no part has anything to go on from
+            # Without a finished shard or a shard's journal there is nothing to resume from.
+            kept = [*staging_dir.glob("*.idx"), *staging_dir.glob(f"*/{JOURNAL}")]
+            if not kept:
+                shutil.rmtree(staging_dir, ignore_errors=True)
             raise
-    return [DatasetInfo.read(config.prefix(key)) for key in config.json_keys]
 
 
-def _make_all(
+def _make_and_merge(
     config: PreprocessConfig, files: list[str], report: Callable[[Progress], None]
-) -> list[tuple[str, str]]:
-    """Make the parts, and the whole of them in the folder. Returns the renames that are left to do."""
-    began = time.perf_counter()
-    parts = [_part(config, number) for number in range(config.partitions)]
-    finished = [_finished(part, files) for part in parts if _is_finished(part)]
-    done = _run(
-        [part for part in parts if not _is_finished(part)], finished, config.max_bad_lines, report
-    )
-    whole = Progress.total([_finished(part, files) for part in parts])
-    whole.bytes_now, whole.tokens_now, whole.spent = done.bytes_now, done.tokens_now, done.spent
-    if whole.bad_lines > config.max_bad_lines:
-        raise too_many(whole.last_bad_line, whole.bad_lines, config.max_bad_lines)
-    if not whole.documents:
-        shutil.rmtree(config.folder)
-        raise DatasetError(f"{', '.join(config.input)}: no documents")
-    renames, lines = [], b"".join(map(_bad_lines, parts))
-    if lines:
-        renames.append((config.folder / "bad_lines.tsv", config.bad_lines))
-        renames[0][0].write_bytes(lines)
-    for key in config.json_keys:
-        renames += merge_into(
-            config.folder, [part.prefix(key) for part in parts], config.prefix(key)
+) -> tuple[Progress, list[tuple[str, str]]]:
+    """Make the shards, and merge them in the staging directory.
+
+    Returns the progress of all together, and the renames (temporary name, final name) left to do.
+    """
+    start = time.perf_counter()
+    # Make the shards that no earlier run finished.
+    shards = [_shard_config(config, index) for index in range(config.partitions)]
+    finished = [_stored_progress(shard) for shard in shards if _is_finished(shard)]
+    unfinished = [shard for shard in shards if not _is_finished(shard)]
+    progress = _run_processes(unfinished, files, finished, config.max_bad_lines, report=report)
+    # Together they may have no documents, or more bad lines than each by itself.
+    if progress.bad_lines > config.max_bad_lines:
+        raise too_many_bad_lines(
+            progress.last_bad_line, progress.bad_lines, limit=config.max_bad_lines
         )
-    whole.seconds = time.perf_counter() - began
-    report(whole)
-    return [(str(source), str(final)) for source, final in renames]
+    if not progress.documents:
+        shutil.rmtree(config.staging_dir)
+        raise DatasetError(f"{', '.join(config.input)}: no documents")
+    # Join their lists of bad lines, and merge their datasets.
+    renames = []
+    lists = [Path(shard.bad_lines) for shard in shards]
+    bad_lines = b"".join(path.read_bytes() for path in lists if path.exists())
+    if bad_lines:
+        joined = config.staging_dir / "bad_lines.tsv"
+        joined.write_bytes(bad_lines)
+        renames.append((str(joined), config.bad_lines))
+    for key in config.json_keys:
+        prefixes = [shard.prefix(key) for shard in shards]
+        renames += merge_into(config.staging_dir, prefixes, config.prefix(key))
+    progress.seconds = time.perf_counter() - start
+    report(progress)
+    return progress, renames
 
 
-def _part(config: PreprocessConfig, number: int) -> PreprocessConfig:
-    shard = f"{number}/{config.partitions}"
-    workers = max(1, config.workers // config.partitions)
+def _shard_config(config: PreprocessConfig, index: int) -> PreprocessConfig:
     return replace(
         config,
-        output_prefix=str(config.folder / "part"),
-        shard=shard,
+        output_prefix=str(config.staging_dir / "part"),
+        shard=f"{index}/{config.partitions}",
         partitions=1,
-        workers=workers,
+        workers=max(1, config.workers // config.partitions),
     )
 
 
-def _is_finished(part: PreprocessConfig) -> bool:
-    return all(dataset_path(part.prefix(key), ".idx").exists() for key in part.json_keys)
+def _is_finished(shard: PreprocessConfig) -> bool:
+    return all(dataset_path(shard.prefix(key), ".idx").exists() for key in shard.json_keys)
 
 
-def _bad_lines(part: PreprocessConfig) -> bytes:
-    return Path(part.bad_lines).read_bytes() if Path(part.bad_lines).exists() else b""
+def _progress_path(shard: PreprocessConfig) -> Path:
+    """Where the process that makes a shard stores its progress, before the shard is finished."""
+    return Path(f"{shard.stem}.progress.json")
 
 
-def _finished(part: PreprocessConfig, files: list[str]) -> Progress:
-    """How far a part came that an earlier run finished."""
-    infos = [DatasetInfo.read(part.prefix(key)) for key in part.json_keys]
-    size = known_bytes(files, shard_ranges(files, *part.place))
-    rows = _bad_lines(part).decode().splitlines()
-    last = rows[-1].replace("\t", ", line ", 1).replace("\t", ": ", 1) if rows else ""
-    tokens = sum(info.tokens for info in infos)
-    return Progress(size, size, infos[0].documents, tokens, bad_lines=len(rows), last_bad_line=last)
+def _stored_progress(shard: PreprocessConfig) -> Progress:
+    """The progress of a shard that an earlier run finished. Raises StagingError."""
+    path = _progress_path(shard)
+    try:
+        return Progress.of_earlier_run(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        raise StagingError(
+            f"{path} is missing or damaged: delete {path.parent} to start again"
+        ) from None
 
 
-def _run(
-    parts: list[PreprocessConfig],
+def _run_processes(
+    shards: list[PreprocessConfig],
+    files: list[str],
     finished: list[Progress],
     max_bad_lines: int,
     report: Callable[[Progress], None],
 ) -> Progress:
-    """Run the parts, each in a process, beside those that are finished. Returns what all have done.
+    """Make each of the shards in a process of its own.
 
-    Raises the first error of any, and BadLineError when all together have too many bad lines.
+    Returns the progress of these and the `finished` ones together. Raises the first error of any,
+    and BadLineError when all together have too many bad lines.
     """
     context = multiprocessing.get_context("spawn")
-    running: dict[Connection, multiprocessing.Process] = {}
-    progress: dict[Connection, Progress] = {}
-    total = Progress.total(finished) if finished else Progress(0)
+    processes: dict[Connection, multiprocessing.Process] = {}
+    latest: dict[Connection, Progress] = {}
+    total = Progress.total(finished)
     try:
-        for part in parts:
+        for shard in shards:
             ours, theirs = context.Pipe(duplex=False)
-            running[ours] = context.Process(target=_make, args=(part, theirs))
+            processes[ours] = context.Process(target=_make, args=(shard, files, theirs))
             with sigint_blocked():
-                running[ours].start()
+                processes[ours].start()
             theirs.close()
-        waiting = set(running)
+        waiting = set(processes)
         while waiting:
             for connection in wait(waiting):
-                try:
-                    told = connection.recv()
-                except EOFError:
-                    running[connection].join()
-                    if running[connection].exitcode:
-                        raise DatasetError(
-                            f"a part ended with status {running[connection].exitcode}"
-                        ) from None
+                progress = _receive(connection, processes[connection])
+                if progress is None:
                     waiting.remove(connection)
                     continue
-                if isinstance(told, Exception):
-                    raise told
-                progress[connection] = told
-                total = Progress.total(
-                    [told, *(p for c, p in progress.items() if c is not connection), *finished]
-                )
+                # The new report comes first: its bad line is the one that an error names.
+                latest.pop(connection, None)
+                total = Progress.total([progress, *latest.values(), *finished])
+                latest[connection] = progress
                 if total.bad_lines > max_bad_lines:
-                    raise too_many(total.last_bad_line, total.bad_lines, max_bad_lines)
-            if len(progress) == len(parts):
+                    raise too_many_bad_lines(
+                        total.last_bad_line, total.bad_lines, limit=max_bad_lines
+                    )
+            if len(latest) == len(shards):
                 report(total)
         return total
     finally:
-        for connection, process in running.items():
+        for connection, process in processes.items():
             connection.close()
             process.terminate()
             process.join()
 
 
-def _make(part: PreprocessConfig, connection: Connection) -> None:
-    """One part, in a process of its own; it ends when nobody listens any more."""
+def _receive(connection: Connection, process: multiprocessing.Process) -> Progress | None:
+    """The next report of a process, None when it has finished. Raises the error that it sends."""
     try:
-        preprocess(part, connection.send)
+        message = connection.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode:
+            raise DatasetError(
+                f"the process of a partition exited unexpectedly (exit code {process.exitcode}); "
+                "its message, if any, is above"
+            ) from None
+        return None
+    if isinstance(message, Exception):
+        raise message
+    return message
+
+
+def _make(shard: PreprocessConfig, files: list[str], connection: Connection) -> None:
+    """Make one shard, in a process of its own; it ends when the main process has ended."""
+
+    def report(progress: Progress) -> None:
+        if progress.finished:
+            write_json(_progress_path(shard), asdict(progress))
+        connection.send(progress)
+
+    try:
+        make_shard(shard, files, report)
     except BrokenPipeError:
         return
     except (DatasetError, OSError, ValueError) as error:

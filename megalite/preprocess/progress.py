@@ -1,69 +1,91 @@
-"""How far a preprocessing has come, and showing it."""
+"""The progress of a preprocessing run, and its display."""
 
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+SPENT_ON = ("read", "parse", "encode", "write")
+SUMMED = ("bytes_total", "bytes_done", "documents", "tokens", "bytes_now", "tokens_now")
+SUMMED += ("bad_lines", "empty")
+"""Fields of Progress of which the total of several runs is the sum."""
+
 
 @dataclass
 class Progress:
-    """How far a run has come, and where its time went."""
+    """How much of a run is done, and where its time went."""
 
     bytes_total: int
-    """Of all input; 0: not known before it is read, as of compressed files."""
+    """Bytes of all input; 0: not known before it is read, as of compressed files."""
     bytes_done: int = 0
     documents: int = 0
     tokens: int = 0
     seconds: float = 0.0
     bytes_now: int = 0
-    """Of those done, the ones of this run; the others are an interrupted one's."""
+    """Part of bytes_done that this run processed; an interrupted run before it did the rest."""
     tokens_now: int = 0
-    spent: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("read", "parse", "encode", "write"), 0.0)
-    )
-    """Seconds of all processes by what they were spent on."""
+    """Part of tokens that this run wrote."""
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SPENT_ON, 0.0))
+    """Seconds, summed over processes, by what they were spent on."""
     bad_lines: int = 0
     last_bad_line: str = ""
-    """The last one that this run left out: file, line and reason."""
+    """The last bad line that this run left out: file, line number and reason."""
+    empty: int = 0
+    """Blank lines and documents with an empty text that were left out (--skip-empty)."""
+    finished: bool = False
+    """Whether everything is written, and only the files' final names are missing."""
 
     @classmethod
-    def total(cls, parts: list["Progress"]) -> "Progress":
-        """Of several runs at once, together."""
-        summed = (
-            "bytes_total",
-            "bytes_done",
-            "documents",
-            "tokens",
-            "bytes_now",
-            "tokens_now",
-            "bad_lines",
-        )
-        spent = {name: sum(part.spent[name] for part in parts) for name in parts[0].spent}
-        totals = {name: sum(getattr(part, name) for part in parts) for name in summed}
-        seconds, bad = max(part.seconds for part in parts), [part.last_bad_line for part in parts]
-        return cls(**totals, seconds=seconds, spent=spent, last_bad_line=max(bad, key=bool))
+    def of_earlier_run(cls, stored: dict) -> "Progress":
+        """The progress that an earlier run stored as JSON: nothing of it was done in this run."""
+        progress = cls(**{"bytes_total": 0, **stored})
+        progress.seconds = 0.0
+        progress.bytes_now = 0
+        progress.tokens_now = 0
+        progress.spent = dict.fromkeys(SPENT_ON, 0.0)
+        return progress
+
+    @classmethod
+    def total(cls, shards: Iterable["Progress"]) -> "Progress":
+        """The progress of several runs at the same time, summed."""
+        total = cls(bytes_total=0)
+        for shard in shards:
+            for name in SUMMED:
+                setattr(total, name, getattr(total, name) + getattr(shard, name))
+            for name, seconds in shard.spent.items():
+                total.spent[name] += seconds
+            total.seconds = max(total.seconds, shard.seconds)
+            total.last_bad_line = total.last_bad_line or shard.last_bad_line
+        return total
 
     def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)
-        rate, total, left = self.bytes_now / seconds, "", ""
+        rate = self.bytes_now / seconds
+        total = ""
+        left = ""
         if self.bytes_total:
             total = f" of {self.bytes_total / 1e6:,.1f}"
-            left = f", left {timedelta(seconds=round((self.bytes_total - self.bytes_done) / max(rate, 1e-9)))}"
+            seconds_left = round((self.bytes_total - self.bytes_done) / max(rate, 1e-9))
+            left = f", left {timedelta(seconds=seconds_left)}"
         return (
-            f"{self.bytes_done / 1e6:,.1f}{total} MB, {self.documents:,} documents, {self.tokens:,} tokens, "
-            f"{rate / 1e6:,.1f} MB/s, {self.tokens_now / seconds:,.0f} tokens/s{left}"
+            f"{self.bytes_done / 1e6:,.1f}{total} MB, {self.documents:,} documents, "
+            f"{self.tokens:,} tokens, {rate / 1e6:,.1f} MB/s, "
+            f"{self.tokens_now / seconds:,.0f} tokens/s{left}"
         )
 
     def where(self) -> str:
-        """Where the time went, in a line."""
-        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.spent.items())
-        return f"{self.seconds:.2f} s; seconds of all processes: {parts}"
+        """Where the time went, in one line."""
+        spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.spent.items())
+        return f"{self.seconds:.2f} s; seconds of all processes: {spent}"
 
 
 @contextmanager
 def show_progress(seconds_between_lines: float = 5.0):
-    """Gives a function for `preprocess` that shows progress on stderr: a bar on a terminal, otherwise plain lines."""
+    """Yields a function for `preprocess` that shows progress on stderr.
+
+    On a terminal it draws a bar, otherwise it prints plain lines.
+    """
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -72,17 +94,23 @@ def show_progress(seconds_between_lines: float = 5.0):
         columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         with Bar(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("starting")
-            yield lambda p: bar.update(
-                task, description=str(p), completed=p.bytes_done, total=p.bytes_total or None
-            )
+
+            def update_bar(progress: Progress) -> None:
+                total = progress.bytes_total or None
+                done = progress.bytes_done
+                bar.update(task, description=str(progress), completed=done, total=total)
+
+            yield update_bar
         return
-    next_line, shown = seconds_between_lines, None
+    next_line = seconds_between_lines
+    shown = None
 
     def print_line(progress: Progress) -> None:
         nonlocal next_line, shown
         done = progress.bytes_done == progress.bytes_total
         if progress.bytes_done != shown and (done or progress.seconds >= next_line):
-            next_line, shown = progress.seconds + seconds_between_lines, progress.bytes_done
+            next_line = progress.seconds + seconds_between_lines
+            shown = progress.bytes_done
             print(progress, file=sys.stderr, flush=True)
 
     yield print_line

@@ -1,4 +1,4 @@
-"""Processes that encode blocks, and give back their results in the order of the blocks."""
+"""Worker processes that encode blocks; their results are returned in the order of the blocks."""
 
 import multiprocessing
 import os
@@ -17,34 +17,38 @@ from megalite.preprocess.inputs import Block
 
 BLOCKS_AHEAD = 4
 """Blocks per worker that may be read before the oldest is written: what bounds memory."""
-BLOCKS_GIVEN = 2
-"""Blocks that a worker has: the next one is there when it has done one."""
+BLOCKS_PER_WORKER = 2
+"""Blocks sent to a worker at a time: when it has finished one, it has the next one already."""
 
 
 @contextmanager
 def encoded_blocks(workers: int, build_encoder: Callable, config, blocks: Iterator[Block]):
-    """(block, its result) of every block, in their order, made here (workers = 1) or by processes.
+    """Yields an iterator of (block, encoded block), in the order of the blocks.
 
-    `build_encoder(config)` makes what encodes a block, in each process.
+    Args:
+        workers: processes that encode; 1 encodes in this process.
+        build_encoder: `build_encoder(config)` makes the encoder of a process.
+        config: its argument.
+        blocks: the blocks.
     """
     if workers == 1:
         encoder = build_encoder(config)
         yield ((block, encoder(block)) for block in blocks)
         return
     context = multiprocessing.get_context("spawn")
-    connections: dict[Connection, multiprocessing.Process] = {}
+    processes: dict[Connection, multiprocessing.Process] = {}
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            connections[ours] = context.Process(
-                target=_serve, args=(theirs, build_encoder, config), daemon=True
-            )
+            arguments = (theirs, build_encoder, config)
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            processes[ours] = process
             with sigint_blocked():
-                connections[ours].start()
+                process.start()
             theirs.close()
-        yield _in_order(connections, blocks)
+        yield _in_order(processes, blocks)
     finally:
-        for connection, process in connections.items():
+        for connection, process in processes.items():
             connection.close()
             process.terminate()
             process.join()
@@ -52,9 +56,12 @@ def encoded_blocks(workers: int, build_encoder: Callable, config, blocks: Iterat
 
 @contextmanager
 def sigint_blocked():
-    """Processes that are started in this block never get Ctrl-C, from their first instant on: it is for this one, which
-    gets it after the block, and then ends them."""
-    resource_tracker.ensure_running()  # started in the block, it would let the signal through again
+    """Processes that are started in this block never receive Ctrl-C, from their first instruction.
+
+    Only this process does, after the block, and it ends them.
+    """
+    # Started in the block, the resource tracker would unblock the signal.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -62,14 +69,16 @@ def sigint_blocked():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(connection: Connection, build_encoder: Callable, config) -> None:
-    """A worker: encode what comes until the other end is closed, which it is also when the main process is killed."""
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # of the tokenizers library: this is one of many processes
+def _work(connection: Connection, build_encoder: Callable, config) -> None:
+    """A worker process: encode blocks until the connection is closed.
+
+    The operating system closes it when the main process is killed.
+    """
+    # The tokenizers library would start threads; there is already a process for each core.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     jobs = SimpleQueue()
-    # A thread takes blocks in, so that the main process can always give one, however large, and never waits for a
-    # worker that waits for it to take a result.
+    # A thread receives blocks, so that the main process can send one of any size at any time, and
+    # never waits for a worker that waits for it to receive a result.
     Thread(target=_receive, args=(connection, jobs), daemon=True).start()
     encoder = build_encoder(config)
     while job := jobs.get():
@@ -92,41 +101,48 @@ def _receive(connection: Connection, jobs: SimpleQueue) -> None:
         jobs.put(None)
 
 
-def _in_order(workers: dict[Connection, multiprocessing.Process], blocks: Iterator[Block]):
-    """Hand each worker the next block in time, and yield results in the order of the blocks."""
+def _in_order(
+    processes: dict[Connection, multiprocessing.Process], blocks: Iterator[Block]
+) -> Iterator[tuple[Block, EncodedBlock]]:
+    """Send blocks to workers as they become free, and yield results in the order of the blocks."""
     numbered = enumerate(blocks)
-    free = [*workers] * BLOCKS_GIVEN
+    free = [*processes] * BLOCKS_PER_WORKER
+    sent: dict[int, Block] = {}
     finished: dict[int, EncodedBlock | Exception] = {}
-    given: dict[int, Block] = {}
-    written = 0
+    next_number = 0
     while True:
-        while free and len(given) < BLOCKS_AHEAD * len(workers) and (job := next(numbered, None)):
+        # Send blocks while a worker is free and not too many are in flight.
+        while free and len(sent) < BLOCKS_AHEAD * len(processes) and (job := next(numbered, None)):
+            number, block = job
             connection = free.pop(0)
-            with _explaining_death(workers[connection]):
+            with _reporting_exit(processes[connection]):
                 connection.send(job)
-            given[job[0]] = job[1]._replace(data=None)
-        if not given:
+            sent[number] = block._replace(data=None)
+        if not sent:
             return
-        if written in finished:
-            result = finished.pop(written)
+        # Yield the next result if it is there.
+        if next_number in finished:
+            result = finished.pop(next_number)
             if isinstance(result, Exception):
                 raise result
-            yield given.pop(written), result
-            written += 1
+            yield sent.pop(next_number), result
+            next_number += 1
             continue
-        for connection in wait(workers):
-            with _explaining_death(workers[connection]):
+        # Otherwise wait for any result.
+        for connection in wait(processes):
+            with _reporting_exit(processes[connection]):
                 number, finished[number] = connection.recv()
             free.append(connection)
 
 
 @contextmanager
-def _explaining_death(worker: multiprocessing.Process):
+def _reporting_exit(worker: multiprocessing.Process):
+    """Turn the broken connection of a worker that exited into a DatasetError with its status."""
     try:
         yield
     except (EOFError, OSError):
         worker.join(timeout=10)
         raise DatasetError(
-            f"a worker process died (exit code {worker.exitcode}); its message, if any, is above. "
-            "If memory ran out (exit code -9), use fewer --workers"
+            f"a worker process exited unexpectedly (exit code {worker.exitcode}); its message, if "
+            "any, is above. If memory ran out (exit code -9), use fewer --workers"
         ) from None

@@ -16,8 +16,8 @@ from megalite.config.cli import parse_options
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError
 from megalite.preprocess.config import PreprocessConfig, find_problems
-from megalite.preprocess.inputs import left_out
-from megalite.preprocess.journal import FolderError
+from megalite.preprocess.inputs import ignored_files
+from megalite.preprocess.journal import StagingError
 from megalite.preprocess.progress import Progress, show_progress
 from megalite.preprocess.run import preprocess
 from megalite.programs.reporting import describe, fail, print_errors, refuse
@@ -25,8 +25,8 @@ from megalite.programs.reporting import describe, fail, print_errors, refuse
 SHOWN = 5
 """Ignored files to name."""
 RESUME = (
-    "The same command resumes from there, also with other --workers or --max-bad-lines; "
-    "delete it to start from scratch"
+    "The same command resumes from there, also with other --workers, --max-bad-lines or "
+    "--skip-empty; delete it to start again"
 )
 
 
@@ -47,12 +47,12 @@ def main() -> None:
             infos = preprocess(config, remember)
     except BrokenPipeError:
         raise
-    except FolderError as error:
+    except StagingError as error:
         fail(str(error))
     except (DatasetError, TokenizerError, OSError, KeyboardInterrupt) as error:
         print_errors(describe(error).splitlines())
-        if config.folder.exists():
-            print(f"{config.folder} keeps what is done. {RESUME}", file=sys.stderr)
+        if config.staging_dir.exists():
+            print(f"{config.staging_dir} keeps what is done. {RESUME}", file=sys.stderr)
         raise SystemExit(1) from None
     for key, info in zip(config.json_keys, infos, strict=True):
         print(
@@ -61,13 +61,15 @@ def main() -> None:
     bad_lines = Path(config.bad_lines)
     if bad_lines.exists():
         print(f"{bad_lines.read_bytes().count(10):,} bad lines were left out: see {bad_lines}")
+    if last.empty:
+        print(f"{last.empty:,} blank lines or empty texts were left out (--skip-empty)")
     if last.bytes_now:  # otherwise an earlier run had read it all
         print(last.where())
 
 
 def print_plan(config: PreprocessConfig) -> None:
     """Print to stderr which files are ignored and which tokenizer is used."""
-    ignored = left_out(config.input)
+    ignored = ignored_files(config.input)
     if ignored:
         more = f" and {len(ignored) - SHOWN} more" if len(ignored) > SHOWN else ""
         names = ", ".join(ignored[:SHOWN])

@@ -52,6 +52,8 @@ class TrainTokenizerConfig:
     """Learn from lower-cased text without accents (wordpiece only)."""
     json_key: str = "text"
     """Key of the JSON objects whose text is wanted."""
+    skip_empty: bool = False
+    """Pass over blank lines and empty texts."""
 
     @property
     def outputs(self) -> list[Path]:
@@ -97,7 +99,9 @@ class Texts:
     config: TrainTokenizerConfig
 
     def __iter__(self) -> Iterator[str]:
-        return read_texts(self.config.input, self.config.json_key)
+        return read_texts(
+            self.config.input, self.config.json_key, skip_empty=self.config.skip_empty
+        )
 
 
 def train(config: TrainTokenizerConfig) -> tuple[bytes, ...]:

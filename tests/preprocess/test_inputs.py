@@ -19,7 +19,8 @@ from megalite.preprocess import inputs as module
 from megalite.preprocess.config import find_problems
 from megalite.preprocess.encode import Encoder, TextReader
 from megalite.preprocess.inputs import expand, read_blocks, shard_ranges
-from megalite.preprocess.run import BadLineError, preprocess, read_texts
+from megalite.preprocess.run import preprocess, read_texts
+from megalite.preprocess.shard import BadLineError
 from tests.preprocess.preprocess_runs import (
     DOCUMENTS,
     ENVIRONMENT,
@@ -80,9 +81,10 @@ def test_a_line_is_judged_whatever_stands_beside_it():
     for _ in range(500):
         lines = draw.choices(AWKWARD_LINES, k=draw.randint(1, 4))
         texts = [text for line in lines for text in alone[line][1][0]]
-        bad = [
-            (number, alone[line][2][0][1]) for number, line in enumerate(lines) if alone[line][2]
-        ]
+        bad = []
+        for number, line in enumerate(lines):
+            if alone[line].bad:
+                bad.append(alone[line].bad[0]._replace(number=number))
         assert reader.parse(b"\n".join(lines) + b"\n", False) == (len(lines), [texts], bad), lines
 
 
@@ -284,7 +286,7 @@ def test_what_cannot_be_unpacked_or_read_in_parts_is_refused_by_name(tmp_path):
         (tmp_path / name).write_bytes(b"BZh")
         (problem,) = find_problems(config(tmp_path, str(tmp_path / name)))
         assert (
-            f"{name}: {Path(name).suffix.lower()} is no known kind of compression: make it one of .gz"
+            f"{name}: {Path(name).suffix.lower()} is no known kind of compression: convert it to one of .gz"
             in problem
         )
     os.mkfifo(tmp_path / "pipe")

@@ -32,9 +32,9 @@ from tests.preprocess.preprocess_runs import (
 
 SLOW_RUN = """
 import json, sys, time
-from megalite.preprocess import inputs, run
+from megalite.preprocess import inputs, run, shard
 if __name__ == "__main__":
-    inputs.BLOCK_BYTES, run.COMMIT_SECONDS = 500, -1.0
+    inputs.BLOCK_BYTES, shard.COMMIT_SECONDS = 500, -1.0
     def report(progress):
         print(progress.documents, flush=True)
         time.sleep(0.01)
@@ -190,7 +190,7 @@ def test_the_index_gets_its_name_last(tmp_path, monkeypatch):
     named = []
     monkeypatch.setattr(
         Journal,
-        "end",
+        "publish",
         lambda journal, renames: named.extend(Path(final).name for _, final in renames),
     )
     monkeypatch.setattr(DatasetInfo, "read", lambda prefix: None)
