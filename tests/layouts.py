@@ -108,8 +108,8 @@ def as_bert(shape: Shape, **fields) -> Shape:
 
 
 def _berts() -> list[Layout]:
-    """The layouts above with a BERT, half of them as its paper has it, half as Megatron-LM; a BERT's samples have no
-    documents to keep apart."""
+    """The layouts above with a BERT, half of them as its paper has it, half as Megatron-LM; a
+    BERT's samples have no documents to keep apart."""
     plain = [layout for layout in LAYOUTS if not layout.packing]
     styles = [POST_NORM, {}]
     return [
@@ -135,7 +135,8 @@ GLOBAL_BATCH = 8
 
 
 def product() -> list[Layout]:
-    """Every combination of sizes up to 8 ranks with sequence parallelism, recomputation, schedule and shape."""
+    """Every combination of sizes up to 8 ranks with sequence parallelism, recomputation, schedule
+    and shape."""
     sizes = [
         (tp, pp, dp) for tp in (1, 2, 4) for pp in (1, 2, 4) for dp in (1, 2) if tp * pp * dp <= 8
     ]

@@ -1,12 +1,14 @@
-"""A GPT and a BERT in plain PyTorch in one process: the numbers that every layout of megalite must reproduce.
+"""A GPT and a BERT in plain PyTorch in one process: the numbers that every layout of megalite must
+reproduce.
 
-It imports nothing from megalite and uses no fused or clever operation, so that it can be checked by reading. Parameters
-are a dict of tensors by megalite's global names, and everything is a pure function of them, in their dtype (float64
-unless you choose otherwise). test_oracle.py compares it with Hugging Face's GPT-2 and Llama, test_oracle_bert.py with
-its BERT. What dropout drops is in oracle_dropout.py.
+It imports nothing from megalite and uses no fused or clever operation, so that it can be checked by
+reading. Parameters are a dict of tensors by megalite's global names, and everything is a pure
+function of them, in their dtype (float64 unless you choose otherwise). test_oracle.py compares it
+with Hugging Face's GPT-2 and Llama, test_oracle_bert.py with its BERT. What dropout drops is in
+oracle_dropout.py.
 
-Letters: r rows (sequences), s tokens in a sequence, h hidden, n heads, g kv groups, q = n / g query heads in a group,
-d head size, f ffn size, v vocabulary.
+Letters: r rows (sequences), s tokens in a sequence, h hidden, n heads, g kv groups, q = n / g query
+heads in a group, d head size, f ffn size, v vocabulary.
 """
 
 from collections.abc import Sequence
@@ -28,8 +30,8 @@ from tests.oracle_dropout import (
 
 Parameters = dict[str, Tensor]
 Batch = tuple[Tensor | None, ...]
-"""GPT's: tokens, labels and loss mask; then, where documents in a row are kept apart, positions and segments. Each
-[r, s]. BERT's: a `BertBatch`."""
+"""GPT's: tokens, labels and loss mask; then, where documents in a row are kept apart, positions and
+segments. Each [r, s]. BERT's: a `BertBatch`."""
 
 
 class BertBatch(NamedTuple):
@@ -72,7 +74,8 @@ class Shape:
     """"LayerNorm" or "RMSNorm"."""
     norm_epsilon: float = 1e-5
     norm_placement: str = "pre"
-    """"pre": x + f(norm(x)) and a final norm; "post": norm(x + f(x)) and a norm of the embedding, BERT only."""
+    """"pre": x + f(norm(x)) and a final norm; "post": norm(x + f(x)) and a norm of the embedding,
+    BERT only."""
     swiglu: bool = False
     gelu: str = "tanh"
     """"tanh" or "erf"."""
@@ -134,7 +137,8 @@ def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
 def random_parameters(
     shape: Shape, seed: int = 0, std: float = 0.2, dtype: torch.dtype = torch.float64
 ) -> Parameters:
-    """Normal numbers everywhere, around 1 for the weights of norms: no bias is zero, so that a lost one is noticed."""
+    """Normal numbers everywhere, around 1 for the weights of norms: no bias is zero, so that a lost
+    one is noticed."""
     generator = torch.Generator().manual_seed(seed)
     parameters = {}
     for name, size in parameter_shapes(shape).items():
@@ -144,8 +148,8 @@ def random_parameters(
 
 
 def documents(tokens: Tensor, end: int) -> tuple[Tensor, Tensor]:
-    """Position of each token of [r, s] in its document, and the number of its document in the row, token by token. The
-    token `end` is a document's last."""
+    """Position of each token of [r, s] in its document, and the number of its document in the row,
+    token by token. The token `end` is a document's last."""
     positions, segments = torch.zeros_like(tokens), torch.zeros_like(tokens)
     for row in range(tokens.shape[0]):
         position = segment = 0
@@ -165,8 +169,9 @@ def logits(
     segments: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """A GPT's scores of the next token [r, s, v] for tokens [r, s]. A token is at its place in `positions`, unset: in
-    its row; it sees those before it with its number in `segments`, unset: all of them."""
+    """A GPT's scores of the next token [r, s, v] for tokens [r, s]. A token is at its place in
+    `positions`, unset: in its row; it sees those before it with its number in `segments`, unset:
+    all of them."""
     if segments is None:
         segments = torch.zeros_like(tokens)
     sees = (segments[:, :, None] == segments[:, None, :]).tril()
@@ -183,8 +188,9 @@ def bert_logits(
     segments: Tensor,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """A BERT's scores of the token at each place [r, s, v] and of the pair's labels [r, 2] (None without a pair head)
-    for tokens, token types and segments [r, s]. A token sees those of its segment, on both sides."""
+    """A BERT's scores of the token at each place [r, s, v] and of the pair's labels [r, 2] (None
+    without a pair head) for tokens, token types and segments [r, s]. A token sees those of its
+    segment, on both sides."""
     sees = segments[:, :, None] == segments[:, None, :]
     x = embed(params, shape, tokens, token_types, dropout=dropout)
     x = transform(params, shape, x, sees, dropout=dropout)
@@ -208,7 +214,8 @@ def embed(
     positions: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """What goes into the first layer [r, s, h]; everything given is [r, s]. Unset positions count along the row."""
+    """What goes into the first layer [r, s, h]; everything given is [r, s]. Unset positions count
+    along the row."""
     x = params["embedding.word_embeddings.weight"][tokens]
     if shape.position_embedding_type == "learned_absolute":
         positions = along_the_row(tokens) if positions is None else positions
@@ -233,8 +240,8 @@ def transform(
     positions: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """All layers of x [r, s, h], and the final norm if there is one. `sees` [r, j, k]: whether token j looks at token
-    k. Unset `positions` [r, s] count along the row."""
+    """All layers of x [r, s, h], and the final norm if there is one. `sees` [r, j, k]: whether
+    token j looks at token k. Unset `positions` [r, s] count along the row."""
     positions = along_the_row(x) if positions is None else positions
     for i in range(shape.layers):
         x = layer(params, i, shape, x, sees, positions, dropout)
@@ -285,7 +292,8 @@ def norm(params: Parameters, name: str, shape: Shape, x: Tensor) -> Tensor:
 
 
 def linear(params: Parameters, name: str, shape: Shape, x: Tensor) -> Tensor:
-    """x [..., inputs] times the weight [*outputs, inputs], plus the bias [*outputs]: [..., *outputs]."""
+    """x [..., inputs] times the weight [*outputs, inputs], plus the bias [*outputs]: [...,
+    *outputs]."""
     y = torch.tensordot(x, params[f"{name}.weight"], dims=([-1], [-1]))
     return y + params[f"{name}.bias"] if shape.bias else y
 
@@ -299,8 +307,8 @@ def attention(
     positions: Tensor,
     dropout: Dropout | None,
 ) -> Tensor:
-    """Layer i's self-attention of x [r, s, h]: token j looks at token k where `sees` [r, j, k]; each key/value head
-    serves the q query heads of its group. `positions` are [r, s]."""
+    """Layer i's self-attention of x [r, s, h]: token j looks at token k where `sees` [r, j, k];
+    each key/value head serves the q query heads of its group. `positions` are [r, s]."""
     rows, s, _ = x.shape
     qkv = linear(params, f"layers.{i}.attention.qkv", shape, x)  # [r, s, g, q+2, d]
     query, key, value = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
@@ -320,7 +328,8 @@ def attention(
 
 
 def rotate(x: Tensor, base: float, positions: Tensor) -> Tensor:
-    """Rotary embedding of x [r, s, ..., d]: the plane of components i and i + d/2 turns by position * base^(-2i/d)."""
+    """Rotary embedding of x [r, s, ..., d]: the plane of components i and i + d/2 turns by position
+    * base^(-2i/d)."""
     d = x.shape[-1]
     frequencies = base ** (-torch.arange(0, d, 2, dtype=x.dtype, device=x.device) / d)
     angles = positions.to(x.dtype)[:, :, None] * frequencies
@@ -331,7 +340,8 @@ def rotate(x: Tensor, base: float, positions: Tensor) -> Tensor:
 
 
 def softmax(x: Tensor) -> Tensor:
-    """exp(x) / sum(exp(x)) over the last dim; the largest entry is taken off first, so that nothing overflows."""
+    """exp(x) / sum(exp(x)) over the last dim; the largest entry is taken off first, so that nothing
+    overflows."""
     e = torch.exp(x - x.amax(-1, keepdim=True).detach())
     return e / e.sum(-1, keepdim=True)
 
@@ -357,8 +367,8 @@ def gelu(shape: Shape, x: Tensor) -> Tensor:
 def loss(
     params: Parameters, shape: Shape, *batch: Tensor | None, dropout: Dropout | None = None
 ) -> Tensor:
-    """The loss of a batch, see `Batch`. GPT: the mean cross entropy over all unmasked tokens of all rows given. BERT:
-    the sum of its two terms."""
+    """The loss of a batch, see `Batch`. GPT: the mean cross entropy over all unmasked tokens of all
+    rows given. BERT: the sum of its two terms."""
     if shape.architecture == "bert":
         return sum(bert_terms(params, shape, *batch, dropout=dropout))
     tokens, labels, loss_mask, *places = batch
@@ -370,8 +380,8 @@ def loss(
 def bert_terms(
     params: Parameters, shape: Shape, *batch: Tensor | None, dropout: Dropout | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Both terms of a BERT's loss: the mean cross entropy over all masked tokens, and over all pairs, of all rows
-    given. A term that counts nothing is 0."""
+    """Both terms of a BERT's loss: the mean cross entropy over all masked tokens, and over all
+    pairs, of all rows given. A term that counts nothing is 0."""
     b = BertBatch(*batch)
     scores, pair_scores = bert_logits(params, shape, b.tokens, b.token_types, b.segments, dropout)
     tokens = mean_cross_entropy(scores, b.labels, b.loss_mask)
@@ -384,8 +394,8 @@ def bert_terms(
 
 
 def mean_cross_entropy(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Mean of -log softmax(scores)[label] where the mask is 1, not 0; 0 where it is nowhere. Scores [..., v], the
-    others [...]."""
+    """Mean of -log softmax(scores)[label] where the mask is 1, not 0; 0 where it is nowhere. Scores
+    [..., v], the others [...]."""
     shifted = scores - scores.amax(-1, keepdim=True).detach()
     log_probability = shifted - shifted.exp().sum(-1, keepdim=True).log()
     losses = -log_probability.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -396,7 +406,8 @@ def mean_cross_entropy(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 def loss_and_gradients(
     params: Parameters, shape: Shape, *batch: Tensor | None, dropout: Dropout | None = None
 ) -> tuple[float, Parameters]:
-    """The loss, and its gradient with respect to every parameter by name. `params` are left as they are."""
+    """The loss, and its gradient with respect to every parameter by name. `params` are left as they
+    are."""
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     value = loss(leaves, shape, *batch, dropout=dropout)
     gradients = torch.autograd.grad(value, list(leaves.values()))
@@ -427,11 +438,13 @@ def train(
     steps: int | None = None,
     dropout: Dropout | None = None,
 ) -> LoadedModel:
-    """AdamW as in Loshchilov and Hutter's algorithm 2, the decay multiplied by the learning rate as well.
+    """AdamW as in Loshchilov and Hutter's algorithm 2, the decay multiplied by the learning rate as
+    well.
 
-    `lr` is one number or one for each step; `max_norm` of 0 does not clip; `steps` (default: one per batch) goes round
-    the batches again when there are fewer. Biases and norms do not decay. Unless `dropout` has sample numbers
-    [steps, r], samples are counted on from step to step, also when a batch comes again.
+    `lr` is one number or one for each step; `max_norm` of 0 does not clip; `steps` (default: one
+    per batch) goes round the batches again when there are fewer. Biases and norms do not decay.
+    Unless `dropout` has sample numbers [steps, r], samples are counted on from step to step, also
+    when a batch comes again.
     """
     steps = len(batches) if steps is None else steps
     rates = [lr] * steps if isinstance(lr, (int, float)) else lr
@@ -468,5 +481,6 @@ def samples_of_step(dropout: Dropout, step: int, rows: int) -> Tensor:
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies to this parameter: not to biases, not to the weights of norms."""
+    """Whether weight decay applies to this parameter: not to biases, not to the weights of
+    norms."""
     return not name.endswith((".bias", "norm.weight"))

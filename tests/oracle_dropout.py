@@ -1,6 +1,8 @@
-"""Dropout by counting, as docs/randomness.md fixes it: read it beside that page. It imports nothing from megalite.
+"""Dropout by counting, as docs/randomness.md fixes it: read it beside that page. It imports nothing
+from megalite.
 
-Each element makes the four words of its counter for itself and takes one of them: slow, and nothing to get wrong.
+Each element makes the four words of its counter for itself and takes one of them: slow, and nothing
+to get wrong.
 """
 
 import hashlib
@@ -24,11 +26,13 @@ class Dropout:
     hidden: float = 0.0
     """Probability everywhere else."""
     samples: Tensor | None = None
-    """Number in the run of each row's sample, int64 [r]; for `train` [steps, r]. Unset: rows count on from 0."""
+    """Number in the run of each row's sample, int64 [r]; for `train` [steps, r]. Unset: rows count
+    on from 0."""
 
 
 def drop(x: Tensor, dropout: Dropout | None, layer: int, site: int) -> Tensor:
-    """x [r, rows, columns] after dropout at a site of a layer, by that site's probability; no dropout: x."""
+    """x [r, rows, columns] after dropout at a site of a layer, by that site's probability; no
+    dropout: x."""
     if dropout is None:
         return x
     p = dropout.attention if site == ATTENTION_WEIGHTS else dropout.hidden
@@ -65,7 +69,8 @@ def key_of(seed: int) -> tuple[int, int]:
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox 4x32-10 (Salmon et al. 2011): counters [..., 4] to random words [..., 4], of 32 bits in uint64 each."""
+    """Philox 4x32-10 (Salmon et al. 2011): counters [..., 4] to random words [..., 4], of 32 bits
+    in uint64 each."""
     u, half, low = np.uint64, np.uint64(32), np.uint64(2**32 - 1)
     a, b, c, d = np.moveaxis(np.asarray(counter).astype(u), -1, 0)
     for i in range(10):

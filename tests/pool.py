@@ -3,8 +3,9 @@
     def sum_of_ranks(launch): ...               # at the top level of a test module
     results = pool.run(sum_of_ranks, 4)         # [result of rank 0, ..., result of rank 3]
 
-The workers are forked from a server that has torch loaded (a fresh interpreter per rank takes seconds). After a failure
-all workers of that run are killed, since a group that lost a peer is of no use, and the next run starts fresh ones.
+The workers are forked from a server that has torch loaded (a fresh interpreter per rank takes
+seconds). After a failure all workers of that run are killed, since a group that lost a peer is of
+no use, and the next run starts fresh ones.
 """
 
 import faulthandler
@@ -29,7 +30,8 @@ from typing import Any
 from megalite.parallel.launch import LaunchInfo
 
 PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "numpy", "pytest"]
-"""torch._dynamo, since optimizers and checkpointing import it at their first use: a second for each rank."""
+"""torch._dynamo, since optimizers and checkpointing import it at their first use: a second for each
+rank."""
 GRACE_SECONDS = 0.5
 """After a first failure the other ranks get this long to report one of their own."""
 STACK_SIGNAL = signal.SIGUSR2
@@ -41,7 +43,8 @@ WAITING_FOR_OTHERS = re.compile(
 
 
 class RanksFailed(Exception):
-    """A run that did not end well on every rank. The message has each failed rank's traceback or stack, causes first.
+    """A run that did not end well on every rank. The message has each failed rank's traceback or
+    stack, causes first.
 
     `ranks` lists them in the same order.
     """
@@ -113,7 +116,8 @@ class Worker:
 
 
 class RankPool:
-    """Up to `max_ranks` processes that run functions as ranks, each started when first needed. `close` ends them."""
+    """Up to `max_ranks` processes that run functions as ranks, each started when first needed.
+    `close` ends them."""
 
     def __init__(self, max_ranks: int = 8):
         self.max_ranks = max_ranks
@@ -134,12 +138,13 @@ class RankPool:
     ) -> list[Any]:
         """`function(launch, *args)` on ranks 0 .. world_size - 1 at once; their results, by rank.
 
-        The function is found by its name: it stands at the top level of a module. Arguments and results travel by
-        pickle. It may create process groups from `launch`; the pool destroys what is left of them before the next run.
-        Assert on results in the test rather than in the function: only there does pytest explain what differs.
+        The function is found by its name: it stands at the top level of a module. Arguments and
+        results travel by pickle. It may create process groups from `launch`; the pool destroys what
+        is left of them before the next run. Assert on results in the test rather than in the
+        function: only there does pytest explain what differs.
 
-        Raises RanksFailed when a rank raises, dies, or is not done after `timeout` seconds, ValueError when there are
-        not so many ranks.
+        Raises RanksFailed when a rank raises, dies, or is not done after `timeout` seconds,
+        ValueError when there are not so many ranks.
         """
         if not 1 <= world_size <= self.max_ranks:
             raise ValueError(f"{world_size} ranks asked for, this pool has 1 to {self.max_ranks}")
@@ -238,7 +243,8 @@ def _receive(worker: Worker, rank: int) -> "tuple[Any] | Failure":
 
 def _serve(connection: Connection, log: Path) -> None:
     """The life of a worker: run what comes until the parent hangs up."""
-    # Python's own output stays visible; C++ code writes to 1 and 2, and what it says last explains an abort.
+    # Python's own output stays visible; C++ code writes to 1 and 2, and what it says last explains
+    # an abort.
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -253,7 +259,8 @@ def _serve(connection: Connection, log: Path) -> None:
             return
         os.ftruncate(descriptor, 0)
         try:
-            # Before a call, not after: a rank that is done must not break the connections of those that are not.
+            # Before a call, not after: a rank that is done must not break the connections of those
+            # that are not.
             _reset(environment, folder)
             function, launch, args = pickle.loads(task)
             answer = pickle.dumps((True, function(launch, *args)))

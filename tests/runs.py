@@ -1,4 +1,5 @@
-"""Small runs of the whole program, and what can be seen of them: lines, files, memory, order, exits."""
+"""Small runs of the whole program, and what can be seen of them: lines, files, memory, order,
+exits."""
 
 import io
 import json
@@ -121,7 +122,8 @@ def working_in(folder: Path):
 def console_of(
     launch: LaunchInfo, config: RunConfig, folder: Path, build_model: Callable = build_model
 ) -> str:
-    """Run the training of one rank in a folder; what it printed, without the configuration and without times."""
+    """Run the training of one rank in a folder; what it printed, without the configuration and
+    without times."""
     with working_in(folder), redirect_stdout(io.StringIO()) as printed:
         pretrain(config, launch, build_model)
     summary = "".join(f"{line}\n" for line in summary_lines(config, launch.world_size))
@@ -129,7 +131,8 @@ def console_of(
 
 
 class Bench:
-    """Makes observations, each once. Runs have folders of their own, beside ../bytes, ../pieces and ../trained."""
+    """Makes observations, each once. Runs have folders of their own, beside ../bytes, ../pieces and
+    ../trained."""
 
     def __init__(self, folder: Path, pool: RankPool):
         self.folder, self.pool = folder, pool
@@ -143,8 +146,9 @@ class Bench:
         return self._made[key]
 
     def make_data(self) -> None:
-        """Two corpora; the first as bytes and as pieces of two tokenizers, the other as bytes. Beside them the files of
-        every kind of tokenizer, and numbers below 97 that any of them might have made."""
+        """Two corpora; the first as bytes and as pieces of two tokenizers, the other as bytes.
+        Beside them the files of every kind of tokenizer, and numbers below 97 that any of them
+        might have made."""
         draw = random.Random(1)
         words = ["".join(draw.choices("aeioulmnrst", k=draw.randint(2, 8))) for _ in range(120)]
         texts = {
@@ -316,8 +320,8 @@ def signalled(bench: Bench, flags: dict, ranks: int) -> str:
 
 
 def refusal_or_start(bench: Bench, flags: dict, ranks: int) -> str:
-    """What is said of the device: why the configuration is refused, by the checks or for this machine; else where it
-    runs."""
+    """What is said of the device: why the configuration is refused, by the checks or for this
+    machine; else where it runs."""
     problems = validate.check(from_flat(flags), ranks)
     if problems:
         return "; ".join(problem.message for problem in problems)
@@ -350,7 +354,8 @@ def of_the_preset(bench: Bench, flags: dict, ranks: int) -> dict:
 
 
 def check_only(bench: Bench, flags: dict, ranks: int) -> str:
-    """The status with which the main program ends after reading its flags (None: it goes on), and what it printed."""
+    """The status with which the main program ends after reading its flags (None: it goes on), and
+    what it printed."""
     file = bench.folder / "flags.yaml"
     file.write_text(to_yaml(from_flat(flags)))
     status = None

@@ -1,4 +1,5 @@
-"""The code of megalite/ stays readable: its figures are within the limits of tests/code_density.py."""
+"""The code of megalite/ stays readable: its figures are within the limits of
+tests/code_density.py."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""tools/fill_mask.py, and loading a trained model into one process: what is found, and what is refused."""
+"""tools/fill_mask.py, and loading a trained model into one process: what is found, and what is
+refused."""
 
 import re
 import shutil
@@ -114,7 +115,8 @@ def test_special_tokens_are_no_answers(fill):
 
 
 def test_the_space_before_a_blank_is_not_a_token(made, fill, tmp_path):
-    """Byte-level tokens hold the space before a word; what stands before a blank must not end in one of its own."""
+    """Byte-level tokens hold the space before a word; what stands before a blank must not end in
+    one of its own."""
     tokenizers = pytest.importorskip("tokenizers")
     pieces = [
         "<s>",

@@ -1,4 +1,5 @@
-"""tools/finetune_classifier.py and tools/classify.py: what they learn, what they keep, and what they refuse."""
+"""tools/finetune_classifier.py and tools/classify.py: what they learn, what they keep, and what
+they refuse."""
 
 import json
 import random
@@ -44,7 +45,8 @@ def marked(draw: random.Random, label: str) -> str:
 
 
 def task(count: int, seed: int) -> list[dict]:
-    """Texts that a word of theirs gives away, two of three of them sad; the other text of a pair says nothing."""
+    """Texts that a word of theirs gives away, two of three of them sad; the other text of a pair
+    says nothing."""
     draw = random.Random(seed)
     labels = [draw.choice(("sad", "sad", "glad")) for _ in range(count)]
     return [
@@ -69,7 +71,8 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, pool) -> Path:
-    """A folder with the task, a vocabulary, and checkpoints of two tiny BERTs: `pairs` of 2x2 ranks, `none` of one."""
+    """A folder with the task, a vocabulary, and checkpoints of two tiny BERTs: `pairs` of 2x2
+    ranks, `none` of one."""
     pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("classifier")
     write(folder / "train.tsv", task(200, 1))
@@ -105,7 +108,8 @@ def flags_of(made: Path, more: dict) -> list[str]:
 
 @pytest.fixture
 def run(made, monkeypatch, capsys):
-    """The tool on the task: what it prints. It must end with this status, and say why if that is not 0."""
+    """The tool on the task: what it prints. It must end with this status, and say why if that is
+    not 0."""
 
     def run(more: dict, status: int = 0, tool=finetune_classifier) -> str:
         words = (

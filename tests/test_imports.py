@@ -13,7 +13,8 @@ def module_name(path: Path) -> str:
 
 
 def imports_of(path: Path, modules: set[str]) -> set[str]:
-    """Modules of megalite that a file imports when it is loaded or later, but not for type checkers alone."""
+    """Modules of megalite that a file imports when it is loaded or later, but not for type checkers
+    alone."""
     tree = ast.parse(path.read_text())
     for_types = set()
     for node in ast.walk(tree):

@@ -1,4 +1,5 @@
-"""Every layout against the oracle, without dropout and with it: the loss, every gradient, and five steps."""
+"""Every layout against the oracle, without dropout and with it: the loss, every gradient, and five
+steps."""
 
 from dataclasses import replace
 from functools import cache
@@ -32,15 +33,17 @@ DROPPED = oracle.Dropout(SEED, attention=0.1, hidden=0.1)
 """The same for the oracle."""
 BERT_FIELDS = oracle.BertBatch._fields
 WEIGHTS_WITHIN = STEPS * 1e-8
-"""Adam divides by the root of a mean of squares: where the gradient is mathematically zero (the key bias), rounding
-noise of 1e-15 times the largest gradient (about 10) moves a weight by up to noise / epsilon * lr = 1e-8 a step."""
+"""Adam divides by the root of a mean of squares: where the gradient is mathematically zero (the key
+bias), rounding noise of 1e-15 times the largest gradient (about 10) moves a weight by up to noise /
+epsilon * lr = 1e-8 a step."""
 MASKED = 3
-"""The token whose positions are left out of the loss: microbatches then differ in their number of tokens. It ends
-documents where they are kept apart: of many rows, several."""
+"""The token whose positions are left out of the loss: microbatches then differ in their number of
+tokens. It ends documents where they are kept apart: of many rows, several."""
 
 
 class Samples:
-    """A dataset of fixed random samples; some have many masked tokens, so that a mean of means would be wrong."""
+    """A dataset of fixed random samples; some have many masked tokens, so that a mean of means
+    would be wrong."""
 
     def __init__(self, shape: oracle.Shape, count: int):
         generator = torch.Generator().manual_seed(7)
@@ -104,7 +107,8 @@ def set_parameters(parts, params) -> None:
 
 
 def boxes(parts, tensor_of) -> list:
-    """(name, box, values) of this rank's part of each tensor, replicas included, so that they are compared as well."""
+    """(name, box, values) of this rank's part of each tensor, replicas included, so that they are
+    compared as well."""
     return [
         (name, p.spec.box, p.spec.real(tensor_of(p)).detach().clone())
         for name, p in parts.model.parameters_by_name.items()
@@ -112,8 +116,8 @@ def boxes(parts, tensor_of) -> list:
 
 
 def train_on_rank(launch, layout: Layout, params, flags: dict, steps: int):
-    """Run `steps` steps on one rank; terms of the losses, norms, boxes of the first gradient (before clipping) and of
-    the final weights."""
+    """Run `steps` steps on one rank; terms of the losses, norms, boxes of the first gradient
+    (before clipping) and of the final weights."""
     config = configuration(layout, **flags, eod_mask_loss=True)
     context, _ = build_context(config, launch)
     parts = build_components(config, context)
@@ -154,7 +158,8 @@ def expected(
 
 
 def largest_difference(parts: list, wanted: dict, shapes: dict) -> float:
-    """Largest difference of any box from the global tensors, relative to max(largest entry of this tensor, of any).
+    """Largest difference of any box from the global tensors, relative to max(largest entry of this
+    tensor, of any).
 
     Also checks that the boxes of all ranks together cover every tensor.
     """
@@ -177,7 +182,8 @@ def largest_difference(parts: list, wanted: dict, shapes: dict) -> float:
 
 
 def terms_of(results: list, layout: Layout) -> list[list[float]]:
-    """The global terms of each step's loss: sums over data ranks of the last stage's (tensor rank 0's)."""
+    """The global terms of each step's loss: sums over data ranks of the last stage's (tensor rank
+    0's)."""
     last = [r for rank, r in enumerate(results) if rank >= (layout.pp - 1) * layout.dp * layout.tp]
     return [
         [sum(terms) for terms in zip(*(r[0][i] for r in last[:: layout.tp]))]
@@ -193,7 +199,8 @@ def losses_of(results: list, layout: Layout) -> list[float]:
 def assert_equal_the_oracle(
     results: list, layout: Layout, dropout: oracle.Dropout | None, record_property
 ) -> None:
-    """Loss and every gradient to 1e-9 in float64, then the losses, norms and weights of five steps of AdamW."""
+    """Loss and every gradient to 1e-9 in float64, then the losses, norms and weights of five steps
+    of AdamW."""
     params, loss, gradients, trained = expected(layout.shape, layout.packing, dropout)
     shapes = oracle.parameter_shapes(layout.shape)
     losses = losses_of(results, layout)
@@ -231,7 +238,8 @@ def test_layouts_equal_the_oracle(pool, layout, record_property):
     ids=lambda layout: layout.name,
 )
 def test_layouts_equal_the_oracle_with_dropout(pool, layout, record_property):
-    """As above, with dropout at every place: what is dropped must not depend on how the model and the samples lie."""
+    """As above, with dropout at every place: what is dropped must not depend on how the model and
+    the samples lie."""
     params, loss_without, _, _ = expected(layout.shape, layout.packing)
     results = pool.run(train_on_rank, layout.world_size, layout, params, DROPOUT, STEPS)
     assert losses_of(results, layout)[0] != pytest.approx(loss_without, rel=1e-3), (
@@ -241,7 +249,8 @@ def test_layouts_equal_the_oracle_with_dropout(pool, layout, record_property):
 
 
 def test_the_samples_of_a_bert_leave_nothing_untried():
-    """Padding, pairs of both kinds and rows without one, rows that differ in what is to be predicted."""
+    """Padding, pairs of both kinds and rows without one, rows that differ in what is to be
+    predicted."""
     batch = batch_for_oracle(as_bert(GPT2), 0)
     assert 0 < batch.segments.sum() < batch.segments.numel() and batch.token_types.sum() > 0
     assert (
@@ -253,8 +262,8 @@ def test_the_samples_of_a_bert_leave_nothing_untried():
 
 @cache
 def one_process(pool, shape: oracle.Shape, packing: tuple[str, ...], steps: int, **flags):
-    """Terms of the losses, norms, first gradients by name and final weights by name of a single process, a sample at a
-    time."""
+    """Terms of the losses, norms, first gradients by name and final weights by name of a single
+    process, a sample at a time."""
     layout = Layout("single", shape=shape, flags=dict.fromkeys(packing, True))
     losses, norms, *tensors = pool.run(train_on_rank, 1, layout, expected(shape)[0], flags, steps)[
         0
@@ -326,19 +335,21 @@ LONG = {
 
 @pytest.mark.parametrize("shape", LONG.values(), ids=LONG)
 def test_bf16_gradients_of_many_tokens_equal_the_oracle(pool, shape):
-    """Each tensor against the fp64 oracle on its own scale, over 2048 tokens of which many are the same: sums that are
-    kept in bf16 would have stopped growing. The oracle starts from the same bf16 weights."""
+    """Each tensor against the fp64 oracle on its own scale, over 2048 tokens of which many are the
+    same: sums that are kept in bf16 would have stopped growing. The oracle starts from the same
+    bf16 weights."""
     params = {name: value.bfloat16().double() for name, value in expected(shape)[0].items()}
     _, gradients = oracle.loss_and_gradients(params, shape, *batch_for_oracle(shape, 0))
     layout = Layout("single", shape=shape, flags={"micro_batch_size": 8})
     results = pool.run(train_on_rank, 1, layout, params, {"precision": "bf16"}, 1)
     largest = max(gradient.norm().item() for gradient in gradients.values())
     for name, _, values in results[0][2]:
-        # Where a gradient is mathematically zero (the key bias), all of it is rounding: relative to the largest.
+        # Where a gradient is mathematically zero (the key bias), all of it is rounding: relative to
+        # the largest.
         error = (values.double() - gradients[name]).norm().item() / max(
             gradients[name].norm().item(), 0.05 * largest
         )
-        # As Rounding has it, but for the norm of a tensor's error, which grows with the root mean square of a rounding,
-        # u / sqrt(3); twice, for what the layers amplify.
+        # As Rounding has it, but for the norm of a tensor's error, which grows with the root mean
+        # square of a rounding, u / sqrt(3); twice, for what the layers amplify.
         roundings = 2 * (4 * shape.layers + 1) + 2 * 6 * shape.layers
         assert error < 2 * sqrt(roundings / 3) * 2.0**-8, (name, error)

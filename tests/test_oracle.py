@@ -1,4 +1,5 @@
-"""The oracle against Hugging Face's GPT-2 and Llama, against finite differences, and against torch's AdamW."""
+"""The oracle against Hugging Face's GPT-2 and Llama, against finite differences, and against
+torch's AdamW."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -43,10 +44,12 @@ SHAPES = {
 
 
 def tolerance(shape: Shape, tokens: int) -> float:
-    """Largest difference to expect of two float64 evaluations of one function, relative to the largest entry.
+    """Largest difference to expect of two float64 evaluations of one function, relative to the
+    largest entry.
 
-    They differ in the order of their sums. A sum of K terms is off by at most K roundings, and by about sqrt(K) in
-    practice; a signal passes about 16 sums or elementwise operations per layer on its way forward and as many backward.
+    They differ in the order of their sums. A sum of K terms is off by at most K roundings, and by
+    about sqrt(K) in practice; a signal passes about 16 sums or elementwise operations per layer on
+    its way forward and as many backward.
     """
     longest = max(shape.hidden, shape.ffn, shape.vocab, tokens, shape.heads * shape.head_size)
     return 2 * 16 * (shape.layers + 1) * longest**0.5 * torch.finfo(torch.float64).eps
@@ -60,7 +63,8 @@ def batch(shape: Shape, rows: int = 3, seed: int = 1) -> oracle.Batch:
 
 
 def assert_close(actual: Parameters, expected: Parameters, bound: float) -> None:
-    """Every tensor by name, relative to the largest entry of any: some gradients are zero but for rounding."""
+    """Every tensor by name, relative to the largest entry of any: some gradients are zero but for
+    rounding."""
     assert actual.keys() == expected.keys()
     scale = max(value.abs().max().item() for value in expected.values())
     for name, value in expected.items():
@@ -68,11 +72,13 @@ def assert_close(actual: Parameters, expected: Parameters, bound: float) -> None
         assert (actual[name] - value).abs().max().item() <= bound * scale, name
 
 
-# Hugging Face's names and layouts. Each pair of functions maps weights, or gradients, there and back.
+# Hugging Face's names and layouts. Each pair of functions maps weights, or gradients, there and
+# back.
 
 
 def gpt2_from_oracle(params: Parameters, shape: Shape) -> Parameters:
-    """GPT2LMHeadModel's parameters. Its Conv1D keeps weights [inputs, outputs]; c_attn gives all q, all k, all v."""
+    """GPT2LMHeadModel's parameters. Its Conv1D keeps weights [inputs, outputs]; c_attn gives all q,
+    all k, all v."""
     theirs = {
         "transformer.wte.weight": params["embedding.word_embeddings.weight"],
         "transformer.wpe.weight": params["embedding.position_embeddings.weight"],
@@ -181,7 +187,8 @@ LLAMA_PARTS = {
 
 
 def llama_path(name: str) -> str:
-    """Where Llama keeps what the oracle calls `name` (for fused weights: the module that holds the parts)."""
+    """Where Llama keeps what the oracle calls `name` (for fused weights: the module that holds the
+    parts)."""
     if name.startswith("layers."):
         _, i, part = name.split(".", 2)
         return f"model.layers.{i}.{LLAMA_PARTS[part]}"
@@ -237,8 +244,8 @@ def llama_model(shape: Shape) -> torch.nn.Module:
 def hugging_face(monkeypatch):
     """transformers, its Llama in float64 throughout.
 
-    It computes norms, softmax and rotary angles in float32 whatever the model's dtype; what its module knows as
-    float32 is made float64.
+    It computes norms, softmax and rotary angles in float32 whatever the model's dtype; what its
+    module knows as float32 is made float64.
     """
     pytest.importorskip("transformers")
     from transformers.models.llama import modeling_llama
@@ -251,7 +258,8 @@ def hugging_face(monkeypatch):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_logits_and_gradients_equal_hugging_face(name, packed):
-    """One text in a row, or several documents, of which Hugging Face is told as places and a mask to add to scores."""
+    """One text in a row, or several documents, of which Hugging Face is told as places and a mask
+    to add to scores."""
     shape = SHAPES[name]
     make, to_theirs, from_theirs = (
         (gpt2_model, gpt2_from_oracle, oracle_from_gpt2)
@@ -325,8 +333,9 @@ def assert_finite_differences(
 ) -> None:
     """Along one random direction per parameter: (loss(p + eu) - loss(p - eu)) / 2e = <gradient, u>.
 
-    With e = 1e-5 the difference of two losses near 4 is rounded to about 1e-15 / 1e-5 = 1e-10, and what central
-    differences leave out is about e^2 = 1e-10 times a third derivative of order 1 to 10.
+    With e = 1e-5 the difference of two losses near 4 is rounded to about 1e-15 / 1e-5 = 1e-10, and
+    what central differences leave out is about e^2 = 1e-10 times a third derivative of order 1 to
+    10.
     """
     _, gradients = oracle.loss_and_gradients(params, shape, *data, **options)
     generator = torch.Generator().manual_seed(2)
@@ -341,7 +350,8 @@ def assert_finite_differences(
 
 
 def test_masked_tokens_do_not_count():
-    """The loss is the mean of the two halves' losses weighted by their unmasked tokens, not the mean of their means."""
+    """The loss is the mean of the two halves' losses weighted by their unmasked tokens, not the
+    mean of their means."""
     params = oracle.random_parameters(GPT2)
     tokens, labels, mask = batch(GPT2, rows=4)
     mask[:2, 3:] = False
@@ -357,7 +367,8 @@ def test_masked_tokens_do_not_count():
 
 @pytest.mark.parametrize("max_norm", [0.0, 4.0])
 def test_training_equals_torch_adamw(max_norm):
-    """Five steps with a changing learning rate; the clip takes effect on some of them and not on all."""
+    """Five steps with a changing learning rate; the clip takes effect on some of them and not on
+    all."""
     shape, rates = LLAMA, [0.01, 0.02, 0.03, 0.02, 0.01]
     start = oracle.random_parameters(shape)
     batches = [batch(shape, seed=seed) for seed in range(3)]
@@ -394,7 +405,8 @@ def test_training_equals_torch_adamw(max_norm):
         assert trained.grad_norms[step] == pytest.approx(norm.item(), rel=1e-12)
     if max_norm:
         assert min(trained.grad_norms) < max_norm < max(trained.grad_norms)
-    # Differences grow along the trajectory: an update of a tiny gradient is its sign times the rate.
+    # Differences grow along the trajectory: an update of a tiny gradient is its sign times the
+    # rate.
     assert_close(trained.params, {name: p.detach() for name, p in params.items()}, bound=1e-10)
     assert trained.losses[3] < trained.losses[0]
     assert all(

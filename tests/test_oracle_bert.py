@@ -1,4 +1,5 @@
-"""The oracle's BERT against Hugging Face's, its layers against torch's TransformerEncoder, and finite differences."""
+"""The oracle's BERT against Hugging Face's, its layers against torch's TransformerEncoder, and
+finite differences."""
 
 from dataclasses import replace
 
@@ -39,13 +40,14 @@ MODERN = replace(
 
 
 def tolerance(shape: Shape, tokens: int) -> float:
-    """As for a GPT, the heads counted as a layer: dense, gelu, norm and output are as long a way."""
+    """As for a GPT, the heads counted as a layer: dense, gelu, norm and output are as long a
+    way."""
     return test_oracle.tolerance(replace(shape, layers=shape.layers + 1), tokens)
 
 
 def batch(shape: Shape, rows: int = 4, seed: int = 1) -> BertBatch:
-    """Random tokens, also as padding: none in the first row and two more in each row. A third of the text is to be
-    predicted, and the third row is no pair."""
+    """Random tokens, also as padding: none in the first row and two more in each row. A third of
+    the text is to be predicted, and the third row is no pair."""
     generator = torch.Generator().manual_seed(seed)
     size = (rows, shape.seq)
     place, length = torch.arange(shape.seq), shape.seq - 2 * torch.arange(rows)[:, None]
@@ -62,8 +64,8 @@ def batch(shape: Shape, rows: int = 4, seed: int = 1) -> BertBatch:
 
 
 def bert_from_oracle(params: Parameters, shape: Shape) -> Parameters:
-    """The parameters of Hugging Face's BertForPreTraining or, without a pair head, BertForMaskedLM. Query, key and
-    value are linears of their own."""
+    """The parameters of Hugging Face's BertForPreTraining or, without a pair head, BertForMaskedLM.
+    Query, key and value are linears of their own."""
     theirs = {}
     for full_name, value in params.items():
         name, kind = full_name.rsplit(".", 1)
@@ -126,7 +128,8 @@ def bert_model(shape: Shape, **config) -> torch.nn.Module:
 
 
 def their_output(model: torch.nn.Module, params: Parameters, shape: Shape, data: BertBatch):
-    """What Hugging Face's model gives with the oracle's parameters, through which gradients flow."""
+    """What Hugging Face's model gives with the oracle's parameters, through which gradients
+    flow."""
     weights = bert_from_oracle(params, shape)
     assert weights.keys() == {name for name, _ in model.named_parameters()}
     told = {
@@ -152,7 +155,8 @@ def gradients_of(value: torch.Tensor, leaves: Parameters) -> Parameters:
 @pytest.mark.parametrize("pair", [True, False], ids=["pair", "mlm"])
 @pytest.mark.parametrize("gelu", ["erf", "tanh"])
 def test_logits_terms_and_gradients_equal_hugging_face(gelu, pair, tied):
-    """Theirs lets padding look at text, ours at padding: their logits are compared where there is text."""
+    """Theirs lets padding look at text, ours at padding: their logits are compared where there is
+    text."""
     pytest.importorskip("transformers")
     shape = replace(BERT, gelu=gelu, pair=pair, tied=tied)
     params, data = oracle.random_parameters(shape), batch(shape)
@@ -284,7 +288,8 @@ def test_what_is_in_the_padding_changes_nothing_and_what_is_in_the_text_does(sha
 
 @pytest.mark.parametrize("shape", [BERT, MODERN], ids=["post", "modern"])
 def test_terms_are_means_over_all_tokens_and_all_pairs(shape):
-    """Those of two parts weighted by what they count; with dropout too, which knows samples and not rows."""
+    """Those of two parts weighted by what they count; with dropout too, which knows samples and not
+    rows."""
     params, data, samples = (
         oracle.random_parameters(shape),
         batch(shape),

@@ -1,4 +1,5 @@
-"""The oracle's dropout against docs/randomness.md, and in place against Hugging Face's GPT-2 and BERT."""
+"""The oracle's dropout against docs/randomness.md, and in place against Hugging Face's GPT-2 and
+BERT."""
 
 from dataclasses import replace
 
@@ -84,7 +85,8 @@ def test_elements_by_their_counters(layer, site, sample, row, column, counter, w
 
 
 def test_drop_keeps_the_expectation_and_uses_the_sites_probability():
-    """Of N elements p N go, give or take 5 standard deviations; those that stay make up for them."""
+    """Of N elements p N go, give or take 5 standard deviations; those that stay make up for
+    them."""
     x = torch.full((16, 64, 300), 3.0, dtype=torch.float64)
     for site in (ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP, EMBEDDING):
         p = 0.3 if site == ATTENTION_WEIGHTS else 0.2
@@ -100,7 +102,8 @@ def test_drop_keeps_the_expectation_and_uses_the_sites_probability():
 
 
 def drop_as_documented(monkeypatch, shape: Shape, dropout: Dropout) -> list[tuple[int, int]]:
-    """torch's dropout drops the elements of the next place in the model; returns the places still to come."""
+    """torch's dropout drops the elements of the next place in the model; returns the places still
+    to come."""
     layers = range(shape.layers)
     places = [(i, site) for i in layers for site in (ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP)]
     places.insert(0, (0, EMBEDDING))
@@ -150,7 +153,8 @@ def their_bert_loss(params: Parameters, data: oracle.Batch) -> torch.Tensor:
     ids=["gpt2", "bert"],
 )
 def test_loss_and_gradients_equal_hugging_face(monkeypatch, shape, batch, their_loss):
-    """Its models drop the elements of docs/randomness.md at its own places, in which the oracle's must be as well."""
+    """Its models drop the elements of docs/randomness.md at its own places, in which the oracle's
+    must be as well."""
     pytest.importorskip("transformers")
     params, data = oracle.random_parameters(shape), batch(shape, rows=4)
     leaves, bound = leaves_of(params), test_oracle_bert.tolerance(shape, data[0].numel())
@@ -175,7 +179,8 @@ def test_gradients_equal_finite_differences(shape):
 
 @pytest.mark.parametrize("given", [False, True])
 def test_training_counts_samples_on(given):
-    """With a rate of 0 each step's loss is that of the same weights, under the step's own sample numbers."""
+    """With a rate of 0 each step's loss is that of the same weights, under the step's own sample
+    numbers."""
     params, batches = (
         oracle.random_parameters(BERT),
         [test_oracle_bert.batch(BERT, seed=seed) for seed in (1, 2)],

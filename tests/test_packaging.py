@@ -1,4 +1,5 @@
-"""The package as it is installed: what it holds, what it needs, and that it builds with and without a compiler."""
+"""The package as it is installed: what it holds, what it needs, and that it builds with and without
+a compiler."""
 
 import ast
 import os
@@ -140,7 +141,8 @@ def test_wheel_has_version_and_license(wheel):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """The bin folder of an environment with the wheel, and with what this environment has installed."""
+    """The bin folder of an environment with the wheel, and with what this environment has
+    installed."""
     folder = tmp_path_factory.mktemp("installed")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin/python"
@@ -168,7 +170,8 @@ def test_each_installed_program_shows_its_help_in_any_folder(program, installed,
 
 
 def test_installed_programs_work_in_any_folder(installed, tmp_path):
-    """From text to a trained model, sampled from; and a job for SLURM whose copy of the code runs."""
+    """From text to a trained model, sampled from; and a job for SLURM whose copy of the code
+    runs."""
     (tmp_path / "a.jsonl").write_text('{"text": "We the people of the United States"}\n' * 40)
     commands = [
         "megalite preprocess --input a.jsonl --output-prefix a --tokenizer-type ByteTokenizer --append-eod",

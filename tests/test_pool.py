@@ -1,4 +1,5 @@
-"""The rank pool: what it returns, what it says about real failures, and that it works again after each."""
+"""The rank pool: what it returns, what it says about real failures, and that it works again after
+each."""
 
 import os
 import signal
@@ -57,7 +58,8 @@ def raise_on_rank_2(launch):
 
 
 def raise_and_leave_the_group(launch):
-    """The failing rank leaves its group first, so that its peers' connections break before it reports."""
+    """The failing rank leaves its group first, so that its peers' connections break before it
+    reports."""
     join(launch)
     try:
         if launch.rank == 2:

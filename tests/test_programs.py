@@ -1,4 +1,5 @@
-"""The programs: their scripts and the command `megalite`, an old Python, encodings of the output, a reader that ends."""
+"""The programs: their scripts and the command `megalite`, an old Python, encodings of the output, a
+reader that ends."""
 
 import ast
 import os

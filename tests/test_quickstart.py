@@ -1,4 +1,5 @@
-"""The parts of examples/quickstart: its configuration is sound, finished runs are kept, the loss table is right."""
+"""The parts of examples/quickstart: its configuration is sound, finished runs are kept, the loss
+table is right."""
 
 import json
 import zipfile

@@ -1,4 +1,5 @@
-"""What README.md says is run: the walk-through by hand, with smaller numbers, and the command whose output it shows."""
+"""What README.md says is run: the walk-through by hand, with smaller numbers, and the command whose
+output it shows."""
 
 import json
 import os
@@ -39,7 +40,8 @@ def smaller(script: str) -> str:
 
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory) -> tuple[Path, str]:
-    """Runs the bash blocks of the walk-through in a folder of its own: (the folder, what they printed)."""
+    """Runs the bash blocks of the walk-through in a folder of its own: (the folder, what they
+    printed)."""
     blocks = re.findall(r"^```bash\n(.*?)^```$", BY_HAND, re.M | re.S)
     assert len(blocks) == 5
     folder = tmp_path_factory.mktemp("by-hand")
@@ -73,7 +75,8 @@ def test_by_hand_plots_and_samples(by_hand):
 
 @pytest.mark.parametrize(("program", "status"), [("pretrain_gpt", 2), ("pretrain_bert", 0)])
 def test_what_is_shown_of_a_command_is_what_it_prints(program, status):
-    """A block that begins with `$ ` shows the command and exactly what it prints: problems, or a summary."""
+    """A block that begins with `$ ` shows the command and exactly what it prints: problems, or a
+    summary."""
     command, shown = re.search(
         rf"^```\n\$ (python {program}\.py .*?)\n(.*?)^```$", README, re.M | re.S
     ).groups()

@@ -1,4 +1,5 @@
-"""--check-replicas: a single flipped bit in one rank's copy of a parameter stops the run and is named."""
+"""--check-replicas: a single flipped bit in one rank's copy of a parameter stops the run and is
+named."""
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def flip_bit(parameter: torch.Tensor) -> None:
 
 
 def checked(launch, layout: Layout, rank: int, name: str) -> str:
-    """What the check says after two steps, with a bit flipped in one rank's parameter ("": nothing is flipped)."""
+    """What the check says after two steps, with a bit flipped in one rank's parameter ("": nothing
+    is flipped)."""
     tiny = build(layout, launch, precision="bf16")
     tiny.train(2)
     tensors = dict(tiny.parts.model.parameters_by_name)
@@ -83,7 +85,8 @@ def test_sound_replicas_pass(pool):
 
 
 def run_with_fault(launch, folder: str) -> str:
-    """A run whose rank 5 is hit by a bit flip while it trains; what ends it, on the rank that says it for all."""
+    """A run whose rank 5 is hit by a bit flip while it trains; what ends it, on the rank that says
+    it for all."""
 
     def faulty(config, context, rng):
         model = build_model(config, context, rng)

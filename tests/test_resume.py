@@ -52,7 +52,8 @@ def start(*flags) -> subprocess.Popen:
 
 
 def curve(*paths: Path) -> list[dict]:
-    """What must not change: everything but times. Of an iteration that was run twice, the later line."""
+    """What must not change: everything but times. Of an iteration that was run twice, the later
+    line."""
     found = {}
     for path in paths:
         for line in path.read_text().splitlines():
@@ -106,7 +107,8 @@ def test_a_signal_saves_and_the_run_resumes_bit_exactly(pool, tmp_path, undistur
 
 
 def signalled_early(launch, flags: list[str], which: signal.Signals, meeting: bool) -> str:
-    """A training whose rank 1 gets a signal while it waits to meet the others, or else while it builds its model."""
+    """A training whose rank 1 gets a signal while it waits to meet the others, or else while it
+    builds its model."""
 
     def building(*arguments):
         if launch.rank == 1 and not meeting:
@@ -180,7 +182,8 @@ def kill_after_first_line(flags: list, metrics: Path, delay: float) -> None:
 
 @pytest.mark.parametrize("scheme", ["global", "megatron"])
 def test_eight_ranks_stop_and_resume_bit_exactly(pool, tmp_path, scheme):
-    """dp=2 x tp=2 x pp=2 with sequence parallelism, dropout and bf16: undisturbed, and stopped in the middle."""
+    """dp=2 x tp=2 x pp=2 with sequence parallelism, dropout and bf16: undisturbed, and stopped in
+    the middle."""
     layout = [
         *EIGHT_RANKS,
         "--bf16",

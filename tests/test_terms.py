@@ -1,4 +1,5 @@
-"""A loss of several terms: weights, gradients, counts of nothing, and what the training says of them."""
+"""A loss of several terms: weights, gradients, counts of nothing, and what the training says of
+them."""
 
 from dataclasses import replace
 
@@ -15,7 +16,8 @@ from tests.tiny import build
 
 
 class EvenAndOdd(GPT):
-    """A GPT that learns even and odd labels as two tasks: the mean loss over the ones and that over the others."""
+    """A GPT that learns even and odd labels as two tasks: the mean loss over the ones and that over
+    the others."""
 
     loss_names = ("even_loss", "odd_loss")
 

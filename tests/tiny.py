@@ -36,7 +36,8 @@ class Tiny:
     data: GlobalBatches
 
     def gradient(self, consumed: int = 0) -> torch.Tensor:
-        """Forward and backward of the global batch at this sample; the loss. The gradients are in `main_grad`."""
+        """Forward and backward of the global batch at this sample; the loss. The gradients are in
+        `main_grad`."""
         self.parts.optimizer.gradients.zero()
         return self.parts.engine.train_step(*self.data.at(consumed))
 
@@ -48,8 +49,8 @@ class Tiny:
 
 
 def build(layout: Layout = SINGLE, launch: LaunchInfo = ONE_PROCESS, **flags) -> Tiny:
-    """The model of `layout` on this rank, in fp64 without dropout unless flags say otherwise. Token 0 ends documents,
-    where that matters."""
+    """The model of `layout` on this rank, in fp64 without dropout unless flags say otherwise. Token
+    0 ends documents, where that matters."""
     config = configuration(layout, **flags)
     context, _ = build_context(config, launch)
     dataset = blended(
@@ -60,7 +61,8 @@ def build(layout: Layout = SINGLE, launch: LaunchInfo = ONE_PROCESS, **flags) ->
 
 
 def context_of(layout: ParallelLayout, rank: int = 0) -> ParallelContext:
-    """The context that a rank would have, without the other ranks: good for building, not for communication."""
+    """The context that a rank would have, without the other ranks: good for building, not for
+    communication."""
     groups = {}
     for axis, size in layout.sizes.items():
         if size > 1:

@@ -1,4 +1,5 @@
-"""Reading what Weights & Biases wrote offline: a header of 7 bytes, then a log in LevelDB's format."""
+"""Reading what Weights & Biases wrote offline: a header of 7 bytes, then a log in LevelDB's
+format."""
 
 import struct
 from collections.abc import Iterator
@@ -8,7 +9,8 @@ BLOCK = 32768
 
 
 def wandb_records(path: Path) -> Iterator:
-    """The records of a .wandb file. A record that spans blocks comes in pieces: first, middle, last."""
+    """The records of a .wandb file. A record that spans blocks comes in pieces: first, middle,
+    last."""
     from wandb.proto import wandb_internal_pb2
 
     data, place, whole = path.read_bytes(), 7, b""

@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""Megatron-core's side of benchmarks/data.py, run in an environment that has it; one JSON line on stdout.
+"""Megatron-core's side of benchmarks/data.py, run in an environment that has it; one JSON line on
+stdout.
 
     python megatron_data.py preprocess IN.jsonl PREFIX WORKERS gpt2 VOCAB.json MERGES.txt
     python megatron_data.py preprocess IN.jsonl PREFIX WORKERS sentencepiece MODEL
     python megatron_data.py dataset PREFIX SAMPLES SEQ_LENGTH CACHE
 
-`preprocess` works as Megatron-LM's tool does (its package on PyPI has no tools): a pool of workers that parse and
-encode a line at a time, Python lists of ids sent back, one IndexedDatasetBuilder. `dataset` builds GPTDataset from a
-warm cache.
+`preprocess` works as Megatron-LM's tool does (its package on PyPI has no tools): a pool of workers
+that parse and encode a line at a time, Python lists of ids sent back, one IndexedDatasetBuilder.
+`dataset` builds GPTDataset from a warm cache.
 """
 
 import builtins
@@ -20,8 +21,8 @@ import types
 
 
 class _Inert(types.ModuleType):
-    """Stands for triton, which megatron-core imports without need on a machine that has no GPU: any attribute is there,
-    and as a decorator it gives the function back."""
+    """Stands for triton, which megatron-core imports without need on a machine that has no GPU: any
+    attribute is there, and as a decorator it gives the function back."""
 
     __version__ = "3.4.0"
 
@@ -97,7 +98,8 @@ class _Tokenizer:
 
 
 def dataset(prefix, samples, length, cache):
-    """Start-up and random fetches of GPTDataset; the first build fills the cache and does not count."""
+    """Start-up and random fetches of GPTDataset; the first build fills the cache and does not
+    count."""
     import numpy
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,

@@ -1,7 +1,9 @@
-"""What a configuration amounts to, by arithmetic: parameters and memory of each stage, microbatches. Imports no torch.
+"""What a configuration amounts to, by arithmetic: parameters and memory of each stage,
+microbatches. Imports no torch.
 
-Parameters are exact. Memory is rough (within some tens of per cent): weights, gradients and optimizer states, and the
-activations by the formulas of Korthikanti et al. 2022; not what the allocator, kernels and communication add.
+Parameters are exact. Memory is rough (within some tens of per cent): weights, gradients and
+optimizer states, and the activations by the formulas of Korthikanti et al. 2022; not what the
+allocator, kernels and communication add.
 """
 
 from dataclasses import dataclass
@@ -79,7 +81,8 @@ def microbatches(config: RunConfig, world_size: int) -> int:
 
 
 def _stage_parameters(config: RunConfig, layers: range, tensor: int, rows: int) -> int:
-    """Parameters of one of `tensor` ranks of the stage that holds these layers and `rows` rows of the vocabulary."""
+    """Parameters of one of `tensor` ranks of the stage that holds these layers and `rows` rows of
+    the vocabulary."""
     model = config.model
     head = config.head_cost
     is_first = 0 in layers

@@ -148,7 +148,8 @@ def options_of(kind: type, section: str = "") -> dict[str, Option]:
 
 
 def _option(section: str, entry: dataclasses.Field, hint: Any) -> Option:
-    """The option of a dataclass field with a resolved type such as Annotated[int | None, Field()]."""
+    """The option of a dataclass field with a resolved type such as Annotated[int | None,
+    Field()]."""
     # The annotation: Annotated[kind, Field(...)] or the kind alone.
     facts = Field()
     kind = hint

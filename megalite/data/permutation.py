@@ -32,7 +32,8 @@ class Permutation:
         self._keys = round_keys
 
     def __call__(self, i):
-        """The image of i, 0 <= i < n: an int for an int, a uint64 array for an array of integers."""
+        """The image of i, 0 <= i < n: an int for an int, a uint64 array for an array of
+        integers."""
         if np.ndim(i) == 0:
             i = self._permute(int(i))
             while i >= self.n:

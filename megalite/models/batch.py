@@ -7,8 +7,8 @@ import torch
 
 @dataclass
 class Microbatch:
-    """Tensors of one microbatch, whole rows of whole sequences. Each stage is given what its `inputs` name; the rest is
-    None."""
+    """Tensors of one microbatch, whole rows of whole sequences. Each stage is given what its
+    `inputs` name; the rest is None."""
 
     tokens: torch.Tensor | None = None
     """[b, s] token ids."""
@@ -19,10 +19,11 @@ class Microbatch:
     samples: torch.Tensor | None = None
     """[b] numbers of the sequences in the whole run, on every stage; dropout depends on them."""
     positions: torch.Tensor | None = None
-    """[b, s] int64, position of each token in its document, below s. None: in its row, 0 to s - 1."""
+    """[b, s] int64, position of each token in its document, below s. None: in its row, 0 to s -
+    1."""
     segments: torch.Tensor | None = None
-    """[b, s] int64, which document of its row a token belongs to: it attends to tokens of that one only. None: a row is
-    one document. For BERT: 1, and 0 for padding."""
+    """[b, s] int64, which document of its row a token belongs to: it attends to tokens of that one
+    only. None: a row is one document. For BERT: 1, and 0 for padding."""
     token_types: torch.Tensor | None = None
     """[b, s] int64, 0 for the first segment of a pair, 1 for the second."""
     pair_label: torch.Tensor | None = None

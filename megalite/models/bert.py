@@ -18,7 +18,8 @@ from megalite.parallel.collectives import gather_sequence
 
 
 class MaskedLanguageHead(nn.Module):
-    """norm(gelu(dense(x))), and the bias of the output layer, which is the word embedding's transpose if tied."""
+    """norm(gelu(dense(x))), and the bias of the output layer, which is the word embedding's
+    transpose if tied."""
 
     def __init__(self, settings: LayerSettings):
         super().__init__()
@@ -34,14 +35,16 @@ class MaskedLanguageHead(nn.Module):
 
 
 class BertEncoder(Stage):
-    """One pipeline stage of a BERT without its heads. A last stage that pools has a layer `pooler`."""
+    """One pipeline stage of a BERT without its heads. A last stage that pools has a layer
+    `pooler`."""
 
     causal: ClassVar[bool] = False
     token_types: ClassVar[int] = 2
 
     def encode(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
-        """This stage's share of the encoder: hidden states, of the last stage [s, b, h] of whole sequences after the
-        final norm. Tokens see those of their own segment: padding is a segment of its own."""
+        """This stage's share of the encoder: hidden states, of the last stage [s, b, h] of whole
+        sequences after the final norm. Tokens see those of their own segment: padding is a segment
+        of its own."""
         mask = None if batch.segments is None else attention_mask(batch.segments, causal=False)
         x = self.hidden(x, batch, mask)
         if self.is_last and self.settings.sequence_parallel:
@@ -49,20 +52,23 @@ class BertEncoder(Stage):
         return x
 
     def pooled(self, x: torch.Tensor) -> torch.Tensor:
-        """tanh(linear(first token)) of what `encode` gives on the last stage: [s, b, h] -> [b, h]."""
+        """tanh(linear(first token)) of what `encode` gives on the last stage: [s, b, h] -> [b,
+        h]."""
         return self.pooler(x[0]).tanh()
 
 
 class Bert(BertEncoder):
-    """One pipeline stage of a BERT: embedding on the first, layers, final norm and heads on the last.
+    """One pipeline stage of a BERT: embedding on the first, layers, final norm and heads on the
+    last.
 
-    The output layer is computed for the tokens to be predicted only, of whole sequences: under sequence parallelism
-    they are gathered first, so that the heads' work and gradients are the same on every tensor-parallel rank.
+    The output layer is computed for the tokens to be predicted only, of whole sequences: under
+    sequence parallelism they are gathered first, so that the heads' work and gradients are the same
+    on every tensor-parallel rank.
 
     Args:
         settings, layers, seed: as of a Stage.
-        pair: give the last stage a pooler and a head that classifies pairs of segments (next-sentence or
-            sentence-order prediction).
+        pair: give the last stage a pooler and a head that classifies pairs of segments
+            (next-sentence or sentence-order prediction).
     """
 
     def __init__(
@@ -87,8 +93,8 @@ class Bert(BertEncoder):
 
     @property
     def inputs(self) -> set[str]:
-        """Fields of a microbatch that this stage reads: the padding mask everywhere, token types on the first, what is
-        to be predicted on the last."""
+        """Fields of a microbatch that this stage reads: the padding mask everywhere, token types on
+        the first, what is to be predicted on the last."""
         fields = super().inputs
         if self.is_first:
             fields |= {"token_types"}
@@ -97,7 +103,8 @@ class Bert(BertEncoder):
         return fields
 
     def loss_counts(self, batch: Microbatch) -> torch.Tensor:
-        """The number of tokens to be predicted, and of pairs, fp64 [2]; or of the tokens alone, fp64 [1]."""
+        """The number of tokens to be predicted, and of pairs, fp64 [2]; or of the tokens alone,
+        fp64 [1]."""
         counts = [batch.loss_mask.sum(dtype=torch.float64)]
         if self.has_pair:
             counts.append(batch.pair_mask.sum(dtype=torch.float64))
@@ -106,10 +113,11 @@ class Bert(BertEncoder):
     def forward(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
         """One stage's share of the forward pass.
 
-        x: hidden states from the previous stage; None on the first stage, which starts from the batch's tokens. Gives
-        hidden states, except on the last stage: there the sums over tokens to be predicted and over pairs of their
-        cross-entropy, [2] ([1] without pairs), in evaluation mode followed by the numbers of right guesses; or without
-        labels the logits of every token, [s, b, v/t].
+        x: hidden states from the previous stage; None on the first stage, which starts from the
+        batch's tokens. Gives hidden states, except on the last stage: there the sums over tokens to
+        be predicted and over pairs of their cross-entropy, [2] ([1] without pairs), in evaluation
+        mode followed by the numbers of right guesses; or without labels the logits of every token,
+        [s, b, v/t].
         """
         x = self.encode(x, batch)
         if not self.is_last:
@@ -136,8 +144,8 @@ class Bert(BertEncoder):
     def _masked_tokens(
         self, x: torch.Tensor, batch: Microbatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Over the tokens to be predicted, the sum of their losses [1] and, in evaluation mode, the number that is
-        guessed right [1] ([0] in training)."""
+        """Over the tokens to be predicted, the sum of their losses [1] and, in evaluation mode, the
+        number that is guessed right [1] ([0] in training)."""
         chosen = batch.loss_mask.t() > 0
         logits = self._logits(x[chosen])
         labels = batch.labels.t()[chosen]
@@ -152,8 +160,8 @@ class Bert(BertEncoder):
         return total, right.to(total.dtype)
 
     def _pairs(self, x: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Over the pairs of segments, the sum of their losses [1] and, in evaluation mode, the number that is guessed
-        right [1] ([0] in training)."""
+        """Over the pairs of segments, the sum of their losses [1] and, in evaluation mode, the
+        number that is guessed right [1] ([0] in training)."""
         logits = self.pair_head(self.pooled(x))
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()

@@ -1,9 +1,10 @@
-"""What a layer, an embedding and a head cost: parameters, floating-point operations and bytes. Imports no torch.
+"""What a layer, an embedding and a head cost: parameters, floating-point operations and bytes.
+Imports no torch.
 
 Partition, estimate and throughput figures all come from here.
 
-Letters: L layers, s sequence, b microbatch, h hidden, n heads, g query groups, d head size, f ffn size, v vocabulary, t
-tensor-parallel size.
+Letters: L layers, s sequence, b microbatch, h hidden, n heads, g query groups, d head size, f ffn
+size, v vocabulary, t tensor-parallel size.
 """
 
 from dataclasses import dataclass
@@ -13,20 +14,23 @@ from megalite.nn.config import ModelConfig, RecomputeConfig
 
 @dataclass(frozen=True)
 class HeadCost:
-    """What a model has before and after its layers, beside embedding, final norm and output weight."""
+    """What a model has before and after its layers, beside embedding, final norm and output
+    weight."""
 
     predicted: float = 1.0
     """Share of the tokens that the output layer is computed for."""
     token_types: int = 0
     """Rows of a table of token types."""
     dense: bool = False
-    """Whether a dense layer [h, h] with a norm, and a bias [v], come before the loss, as in BERT."""
+    """Whether a dense layer [h, h] with a norm, and a bias [v], come before the loss, as in
+    BERT."""
     pair_classes: int = 0
     """Classes of a head for pairs of segments behind a pooler [h, h]; 0: none."""
 
 
 def layer_weights(model: ModelConfig) -> int:
-    """Weights of the matrix products of one layer: query, key and value, attention output, and MLP."""
+    """Weights of the matrix products of one layer: query, key and value, attention output, and
+    MLP."""
     heads = model.num_attention_heads
     attention = model.hidden_size * model.head_size * (2 * heads + 2 * model.query_groups)
     matrices = 3 if model.swiglu else 2
@@ -42,11 +46,12 @@ def output_cost(model: ModelConfig, predicted: float = 1.0) -> float:
 
 
 def flops_per_sequence(model: ModelConfig, head: HeadCost | None = None) -> float:
-    """Model FLOPs of one training sequence, forward and backward (3 times the forward; recomputation not counted).
+    """Model FLOPs of one training sequence, forward and backward (3 times the forward;
+    recomputation not counted).
 
-    A forward takes 2 s per weight of a matrix product, output layer included, and 4 L s^2 n d for scores and values,
-    counted in full, not halved for the causal mask (Narayanan et al. 2021, appendix, in its general form). BERT's
-    pooler is left out.
+    A forward takes 2 s per weight of a matrix product, output layer included, and 4 L s^2 n d for
+    scores and values, counted in full, not halved for the causal mask (Narayanan et al. 2021,
+    appendix, in its general form). BERT's pooler is left out.
     """
     head = head or HeadCost()
     s = model.seq_length
@@ -73,7 +78,8 @@ def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
 
 
 def embedding_parameters(model: ModelConfig, rows: int, head: HeadCost) -> int:
-    """Parameters of the embedding on the first stage, of which this rank holds `rows` rows of the words'."""
+    """Parameters of the embedding on the first stage, of which this rank holds `rows` rows of the
+    words'."""
     total = (rows + head.token_types) * model.hidden_size
     if model.position_embedding_type == "learned_absolute":
         total += model.positions * model.hidden_size
@@ -83,7 +89,8 @@ def embedding_parameters(model: ModelConfig, rows: int, head: HeadCost) -> int:
 
 
 def head_parameters(model: ModelConfig, rows: int, head: HeadCost, shares_embedding: bool) -> int:
-    """Parameters after the layers on the last stage, with `rows` rows of the output weight on this rank.
+    """Parameters after the layers on the last stage, with `rows` rows of the output weight on this
+    rank.
 
     shares_embedding: whether the output weight is the embedding's, on the same stage.
     """
@@ -114,7 +121,8 @@ def activation_bytes(
     tensor: int,
     sequence_parallel: bool,
 ) -> float:
-    """Activations that `layers` layers of one rank keep for `in_flight` microbatches (Korthikanti et al. 2022).
+    """Activations that `layers` layers of one rank keep for `in_flight` microbatches (Korthikanti
+    et al. 2022).
 
     Their formulas count 2 bytes an element.
     """

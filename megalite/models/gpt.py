@@ -12,7 +12,8 @@ from megalite.nn.loss import vocab_parallel_cross_entropy
 
 
 class GPT(Stage):
-    """One pipeline stage of a GPT: embedding on the first, layers, final norm and output layer on the last."""
+    """One pipeline stage of a GPT: embedding on the first, layers, final norm and output layer on
+    the last."""
 
     causal: ClassVar[bool] = True
     loss_names = ("loss",)
@@ -25,9 +26,10 @@ class GPT(Stage):
     def forward(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
         """One stage's share of the forward pass.
 
-        x: hidden states from the previous stage; None on the first stage, which starts from the batch's tokens. Gives
-        hidden states, except on the last stage: there the sum over unmasked tokens of the labels' cross-entropy, [1],
-        or without labels the logits of the vocabulary this rank holds, [s, b, v/t].
+        x: hidden states from the previous stage; None on the first stage, which starts from the
+        batch's tokens. Gives hidden states, except on the last stage: there the sum over unmasked
+        tokens of the labels' cross-entropy, [1], or without labels the logits of the vocabulary
+        this rank holds, [s, b, v/t].
         """
         mask = None if batch.segments is None else attention_mask(batch.segments, causal=True)
         x = self.hidden(x, batch, mask)

@@ -21,7 +21,8 @@ _SHAPES: dict[str, tuple[int, int, int]] = {
 
 
 def preset(name: PresetName) -> dict[str, Any]:
-    """The flags that a preset stands for, by field name: shape, sequence length, and what differs between the families.
+    """The flags that a preset stands for, by field name: shape, sequence length, and what differs
+    between the families.
 
     The vocabulary is the tokenizer's, training is not part of it.
     """

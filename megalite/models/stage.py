@@ -1,4 +1,5 @@
-"""What the stages of every model share: a range of layers, positions, recomputation, names and initial weights."""
+"""What the stages of every model share: a range of layers, positions, recomputation, names and
+initial weights."""
 
 from typing import ClassVar
 
@@ -26,20 +27,21 @@ class TiedCopy(nn.Module):
 
 
 class Stage(nn.Module):
-    """A range of a model's layers as one module: with the embedding if it holds the first layer, with the final norm
-    and the heads if it holds the last.
+    """A range of a model's layers as one module: with the embedding if it holds the first layer,
+    with the final norm and the heads if it holds the last.
 
-    A pipeline is a chain of stages, and a rank holds one or more of them. Parameter names count layers in the whole
-    model, so they are the same in every layout. A model says in `build_heads` what else its last stage holds, in
-    `forward` what it computes, and in `loss_counts` over how many items of a microbatch each of the k terms of its
-    loss is a sum, fp64 [k].
+    A pipeline is a chain of stages, and a rank holds one or more of them. Parameter names count
+    layers in the whole model, so they are the same in every layout. A model says in `build_heads`
+    what else its last stage holds, in `forward` what it computes, and in `loss_counts` over how
+    many items of a microbatch each of the k terms of its loss is a sum, fp64 [k].
 
     Args:
         settings: what all layers share; all stages of one model are made with the same.
         layers: the layers that this stage holds, at least one; None: all.
         seed: of the initial weights.
 
-    Raises ValueError when the settings' model has no vocabulary size, or heads that do not divide its width.
+    Raises ValueError when the settings' model has no vocabulary size, or heads that do not divide
+    its width.
     """
 
     causal: ClassVar[bool]
@@ -47,10 +49,11 @@ class Stage(nn.Module):
     token_types: ClassVar[int] = 0
     """Rows of the table of token types; 0: none."""
     loss_names: tuple[str, ...]
-    """Terms of the loss, whose sum is trained: what the last stage returns sums of, in this order."""
+    """Terms of the loss, whose sum is trained: what the last stage returns sums of, in this
+    order."""
     score_names: tuple[str, ...] = ()
-    """Scores in evaluation mode, none or one for each term: the last stage then returns their sums after the terms'. A
-    score's mean is over the items of its term."""
+    """Scores in evaluation mode, none or one for each term: the last stage then returns their sums
+    after the terms'. A score's mean is over the items of its term."""
 
     def __init__(self, settings: LayerSettings, layers: range | None = None, seed: int = 1234):
         super().__init__()
@@ -95,7 +98,8 @@ class Stage(nn.Module):
         return self.settings.dtype
 
     def hidden_shape(self, microbatch: int) -> tuple[int, int, int]:
-        """Shape of what passes between stages: [s, b, h], or [s/t, b, h] under sequence parallelism."""
+        """Shape of what passes between stages: [s, b, h], or [s/t, b, h] under sequence
+        parallelism."""
         length = self.settings.local_sequence(self.config.seq_length)
         return length, microbatch, self.config.hidden_size
 
@@ -120,10 +124,12 @@ class Stage(nn.Module):
     def hidden(
         self, x: torch.Tensor | None, batch: Microbatch, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """This stage's share of the transformer: hidden states, after the final norm on the last stage.
+        """This stage's share of the transformer: hidden states, after the final norm on the last
+        stage.
 
-        x: those of the previous stage; None on the first, which starts from the batch's tokens. mask: which tokens see
-        which, as `attention_mask` gives it; None: all that the kind of model lets them.
+        x: those of the previous stage; None on the first, which starts from the batch's tokens.
+        mask: which tokens see which, as `attention_mask` gives it; None: all that the kind of model
+        lets them.
         """
         if self.is_first:
             length = batch.tokens.shape[1]
@@ -139,8 +145,8 @@ class Stage(nn.Module):
     def _rotary(
         self, length: int, positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The rotary table of the whole sequence, made at its first use for a length, or its rows for each token's
-        position; None with other kinds of positions."""
+        """The rotary table of the whole sequence, made at its first use for a length, or its rows
+        for each token's position; None with other kinds of positions."""
         model = self.config
         if model.position_embedding_type != "rope":
             return None
@@ -152,12 +158,13 @@ class Stage(nn.Module):
         return self._rotary_table if positions is None else table_at(self._rotary_table, positions)
 
     def _run_layers(self, x: torch.Tensor, rotary, mask, samples) -> torch.Tensor:
-        """This stage's layers, in groups that are recomputed as a whole where the configuration says so."""
+        """This stage's layers, in groups that are recomputed as a whole where the configuration
+        says so."""
         config = self.settings.recompute
         layers = list(self.layers.values())
         full = config.granularity == "full" and torch.is_grad_enabled()
-        # By the uniform method every group of n layers is recomputed together; by the block method the first n layers
-        # are, each on its own.
+        # By the uniform method every group of n layers is recomputed together; by the block method
+        # the first n layers are, each on its own.
         uniform = full and config.recompute_method == "uniform"
         group_size = config.recompute_num_layers if uniform else 1
         recomputed = 0

@@ -1,4 +1,5 @@
-"""Self-attention, multi-head or grouped-query (Ainslie et al. 2023), heads split over tensor-parallel ranks."""
+"""Self-attention, multi-head or grouped-query (Ainslie et al. 2023), heads split over
+tensor-parallel ranks."""
 
 import math
 from functools import cache, partial
@@ -18,8 +19,9 @@ from megalite.parallel.rng import RngTracker
 
 
 def attention_mask(segments: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Which tokens a token sees, bool [b, 1, s, s], query before key: those of its own segment (segments [b, s]), and
-    of these, when causal, none that comes after it. It always sees itself."""
+    """Which tokens a token sees, bool [b, 1, s, s], query before key: those of its own segment
+    (segments [b, s]), and of these, when causal, none that comes after it. It always sees
+    itself."""
     mask = segments[:, None, :, None] == segments[:, None, None, :]
     return mask.tril_() if causal else mask
 
@@ -37,8 +39,9 @@ def explicit_attention(
 ) -> torch.Tensor:
     """Attention with the scores formed: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d].
 
-    A token sees what `mask` says, or without one every token, when causal only those up to itself. The softmax is taken
-    in fp32 for half precisions. `drop` is applied to the attention weights; None: nothing is dropped.
+    A token sees what `mask` says, or without one every token, when causal only those up to itself.
+    The softmax is taken in fp32 for half precisions. `drop` is applied to the attention weights;
+    None: nothing is dropped.
     """
     k, v = _for_each_head(q, k, v)
     scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
@@ -58,8 +61,8 @@ def explicit_attention(
 def fused_softmax_attention(
     q, k, v, *, dropout, causal: bool, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What `explicit_attention` computes, with scale, mask, softmax and counter-based dropout (or None) in one kernel:
-    q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]."""
+    """What `explicit_attention` computes, with scale, mask, softmax and counter-based dropout (or
+    None) in one kernel: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]."""
     k, v = _for_each_head(q, k, v)
     scores = q @ k.transpose(-1, -2)
     scale = 1 / math.sqrt(q.shape[-1])
@@ -78,8 +81,8 @@ def torch_kernel(
     masked: bool,
     causal: bool,
 ) -> str | None:
-    """The fused kernel that scaled_dot_product_attention takes for such tensors, `repeat` query heads to one of keys;
-    None where it has none and would form the scores."""
+    """The fused kernel that scaled_dot_product_attention takes for such tensors, `repeat` query
+    heads to one of keys; None where it has none and would form the scores."""
     q = torch.empty(1, repeat, 16, head_size, device=device, dtype=dtype, requires_grad=True)
     mask = torch.ones(1, 1, 16, 16, device=device, dtype=torch.bool) if masked else None
     causal = causal and not masked
@@ -102,8 +105,8 @@ def _torch_kernel(**arguments) -> str | None:
 class Attention(nn.Module):
     """qkv projection, attention core, output projection.
 
-    The weight of a key/value group is one row block [q + 2, d, h] of qkv: its q query heads, then its key, then its
-    value; so a rank's shard is one box.
+    The weight of a key/value group is one row block [q + 2, d, h] of qkv: its q query heads, then
+    its key, then its value; so a rank's shard is one box.
 
     Args:
         settings: what all layers share.
@@ -136,7 +139,8 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """[s, b, h] -> [s, b, h] without the output bias.
 
-        rotary: the table of `nn.rope`, or None. mask: of `attention_mask`, or None where a row is one segment.
+        rotary: the table of `nn.rope`, or None. mask: of `attention_mask`, or None where a row is
+        one segment.
         samples: [b] global numbers of the rows, for dropout.
         """
         # Project, and take the heads of each group apart: [s, b, heads held here, d].

@@ -1,7 +1,7 @@
 """One transformer layer.
 
-Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). Post-norm (Vaswani et al. 2017, section 3.1): norm(x +
-attention(x)), then norm(x + mlp(x)).
+Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). Post-norm (Vaswani et al. 2017, section
+3.1): norm(x + attention(x)), then norm(x + mlp(x)).
 """
 
 import torch
@@ -40,7 +40,8 @@ class Block(nn.Module):
         mask: torch.Tensor | None = None,
         samples: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One layer. `rotary` and `mask` are for the attention; `samples` [b] are the rows' global sample numbers."""
+        """One layer. `rotary` and `mask` are for the attention; `samples` [b] are the rows' global
+        sample numbers."""
         y = self.attention(x if self.post_norm else self.attention_norm(x), rotary, mask, samples)
         x = self.attention_dropout(y, samples, self.attention.output.bias, x)
         x = self.attention_norm(x) if self.post_norm else x

@@ -96,8 +96,8 @@ class ModelConfig:
     sqrt(2L)."""
 
     def padded_vocabulary(self, tensor: int) -> int:
-        """Rows of the word embedding over `tensor` ranks: v, padded to a multiple of --make-vocab-size-divisible-by
-        for each rank."""
+        """Rows of the word embedding over `tensor` ranks: v, padded to a multiple of
+        --make-vocab-size-divisible-by for each rank."""
         multiple = self.make_vocab_size_divisible_by * tensor
         return -(-self.vocab_size // multiple) * multiple
 

@@ -22,7 +22,8 @@ def _required(samples: torch.Tensor | None) -> torch.Tensor:
 
 
 class HiddenDropout(nn.Module):
-    """residual + dropout(x + bias) on hidden states [s, b, h], or on this rank's part [s/t, b, h] of the sequence.
+    """residual + dropout(x + bias) on hidden states [s, b, h], or on this rank's part [s/t, b, h]
+    of the sequence.
 
     Args:
         settings: what all layers share.
@@ -47,7 +48,8 @@ class HiddenDropout(nn.Module):
         self.site_id = site_id(layer, site)
         divided = on_part and settings.sequence_parallel
         self.shard_index = settings.tensor.rank if divided else 0
-        # Streams: tensor ranks that hold the same values must draw the same numbers, others each their own.
+        # Streams: tensor ranks that hold the same values must draw the same numbers, others each
+        # their own.
         self.stream = TENSOR if divided else REPLICATED
 
     def forward(
@@ -57,7 +59,8 @@ class HiddenDropout(nn.Module):
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`samples` [b]: global numbers of the rows, for the layout-independent scheme. No dropout in evaluation."""
+        """`samples` [b]: global numbers of the rows, for the layout-independent scheme. No dropout
+        in evaluation."""
         drops = self.training and self.p > 0
         if drops and not isinstance(self.rng, RngTracker):
             samples = _required(samples)
@@ -96,7 +99,8 @@ class AttentionDropout(nn.Module):
         return bias_dropout_add(weights, None, None, rows, samples, site_id, *key, p)
 
     def counter_based(self, heads: int, queries: int, samples: torch.Tensor | None) -> Dropout:
-        """The same dropout for a fused softmax of scores [b, heads, queries, keys], under the scheme of counters."""
+        """The same dropout for a fused softmax of scores [b, heads, queries, keys], under the
+        scheme of counters."""
         samples = _required(samples)
         first = self.shard_index * heads * queries
         rows = torch.arange(first, first + heads * queries, device=samples.device)

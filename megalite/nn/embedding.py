@@ -1,4 +1,5 @@
-"""Word, position and token-type embeddings; the word embedding is split over tensor-parallel ranks by vocabulary.
+"""Word, position and token-type embeddings; the word embedding is split over tensor-parallel ranks
+by vocabulary.
 
 Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel size.
 """
@@ -13,7 +14,8 @@ from megalite.parallel.collectives import reduce_from_tensor_region, reduce_scat
 
 
 def _rows_held(settings: LayerSettings) -> tuple[int, int, int]:
-    """Of this rank's part of the vocabulary: rows in memory, first entry, entries without padding."""
+    """Of this rank's part of the vocabulary: rows in memory, first entry, entries without
+    padding."""
     model = settings.model
     tensor = settings.tensor
     rows = model.padded_vocabulary(tensor.size) // tensor.size
@@ -34,9 +36,11 @@ def vocabulary_bias(settings: LayerSettings) -> nn.Parameter:
 
 
 class VocabParallelWeight(nn.Module):
-    """A [v, h] weight split by rows: of the word embedding, of its tied copy, or of an output layer.
+    """A [v, h] weight split by rows: of the word embedding, of its tied copy, or of an output
+    layer.
 
-    `weight` is [v_padded / t, h]; its box leaves the padding out, and may be empty. tied: first and last stage hold it.
+    `weight` is [v_padded / t, h]; its box leaves the padding out, and may be empty. tied: first and
+    last stage hold it.
     """
 
     def __init__(self, settings: LayerSettings, tied: bool = False):
@@ -54,8 +58,8 @@ class VocabParallelWeight(nn.Module):
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of a weight [v, h] by ids. Its gradient is summed in fp32 at least: torch's own sums bf16 in bf16 on the
-    CPU, where a frequent token's gradient stops growing."""
+    """Rows of a weight [v, h] by ids. Its gradient is summed in fp32 at least: torch's own sums
+    bf16 in bf16 on the CPU, where a frequent token's gradient stops growing."""
 
     @staticmethod
     def forward(ctx, ids, weight):
@@ -79,7 +83,8 @@ class _Lookup(torch.autograd.Function):
 
 
 class SmallEmbedding(nn.Module):
-    """A learned table [rows, h], of positions or token types; every tensor-parallel rank holds all of it."""
+    """A learned table [rows, h], of positions or token types; every tensor-parallel rank holds all
+    of it."""
 
     def __init__(self, settings: LayerSettings, rows: int):
         super().__init__()
@@ -92,7 +97,8 @@ class SmallEmbedding(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token ids [b, s] -> hidden states [s, b, h], or this rank's part [s/t, b, h] under sequence parallelism.
+    """Token ids [b, s] -> hidden states [s, b, h], or this rank's part [s/t, b, h] under sequence
+    parallelism.
 
     Args:
         settings: what all layers share.
@@ -120,7 +126,8 @@ class Embedding(nn.Module):
     ) -> torch.Tensor:
         """The sum of the embeddings of tokens [b, s].
 
-        positions: [b, s] rows of the learned table; None: 0 to s - 1. token_types: [b, s] rows of the other table;
+        positions: [b, s] rows of the learned table; None: 0 to s - 1. token_types: [b, s] rows of
+        the other table;
         None: all of type 0.
         """
         tokens = tokens.t()
@@ -141,7 +148,8 @@ class Embedding(nn.Module):
         return x
 
     def _words(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Word embeddings of tokens [s, b], summed over ranks: an id that another rank holds gives zeros here."""
+        """Word embeddings of tokens [s, b], summed over ranks: an id that another rank holds gives
+        zeros here."""
         weight = self.word_embeddings.weight
         if self.group.size == 1:
             return _Lookup.apply(tokens, weight)

@@ -1,4 +1,5 @@
-"""Initial weights: a function of (seed, parameter name, element index), whatever the layout or the device."""
+"""Initial weights: a function of (seed, parameter name, element index), whatever the layout or the
+device."""
 
 import math
 
@@ -13,7 +14,8 @@ _BLOCK = 1 << 16
 
 
 def _normals(key: tuple[int, int], first: np.ndarray) -> np.ndarray:
-    """Four standard normals from each Philox counter (Box and Muller 1958): counters [n] uint64 -> [n, 4] float64."""
+    """Four standard normals from each Philox counter (Box and Muller 1958): counters [n] uint64 ->
+    [n, 4] float64."""
     counter = np.zeros((first.size, 4), np.uint32)
     counter[:, 0], counter[:, 1] = first & np.uint64(0xFFFFFFFF), first >> np.uint64(32)
     words = philox4x32(counter, key)
@@ -47,8 +49,8 @@ def _runs(shape: tuple[int, ...], box: Box) -> tuple[np.ndarray, int]:
 def normal(seed: int, name: str, shape: tuple[int, ...], box: Box) -> np.ndarray:
     """The box of a tensor of standard normals with this global shape: float64, shape box.shape.
 
-    The box must not be empty. Element e of the flattened global tensor is number e % 4 of counter e // 4, so any box
-    can be made without the rest.
+    The box must not be empty. Element e of the flattened global tensor is number e % 4 of counter e
+    // 4, so any box can be made without the rest.
     """
     key = key_of(seed, "init", name)
     starts, length = _runs(shape, box)
@@ -68,8 +70,9 @@ def normal(seed: int, name: str, shape: tuple[int, ...], box: Box) -> np.ndarray
 
 
 def initialize(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
-    """Fill parameters from their specs, in place. Always computed on the host in float64, so that a CPU and a GPU
-    start from the same weights; vocabulary padding stays zero. Copies of one tied weight come out equal."""
+    """Fill parameters from their specs, in place. Always computed on the host in float64, so that a
+    CPU and a GPU start from the same weights; vocabulary padding stays zero. Copies of one tied
+    weight come out equal."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             spec = parameter.spec

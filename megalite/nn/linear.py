@@ -1,7 +1,8 @@
-"""Linear layers split over tensor-parallel ranks (Shoeybi et al. 2019), also with sequence parallelism (Korthikanti
-et al. 2022).
+"""Linear layers split over tensor-parallel ranks (Shoeybi et al. 2019), also with sequence
+parallelism (Korthikanti et al. 2022).
 
-Shapes: s sequence, b microbatch, h width in, f width out, t tensor-parallel size. Inputs and outputs are [s, b, width].
+Shapes: s sequence, b microbatch, h width in, f width out, t tensor-parallel size. Inputs and
+outputs are [s, b, width].
 """
 
 import torch
@@ -14,10 +15,11 @@ from megalite.parallel.collectives import Group, all_gather, all_reduce, reduce_
 
 
 def _product(main: torch.Tensor | None, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """grad^T x of grad [tokens, f] and x [tokens, h], added to `main` [f, h] or returned where that is None.
+    """grad^T x of grad [tokens, f] and x [tokens, h], added to `main` [f, h] or returned where that
+    is None.
 
-    Accumulating inside the product saves a pass over the weights, and rounds once to fp32 where a bf16 gradient would
-    round at every microbatch.
+    Accumulating inside the product saves a pass over the weights, and rounds once to fp32 where a
+    bf16 gradient would round at every microbatch.
     """
     if main is None:
         return grad.t() @ x
@@ -31,7 +33,8 @@ def _product(main: torch.Tensor | None, grad: torch.Tensor, x: torch.Tensor) -> 
 def _linear_weight_gradient(
     weight: nn.Parameter, grad: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor | None:
-    """The gradient of a weight [..., h] from grad [s, b, f] and x [s, b, h]: None where `main_grad` collects it."""
+    """The gradient of a weight [..., h] from grad [s, b, f] and x [s, b, h]: None where `main_grad`
+    collects it."""
     grad = grad.reshape(-1, grad.shape[-1])
     x = x.reshape(-1, x.shape[-1])
 
@@ -116,8 +119,9 @@ def column_parallel_linear(
 ) -> torch.Tensor:
     """x W^T + b with W's leading dims split over the group: [..., h] -> [..., f/t].
 
-    `weight` is [..., h] and `bias` [...], flattened to f/t rows. With `sequence_parallel`, x is [s/t, b, h].
-    The backward overlaps its all-reduce (reduce-scatter) with the weight-gradient product.
+    `weight` is [..., h] and `bias` [...], flattened to f/t rows. With `sequence_parallel`, x is
+    [s/t, b, h]. The backward overlaps its all-reduce (reduce-scatter) with the weight-gradient
+    product.
     """
     return _ColumnParallel.apply(x, weight, bias, group, sequence_parallel)
 
@@ -128,7 +132,8 @@ class ColumnParallelLinear(nn.Module):
     Args:
         settings: what all layers share.
         in_features: h.
-        features: the global output shape, for example (g, q + 2, d) for a fused query, key and value projection.
+        features: the global output shape, for example (g, q + 2, d) for a fused query, key and
+            value projection.
         split_dim: the dim of `features` that is split.
     """
 
@@ -164,7 +169,8 @@ class ColumnParallelLinear(nn.Module):
 
 
 class ReplicatedLinear(nn.Module):
-    """A linear layer that every tensor-parallel rank holds whole, and computes alike, for whole rows.
+    """A linear layer that every tensor-parallel rank holds whole, and computes alike, for whole
+    rows.
 
     Args:
         settings: what all layers share.
@@ -194,7 +200,8 @@ class ReplicatedLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """A linear layer whose input features are split over tensor-parallel ranks.
 
-    Its bias is left for the caller to add, after the sum over ranks, together with dropout and the residual.
+    Its bias is left for the caller to add, after the sum over ranks, together with dropout and the
+    residual.
 
     Args:
         settings: what all layers share.
@@ -218,5 +225,6 @@ class RowParallelLinear(nn.Module):
             self.bias = settings.replicated((out_features,), "zeros", on_part=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[s, b, h/t] -> [s, b, f] (or [s/t, b, f] under sequence parallelism), without the bias."""
+        """[s, b, h/t] -> [s, b, f] (or [s/t, b, f] under sequence parallelism), without the
+        bias."""
         return _RowParallel.apply(x, self.weight, self.group, self.sequence_parallel)

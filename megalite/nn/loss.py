@@ -1,4 +1,5 @@
-"""Cross-entropy over a vocabulary that is split over tensor-parallel ranks; no rank ever holds all logits."""
+"""Cross-entropy over a vocabulary that is split over tensor-parallel ranks; no rank ever holds all
+logits."""
 
 import torch
 
@@ -35,9 +36,9 @@ def vocab_parallel_cross_entropy(
 ) -> torch.Tensor:
     """-log softmax(logits)[label] for every token: logits [..., v/t], labels [...] -> losses [...].
 
-    Computed in fp32 for half precisions, in the logits' own dtype otherwise; the backward overwrites the logits.
-    `weight` is the spec of the output weight: its box says which entries these logits are for; padding counts for
-    nothing.
+    Computed in fp32 for half precisions, in the logits' own dtype otherwise; the backward
+    overwrites the logits. `weight` is the spec of the output weight: its box says which entries
+    these logits are for; padding counts for nothing.
     """
     return _VocabParallelCrossEntropy.apply(
         logits, labels, weight.box.offset[0], weight.box.shape[0], group
@@ -48,7 +49,8 @@ def vocab_parallel_cross_entropy(
 def vocab_parallel_argmax(
     logits: torch.Tensor, weight: ParameterSpec, group: Group
 ) -> torch.Tensor:
-    """The entry with the largest logit, the first of several: logits [..., v/t] -> int64 [...]. `weight` as above."""
+    """The entry with the largest logit, the first of several: logits [..., v/t] -> int64 [...].
+    `weight` as above."""
     start, valid = weight.box.offset[0], weight.box.shape[0]
     if valid == 0:  # a rank of padding only
         top = torch.full_like(logits[..., 0], float("-inf"))

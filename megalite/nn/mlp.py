@@ -14,7 +14,8 @@ def gelu(x: torch.Tensor, form: str) -> torch.Tensor:
 
 
 class MLP(nn.Module):
-    """down(gelu(up(x))), or down(silu(gate) * up) with gate and up as one weight [2, f, h]; f split over ranks."""
+    """down(gelu(up(x))), or down(silu(gate) * up) with gate and up as one weight [2, f, h]; f split
+    over ranks."""
 
     def __init__(self, settings: LayerSettings):
         super().__init__()

@@ -31,7 +31,8 @@ class Norm(nn.Module):
         if self.bias is None:
             return rms_norm(x, self.weight, self.epsilon)[0]
         if x.dtype == torch.bfloat16 and not x.is_cuda:
-            # torch's CPU kernel sums the gradients of weight and bias over the tokens in bf16, and loses most of them.
+            # torch's CPU kernel sums the gradients of weight and bias over the tokens in bf16, and
+            # loses most of them.
             weight, bias = self.weight.float(), self.bias.float()
             return nn.functional.layer_norm(x.float(), weight.shape, weight, bias, self.epsilon).to(
                 x.dtype

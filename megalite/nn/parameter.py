@@ -10,9 +10,11 @@ from megalite.parallel.boxes import Box
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSpec:
-    """What a parameter is in the whole model: `parameter.spec` on every parameter of a megalite module.
+    """What a parameter is in the whole model: `parameter.spec` on every parameter of a megalite
+    module.
 
-    The tensor may be larger than the box (rows of vocabulary padding at the end); `real` gives the part that counts.
+    The tensor may be larger than the box (rows of vocabulary padding at the end); `real` gives the
+    part that counts.
     """
 
     global_shape: tuple[int, ...]
@@ -20,11 +22,12 @@ class ParameterSpec:
     box: Box
     """The part that this rank holds."""
     sharded: tuple[str, ...] = ("pipeline",)
-    """Axes along which ranks hold different values. Along every other axis they hold the same: data replicas always,
-    tensor-parallel ranks of a norm, and first and last stage of a tied embedding, which is not sharded over
-    "pipeline"."""
+    """Axes along which ranks hold different values. Along every other axis they hold the same: data
+    replicas always, tensor-parallel ranks of a norm, and first and last stage of a tied embedding,
+    which is not sharded over "pipeline"."""
     partial: tuple[str, ...] = ()
-    """Axes, beside the data axis, over which gradients must be summed, since each rank sees a part of the sequence."""
+    """Axes, beside the data axis, over which gradients must be summed, since each rank sees a part
+    of the sequence."""
     init: str
     """"normal", "zeros" or "ones"."""
     std: float = 0.0
@@ -35,15 +38,17 @@ class ParameterSpec:
     """Global name, `layers.17.attention.qkv.weight`: set by `name_parameters`."""
 
     def real(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The view of a tensor of the parameter's local shape that holds the box, padding left out."""
+        """The view of a tensor of the parameter's local shape that holds the box, padding left
+        out."""
         return tensor[tuple(slice(0, n) for n in self.box.shape)]
 
     def is_primary(self, coordinates: Mapping[str, int]) -> bool:
-        """Whether the rank at these coordinates is the primary owner: of all that hold the same values, the one that
-        counts them in a norm and a number of parameters, and writes them to a checkpoint.
+        """Whether the rank at these coordinates is the primary owner: of all that hold the same
+        values, the one that counts them in a norm and a number of parameters, and writes them to a
+        checkpoint.
 
-        It is the first along every axis that the parameter is not sharded over. An axis that is left out of
-        `coordinates` is not looked at.
+        It is the first along every axis that the parameter is not sharded over. An axis that is
+        left out of `coordinates` is not looked at.
         """
         return all(index == 0 for axis, index in coordinates.items() if axis not in self.sharded)
 
@@ -51,7 +56,8 @@ class ParameterSpec:
 def make_parameter(
     local_shape: tuple[int, ...], spec: ParameterSpec, dtype: torch.dtype, device: torch.device
 ) -> torch.nn.Parameter:
-    """A zero-filled parameter with its spec attached; `init.initialize` fills it once it has its name."""
+    """A zero-filled parameter with its spec attached; `init.initialize` fills it once it has its
+    name."""
     parameter = torch.nn.Parameter(torch.zeros(local_shape, dtype=dtype, device=device))
     parameter.spec = spec
     return parameter

@@ -12,8 +12,9 @@ from megalite.parallel.rng import Rng
 def recompute(
     function: Callable[..., torch.Tensor], rng: Rng, *tensors: torch.Tensor
 ) -> torch.Tensor:
-    """`function(*tensors)`, keeping the inputs only: what its backward needs is computed again then, with the same
-    random numbers, so that gradients are the same to the bit (Chen et al. 2016)."""
+    """`function(*tensors)`, keeping the inputs only: what its backward needs is computed again
+    then, with the same random numbers, so that gradients are the same to the bit (Chen et al.
+    2016)."""
 
     def contexts():
         return nullcontext(), rng.replay(rng.states())

@@ -15,7 +15,8 @@ from megalite.parallel.rng import Rng
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """The model's shape, this rank's groups and random numbers, and the numerical type: made once for a model."""
+    """The model's shape, this rank's groups and random numbers, and the numerical type: made once
+    for a model."""
 
     model: ModelConfig
     context: ParallelContext
@@ -23,8 +24,9 @@ class LayerSettings:
     dtype: torch.dtype = torch.float32
     """Of the parameters and of the hidden states."""
     sequence_parallel: bool = False
-    """Whether norms, dropout and residuals work on this rank's s/t part of the sequence (Korthikanti et al. 2022).
-    Becomes False with one tensor-parallel rank, where there is nothing to divide."""
+    """Whether norms, dropout and residuals work on this rank's s/t part of the sequence
+    (Korthikanti et al. 2022). Becomes False with one tensor-parallel rank, where there is nothing
+    to divide."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
 
     def __post_init__(self):
@@ -43,8 +45,8 @@ class LayerSettings:
 
     @property
     def output_std(self) -> float:
-        """Standard deviation of the weights that write to the residual stream: `std / sqrt(2 L)` (Radford et al.
-        2019)."""
+        """Standard deviation of the weights that write to the residual stream: `std / sqrt(2 L)`
+        (Radford et al. 2019)."""
         return self.model.init_method_std / math.sqrt(2 * self.model.num_layers)
 
     def local_sequence(self, length: int) -> int:
@@ -56,8 +58,8 @@ class LayerSettings:
     ) -> torch.nn.Parameter:
         """A parameter that every tensor-parallel rank holds whole. Vectors get no weight decay.
 
-        on_part: whether it is applied to this rank's part of the sequence only, under sequence parallelism: its
-        gradients are then summed over the tensor-parallel ranks.
+        on_part: whether it is applied to this rank's part of the sequence only, under sequence
+        parallelism: its gradients are then summed over the tensor-parallel ranks.
         """
         spec = ParameterSpec(
             global_shape=shape,
@@ -82,8 +84,8 @@ class LayerSettings:
     ) -> torch.nn.Parameter:
         """A parameter of which every tensor-parallel rank holds another box.
 
-        local_shape: shape in memory, where padding makes it larger than the box. tied: whether first and last stage
-        both hold it.
+        local_shape: shape in memory, where padding makes it larger than the box. tied: whether
+        first and last stage both hold it.
         """
         spec = ParameterSpec(
             global_shape=global_shape,

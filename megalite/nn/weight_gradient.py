@@ -9,19 +9,21 @@ from contextlib import contextmanager
 import torch
 
 Product = Callable[[torch.Tensor | None], torch.Tensor | None]
-"""Adds a weight gradient to the tensor it is given, of the weight's shape, or returns it where it is given None."""
+"""Adds a weight gradient to the tensor it is given, of the weight's shape, or returns it where it
+is given None."""
 
 
 class WeightGradients:
     """Collects the gradients of a model's parameters in their `main_grad`.
 
-    The backwards of linear layers and embeddings add their products themselves (`weight_gradient`), which saves a pass
-    over the weights. Whatever else autograd computes is moved by a hook.
+    The backwards of linear layers and embeddings add their products themselves (`weight_gradient`),
+    which saves a pass over the weights. Whatever else autograd computes is moved by a hook.
 
     Args:
-        on_complete: called with a parameter once in each backward, when `main_grad` holds all that this backward
-            contributes: after the last use of a parameter that is used several times, and only after its deferred
-            products have run. A parameter that a backward does not reach is not reported.
+        on_complete: called with a parameter once in each backward, when `main_grad` holds all that
+            this backward contributes: after the last use of a parameter that is used several times,
+            and only after its deferred products have run. A parameter that a backward does not
+            reach is not reported.
     """
 
     def __init__(self, on_complete: Callable[[torch.nn.Parameter], None] | None = None):
@@ -32,7 +34,8 @@ class WeightGradients:
         """Collect the gradients of `parameter` in `main_grad`, of its shape."""
         parameter.main_grad = main_grad
         parameter.weight_gradients = self
-        # torch calls this hook once a backward, also where every use of the parameter returned no gradient to it.
+        # torch calls this hook once a backward, also where every use of the parameter returned no
+        # gradient to it.
         parameter.register_post_accumulate_grad_hook(self._finish)
 
     def add(self, weight: torch.nn.Parameter, product: Product) -> None:
@@ -46,8 +49,8 @@ class WeightGradients:
     def deferring(self) -> Iterator[dict[torch.nn.Parameter, list[Product]]]:
         """Run a backward without its weight-gradient products; yields them, for `run_deferred`.
 
-        A zero-bubble schedule (Qi et al. 2023) sends the gradient of the hidden states on before it computes those of
-        the weights.
+        A zero-bubble schedule (Qi et al. 2023) sends the gradient of the hidden states on before it
+        computes those of the weights.
         """
         self._deferred = {}
         try:

@@ -1,4 +1,5 @@
-"""The gradient buffer: one flat tensor that gradients accumulate in, are summed over ranks in, and are clipped in."""
+"""The gradient buffer: one flat tensor that gradients accumulate in, are summed over ranks in, and
+are clipped in."""
 
 import torch
 
@@ -10,7 +11,8 @@ from megalite.parallel.context import ParallelContext
 class GradientBuffer:
     """A flat buffer, fp32 (fp64 for fp64 models), of which every parameter's `main_grad` is a view.
 
-    Parameters whose gradients are summed over the same axes lie together, so that one all-reduce of a slice sums them.
+    Parameters whose gradients are summed over the same axes lie together, so that one all-reduce of
+    a slice sums them.
 
     Args:
         parameters: of one model, by global name.
@@ -44,11 +46,12 @@ class GradientBuffer:
         self.flat.zero_()
 
     def reduce(self) -> None:
-        """Sum what ranks hold parts of, after the last backward of a step. Collective over all ranks.
+        """Sum what ranks hold parts of, after the last backward of a step. Collective over all
+        ranks.
 
-        Over the axes that a parameter's gradient is partial over: what each rank computed from its part of the
-        sequence. Over first and last stage: the two copies of a tied embedding. Over data ranks: everything, in one
-        all-reduce.
+        Over the axes that a parameter's gradient is partial over: what each rank computed from its
+        part of the sequence. Over first and last stage: the two copies of a tied embedding. Over
+        data ranks: everything, in one all-reduce.
         """
         for axes, part in self._partial.items():
             all_reduce(self.flat[part], self.context.group(*axes))
@@ -59,8 +62,10 @@ class GradientBuffer:
         all_reduce(self.flat, self.context.data)
 
     def norm(self) -> float:
-        """Global L2 norm of the whole model's gradient, each parameter counted once; the same on every rank."""
-        # Every data replica holds the whole sum of the gradients: each computes the norm for itself.
+        """Global L2 norm of the whole model's gradient, each parameter counted once; the same on
+        every rank."""
+        # Every data replica holds the whole sum of the gradients: each computes the norm for
+        # itself.
         position = self.context.coordinates | {"data": 0}
         squares = torch.zeros((), dtype=torch.float64, device=self.flat.device)
         for parameter in self.parameters.values():
@@ -71,7 +76,8 @@ class GradientBuffer:
         return squares.sqrt().item()
 
     def clip(self, norm: float, max_norm: float) -> None:
-        """Scale all gradients by min(1, max_norm / (norm + 1e-6)) (Pascanu et al. 2013). max_norm 0 = off."""
+        """Scale all gradients by min(1, max_norm / (norm + 1e-6)) (Pascanu et al. 2013). max_norm 0
+        = off."""
         if max_norm > 0:
             scale = max_norm / (norm + 1e-6)
             if scale < 1:

@@ -1,4 +1,5 @@
-"""The optimizer step: torch's AdamW or SGD on fp32 (fp64) weights, with master copies where the model is bf16."""
+"""The optimizer step: torch's AdamW or SGD on fp32 (fp64) weights, with master copies where the
+model is bf16."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ class StepResult:
 class Optimizer:
     """Sums, clips and applies the gradients of one model, and keeps its learning rate.
 
-    `master[name]` is the tensor that is updated: the parameter itself, or for bf16 an fp32 copy that the parameter is
-    rounded from after each step.
+    `master[name]` is the tensor that is updated: the parameter itself, or for bf16 an fp32 copy
+    that the parameter is rounded from after each step.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class Optimizer:
             if weights:
                 groups.append({"params": weights, "weight_decay": decay})
         if config.optimizer == "adam":
-            # One fused pass over the weights: 3 to 4 times faster than the other implementations, also on the CPU.
+            # One fused pass over the weights: 3 to 4 times faster than the other implementations,
+            # also on the CPU.
             betas = (config.adam_beta1, config.adam_beta2)
             self.torch = torch.optim.AdamW(
                 groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True
@@ -72,9 +74,11 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, iteration: int) -> StepResult:
-        """Reduce and clip the gradients of iteration `iteration`, counted from 1, and update the weights.
+        """Reduce and clip the gradients of iteration `iteration`, counted from 1, and update the
+        weights.
 
-        Collective over all ranks. Raises NonFiniteGradient, on every rank and before any weight is changed.
+        Collective over all ranks. Raises NonFiniteGradient, on every rank and before any weight is
+        changed.
         """
         # Sum the gradients over ranks, and look at them before anything changes.
         self.gradients.reduce()
@@ -88,7 +92,8 @@ class Optimizer:
         rate = learning_rate(iteration, self.config, self.train_iters)
         for group in self.torch.param_groups:
             group["lr"] = rate
-        # Update the master weights with the gradients where they lie, then round the working weights from them.
+        # Update the master weights with the gradients where they lie, then round the working
+        # weights from them.
         for name, parameter in self.parameters.items():
             self.master[name].grad = parameter.main_grad
         self.torch.step()
@@ -99,8 +104,9 @@ class Optimizer:
         return StepResult(gradient_norm=norm, learning_rate=rate)
 
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """(kind, parameter name, tensor of the parameter's local shape) of all that a bit-exact resume needs:
-        "master" weights where they differ from the parameters, and the optimizer's moments. Made if absent."""
+        """(kind, parameter name, tensor of the parameter's local shape) of all that a bit-exact
+        resume needs: "master" weights where they differ from the parameters, and the optimizer's
+        moments. Made if absent."""
         for name, master in self.master.items():
             if self.keeps_master:
                 yield "master", name, master
@@ -135,7 +141,8 @@ class Optimizer:
 
     @torch.no_grad()
     def refresh_master(self) -> None:
-        """Take the master weights from the parameters (after loading weights without the optimizer's state)."""
+        """Take the master weights from the parameters (after loading weights without the
+        optimizer's state)."""
         for name, parameter in self.parameters.items():
             self.master[name].copy_(parameter)
 

@@ -15,8 +15,9 @@ def warmup_iterations(config: OptimizerConfig, decay_iterations: int) -> int:
 def learning_rate(iteration: int, config: OptimizerConfig, train_iters: int) -> float:
     """The learning rate of the step that ends iteration `iteration`, counted from 1.
 
-    Linear from 0 to lr during the warm-up, which ends at lr; then lr, or a line or half a cosine (Loshchilov and Hutter
-    2016) down to min_lr (unset: lr / 10) at `lr_decay_iters`, and min_lr from there on.
+    Linear from 0 to lr during the warm-up, which ends at lr; then lr, or a line or half a cosine
+    (Loshchilov and Hutter 2016) down to min_lr (unset: lr / 10) at `lr_decay_iters`, and min_lr
+    from there on.
     """
     decay = config.lr_decay_iters or train_iters
     warmup = warmup_iterations(config, decay)

@@ -1,7 +1,7 @@
 """Boxes: axis-aligned parts of a global tensor. Pure arithmetic, no torch.
 
-Every parameter has a global name and a global shape that no layout changes; a rank holds one box of it.
-Initialisation, gradient norm, checkpoints and verification all speak in boxes.
+Every parameter has a global name and a global shape that no layout changes; a rank holds one box of
+it. Initialisation, gradient norm, checkpoints and verification all speak in boxes.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from operator import add, sub
 
 @dataclass(frozen=True)
 class Box:
-    """The part of a tensor that starts at `offset` and has shape `shape`. An empty box has a 0 in its shape."""
+    """The part of a tensor that starts at `offset` and has shape `shape`. An empty box has a 0 in
+    its shape."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -48,8 +49,8 @@ class Box:
 
 
 def split(length: int, parts: int, index: int) -> tuple[int, int]:
-    """(start, size) of part `index` when `length` is cut into `parts` equal parts of ceil(length / parts);
-    the last parts may be shorter, or empty."""
+    """(start, size) of part `index` when `length` is cut into `parts` equal parts of ceil(length /
+    parts); the last parts may be shorter, or empty."""
     size = -(-length // parts)
     start = min(index * size, length)
     return start, min(size, length - start)

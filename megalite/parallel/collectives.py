@@ -1,8 +1,8 @@
 """Communication: the one place that calls torch.distributed.
 
-Plain collectives over a `Group` first, then point-to-point transfers of the pipeline, then the differentiable
-operators of tensor and sequence parallelism. Gathers and scatters go along dim 0, the sequence of [s, b, h]. With a
-group of one rank nothing is sent or copied.
+Plain collectives over a `Group` first, then point-to-point transfers of the pipeline, then the
+differentiable operators of tensor and sequence parallelism. Gathers and scatters go along dim 0,
+the sequence of [s, b, h]. With a group of one rank nothing is sent or copied.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ from megalite.parallel.activity import Activity, Call
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Ranks that talk to each other. `rank` is this process's index in `ranks`, which are global ranks."""
+    """Ranks that talk to each other. `rank` is this process's index in `ranks`, which are global
+    ranks."""
 
     ranks: Sequence[int]
     rank: int
@@ -85,7 +86,8 @@ def _description(tensor: torch.Tensor | None) -> tuple[tuple[int, ...], str]:
 
 
 def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum", async_op: bool = False):
-    """Reduce in place over the group ("sum", "max" or "min"). With `async_op` returns a handle to `wait()` for."""
+    """Reduce in place over the group ("sum", "max" or "min"). With `async_op` returns a handle to
+    `wait()` for."""
     if group.size == 1:
         return DONE
     with group.activity.waits(_call(group, "all_reduce", tensor)) as call:
@@ -101,7 +103,8 @@ def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
     if group.size == 1:
         return (tensor, DONE) if async_op else tensor
     out = tensor.new_empty((tensor.shape[0] * group.size, *tensor.shape[1:]))
-    # dist.all_gather_single is the name from torch 2.13 on; the older one warns there and is all that 2.10-2.12 have.
+    # dist.all_gather_single is the name from torch 2.13 on; the older one warns there and is all
+    # that 2.10-2.12 have.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     with group.activity.waits(_call(group, "all_gather", tensor)) as call:
         work = gather(out, _contiguous(tensor), group=group.handle, async_op=async_op)
@@ -111,7 +114,8 @@ def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
 def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):
     """Sum over the ranks and keep this rank's part of dim 0: [s, ...] -> [s/t, ...].
 
-    With `async_op` returns (result, handle), as `all_gather` does. Raises ValueError when dim 0 does not divide.
+    With `async_op` returns (result, handle), as `all_gather` does. Raises ValueError when dim 0
+    does not divide.
     """
     if group.size == 1:
         return (tensor, DONE) if async_op else tensor
@@ -160,7 +164,8 @@ class Transfer:
 
 
 def exchange(transfers: Sequence[Transfer], group: Group) -> list:
-    """Post all transfers together, so that opposing ones between a pair cannot block each other; returns their handles.
+    """Post all transfers together, so that opposing ones between a pair cannot block each other;
+    returns their handles.
 
     Neither a sent tensor may be changed nor a received one read before its handle was waited for.
     """
@@ -204,7 +209,8 @@ class _CopyToTensor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # The gradient may be shared with another consumer; reducing in place would change what that one sees.
+        # The gradient may be shared with another consumer; reducing in place would change what that
+        # one sees.
         total = grad.clone(memory_format=torch.contiguous_format)
         all_reduce(total, ctx.group)
         return total, None
@@ -247,18 +253,21 @@ class _ReduceScatterSequence(torch.autograd.Function):
 
 
 def copy_to_tensor_region(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Identity forward, all-reduce of the gradient backward (Megatron-LM's f, Shoeybi et al. 2019)."""
+    """Identity forward, all-reduce of the gradient backward (Megatron-LM's f, Shoeybi et al.
+    2019)."""
     return _CopyToTensor.apply(x, group) if group.size > 1 else x
 
 
 def reduce_from_tensor_region(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """All-reduce forward, in place on a contiguous x; identity backward (g, Shoeybi et al. 2019)."""
+    """All-reduce forward, in place on a contiguous x; identity backward (g, Shoeybi et al.
+    2019)."""
     return _ReduceFromTensor.apply(x, group) if group.size > 1 else x
 
 
 def gather_sequence(x: torch.Tensor, group: Group, partial_gradients: bool = True) -> torch.Tensor:
-    """[s/t, b, h] -> [s, b, h]. The backward reduce-scatters (Korthikanti et al. 2022), or takes this rank's part when
-    every rank computes the same whole gradient (`partial_gradients=False`)."""
+    """[s/t, b, h] -> [s, b, h]. The backward reduce-scatters (Korthikanti et al. 2022), or takes
+    this rank's part when every rank computes the same whole gradient
+    (`partial_gradients=False`)."""
     return _GatherSequence.apply(x, group, partial_gradients) if group.size > 1 else x
 
 

@@ -1,4 +1,5 @@
-"""ParallelContext: this process's groups, place and device. Passed to whoever needs it; nothing is global."""
+"""ParallelContext: this process's groups, place and device. Passed to whoever needs it; nothing is
+global."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,8 @@ from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rendezvous import meet
 
 PATIENCE_HOURS = 2
-"""Ranks that wait for the slowest disk wait longer than a collective may take: a checkpoint must not time out."""
+"""Ranks that wait for the slowest disk wait longer than a collective may take: a checkpoint must
+not time out."""
 
 
 class DeviceError(ValueError):
@@ -26,7 +28,8 @@ class DeviceError(ValueError):
 
 
 def choose_device(wanted: str, launch: LaunchInfo) -> tuple[torch.device, str]:
-    """(device, reason). "auto" takes a GPU when this node has one for each local rank, else the CPU.
+    """(device, reason). "auto" takes a GPU when this node has one for each local rank, else the
+    CPU.
 
     Raises DeviceError when "cuda" is asked for and cannot be had.
     """
@@ -45,8 +48,8 @@ def choose_device(wanted: str, launch: LaunchInfo) -> tuple[torch.device, str]:
 
 
 NEEDED_GROUPS = (("tensor",), ("data",), ("pipeline",))
-"""The sets of axes that something communicates over. Only their groups are made: a group costs memory, connections
-and, on GPUs, a communicator."""
+"""The sets of axes that something communicates over. Only their groups are made: a group costs
+memory, connections and, on GPUs, a communicator."""
 
 
 class _GroupFactory:
@@ -58,18 +61,19 @@ class _GroupFactory:
         self.activity = Activity()
         everyone = range(layout.world_size)
         self.world = Group(everyone, rank, dist.group.WORLD, "world", self.activity)
-        # With gloo a rank takes part in its own groups only, so the time does not grow with the world. NCCL splits
-        # the world's communicator, and every rank must take part in every split.
+        # With gloo a rank takes part in its own groups only, so the time does not grow with the
+        # world. NCCL splits the world's communicator, and every rank must take part in every split.
         self._members_only = device.type == "cpu"
         self._handles = {tuple(everyone): dist.group.WORLD}
 
     def make(
         self, name: str, own: Sequence[int] | None, of_all: Callable[[], Sequence[Sequence[int]]]
     ) -> Group | None:
-        """The group of the ranks `own`, which this rank belongs to; None for None. Collective over the world.
+        """The group of the ranks `own`, which this rank belongs to; None for None. Collective over
+        the world.
 
-        of_all: the groups of this kind of all ranks. Groups of the same ranks share one of torch's, as where one axis
-        spans the world.
+        of_all: the groups of this kind of all ranks. Groups of the same ranks share one of torch's,
+        as where one axis spans the world.
         """
         mine = [] if own is None else [own]
         for ranks in mine if self._members_only else of_all():
@@ -80,7 +84,8 @@ class _GroupFactory:
         return Group(own, own.index(self.rank), self._handles[tuple(own)], name, self.activity)
 
     def make_control(self) -> Group:
-        """The group of all ranks for small objects: on gloo, and with a timeout for the slowest of disks."""
+        """The group of all ranks for small objects: on gloo, and with a timeout for the slowest of
+        disks."""
         handle = self._new(self.world.ranks, "control", timedelta(hours=PATIENCE_HOURS), "gloo")
         return replace(self.world, handle=handle, name="control", untimed=True)
 
@@ -104,11 +109,13 @@ class ParallelContext:
     device: torch.device
     world: Group
     control: Group
-    """All ranks, for small objects and for waiting on each other's files: on gloo, with a long timeout."""
+    """All ranks, for small objects and for waiting on each other's files: on gloo, with a long
+    timeout."""
     groups: Mapping[tuple[str, ...], Group] = field(default_factory=dict)
     """The groups of more than one rank, by the axes they span; `group` looks them up."""
     embedding: Group | None = None
-    """First and last stage of this pipeline, on those two only; None elsewhere and with one stage."""
+    """First and last stage of this pipeline, on those two only; None elsewhere and with one
+    stage."""
     activity: Activity = field(default_factory=Activity)
     """What this rank is doing: all its groups record their calls there."""
     store: Any = field(default_factory=dist.HashStore)
@@ -130,7 +137,8 @@ class ParallelContext:
         timeout_minutes: float = 10.0,
         store: Any = None,
     ) -> "ParallelContext":
-        """Meet the other ranks and make the groups. Collective over the world; every rank passes the same layout.
+        """Meet the other ranks and make the groups. Collective over the world; every rank passes
+        the same layout.
 
         store: what `meet` returned, if it was called before. Raises ValueError when the layout's
         world size is not the launcher's, RendezvousError when ranks do not meet.
@@ -155,8 +163,8 @@ class ParallelContext:
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timeout,
-            # NCCL then connects every group now: the first use of a pipeline's group, where only some ranks have
-            # something to send, would be too late.
+            # NCCL then connects every group now: the first use of a pipeline's group, where only
+            # some ranks have something to send, would be too late.
             device_id=device if device.type == "cuda" else None,
         )
         factory = _GroupFactory(layout, launch.rank, device, timeout)
@@ -169,7 +177,8 @@ class ParallelContext:
                     partial(layout.groups, *axes),
                 )
         control = factory.make_control()
-        # Last, since only some ranks have one: torch names groups by how many a rank has made before.
+        # Last, since only some ranks have one: torch names groups by how many a rank has made
+        # before.
         embedding = factory.make(
             "embedding", layout.embedding_group(launch.rank), layout.embedding_groups
         )
@@ -207,7 +216,8 @@ class ParallelContext:
     def group(self, *axes: str) -> Group:
         """The ranks that differ from this one along these axes only.
 
-        Raises ValueError for an unknown axis, and for a set of axes that is not among NEEDED_GROUPS.
+        Raises ValueError for an unknown axis, and for a set of axes that is not among
+        NEEDED_GROUPS.
         """
         spanned = self.layout.canonical(axes)
         if not spanned:

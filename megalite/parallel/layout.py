@@ -14,9 +14,9 @@ from typing import ClassVar
 class ParallelLayout:
     """The size of every parallel axis.
 
-    Ranks are numbered with the first of `axes` running fastest, so tensor-parallel neighbours, which communicate
-    most, share a node: `rank = tensor + T * (data + D * pipeline)`. A further axis is one more name in `axes` and
-    one more field.
+    Ranks are numbered with the first of `axes` running fastest, so tensor-parallel neighbours,
+    which communicate most, share a node: `rank = tensor + T * (data + D * pipeline)`. A further
+    axis is one more name in `axes` and one more field.
     """
 
     axes: ClassVar[tuple[str, ...]] = ("tensor", "data", "pipeline")
@@ -94,13 +94,15 @@ class ParallelLayout:
     def canonical(self, axes: Sequence[str]) -> tuple[str, ...]:
         """The axes of more than one rank among `axes`, in the order of the layout.
 
-        Two sets of axes with the same canonical form have the same groups. Raises ValueError for an unknown axis.
+        Two sets of axes with the same canonical form have the same groups. Raises ValueError for an
+        unknown axis.
         """
         self._check_axes(axes)
         return tuple(axis for axis in self.axes if axis in axes and getattr(self, axis) > 1)
 
     def group_of(self, rank: int, *axes: str) -> Sequence[int]:
-        """The ranks that differ from `rank` along these axes only, ascending: a range where they are evenly spaced.
+        """The ranks that differ from `rank` along these axes only, ascending: a range where they
+        are evenly spaced.
 
         Raises ValueError for an unknown axis or a rank outside the layout.
         """
@@ -143,7 +145,8 @@ class ParallelLayout:
 
 
 def _as_range(ranks: list[int]) -> Sequence[int]:
-    """Ascending ranks as a range where they are evenly spaced: a group of any size then has a short description."""
+    """Ascending ranks as a range where they are evenly spaced: a group of any size then has a short
+    description."""
     if len(ranks) == 1:
         return range(ranks[0], ranks[0] + 1)
     step = ranks[1] - ranks[0]

@@ -1,4 +1,5 @@
-"""Random numbers of a rank: counted ones that no layout can change, or named streams in Megatron-LM's manner."""
+"""Random numbers of a rank: counted ones that no layout can change, or named streams in
+Megatron-LM's manner."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +19,8 @@ TENSOR = "tensor"
 class RngTracker:
     """Named random streams of one rank, as torch generators on its device.
 
-    torch's own default generator is left alone, so that other code in the process cannot disturb a run.
+    torch's own default generator is left alone, so that other code in the process cannot disturb a
+    run.
     """
 
     def __init__(self, seeds: dict[str, int], device: torch.device | str = "cpu"):
@@ -28,10 +30,11 @@ class RngTracker:
 
     @classmethod
     def for_rank(cls, seed: int, context: ParallelContext) -> "RngTracker":
-        """Streams seeded by Megatron-LM's rule: `seed + 100 pp` for REPLICATED, `seed + 2718 + 100 pp + tp` for TENSOR.
+        """Streams seeded by Megatron-LM's rule: `seed + 100 pp` for REPLICATED, `seed + 2718 + 100
+        pp + tp` for TENSOR.
 
-        Its data-parallel replicas share both, and so drop the same elements of different samples; here replica 0 keeps
-        the rule and the others add a large prime each.
+        Its data-parallel replicas share both, and so drop the same elements of different samples;
+        here replica 0 keeps the rule and the others add a large prime each.
         """
         position = context.coordinates
         base = seed + 100 * position["pipeline"] + 1_000_003 * position["data"]
@@ -45,13 +48,15 @@ class RngTracker:
         return {name: generator.get_state() for name, generator in self._generators.items()}
 
     def restore(self, states: dict[str, torch.Tensor]) -> None:
-        """Put every stream at a state from `states()`. Raises KeyError for a stream that is missing."""
+        """Put every stream at a state from `states()`. Raises KeyError for a stream that is
+        missing."""
         for name, generator in self._generators.items():
             generator.set_state(states[name])
 
     @contextmanager
     def replay(self, states: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Run a block with the streams at earlier states, then go on from where they are now (for recomputation)."""
+        """Run a block with the streams at earlier states, then go on from where they are now (for
+        recomputation)."""
         now = self.states()
         self.restore(states)
         try:
@@ -61,15 +66,18 @@ class RngTracker:
 
 
 def dropout(x: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tensor:
-    """Zero each element with probability p and scale the others by 1 / (1 - p), drawing from `generator`."""
-    # torch's dropout takes no generator. The scale stays out of the mask: in bf16, 1 / 0.9 would be 0.16% too small.
+    """Zero each element with probability p and scale the others by 1 / (1 - p), drawing from
+    `generator`."""
+    # torch's dropout takes no generator. The scale stays out of the mask: in bf16, 1 / 0.9 would be
+    # 0.16% too small.
     keep = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
     return x * keep * (1 / (1 - p))
 
 
 @dataclass(frozen=True)
 class CounterBasedRng:
-    """The layout-independent scheme: no streams, no state. What is drawn depends on the key and on where it goes."""
+    """The layout-independent scheme: no streams, no state. What is drawn depends on the key and on
+    where it goes."""
 
     key: tuple[int, int]
     """Philox key of the dropout masks of a run."""

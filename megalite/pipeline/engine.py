@@ -27,7 +27,8 @@ class _InFlight:
     received: torch.Tensor | None = None
     """The input from the previous stage; its gradient goes back there."""
     output: torch.Tensor | GradientEdge | None = None
-    """Where its backward starts: the loss, or the gradient edge of hidden states that are no longer held."""
+    """Where its backward starts: the loss, or the gradient edge of hidden states that are no longer
+    held."""
 
 
 @dataclass
@@ -45,15 +46,17 @@ class _Run:
     incoming: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     """Arrived, not yet used."""
     sending: list = field(default_factory=list)
-    """(handles, tensors) of messages on their way; the tensors must live until the handles are done."""
+    """(handles, tensors) of messages on their way; the tensors must live until the handles are
+    done."""
 
 
 class PipelineEngine:
     """Runs a schedule on this rank's stage. With one stage it is plain gradient accumulation.
 
-    A stage is a module, called as `stage(x, batch)` with hidden states (None on the first stage) and a Microbatch. It
-    gives hidden states of shape `stage.hidden_shape(b)` and dtype `stage.dtype`; the last stage gives the sums of the k
-    terms of the loss over this microbatch, [k].
+    A stage is a module, called as `stage(x, batch)` with hidden states (None on the first stage)
+    and a Microbatch. It gives hidden states of shape `stage.hidden_shape(b)` and dtype
+    `stage.dtype`; the last stage gives the sums of the k terms of the loss over this microbatch,
+    [k].
     """
 
     def __init__(
@@ -71,10 +74,12 @@ class PipelineEngine:
     def train_step(
         self, microbatches: list[Microbatch], loss_weights: torch.Tensor | Sequence[float]
     ) -> torch.Tensor:
-        """Forward and backward of all microbatches; gradients of `(sums * loss_weights).sum()` are accumulated.
+        """Forward and backward of all microbatches; gradients of `(sums * loss_weights).sum()` are
+        accumulated.
 
-        Returns the k weighted terms of the loss, [k], which are zeros on all but the last stage. A term's weight is
-        1 / number of items (for a GPT, unmasked tokens) in the global batch, which makes it a global mean.
+        Returns the k weighted terms of the loss, [k], which are zeros on all but the last stage. A
+        term's weight is 1 / number of items (for a GPT, unmasked tokens) in the global batch, which
+        makes it a global mean.
         """
         return self._run(self.schedule, microbatches, loss_weights)
 
@@ -166,13 +171,15 @@ class PipelineEngine:
             self._check_shape(output)
             run.outgoing[key] = output.detach()
             if torch.is_grad_enabled():
-                # The edge is enough for the backward: the hidden states are freed once they are sent.
+                # The edge is enough for the backward: the hidden states are freed once they are
+                # sent.
                 kept.output = get_gradient_edge(output)
         if torch.is_grad_enabled():
             run.in_flight[action.microbatch] = kept
 
     def _check_shape(self, output: torch.Tensor) -> None:
-        # The next stage receives into a tensor of this shape; gloo accepts a smaller message without an error.
+        # The next stage receives into a tensor of this shape; gloo accepts a smaller message
+        # without an error.
         expected = self.stage.hidden_shape(self.micro_batch_size)
         if tuple(output.shape) != expected:
             raise ValueError(

@@ -9,9 +9,10 @@ def partition(
 ) -> list[range]:
     """Consecutive layers for each stage, at least one each.
 
-    Equal shares when they divide evenly, as users of pipelines expect. Otherwise the largest load is made as small as
-    it can be, counting `first_cost` layers' worth of work for the embedding on the first stage and `last_cost` for the
-    output layer and loss on the last. Raises ValueError with more stages than layers.
+    Equal shares when they divide evenly, as users of pipelines expect. Otherwise the largest load
+    is made as small as it can be, counting `first_cost` layers' worth of work for the embedding on
+    the first stage and `last_cost` for the output layer and loss on the last. Raises ValueError
+    with more stages than layers.
     """
     if not 1 <= stages <= num_layers:
         raise ValueError(
@@ -37,8 +38,10 @@ def partition(
 
 
 def layers_of_stages(model: ModelConfig, stages: int, predicted: float) -> list[range]:
-    """The layers of each stage of a model whose output layer is computed for this share of the tokens.
+    """The layers of each stage of a model whose output layer is computed for this share of the
+    tokens.
 
-    The embedding is a look-up and weighs nothing beside a layer. Raises ValueError with more stages than layers.
+    The embedding is a look-up and weighs nothing beside a layer. Raises ValueError with more stages
+    than layers.
     """
     return partition(model.num_layers, stages, last_cost=output_cost(model, predicted))

@@ -1,8 +1,8 @@
 """Pipeline schedules as data. Pure, no torch.
 
-A schedule is, for each stage, the order of its forwards and backwards. `program` adds the messages that those need,
-`validate` proves a set of programs complete and free of deadlock, and `pipeline.engine` runs one. A new schedule is a
-new function of a few lines that returns actions.
+A schedule is, for each stage, the order of its forwards and backwards. `program` adds the messages
+that those need, `validate` proves a set of programs complete and free of deadlock, and
+`pipeline.engine` runs one. A new schedule is a new function of a few lines that returns actions.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ class Action(NamedTuple):
 
 
 class Message(NamedTuple):
-    """The output of `source`'s action, on its way to the same action of `target`, a neighbouring stage."""
+    """The output of `source`'s action, on its way to the same action of `target`, a neighbouring
+    stage."""
 
     kind: str
     microbatch: int
@@ -28,14 +29,16 @@ class Message(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Post all `messages` at once, wait for those that arrive here, then compute `action` (None in the last step)."""
+    """Post all `messages` at once, wait for those that arrive here, then compute `action` (None in
+    the last step)."""
 
     messages: tuple[Message, ...]
     action: Action | None
 
 
 def gpipe(stages: int, stage: int, microbatches: int) -> list[Action]:
-    """All forwards, then all backwards (Huang et al. 2019). Every stage holds all m microbatches at its peak."""
+    """All forwards, then all backwards (Huang et al. 2019). Every stage holds all m microbatches at
+    its peak."""
     forwards = [Action(FORWARD, i) for i in range(microbatches)]
     backwards = [Action(BACKWARD, i) for i in range(microbatches)]
     return forwards + backwards
@@ -44,7 +47,8 @@ def gpipe(stages: int, stage: int, microbatches: int) -> list[Action]:
 def one_forward_one_backward(stages: int, stage: int, microbatches: int) -> list[Action]:
     """1F1B (Narayanan et al. 2021): warm up with min(p - stage - 1, m) forwards, then alternate.
 
-    Stage r holds at most min(p - r, m) microbatches; bubble (p - 1) / m of the ideal time, as GPipe's.
+    Stage r holds at most min(p - r, m) microbatches; bubble (p - 1) / m of the ideal time, as
+    GPipe's.
     """
     warmup = min(stages - stage - 1, microbatches)
     actions = [Action(FORWARD, i) for i in range(warmup)]
@@ -61,8 +65,8 @@ def forward_only(stages: int, stage: int, microbatches: int) -> list[Action]:
 
 
 def peak_in_flight(actions: list[Action]) -> int:
-    """Microbatches whose activations a stage holds at the fullest moment of its actions: those whose forward has run
-    and whose backward has not."""
+    """Microbatches whose activations a stage holds at the fullest moment of its actions: those
+    whose forward has run and whose backward has not."""
     peak = in_flight = 0
     for action in actions:
         if action.kind == FORWARD:
@@ -74,7 +78,8 @@ def peak_in_flight(actions: list[Action]) -> int:
 
 
 def schedule_named(name: str) -> Callable[[int, int, int], list[Action]]:
-    """The schedule function of a --pipeline-schedule value. Raises ValueError for an unknown name."""
+    """The schedule function of a --pipeline-schedule value. Raises ValueError for an unknown
+    name."""
     known = {"1f1b": one_forward_one_backward, "gpipe": gpipe}
     if name not in known:
         raise ValueError(f"no pipeline schedule {name!r}; there are {', '.join(known)}")
@@ -89,14 +94,17 @@ def _message(action: Action, source: int, target: int, stages: int) -> tuple[Mes
 
 
 def program(actions: list[Action], stage: int, stages: int) -> list[Step]:
-    """Add the messages: between two actions, what the first one made leaves and what the second one needs arrives.
+    """Add the messages: between two actions, what the first one made leaves and what the second one
+    needs arrives.
 
-    Both are posted together, so opposing messages of a pair of stages, as 1F1B has them, cannot wait for each other.
+    Both are posted together, so opposing messages of a pair of stages, as 1F1B has them, cannot
+    wait for each other.
     """
     steps = []
     leaving: tuple[Message, ...] = ()
     for action in actions:
-        # A forward comes from the stage before and goes to the one after; a backward the other way round.
+        # A forward comes from the stage before and goes to the one after; a backward the other way
+        # round.
         direction = 1 if action.kind == FORWARD else -1
         arriving = _message(action, stage - direction, stage, stages)
         steps.append(Step(leaving + arriving, action))
@@ -111,11 +119,12 @@ class ScheduleError(ValueError):
 
 
 def validate(schedules: list[list[Action]], microbatches: int, backward: bool = True) -> None:
-    """Check the schedules of all stages against each other. Raises ScheduleError saying what is wrong and where.
+    """Check the schedules of all stages against each other. Raises ScheduleError saying what is
+    wrong and where.
 
-    Complete: each stage runs each microbatch's forward once, then its backward once. No deadlock even when a step ends
-    only once all its messages, sent ones too, have been met by their counterparts, pairwise in order of posting (as
-    NCCL, which knows no tags, matches them).
+    Complete: each stage runs each microbatch's forward once, then its backward once. No deadlock
+    even when a step ends only once all its messages, sent ones too, have been met by their
+    counterparts, pairwise in order of posting (as NCCL, which knows no tags, matches them).
     """
     expected = {Action(FORWARD, i) for i in range(microbatches)}
     if backward:
@@ -147,7 +156,8 @@ def _validate_stage(stage: int, actions: list[Action], expected: set[Action]) ->
 def validate_messages(programs: list[list[Step]]) -> None:
     """Run all stages' programs with messages that block until they are met.
 
-    Raises ScheduleError when no stage can go on, or when two stages do not post the same messages in the same order.
+    Raises ScheduleError when no stage can go on, or when two stages do not post the same messages
+    in the same order.
     """
     position = [0] * len(programs)
     waiting: list[list[Message]] = [_messages_at(steps, 0) for steps in programs]

@@ -74,7 +74,8 @@ def file_problem(path: str) -> str | None:
 
 
 def stream_problem(head: bytes) -> str | None:
-    """What is wrong with a stream that should be text in UTF-8, by its first bytes; None: nothing."""
+    """What is wrong with a stream that should be text in UTF-8, by its first bytes; None:
+    nothing."""
     found = _format_of(head)
     if found:
         return f"holds {found} data, not text; unpack it first, for example with zcat or zstdcat"

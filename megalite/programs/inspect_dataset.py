@@ -4,8 +4,8 @@
         --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model
 
 shows the text of its first documents, with --random that of others. --verify reads both files from
-end to end and reports every invalid entry of the index, negative ids, and ids that are not below the
-vocabulary size in the .json.
+end to end and reports every invalid entry of the index, negative ids, and ids that are not below
+the vocabulary size in the .json.
 """
 
 import random

@@ -1,4 +1,5 @@
-"""What an error of the operating system means for a person: the file, the limit, and what helps. Imports no torch."""
+"""What an error of the operating system means for a person: the file, the limit, and what helps.
+Imports no torch."""
 
 import errno
 import getpass
@@ -32,7 +33,8 @@ def error_message(error: BaseException) -> str:
 
 
 def raise_open_file_limit() -> int:
-    """Raise the soft limit of open files to the hard one, as far as the system allows; returns the limit in force.
+    """Raise the soft limit of open files to the hard one, as far as the system allows; returns the
+    limit in force.
 
     Datasets and the connections of ranks need more files than the usual soft limit of 1024.
     """

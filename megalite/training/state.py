@@ -223,7 +223,8 @@ def data_changed(differences: list[str]) -> str:
 
 
 def _changes(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
-    """A note for what the checkpoint was made with and this run is not, since the numbers will go on differently."""
+    """A note for what the checkpoint was made with and this run is not, since the numbers will go
+    on differently."""
     before = to_flat(config_of_checkpoint(checkpoint.config_yaml))
     now = to_flat(config)
     changed = []

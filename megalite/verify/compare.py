@@ -1,4 +1,5 @@
-"""Are the numbers of two layouts the same? Compares what `record` wrote for each, against what rounding explains."""
+"""Are the numbers of two layouts the same? Compares what `record` wrote for each, against what
+rounding explains."""
 
 import re
 from dataclasses import dataclass, field
@@ -19,11 +20,12 @@ COLUMNS = 5
 class Rounding:
     """How far two correct computations may lie apart, relative to the largest entry.
 
-    n roundings in a row, each of relative size u at most and as good as random, add up to about sqrt(n) u, and exceed
-    4 sqrt(n) u with a probability below 1e-3 (Higham and Mary 2019, theorem 2.4); two computations, twice that.
-    A path goes through 4 products and about 6 other operations a layer, forward or backward, one product more at the
-    output layer, and 2 sums in the embedding. In fp32 and fp64 each step of a product's sum rounds, over the longest
-    one in the model; in bf16 products are summed in fp32 and only each operation's result rounds.
+    n roundings in a row, each of relative size u at most and as good as random, add up to about
+    sqrt(n) u, and exceed 4 sqrt(n) u with a probability below 1e-3 (Higham and Mary 2019, theorem
+    2.4); two computations, twice that. A path goes through 4 products and about 6 other operations
+    a layer, forward or backward, one product more at the output layer, and 2 sums in the embedding.
+    In fp32 and fp64 each step of a product's sum rounds, over the longest one in the model; in bf16
+    products are summed in fp32 and only each operation's result rounds.
     """
 
     model: ModelConfig
@@ -37,7 +39,8 @@ class Rounding:
         return self._bound(*self._forward(place))
 
     def gradient(self, place: str) -> float:
-        """Bound for the gradient of a parameter or activation: all of the forward, the backward down to there."""
+        """Bound for the gradient of a parameter or activation: all of the forward, the backward
+        down to there."""
         products, others = self._forward(LOSS)
         layers = self.model.num_layers - self._layers_below(place)
         return self._bound(products + 4 * layers + 1, others + 6 * layers)
@@ -68,7 +71,8 @@ class Difference:
     place: str
     tolerance: float
     largest: float = 0.0
-    """Relative to the largest entry of this tensor in any layer; inf for NaN, or where no rank has an element."""
+    """Relative to the largest entry of this tensor in any layer; inf for NaN, or where no rank has
+    an element."""
     at: tuple[int, ...] = ()
     """Where in the global tensor."""
     ranks: list[int] = field(default_factory=list)
@@ -135,7 +139,8 @@ def family(place: str) -> str:
 def compare(
     reference: Path, reference_ranks: int, chosen: Path, ranks: int, rounding: Rounding
 ) -> Comparison:
-    """Compare the records of two layouts: every rank of the chosen one, replicas too, with the reference's tensors."""
+    """Compare the records of two layouts: every rank of the chosen one, replicas too, with the
+    reference's tensors."""
     wanted: dict[tuple[str, str], torch.Tensor] = {}
     for rank in range(reference_ranks):
         for part in read_parts(reference, rank):
@@ -204,7 +209,8 @@ def _measure(found: Difference, part: Part, wanted: torch.Tensor, scale: float, 
 
 
 def _in_order(found: dict[tuple[str, str], Difference]) -> list[Difference]:
-    """Activations first to last and the loss, then gradients last to first: of a module's output, then its weights."""
+    """Activations first to last and the loss, then gradients last to first: of a module's output,
+    then its weights."""
     forward = [place for kind, place in found if kind in (ACTIVATION, LOSS)]
 
     def module_of(parameter: str) -> str:
@@ -224,7 +230,8 @@ def _in_order(found: dict[tuple[str, str], Difference]) -> list[Difference]:
 
 
 def report(comparison: Comparison) -> str:
-    """Tables of all differences by place and layer, each beside its tolerance; those that exceed it are marked `!`."""
+    """Tables of all differences by place and layer, each beside its tolerance; those that exceed it
+    are marked `!`."""
     lines = ["loss {:.6f} in the reference, {:.6f} in the chosen layout".format(*comparison.losses)]
     for kind in (ACTIVATION, LOSS, ACTIVATION_GRADIENT, GRADIENT):
         rows: dict[str, dict[int | None, Difference]] = {}

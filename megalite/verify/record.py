@@ -1,7 +1,9 @@
-"""What one training step computes in one layout: every activation, loss and gradient, as parts of global tensors.
+"""What one training step computes in one layout: every activation, loss and gradient, as parts of
+global tensors.
 
-An activation has a global name and a global shape too: [samples of the global batch, sequence, features]. What a rank
-computes of it is a box, as with parameters, so that steps in any two layouts can be compared.
+An activation has a global name and a global shape too: [samples of the global batch, sequence,
+features]. What a rank computes of it is a box, as with parameters, so that steps in any two layouts
+can be compared.
 """
 
 import json
@@ -64,8 +66,9 @@ class Part:
 
 
 class SyntheticDocuments:
-    """Made-up samples of at least two documents, padded: microbatches then differ in their number of unmasked tokens,
-    and so a loss mask that is forgotten, or a mean of means, shows; and documents that are not kept apart show."""
+    """Made-up samples of at least two documents, padded: microbatches then differ in their number
+    of unmasked tokens, and so a loss mask that is forgotten, or a mean of means, shows; and
+    documents that are not kept apart show."""
 
     def __init__(self, samples, seq_length: int):
         self.samples, self.spread = samples, max(1, seq_length // 2)
@@ -79,7 +82,8 @@ class SyntheticDocuments:
 
 
 class Recorder:
-    """Listens to a model: every forward leaves the outputs of its modules in `parts`, every backward their gradients.
+    """Listens to a model: every forward leaves the outputs of its modules in `parts`, every
+    backward their gradients.
 
     Sample numbers are those of the first global batch, from 0.
     """
@@ -131,11 +135,12 @@ class Recorder:
 def record(
     launch: LaunchInfo, config: RunConfig, folder: str | Path, build_model: Callable = build_model
 ) -> None:
-    """Run one step (forward and backward of the first global batch, gradients reduced) as one rank of a resolved
-    configuration, and write what it computed to a file of its own in `folder`. Collective over the launcher's ranks.
+    """Run one step (forward and backward of the first global batch, gradients reduced) as one rank
+    of a resolved configuration, and write what it computed to a file of its own in `folder`.
+    Collective over the launcher's ranks.
 
-    `build_model(config, context, rng)` makes this rank's stage, as in `pretrain`. Weights that start as zeros or ones
-    are drawn at random as well.
+    `build_model(config, context, rng)` makes this rank's stage, as in `pretrain`. Weights that
+    start as zeros or ones are drawn at random as well.
     """
     context, _ = build_context(config, launch)
     try:
@@ -161,7 +166,8 @@ def record(
 
 
 def _stir(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
-    """Add counted random numbers to biases and norms, since zeros and ones would hide a bias added in a wrong place."""
+    """Add counted random numbers to biases and norms, since zeros and ones would hide a bias added
+    in a wrong place."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             spec = parameter.spec
@@ -189,7 +195,8 @@ def _weighted(part: Part, loss_weights: torch.Tensor) -> Part:
 
 
 def record_on_ranks(config: RunConfig, world_size: int, folder: str | Path) -> None:
-    """`record` on processes of this machine, one for each rank. Raises RanksFailed when one of them fails."""
+    """`record` on processes of this machine, one for each rank. Raises RanksFailed when one of them
+    fails."""
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload([__name__, "torch._dynamo"])
     # A place of its own for each time: what a killed run left there would mislead the next one.

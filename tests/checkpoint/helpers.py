@@ -59,8 +59,8 @@ def save(
 
 
 def names_in(root: Path) -> list[str]:
-    """Entries of a folder, hidden ones included, without those of its owner. Staging directories must
-    be empty."""
+    """Entries of a folder, hidden ones included, without those of its owner. Staging directories
+    must be empty."""
     assert not list(root.glob(f"{STAGING_PREFIX}*/*"))
     return sorted(
         path.name

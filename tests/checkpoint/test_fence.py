@@ -66,8 +66,8 @@ def test_a_run_that_is_replaced_in_the_middle_of_a_save(tmp_path):
 
 
 class Suspended:
-    """A run in a thread, which can be stopped just before any of its file operations. One for each process, since an
-    audit hook stays."""
+    """A run in a thread, which can be stopped just before any of its file operations. One for each
+    process, since an audit hook stays."""
 
     def __init__(self):
         self.thread, self.at, self.stops, self.goes_on = None, 0, Semaphore(0), Semaphore(0)
@@ -103,8 +103,9 @@ class Suspended:
 
 
 def replace_at_each_operation(folder: Path, old_iteration: int, new_iteration: int) -> int:
-    """A run claims a folder, saves and leaves its mark, but is suspended at some file operation; it goes on while its
-    successor, which has saved once, saves again. For each operation. Returns how many there were."""
+    """A run claims a folder, saves and leaves its mark, but is suspended at some file operation; it
+    goes on while its successor, which has saved once, saves again. For each operation. Returns how
+    many there were."""
     suspended = Suspended()
     for at in itertools.count(1):
         root, ends = folder / str(at), []
@@ -160,8 +161,8 @@ def replace_at_each_operation(folder: Path, old_iteration: int, new_iteration: i
 def test_a_run_that_is_replaced_at_any_operation_changes_nothing_any_more(
     tmp_path, forkserver, old, new
 ):
-    """The successor saves a later checkpoint, the same one, one that the old run was about to delete, one that it was
-    about to move aside."""
+    """The successor saves a later checkpoint, the same one, one that the old run was about to
+    delete, one that it was about to move aside."""
     with ProcessPoolExecutor(1, forkserver) as process:
         operations = process.submit(replace_at_each_operation, tmp_path, old, new).result()
     assert operations > 30

@@ -1,4 +1,5 @@
-"""A checkpoint of the first version is read, and training continues with the numbers that the first version gave."""
+"""A checkpoint of the first version is read, and training continues with the numbers that the first
+version gave."""
 
 import json
 from pathlib import Path
@@ -31,7 +32,8 @@ def continue_on_rank(launch, load: str, metrics_file: str, layout: list[str]) ->
     ("ranks", "layout"), [(1, []), (8, ["--tp", "2", "--pp", "2", "--sp"])], ids=["1", "8"]
 )
 def test_training_continues_with_the_numbers_of_the_first_version(pool, tmp_path, ranks, layout):
-    """In fp64, from fp32 master weights and moments: equal in any layout but for rounding in fp64."""
+    """In fp64, from fp32 master weights and moments: equal in any layout but for rounding in
+    fp64."""
     metrics = tmp_path / "metrics.jsonl"
     arguments = (str(FIRST_VERSION), str(metrics), layout)
     pool.run(continue_on_rank, ranks, *arguments, timeout=120)

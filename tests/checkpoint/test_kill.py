@@ -1,5 +1,5 @@
-"""Kill -9 at each step and at random moments of real saves: the latest checkpoint always opens, verifies, and is the
-newest that was written."""
+"""Kill -9 at each step and at random moments of real saves: the latest checkpoint always opens,
+verifies, and is the newest that was written."""
 
 import itertools
 import os
@@ -19,7 +19,8 @@ SHAPE = (64, 256)
 
 
 def save_until_killed(root, first, ready):
-    """Save number 0, 1, 2, ...: each iteration twice, so that folders are replaced; the second prunes, too."""
+    """Save number 0, 1, 2, ...: each iteration twice, so that folders are replaced; the second
+    prunes, too."""
     log = os.open(root / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     number = first
     while True:

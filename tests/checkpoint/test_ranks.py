@@ -1,4 +1,5 @@
-"""Checkpoints of several ranks: any cut read in any other, and a failure anywhere is known everywhere."""
+"""Checkpoints of several ranks: any cut read in any other, and a failure anywhere is known
+everywhere."""
 
 import resource
 
@@ -53,7 +54,8 @@ def test_rows_are_read_as_columns_by_all_and_whole_by_one(pool, tmp_path, ranks)
 
 
 def fail_then_succeed(launch, root, fail):
-    """A good save, one that `fail` makes fail on rank 1, a good one: (error of the second, latest after it)."""
+    """A good save, one that `fail` makes fail on rank 1, a good one: (error of the second, latest
+    after it)."""
     context = ParallelContext.create(ParallelLayout(data=launch.world_size), launch)
     write_rows(context, root, 1, holders=(0, 1, 2))
     try:
@@ -68,7 +70,8 @@ def fail_then_succeed(launch, root, fail):
 
 
 def fill_the_disk(context, root):
-    """A limit on the size of rank 1's files stands for a full disk: the write fails in the middle."""
+    """A limit on the size of rank 1's files stands for a full disk: the write fails in the
+    middle."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if context.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
@@ -133,7 +136,8 @@ def prune_and_look(launch, root):
 
 
 def test_all_ranks_wait_until_old_checkpoints_are_deleted(pool, tmp_path):
-    """In `write`, where they may wait as long as a disk takes: in the next step it would be taken for a hang."""
+    """In `write`, where they may wait as long as a disk takes: in the next step it would be taken
+    for a hang."""
     for iteration in range(300):
         folder = tmp_path / f"iter_{iteration:07d}"
         folder.mkdir()

@@ -1,4 +1,5 @@
-"""What was written is read back, in any cut; what is damaged or asked for wrongly is refused with a clear text."""
+"""What was written is read back, in any cut; what is damaged or asked for wrongly is refused with a
+clear text."""
 
 import json
 import random

@@ -1,4 +1,5 @@
-"""The commit: what does not fit together is refused, what exists is kept, what is old goes only afterwards."""
+"""The commit: what does not fit together is refused, what exists is kept, what is old goes only
+afterwards."""
 
 import errno
 import os

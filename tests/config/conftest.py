@@ -10,7 +10,8 @@ from tests.data.tokenizer_files import make_files
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with a dataset `corpus` of 20 documents of 100 bytes, and `longer` of 200, in which the test runs."""
+    """A folder with a dataset `corpus` of 20 documents of 100 bytes, and `longer` of 200, in which
+    the test runs."""
     monkeypatch.chdir(tmp_path)
     for name, documents in (("corpus", 20), ("longer", 200)):
         sha256, tokens = build_tokenizer("ByteTokenizer").sha256, 100 * documents

@@ -1,4 +1,5 @@
-"""Every rule that looks at files, on its own: one thing wrong gives one problem, whose fixes work."""
+"""Every rule that looks at files, on its own: one thing wrong gives one problem, whose fixes
+work."""
 
 import hashlib
 import shutil
@@ -186,7 +187,8 @@ def test_a_file_rule_of_a_bert_alone(case, folder, tokenizers):
 
 
 def test_what_the_description_says_of_sentences_counts(folder, tokenizers):
-    """Documents of one sentence are sentences if they were split; of several, they are none if they were not."""
+    """Documents of one sentence are sentences if they were split; of several, they are none if they
+    were not."""
     shutil.copytree(tokenizers[0], folder, dirs_exist_ok=True)
     cased = build_tokenizer("BertWordPieceCase", vocab_file="cased.txt")
     info = DatasetInfo(
@@ -219,7 +221,8 @@ def sentences_of(documents: int) -> tuple[bytes, np.ndarray, np.ndarray]:
 
 
 def test_whole_words_need_to_be_known(folder, tmp_path):
-    """A tokenizer.json may have the tokens; if it is of WordPiece, it also tells which begin a word."""
+    """A tokenizer.json may have the tokens; if it is of WordPiece, it also tells which begin a
+    word."""
     import tokenizers as library
 
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]

@@ -1,8 +1,8 @@
 """Every flag changes what it is for: a flag has an entry in FLAGS, or the test fails.
 
-An entry has a base and a value; the program runs with the base, and with the value besides. The checks compare what a
-user sees of the two: the metrics file and the console without times, and the files written; or, where that is not the
-point of a flag, memory, order or exit.
+An entry has a base and a value; the program runs with the base, and with the value besides. The
+checks compare what a user sees of the two: the metrics file and the console without times, and the
+files written; or, where that is not the point of a flag, memory, order or exit.
 """
 
 from collections.abc import Callable
@@ -107,7 +107,8 @@ PRESET_SHAPES = {
 """Layers and hidden size, as the papers have them."""
 MORE_PIECES = "../more_text_document"
 LONGER = dict(train_iters=8, hidden_dropout=0.1)
-"""A run that ../trained was saved by, at iterations 2 and 4; ../trained-with-streams too, under the other scheme."""
+"""A run that ../trained was saved by, at iterations 2 and 4; ../trained-with-streams too, under the
+other scheme."""
 RESUMED = {**LONGER, "load": "../trained"}
 STREAMS = {"rng_scheme": "megatron"}
 TENSORS = {"tensor_model_parallel_size": 2}
@@ -275,7 +276,8 @@ FLAGS: dict[str, list[Effect]] = {
         ),
     ],
     "vocab_file": [effect("../uncased.txt", more_parameters(-10 * HIDDEN), base=PLAIN | CASED)],
-    # Other merges make other ids of a text: a run, which reads ids, tells them apart by the data's description.
+    # Other merges make other ids of a text: a run, which reads ids, tells them apart by the data's
+    # description.
     "merge_file": [
         effect(
             "../other.txt",

@@ -1,4 +1,5 @@
-"""Every rule on its own: a sound configuration with one thing wrong gives one problem, whose fixes work. Pure."""
+"""Every rule on its own: a sound configuration with one thing wrong gives one problem, whose fixes
+work. Pure."""
 
 import itertools
 import random
@@ -289,7 +290,8 @@ def test_all_problems_at_once():
     assert max(map(len, text.splitlines())) <= 100
 
 
-# What follows from what ---------------------------------------------------------------------------------------------
+# What follows from what
+# ---------------------------------------------------------------------------------------------
 
 
 def test_resolve_fills_in_what_follows(folder):

@@ -1,4 +1,5 @@
-"""Configurations in YAML files: what is read, the traps of YAML 1.1, and how mistakes are reported."""
+"""Configurations in YAML files: what is read, the traps of YAML 1.1, and how mistakes are
+reported."""
 
 import pytest
 import yaml

@@ -36,7 +36,8 @@ def fixed(config: RunConfig, world_size: int, problem: Problem) -> list[tuple[st
 def assert_one_problem(
     config: RunConfig, world_size: int, words: str, least_offers: int = 1
 ) -> None:
-    """There is one problem, it has these words, and every offer of its fix repairs it and causes no other."""
+    """There is one problem, it has these words, and every offer of its fix repairs it and causes no
+    other."""
     problems = validate.check(config, world_size)
     assert len(problems) == 1, problems
     for word in words.split():

@@ -1,5 +1,5 @@
-"""What the tests of BERT samples share: corpora whose tokens count up from 5, so that a token is its
-own position in the data, and functions that read samples of them."""
+"""What the tests of BERT samples share: corpora whose tokens count up from 5, so that a token is
+its own position in the data, and functions that read samples of them."""
 
 import hashlib
 from itertools import chain, pairwise

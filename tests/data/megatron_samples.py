@@ -1,8 +1,9 @@
-"""Samples and files of Megatron-core, as digests: run in a Python that has it, by test_megatron_order.py.
+"""Samples and files of Megatron-core, as digests: run in a Python that has it, by
+test_megatron_order.py.
 
-Standard input: JSON [{prefix, seed, seq_length, samples, split, cache}, ...], where split null gives the dataset for
-each split alone; standard output: for each case the digests of the samples of each split. `write PREFIX` writes
-DOCUMENTS, and `read PREFIX` prints what it reads.
+Standard input: JSON [{prefix, seed, seq_length, samples, split, cache}, ...], where split null
+gives the dataset for each split alone; standard output: for each case the digests of the samples of
+each split. `write PREFIX` writes DOCUMENTS, and `read PREFIX` prints what it reads.
 """
 
 import hashlib

@@ -40,7 +40,8 @@ def corpus(request, tmp_path):
 
 @pytest.mark.parametrize("s", [5, 32])
 def test_every_token_is_used_in_every_epoch(corpus, s):
-    """Without pairs: every run once, and only spare slots repeat one. Runs do not overlap and leave no gap."""
+    """Without pairs: every run once, and only spare slots repeat one. Runs do not overlap and leave
+    no gap."""
     dataset = bert(corpus, s, bert_pair="none", short_seq_prob=0.0)
     limit, per_epoch = s - 2, dataset.samples_per_epoch
     assert per_epoch == -(-corpus.num_tokens // limit) + 1
@@ -59,7 +60,8 @@ def test_every_token_is_used_in_every_epoch(corpus, s):
 
 @pytest.mark.parametrize("pair", ["sop", "nsp"])
 def test_pairs_use_all_documents_and_in_time_all_tokens(corpus, pair):
-    """An epoch of pairs has a sample of every run of every document; other tokens are trimmed in each."""
+    """An epoch of pairs has a sample of every run of every document; other tokens are trimmed in
+    each."""
     if corpus.num_documents < 2 and pair == "nsp":
         return
     dataset, edges = bert(corpus, 32, bert_pair=pair, short_seq_prob=0.0), edges_of(corpus)
@@ -80,7 +82,8 @@ def test_pairs_use_all_documents_and_in_time_all_tokens(corpus, pair):
 
 
 def test_runs_begin_with_a_sentence_where_they_fit(tmp_path):
-    """Two runs have about 120 tokens to share, so a cut can go back to the beginning of a sentence of less than 8."""
+    """Two runs have about 120 tokens to share, so a cut can go back to the beginning of a sentence
+    of less than 8."""
     data = dataset_of(tmp_path / "a", [np.random.default_rng(1).integers(1, 8, 2000).tolist()])
     starts = starts_of(data)
     length = data.num_tokens
@@ -144,7 +147,8 @@ def test_the_frame_of_a_sample(corpus):
 
 
 def test_samples_are_short_as_often_as_asked(tmp_path):
-    """Runs have 29 tokens, all of them, and a target of 2 to 29: 28 targets, one of which shortens nothing."""
+    """Runs have 29 tokens, all of them, and a target of 2 to 29: 28 targets, one of which shortens
+    nothing."""
     data = dataset_of(tmp_path / "a", [[3, 4, 5, 6, 11] * 20])
     dataset, draws = bert(data, short_seq_prob=0.3), 4000
     lengths = Counter(len(positions(dataset[i])) for i in range(draws))
@@ -163,8 +167,8 @@ def test_samples_are_short_as_often_as_asked(tmp_path):
 
 
 def test_short_samples_leave_out_little_and_something_else_in_every_epoch(tmp_path):
-    """A short sample of a run of L tokens leaves out 0 to L - 2, each as likely: less than L / 2 on average. Without a
-    pair, which would lose what is trimmed as well."""
+    """A short sample of a run of L tokens leaves out 0 to L - 2, each as likely: less than L / 2 on
+    average. Without a pair, which would lose what is trimmed as well."""
     data = dataset_of(tmp_path / "a", CORPORA["articles"])
     probability, dataset = 0.2, bert(data, 32, bert_pair="none", short_seq_prob=0.2)
     seen, runs = set(), dataset.samples_per_epoch
@@ -226,7 +230,8 @@ def test_seed_split_and_epoch_change_samples(tmp_path):
 
 
 def test_masks_differ_from_epoch_to_epoch(tmp_path):
-    """A single document of a run, so that every epoch has the same text: two slots, one of them spare."""
+    """A single document of a run, so that every epoch has the same text: two slots, one of them
+    spare."""
     dataset = bert(dataset_of(tmp_path / "a", [[20]]), bert_pair="none", short_seq_prob=0.0)
     samples = [dataset[i] for i in range(0, 100, dataset.samples_per_epoch)]
     assert all(positions(sample) == list(range(20)) for sample in samples)

@@ -1,5 +1,5 @@
-"""Pairs of segments: labels are right and balanced, and nothing but the text reveals them. Bounds on
-counts are 5 standard deviations."""
+"""Pairs of segments: labels are right and balanced, and nothing but the text reveals them. Bounds
+on counts are 5 standard deviations."""
 
 from collections import Counter
 from math import sqrt
@@ -29,7 +29,8 @@ def parts_of_pairs(dataset, count):
 
 @pytest.mark.parametrize("s", [24, 200])
 def test_segments_are_whole_sentences_until_they_are_trimmed(tmp_path, s):
-    """What is not full ends at sentence borders everywhere; what is full was trimmed by a sentence or two at most."""
+    """What is not full ends at sentence borders everywhere; what is full was trimmed by a sentence
+    or two at most."""
     data = dataset_of(tmp_path / "a", CORPORA["articles"])
     starts = starts_of(data)
     edges = set(edges_of(data).tolist())
@@ -58,8 +59,8 @@ LEAKS = {
 
 
 def outward(parts, starts, room: int):
-    """What can be seen of a pair without reading it: which of its ends are sentence borders, how full it is, and which
-    of its segments is longer."""
+    """What can be seen of a pair without reading it: which of its ends are sentence borders, how
+    full it is, and which of its segments is longer."""
     (a, b), sizes = parts, [len(part) for part in parts]
     ends = (a[0] in starts, a[-1] + 1 in starts, b[0] in starts, b[-1] + 1 in starts)
     return {
@@ -74,8 +75,8 @@ def outward(parts, starts, room: int):
 @pytest.mark.parametrize("s", [64, 256])
 @pytest.mark.parametrize("kind", LEAKS)
 def test_how_a_pair_looks_does_not_tell_its_label(tmp_path, kind, s, pair):
-    """The best guess from each look, learned on one half of the samples, is right for half of the others. (Labels of
-    next sentences come in pairs: twice the variance.)"""
+    """The best guess from each look, learned on one half of the samples, is right for half of the
+    others. (Labels of next sentences come in pairs: twice the variance.)"""
     data = dataset_of(tmp_path / "a", LEAKS[kind])
     starts = starts_of(data)
     seen = [
@@ -116,8 +117,8 @@ def test_half_of_the_orders_are_swapped(tmp_path):
 
 
 def test_half_of_the_next_sentences_are_of_another_document(tmp_path):
-    """Labels come in pairs, half an epoch apart, so their number has twice the variance of independent ones; partners
-    of one document (every 60th) are not exchanged."""
+    """Labels come in pairs, half an epoch apart, so their number has twice the variance of
+    independent ones; partners of one document (every 60th) are not exchanged."""
     data = dataset_of(tmp_path / "a", [[5] * 12] * 60)
     dataset, edges = bert(data, 63, bert_pair="nsp"), edges_of(data)
     per_epoch = dataset.samples_per_epoch
@@ -144,8 +145,8 @@ def test_half_of_the_next_sentences_are_of_another_document(tmp_path):
 
 
 def test_parts_too_long_together_are_trimmed_to_fit(tmp_path):
-    """Both documents are cut near their middle at their one border, so an exchange makes a pair of 9 + 9 tokens and one
-    of 20 + 20, which must become 15 + 14."""
+    """Both documents are cut near their middle at their one border, so an exchange makes a pair of
+    9 + 9 tokens and one of 20 + 20, which must become 15 + 14."""
     data = dataset_of(tmp_path / "a", [[20, 9], [9, 20]] * 30)
     dataset = bert(data, bert_pair="nsp", short_seq_prob=0.0)
     trimmed = Counter()

@@ -1,4 +1,5 @@
-"""A blend is a sequence that any place of can be computed: no walk, no table, the same everywhere."""
+"""A blend is a sequence that any place of can be computed: no walk, no table, the same
+everywhere."""
 
 import random
 from collections import Counter
@@ -62,7 +63,8 @@ def test_far_out_too(weights, n):
     assert before.sum() == n
     for i in range(n, n + 40):
         assert (Blend(weights).counts(i) == before).all()
-        # Half of k and one for the method; float64 shares are off by 2^-53 of n, which is less than one.
+        # Half of k and one for the method; float64 shares are off by 2^-53 of n, which is less than
+        # one.
         assert all(
             abs(int(c) - share * i) <= Fraction(len(weights), 2) + 2
             for c, share in zip(before, shares)

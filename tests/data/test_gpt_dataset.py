@@ -126,7 +126,8 @@ def test_seed_split_and_epoch_change_the_order(tmp_path):
 
 
 def test_the_order_is_what_it_was(tmp_path):
-    """A change of these numbers changes every run's data order: resumed runs would see other samples."""
+    """A change of these numbers changes every run's data order: resumed runs would see other
+    samples."""
     dataset = GPTDataset(dataset_of(tmp_path / "a", [1000]).tokens(), 16, 1234, "train")
     assert [dataset.window(i) for i in (0, 1, 2, 60, 61, 10**12)] == [464, 560, 32, 176, 811, 148]
 

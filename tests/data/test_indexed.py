@@ -194,7 +194,8 @@ LARGE = 40 * SAMPLED
 
 
 def large(prefix, *damage, info=None):
-    """LARGE documents of one uint16 token, which is their number, then bytes of the .idx file changed."""
+    """LARGE documents of one uint16 token, which is their number, then bytes of the .idx file
+    changed."""
     with IndexedWriter(prefix, "u2") as writer:
         writer.add_documents(np.arange(LARGE, dtype="<u2").tobytes(), np.ones(LARGE, "i4"))
         writer.finish(info)

@@ -1,4 +1,5 @@
-"""Masking: how many tokens, which ones, and what stands in their place. Bounds on counts are 5 standard deviations."""
+"""Masking: how many tokens, which ones, and what stands in their place. Bounds on counts are 5
+standard deviations."""
 
 from collections import Counter
 from math import sqrt
@@ -66,7 +67,8 @@ def test_replacements_are_80_10_10_and_random_ids_are_uniform():
 
 @pytest.mark.parametrize("max_ngrams", [1, 3])
 def test_every_place_is_chosen_about_as_often(max_ngrams):
-    """With n-grams the two first and the two last words of a segment are chosen less and more often: not looked at."""
+    """With n-grams the two first and the two last words of a segment are chosen less and more
+    often: not looked at."""
     n, draws = 80, 3000
     where = np.zeros(n + 3)
     for which in range(draws):
@@ -130,7 +132,8 @@ def test_a_word_longer_than_the_budget_gives_one_token():
 
 @pytest.mark.parametrize("pieces_per_word", [1, 2])
 def test_ngrams_are_as_long_as_one_over_n_says(pieces_per_word):
-    """A budget of three words of 1000: the first n-gram always fits, and hardly ever meets the next one."""
+    """A budget of three words of 1000: the first n-gram always fits, and hardly ever meets the next
+    one."""
     words, draws, sizes = 1000, 600, Counter()
     tokens = np.concatenate([[2], np.tile([7, 8][:pieces_per_word], words), [3]])
     mask = masker(
@@ -148,7 +151,8 @@ def test_ngrams_are_as_long_as_one_over_n_says(pieces_per_word):
 
 
 def test_ngrams_stay_within_a_segment():
-    """Segments of one word: every n-gram has length 1, and the words with the smallest numbers are chosen."""
+    """Segments of one word: every n-gram has length 1, and the words with the smallest numbers are
+    chosen."""
     tokens = np.array([2] + [5, 3] * 10)
     for which in range(50):
         random = numbers(21, which)

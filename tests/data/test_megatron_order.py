@@ -1,7 +1,7 @@
 """--sample-order megatron gives Megatron-core's samples; our files are its files, byte for byte.
 
-Where megatron-core is installed, or MEGATRON_PYTHON names a Python that has it, everything is compared with it; always
-with digests that were recorded when it was equal.
+Where megatron-core is installed, or MEGATRON_PYTHON names a Python that has it, everything is
+compared with it; always with digests that were recorded when it was equal.
 """
 
 import json
@@ -34,7 +34,8 @@ CASES = [
     dict(seed=3, seq_length=9, samples=[9000, 100, 100], split="0.5,0.25,0.25"),
     dict(seed=11, seq_length=16, samples=[900, 70, 0], split=None),
 ]
-"""About half an epoch, just under and over one, 1.3, 1.9 and 10 epochs, and more; the last: data of one split."""
+"""About half an epoch, just under and over one, 1.3, 1.9 and 10 epochs, and more; the last: data of
+one split."""
 RECORDED = [
     ["8c67e637d6ec0d91", "d1013fe60cdc7b88", "9f4b8b16cb6df0a8"],
     ["125ac0e44997539d", "76ef3c1720b4a53d", "e3b0c44298fc1c14"],
@@ -165,7 +166,8 @@ def test_what_cannot_be_had_is_refused(prefix):
 
 
 def test_a_checkpoint_knows_how_many_epochs_its_order_was_made_for(prefix):
-    """Another number of samples is another order, unless it is one of the same epochs; the counted order has one."""
+    """Another number of samples is another order, unless it is one of the same epochs; the counted
+    order has one."""
     s = 16
 
     def state(samples: int, order: str = "megatron"):

@@ -72,7 +72,8 @@ ROWS = {
 
 
 def test_positions_start_anew_after_the_end_of_a_document():
-    """The token that ends a document belongs to it; the first document of a row may have begun before the row."""
+    """The token that ends a document belongs to it; the first document of a row may have begun
+    before the row."""
     positions, segments = documents(np.array(list(ROWS)), END)
     assert positions.tolist() == [row[0] for row in ROWS.values()]
     assert segments.tolist() == [row[1] for row in ROWS.values()]

@@ -125,7 +125,8 @@ def test_a_missing_library_is_one_clear_line(monkeypatch, model_path):
         build_tokenizer("SentencePieceTokenizer", str(model_path))
 
 
-# The fast backend -----------------------------------------------------------------------------------------------------
+# The fast backend
+# -----------------------------------------------------------------------------------------------------
 
 
 FAST_FILES = [
@@ -176,7 +177,8 @@ def test_the_fast_backend_forgets_words_before_they_fill_memory(model_path, monk
 
 
 def test_a_difference_is_shown(files):
-    """Two models that share a vocabulary but not their merges differ somewhere, and check says where."""
+    """Two models that share a vocabulary but not their merges differ somewhere, and check says
+    where."""
     pytest.importorskip("gigatoken")
     good = files["GPT2BPETokenizer"]
     merges = Path(good["merge_file"])
@@ -225,7 +227,8 @@ def test_backends_that_cannot_be(files, model_path, monkeypatch):
     ids=str,
 )
 def test_no_model_gets_other_ids_by_itself(options, tmp_path):
-    """Whatever a model was trained with, auto takes the fast backend only where it gives the same ids."""
+    """Whatever a model was trained with, auto takes the fast backend only where it gives the same
+    ids."""
     pytest.importorskip("gigatoken")
     model = io.BytesIO()
     lines = [line for text in SENTENCES for line in text.split("\n") if line]
@@ -241,7 +244,8 @@ def test_no_model_gets_other_ids_by_itself(options, tmp_path):
     assert np.array_equal(auto.encode_batch(texts).ids, reference.encode_batch(texts).ids), auto.why
 
 
-# Kinds ----------------------------------------------------------------------------------------------------------------
+# Kinds
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_gpt2_numbers_its_files_as_they_say(files):

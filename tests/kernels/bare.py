@@ -1,6 +1,8 @@
-"""The kernels of csrc/ without torch: built by a C++ compiler alone, called by ctypes on NumPy arrays.
+"""The kernels of csrc/ without torch: built by a C++ compiler alone, called by ctypes on NumPy
+arrays.
 
-`build(...)` compiles the CPU's sources, or the CUDA sources under emulation.h. A `Target` calls the kernels of one
+`build(...)` compiles the CPU's sources, or the CUDA sources under emulation.h. A `Target` calls the
+kernels of one
 library: it allocates outputs (filled with what no kernel writes) and returns them as float64.
 """
 
@@ -19,7 +21,8 @@ CSRC = HERE.parents[1] / "megalite" / "kernels" / "csrc"
 
 
 def cuda_include() -> Path | None:
-    """The folder of CUDA's headers, if there is one: of CUDA_HOME, beside nvcc, or in the usual place."""
+    """The folder of CUDA's headers, if there is one: of CUDA_HOME, beside nvcc, or in the usual
+    place."""
     nvcc = shutil.which("nvcc")
     homes = [
         os.environ.get("CUDA_HOME"),
@@ -41,7 +44,8 @@ TYPES = ("float32", "float16", "bfloat16")
 
 
 def build(folder: Path, emulated: bool, *flags: str, compiler: str = "g++") -> Path:
-    """Compile a shared library of the CPU's kernels or, `emulated`, of the CUDA sources; raises on any warning."""
+    """Compile a shared library of the CPU's kernels or, `emulated`, of the CUDA sources; raises on
+    any warning."""
     library = folder / f"{'cuda' if emulated else 'cpu'}{'_'.join(flags).replace('=', '_')}.so"
     sources = sorted(CSRC.glob("*.cu" if emulated else "cpu_*.cpp"))
     language = (
@@ -196,7 +200,8 @@ def _pointer(x: np.ndarray | None) -> int | None:
 
 @dataclass
 class Target:
-    """The kernels of a library: of one CPU level, or CUDA's under emulation with threads in one of two orders."""
+    """The kernels of a library: of one CPU level, or CUDA's under emulation with threads in one of
+    two orders."""
 
     library: ctypes.CDLL
     level: str

@@ -1,7 +1,8 @@
 """What the kernels compute, in float64 NumPy, and how far fp32 arithmetic may be from it.
 
-Bounds are those of floating-point arithmetic (Higham, Accuracy and Stability of Numerical Algorithms, chapters 2 to 4),
-to first order: UNIT for each rounding, `n` times that for a sum of n numbers.
+Bounds are those of floating-point arithmetic (Higham, Accuracy and Stability of Numerical
+Algorithms, chapters 2 to 4), to first order: UNIT for each rounding, `n` times that for a sum of n
+numbers.
 """
 
 import numpy as np
@@ -44,7 +45,8 @@ def visible(shape, mask, causal) -> np.ndarray:
 
 
 def softmax(x, scale, mask=None, causal=False, dropout=None):
-    """(output, lse, bound on the output's error before it is rounded to its type, bound on that of lse)."""
+    """(output, lse, bound on the output's error before it is rounded to its type, bound on that of
+    lse)."""
     seen = visible(x.shape, mask, causal)
     with np.errstate(all="ignore"):
         scores = np.where(seen, scale * x, -np.inf)
@@ -55,8 +57,9 @@ def softmax(x, scale, mask=None, causal=False, dropout=None):
         lse = np.where(total > 0, np.log(total) + top, np.inf)[..., 0]
     if dropout is not None:
         y = np.where(kept(dropout, x.shape), y / (1 - dropout.p), 0)
-    # The argument of exp is a product less the largest product: an error of 4 roundings of numbers up to the largest
-    # score. One such error in the numerator, one in the sum, whose additions come on top.
+    # The argument of exp is a product less the largest product: an error of 4 roundings of numbers
+    # up to the largest score. One such error in the numerator, one in the sum, whose additions come
+    # on top.
     largest = np.abs(np.where(seen, scale * x, 0)).max(axis=-1, keepdims=True, initial=0)
     bound = UNIT * (2 * 4 * largest + 2 * EXP + x.shape[-1] + 4)
     lse_bound = (bound[..., 0] + UNIT * (2 * largest[..., 0] + 4)) + UNIT * np.where(
@@ -200,7 +203,8 @@ def cross_entropy_backward(logits, labels, valid, lse, grad):
 
 
 def assert_close(got, expected, bound, dtype: str) -> None:
-    """Every element within `bound` of what is expected, and its rounding to the type; NaN and infinity alike."""
+    """Every element within `bound` of what is expected, and its rounding to the type; NaN and
+    infinity alike."""
     finite = np.isfinite(expected)
     np.testing.assert_array_equal(got[~finite], expected[~finite])
     bound = np.broadcast_to(bound, expected.shape)[finite]

@@ -1,4 +1,5 @@
-"""The kernels' own operators refuse what they would read or write out of bounds, whoever calls them."""
+"""The kernels' own operators refuse what they would read or write out of bounds, whoever calls
+them."""
 
 import os
 import subprocess
@@ -130,7 +131,8 @@ backward(2048, 512)
 
 
 def test_threads_are_woken_for_work_that_is_worth_it():
-    """64 groups of 32 rows each are work for all threads, 64 rows of 32 columns for none but the caller's."""
+    """64 groups of 32 rows each are work for all threads, 64 rows of 32 columns for none but the
+    caller's."""
     assert measured(THREADS) == [0, 3]
 
 

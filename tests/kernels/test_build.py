@@ -1,4 +1,5 @@
-"""setup.py: why kernels are not built is told on stderr; nvcc is found where it is, and may fail."""
+"""setup.py: why kernels are not built is told on stderr; nvcc is found where it is, and may
+fail."""
 
 import os
 import runpy

@@ -1,4 +1,5 @@
-"""The CUDA sources: what nvcc says of them, and that the emulation which runs them elsewhere finds faults."""
+"""The CUDA sources: what nvcc says of them, and that the emulation which runs them elsewhere finds
+faults."""
 
 import os
 import re
@@ -58,8 +59,8 @@ print(torch._C._dispatch_has_kernel_for_dispatch_key("megalite::_softmax_forward
 @pytest.mark.skipif(not NVCC or not shutil.which("g++"), reason="needs nvcc and g++")
 @pytest.mark.timeout(900)
 def test_setup_builds_the_cuda_part_for_a_cuda_build_of_torch(tmp_path):
-    """torch is told to be such a build. The one function that only a real one has, the current stream, is put in its
-    place for loading; nothing is run on a GPU."""
+    """torch is told to be such a build. The one function that only a real one has, the current
+    stream, is put in its place for loading; nothing is run on a GPU."""
     release = re.search(
         r"release ([\d.]+)",
         subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout,
@@ -154,7 +155,8 @@ FAULTS = {
 )
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_emulation_finds_faults(tmp_path, monkeypatch, fault):
-    """A row for a whole block, in both orders of threads: right without a fault, else wrong in one, or an abort."""
+    """A row for a whole block, in both orders of threads: right without a fault, else wrong in one,
+    or an abort."""
     old, new, expected = FAULTS[fault]
     sources = tmp_path / "csrc"
     shutil.copytree(bare.CSRC, sources, ignore=shutil.ignore_patterns("*.cu", "*.cpp"))

@@ -1,4 +1,5 @@
-"""The operators on each device that has native kernels, beside their compositions in float64 on the CPU."""
+"""The operators on each device that has native kernels, beside their compositions in float64 on the
+CPU."""
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ def device(request) -> str:
 
 
 def moved(value, *to):
-    """Tensors of a nest of tuples given to `Tensor.to`, those of floats only if it is a dtype; the rest as it is."""
+    """Tensors of a nest of tuples given to `Tensor.to`, those of floats only if it is a dtype; the
+    rest as it is."""
     if isinstance(value, tuple):
         return tuple(moved(v, *to) for v in value)
     wanted = isinstance(value, torch.Tensor) and (

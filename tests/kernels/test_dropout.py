@@ -1,4 +1,5 @@
-"""Dropout by counters: the format, the operator, and masks that have nothing to do with each other."""
+"""Dropout by counters: the format, the operator, and masks that have nothing to do with each
+other."""
 
 from functools import cache
 from itertools import combinations
@@ -21,7 +22,8 @@ def mask(rows, samples, columns: int, site: int = 25, p: float = 0.1, key=KEY) -
 
 
 def word_by_the_format(row: int, column: int, sample: int, layer: int, site: int, key=KEY) -> int:
-    """The word of one element as docs/randomness.md has it, in NumPy's Philox, which passes the published answers."""
+    """The word of one element as docs/randomness.md has it, in NumPy's Philox, which passes the
+    published answers."""
     counter = [
         column // 256 * 64 + column % 64,
         row,
@@ -68,7 +70,8 @@ def test_the_first_bits_of_a_mask_stay_what_they_are():
 
 @pytest.mark.parametrize("columns", [1, 63, 64, 65, 200, 256, 257, 515])
 def test_a_part_has_what_the_whole_has(columns):
-    """Rows that a rank holds of a sequence, its heads, a microbatch, fewer columns: each is cut out of one mask."""
+    """Rows that a rank holds of a sequence, its heads, a microbatch, fewer columns: each is cut out
+    of one mask."""
     rows, samples = range(40), range(2**32 - 3, 2**32 + 3)
     whole = mask(rows, samples, 515)
     for part in (slice(0, 10), slice(10, 40), slice(39, 40), slice(3, None, 7)):
@@ -289,7 +292,8 @@ def test_probabilities_near_0_and_1(p, kept):
 N = 1024
 CORRELATION = 5 / N
 CHI_SQUARE = 31.8
-"""Exceeded with the probability of 5 standard deviations, 6e-7, by a chi-square of 3 degrees of freedom."""
+"""Exceeded with the probability of 5 standard deviations, 6e-7, by a chi-square of 3 degrees of
+freedom."""
 
 
 @cache
@@ -300,7 +304,8 @@ def million(first_row=0, sample=5, layer=3, site=1, seed=1234, p=0.3) -> torch.T
 
 
 def assert_unrelated(a: torch.Tensor, b: torch.Tensor, p: float = 0.3) -> None:
-    """The correlation is that of independent numbers, and so are the counts of each of the four joint outcomes."""
+    """The correlation is that of independent numbers, and so are the counts of each of the four
+    joint outcomes."""
     a, b = a.flatten(), b.flatten()
     n, both = a.numel(), (a @ b).item()
     first, second = a.sum().item(), b.sum().item()
@@ -344,7 +349,8 @@ def test_masks_of_different_things_are_unrelated(one, other):
 
 @pytest.mark.parametrize("distance", [1, 2, 63, 64, 65, 128, 192, 256, 512])
 def test_elements_of_one_mask_are_unrelated(distance):
-    """At any distance in rows or columns: 64 columns on is another word of the same counter, 256 on another counter."""
+    """At any distance in rows or columns: 64 columns on is another word of the same counter, 256 on
+    another counter."""
     dropped = million()
     assert_unrelated(dropped[:, distance:], dropped[:, :-distance])
     assert_unrelated(dropped[distance:], dropped[:-distance])

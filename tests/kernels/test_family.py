@@ -1,7 +1,7 @@
 """GELU, SwiGLU, RMSNorm, rotary embedding and cross-entropy as operators, with either body.
 
-That the kernels compute the right numbers for all lengths is shown in test_kernels.py; here it is that the operators
-call them rightly, and are operators as torch wants them.
+That the kernels compute the right numbers for all lengths is shown in test_kernels.py; here it is
+that the operators call them rightly, and are operators as torch wants them.
 """
 
 import pytest
@@ -21,7 +21,8 @@ UNITS = {
 }
 DTYPES = pytest.mark.parametrize("dtype", UNITS)
 ROUNDINGS = 200
-"""More than any result here has, of numbers up to the largest: a wrong argument shows as a difference of order 1."""
+"""More than any result here has, of numbers up to the largest: a wrong argument shows as a
+difference of order 1."""
 
 
 def draw(*shape, dtype=torch.float32, seed=1) -> torch.Tensor:
@@ -110,7 +111,8 @@ def test_outputs_and_gradients_are_those_of_plain_torch_in_float64(body, name, d
     sums = UNITS[torch.float64 if dtype == torch.float64 else torch.float32]
     for got, wanted in [(y, expected), *pairs]:
         assert got.dtype == dtype and got.shape == wanted.shape
-        # A gradient summed over 18 rows has a rounding to the type for each of them, one for itself and one for y.
+        # A gradient summed over 18 rows has a rounding to the type for each of them, one for itself
+        # and one for y.
         allowed = ROUNDINGS * sums + 20 * UNITS[dtype]
         assert (got - wanted).abs().max() <= allowed * wanted.abs().max()
 
@@ -172,7 +174,8 @@ def test_gradients_are_derivatives(name):
 
 @DTYPES
 def test_cross_entropy_of_a_vocabulary_in_two_parts(body, dtype):
-    """Two ranks' parts with padding, put together as ranks do, against the whole in float64; the gradient in place."""
+    """Two ranks' parts with padding, put together as ranks do, against the whole in float64; the
+    gradient in place."""
     whole, labels = (
         3 * draw(5, 2, 50, dtype=dtype),
         torch.tensor([[0, 49], [20, 29], [30, 31], [1, 2], [10, 40]]),
@@ -217,7 +220,8 @@ def test_the_gradient_of_padding_is_zero_whatever_the_lse(body, valid):
 
 
 def test_cross_entropy_copies_no_logits(body):
-    """What is returned has a number for each row; with the native body nothing else is allocated."""
+    """What is returned has a number for each row; with the native body nothing else is
+    allocated."""
     logits = draw(4, 3, 1000, dtype=torch.bfloat16)
     for result in cross_entropy_statistics(logits, torch.zeros(4, 3, dtype=torch.int64), 900):
         assert result.shape == (4, 3) and result.dtype == torch.float32

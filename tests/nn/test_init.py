@@ -22,7 +22,8 @@ GOLDEN = [
     0.9166765977587561,
     0.0692303149068604,
 ]
-"""Of seed 1234. A change of these means that no run can be repeated from its configuration any more."""
+"""Of seed 1234. A change of these means that no run can be repeated from its configuration any
+more."""
 
 
 def whole(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -69,7 +70,8 @@ def test_large_boxes_are_made_in_pieces_that_fit_together():
 
 
 def test_indices_beyond_32_bits():
-    """Element 2^40 of a flat tensor and of the same one with rows; not the one that a lost carry would give."""
+    """Element 2^40 of a flat tensor and of the same one with rows; not the one that a lost carry
+    would give."""
     at, width = 2**40, 2**22
     flat = normal(3, NAME, (2**41,), Box((at + 5,), (10,)))
     row, column = divmod(at + 5, width)

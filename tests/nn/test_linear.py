@@ -69,8 +69,9 @@ def test_a_frozen_weight_gets_no_gradient():
 
 
 def test_bf16_accumulates_over_microbatches_in_fp32():
-    """Products of two bf16 numbers are exact in fp32, so all that is lost is in the K additions of each entry: at most
-    K * 2^-24 of the sum of its terms' magnitudes (Higham, section 3.1). Sums rounded to bf16 would miss that far."""
+    """Products of two bf16 numbers are exact in fp32, so all that is lost is in the K additions of
+    each entry: at most K * 2^-24 of the sum of its terms' magnitudes (Higham, section 3.1). Sums
+    rounded to bf16 would miss that far."""
     microbatches, rows = 32, 4
     weight = random(16, 12, seed=1, dtype=torch.bfloat16).requires_grad_()
     WeightGradients().attach(weight, torch.zeros(16, 12))

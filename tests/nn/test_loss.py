@@ -28,7 +28,8 @@ def token_weights() -> torch.Tensor:
 
 
 def loss_and_gradient(logits: torch.Tensor, rows: int, rank: int, group: Group):
-    """On the rank that holds `rows` entries from rows * rank; what lies behind the vocabulary is garbage."""
+    """On the rank that holds `rows` entries from rows * rank; what lies behind the vocabulary is
+    garbage."""
     start = min(rows * rank, VOCABULARY)
     count = min(rows, VOCABULARY - start)
     local = torch.full((S, B, rows), 1e30).to(logits.dtype)
@@ -112,7 +113,8 @@ def test_extreme_logits_stay_finite(pool, ranks):
 
 
 def test_bf16_logits_are_computed_in_fp32():
-    """Exactly the loss of those logits in fp32, and a gradient that was rounded once, at the end."""
+    """Exactly the loss of those logits in fp32, and a gradient that was rounded once, at the
+    end."""
     logits = logits_of(scale=4, dtype=torch.bfloat16)
     alone = Group((0,), 0)
     losses, gradient = loss_and_gradient(logits, 16, 0, alone)

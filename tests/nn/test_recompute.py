@@ -1,4 +1,5 @@
-"""Activation checkpointing: the same gradients to the bit, dropout included, for less memory and more work."""
+"""Activation checkpointing: the same gradients to the bit, dropout included, for less memory and
+more work."""
 
 from dataclasses import replace
 
@@ -31,7 +32,8 @@ SCHEMES = pytest.mark.parametrize("scheme", ["global", "megatron"])
 
 
 def gradients(launch, layout: Layout, flags: dict):
-    """Two steps' gradients; then their losses, and the states of the random streams after each, if there are any."""
+    """Two steps' gradients; then their losses, and the states of the random streams after each, if
+    there are any."""
     tiny = build(layout, launch, **{**DROPOUT, **flags})
     gradients, others = [], []
     for consumed in (0, 8):
@@ -72,7 +74,8 @@ def test_gradients_are_the_same_to_the_bit(pool, layout, scheme):
 @SCHEMES
 @pytest.mark.parametrize("site", ["hidden_dropout", "attention_dropout"])
 def test_dropout_takes_part_in_it(pool, scheme, site):
-    """So that equality above means something: without one kind of dropout there are other gradients."""
+    """So that equality above means something: without one kind of dropout there are other
+    gradients."""
     with_dropout, without = (
         pool.run(gradients, 1, Layout("gpt"), {"rng_scheme": scheme, site: p})[0][0]
         for p in (0.3, 0.0)
@@ -81,7 +84,8 @@ def test_dropout_takes_part_in_it(pool, scheme, site):
 
 
 def work_and_memory(flags: dict) -> tuple[int, int]:
-    """(times that a layer runs, bytes that autograd saves) in the forward and backward of one microbatch."""
+    """(times that a layer runs, bytes that autograd saves) in the forward and backward of one
+    microbatch."""
     tiny = build(Layout("wide", shape=replace(GPT2, seq=64, positions=64)), **DROPOUT, **flags)
     model, runs, saved = tiny.parts.model, [], {}
     for module in model.modules():

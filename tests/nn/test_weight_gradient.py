@@ -1,4 +1,5 @@
-"""The one seam of weight gradients: deferring the products, and knowing when a gradient is complete."""
+"""The one seam of weight gradients: deferring the products, and knowing when a gradient is
+complete."""
 
 from collections import Counter
 
@@ -32,7 +33,8 @@ def backward_of(tiny):
 
 
 def test_every_parameter_is_complete_once_in_a_backward(tiny):
-    """Also a tied embedding, which is used twice, and layers that are computed twice. Its gradient is final then."""
+    """Also a tied embedding, which is used twice, and layers that are computed twice. Its gradient
+    is final then."""
     gradients = tiny.parts.optimizer.gradients
     completed = Counter()
     at_completion = {}
@@ -50,7 +52,8 @@ def test_every_parameter_is_complete_once_in_a_backward(tiny):
 
 
 def test_deferred_products_give_the_same_gradients_to_the_bit(tiny):
-    """While products are deferred no weight of a linear layer or an embedding gets a gradient or is complete."""
+    """While products are deferred no weight of a linear layer or an embedding gets a gradient or is
+    complete."""
     gradients = tiny.parts.optimizer.gradients
     gradients.zero()
     backward_of(tiny)

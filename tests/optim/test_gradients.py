@@ -13,7 +13,8 @@ TIED = "embedding.word_embeddings.weight"
 
 
 def fill(tiny, value: float) -> None:
-    """This gradient for every entry of every parameter; none for vocabulary padding, which never gets any."""
+    """This gradient for every entry of every parameter; none for vocabulary padding, which never
+    gets any."""
     for parameter in tiny.parts.optimizer.parameters.values():
         parameter.spec.real(parameter.main_grad).fill_(value)
 
@@ -29,7 +30,8 @@ def test_every_gradient_is_a_view_of_one_buffer():
 
 
 def test_autograds_gradients_are_moved_into_the_buffer():
-    """Those of norms, biases and embeddings; layers add the others themselves. None is left in `grad`."""
+    """Those of norms, biases and embeddings; layers add the others themselves. None is left in
+    `grad`."""
     tiny = build()
     for _ in range(2):
         tiny.parts.engine.train_step(*tiny.data.at(0))
@@ -64,8 +66,8 @@ def norm_of_ones(launch, layout: Layout) -> float:
     ids=lambda layout: layout.name,
 )
 def test_the_norm_counts_each_parameter_once(pool, layout):
-    """Not the tied copy, not what tensor-parallel ranks all hold, not the replicas: a gradient of ones has the norm
-    sqrt(number of parameters)."""
+    """Not the tied copy, not what tensor-parallel ranks all hold, not the replicas: a gradient of
+    ones has the norm sqrt(number of parameters)."""
     parameters = sum(
         torch.Size(shape).numel() for shape in oracle.parameter_shapes(layout.shape).values()
     )

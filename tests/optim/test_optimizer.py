@@ -1,4 +1,5 @@
-"""The optimizer step against torch's optimizers run by hand, and what it keeps to go on to the bit."""
+"""The optimizer step against torch's optimizers run by hand, and what it keeps to go on to the
+bit."""
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ FP32 = {"precision": "fp32", "train_iters": 6}
 
 
 def by_hand(tiny: Tiny, steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """The same steps with torch's plain optimizer on copies of the weights; `tiny` supplies gradients at its own, which
-    are set to the copies before each step. Returns weights and gradient norms."""
+    """The same steps with torch's plain optimizer on copies of the weights; `tiny` supplies
+    gradients at its own, which are set to the copies before each step. Returns weights and gradient
+    norms."""
     options = tiny.config.optimizer
     model = tiny.parts.model.parameters_by_name
     copies = {
@@ -67,7 +69,8 @@ def test_steps_equal_torchs_optimizer_by_hand(flags):
     expected, expected_norms = by_hand(build(**FP32, **flags), 4)
     assert norms == pytest.approx(expected_norms, rel=1e-5)
     for name, parameter in tiny.parts.model.parameters_by_name.items():
-        # Adam moves an entry whose gradient is all rounding, such as a key's bias, by up to lr either way.
+        # Adam moves an entry whose gradient is all rounding, such as a key's bias, by up to lr
+        # either way.
         tolerance = 4 * tiny.config.optimizer.lr if name.endswith("qkv.bias") else 1e-5
         torch.testing.assert_close(
             parameter.detach(), expected[name], rtol=1e-5, atol=tolerance, msg=name

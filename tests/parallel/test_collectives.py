@@ -113,7 +113,8 @@ def products(launch):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_backward_is_the_transpose_of_forward(pool, size):
-    """<A x, y> = <x, A^T y>. A tensor that all ranks hold alike is one vector, not one for each rank."""
+    """<A x, y> = <x, A^T y>. A tensor that all ranks hold alike is one vector, not one for each
+    rank."""
     results = pool.run(products, size)
     for name in results[0]:
         left = [result[name][0] for result in results]
@@ -139,7 +140,8 @@ def test_copy_leaves_the_gradient_of_others_alone(pool):
 
 
 def refused(launch):
-    """The message of each collective that is given a transposed view, or rows that do not divide."""
+    """The message of each collective that is given a transposed view, or rows that do not
+    divide."""
     group = tensor_group(launch)
     strided = torch.ones(2, 4).t()
     calls = {
@@ -169,7 +171,8 @@ def test_a_strided_tensor_is_refused(pool):
 
 
 def opposing(launch):
-    """Every rank sends two messages to both neighbours on a ring and receives as many, all posted at once."""
+    """Every rank sends two messages to both neighbours on a ring and receives as many, all posted
+    at once."""
     group = tensor_group(launch)
     size, rank = group.size, group.rank
     neighbours = sorted({(rank - 1) % size, (rank + 1) % size})

@@ -73,7 +73,8 @@ def test_devices():
 
 
 def handles_of(launch, layout):
-    """How many of torch's groups a rank has, which of the context's share one, and what is not there."""
+    """How many of torch's groups a rank has, which of the context's share one, and what is not
+    there."""
     context = ParallelContext.create(layout, launch)
     groups = [context.world, *context.groups.values(), context.control]
     handles = {id(group.handle) for group in groups if group.handle is not None}
@@ -102,8 +103,8 @@ def handles_of(launch, layout):
     ids=str,
 )
 def test_only_the_groups_that_are_needed_are_made(pool, layout, groups, handles, missing):
-    """Axes of one rank have none, groups of the same ranks share one, and a rank makes its own only: a pipeline of two
-    stages is its embedding group too."""
+    """Axes of one rank have none, groups of the same ranks share one, and a rank makes its own
+    only: a pipeline of two stages is its embedding group too."""
     for found in pool.run(handles_of, 4, layout):
         assert found[:3] == (groups, handles, layout.data)
         assert missing in found[3] and bool(missing) == bool(found[3])

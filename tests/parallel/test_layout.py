@@ -48,7 +48,8 @@ def test_ranks_and_coordinates_are_one_to_one(layout):
 
 
 def check_groups(layout: ParallelLayout, axes: tuple[str, ...]) -> None:
-    """Groups along these axes divide the world; their ranks ascend and agree along all other axes."""
+    """Groups along these axes divide the world; their ranks ascend and agree along all other
+    axes."""
     groups = layout.groups(*axes)
     assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
     others = [axis for axis in layout.axes if axis not in axes]

@@ -17,8 +17,8 @@ def draw(tracker: RngTracker, name: str, count: int = 5) -> list[float]:
 
 
 def test_streams_differ_where_values_do_and_agree_where_they_must():
-    """Tensor-parallel ranks hold the same residuals (REPLICATED) and different heads (TENSOR); other stages and other
-    replicas have other layers and other samples."""
+    """Tensor-parallel ranks hold the same residuals (REPLICATED) and different heads (TENSOR);
+    other stages and other replicas have other layers and other samples."""
     ranks = range(LAYOUT.world_size)
     drawn = {
         (rank, name): draw(RngTracker.for_rank(7, context_of(LAYOUT, rank)), name)

@@ -11,7 +11,8 @@ from tests.tiny import build
 
 
 def events_of_a_step(launch, stages: int, flags: dict) -> str:
-    """The forwards and backwards that a stage goes through in a training step and an evaluation, as they happen."""
+    """The forwards and backwards that a stage goes through in a training step and an evaluation, as
+    they happen."""
     tiny = build(Layout("pipeline", pp=stages), launch, **flags)
     events = []
 
@@ -41,7 +42,8 @@ def test_the_schedule_is_what_runs(pool, stages, rows, schedule):
 
 
 def outputs_alive(launch) -> list[int]:
-    """On each forward of a stage under GPipe: how many of its earlier outputs are still in memory."""
+    """On each forward of a stage under GPipe: how many of its earlier outputs are still in
+    memory."""
     tiny = build(Layout("pipeline", pp=3), launch, pipeline_schedule="gpipe")
     outputs, alive = [], []
 
@@ -102,7 +104,8 @@ def microbatches_of_a_wrong_shape(launch) -> list[str]:
 
 
 def test_a_microbatch_of_a_wrong_shape_is_not_sent(pool):
-    """gloo would take the smaller message, and leave the rest of the receiver's tensor as it was."""
+    """gloo would take the smaller message, and leave the rest of the receiver's tensor as it
+    was."""
     rows, tokens = pool.run(microbatches_of_a_wrong_shape, 2)[0]
     assert "(16, 1, 32), the next expects (16, 2, 32)" in rows
     assert "(8, 2, 32), the next expects (16, 2, 32)" in tokens

@@ -66,7 +66,8 @@ def test_every_size_is_sound_and_keeps_its_memory(stages):
 
 
 def test_program_posts_what_leaves_with_what_arrives():
-    """The steady state of the middle of three stages: opposing messages to a neighbour stand in one step."""
+    """The steady state of the middle of three stages: opposing messages to a neighbour stand in one
+    step."""
     steps = program(actions("F0 F1 B0 B1"), stage=1, stages=3)
     assert steps == [
         Step((Message("F", 0, 0, 1),), Action("F", 0)),
@@ -108,7 +109,8 @@ def test_messages_arrive_before_they_are_used_and_leave_after_they_are_made():
             ["F0 F1 B0 B1", "F0 B1 F1 B0"],
             "stage 1 runs the backward of microbatch 1 before its forward",
         ),
-        # Stage 0 waits for the first backward; the last stage wants another forward before it makes that.
+        # Stage 0 waits for the first backward; the last stage wants another forward before it makes
+        # that.
         (["F0 B0 F1 B1", "F0 F1 B0 B1"], "deadlock: stages wait"),
         (["F0 B0 F1 B1", "F0 F1 B0 B1", "F0 F1 B0 B1"], "deadlock: stages wait"),
         (
@@ -124,7 +126,8 @@ def test_the_validator_finds(stages, complaint):
 
 
 def test_opposing_messages_must_be_posted_together():
-    """Two stages that each send first and receive afterwards: if sends block, neither gets to its receive."""
+    """Two stages that each send first and receive afterwards: if sends block, neither gets to its
+    receive."""
     forward, backward = Message("F", 1, 0, 1), Message("B", 0, 1, 0)
 
     def one_by_one(*messages):

@@ -1,4 +1,5 @@
-"""Every kind of input: the same documents, taken up anywhere, judged line by line, and noticed when damaged."""
+"""Every kind of input: the same documents, taken up anywhere, judged line by line, and noticed when
+damaged."""
 
 import gzip
 import importlib.util
@@ -71,7 +72,8 @@ AWKWARD_LINES = [
 
 
 def test_a_line_is_judged_whatever_stands_beside_it():
-    """Two objects on a line beside one on two, bytes that are not UTF-8 where nobody reads them, and more."""
+    """Two objects on a line beside one on two, bytes that are not UTF-8 where nobody reads them,
+    and more."""
     reader, draw = TextReader(("text",)), random.Random(1)
     alone = {line: reader.parse(line + b"\n", False) for line in AWKWARD_LINES}
     assert [line for line, (_, _, bad) in alone.items() if bad] == [

@@ -34,7 +34,8 @@ def prefix(tmp_path) -> Path:
 
 
 def inspect(*arguments, status=0) -> str:
-    """Runs the tool and checks its exit status: what it printed, to standard error unless that is 0."""
+    """Runs the tool and checks its exit status: what it printed, to standard error unless that is
+    0."""
     command = [sys.executable, str(ROOT / "tools/inspect_dataset.py"), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)

@@ -1,4 +1,5 @@
-"""Merging: only what belongs together, and whole or not at all, whatever stops it; also that of partitions."""
+"""Merging: only what belongs together, and whole or not at all, whatever stops it; also that of
+partitions."""
 
 import gzip
 import json
@@ -280,7 +281,8 @@ def test_shards_and_partitions_make_the_whole(tmp_path, shards):
 
 
 def test_shards_name_the_lines_of_the_file(tmp_path):
-    """A part begins in the middle of a file, but its bad lines are counted from the file's beginning."""
+    """A part begins in the middle of a file, but its bad lines are counted from the file's
+    beginning."""
     source = write_jsonl(tmp_path / "a.jsonl")
     lines = Path(source).read_text().splitlines()
     for number in (10, 200, 350):

@@ -1,4 +1,5 @@
-"""Preprocessing: the same bytes from any number of workers, whole files or none, and errors that name file and line."""
+"""Preprocessing: the same bytes from any number of workers, whole files or none, and errors that
+name file and line."""
 
 import json
 import os

@@ -115,7 +115,8 @@ def test_two_at_once_and_changed_input_are_refused(tmp_path):
 
 
 def test_what_a_failure_leaves_and_says(tmp_path):
-    """A folder from which the same command goes on, and a line that says so; no folder where there is nothing in it."""
+    """A folder from which the same command goes on, and a line that says so; no folder where there
+    is nothing in it."""
     source = write_jsonl(tmp_path / "a.jsonl")
     Path(source).write_text(Path(source).read_text() + "bad\n")
     arguments = [

@@ -1,4 +1,5 @@
-"""tools/verify_layouts.py and its library: sound layouts pass, planted faults are found and located by name."""
+"""tools/verify_layouts.py and its library: sound layouts pass, planted faults are found and located
+by name."""
 
 import os
 import socket
@@ -42,13 +43,15 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools/verify_layouts.py"
 ALONE = LaunchInfo(0, 1, 0, 1, "", "none")
 RECIPES = sorted(ROOT.glob("examples/quickstart/*.yaml"))
-"""Those that fit a machine of 8 ranks; the others, for clusters, are checked in tests/test_submit.py."""
+"""Those that fit a machine of 8 ranks; the others, for clusters, are checked in
+tests/test_submit.py."""
 DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
 def verify(pool, tmp_path_factory):
-    """`verify(layout, function=record, *more, **flags)`: the comparison of a layout with one process."""
+    """`verify(layout, function=record, *more, **flags)`: the comparison of a layout with one
+    process."""
 
     @cache
     def one_process(shape, flags: tuple) -> Path:
@@ -94,7 +97,8 @@ def test_sound_layouts_have_the_same_numbers(verify, layout, precision):
     assert "!" not in report(found)
 
 
-# The faults. Each is a rank's program, or what builds its model, and is planted in that rank's process only.
+# The faults. Each is a rank's program, or what builds its model, and is planted in that rank's
+# process only.
 
 
 def norm_gradient_is_not_summed(config, context, rng):
@@ -464,7 +468,8 @@ def test_the_tool_refuses_with_status_2():
 
 
 def test_the_tool_ends_with_status_1_where_numbers_differ(tmp_path):
-    """Ranks import the main program, and so the fault that it plants: data rank 1 sees each sample shifted by one."""
+    """Ranks import the main program, and so the fault that it plants: data rank 1 sees each sample
+    shifted by one."""
     program = tmp_path / "faulty.py"
     program.write_text(
         "import sys\n"

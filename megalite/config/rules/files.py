@@ -193,7 +193,8 @@ def results_can_be_written(config: RunConfig, world_size: int) -> Iterator[Findi
 
 
 def _can_be_written(key: str, path: str, wanted: str, is_other: bool) -> Iterator[Finding]:
-    """The path is not one of the other kind, and the nearest folder that there is can be written."""
+    """The path is not one of the other kind, and the nearest folder that there is can be
+    written."""
     whole = Path(path).absolute()
     nearest = next(p for p in (whole, *whole.parents) if p.exists())
     if is_other:

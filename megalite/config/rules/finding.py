@@ -1,4 +1,5 @@
-"""What rules are made of: the Finding, and the numbers that several of them need. Imports no torch."""
+"""What rules are made of: the Finding, and the numbers that several of them need. Imports no
+torch."""
 
 import math
 from collections.abc import Callable, Iterable

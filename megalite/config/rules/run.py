@@ -1,4 +1,5 @@
-"""Rules of recompute, optimizer, length and data, as far as the flags alone tell. Imports no torch."""
+"""Rules of recompute, optimizer, length and data, as far as the flags alone tell. Imports no
+torch."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
