@@ -177,32 +177,43 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable, list[torch.
     hidden = (1024, 4, 1024)
     return {
         "bias + dropout + residual": (
-            dropout_add, lambda x, b, r: bias_dropout_add(x, b, r, rows, samples, 1, *KEY, P),
+            dropout_add,
+            lambda x, b, r: bias_dropout_add(x, b, r, rows, samples, 1, *KEY, P),
             [draw(*hidden), draw(1024), draw(*hidden)],
         ),
         "causal softmax + dropout": (
-            dropout_softmax, lambda x: scaled_causal_softmax(x, 0.125, attention), [draw(4, 8, 512, 512)]
+            dropout_softmax,
+            lambda x: scaled_causal_softmax(x, 0.125, attention),
+            [draw(4, 8, 512, 512)],
         ),
         "masked softmax": (
-            masked_softmax, lambda x: scaled_masked_softmax(x, 0.125, ~padding), [draw(4, 8, 512, 512)]
+            masked_softmax,
+            lambda x: scaled_masked_softmax(x, 0.125, ~padding),
+            [draw(4, 8, 512, 512)],
         ),
         "GELU": (
-            lambda x: functional.gelu(x, approximate="tanh"), lambda x: bias_gelu(x, None), [draw(1024, 4, 1024)]
+            lambda x: functional.gelu(x, approximate="tanh"),
+            lambda x: bias_gelu(x, None),
+            [draw(1024, 4, 1024)],
         ),
         "bias + GELU": (
-            lambda x, b: functional.gelu(x + b, approximate="tanh"), bias_gelu, [draw(1024, 4, 1024), draw(1024)]
+            lambda x, b: functional.gelu(x + b, approximate="tanh"),
+            bias_gelu,
+            [draw(1024, 4, 1024), draw(1024)],
         ),
         "SwiGLU": (gated, swiglu, [draw(1024, 4, 2048)]),
         "RMSNorm": (
-            lambda x, w: functional.rms_norm(x, (1024,), w, 1e-5), lambda x, w: rms_norm(x, w, 1e-5)[0],
+            lambda x, w: functional.rms_norm(x, (1024,), w, 1e-5),
+            lambda x, w: rms_norm(x, w, 1e-5)[0],
             [draw(*hidden), draw(1024)],
         ),
         "residual + RMSNorm": (
-            lambda x, w, r: functional.rms_norm(x + r, (1024,), w, 1e-5), lambda x, w, r: rms_norm(x, w, 1e-5, r)[0],
+            lambda x, w, r: functional.rms_norm(x + r, (1024,), w, 1e-5),
+            lambda x, w, r: rms_norm(x, w, 1e-5, r)[0],
             [draw(*hidden), draw(1024), draw(*hidden)],
         ),
         "rotary embedding": (rotate, lambda x: rotary(x, cos, sin), [draw(1024, 4, 16, 64)]),
-    }  # fmt: skip
+    }
 
 
 def family(rounds: int) -> None:
@@ -248,8 +259,10 @@ def cross_entropy(name: str, dtype: torch.dtype, rounds: int) -> None:
         cross_entropy_gradient_(x, labels, 8192, lse, ones)
         return x, lse - target
 
-    sides = {"plain": lambda: functional.cross_entropy(logits, labels, reduction="none"),
-             "fused": lambda: cross_entropy_statistics(logits, labels, 8192)}  # fmt: skip
+    sides = {
+        "plain": lambda: functional.cross_entropy(logits, labels, reduction="none"),
+        "fused": lambda: cross_entropy_statistics(logits, labels, 8192),
+    }
     forward = in_turn(sides, rounds)
     both = in_turn({"plain": plain, "fused": fused}, rounds)
     shown = " | ".join(ratio(times["plain"], times["fused"]) for times in (forward, both))

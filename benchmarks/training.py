@@ -35,10 +35,21 @@ from megalite.training.batches import build_batches
 from megalite.training.build import build_components, build_context
 
 SHAPE = dict(
-    num_layers=8, hidden_size=512, num_attention_heads=8, seq_length=256, vocab_size=8192,
-    untie_embeddings_and_output_weights=True, attention_dropout=0.0, hidden_dropout=0.0, micro_batch_size=4,
-    mock_data=True, train_iters=1000, lr=1e-4, lr_decay_style="constant", device="cpu",
-)  # fmt: skip
+    num_layers=8,
+    hidden_size=512,
+    num_attention_heads=8,
+    seq_length=256,
+    vocab_size=8192,
+    untie_embeddings_and_output_weights=True,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    micro_batch_size=4,
+    mock_data=True,
+    train_iters=1000,
+    lr=1e-4,
+    lr_decay_style="constant",
+    device="cpu",
+)
 
 
 class PlainBlock(nn.Module):
@@ -99,9 +110,13 @@ def copy_weights(plain: PlainGPT, ours: dict[str, torch.Tensor]) -> None:
         "norm": "final_norm",
     }
     parts = {
-        "norm1": "attention_norm", "norm2": "mlp_norm", "qkv": "attention.qkv", "output": "attention.output",
-        "up": "mlp.up", "down": "mlp.down",
-    }  # fmt: skip
+        "norm1": "attention_norm",
+        "norm2": "mlp_norm",
+        "qkv": "attention.qkv",
+        "output": "attention.output",
+        "up": "mlp.up",
+        "down": "mlp.down",
+    }
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             module, kind = name.rsplit(".", 1)

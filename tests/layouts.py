@@ -146,10 +146,12 @@ def product() -> list[Layout]:
         for tp, pp, dp in sizes
         for name, shape in (("gpt2", GPT2), ("llama", LLAMA), ("bert", as_bert(GPT2, **POST_NORM)))
         for recompute in recomputes
-        for split in ({}, sp()) if tp > 1 or not split
-        for schedule in ({}, {"pipeline_schedule": "gpipe"}) if pp > 1 or not schedule
+        for split in ({}, sp())
+        if tp > 1 or not split
+        for schedule in ({}, {"pipeline_schedule": "gpipe"})
+        if pp > 1 or not schedule
         for flags in [recompute | split | schedule]
-    ]  # fmt: skip
+    ]
 
 
 def configuration(layout: Layout, **flags) -> RunConfig:
@@ -157,17 +159,43 @@ def configuration(layout: Layout, **flags) -> RunConfig:
     s = layout.shape
     return from_flat(
         dict(
-            architecture=s.architecture, norm_placement=s.norm_placement, gelu=s.gelu, num_layers=s.layers,
-            hidden_size=s.hidden, num_attention_heads=s.heads, num_query_groups=s.groups,
-            kv_channels=s.head_size, ffn_hidden_size=s.ffn, vocab_size=s.vocab, seq_length=s.seq,
-            max_position_embeddings=s.positions, position_embedding_type=s.position_embedding_type,
-            rotary_base=s.rotary_base, normalization=s.normalization, norm_epsilon=s.norm_epsilon, swiglu=s.swiglu,
-            disable_bias_linear=not s.bias, untie_embeddings_and_output_weights=not s.tied,
-            attention_dropout=0.0, hidden_dropout=0.0, precision="fp64", device="cpu", mock_data=True,
-            tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
-            micro_batch_size=1, global_batch_size=GLOBAL_BATCH, train_iters=5, lr=0.01, lr_warmup_iters=2,
-            weight_decay=0.1, clip_grad=0.5, bert_pair="sop" if s.pair or s.architecture == "gpt" else "none",
+            architecture=s.architecture,
+            norm_placement=s.norm_placement,
+            gelu=s.gelu,
+            num_layers=s.layers,
+            hidden_size=s.hidden,
+            num_attention_heads=s.heads,
+            num_query_groups=s.groups,
+            kv_channels=s.head_size,
+            ffn_hidden_size=s.ffn,
+            vocab_size=s.vocab,
+            seq_length=s.seq,
+            max_position_embeddings=s.positions,
+            position_embedding_type=s.position_embedding_type,
+            rotary_base=s.rotary_base,
+            normalization=s.normalization,
+            norm_epsilon=s.norm_epsilon,
+            swiglu=s.swiglu,
+            disable_bias_linear=not s.bias,
+            untie_embeddings_and_output_weights=not s.tied,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            precision="fp64",
+            device="cpu",
+            mock_data=True,
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            micro_batch_size=1,
+            global_batch_size=GLOBAL_BATCH,
+            train_iters=5,
+            lr=0.01,
+            lr_warmup_iters=2,
+            weight_decay=0.1,
+            clip_grad=0.5,
+            bert_pair="sop" if s.pair or s.architecture == "gpt" else "none",
             # A BERT's samples differ in length, and in how much of them is to be predicted.
             **(dict(mask_prob=0.3, short_seq_prob=0.4) if s.architecture == "bert" else {}),
-        ) | layout.flags | flags
-    )  # fmt: skip
+        )
+        | layout.flags
+        | flags
+    )

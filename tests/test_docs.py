@@ -13,10 +13,12 @@ from tests.test_readme import environment
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SMALLER = {
     "--preset bert-base": "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --save-interval 5",
-    "--nproc-per-node 8": "--nproc-per-node 4", "--vocab-size 4096": "--vocab-size 200",
-    "--train-iters 1000000": "--train-iters 2", "--lr-warmup-iters 10000": "--lr-warmup-iters 1",
+    "--nproc-per-node 8": "--nproc-per-node 4",
+    "--vocab-size 4096": "--vocab-size 200",
+    "--train-iters 1000000": "--train-iters 2",
+    "--lr-warmup-iters 10000": "--lr-warmup-iters 1",
     "--global-batch-size 256": "--global-batch-size 8",
-}  # fmt: skip
+}
 """What docs/bert.md says, and what is run in its place."""
 
 
@@ -51,9 +53,13 @@ def test_the_commands_of_bert_run(tmp_path):
         "".join(json.dumps({"text": text}) + "\n" for text in texts)
     )
     run = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=environment() | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path,
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout[-4000:]
     assert (
         "saved checkpoints at iteration 2" in run.stdout

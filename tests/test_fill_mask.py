@@ -19,9 +19,18 @@ from tests.runs import console_of, sound
 
 ALONE = LaunchInfo(0, 1, 0, 1, "", "none")
 SHAPE = dict(
-    num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=24, mock_data=True, train_iters=2, lr=1e-3,
-    global_batch_size=4, device="cpu", save="saved", vocab_size=110,
-)  # fmt: skip
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    seq_length=24,
+    mock_data=True,
+    train_iters=2,
+    lr=1e-3,
+    global_batch_size=4,
+    device="cpu",
+    save="saved",
+    vocab_size=110,
+)
 BERT = SHAPE | {"architecture": "bert"}
 
 

@@ -32,9 +32,19 @@ WORDS = "the a of to in and boat river house stone garden window letter morning 
 MARKS = {"glad": ("good", "fine", "lovely"), "sad": ("bad", "poor", "awful")}
 TASK = {"--lr": "3e-3", "--epochs": "4", "--batch-size": "16", "--device": "cpu"}
 SHAPE = dict(
-    architecture="bert", num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=24, mock_data=True,
-    train_iters=2, global_batch_size=4, micro_batch_size=2, device="cpu", save="saved", lr=1e-3,
-)  # fmt: skip
+    architecture="bert",
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    seq_length=24,
+    mock_data=True,
+    train_iters=2,
+    global_batch_size=4,
+    micro_batch_size=2,
+    device="cpu",
+    save="saved",
+    lr=1e-3,
+)
 
 
 def marked(draw: random.Random, label: str) -> str:
@@ -93,9 +103,12 @@ def made(tmp_path_factory, pool) -> Path:
 def flags_of(made: Path, more: dict) -> list[str]:
     """Flags of a run on the task; None leaves one out."""
     flags = {
-        "--load": made / "pairs/saved", "--train": made / "train.tsv", "--valid": made / "valid.tsv",
-        "--tokenizer-type": "BertWordPieceCase", "--vocab-file": made / "vocab.txt",
-    }  # fmt: skip
+        "--load": made / "pairs/saved",
+        "--train": made / "train.tsv",
+        "--valid": made / "valid.tsv",
+        "--tokenizer-type": "BertWordPieceCase",
+        "--vocab-file": made / "vocab.txt",
+    }
     flags |= TASK | more
     return [
         str(word)
@@ -415,9 +428,17 @@ def test_what_does_not_fit_is_one_message(run, more, complaint):
 def test_wrong_flags_and_files_are_said_before_torch_is_loaded(made, tmp_path):
     """As a user runs it."""
     wrong = {
-        "--load": "absent", "--train": "absent.csv", "--valid-share": 1.5, "--epochs": 0, "--batch-size": 0,
-        "--lr": 0.0, "--weight-decay": -1.0, "--warmup-fraction": 1.0, "--dropout": 1.0, "--save": made,
-    }  # fmt: skip
+        "--load": "absent",
+        "--train": "absent.csv",
+        "--valid-share": 1.5,
+        "--epochs": 0,
+        "--batch-size": 0,
+        "--lr": 0.0,
+        "--weight-decay": -1.0,
+        "--warmup-fraction": 1.0,
+        "--dropout": 1.0,
+        "--save": made,
+    }
     said = [f"{flag} {value}" for flag, value in wrong.items()]
     said += [
         "give one of --valid FILE and --valid-share",

@@ -272,16 +272,22 @@ def one_process(pool, shape: oracle.Shape, packing: tuple[str, ...], steps: int,
 
 
 IN_SHORT = [
-    "single", "dp2 x tp2 x pp2 +sp", "llama dp2 x tp2 x pp2 +sp", "selective", "packed documents tp2+sp",
-    "bert dp2 x tp2 x pp2 +sp", "bert llama tp4+sp",
-]  # fmt: skip
+    "single",
+    "dp2 x tp2 x pp2 +sp",
+    "llama dp2 x tp2 x pp2 +sp",
+    "selective",
+    "packed documents tp2+sp",
+    "bert dp2 x tp2 x pp2 +sp",
+    "bert llama tp4+sp",
+]
 """Layouts that are tried with each backend of attention; `make test-all` tries all."""
 
 
 @pytest.mark.parametrize(
-    ("backend", "dropout"), [("fused-softmax", None), ("eager", None), ("eager", DROPPED)],
+    ("backend", "dropout"),
+    [("fused-softmax", None), ("eager", None), ("eager", DROPPED)],
     ids=["fused-softmax", "eager", "eager, dropout"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize(
     "layout",
     [pytest.param(x, marks=() if x.name in IN_SHORT else pytest.mark.slow) for x in LAYOUTS],
@@ -298,9 +304,16 @@ def test_layouts_equal_the_oracle_under_each_backend(
 
 
 LOW_PRECISION = [
-    "tp4", "pp4", "dp2 x tp2 x pp2 +sp", "llama dp2 x tp2 x pp2 +sp", "full uniform", "packed documents tp2+sp",
-    "packed llama dp2 x tp2 x pp2 +sp", "bert dp2 x tp2 x pp2 +sp", "bert llama dp2 x tp2 x pp2 +sp",
-]  # fmt: skip
+    "tp4",
+    "pp4",
+    "dp2 x tp2 x pp2 +sp",
+    "llama dp2 x tp2 x pp2 +sp",
+    "full uniform",
+    "packed documents tp2+sp",
+    "packed llama dp2 x tp2 x pp2 +sp",
+    "bert dp2 x tp2 x pp2 +sp",
+    "bert llama dp2 x tp2 x pp2 +sp",
+]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

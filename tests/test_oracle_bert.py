@@ -225,8 +225,10 @@ def test_layers_equal_torchs_transformer_encoder(placement):
         for name, leaf in leaves.items()
         if not name.startswith(("mlm_head", "pooler", "pair_head"))
     }
-    gradients = [dict(zip(used, torch.autograd.grad((y * weight).sum(), used.values(), retain_graph=True)))
-                 for y in (ours, theirs)]  # fmt: skip
+    gradients = [
+        dict(zip(used, torch.autograd.grad((y * weight).sum(), used.values(), retain_graph=True)))
+        for y in (ours, theirs)
+    ]
     assert_close(*gradients, bound)
 
 

@@ -67,9 +67,19 @@ def test_nothing_is_required_that_is_not_used():
 
 def test_torch_is_pinned_in_one_place():
     names = subprocess.run(
-        ["grep", "-rlE", "torch==[0-9]", ".", "--exclude-dir=.venv", "--exclude-dir=.git", "--exclude-dir=runs"],
-        cwd=ROOT, capture_output=True, text=True,
-    ).stdout.split()  # fmt: skip
+        [
+            "grep",
+            "-rlE",
+            "torch==[0-9]",
+            ".",
+            "--exclude-dir=.venv",
+            "--exclude-dir=.git",
+            "--exclude-dir=runs",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
     assert names == ["./constraints.txt"]
 
 
@@ -81,9 +91,22 @@ def build_wheel(source: Path, out: Path, **environment: str) -> zipfile.ZipFile:
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     run = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source],
-        env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            out,
+            source,
+        ],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout[-3000:]
     return zipfile.ZipFile(next(out.glob("megalite-*.whl")))
 
@@ -111,8 +134,11 @@ def test_with_a_compiler_one_wheel_has_the_kernels_for_all_pythons(tmp_path):
     ):
         run = subprocess.run(
             [sys.executable, "-m", "megalite.kernels"],
-            cwd=tmp_path, env=environment | switch, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env=environment | switch,
+            capture_output=True,
+            text=True,
+        )
         assert run.returncode == 0 and run.stdout.startswith(expected), run.stdout + run.stderr
 
 
@@ -147,9 +173,20 @@ def installed(wheel, tmp_path_factory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin/python"
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "-q", wheel.filename],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "--no-deps",
+            "--no-index",
+            "-q",
+            wheel.filename,
+        ],
         check=True,
-    )  # fmt: skip
+    )
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "bin"
@@ -218,7 +255,10 @@ def test_help_needs_no_torch(program):
     )
     run = subprocess.run(
         [sys.executable, "-c", code, program],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert (run.returncode, run.stderr) == (0, "False\n")
     assert "usage" in run.stdout

@@ -108,10 +108,17 @@ def dataset(prefix, samples, length, cache):
 
     def build():
         config = GPTDatasetConfig(
-            random_seed=1234, sequence_length=int(length), blend=([prefix], None), split="1,0,0", path_to_cache=cache,
-            tokenizer=_Tokenizer(), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
+            random_seed=1234,
+            sequence_length=int(length),
+            blend=([prefix], None),
+            split="1,0,0",
+            path_to_cache=cache,
+            tokenizer=_Tokenizer(),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
             create_attention_mask=False,
-        )  # fmt: skip
+        )
         sizes = [int(samples), None, None]
         return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
 

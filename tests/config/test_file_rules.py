@@ -155,14 +155,28 @@ BERT_FILES = BERT | dict(
 )
 BERT_FILE_CASES = {
     "one sentence a document": (dict(data_path="plain"), "plain --split-sentences", 1),
-    "one document to evaluate": (dict(bert_pair="nsp", split="95,5,0"), "sentences valid: 1 next-sentence", 2),
-    "nothing to evaluate": (dict(split="100,0,0"), "sentences valid: 0", 2),
-    "no tokenizer": (dict(tokenizer_type=None, vocab_file=None, vocab_size=130), "no --tokenizer-type frame mask", 0),
-    "no masks": (dict(tokenizer_type="ByteTokenizer", vocab_file=None), "ByteTokenizer no tokens frame mask", 0),
-    "no such tokens": (
-        dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="hf", vocab_file=None), "[MASK] BertWordPiece", 0
+    "one document to evaluate": (
+        dict(bert_pair="nsp", split="95,5,0"),
+        "sentences valid: 1 next-sentence",
+        2,
     ),
-}  # fmt: skip
+    "nothing to evaluate": (dict(split="100,0,0"), "sentences valid: 0", 2),
+    "no tokenizer": (
+        dict(tokenizer_type=None, vocab_file=None, vocab_size=130),
+        "no --tokenizer-type frame mask",
+        0,
+    ),
+    "no masks": (
+        dict(tokenizer_type="ByteTokenizer", vocab_file=None),
+        "ByteTokenizer no tokens frame mask",
+        0,
+    ),
+    "no such tokens": (
+        dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="hf", vocab_file=None),
+        "[MASK] BertWordPiece",
+        0,
+    ),
+}
 
 
 @pytest.mark.parametrize("case", FILE_CASES)
@@ -268,9 +282,12 @@ def test_a_tokenizer_that_ends_no_document(key, folder):
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog " * 3] * 50), model_prefix="endless",
-        vocab_size=29, eos_id=-1, minloglevel=3,
-    )  # fmt: skip
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog " * 3] * 50),
+        model_prefix="endless",
+        vocab_size=29,
+        eos_id=-1,
+        minloglevel=3,
+    )
     config = real(
         tokenizer_type="SentencePieceTokenizer",
         tokenizer_model="endless.model",

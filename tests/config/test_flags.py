@@ -71,10 +71,24 @@ def dry(value: Any, *checks: Check, base: dict | None = None, **rest) -> Effect:
 
 LAYERS, HIDDEN, VOCABULARY = 2, 16, 61
 BASE = dict(
-    num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=4, seq_length=16, vocab_size=VOCABULARY,
-    init_method_std=0.1, attention_dropout=0.0, hidden_dropout=0.0, mock_data=True, global_batch_size=4,
-    train_iters=4, lr=0.05, eval_interval=2, eval_iters=1, log_interval=1, metrics_file="metrics.jsonl", device="cpu",
-)  # fmt: skip
+    num_layers=LAYERS,
+    hidden_size=HIDDEN,
+    num_attention_heads=4,
+    seq_length=16,
+    vocab_size=VOCABULARY,
+    init_method_std=0.1,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    mock_data=True,
+    global_batch_size=4,
+    train_iters=4,
+    lr=0.05,
+    eval_interval=2,
+    eval_iters=1,
+    log_interval=1,
+    metrics_file="metrics.jsonl",
+    device="cpu",
+)
 ROPE = {"position_embedding_type": "rope"}
 DEEP = {"num_layers": 4, "attention_dropout": 0.1}
 FULL = {**DEEP, "recompute_granularity": "full"}

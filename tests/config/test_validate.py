@@ -306,10 +306,23 @@ def test_resolve_fills_in_what_follows(folder):
     resolved = validate.resolve(config, 8)
     flat = to_flat(resolved)
     expected = dict(
-        train_iters=10, global_batch_size=8, ffn_hidden_size=2048, kv_channels=64, num_query_groups=12, vocab_size=257,
-        max_position_embeddings=64, precision="bf16", bf16=False, min_lr=3e-5, recompute_granularity="selective",
-        recompute_activations=False, lr_decay_iters=10, lr_warmup_iters=2, lr_warmup_fraction=None, train_samples=80,
-    )  # fmt: skip
+        train_iters=10,
+        global_batch_size=8,
+        ffn_hidden_size=2048,
+        kv_channels=64,
+        num_query_groups=12,
+        vocab_size=257,
+        max_position_embeddings=64,
+        precision="bf16",
+        bf16=False,
+        min_lr=3e-5,
+        recompute_granularity="selective",
+        recompute_activations=False,
+        lr_decay_iters=10,
+        lr_warmup_iters=2,
+        lr_warmup_fraction=None,
+        train_samples=80,
+    )
     assert {key: flat[key] for key in expected} == expected
     untouched = set(flat) - set(expected)
     assert {key: flat[key] for key in untouched} == {key: to_flat(config)[key] for key in untouched}

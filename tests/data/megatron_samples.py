@@ -41,10 +41,16 @@ def samples(case: dict) -> list[str]:
         else {"blend_per_split": [blend, blend, None]}
     )
     config = GPTDatasetConfig(
-        random_seed=case["seed"], sequence_length=case["seq_length"], path_to_cache=case["cache"],
-        tokenizer=_Tokenizer(), reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
-        create_attention_mask=False, **given,
-    )  # fmt: skip
+        random_seed=case["seed"],
+        sequence_length=case["seq_length"],
+        path_to_cache=case["cache"],
+        tokenizer=_Tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        **given,
+    )
     built = BlendedMegatronDatasetBuilder(GPTDataset, case["samples"], lambda: True, config).build()
     found = []
     for dataset, count in zip(built, case["samples"]):

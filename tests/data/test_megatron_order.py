@@ -187,7 +187,13 @@ def test_a_checkpoint_knows_how_many_epochs_its_order_was_made_for(prefix):
         del untold.order[key]
     assert untold.differences(state(epoch * 3)) == []  # older checkpoints do not tell
     assert untold.with_prefixes_of(state(5)).order["epochs"] == 1  # from here on they do
-    samples = [[d[i].tolist() for i in range(epoch // 2)] for d in (
-        MegatronOrderDataset(IndexedDataset(prefix), "1", "train", seq_length=s, seed=1, samples=n) for n in (epoch // 2, epoch, epoch * 3)
-    )]  # fmt: skip
+    samples = [
+        [d[i].tolist() for i in range(epoch // 2)]
+        for d in (
+            MegatronOrderDataset(
+                IndexedDataset(prefix), "1", "train", seq_length=s, seed=1, samples=n
+            )
+            for n in (epoch // 2, epoch, epoch * 3)
+        )
+    ]
     assert samples[0] == samples[1] != samples[2]

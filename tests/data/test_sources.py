@@ -55,8 +55,11 @@ def test_every_difference_is_told():
         state(("a", 3), ("c", 2), order={**ORDER, "seed": 2})
     )
     assert found == [
-        "seed 1 -> 2", "weight of /data/a 1 -> 3", "/data/c is new, or has other contents", "/data/b is no longer used"
-    ]  # fmt: skip
+        "seed 1 -> 2",
+        "weight of /data/a 1 -> 3",
+        "/data/c is new, or has other contents",
+        "/data/b is no longer used",
+    ]
     assert state(("a", 1), ("b", 1)).differences(state(("b", 1), ("a", 1))) == [
         "the sources are named in another order"
     ]
@@ -72,8 +75,9 @@ def test_sources_go_on_where_they_were():
     assert third.sources[0].consumed == 300 and third.consumed_at(420) == [310]
     assert DataState.from_json(third.to_json()) == third
     assert [(past["start"], [s["consumed"] for s in past["sources"]]) for past in third.before] == [
-        (0, [300, 100]), (400, [105, 5])
-    ]  # fmt: skip
+        (0, [300, 100]),
+        (400, [105, 5]),
+    ]
 
 
 def taken(documents: str) -> DataState:

@@ -99,9 +99,13 @@ def test_unusable_models(tmp_path, model_path):
     (tmp_path / "bad.model").write_bytes(b"not a model")
     headless = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["some text to learn"]), model_writer=headless, vocab_size=20, model_type="bpe",
-        eos_id=-1, minloglevel=3,
-    )  # fmt: skip
+        sentence_iterator=iter(["some text to learn"]),
+        model_writer=headless,
+        vocab_size=20,
+        model_type="bpe",
+        eos_id=-1,
+        minloglevel=3,
+    )
     (tmp_path / "headless.model").write_bytes(headless.getvalue())
     for kind, model, message in (
         ("SentencePieceTokenizer", None, "needs --tokenizer-model"),
@@ -233,9 +237,13 @@ def test_no_model_gets_other_ids_by_itself(options, tmp_path):
     model = io.BytesIO()
     lines = [line for text in SENTENCES for line in text.split("\n") if line]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", hard_vocab_limit=False,
-        minloglevel=3, **{"byte_fallback": True, "vocab_size": 380, **options},
-    )  # fmt: skip
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=3,
+        **{"byte_fallback": True, "vocab_size": 380, **options},
+    )
     path = tmp_path / "t.model"
     path.write_bytes(model.getvalue())
     auto = build_tokenizer("SentencePieceTokenizer", str(path), backend="auto")

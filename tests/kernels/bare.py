@@ -90,62 +90,108 @@ class PerRow(ctypes.Structure):
 
 class DropoutStruct(ctypes.Structure):
     _fields_ = [
-        ("rows", PerRow), ("samples", PerRow), ("place", ctypes.c_uint32), ("key", ctypes.c_uint32 * 2),
-        ("limit", ctypes.c_uint32), ("factor", ctypes.c_float),
-    ]  # fmt: skip
+        ("rows", PerRow),
+        ("samples", PerRow),
+        ("place", ctypes.c_uint32),
+        ("key", ctypes.c_uint32 * 2),
+        ("limit", ctypes.c_uint32),
+        ("factor", ctypes.c_float),
+    ]
 
 
 class SoftmaxStruct(ctypes.Structure):
     _fields_ = [
-        ("shape", Shape), ("type", ctypes.c_int32), ("causal", ctypes.c_int32), ("scale", ctypes.c_float),
-        ("mask", PerRow), ("dropout", DropoutStruct), ("x", ctypes.c_void_p), ("grad", ctypes.c_void_p),
-        ("y", ctypes.c_void_p), ("out", ctypes.c_void_p), ("lse", ctypes.c_void_p),
-    ]  # fmt: skip
+        ("shape", Shape),
+        ("type", ctypes.c_int32),
+        ("causal", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("mask", PerRow),
+        ("dropout", DropoutStruct),
+        ("x", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+    ]
 
 
 class BiasDropoutAddStruct(ctypes.Structure):
     _fields_ = [
-        ("shape", Shape), ("type", ctypes.c_int32), ("dropout", DropoutStruct), ("x", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p), ("residual", ctypes.c_void_p), ("out", ctypes.c_void_p),
-    ]  # fmt: skip
+        ("shape", Shape),
+        ("type", ctypes.c_int32),
+        ("dropout", DropoutStruct),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    ]
 
 
 class BiasGeluStruct(ctypes.Structure):
     _fields_ = [
-        ("shape", Shape), ("type", ctypes.c_int32), ("x", ctypes.c_void_p), ("bias", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p), ("out", ctypes.c_void_p),
-    ]  # fmt: skip
+        ("shape", Shape),
+        ("type", ctypes.c_int32),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    ]
 
 
 class SwiGluStruct(ctypes.Structure):
     _fields_ = [
-        ("shape", Shape), ("type", ctypes.c_int32), ("x", ctypes.c_void_p), ("grad", ctypes.c_void_p),
+        ("shape", Shape),
+        ("type", ctypes.c_int32),
+        ("x", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
-    ]  # fmt: skip
+    ]
 
 
 class RmsNormStruct(ctypes.Structure):
     _fields_ = [
-        ("shape", Shape), ("type", ctypes.c_int32), ("rows", ctypes.c_int64), ("group", ctypes.c_int64),
-        ("epsilon", ctypes.c_float), ("x", ctypes.c_void_p), ("residual", ctypes.c_void_p), ("weight", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p), ("grad_sum", ctypes.c_void_p), ("out", ctypes.c_void_p), ("sum", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p), ("grad_weight", ctypes.c_void_p),
-    ]  # fmt: skip
+        ("shape", Shape),
+        ("type", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+        ("x", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("grad_sum", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("sum", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("grad_weight", ctypes.c_void_p),
+    ]
 
 
 class RotaryStruct(ctypes.Structure):
     _fields_ = [
-        ("shape", Shape), ("type", ctypes.c_int32), ("inverse", ctypes.c_int32), ("x", PerRow), ("cos", PerRow),
-        ("sin", PerRow), ("out", ctypes.c_void_p),
-    ]  # fmt: skip
+        ("shape", Shape),
+        ("type", ctypes.c_int32),
+        ("inverse", ctypes.c_int32),
+        ("x", PerRow),
+        ("cos", PerRow),
+        ("sin", PerRow),
+        ("out", ctypes.c_void_p),
+    ]
 
 
 class CrossEntropyStruct(ctypes.Structure):
     _fields_ = [
-        ("shape", Shape), ("type", ctypes.c_int32), ("valid", ctypes.c_int64), ("logits", ctypes.c_void_p),
-        ("labels", ctypes.c_void_p), ("top", ctypes.c_void_p), ("sum", ctypes.c_void_p), ("target", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p), ("grad", ctypes.c_void_p),
-    ]  # fmt: skip
+        ("shape", Shape),
+        ("type", ctypes.c_int32),
+        ("valid", ctypes.c_int64),
+        ("logits", ctypes.c_void_p),
+        ("labels", ctypes.c_void_p),
+        ("top", ctypes.c_void_p),
+        ("sum", ctypes.c_void_p),
+        ("target", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+    ]
 
 
 class Dropout(NamedTuple):
@@ -229,9 +275,18 @@ class Target:
         """(output, lse) of the forward; x is encoded, [i, j, k, columns]."""
         out, lse = np.full_like(x, 77), np.full(x.shape[:3], 77, np.float32)
         struct = SoftmaxStruct(
-            Shape(x.shape[:3], x.shape[3]), _type(x), causal, scale, _mask(mask, x), _dropout(dropout, x.shape[:3]),
-            _pointer(x), None, None, _pointer(out), _pointer(lse),
-        )  # fmt: skip
+            Shape(x.shape[:3], x.shape[3]),
+            _type(x),
+            causal,
+            scale,
+            _mask(mask, x),
+            _dropout(dropout, x.shape[:3]),
+            _pointer(x),
+            None,
+            None,
+            _pointer(out),
+            _pointer(lse),
+        )
         self._run("softmax_forward", struct)
         return decode(out), lse.astype(np.float64)
 
@@ -241,9 +296,18 @@ class Target:
         """Gradient of x, from y or from x, lse (float32), mask and dropout."""
         out = np.full_like(grad, 77)
         struct = SoftmaxStruct(
-            Shape(grad.shape[:3], grad.shape[3]), _type(grad), causal, scale, _mask(mask, grad),
-            _dropout(dropout, grad.shape[:3]), _pointer(x), _pointer(grad), _pointer(y), _pointer(out), _pointer(lse),
-        )  # fmt: skip
+            Shape(grad.shape[:3], grad.shape[3]),
+            _type(grad),
+            causal,
+            scale,
+            _mask(mask, grad),
+            _dropout(dropout, grad.shape[:3]),
+            _pointer(x),
+            _pointer(grad),
+            _pointer(y),
+            _pointer(out),
+            _pointer(lse),
+        )
         self._run("softmax_backward", struct)
         return decode(out)
 
@@ -251,9 +315,14 @@ class Target:
         """residual + dropout(x + bias), all encoded alike."""
         out = np.full_like(x, 77)
         struct = BiasDropoutAddStruct(
-            Shape(x.shape[:3], x.shape[3]), _type(x), _dropout(dropout, x.shape[:3]), _pointer(x), _pointer(bias),
-            _pointer(residual), _pointer(out),
-        )  # fmt: skip
+            Shape(x.shape[:3], x.shape[3]),
+            _type(x),
+            _dropout(dropout, x.shape[:3]),
+            _pointer(x),
+            _pointer(bias),
+            _pointer(residual),
+            _pointer(out),
+        )
         self._run("bias_dropout_add", struct)
         return decode(out)
 
@@ -324,9 +393,17 @@ class Target:
         """The gradient of the logits."""
         logits = logits.copy()
         struct = CrossEntropyStruct(
-            _rows(logits), _type(logits), valid, _pointer(logits), _pointer(labels), None, None, None,
-            _pointer(lse), _pointer(grad),
-        )  # fmt: skip
+            _rows(logits),
+            _type(logits),
+            valid,
+            _pointer(logits),
+            _pointer(labels),
+            None,
+            None,
+            None,
+            _pointer(lse),
+            _pointer(grad),
+        )
         self._run("cross_entropy_backward", struct)
         return decode(logits)
 

@@ -111,9 +111,12 @@ def measured(code: str) -> list[int]:
         "torch.set_num_threads(4); own = torch.ops.megalite\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", start + code], cwd=Path(__file__).resolve().parents[2],
-        env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", start + code],
+        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     return [int(word) for word in run.stdout.split()]
 

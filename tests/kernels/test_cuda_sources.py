@@ -28,10 +28,24 @@ def test_nvcc_compiles_for_all_gpus_without_warning_or_spill(tmp_path, source):
     code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
     strict = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
     run = subprocess.run(
-        [NVCC, "-std=c++17", "-O3", "-c", "--threads", "2", *code, *strict,
-         "--ptxas-options=-v,-warn-spills,-warn-lmem-usage", source, "-o", tmp_path / "object.o"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [
+            NVCC,
+            "-std=c++17",
+            "-O3",
+            "-c",
+            "--threads",
+            "2",
+            *code,
+            *strict,
+            "--ptxas-options=-v,-warn-spills,-warn-lmem-usage",
+            source,
+            "-o",
+            tmp_path / "object.o",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout[-4000:]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", run.stdout)]
     memory = re.findall(
@@ -67,10 +81,22 @@ def test_setup_builds_the_cuda_part_for_a_cuda_build_of_torch(tmp_path):
     )
     code = BUILD_FOR_CUDA.replace("VERSION", repr(release.group(1)))
     run = subprocess.run(
-        [sys.executable, "-c", code, "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "objects"],
-        cwd=ROOT, env=os.environ | {"MEGALITE_CUDA_ARCHITECTURES": "90"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            code,
+            "build_ext",
+            "--build-lib",
+            tmp_path,
+            "--build-temp",
+            tmp_path / "objects",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"MEGALITE_CUDA_ARCHITECTURES": "90"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     library = tmp_path / "megalite" / "kernels" / "native_library.so"
     assert run.returncode == 0 and library.exists(), run.stdout[-3000:]
     stand_in = tmp_path / "stream.so"
@@ -85,8 +111,10 @@ def test_setup_builds_the_cuda_part_for_a_cuda_build_of_torch(tmp_path):
     )
     run = subprocess.run(
         [sys.executable, "-c", REGISTERED, library],
-        env=os.environ | {"LD_PRELOAD": str(stand_in)}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | {"LD_PRELOAD": str(stand_in)},
+        capture_output=True,
+        text=True,
+    )
     assert run.stdout == "True\n", run.stderr
 
 
@@ -170,7 +198,10 @@ def test_the_emulation_finds_faults(tmp_path, monkeypatch, fault):
     for order in ("cuda", "cuda reversed"):
         run = subprocess.run(
             [sys.executable, "-c", LONG_ROW, library, order],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
         said.append((run.stdout + run.stderr).strip())
     assert expected in " ".join(said), said

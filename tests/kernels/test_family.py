@@ -60,19 +60,34 @@ def inputs(name: str, dtype) -> tuple:
     """(fused, plain, tensors that have gradients, others)."""
     x = draw(6, 3, 70, dtype=dtype)
     return {
-        "gelu": (lambda x: bias_gelu(x, None), lambda x: functional.gelu(x, approximate="tanh"), (x,), ()),
+        "gelu": (
+            lambda x: bias_gelu(x, None),
+            lambda x: functional.gelu(x, approximate="tanh"),
+            (x,),
+            (),
+        ),
         "bias_gelu": (
-            bias_gelu, lambda x, b: functional.gelu(x + b, approximate="tanh"), (x, draw(70, dtype=dtype, seed=2)), ()
+            bias_gelu,
+            lambda x, b: functional.gelu(x + b, approximate="tanh"),
+            (x, draw(70, dtype=dtype, seed=2)),
+            (),
         ),
         "swiglu": (swiglu, plain_swiglu, (x,), ()),
         "rms_norm": (fused_rms_norm, plain_rms_norm, (x, draw(70, dtype=dtype, seed=2)), ()),
         "rms_norm of a sum": (
-            fused_rms_norm, plain_rms_norm,
-            (x, draw(70, dtype=dtype, seed=2), draw(6, 3, 70, dtype=dtype, seed=3)), (),
+            fused_rms_norm,
+            plain_rms_norm,
+            (x, draw(70, dtype=dtype, seed=2), draw(6, 3, 70, dtype=dtype, seed=3)),
+            (),
         ),
         "rotary": (rotary, plain_rotary, (draw(6, 3, 4, 10, dtype=dtype),), table(6, 10, dtype)),
-        "rotary of packed rows": (rotary, plain_rotary, (draw(6, 3, 4, 10, dtype=dtype),), table(6, 10, dtype, 3)),
-    }[name]  # fmt: skip
+        "rotary of packed rows": (
+            rotary,
+            plain_rotary,
+            (draw(6, 3, 4, 10, dtype=dtype),),
+            table(6, 10, dtype, 3),
+        ),
+    }[name]
 
 
 NAMES = pytest.mark.parametrize(
@@ -124,18 +139,38 @@ OPERATORS = {
     "swiglu": lambda: (swiglu, (draw(6, 70).requires_grad_(),)),
     "swiglu_backward": lambda: (swiglu_backward, (draw(6, 35), draw(6, 70))),
     "swiglu_backward of channels last": lambda: (
-        swiglu_backward, tuple(draw(2, 3, 4, n).contiguous(memory_format=torch.channels_last) for n in (5, 10))
+        swiglu_backward,
+        tuple(draw(2, 3, 4, n).contiguous(memory_format=torch.channels_last) for n in (5, 10)),
     ),
-    "rms_norm": lambda: (rms_norm_forward, (draw(6, 70).requires_grad_(), draw(70).requires_grad_(), 1e-5, None)),
-    "rms_norm of a sum": lambda: (rms_norm_forward, (draw(6, 70).requires_grad_(), draw(70), 1e-5, draw(6, 70))),
-    "rms_norm_backward": lambda: (rms_norm_backward, (draw(6, 70), draw(6, 70), draw(6, 70), draw(70), draw(6).abs())),
-    "rotary": lambda: (turn, (draw(6, 3, 4, 10).requires_grad_(), *table(6, 10, torch.float32), False)),
-    "rotary of a part": lambda: (turn, (draw(6, 3, 4, 20)[..., :10], *table(6, 10, torch.float32), True)),
-    "statistics": lambda: (cross_entropy_statistics, (draw(6, 3, 70), torch.arange(18).view(6, 3), 60)),
+    "rms_norm": lambda: (
+        rms_norm_forward,
+        (draw(6, 70).requires_grad_(), draw(70).requires_grad_(), 1e-5, None),
+    ),
+    "rms_norm of a sum": lambda: (
+        rms_norm_forward,
+        (draw(6, 70).requires_grad_(), draw(70), 1e-5, draw(6, 70)),
+    ),
+    "rms_norm_backward": lambda: (
+        rms_norm_backward,
+        (draw(6, 70), draw(6, 70), draw(6, 70), draw(70), draw(6).abs()),
+    ),
+    "rotary": lambda: (
+        turn,
+        (draw(6, 3, 4, 10).requires_grad_(), *table(6, 10, torch.float32), False),
+    ),
+    "rotary of a part": lambda: (
+        turn,
+        (draw(6, 3, 4, 20)[..., :10], *table(6, 10, torch.float32), True),
+    ),
+    "statistics": lambda: (
+        cross_entropy_statistics,
+        (draw(6, 3, 70), torch.arange(18).view(6, 3), 60),
+    ),
     "gradient": lambda: (
-        cross_entropy_gradient_, (draw(6, 70), torch.arange(6), 60, draw(6).abs() + 5, draw(6, seed=3))
+        cross_entropy_gradient_,
+        (draw(6, 70), torch.arange(6), 60, draw(6).abs() + 5, draw(6, seed=3)),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPERATORS)

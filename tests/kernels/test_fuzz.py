@@ -108,13 +108,22 @@ def test_bias_dropout_add(body, data):
 
 junk = st.sampled_from(
     [
-        torch.zeros(()), torch.zeros(3), torch.zeros(2, 1, 3, 4, dtype=torch.bool), torch.zeros(2, 2, 3, 4),
-        torch.zeros(2, 2, 3, 4, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64), torch.arange(3),
+        torch.zeros(()),
+        torch.zeros(3),
+        torch.zeros(2, 1, 3, 4, dtype=torch.bool),
+        torch.zeros(2, 2, 3, 4),
+        torch.zeros(2, 2, 3, 4, dtype=torch.int64),
+        torch.zeros(2, 3, dtype=torch.int64),
+        torch.arange(3),
         torch.arange(2),
-        torch.zeros(2, 2, 3, 0), torch.zeros(0, 2, 3, 4, dtype=torch.bfloat16), torch.zeros(2, 2, 3, 4, device="meta"),
-        torch.zeros(1, 1, 1, 4).bool(), torch.zeros(2, 2, 3, 4, dtype=torch.complex64), torch.zeros(2, 2, 3, 1, 4),
+        torch.zeros(2, 2, 3, 0),
+        torch.zeros(0, 2, 3, 4, dtype=torch.bfloat16),
+        torch.zeros(2, 2, 3, 4, device="meta"),
+        torch.zeros(1, 1, 1, 4).bool(),
+        torch.zeros(2, 2, 3, 4, dtype=torch.complex64),
+        torch.zeros(2, 2, 3, 1, 4),
     ]
-)  # fmt: skip
+)
 maybe_junk = st.one_of(st.none(), junk)
 
 

@@ -316,11 +316,17 @@ def test_no_access_out_of_bounds(tmp_path):
         ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True
     ).stdout.strip()
     environment = os.environ | {
-        "MEGALITE_TEST_ASAN": str(tmp_path), "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
-    }  # fmt: skip
+        "MEGALITE_TEST_ASAN": str(tmp_path),
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+    }
     select = "not cuda or (float32 and not reversed)"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", select],
-        env=environment, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert run.returncode == 0 and "AddressSanitizer" not in run.stdout, run.stdout[-6000:]

@@ -17,8 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def told(**environment: str) -> list[str]:
     run = subprocess.run(
         [sys.executable, "-m", "megalite.kernels"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
 

@@ -51,7 +51,7 @@ def check_against_float64(x, scale, mask, causal, dropout) -> None:
         numbers = bare.Dropout(dropout.rows.numpy(), dropout.samples.numpy(), *dropout[2:])
     options = dict(
         mask=None if mask is None else mask.expand(x.shape).numpy(), causal=causal, dropout=numbers
-    )  # fmt: skip
+    )
     exact_scale = scale if x.dtype == torch.float64 else float(np.float32(scale))
     exact, lse, bound, lse_bound = reference.softmax(
         x.detach().double().numpy(), exact_scale, **options
@@ -242,17 +242,35 @@ def test_wrong_arguments_are_refused_with_words(body):
     mask = torch.ones(2, 1, 4, 5, dtype=torch.bool)
     bad = [
         (ValueError, r"\[b, n, s_q, s_k\], not \(4, 5\)", lambda: scaled_softmax(x[0, 0], 1.0)),
-        (TypeError, "floating-point scores, not torch.int64", lambda: scaled_softmax(x.long(), 1.0)),
+        (
+            TypeError,
+            "floating-point scores, not torch.int64",
+            lambda: scaled_softmax(x.long(), 1.0),
+        ),
         (TypeError, "torch.float32, not bool", lambda: scaled_masked_softmax(x, 1.0, mask.float())),
-        (ValueError, r"\(2, 1, 4, 4\) does not broadcast", lambda: scaled_masked_softmax(x, 1.0, mask[..., 1:])),
+        (
+            ValueError,
+            r"\(2, 1, 4, 4\) does not broadcast",
+            lambda: scaled_masked_softmax(x, 1.0, mask[..., 1:]),
+        ),
         (ValueError, r"does not broadcast", lambda: scaled_masked_softmax(x, 1.0, mask[None])),
-        (ValueError, "on meta, the scores are on cpu", lambda: scaled_masked_softmax(x, 1.0, mask.to("meta"))),
+        (
+            ValueError,
+            "on meta, the scores are on cpu",
+            lambda: scaled_masked_softmax(x, 1.0, mask.to("meta")),
+        ),
         (ValueError, "0 <= p < 1, not 1", lambda: scaled_softmax(x, 1.0, dropout._replace(p=1.0))),
-        (TypeError, "rows are of torch.int32",
-         lambda: scaled_softmax(x, 1.0, dropout._replace(rows=dropout.rows.int()))),
-        (ValueError, r"samples \(3,\) do not broadcast to the rows \(2, 3, 4\)",
-         lambda: scaled_softmax(x, 1.0, dropout._replace(samples=torch.arange(3)))),
-    ]  # fmt: skip
+        (
+            TypeError,
+            "rows are of torch.int32",
+            lambda: scaled_softmax(x, 1.0, dropout._replace(rows=dropout.rows.int())),
+        ),
+        (
+            ValueError,
+            r"samples \(3,\) do not broadcast to the rows \(2, 3, 4\)",
+            lambda: scaled_softmax(x, 1.0, dropout._replace(samples=torch.arange(3))),
+        ),
+    ]
     for kind, words, call in bad:
         with pytest.raises(kind, match=words):
             call()

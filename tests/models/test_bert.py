@@ -55,10 +55,18 @@ def test_a_real_encoder_has_hugging_face_s_hidden_states():
     theirs = BertModel.from_pretrained(MINILM, attn_implementation="eager").eval()
     c = theirs.config
     shape = ModelConfig(
-        "bert", None, c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.intermediate_size,
-        seq_length=c.max_position_embeddings, norm_epsilon=c.layer_norm_eps, norm_placement="post", gelu="erf",
+        "bert",
+        None,
+        c.num_hidden_layers,
+        c.hidden_size,
+        c.num_attention_heads,
+        c.intermediate_size,
+        seq_length=c.max_position_embeddings,
+        norm_epsilon=c.layer_norm_eps,
+        norm_placement="post",
+        gelu="erf",
         vocab_size=c.vocab_size,
-    )  # fmt: skip
+    )
     model = Bert(settings_of(shape), pair=False).eval()
     load_hugging_face(model, theirs.state_dict())
     tokenizer = build_tokenizer("BertWordPieceLowerCase", vocab_file=str(MINILM / "vocab.txt"))
@@ -89,9 +97,12 @@ def load_hugging_face(model: Bert, state: dict) -> None:
         "embedding.token_type_embeddings.weight": "embeddings.token_type_embeddings.weight",
     }
     parts = {
-        "attention.output": "attention.output.dense", "attention_norm": "attention.output.LayerNorm",
-        "mlp.up": "intermediate.dense", "mlp.down": "output.dense", "mlp_norm": "output.LayerNorm",
-    }  # fmt: skip
+        "attention.output": "attention.output.dense",
+        "attention_norm": "attention.output.LayerNorm",
+        "mlp.up": "intermediate.dense",
+        "mlp.down": "output.dense",
+        "mlp_norm": "output.LayerNorm",
+    }
     for kind in ("weight", "bias"):
         names[f"embedding_norm.{kind}"] = f"embeddings.LayerNorm.{kind}"
         for i in model.layers:
@@ -140,10 +151,13 @@ def test_each_stage_reads_what_it_needs():
     """The padding mask goes to all, from the data; token types and labels only where they are
     used."""
     config = configuration(Layout("any", pp=3, shape=PRE))
-    for stage, fields in enumerate([
-        {"tokens", "token_types", "segments"}, {"segments"},
-        {"segments", "labels", "loss_mask", "pair_label", "pair_mask"},
-    ]):  # fmt: skip
+    for stage, fields in enumerate(
+        [
+            {"tokens", "token_types", "segments"},
+            {"segments"},
+            {"segments", "labels", "loss_mask", "pair_label", "pair_mask"},
+        ]
+    ):
         model = build_model(
             config, context_of(ParallelLayout(pipeline=3), stage), CounterBasedRng.for_seed(0)
         )
@@ -185,10 +199,15 @@ class SomeWithoutMasks:
         return sample | {"loss_mask": np.zeros_like(sample["loss_mask"])} if i % 3 == 0 else sample
 
 
-@pytest.mark.parametrize("layout", [
-    Layout("tp4", tp=4, shape=PRE), Layout("tp2 x pp2 +sp", tp=2, pp=2, shape=PRE, flags={"sequence_parallel": True}),
-    Layout("padding only", tp=4, shape=PRE, flags={"make_vocab_size_divisible_by": 128}),
-], ids=lambda layout: layout.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("tp4", tp=4, shape=PRE),
+        Layout("tp2 x pp2 +sp", tp=2, pp=2, shape=PRE, flags={"sequence_parallel": True}),
+        Layout("padding only", tp=4, shape=PRE, flags={"make_vocab_size_divisible_by": 128}),
+    ],
+    ids=lambda layout: layout.name,
+)
 def test_scores_are_the_same_in_every_layout(pool, layout):
     """Also with microbatches in which nothing is to be predicted."""
     alone, norm = scores_on_rank(ONE_PROCESS, Layout("single", shape=PRE))

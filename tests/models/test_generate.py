@@ -121,9 +121,14 @@ def test_training_goes_on_after_sampling():
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
-    [({"temperature": -1.0}, "temperature -1"), ({"top_k": -1}, "top_k -1"), ({"top_p": 0.0}, "top_p 0"),
-     ({"top_p": 1.1}, "top_p 1.1"), ({"prompt": PROMPT[:, :0]}, "the prompt has no tokens")],
-)  # fmt: skip
+    [
+        ({"temperature": -1.0}, "temperature -1"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"top_p": 0.0}, "top_p 0"),
+        ({"top_p": 1.1}, "top_p 1.1"),
+        ({"prompt": PROMPT[:, :0]}, "the prompt has no tokens"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(model, options, complaint):
     with pytest.raises(ValueError, match=complaint):
         sample(model, **options)

@@ -16,9 +16,13 @@ from megalite.parallel.rng import CounterBasedRng
 from tests.tiny import settings_of
 
 MODEL = ModelConfig(
-    hidden_size=6, num_attention_heads=2, vocab_size=11, make_vocab_size_divisible_by=4, seq_length=8,
+    hidden_size=6,
+    num_attention_heads=2,
+    vocab_size=11,
+    make_vocab_size_divisible_by=4,
+    seq_length=8,
     max_position_embeddings=10,
-)  # fmt: skip
+)
 TOKENS = torch.tensor([[0, 10, 5, 4, 4, 3, 7, 8], [9, 1, 2, 6, 0, 0, 10, 5]])
 
 

@@ -110,9 +110,14 @@ def test_less_is_kept_and_more_is_computed():
     cost = {name: work_and_memory(flags) for name, flags in ({"none": {}} | MODES).items()}
     runs = {name: count for name, (count, _) in cost.items()}
     assert runs == {
-        "none": LAYERS, "selective": LAYERS, "full": 2 * LAYERS, "full by 2": 2 * LAYERS,
-        "full by 3, which do not divide": 2 * LAYERS, "full block of 1": LAYERS + 1, "full block of 3": LAYERS + 3,
-    }  # fmt: skip
+        "none": LAYERS,
+        "selective": LAYERS,
+        "full": 2 * LAYERS,
+        "full by 2": 2 * LAYERS,
+        "full by 3, which do not divide": 2 * LAYERS,
+        "full block of 1": LAYERS + 1,
+        "full block of 3": LAYERS + 3,
+    }
     kept = {name: size for name, (_, size) in cost.items()}
     assert kept["full"] < kept["full block of 3"] < kept["full block of 1"] < kept["none"]
     # Of the core's [b, n, s, s] tensors in each layer, at least the softmax and dropout's mask.

@@ -69,10 +69,16 @@ def test_values(pool, size):
     total = sum(everyone)
     for rank, got in enumerate(pool.run(plain_collectives, size)):
         expected = {
-            "sum": total, "later": total, "max": everyone[-1], "min": everyone[0], "broadcast": everyone[1],
-            "gather": torch.cat(everyone), "gather later": torch.cat(everyone),
-            "scatter": total.chunk(size)[rank], "scatter later": total.chunk(size)[rank],
-        }  # fmt: skip
+            "sum": total,
+            "later": total,
+            "max": everyone[-1],
+            "min": everyone[0],
+            "broadcast": everyone[1],
+            "gather": torch.cat(everyone),
+            "gather later": torch.cat(everyone),
+            "scatter": total.chunk(size)[rank],
+            "scatter later": total.chunk(size)[rank],
+        }
         assert got.pop("objects") == [{"rank": r} for r in range(size)]
         assert {name: value.tolist() for name, value in got.items()} == {
             k: v.tolist() for k, v in expected.items()

@@ -62,13 +62,27 @@ def test_lines_may_end_in_crlf_and_the_last_one_in_nothing():
 
 
 AWKWARD_LINES = [
-    b'{"text":"a"}', b'{"text":"b","x":{"y":[{"z":1},{}]}} \r',
-    b'{"text":"c"}{"text":"d"}', b'{"text":"e"}\r{"text":"f"}',
-    b'{"text":', b'"g"}', b'{"text":"h","x":[{}', b",{}]}", b'{"text":"i","x":"\xff"}', b'{"text":"j","\xff":1}', b"",
-    b'{"text":"k","x":NaN}', b'{"text":"l","x":"\\ud800"}', b'{"text":"m","text":3}', b'{"text":3,"text":"n"}',
-    b'{"text":"o","x":%s}' % (b"9" * 5000), b'{"text":"p","x":%s%s}' % (b"[" * 2000, b"]" * 2000),
-    '{"text":"né 你"}'.encode(), b"{}", b'{"text":"q"},',
-]  # fmt: skip
+    b'{"text":"a"}',
+    b'{"text":"b","x":{"y":[{"z":1},{}]}} \r',
+    b'{"text":"c"}{"text":"d"}',
+    b'{"text":"e"}\r{"text":"f"}',
+    b'{"text":',
+    b'"g"}',
+    b'{"text":"h","x":[{}',
+    b",{}]}",
+    b'{"text":"i","x":"\xff"}',
+    b'{"text":"j","\xff":1}',
+    b"",
+    b'{"text":"k","x":NaN}',
+    b'{"text":"l","x":"\\ud800"}',
+    b'{"text":"m","text":3}',
+    b'{"text":3,"text":"n"}',
+    b'{"text":"o","x":%s}' % (b"9" * 5000),
+    b'{"text":"p","x":%s%s}' % (b"[" * 2000, b"]" * 2000),
+    '{"text":"né 你"}'.encode(),
+    b"{}",
+    b'{"text":"q"},',
+]
 
 
 def test_a_line_is_judged_whatever_stands_beside_it():
@@ -77,9 +91,10 @@ def test_a_line_is_judged_whatever_stands_beside_it():
     reader, draw = TextReader(("text",)), random.Random(1)
     alone = {line: reader.parse(line + b"\n", False) for line in AWKWARD_LINES}
     assert [line for line, (_, _, bad) in alone.items() if bad] == [
-        line for line in AWKWARD_LINES if not any(b'"%c"' % letter in line for letter in b"abklno")
-        and "né".encode() not in line
-    ]  # fmt: skip
+        line
+        for line in AWKWARD_LINES
+        if not any(b'"%c"' % letter in line for letter in b"abklno") and "né".encode() not in line
+    ]
     for _ in range(500):
         lines = draw.choices(AWKWARD_LINES, k=draw.randint(1, 4))
         texts = [text for line in lines for text in alone[line][1][0]]
@@ -132,10 +147,21 @@ def test_every_kind_of_input_gives_the_same_dataset(tmp_path):
         preprocess(config(tmp_path, source, name=name))
         assert content(tmp_path, name) == content(tmp_path, "plain"), name
     done = subprocess.run(
-        [sys.executable, ROOT / "tools/preprocess_data.py", "--input", "-", "--output-prefix", tmp_path / "stdin",
-         "--tokenizer-type", "ByteTokenizer", "--append-eod"],
-        input=Path(kinds["plain"]).read_bytes(), env=ENVIRONMENT, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            ROOT / "tools/preprocess_data.py",
+            "--input",
+            "-",
+            "--output-prefix",
+            tmp_path / "stdin",
+            "--tokenizer-type",
+            "ByteTokenizer",
+            "--append-eod",
+        ],
+        input=Path(kinds["plain"]).read_bytes(),
+        env=ENVIRONMENT,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     assert content(tmp_path, "stdin") == content(tmp_path, "plain")
     assert list(read_texts((kinds["texts"],), "text")) == [
@@ -275,8 +301,15 @@ def test_a_folder_is_read_whole_and_what_is_left_out_is_told(tmp_path):
     read = ["C.JSONL", "a.txt", "d.JSONL.GZ", "e.ndjson", "sub/deep/b.txt"]
     assert list(read_texts((str(tmp_path / "raw"),), "text")) == read
     assert list(read_texts((str(tmp_path / "raw" / "d.JSONL.GZ"),), "text")) == ["d.JSONL.GZ"]
-    done = run_tool("preprocess_data.py", "--input", tmp_path / "raw", "--output-prefix", tmp_path / "out",
-                    "--tokenizer-type", "ByteTokenizer")  # fmt: skip
+    done = run_tool(
+        "preprocess_data.py",
+        "--input",
+        tmp_path / "raw",
+        "--output-prefix",
+        tmp_path / "out",
+        "--tokenizer-type",
+        "ByteTokenizer",
+    )
     assert (
         done.returncode == 0
         and f"ignored, not a known kind of file: {tmp_path / 'raw' / 'f.md'}\n" in done.stderr

@@ -48,10 +48,17 @@ def test_it_shows_sizes_and_documents(prefix):
         prefix, "--documents", 9, "--tokens", 12, "--tokenizer-type", "ByteTokenizer", "--verify"
     )
     for text in (
-        "documents 3 ", "sequences 4 ", "tokens 35 ", "uint16, 70 bytes", "contiguous yes", "257 ids",
-        "document 0, 18 tokens: The first do ...", "document 1, 0 tokens:", "document 2, 17 tokens: a [bold] one ...",
+        "documents 3 ",
+        "sequences 4 ",
+        "tokens 35 ",
+        "uint16, 70 bytes",
+        "contiguous yes",
+        "257 ids",
+        "document 0, 18 tokens: The first do ...",
+        "document 1, 0 tokens:",
+        "document 2, 17 tokens: a [bold] one ...",
         "verified: all 4 sequences and 3 documents",
-    ):  # fmt: skip
+    ):
         assert text in shown, text
 
 

@@ -140,8 +140,11 @@ def test_partitions_killed_while_they_are_merged_go_on(tmp_path, place, number):
     preprocess(config(tmp_path, source, name="whole", max_bad_lines=1))
     assert content(tmp_path, "out") == content(tmp_path, "whole")
     assert sorted(name for name in os.listdir(tmp_path) if "out" in name) == [
-        "out.bad_lines.tsv", "out_text_document.bin", "out_text_document.idx", "out_text_document.json"
-    ]  # fmt: skip
+        "out.bad_lines.tsv",
+        "out_text_document.bin",
+        "out_text_document.idx",
+        "out_text_document.json",
+    ]
     assert (tmp_path / "out.bad_lines.tsv").read_bytes() == (
         tmp_path / "whole.bad_lines.tsv"
     ).read_bytes()
@@ -159,9 +162,13 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
         "--output-prefix",
     ]
     done = subprocess.run(
-        [*command, str(tmp_path / "m")], env=ENVIRONMENT, capture_output=True, text=True, timeout=60,
+        [*command, str(tmp_path / "m")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )  # fmt: skip
+    )
     assert done.returncode == 1
     assert (
         done.stderr == f"error: [Errno 27] File too large: '{tmp_path / 'm.partial' / 'm.bin'}'\n"
@@ -176,9 +183,13 @@ def test_a_full_disk_leaves_no_files_of_a_writer_without_a_folder(tmp_path):
         "    for _ in range(100): writer.add_document(np.zeros(900, 'u2'))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "m")], env=ENVIRONMENT, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", code, str(tmp_path / "m")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )  # fmt: skip
+    )
     assert done.returncode == 1 and "File too large: " in done.stderr and ".m.bin." in done.stderr
     assert os.listdir(tmp_path) == []
 

@@ -127,15 +127,31 @@ def test_all_problems_are_reported_at_once_with_status_2(tmp_path):
     (tmp_path / "old_text_document.idx").touch()
     (tmp_path / "empty").mkdir()
     result = run_tool(
-        "preprocess_data.py", "--input", tmp_path / "none.jsonl", tmp_path / "empty",
-        "--output-prefix", tmp_path / "old", "--tokenizer-type", "SentencePieceTokenizer",
-        "--workers", 0, "--json-keys", "text", "text",
-    )  # fmt: skip
+        "preprocess_data.py",
+        "--input",
+        tmp_path / "none.jsonl",
+        tmp_path / "empty",
+        "--output-prefix",
+        tmp_path / "old",
+        "--tokenizer-type",
+        "SentencePieceTokenizer",
+        "--workers",
+        0,
+        "--json-keys",
+        "text",
+        "text",
+    )
     assert result.returncode == 2
     errors = result.stderr.splitlines()
     assert all(error.startswith("error: ") for error in errors)
-    for part in ("none.jsonl: no such file", "a folder without", "old_text_document.idx exists",
-                 "needs --tokenizer-model", "--workers 0: needs at least 1", "--json-keys text text"):  # fmt: skip
+    for part in (
+        "none.jsonl: no such file",
+        "a folder without",
+        "old_text_document.idx exists",
+        "needs --tokenizer-model",
+        "--workers 0: needs at least 1",
+        "--json-keys text text",
+    ):
         assert sum(part in error for error in errors) == 1, (part, errors)
     assert sorted(os.listdir(tmp_path)) == ["empty", "old_text_document.idx"]
     problems = find_problems(config(tmp_path / "nowhere", write_jsonl(tmp_path / "a.jsonl")))
@@ -163,9 +179,19 @@ def test_the_tools_by_hand(tmp_path):
         (d["text"] for d in DOCUMENTS), 300
     )
     result = run_tool(
-        "preprocess_data.py", "--input", source, "--output-prefix", tmp_path / "c", "--workers", 2, "--append-eod",
-        "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tmp_path / "t.model",
-    )  # fmt: skip
+        "preprocess_data.py",
+        "--input",
+        source,
+        "--output-prefix",
+        tmp_path / "c",
+        "--workers",
+        2,
+        "--append-eod",
+        "--tokenizer-type",
+        "SentencePieceTokenizer",
+        "--tokenizer-model",
+        tmp_path / "t.model",
+    )
     assert result.returncode == 0, result.stderr
     assert "400 documents" in result.stdout and result.stderr.count(" MB/s, ") == 1
     data = IndexedDataset(tmp_path / "c_text_document")
@@ -173,8 +199,15 @@ def test_the_tools_by_hand(tmp_path):
     assert DatasetInfo.read(tmp_path / "c_text_document").vocab_size == 300
 
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nx\n')
-    result = run_tool("preprocess_data.py", "--input", tmp_path / "bad.jsonl", "--output-prefix", tmp_path / "d",
-                      "--tokenizer-type", "ByteTokenizer")  # fmt: skip
+    result = run_tool(
+        "preprocess_data.py",
+        "--input",
+        tmp_path / "bad.jsonl",
+        "--output-prefix",
+        tmp_path / "d",
+        "--tokenizer-type",
+        "ByteTokenizer",
+    )
     assert result.returncode == 1 and "bad.jsonl, line 2: invalid JSON" in result.stderr
     assert "Traceback" not in result.stderr
     code = (
@@ -330,8 +363,15 @@ def test_a_text_without_tokens_is_a_bad_line(tmp_path, append_eod, sentences):
     source = write_jsonl(
         tmp_path / "a.jsonl", [{"text": text} for text in ("1 2", " ", "4", "\n\t")]
     )
-    settings = config(tmp_path, source, tokenizer_type="NullTokenizer", vocab_size=9, append_eod=append_eod,
-                      max_bad_lines=2, split_sentences=sentences)  # fmt: skip
+    settings = config(
+        tmp_path,
+        source,
+        tokenizer_type="NullTokenizer",
+        vocab_size=9,
+        append_eod=append_eod,
+        max_bad_lines=2,
+        split_sentences=sentences,
+    )
     preprocess(settings)
     data = IndexedDataset(settings.prefix("text"))
     end = [8] if append_eod else []

@@ -231,8 +231,15 @@ def test_a_damaged_folder_says_to_start_anew(tmp_path, damaged):
 def test_a_file_in_the_way_is_not_called_progress(tmp_path):
     (tmp_path / "out.partial").touch()
     source = write_jsonl(tmp_path / "a.jsonl")
-    done = run_tool("preprocess_data.py", "--input", source, "--output-prefix", tmp_path / "out",
-                    "--tokenizer-type", "ByteTokenizer")  # fmt: skip
+    done = run_tool(
+        "preprocess_data.py",
+        "--input",
+        source,
+        "--output-prefix",
+        tmp_path / "out",
+        "--tokenizer-type",
+        "ByteTokenizer",
+    )
     assert (
         done.returncode == 1
         and "out.partial is no folder" in done.stderr
@@ -252,8 +259,18 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
 
 def test_an_interrupt_while_workers_start_is_one_line(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 20)
-    command = [sys.executable, ROOT / "tools/preprocess_data.py", "--input", source, "--output-prefix",
-               tmp_path / "out", "--tokenizer-type", "ByteTokenizer", "--workers", "3"]  # fmt: skip
+    command = [
+        sys.executable,
+        ROOT / "tools/preprocess_data.py",
+        "--input",
+        source,
+        "--output-prefix",
+        tmp_path / "out",
+        "--tokenizer-type",
+        "ByteTokenizer",
+        "--workers",
+        "3",
+    ]
     process = subprocess.Popen(
         command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

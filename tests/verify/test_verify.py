@@ -77,16 +77,29 @@ def verify(pool, tmp_path_factory):
 
 
 SOUND = [
-    "dp2 x tp2 x pp2 +sp", "uneven pp3", "microbatch of 2", "a rank of padding only", "llama dp2 x tp2 x pp2 +sp",
-    "selective", "full uniform", "full uniform by 2", "packed documents tp2+sp", "packed llama pp4",
-    "bert dp2 x tp2 x pp2 +sp", "bert llama tied pp3",
-]  # fmt: skip
+    "dp2 x tp2 x pp2 +sp",
+    "uneven pp3",
+    "microbatch of 2",
+    "a rank of padding only",
+    "llama dp2 x tp2 x pp2 +sp",
+    "selective",
+    "full uniform",
+    "full uniform by 2",
+    "packed documents tp2+sp",
+    "packed llama pp4",
+    "bert dp2 x tp2 x pp2 +sp",
+    "bert llama tied pp3",
+]
 
 
-@pytest.mark.parametrize("layout, precision", [
-    *((layout, "fp64") for layout in LAYOUTS if layout.name in SOUND),
-    *((layout, "bf16") for layout in LAYOUTS if layout.name.endswith("dp2 x tp2 x pp2 +sp")),
-], ids=lambda x: getattr(x, "name", x))  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, precision",
+    [
+        *((layout, "fp64") for layout in LAYOUTS if layout.name in SOUND),
+        *((layout, "bf16") for layout in LAYOUTS if layout.name.endswith("dp2 x tp2 x pp2 +sp")),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_sound_layouts_have_the_same_numbers(verify, layout, precision):
     found = verify(layout, precision=precision, **DROPOUT)
     assert found.first is None, found.verdict
@@ -272,10 +285,16 @@ def test_part_that_no_rank_computes_is_a_difference(pool, tmp_path):
 def test_order_is_that_of_the_computation(verify):
     order = [(d.kind, d.place) for d in verify(Layout("pp2", pp=2)).differences]
     layer = [
-        (ACTIVATION_GRADIENT, "mlp"), (GRADIENT, "mlp.down.bias"), (GRADIENT, "mlp.down.weight"),
-        (ACTIVATION_GRADIENT, "mlp.up"), (GRADIENT, "mlp.up.bias"), (GRADIENT, "mlp.up.weight"),
-        (ACTIVATION_GRADIENT, "mlp_norm"), (GRADIENT, "mlp_norm.bias"), (GRADIENT, "mlp_norm.weight"),
-    ]  # fmt: skip
+        (ACTIVATION_GRADIENT, "mlp"),
+        (GRADIENT, "mlp.down.bias"),
+        (GRADIENT, "mlp.down.weight"),
+        (ACTIVATION_GRADIENT, "mlp.up"),
+        (GRADIENT, "mlp.up.bias"),
+        (GRADIENT, "mlp.up.weight"),
+        (ACTIVATION_GRADIENT, "mlp_norm"),
+        (GRADIENT, "mlp_norm.bias"),
+        (GRADIENT, "mlp_norm.weight"),
+    ]
     start = order.index((ACTIVATION_GRADIENT, "layers.2.mlp"))
     assert order[start : start + len(layer)] == [
         (kind, f"layers.2.{place}") for kind, place in layer
@@ -301,20 +320,44 @@ def test_tolerance_grows_along_the_computation():
 SHAPES = {
     "gpt2": dict(num_layers=12),
     "gpt3 on 8 x 16": dict(
-        num_layers=96, hidden_size=12288, num_attention_heads=96, seq_length=2048, tp=8, pp=16, sp=True, bf16=True
+        num_layers=96,
+        hidden_size=12288,
+        num_attention_heads=96,
+        seq_length=2048,
+        tp=8,
+        pp=16,
+        sp=True,
+        bf16=True,
     ),
     "llama 70b": dict(
-        num_layers=80, hidden_size=8192, num_attention_heads=64, num_query_groups=8, ffn_hidden_size=28672, tp=8, pp=4,
-        seq_length=4096, position_embedding_type="rope", swiglu=True, sp=True, vocab_size=32000,
+        num_layers=80,
+        hidden_size=8192,
+        num_attention_heads=64,
+        num_query_groups=8,
+        ffn_hidden_size=28672,
+        tp=8,
+        pp=4,
+        seq_length=4096,
+        position_embedding_type="rope",
+        swiglu=True,
+        sp=True,
+        vocab_size=32000,
     ),
     "uneven stages, recomputed by 3": dict(
         num_layers=13, pp=3, recompute_granularity="full", recompute_num_layers=3, vocab_size=50304
     ),
-    "heads apart from hidden size": dict(kv_channels=128, num_attention_heads=8, num_query_groups=1, hidden_size=512),
-    "as small as can be": dict(
-        num_layers=1, hidden_size=2, num_attention_heads=1, seq_length=2, vocab_size=3, ffn_hidden_size=1
+    "heads apart from hidden size": dict(
+        kv_channels=128, num_attention_heads=8, num_query_groups=1, hidden_size=512
     ),
-}  # fmt: skip
+    "as small as can be": dict(
+        num_layers=1,
+        hidden_size=2,
+        num_attention_heads=1,
+        seq_length=2,
+        vocab_size=3,
+        ffn_hidden_size=1,
+    ),
+}
 
 
 @pytest.mark.parametrize("flags", SHAPES.values(), ids=SHAPES.keys())
