@@ -255,7 +255,8 @@ def memory(args) -> None:
             sys.exit(f"preprocessing failed with status {process.returncode}")
         limit = 1000 + 200 * workers
         print(
-            f"{big.stat().st_size / 1e9:.1f} GB, {workers} workers: peak {peak:.0f} MB (limit {limit}), "
+            f"{big.stat().st_size / 1e9:.1f} GB, {workers} workers: peak {peak:.0f} MB (limit "
+            f"{limit}), "
             f"{big.stat().st_size / 1e6 / seconds:.0f} MB/s"
         )
 
@@ -289,7 +290,8 @@ def datasets(args) -> None:
         writer.finish()
         epoch = writer.tokens // length
     print(
-        f"{args.tokens:.0e} tokens, sequences of {length}; a process of its own for every figure, page cache warm"
+        f"{args.tokens:.0e} tokens, sequences of {length}; a process of its own for every "
+        "figure, page cache warm"
     )
     print("| | epochs | start-up, ms | memory, MiB | samples/s |\n|---|---|---|---|---|")
     for epochs in (1, 10):

@@ -81,7 +81,8 @@ def softmax(rounds: int) -> None:
     """Scaled causal softmax of 8.4 million scores, beside the eager composition and torch.compile
     of it."""
     print(
-        "| scores | | ms | eager / ours | compiled / ours | clone / ours |\n|---|---|---|---|---|---|"
+        "| scores | | ms | eager / ours | compiled / ours | clone / ours "
+        "|\n|---|---|---|---|---|---|"
     )
     for name, dtype in DTYPES.items():
         for shape in ((64, 8, 128, 128), (4, 8, 512, 512), (1, 8, 1024, 1024), (1, 2, 2048, 2048)):
@@ -116,7 +117,8 @@ def bandwidth(rounds: int) -> None:
     """Scaled causal softmax of 67 million scores, much more than a cache holds, beside a copy of
     them, in memory that is there already: how near the kernel comes to what the memory can do."""
     print(
-        "| scores | ms, forward | ms, backward | copy / forward | copy / backward |\n|---|---|---|---|---|"
+        "| scores | ms, forward | ms, backward | copy / forward | copy / backward "
+        "|\n|---|---|---|---|---|"
     )
     own = torch.ops.megalite
     dropout = (None, None, 0, 0, 0, 0, 1.0)  # there is none
@@ -296,7 +298,8 @@ def layer_norm(rounds: int) -> None:
         times = in_turn(run, rounds)
         print(
             f"torch's LayerNorm {name}: forward {ratio(times['forward'], times['clone'])} times "
-            f"a clone, forward and backward {ratio(times['both'], times['RMSNorm'])} times our RMSNorm"
+            f"a clone, forward and backward {ratio(times['both'], times['RMSNorm'])} times our "
+            "RMSNorm"
         )
 
 

@@ -12,7 +12,8 @@ from tests.test_readme import environment
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SMALLER = {
-    "--preset bert-base": "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --save-interval 5",
+    "--preset bert-base": "--num-layers 2 --hidden-size 32 --num-attention-heads 4 "
+    "--seq-length 32 --save-interval 5",
     "--nproc-per-node 8": "--nproc-per-node 4",
     "--vocab-size 4096": "--vocab-size 200",
     "--train-iters 1000000": "--train-iters 2",

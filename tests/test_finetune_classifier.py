@@ -153,7 +153,7 @@ def accuracy_of(printed: str) -> tuple[float, float]:
 
 def epochs_of(printed: str) -> list[list[float]]:
     """Training loss, validation loss, accuracy, baseline of each epoch."""
-    pattern = r"^epoch \d+/\d+ \| training loss (\S+) \| validation loss (\S+) \| accuracy (\S+) \| baseline (\S+)$"
+    pattern = r"^epoch \d+/\d+ \| training loss (\S+) \| validation loss (\S+) \| accuracy (\S+) \| baseline (\S+)$"  # noqa: E501
     return [
         [float(number) for number in line] for line in re.findall(pattern, printed, re.MULTILINE)
     ]
@@ -404,8 +404,8 @@ def test_all_that_is_wrong_with_the_files_is_said_at_once(made, run, tmp_path):
     said = run({"--valid": odd}, 1)
     for label in ("odd", "new"):
         assert (
-            f"label {label!r} is in the validation data but not in the training data, which has glad, sad"
-            in said
+            f"label {label!r} is in the validation data but not in the training data, which has "
+            "glad, sad" in said
         )
 
 

@@ -211,14 +211,17 @@ def test_installed_programs_work_in_any_folder(installed, tmp_path):
     runs."""
     (tmp_path / "a.jsonl").write_text('{"text": "We the people of the United States"}\n' * 40)
     commands = [
-        "megalite preprocess --input a.jsonl --output-prefix a --tokenizer-type ByteTokenizer --append-eod",
+        "megalite preprocess --input a.jsonl --output-prefix a --tokenizer-type ByteTokenizer "
+        "--append-eod",
         "megalite inspect-dataset a_text_document --verify",
         "megalite merge --input a_text_document --output-prefix b",
-        "python -m megalite pretrain-gpt --data-path b --tokenizer-type ByteTokenizer --num-layers 1 --save out "
+        "python -m megalite pretrain-gpt --data-path b --tokenizer-type ByteTokenizer "
+        "--num-layers 1 --save out "
         "--hidden-size 32 --num-attention-heads 2 --seq-length 16 --train-iters 2 "
         "--eval-interval 0 --eval-iters 0 --device cpu",
         "megalite generate --load out --max-new-tokens 3 --device cpu",
-        "megalite submit --run-dir run --nodes 1 --mock-data --vocab-size 512 --train-iters 10 --dry-run",
+        "megalite submit --run-dir run --nodes 1 --mock-data --vocab-size 512 --train-iters 10 "
+        "--dry-run",
     ]
     for command in commands:
         done = run_installed(installed, tmp_path, *command.split())
@@ -250,7 +253,8 @@ def test_the_public_names_are_there_and_importing_the_package_loads_no_torch():
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_needs_no_torch(program):
     code = (
-        "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
+        "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules, "
+        "file=sys.stderr)); "
         "sys.argv = [sys.argv[1], '--help']; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     run = subprocess.run(

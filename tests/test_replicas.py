@@ -13,7 +13,8 @@ from tests.layouts import Layout, sp
 from tests.tiny import build
 
 RUN = """
-    --mock-data --vocab-size 131 --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --tp 2 --pp 2
+    --mock-data --vocab-size 131 --num-layers 2 --hidden-size 32 --num-attention-heads 4
+    --seq-length 16 --tp 2 --pp 2
     --sp --global-batch-size 4 --train-iters 4 --eval-interval 0 --device cpu --check-replicas 3
 """.split()
 

@@ -22,9 +22,9 @@ from megalite.training.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = """
-    --mock-data --vocab-size 131 --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32
-    --micro-batch-size 1 --global-batch-size 8 --train-iters 12 --lr 1e-2 --lr-warmup-iters 3 --eval-interval 4
-    --eval-iters 1 --device cpu
+    --mock-data --vocab-size 131 --num-layers 4 --hidden-size 32
+    --num-attention-heads 4 --seq-length 32 --micro-batch-size 1 --global-batch-size 8
+    --train-iters 12 --lr 1e-2 --lr-warmup-iters 3 --eval-interval 4 --eval-iters 1 --device cpu
 """.split()
 EIGHT_RANKS = "--tp 2 --pp 2 --sp".split()
 
@@ -301,7 +301,7 @@ def test_a_blend_may_change_in_the_middle(tmp_path):
 def test_megatrons_order_asks_before_it_becomes_another(tmp_path):
     """Within an epoch the order is the same for any number of iterations; with more epochs, samples
     that were used already are shuffled again."""
-    quiet = "--eval-interval 0 --eval-iters 0 --split 1 --sample-order megatron --exit-interval 4".split()
+    quiet = "--eval-interval 0 --eval-iters 0 --split 1 --sample-order megatron --exit-interval 4".split()  # noqa: E501
     config = [
         *MODEL,
         *quiet,

@@ -124,7 +124,7 @@ def test_each_term_is_reported(pool, tmp_path):
         name: one.column(name)[-1]
         for name in ("loss", "even_loss", "odd_loss", "validation_odd_loss")
     }
-    shown = f"loss {last['loss']:.4f} | even loss {last['even_loss']:.4f} | odd loss {last['odd_loss']:.4f} | lr"
+    shown = f"loss {last['loss']:.4f} | even loss {last['even_loss']:.4f} | odd loss {last['odd_loss']:.4f} | lr"  # noqa: E501
     assert (
         shown in one.console
         and f"validation odd loss {last['validation_odd_loss']:.4f}" in one.console

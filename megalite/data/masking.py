@@ -40,7 +40,8 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
             return SpecialIds(*ids)
     raise TokenizerError(
         f"BERT needs a vocabulary with {' '.join(FRAMES[0])} (or {' '.join(FRAMES[1])}), which "
-        "this tokenizer does not have: use --tokenizer-type BertWordPieceLowerCase or BertWordPieceCase "
+        "this tokenizer does not have: use --tokenizer-type BertWordPieceLowerCase or "
+        "BertWordPieceCase "
         "with a vocab.txt"
     )
 

@@ -61,8 +61,10 @@ class Stage(nn.Module):
         whole_heads = model.hidden_size % model.num_attention_heads == 0
         if model.vocab_size is None or not (whole_heads or model.kv_channels):
             raise ValueError(
-                f"a {type(self).__name__} needs a vocab_size (it is {model.vocab_size}) and a hidden_size "
-                f"{model.hidden_size} that its {model.num_attention_heads} heads divide, or kv_channels"
+                f"a {type(self).__name__} needs a vocab_size (it is {model.vocab_size}) and a "
+                "hidden_size "
+                f"{model.hidden_size} that its {model.num_attention_heads} heads divide, or "
+                "kv_channels"
             )
         if layers is None:
             layers = range(model.num_layers)

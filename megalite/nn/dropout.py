@@ -15,7 +15,8 @@ ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP, EMBEDDING = range(4)
 def _required(samples: torch.Tensor | None) -> torch.Tensor:
     if samples is None:
         raise ValueError(
-            "dropout that no layout changes depends on the samples: give the model the rows' numbers, samples=[b], "
+            "dropout that no layout changes depends on the samples: give the model the rows' "
+            "numbers, samples=[b], "
             "or use RngTracker's streams, evaluation mode, or a dropout of 0"
         )
     return samples

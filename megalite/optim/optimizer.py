@@ -86,7 +86,8 @@ class Optimizer:
         if not norm < float("inf"):
             raise NonFiniteGradient(
                 f"the gradient norm of iteration {iteration} is {norm}; the weights are unchanged. "
-                "Resume from the last checkpoint with a lower --lr, a longer --lr-warmup-iters, or --precision fp32."
+                "Resume from the last checkpoint with a lower --lr, a longer --lr-warmup-iters, "
+                "or --precision fp32."
             )
         self.gradients.clip(norm, self.config.clip_grad)
         rate = learning_rate(iteration, self.config, self.train_iters)

@@ -162,7 +162,8 @@ class PipelineEngine:
             if output.shape != run.loss_weights.shape:
                 shapes = f"{tuple(output.shape)}, the weights {tuple(run.loss_weights.shape)}"
                 raise ValueError(
-                    f"the last stage's sums of loss terms have shape {shapes}: one weight for each term"
+                    f"the last stage's sums of loss terms have shape {shapes}: one weight for "
+                    "each term"
                 )
             losses = output * run.loss_weights.to(output.dtype)
             run.losses = run.losses + losses.detach()

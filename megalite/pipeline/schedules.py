@@ -141,11 +141,13 @@ def _validate_stage(stage: int, actions: list[Action], expected: set[Action]) ->
     for action in actions:
         if action in done or action not in expected:
             raise ScheduleError(
-                f"stage {stage} does not run each action exactly once: {action} is repeated or unknown"
+                f"stage {stage} does not run each action exactly once: {action} is repeated or "
+                "unknown"
             )
         if action.kind == BACKWARD and Action(FORWARD, action.microbatch) not in done:
             raise ScheduleError(
-                f"stage {stage} runs the backward of microbatch {action.microbatch} before its forward"
+                f"stage {stage} runs the backward of microbatch {action.microbatch} before its "
+                "forward"
             )
         done.add(action)
     if done != expected:

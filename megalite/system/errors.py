@@ -60,7 +60,8 @@ def _no_space(path: str) -> str:
     place = _existing_parent(path)
     usage = shutil.disk_usage(place)
     return (
-        f"{_size(usage.free)} of {_size(usage.total)} are free on the file system of {place}; delete files there, "
+        f"{_size(usage.free)} of {_size(usage.total)} are free on the file system of {place}; "
+        "delete files there, "
         "raise your quota (quota -s), or write to another disk"
     )
 
@@ -68,7 +69,8 @@ def _no_space(path: str) -> str:
 def _too_many_files(path: str) -> str:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (
-        f"this process may have {soft} files open (hard limit {hard}); raise the limit with ulimit -n, under SLURM "
+        f"this process may have {soft} files open (hard limit {hard}); raise the limit with "
+        "ulimit -n, under SLURM "
         "with srun --propagate=NOFILE, or use fewer datasets or ranks a node"
     )
 
@@ -77,7 +79,8 @@ def _no_permission(path: str) -> str:
     place = _existing_parent(path)
     found = place.stat()
     return (
-        f"{place} belongs to user {found.st_uid} and has mode {stat.filemode(found.st_mode)}, this process runs as "
+        f"{place} belongs to user {found.st_uid} and has mode {stat.filemode(found.st_mode)}, "
+        "this process runs as "
         f"{_user()}; change its mode (chmod) or give a path that you may use"
     )
 

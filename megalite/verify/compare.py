@@ -118,12 +118,16 @@ class Comparison:
             return f"DIFFERENT: first at {self.first}"
         closest = max(self.differences, key=lambda d: d.largest / d.tolerance)
         verdict = (
-            f"same numbers: largest difference {closest.largest:.0e} of tolerance {closest.tolerance:.0e}, "
+            f"same numbers: largest difference {closest.largest:.0e} of tolerance "
+            f"{closest.tolerance:.0e}, "
             f"at {closest.place} ({closest.kind})"
         )
         widest = max(d.tolerance for d in self.differences)
         if widest > PROVES_LITTLE:
-            verdict += f"; but rounding explains up to {widest:.1f} of a tensor here: add --precision fp64 for a proof"
+            verdict += (
+                f"; but rounding explains up to {widest:.1f} of a tensor here: "
+                "add --precision fp64 for a proof"
+            )
         return verdict
 
 

@@ -113,7 +113,8 @@ def disagree_on_the_dtype(context, root):
         (forget_a_part, "w: only 72 of the 120 elements"),
         (
             store_two_copies,
-            "weights-00001.safetensors and Box(offset=(8, 0), shape=(2, 12)) in weights-00002.safetensors",
+            "weights-00001.safetensors and Box(offset=(8, 0), shape=(2, 12)) in "
+            "weights-00002.safetensors",
         ),
         (disagree_on_the_dtype, "w: rank 1 says (torch.float32"),
     ],

@@ -343,7 +343,8 @@ def test_a_resolved_configuration_is_sound(case):
 
 def test_checks_import_no_torch(folder):
     code = (
-        "import sys; from megalite.config import validate, cli, summary; from megalite.config.run import from_flat;"
+        "import sys; from megalite.config import validate, cli, summary; from "
+        "megalite.config.run import from_flat;"
         f"config = from_flat({REAL | {'split': '80,20,0', 'save': 'run', 'load': 'run'}!r});"
         "assert validate.check(config, 1) == [];"
         "print(summary.summary_lines(validate.resolve(config, 1), 1));"

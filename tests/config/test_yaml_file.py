@@ -33,7 +33,8 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
     file = write(
         tmp_path, "num_layers: 3\nswiglu: true\nno_load_optim: true\nsave: out\nsave_interval: 5\n"
     )
-    argv = f"--num-layers 4 --no-swiglu --config={file} --load-optim --save unset --save-interval unset"
+    argv = f"--num-layers 4 --no-swiglu --config={file} --load-optim"
+    argv += " --save unset --save-interval unset"
     assert to_flat(cli.read(argv.split())) == to_flat(RunConfig()) | {"num_layers": 4}
 
 

@@ -69,7 +69,8 @@ def test_training_in_other_processes_gives_the_same(tmp_path):
         "import hashlib, random; from megalite.data.tokenizers import train_bpe, train_wordpiece;"
         "draw = random.Random(1);"
         "texts = [''.join(draw.choices('abcdefghijABCé,.!你好 ', k=40)) for _ in range(300)];"
-        "results = [*train_bpe(texts, 400), train_wordpiece(texts, 200), train_wordpiece(texts, 200, True)];"
+        "results = [*train_bpe(texts, 400), train_wordpiece(texts, 200), train_wordpiece(texts, "
+        "200, True)];"
         "print([hashlib.sha256(result).hexdigest() for result in results])"
     )
     runs = [

@@ -10,14 +10,16 @@ import pytest
 from megalite.data.tokenizers import train_bpe, train_sentencepiece, train_wordpiece
 
 SENTENCES = [
-    "Fellow citizens of the Senate,\n\nand of the House:  I lay before you\tthe state of the Union.\r\n",
+    "Fellow citizens of the Senate,\n\nand of the House:  I lay before you\tthe state of the "
+    "Union.\r\n",
     "  leading, trailing and   inner spaces  ",
     "In 1984 the Union's naïve café served 1234 citizens; you and I weren't among them!",
 ] * 3
 
 
 TEXTS = [
-    "Fellow citizens of the Senate,\n\nand of the House:  I lay before you\tthe state of the Union.\r\n",
+    "Fellow citizens of the Senate,\n\nand of the House:  I lay before you\tthe state of the "
+    "Union.\r\n",
     "  leading, trailing and   inner spaces  ",
     "",
     "\n\n\n",

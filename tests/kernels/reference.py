@@ -211,6 +211,7 @@ def assert_close(got, expected, bound, dtype: str) -> None:
     allowed = bound + ROUNDING[dtype] * (np.abs(expected[finite]) + bound) + SMALLEST[dtype]
     wrong = np.abs(got[finite] - expected[finite]) > allowed
     assert not wrong.any(), (
-        f"{wrong.sum()} of {wrong.size} elements: {got[finite][wrong][:4]} for {expected[finite][wrong][:4]}, "
+        f"{wrong.sum()} of {wrong.size} elements: {got[finite][wrong][:4]} for "
+        f"{expected[finite][wrong][:4]}, "
         f"allowed {allowed[wrong][:4]}"
     )

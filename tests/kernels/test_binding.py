@@ -107,7 +107,8 @@ def test_what_a_backward_needs_may_have_any_strides():
 def measured(code: str) -> list[int]:
     """The numbers that a fresh process prints, which may use four threads."""
     start = (
-        "import os, re, numpy, torch\nfrom pathlib import Path\nfrom megalite.kernels import native\n"
+        "import os, re, numpy, torch\nfrom pathlib import Path\nfrom megalite.kernels import "
+        "native\n"
         "torch.set_num_threads(4); own = torch.ops.megalite\n"
     )
     run = subprocess.run(
@@ -130,7 +131,7 @@ def backward(rows, h):  # NumPy makes the tensors: torch's own threads would be 
     print(len(os.listdir("/proc/self/task")) - before)
 backward(64, 32)
 backward(2048, 512)
-"""
+"""  # noqa: E501
 
 
 def test_threads_are_woken_for_work_that_is_worth_it():
@@ -147,7 +148,7 @@ size = lambda name: int(re.search(name + r":\s+(\d+)", Path("/proc/self/status")
 before = size("VmRSS")
 own._bias_gelu(x, None, None, y)
 print(size("VmHWM") - before)
-"""
+"""  # noqa: E501
 
 
 def test_rows_of_what_keeps_nothing_take_no_memory():

@@ -141,7 +141,8 @@ using namespace megalite;
 struct Forward {
   using Arguments = Softmax;
   template <class L>
-  static __device__ void run(const L& g, const Softmax& a, int64_t row) { softmax_forward<false, float>(g, a, row); }
+  static __device__ void run(const L& g, const Softmax& a, int64_t row) {
+        softmax_forward<false, float>(g, a, row); }
 };
 MEGALITE_EXPORT int megalite_softmax_forward_cuda(const Softmax& a, void*) {
   return launch_blocks<Forward>(a, nullptr);

@@ -321,8 +321,8 @@ def test_what_cannot_be_unpacked_or_read_in_parts_is_refused_by_name(tmp_path):
         (tmp_path / name).write_bytes(b"BZh")
         (problem,) = find_problems(config(tmp_path, str(tmp_path / name)))
         assert (
-            f"{name}: {Path(name).suffix.lower()} is no known kind of compression: convert it to one of .gz"
-            in problem
+            f"{name}: {Path(name).suffix.lower()} is no known kind of compression: convert it to "
+            "one of .gz" in problem
         )
     os.mkfifo(tmp_path / "pipe")
     (problem,) = find_problems(config(tmp_path, str(tmp_path / "pipe")))

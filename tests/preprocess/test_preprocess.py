@@ -156,7 +156,8 @@ def test_all_problems_are_reported_at_once_with_status_2(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["empty", "old_text_document.idx"]
     problems = find_problems(config(tmp_path / "nowhere", write_jsonl(tmp_path / "a.jsonl")))
     assert problems == [
-        f"--output-prefix {tmp_path / 'nowhere' / 'out'}: make the folder first: mkdir -p {tmp_path / 'nowhere'}"
+        f"--output-prefix {tmp_path / 'nowhere' / 'out'}: make the folder first: mkdir -p "
+        f"{tmp_path / 'nowhere'}"
     ]
 
 

@@ -61,7 +61,8 @@ def test_a_missing_folder_names_the_nearest_that_exists(tmp_path):
     wanted = tmp_path / "no" / "such" / "file"
     text = met(lambda: open(wanted))
     assert text == (
-        f"{wanted}: No such file or directory: the nearest folder that exists is {tmp_path}; check the spelling, "
+        f"{wanted}: No such file or directory: the nearest folder that exists is {tmp_path}; "
+        "check the spelling, "
         "or make the folder"
     )
 

@@ -439,7 +439,7 @@ def test_shrunk_batch_fits_the_reference_as_well():
 
 
 def test_plan_keeps_what_the_step_depends_on_and_nothing_that_writes():
-    argv = "--shrink --tp 2 --sp --pp 2 --bf16 --save runs/x --load runs/x --metrics-file m --lr 3 --min-lr 4 --seed 5"
+    argv = "--shrink --tp 2 --sp --pp 2 --bf16 --save runs/x --load runs/x --metrics-file m --lr 3 --min-lr 4 --seed 5"  # noqa: E501
     made = plan([*argv.split(), "--reference-pp", "2", "--vocab-size", "512"], ALONE)
     assert (made.ranks, made.reference_ranks, made.folder) == (4, 2, None)
     chosen, reference = made.chosen, made.reference
@@ -452,7 +452,7 @@ def test_plan_keeps_what_the_step_depends_on_and_nothing_that_writes():
 def test_documents_are_kept_apart_in_made_up_data_too():
     """As the configuration has it for the real data, whose tokenizer is not needed for that."""
     made = plan(
-        "--reset-attention-mask --tokenizer-type ByteTokenizer --vocab-size 512 --shrink --pp 2".split(),
+        "--reset-attention-mask --tokenizer-type ByteTokenizer --vocab-size 512 --shrink --pp 2".split(),  # noqa: E501
         ALONE,
     )
     for config in (made.chosen, made.reference):
