@@ -43,6 +43,13 @@ def _own_iteration(folder: str | Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def save_folder(load: str | Path) -> Path:
+    """The folder that holds the checkpoints of `load`: its parent when `load` is one checkpoint."""
+    if _own_iteration(load) is None or (Path(load) / LATEST_FILE).exists():
+        return Path(load)
+    return Path(load).resolve().parent
+
+
 def latest_iteration(root: str | Path) -> int | None:
     """The iteration that `latest_checkpointed_iteration.txt` names; None without any checkpoint.
 

@@ -394,12 +394,12 @@ def test_iterations_to_load(folder):
     assert validate.check(real(load="torn"), 1) == []
 
 
-def test_the_folder_of_one_iteration_is_not_the_folder_to_load(folder):
+def test_the_folder_of_one_checkpoint_is_its_parent_at_that_step(folder):
     checkpoint(folder / "run", 10, 20)
     for path in ("run/iter_0000010", "run/iter_0000010/", str(folder / "run/iter_0000010")):
-        assert_one_problem(real(load=path), 1, f"{path} one checkpoint", 1)
-    (problem,) = validate.check(real(load="run/iter_0000010"), 1)
-    assert problem.fix == "--load run --ckpt-step 10"
+        assert validate.check(real(load=path, save="out"), 1) == []
+        assert validate.check(real(load=path, save="run", ckpt_step=10), 1) == []
+        assert_one_problem(real(load=path, save="out", ckpt_step=20), 1, f"20 {path} 10", 2)
 
 
 def test_runs_stay_apart(folder):

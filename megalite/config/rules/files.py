@@ -11,6 +11,7 @@ from megalite.checkpoint.folder import (
     checkpoint_folder,
     latest_iteration,
     list_iterations,
+    save_folder,
 )
 from megalite.config.rules.data import DATA_RULES
 from megalite.config.rules.disk import neighbours, same_place
@@ -166,7 +167,8 @@ def checkpoints_stay_apart(config: RunConfig, world_size: int) -> Iterator[Findi
     if c.save is None or config.training.dry_run:
         return
     stored = list_iterations(c.save, replaced=True)
-    if not stored or (same_place(c.save, c.load) and not c.finetune):
+    loaded = None if c.load is None else str(save_folder(c.load))
+    if not stored or (same_place(c.save, loaded) and not c.finetune):
         return
     # A fine-tuning that was stopped resumes as any run: from its own folder, without --finetune.
     resume = {"load": c.save}
