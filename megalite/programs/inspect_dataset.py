@@ -124,7 +124,7 @@ def show(config: InspectConfig, dataset: IndexedDataset, tokenizer: Tokenizer | 
     if tokenizer is not None and info is not None and info.tokenizer_sha256 != tokenizer.sha256:
         raise DatasetError(
             f"{dataset.prefix} was made with another tokenizer, a {info.tokenizer_type} of "
-            f"{info.vocab_size:,} ids. Name that one to see its text, or none to see ids"
+            f"{info.vocab_size:,} ids. Give that one to see its text, or none to see ids"
         )
     table = Table(title=escape(dataset.prefix), show_header=False)
     for name, value in (sizes(dataset) | origin(info)).items():
