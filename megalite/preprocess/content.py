@@ -121,9 +121,8 @@ def _encoding_problem(head: bytes) -> str | None:
             break
     if encoding is None:
         return None
-    return (
-        f"encoded in {encoding}; convert it to UTF-8: iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
-    )
+    command = f"iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
+    return f"encoded in {encoding}; convert it to UTF-8: {command}"
 
 
 def _is_text(head: bytes) -> bool:

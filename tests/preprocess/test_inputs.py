@@ -326,7 +326,7 @@ def test_what_cannot_be_unpacked_or_read_in_parts_is_refused_by_name(tmp_path):
         )
     os.mkfifo(tmp_path / "pipe")
     (problem,) = find_problems(config(tmp_path, str(tmp_path / "pipe")))
-    assert "not a file; pipe what it gives to --input -" in problem
+    assert "not a file; pipe its output to --input -" in problem
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

@@ -215,7 +215,7 @@ def test_shards_stand_in_their_order_alone_and_once(tmp_path):
     shards = make_shards(tmp_path)
     assert find_prefixes(shards) == (shards, [])
     (problem,) = find_prefixes([shards[2], shards[0], shards[1]])[1]
-    assert "part_text_document stand in the order 2, 0, 1; give them by number" in problem
+    assert "part_text_document are in the order 2, 0, 1; give them by number" in problem
     other = f"{tmp_path}/./{Path(shards[1]).name}"
     assert f"--input {other}: given twice" in find_prefixes([*shards, other])[1]
     merge(shards, tmp_path / "part_text_document")

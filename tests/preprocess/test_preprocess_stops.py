@@ -167,7 +167,7 @@ def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
             worker.kill()
 
     with pytest.raises(
-        DatasetError, match=r"worker process died \(exit code -9\).*fewer --workers"
+        DatasetError, match=r"worker process exited unexpectedly \(exit code -9\).*fewer --workers"
     ):
         preprocess(config(tmp_path, write_jsonl(tmp_path / "a.jsonl"), workers=2), kill_workers)
     assert os.listdir(tmp_path) == ["a.jsonl"]
@@ -204,7 +204,7 @@ def test_the_index_gets_its_name_last(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "damaged", ["out_text_document.bin", "bad_lines.tsv", "out_text_document.lengths"]
 )
-def test_a_damaged_folder_says_to_start_anew(tmp_path, damaged):
+def test_a_damaged_staging_directory_says_how_to_start_again(tmp_path, damaged):
     source = write_jsonl(tmp_path / "a.jsonl", [{}, *DOCUMENTS])
     process = start_slowly(tmp_path, input=[source], max_bad_lines=1)
     for _ in range(20):
@@ -224,7 +224,8 @@ def test_a_damaged_folder_says_to_start_anew(tmp_path, damaged):
     done = run_tool("preprocess_data.py", *arguments, "--append-eod", "--max-bad-lines", 1)
     assert done.returncode == 1 and "keeps what is done" not in done.stderr, done.stderr
     assert (
-        damaged in done.stderr and f"delete {tmp_path / 'out.partial'} to start anew" in done.stderr
+        damaged in done.stderr
+        and f"delete {tmp_path / 'out.partial'} to start again" in done.stderr
     )
 
 
@@ -242,7 +243,7 @@ def test_a_file_in_the_way_is_not_called_progress(tmp_path):
     )
     assert (
         done.returncode == 1
-        and "out.partial is no folder" in done.stderr
+        and "out.partial is not a folder" in done.stderr
         and "keeps" not in done.stderr
     )
 
