@@ -31,26 +31,46 @@ def zipped() -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.jsonl", gzip.compress(LINE), "holds .gz data, which its name does not say; rename it to {}.gz"),
-        ("a.txt", lzma.compress(LINE), "holds .xz data, which its name does not say; rename it to {}.xz"),
+        (
+            "a.jsonl",
+            gzip.compress(LINE),
+            "holds .gz data, which its name does not say; rename it to {}.gz",
+        ),
+        (
+            "a.txt",
+            lzma.compress(LINE),
+            "holds .xz data, which its name does not say; rename it to {}.xz",
+        ),
         ("a.jsonl", b"\x28\xb5\x2f\xfd....", "rename it to {}.zst"),
         ("a.jsonl", b"\x50\x2a\x4d\x18....", "rename it to {}.zst"),
         ("a.jsonl.gz", lzma.compress(LINE), "holds .xz data, which its name does not say"),
-        ("a.jsonl", bz2.compress(LINE), "holds .bz2 data, which its name does not say; unpack it, or convert"),
+        (
+            "a.jsonl",
+            bz2.compress(LINE),
+            "holds .bz2 data, which its name does not say; unpack it, or convert",
+        ),
         ("a.jsonl", zipped(), "holds .zip data"),
         ("a.jsonl", b"PAR1\x15\x04", "holds .parquet data"),
         ("a.jsonl.gz", LINE, "named .gz, but it holds plain text; rename it, for example to "),
         ("a.parquet", LINE, "named .parquet, but it holds plain text"),
         ("a.jsonl.xz", b"\x01\x02\x03", "named .xz, but it does not start as .xz data does"),
-        ("a.jsonl.gz", gzip.compress(gzip.compress(LINE)), "holds .gz data inside .gz; unpack it once"),
-        ("a.jsonl", LINE.decode().encode("utf-16"), "encoded in UTF-16; convert it to UTF-8: iconv -f UTF-16"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(gzip.compress(LINE)),
+            "holds .gz data inside .gz; unpack it once",
+        ),
+        (
+            "a.jsonl",
+            LINE.decode().encode("utf-16"),
+            "encoded in UTF-16; convert it to UTF-8: iconv -f UTF-16",
+        ),
         ("a.txt", LINE.decode().encode("utf-32"), "encoded in UTF-32; convert"),
         ("a.jsonl", LINE.decode().encode("utf-16-le"), "encoded in UTF-16LE; convert"),
         ("a.jsonl", LINE.decode().encode("utf-16-be"), "encoded in UTF-16BE; convert"),
         ("a.jsonl.gz", gzip.compress(LINE.decode().encode("utf-16")), "encoded in UTF-16; convert"),
         ("a.jsonl.gz", LINE.decode().encode("utf-16"), "named .gz, but it holds plain text"),
     ],
-)  # fmt: skip
+)
 def test_content_that_differs_from_the_name_is_reported(tmp_path, name, content, problem):
     path = tmp_path / name
     path.write_bytes(content)
@@ -116,9 +136,13 @@ def test_empty_lines_and_texts_are_skipped_and_counted(tmp_path):
     for name, partitions in (("one", 1), ("two", 2)):
         reports = []
         settings = config(
-            tmp_path, str(source), name=name, partitions=partitions, skip_empty=True,
+            tmp_path,
+            str(source),
+            name=name,
+            partitions=partitions,
+            skip_empty=True,
             max_bad_lines=1,
-        )  # fmt: skip
+        )
         preprocess(settings, reports.append)
         assert reports[-1].empty == 5 and reports[-1].bad_lines == 1
         assert (tmp_path / f"{name}_text_document.bin").read_bytes() == whole
