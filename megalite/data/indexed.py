@@ -91,7 +91,7 @@ class DatasetInfo:
             return info
         except (ValueError, TypeError) as error:
             raise DatasetError(
-                f"{path}: not a dataset description ({error}). Run tools/preprocess_data.py again"
+                f"{path}: not a dataset description ({error}). {REMAKE}"
             ) from None
 
 
