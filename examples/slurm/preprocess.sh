@@ -1,5 +1,5 @@
 #!/bin/bash
-# Preprocess a corpus in SHARDS array tasks, then merge them: run it where sbatch is. Options for sbatch in ARRAY_OPTIONS.
+# Preprocess a corpus in SHARDS array tasks, then merge them. Run it where sbatch is; ARRAY_OPTIONS: options for sbatch.
 #
 #     SHARDS=8 examples/slurm/preprocess.sh data/corpus --input corpus.jsonl --tokenizer-type ... --append-eod
 set -euo pipefail
@@ -7,7 +7,7 @@ set -euo pipefail
 prefix=$1
 shift
 export SHARDS=${SHARDS:-8}
-[[ $SHARDS =~ ^[1-9][0-9]*$ ]] || { echo "SHARDS=$SHARDS is no number of shards" >&2 && exit 2; }
+[[ $SHARDS =~ ^[1-9][0-9]*$ ]] || { echo "SHARDS=$SHARDS is not a number of shards" >&2 && exit 2; }
 read -ra options <<<"${ARRAY_OPTIONS:-}"
 # sbatch may print number;cluster.
 array=$(sbatch --parsable --array="0-$((SHARDS - 1))" "${options[@]}" \

@@ -90,9 +90,7 @@ class DatasetInfo:
                     raise ValueError(f"{field.name} is {value!r}")
             return info
         except (ValueError, TypeError) as error:
-            raise DatasetError(
-                f"{path}: not a dataset description ({error}). Run tools/preprocess_data.py again"
-            ) from None
+            raise DatasetError(f"{path}: not a dataset description ({error}). {REMAKE}") from None
 
 
 def dataset_path(prefix: str | Path, suffix: str) -> Path:

@@ -213,10 +213,10 @@ class Encoder:
             self.tokenizer.check([parsed.texts[0][0][:checked]])
         # Encode all documents at once; one by one if the tokenizer refuses any.
         try:
-            per_key = [self._encode(column) for column in parsed.texts]
+            per_key = list(map(self._encode, parsed.texts))
         except TextError:
             parsed = self._without_refused(parsed)
-            per_key = [self._encode(column) for column in parsed.texts]
+            per_key = list(map(self._encode, parsed.texts))
         # Separate what --skip-empty leaves out from bad lines.
         bad = parsed.bad
         if self.skip_empty:
@@ -233,8 +233,7 @@ class Encoder:
 
     def _without_refused(self, parsed: ParsedBlock) -> ParsedBlock:
         """The block with the documents that the tokenizer cannot encode as bad lines."""
-        known_bad = {line.number for line in parsed.bad}
-        numbers = (number for number in range(parsed.lines) if number not in known_bad)
+        numbers = sorted(set(range(parsed.lines)).difference(line.number for line in parsed.bad))
         texts: list[list[str]] = [[] for _ in parsed.texts]
         bad = list(parsed.bad)
         for number, row in zip(numbers, zip(*parsed.texts), strict=True):

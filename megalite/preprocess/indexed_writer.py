@@ -125,13 +125,14 @@ class IndexedWriter:
 
     def add_document(self, *sequences: np.ndarray) -> None:
         """Append one document made of these sequences (usually one)."""
-        arrays = [self._as_stored(np.asarray(sequence)) for sequence in sequences]
-        lengths = np.array([len(array) for array in arrays], "<i4")
-        data = b"".join(array.tobytes() for array in arrays)
+        arrays = list(map(self._as_stored, sequences))
+        lengths = np.array(list(map(len, arrays)), "<i4")
+        data = b"".join(map(np.ndarray.tobytes, arrays))
         self._write(data, lengths, np.array([self.sequences + len(arrays)], "<i8"))
 
     def _as_stored(self, ids: np.ndarray) -> np.ndarray:
         """Ids in the dtype of the dataset. Raises DatasetError for one that does not fit."""
+        ids = np.asarray(ids)
         stored = ids.astype(self.dtype, copy=False)
         if not np.array_equal(stored, ids):
             raise DatasetError(f"id {ids[stored != ids][0]} cannot be stored as {self.dtype.name}")

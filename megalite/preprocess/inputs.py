@@ -4,10 +4,12 @@ A block of a plain file is a range of bytes, which the worker that encodes it re
 other file carries its lines.
 """
 
+import fnmatch
 import glob
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import filterfalse
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -122,11 +124,11 @@ def _find_files(name: str) -> tuple[list[str], str]:
     if name == STDIN or os.path.isfile(name):
         return [name], ""
     if os.path.isdir(name):
-        found = [path for path in _files_in(name) if _has_known_suffix(path)]
+        found = list(filter(_has_known_suffix, _files_in(name)))
         return found, "" if found else f"a folder without {', '.join(SUFFIXES)} files"
     if glob.has_magic(name):
-        found = [path for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
-        return _once_per_folder(found), "" if found else "no file has such a name"
+        found = _files_matching(name)
+        return found, "" if found else "no file has such a name"
     if os.path.exists(name):
         return [], "not a file; pipe its output to --input -"
     return [], "no such file"
@@ -149,7 +151,7 @@ def ignored_files(inputs: Iterable[str]) -> list[str]:
     """Files in the input folders that are of no known kind, and so are not read."""
     ignored = []
     for folder in filter(os.path.isdir, inputs):
-        ignored += [path for path in _files_in(folder) if not _has_known_suffix(path)]
+        ignored += filterfalse(_has_known_suffix, _files_in(folder))
     return ignored
 
 
@@ -187,16 +189,34 @@ def _files_in(folder: str) -> list[str]:
     return sorted(found)
 
 
-def _once_per_folder(paths: list[str]) -> list[str]:
-    """Paths, sorted, without those that lead to the same name in the same real folder again.
+def _files_matching(pattern: str) -> list[str]:
+    """Every file that matches a pattern, sorted; ** stands for any number of sub-folders."""
+    names = pattern.split(os.sep)
+    if "**" not in names:
+        return sorted(filter(os.path.isfile, glob.glob(pattern)))
+    # glob would follow a link to a folder around it again and again: `_files_in` does not.
+    first = names.index("**")
+    root = os.sep.join(names[:first])
+    if pattern.startswith(os.sep):
+        root = root or os.sep
+    found = []
+    for folder in glob.glob(root) if root else [""]:
+        for path in _files_in(folder or "."):
+            relative = os.path.relpath(path, folder or ".")
+            if _matches(relative.split(os.sep), names[first:]):
+                found.append(os.path.join(folder, relative))
+    return sorted(found)
 
-    The pattern ** follows a link to a folder around it as often as the operating system allows.
-    """
-    shortest: dict[tuple[str, str], str] = {}
-    for path in sorted(paths, key=lambda path: (path.count(os.sep), path)):
-        folder, name = os.path.split(path)
-        shortest.setdefault((os.path.realpath(folder), name), path)
-    return sorted(shortest.values())
+
+def _matches(names: list[str], patterns: list[str]) -> bool:
+    """Whether the names of a path match a pattern's, of which ** matches any number."""
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        rest = bool(names) and _matches(names[1:], patterns)
+        return rest or _matches(names, patterns[1:])
+    matches_first = bool(names) and fnmatch.fnmatchcase(names[0], patterns[0])
+    return matches_first and _matches(names[1:], patterns[1:])
 
 
 def _has_known_suffix(path: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -61,8 +62,13 @@ def _make_and_merge(
     start = time.perf_counter()
     # Make the shards that no earlier run finished.
     shards = [_shard_config(config, index) for index in range(config.partitions)]
-    finished = [_stored_progress(shard) for shard in shards if _is_finished(shard)]
-    unfinished = [shard for shard in shards if not _is_finished(shard)]
+    finished = []
+    unfinished = []
+    for shard in shards:
+        if _is_finished(shard):
+            finished.append(_stored_progress(shard))
+        else:
+            unfinished.append(shard)
     progress = _run_processes(unfinished, files, finished, config.max_bad_lines, report=report)
     # Together they may have no documents, or more bad lines than each by itself.
     if progress.bad_lines > config.max_bad_lines:
@@ -74,8 +80,10 @@ def _make_and_merge(
         raise DatasetError(f"{', '.join(config.input)}: no documents")
     # Join their lists of bad lines, and merge their datasets.
     renames = []
-    lists = [Path(shard.bad_lines) for shard in shards]
-    bad_lines = b"".join(path.read_bytes() for path in lists if path.exists())
+    bad_lines = b""
+    for shard in shards:
+        if os.path.exists(shard.bad_lines):
+            bad_lines += Path(shard.bad_lines).read_bytes()
     if bad_lines:
         joined = config.staging_dir / "bad_lines.tsv"
         joined.write_bytes(bad_lines)

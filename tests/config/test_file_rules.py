@@ -331,6 +331,16 @@ def test_damaged_data(folder):
     assert_one_problem(real(), 1, "corpus.idx MMIDIDX", 0)
 
 
+def test_damaged_data_has_one_remedy(folder):
+    (folder / "corpus.idx").write_bytes(b"MMIDIDX")
+    (folder / "corpus.json").write_text("{}")
+    problems = validate.check(real(), 1)
+    assert len(problems) == 2
+    for problem in problems:
+        assert "preprocess_data.py" not in problem.message
+        assert problem.fix == "make it with tools/preprocess_data.py"
+
+
 def test_data_with_parsed_special_tokens_needs_the_flag(tokenizers, monkeypatch):
     monkeypatch.chdir(tokenizers[0])
     bpe = build_tokenizer("GPT2BPETokenizer", vocab_file="vocab.json", merge_file="merges.txt")

@@ -32,7 +32,7 @@ import importlib, os, signal, sys
 from megalite.preprocess import indexed_writer, journal
 place, number = sys.argv[1], int(sys.argv[2])
 holders = {"copying": (indexed_writer.IndexedWriter, "append"), "renaming": (os, "rename")}
-        holder, name = holders[place]
+holder, name = holders[place]
 real, calls = getattr(holder, name), 0
 def counted(*arguments):
     global calls

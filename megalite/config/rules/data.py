@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 
-from megalite.config.rules.disk import MAKE_DATA, neighbours
+from megalite.config.rules.disk import MAKE_DATA, neighbours, without_remedy
 from megalite.config.rules.finding import Finding, Rule, flag_of, wanted_splits
 from megalite.config.run import RunConfig
 
@@ -55,7 +55,8 @@ def data_files_are_sound(config: RunConfig, world_size: int) -> Iterator[Finding
             try:
                 IndexedDataset(prefix)
             except (DatasetError, OSError) as error:
-                yield Finding(f"{flag_of(key)} {prefix}: {error}", (key,), (MAKE_DATA,))
+                message = f"{flag_of(key)} {prefix}: {without_remedy(error)}"
+                yield Finding(message, (key,), (MAKE_DATA,))
 
 
 def _similar(config: RunConfig, key: str, prefix: str) -> Iterator[dict[str, tuple[str, ...]]]:

@@ -4,8 +4,16 @@ import difflib
 import os
 
 MAKE_DATA = "make it with tools/preprocess_data.py"
+"""The fix for a dataset that is missing or damaged."""
 SHOWN_NAMES = 5
 """Names listed when a file is not there."""
+
+
+def without_remedy(error: Exception) -> str:
+    """The message of a dataset's error without the remedy that MAKE_DATA offers as the fix."""
+    from megalite.data.indexed import REMAKE
+
+    return str(error).removesuffix(f". {REMAKE}")
 
 
 def same_place(one: str | None, other: str | None) -> bool:

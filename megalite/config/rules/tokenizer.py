@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megalite.config.rules.data import datasets_of, prefixes_of
-from megalite.config.rules.disk import MAKE_DATA, neighbours
+from megalite.config.rules.disk import MAKE_DATA, neighbours, without_remedy
 from megalite.config.rules.finding import Finding, Rule, example_of, flag_of
 from megalite.config.run import RunConfig, keys_where
 from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
@@ -116,7 +116,7 @@ def tokenizer_made_data(config: RunConfig, world_size: int) -> Iterator[Finding]
             try:
                 info = DatasetInfo.read(prefix)
             except DatasetError as error:
-                yield Finding(str(error), (key,), (MAKE_DATA,))
+                yield Finding(without_remedy(error), (key,), (MAKE_DATA,))
                 continue
             if info:
                 yield from _made_by(config, tokenizer, key, prefix=prefix, info=info)
