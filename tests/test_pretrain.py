@@ -132,7 +132,7 @@ def from_file(tmp_path_factory) -> Path:
 
 def test_a_file_of_flags_with_one_overridden(from_file):
     output = (from_file / "output").read_text()
-    assert "learning rate 0.01," in output and "2 layers, hidden 16," in output
+    assert "learning rate 0.01," in output and "hidden 16," in output
     assert "one process, no launcher" in output
 
 

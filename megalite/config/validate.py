@@ -21,6 +21,7 @@ from megalite.config.rules.run import RUN_RULES
 from megalite.config.rules.tokenizer import build_tokenizer, files_of
 from megalite.config.rules.values import out_of_range
 from megalite.config.run import RunConfig, keys_where, options, with_values
+from megalite.models.presets import preset
 
 PURE_RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *RUN_RULES, nothing_is_ignored)
 """Rules of every architecture that read no file."""
@@ -156,11 +157,13 @@ def fill_in(config: RunConfig, world_size: int) -> RunConfig:
 
 def chosen(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The values of a resolved configuration that were chosen: those that are neither their field's
-    default nor follow from the others."""
+    default, nor the preset's, nor follow from the others."""
+    name = config.model.preset
+    shape = preset(name) if name else {}
     found = {}
     for key, option in options().items():
         value = getattr(getattr(config, option.section), key)
-        if value == option.default:
+        if value == shape.get(key, option.default):
             continue
         without = with_values(config, {key: option.default})
         if fill_in(without, world_size) != config:
