@@ -265,7 +265,7 @@ FAULTS = [
 )
 def test_planted_faults_are_located(verify, layout, program, kind, place, ranks):
     found = verify(layout, *program, **DROPOUT)
-    assert (found.first.kind, found.first.place) == (kind, place), found.verdict
+    assert (found.first.kind, found.first.name) == (kind, place), found.verdict
     assert set(found.first.ranks) == set(ranks)
     assert found.verdict.startswith(f"DIFFERENT: first at {place} ({kind}): difference ")
     assert "!" in report(found)
@@ -283,7 +283,7 @@ def test_part_that_no_rank_computes_is_a_difference(pool, tmp_path):
 
 
 def test_order_is_that_of_the_computation(verify):
-    order = [(d.kind, d.place) for d in verify(Layout("pp2", pp=2)).differences]
+    order = [(d.kind, d.name) for d in verify(Layout("pp2", pp=2)).differences]
     layer = [
         (ACTIVATION_GRADIENT, "mlp"),
         (GRADIENT, "mlp.down.bias"),
