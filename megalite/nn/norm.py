@@ -10,11 +10,11 @@ from megalite.nn.settings import LayerSettings
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dim, with weight [h] and, for LayerNorm, bias [h].
 
-    Every tensor-parallel rank holds all of it.
+    Every tensor-parallel rank holds the whole weight and bias.
 
     Args:
-        settings: what all layers share.
-        on_part: whether it sees this rank's part of the sequence only, under sequence parallelism.
+        settings: settings that all layers share.
+        on_part: whether its input is this rank's shard of the sequence under sequence parallelism.
     """
 
     def __init__(self, settings: LayerSettings, on_part: bool = True):
@@ -32,9 +32,12 @@ class Norm(nn.Module):
             return rms_norm(x, self.weight, self.epsilon)[0]
         if x.dtype == torch.bfloat16 and not x.is_cuda:
             # torch's CPU kernel sums the gradients of weight and bias over the tokens in bf16, and
-            # loses most of them.
-            weight, bias = self.weight.float(), self.bias.float()
-            return nn.functional.layer_norm(x.float(), weight.shape, weight, bias, self.epsilon).to(
-                x.dtype
+            # so loses most of them.
+            weight = self.weight.float()
+            normed = nn.functional.layer_norm(
+                x.float(), weight.shape, weight, bias=self.bias.float(), eps=self.epsilon
             )
-        return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+            return normed.to(x.dtype)
+        return nn.functional.layer_norm(
+            x, self.weight.shape, self.weight, bias=self.bias, eps=self.epsilon
+        )

@@ -1,5 +1,7 @@
-"""Rotary position embedding (Su et al. 2021, equation 34), in the form that rotates the two halves
-of a head."""
+"""Rotary position embedding (Su et al. 2021, equation 34).
+
+Element i of a head forms a pair with element i + d/2, as in GPT-NeoX and Llama.
+"""
 
 import torch
 
@@ -9,13 +11,15 @@ from megalite.kernels.rotary import rotary
 def rotary_table(
     length: int, head_size: int, base: float, dtype, device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * base^(-2i/d), each [s, 1, 1, d] with the d/2 frequencies repeated
-    for both halves."""
+    """cos and sin of position * base^(-2i/d), each [s, 1, 1, d].
+
+    The d/2 frequencies are repeated for the second half of a head.
+    """
     # Angles in fp64: in fp32 a position of 100k is off by 1e-2 radians at the highest frequency.
-    frequencies = base ** -(
-        torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size
-    )
-    angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), frequencies)
+    doubled = torch.arange(0, head_size, 2, dtype=torch.float64, device=device)
+    frequencies = base ** -(doubled / head_size)
+    positions = torch.arange(length, dtype=torch.float64, device=device)
+    angles = torch.outer(positions, frequencies)
     angles = torch.cat([angles, angles], dim=-1)[:, None, None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -23,13 +27,14 @@ def rotary_table(
 def table_at(
     table: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of a rotary table for positions [b, s] of its length or less: cos and sin, each [s,
-    b, 1, d]."""
-    cos, sin = (part[positions.t(), 0] for part in table)
-    return cos, sin
+    """Rows of a rotary table at positions [b, s] below its length: cos and sin, [s, b, 1, d]."""
+    cos, sin = table
+    return cos[positions.t(), 0], sin[positions.t(), 0]
 
 
 def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate queries or keys [s, b, n, d] by their positions: a table [s, 1, 1, d], or [s, b, 1, d]
-    of each row's."""
+    """Rotate queries or keys [s, b, n, d] by the angles of their positions.
+
+    The table's tensors are [s, 1, 1, d], or [s, b, 1, d] if positions differ between samples.
+    """
     return rotary(x, *table)

@@ -1,6 +1,6 @@
 """Communication: the one place that calls torch.distributed.
 
-Plain collectives over a `Group` first, then point-to-point transfers of the pipeline, then the
+First collectives over a `Group`, then point-to-point transfers of the pipeline, then the
 differentiable operators of tensor and sequence parallelism. Gathers and scatters go along dim 0,
 the sequence of [s, b, h]. With a group of one rank nothing is sent or copied.
 """
@@ -16,19 +16,19 @@ from megalite.parallel.activity import Activity, Call
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Ranks that talk to each other. `rank` is this process's index in `ranks`, which are global
-    ranks."""
+    """Ranks that communicate with each other. `rank` is this process's index in `ranks`."""
 
     ranks: Sequence[int]
+    """Global ranks."""
     rank: int
     handle: "dist.ProcessGroup | None" = field(default=None, repr=False)
-    """torch's group; None when the group has one rank, and then nothing is ever sent."""
+    """torch's group; None if the group has one rank, since then nothing is sent."""
     name: str = ""
     """For messages: tensor, data, pipeline, ..."""
     activity: Activity = field(default_factory=Activity, repr=False)
-    """Where calls are noted, so that a hang can be explained; one for all groups of a rank."""
+    """Records the calls, so that a hang can be explained; one for all groups of a rank."""
     untimed: bool = False
-    """Whether its calls may take long."""
+    """Whether its calls may take longer than the time limit of calls."""
 
     @property
     def size(self) -> int:
@@ -37,14 +37,14 @@ class Group:
 
 
 class _Done:
-    """The handle of a collective that had nothing to do."""
+    """The handle of a call that is complete."""
 
     def wait(self) -> None:
         pass
 
 
 class _Pending:
-    """The handle of a call that is under way."""
+    """The handle of a call in progress."""
 
     def __init__(self, work, call: Call, activity: Activity):
         self._work = work
@@ -52,7 +52,7 @@ class _Pending:
         self._activity = activity
 
     def wait(self) -> None:
-        """Return when the result may be used."""
+        """Block until the result may be used."""
         with self._activity.waits(self._call):
             self._work.wait()
 
@@ -72,50 +72,57 @@ def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _call(group: Group, kind: str, tensor: torch.Tensor | None = None) -> Call:
-    """Record that this rank begins a call of the whole group."""
+    """Record that this rank starts a collective call of the group."""
+    shape, dtype = _description(tensor)
     return group.activity.record(
-        kind, group.name, group.ranks, *_description(tensor), untimed=group.untimed
+        kind, group.name, group.ranks, shape=shape, dtype=dtype, untimed=group.untimed
     )
 
 
 def _description(tensor: torch.Tensor | None) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of what a call carries."""
+    """Shape and dtype of a call's tensor, as they are recorded."""
     if tensor is None:
         return (), ""
     return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
 
 def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum", async_op: bool = False):
-    """Reduce in place over the group ("sum", "max" or "min"). With `async_op` returns a handle to
-    `wait()` for."""
+    """Reduce in place over the group; `op` is "sum", "max" or "min".
+
+    Returns a handle. With `async_op`, the result may be used after its `wait()`.
+    """
     if group.size == 1:
         return DONE
     with group.activity.waits(_call(group, "all_reduce", tensor)) as call:
         work = dist.all_reduce(_contiguous(tensor), _OPS[op], group=group.handle, async_op=async_op)
-    return _Pending(work, call, group.activity) if async_op else DONE
+    if async_op:
+        return _Pending(work, call, group.activity)
+    return DONE
 
 
 def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
     """Concatenate the ranks' equal-shaped tensors along dim 0: [s/t, ...] -> [s, ...].
 
-    With `async_op` returns (result, handle): the result is there once the handle was waited for.
+    With `async_op` returns (result, handle); the result may be used after the handle's `wait()`.
     """
     if group.size == 1:
         return (tensor, DONE) if async_op else tensor
     out = tensor.new_empty((tensor.shape[0] * group.size, *tensor.shape[1:]))
-    # dist.all_gather_single is the name from torch 2.13 on; the older one warns there and is all
-    # that 2.10-2.12 have.
+    # torch 2.13 renamed all_gather_into_tensor, and warns of the old name; 2.10 to 2.12 have only
+    # the old one.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     with group.activity.waits(_call(group, "all_gather", tensor)) as call:
         work = gather(out, _contiguous(tensor), group=group.handle, async_op=async_op)
-    return (out, _Pending(work, call, group.activity)) if async_op else out
+    if async_op:
+        return out, _Pending(work, call, group.activity)
+    return out
 
 
 def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):
-    """Sum over the ranks and keep this rank's part of dim 0: [s, ...] -> [s/t, ...].
+    """Sum over the ranks and keep this rank's shard of dim 0: [s, ...] -> [s/t, ...].
 
-    With `async_op` returns (result, handle), as `all_gather` does. Raises ValueError when dim 0
-    does not divide.
+    With `async_op` returns (result, handle); the result may be used after the handle's `wait()`.
+    Raises ValueError if dim 0 is not divisible by the group's size.
     """
     if group.size == 1:
         return (tensor, DONE) if async_op else tensor
@@ -127,25 +134,27 @@ def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     with group.activity.waits(_call(group, "reduce_scatter", tensor)) as call:
         work = scatter(out, _contiguous(tensor), group=group.handle, async_op=async_op)
-    return (out, _Pending(work, call, group.activity)) if async_op else out
+    if async_op:
+        return out, _Pending(work, call, group.activity)
+    return out
 
 
 def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> None:
-    """Copy the tensor of the group's rank `source` into everyone's, in place."""
+    """Copy the tensor of the group's rank `source` into that of every other rank, in place."""
     if group.size > 1:
         with group.activity.waits(_call(group, "broadcast", tensor)):
             dist.broadcast(_contiguous(tensor), group.ranks[source], group=group.handle)
 
 
 def barrier(group: Group) -> None:
-    """Wait until every rank of the group has come here."""
+    """Block until every rank of the group has called this."""
     if group.size > 1:
         with group.activity.waits(_call(group, "barrier")):
             dist.barrier(group=group.handle)
 
 
 def gather_objects(obj, group: Group) -> list:
-    """Every rank's small picklable object, in rank order, on every rank."""
+    """Gather each rank's picklable object: a list in rank order, on every rank. For small ones."""
     if group.size == 1:
         return [obj]
     out = [None] * group.size
@@ -156,46 +165,44 @@ def gather_objects(obj, group: Group) -> list:
 
 @dataclass(frozen=True)
 class Transfer:
-    """One message of a pipeline: `tensor` goes to, or comes from, the group's rank `peer`."""
+    """One point-to-point message of a pipeline."""
 
     tensor: torch.Tensor
+    """Contiguous: what is sent, or the buffer to receive into."""
     peer: int
+    """Index in the group of the rank at the other end."""
     send: bool
+    """True to send, False to receive."""
 
 
 def exchange(transfers: Sequence[Transfer], group: Group) -> list:
-    """Post all transfers together, so that opposing ones between a pair cannot block each other;
-    returns their handles.
+    """Start all transfers together and return their handles.
 
-    Neither a sent tensor may be changed nor a received one read before its handle was waited for.
+    Started together, a send and a receive between the same two ranks cannot block each other. Do
+    not change a sent tensor or read a received one before the handle's `wait()`.
     """
-    operations = [
-        dist.P2POp(
-            dist.isend if t.send else dist.irecv,
-            _contiguous(t.tensor),
-            group.ranks[t.peer],
-            group=group.handle,
-        )
-        for t in transfers
-    ]
-    if not operations:
+    if not transfers:
         return []
-    calls = [_transfer_call(t, group) for t in transfers]
+    operations = []
+    for transfer in transfers:
+        operation = dist.isend if transfer.send else dist.irecv
+        tensor = _contiguous(transfer.tensor)
+        peer = group.ranks[transfer.peer]
+        operations.append(dist.P2POp(operation, tensor, peer, group=group.handle))
+    calls = [_transfer_call(transfer, group) for transfer in transfers]
     with group.activity.waits(calls[0]):
         works = dist.batch_isend_irecv(operations)
-    # One handle per transfer, or, where the backend merges them, one for all.
+    # One handle for each transfer, or one for all if the backend merges them.
     return [_Pending(work, call, group.activity) for work, call in zip(works, calls)]
 
 
 def _transfer_call(transfer: Transfer, group: Group) -> Call:
-    """Record that this rank begins its end of a transfer."""
-    source = group.ranks[group.rank]
-    target = group.ranks[transfer.peer]
+    """Record that this rank starts its end of a transfer."""
+    ends = (group.ranks[group.rank], group.ranks[transfer.peer])
     if not transfer.send:
-        source, target = target, source
-    return group.activity.record(
-        "transfer", group.name, (source, target), *_description(transfer.tensor)
-    )
+        ends = ends[::-1]
+    shape, dtype = _description(transfer.tensor)
+    return group.activity.record("transfer", group.name, ends, shape=shape, dtype=dtype)
 
 
 # Differentiable operators. Each is a forward collective and its transpose in the backward.
@@ -209,8 +216,7 @@ class _CopyToTensor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # The gradient may be shared with another consumer; reducing in place would change what that
-        # one sees.
+        # Not in place: another consumer may share the gradient.
         total = grad.clone(memory_format=torch.contiguous_format)
         all_reduce(total, ctx.group)
         return total, None
@@ -231,7 +237,8 @@ class _ReduceFromTensor(torch.autograd.Function):
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, partial_gradients):
-        ctx.group, ctx.partial = group, partial_gradients
+        ctx.group = group
+        ctx.partial = partial_gradients
         return all_gather(x.contiguous(), group)
 
     @staticmethod
@@ -253,24 +260,39 @@ class _ReduceScatterSequence(torch.autograd.Function):
 
 
 def copy_to_tensor_region(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Identity forward, all-reduce of the gradient backward (Megatron-LM's f, Shoeybi et al.
-    2019)."""
-    return _CopyToTensor.apply(x, group) if group.size > 1 else x
+    """Identity forward, all-reduce of the gradient backward: f of Shoeybi et al. 2019."""
+    if group.size == 1:
+        return x
+    return _CopyToTensor.apply(x, group)
 
 
 def reduce_from_tensor_region(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """All-reduce forward, in place on a contiguous x; identity backward (g, Shoeybi et al.
-    2019)."""
-    return _ReduceFromTensor.apply(x, group) if group.size > 1 else x
+    """All-reduce forward, in place on a contiguous x; identity backward.
+
+    It is g of Shoeybi et al. 2019.
+    """
+    if group.size == 1:
+        return x
+    return _ReduceFromTensor.apply(x, group)
 
 
 def gather_sequence(x: torch.Tensor, group: Group, partial_gradients: bool = True) -> torch.Tensor:
-    """[s/t, b, h] -> [s, b, h]. The backward reduce-scatters (Korthikanti et al. 2022), or takes
-    this rank's part when every rank computes the same whole gradient
-    (`partial_gradients=False`)."""
-    return _GatherSequence.apply(x, group, partial_gradients) if group.size > 1 else x
+    """All-gather of the sequence: [s/t, b, h] -> [s, b, h] (Korthikanti et al. 2022).
+
+    If each rank computes a partial sum of the gradient, the backward reduce-scatters it. With
+    `partial_gradients=False` every rank computes the whole gradient, and the backward takes this
+    rank's shard of it.
+    """
+    if group.size == 1:
+        return x
+    return _GatherSequence.apply(x, group, partial_gradients)
 
 
 def reduce_scatter_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Partial sums [s, b, h] -> [s/t, b, h]; backward all-gathers (Korthikanti et al. 2022)."""
-    return _ReduceScatterSequence.apply(x, group) if group.size > 1 else x
+    """Reduce-scatter of partial sums: [s, b, h] -> [s/t, b, h] (Korthikanti et al. 2022).
+
+    The backward all-gathers.
+    """
+    if group.size == 1:
+        return x
+    return _ReduceScatterSequence.apply(x, group)

@@ -1,5 +1,8 @@
-"""Random numbers of a rank: counted ones that no layout can change, or named streams in
-Megatron-LM's manner."""
+"""Random numbers of a rank's dropout.
+
+Either counter-based (Salmon et al. 2011), the same in every layout, or drawn from named streams
+as in Megatron-LM.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,30 +14,29 @@ from megalite.kernels.philox import key_of
 from megalite.parallel.context import ParallelContext
 
 REPLICATED = "replicated"
-"""Stream for values that all tensor-parallel ranks hold alike: they must draw the same numbers."""
+"""Stream for values that all tensor-parallel ranks hold: they draw the same numbers."""
 TENSOR = "tensor"
-"""Stream for values that are split over tensor-parallel ranks: each must draw its own."""
+"""Stream for values that are split over tensor-parallel ranks: each draws its own numbers."""
 
 
 class RngTracker:
     """Named random streams of one rank, as torch generators on its device.
 
-    torch's own default generator is left alone, so that other code in the process cannot disturb a
-    run.
+    torch's default generator is not used, so that other code in the process cannot change a run.
     """
 
     def __init__(self, seeds: dict[str, int], device: torch.device | str = "cpu"):
-        self._generators = {
-            name: torch.Generator(device).manual_seed(seed) for name, seed in seeds.items()
-        }
+        self._generators: dict[str, torch.Generator] = {}
+        for name, seed in seeds.items():
+            self._generators[name] = torch.Generator(device).manual_seed(seed)
 
     @classmethod
     def for_rank(cls, seed: int, context: ParallelContext) -> "RngTracker":
-        """Streams seeded by Megatron-LM's rule: `seed + 100 pp` for REPLICATED, `seed + 2718 + 100
-        pp + tp` for TENSOR.
+        """Streams of one rank, seeded by Megatron-LM's rule.
 
-        Its data-parallel replicas share both, and so drop the same elements of different samples;
-        here replica 0 keeps the rule and the others add a large prime each.
+        The rule: `seed + 100 pp` for REPLICATED, `seed + 2718 + 100 pp + tp` for TENSOR. In
+        Megatron-LM all data-parallel replicas have the same seeds, and so drop the same elements of
+        different samples. Here replica d adds d times a large prime; replica 0 keeps the rule.
         """
         position = context.coordinates
         base = seed + 100 * position["pipeline"] + 1_000_003 * position["data"]
@@ -44,19 +46,20 @@ class RngTracker:
         return self._generators[name]
 
     def states(self) -> dict[str, torch.Tensor]:
-        """A copy of every stream's state: uint8 tensors on the CPU."""
+        """A copy of each stream's state by name: uint8 tensors on the CPU."""
         return {name: generator.get_state() for name, generator in self._generators.items()}
 
     def restore(self, states: dict[str, torch.Tensor]) -> None:
-        """Put every stream at a state from `states()`. Raises KeyError for a stream that is
-        missing."""
+        """Set each stream to its state from `states()`. Raises KeyError if one is missing."""
         for name, generator in self._generators.items():
             generator.set_state(states[name])
 
     @contextmanager
     def replay(self, states: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Run a block with the streams at earlier states, then go on from where they are now (for
-        recomputation)."""
+        """Run a block with the streams at earlier states, then restore the present ones.
+
+        For recomputation in the backward.
+        """
         now = self.states()
         self.restore(states)
         try:
@@ -66,18 +69,21 @@ class RngTracker:
 
 
 def dropout(x: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tensor:
-    """Zero each element with probability p and scale the others by 1 / (1 - p), drawing from
-    `generator`."""
-    # torch's dropout takes no generator. The scale stays out of the mask: in bf16, 1 / 0.9 would be
-    # 0.16% too small.
+    """Zero each element with probability p and scale the others by 1 / (1 - p).
+
+    Draws from `generator`, which torch's own dropout cannot.
+    """
+    # The scale is not part of the mask: rounded to bf16, 1 / 0.9 would be 0.16% too small.
     keep = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
     return x * keep * (1 / (1 - p))
 
 
 @dataclass(frozen=True)
 class CounterBasedRng:
-    """The layout-independent scheme: no streams, no state. What is drawn depends on the key and on
-    where it goes."""
+    """The layout-independent scheme, without streams or state (Salmon et al. 2011).
+
+    A number depends only on the key and on the global index of the element it is used for.
+    """
 
     key: tuple[int, int]
     """Philox key of the dropout masks of a run."""
@@ -88,14 +94,14 @@ class CounterBasedRng:
         return cls(key_of(seed, "dropout"))
 
     def states(self) -> dict[str, torch.Tensor]:
-        """Nothing: there is no state."""
+        """Empty: there is no state."""
         return {}
 
     def restore(self, states: dict[str, torch.Tensor]) -> None:
-        """Nothing to do."""
+        """Does nothing: there is no state."""
 
     def replay(self, states: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
-        """A block in which nothing changes: counted numbers come out the same every time."""
+        """An empty context: counter-based numbers are the same every time."""
         return nullcontext()
 
 

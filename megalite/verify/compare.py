@@ -1,5 +1,4 @@
-"""Are the numbers of two layouts the same? Compares what `record` wrote for each, against what
-rounding explains."""
+"""Compare the records of two layouts: do they differ by more than rounding explains?"""
 
 import re
 from dataclasses import dataclass, field
@@ -9,11 +8,21 @@ from pathlib import Path
 import torch
 
 from megalite.nn.config import ModelConfig
-from megalite.verify.record import ACTIVATION, ACTIVATION_GRADIENT, GRADIENT, LOSS, Part, read_parts
+from megalite.parallel.boxes import Box
+from megalite.verify.record import (
+    ACTIVATION,
+    ACTIVATION_GRADIENT,
+    GRADIENT,
+    LOSS,
+    RecordedShard,
+    read_shards,
+)
 
 UNIT_ROUNDOFF = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8}
 COLUMNS = 5
-"""Layers beside each other in a table of the report."""
+"""Number of layers side by side in a table of the report."""
+WIDE_TOLERANCE = 0.1
+"""A tolerance above this share of a tensor's largest entry can hide faults."""
 
 
 @dataclass(frozen=True)
@@ -21,46 +30,51 @@ class Rounding:
     """How far two correct computations may lie apart, relative to the largest entry.
 
     n roundings in a row, each of relative size u at most and as good as random, add up to about
-    sqrt(n) u, and exceed 4 sqrt(n) u with a probability below 1e-3 (Higham and Mary 2019, theorem
-    2.4); two computations, twice that. A path goes through 4 products and about 6 other operations
-    a layer, forward or backward, one product more at the output layer, and 2 sums in the embedding.
-    In fp32 and fp64 each step of a product's sum rounds, over the longest one in the model; in bf16
-    products are summed in fp32 and only each operation's result rounds.
+    sqrt(n) u, and exceed 4 sqrt(n) u with a probability below 1e-3 (Higham and Mary 2019,
+    theorem 2.4); two computations, twice that.
+
+    A path goes through 4 products and about 6 other operations a layer, forward or backward, one
+    product more at the output layer, and 2 sums in the embedding. In fp32 and fp64 each step of a
+    product's sum rounds, over the longest one in the model; in bf16 products are summed in fp32 and
+    only each operation's result rounds.
     """
 
     model: ModelConfig
     precision: str
     """fp64, fp32 or bf16."""
     tokens: int
-    """In the global batch: what a weight's gradient is summed over."""
+    """In the global batch: the number of terms in the sum of a weight's gradient."""
 
-    def activation(self, place: str) -> float:
-        """Bound for the output of a module, and for the loss: the forward up to there."""
-        return self._bound(*self._forward(place))
+    def activation(self, name: str) -> float:
+        """Bound for a module's output, or for the loss: roundings of the forward so far."""
+        return self._bound(*self._forward(name))
 
-    def gradient(self, place: str) -> float:
-        """Bound for the gradient of a parameter or activation: all of the forward, the backward
-        down to there."""
+    def gradient(self, name: str) -> float:
+        """Bound for the gradient of a parameter or of a module's output.
+
+        It counts the roundings of the whole forward and of the backward so far.
+        """
         products, others = self._forward(LOSS)
-        layers = self.model.num_layers - self._layers_below(place)
+        layers = self.model.num_layers - self._layers_below(name)
         return self._bound(products + 4 * layers + 1, others + 6 * layers)
 
-    def _forward(self, place: str) -> tuple[int, int]:
-        layers = self._layers_below(place) + int(place.startswith("layers."))
-        return 4 * layers + int(place == LOSS), 6 * layers + 2
+    def _forward(self, name: str) -> tuple[int, int]:
+        """Products and other operations of the forward, up to and including this module."""
+        layers = self._layers_below(name) + int(name.startswith("layers."))
+        return 4 * layers + int(name == LOSS), 6 * layers + 2
 
-    def _layers_below(self, place: str) -> int:
-        layer = re.match(r"layers\.(\d+)\.", place)
-        if layer:
-            return int(layer[1])
-        return 0 if place.startswith("embedding") else self.model.num_layers
+    def _layers_below(self, name: str) -> int:
+        layer = layer_of(name)
+        if layer is not None:
+            return layer
+        return 0 if name.startswith("embedding") else self.model.num_layers
 
     def _bound(self, products: int, others: int) -> float:
-        m, u = self.model, UNIT_ROUNDOFF[self.precision]
-        longest = (
-            1 if self.precision == "bf16" else max(m.vocab_size, m.ffn, m.hidden_size, self.tokens)
-        )
-        return 2 * 4 * sqrt(products * longest + others) * u
+        model = self.model
+        longest = 1
+        if self.precision != "bf16":
+            longest = max(model.vocab_size, model.ffn, model.hidden_size, self.tokens)
+        return 2 * 4 * sqrt(products * longest + others) * UNIT_ROUNDOFF[self.precision]
 
 
 @dataclass
@@ -68,15 +82,18 @@ class Difference:
     """How one global tensor of the chosen layout differs from the reference's."""
 
     kind: str
-    place: str
+    name: str
+    """Of the module or parameter; LOSS for the loss."""
     tolerance: float
     largest: float = 0.0
-    """Relative to the largest entry of this tensor in any layer; inf for NaN, or where no rank has
-    an element."""
+    """Relative to the largest entry of this tensor in any layer.
+
+    inf for NaN, or if no rank computes some element.
+    """
     at: tuple[int, ...] = ()
-    """Where in the global tensor."""
+    """Index of the largest difference in the global tensor."""
     ranks: list[int] = field(default_factory=list)
-    """Ranks that are outside the tolerance."""
+    """Ranks that exceed the tolerance."""
 
     @property
     def exceeds(self) -> bool:
@@ -84,18 +101,22 @@ class Difference:
         return not self.largest <= self.tolerance
 
     def __str__(self) -> str:
+        label = f"{self.name} ({self.kind}):"
         if self.largest == inf and not self.ranks:
-            return f"{self.place} ({self.kind}): no rank computes all of it"
-        names = ("sample", "position") if self.kind in (ACTIVATION, ACTIVATION_GRADIENT) else ()
-        names = ("microbatch",) if self.kind == LOSS else names
-        known = (
-            " ".join(f"{name} {i}" for name, i in zip(names, self.at)) or f"index {list(self.at)}"
-        )
-        ranks = ("rank " if len(self.ranks) == 1 else "ranks ") + ", ".join(map(str, self.ranks))
-        size = f"difference {self.largest:.0e}, tolerance {self.tolerance:.0e}"
-        return f"{self.place} ({self.kind}): {size}" + (
-            f"; largest at {known}; {ranks}" if self.ranks else ""
-        )
+            return f"{label} no rank computes all of it"
+        text = f"{label} difference {self.largest:.0e}, tolerance {self.tolerance:.0e}"
+        if self.ranks:
+            noun = "rank" if len(self.ranks) == 1 else "ranks"
+            text += f"; largest at {self._index_in_words()}; {noun} "
+            text += ", ".join(map(str, self.ranks))
+        return text
+
+    def _index_in_words(self) -> str:
+        """`sample 3 position 5`, `microbatch 1` or, of a parameter, `index [4, 0]`."""
+        if self.kind == GRADIENT or not self.at:
+            return f"index {list(self.at)}"
+        axes = ("microbatch",) if self.kind == LOSS else ("sample", "position")
+        return " ".join(f"{axis} {i}" for axis, i in zip(axes, self.at))
 
 
 @dataclass(frozen=True)
@@ -108,22 +129,24 @@ class Comparison:
 
     @property
     def first(self) -> Difference | None:
-        """The first place that rounding does not explain; None when the numbers are the same."""
-        return next((d for d in self.differences if d.exceeds), None)
+        """The first difference that rounding does not explain; None if rounding explains all."""
+        for difference in self.differences:
+            if difference.exceeds:
+                return difference
+        return None
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """The result in one line."""
         if self.first is not None:
             return f"DIFFERENT: first at {self.first}"
         closest = max(self.differences, key=lambda d: d.largest / d.tolerance)
         verdict = (
             f"same numbers: largest difference {closest.largest:.0e} of tolerance "
-            f"{closest.tolerance:.0e}, "
-            f"at {closest.place} ({closest.kind})"
+            f"{closest.tolerance:.0e}, at {closest.name} ({closest.kind})"
         )
-        widest = max(d.tolerance for d in self.differences)
-        if widest > PROVES_LITTLE:
+        widest = max(self.differences, key=lambda d: d.tolerance).tolerance
+        if widest > WIDE_TOLERANCE:
             verdict += (
                 f"; but rounding explains up to {widest:.1f} of a tensor here: "
                 "add --precision fp64 for a proof"
@@ -131,144 +154,184 @@ class Comparison:
         return verdict
 
 
-PROVES_LITTLE = 0.1
-"""A tolerance above this share of a tensor's largest entry hides faults."""
+def layer_of(name: str) -> int | None:
+    """Index of the layer that a module or parameter belongs to; None outside the layers."""
+    match = re.match(r"layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
-def family(place: str) -> str:
-    """The name without its layer, whose largest entry differences are measured by."""
-    return re.sub(r"^layers\.\d+\.", "", place)
+def family(name: str) -> str:
+    """The name without its layer. Differences are relative to the largest entry of a family."""
+    return re.sub(r"^layers\.\d+\.", "", name)
+
+
+Key = tuple[str, str]
+"""Kind and name: what identifies a global tensor in a record."""
 
 
 def compare(
     reference: Path, reference_ranks: int, chosen: Path, ranks: int, rounding: Rounding
 ) -> Comparison:
-    """Compare the records of two layouts: every rank of the chosen one, replicas too, with the
-    reference's tensors."""
-    wanted: dict[tuple[str, str], torch.Tensor] = {}
-    for rank in range(reference_ranks):
-        for part in read_parts(reference, rank):
-            whole = wanted.setdefault(
-                (part.kind, part.place), torch.zeros(part.global_shape, dtype=torch.float64)
-            )
-            whole[_index(part)] = part.values.double()
-    scales: dict[tuple[str, str], float] = {}
-    for (kind, place), whole in wanted.items():
-        key = kind, family(place)
-        scales[key] = max(scales.get(key, 0.0), whole.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
-    found = {
-        key: Difference(
-            *key,
-            rounding.activation(key[1])
-            if key[0] in (ACTIVATION, LOSS)
-            else rounding.gradient(key[1]),
-        )
-        for key in wanted
-    }
-    seen = {key: torch.zeros(whole.shape, dtype=torch.bool) for key, whole in wanted.items()}
-    got_loss = torch.zeros_like(wanted[LOSS, LOSS])
+    """Compare the records of two layouts.
+
+    Every rank's shards of the chosen layout, replicas included, are compared with the reference's
+    tensors. `reference` and `chosen` are the folders that `record` wrote into.
+    """
+    # Assemble the reference's tensors and the largest entry of each family.
+    expected = _read_whole(reference, reference_ranks)
+    scales = _largest_entries(expected)
+    # Start each tensor with no difference and no element covered.
+    found: dict[Key, Difference] = {}
+    covered: dict[Key, torch.Tensor] = {}
+    for (kind, name), whole in expected.items():
+        bound = rounding.activation if kind in (ACTIVATION, LOSS) else rounding.gradient
+        found[kind, name] = Difference(kind, name, bound(name))
+        covered[kind, name] = torch.zeros(whole.shape, dtype=torch.bool)
+    # Measure the shards of every rank of the chosen layout.
+    loss = torch.zeros_like(expected[LOSS, LOSS])
     for rank in range(ranks):
-        for part in read_parts(chosen, rank):
-            key = part.kind, part.place
-            if key not in wanted:
-                found[key] = Difference(*key, 0.0, inf, ranks=[rank])
+        for shard in read_shards(chosen, rank):
+            key = (shard.kind, shard.name)
+            if key not in expected:
+                found[key] = Difference(*key, tolerance=0.0, largest=inf, ranks=[rank])
                 continue
-            seen[key][_index(part)] = True
-            _measure(
-                found[key],
-                part,
-                wanted[key][_index(part)],
-                scales[part.kind, family(part.place)],
-                rank,
-            )
-            if part.kind == LOSS:
-                got_loss[_index(part)] = part.values.double()
-    for key, covered in seen.items():
-        if not covered.all():
-            found[key].largest, found[key].ranks = inf, []
-    losses = wanted[LOSS, LOSS].sum().item(), got_loss.sum().item()
+            index = _index(shard)
+            covered[key][index] = True
+            scale = scales[shard.kind, family(shard.name)]
+            _measure(found[key], shard, expected[key][index], scale=scale, rank=rank)
+            if shard.kind == LOSS:
+                loss[index] = shard.values.double()
+    # An element that no rank computed is an infinite difference of no rank.
+    for key, mask in covered.items():
+        if not mask.all():
+            found[key].largest = inf
+            found[key].ranks = []
+    losses = (expected[LOSS, LOSS].sum().item(), loss.sum().item())
     return Comparison(_in_order(found), losses)
 
 
-def _index(part: Part) -> tuple[slice, ...]:
-    return part.box.slices_in(part.box.whole(part.global_shape))
+def _read_whole(folder: Path, ranks: int) -> dict[Key, torch.Tensor]:
+    """The global tensors of a record, in float64."""
+    tensors: dict[Key, torch.Tensor] = {}
+    for rank in range(ranks):
+        for shard in read_shards(folder, rank):
+            key = (shard.kind, shard.name)
+            if key not in tensors:
+                tensors[key] = torch.zeros(shard.global_shape, dtype=torch.float64)
+            tensors[key][_index(shard)] = shard.values.double()
+    return tensors
 
 
-def _measure(found: Difference, part: Part, wanted: torch.Tensor, scale: float, rank: int) -> None:
-    """Take a rank's part into account."""
-    if not part.box.numel:
+def _largest_entries(tensors: dict[Key, torch.Tensor]) -> dict[Key, float]:
+    """The largest finite magnitude by kind and family."""
+    scales: dict[Key, float] = {}
+    for (kind, name), whole in tensors.items():
+        key = (kind, family(name))
+        largest = whole.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+        scales[key] = max(scales.get(key, 0.0), largest)
+    return scales
+
+
+def _index(shard: RecordedShard) -> tuple[slice, ...]:
+    """Indices of a shard in its global tensor."""
+    return shard.box.slices_in(Box.whole(shard.global_shape))
+
+
+def _measure(
+    found: Difference, shard: RecordedShard, expected: torch.Tensor, scale: float, rank: int
+) -> None:
+    """Update the difference of a tensor with one rank's shard of it."""
+    if not shard.box.numel:
         return
-    values = part.values.double()
-    difference = (values - wanted).abs().nan_to_num(nan=inf) / (scale or 1.0)
-    difference[values == wanted] = 0.0  # infinities of one sign are equal
+    values = shard.values.double()
+    difference = (values - expected).abs().nan_to_num(nan=inf) / (scale or 1.0)
+    difference[values == expected] = 0.0  # infinities of one sign are equal
     largest = difference.max().item()
     if largest > found.largest:
-        here = torch.unravel_index(difference.argmax(), difference.shape)
-        found.largest, found.at = (
-            largest,
-            tuple(int(i) + start for i, start in zip(here, part.box.offset)),
-        )
+        found.largest = largest
+        index = torch.unravel_index(difference.argmax(), difference.shape)
+        found.at = tuple(int(i) + start for i, start in zip(index, shard.box.offset))
     if largest > found.tolerance and rank not in found.ranks:
         found.ranks.append(rank)
 
 
-def _in_order(found: dict[tuple[str, str], Difference]) -> list[Difference]:
-    """Activations first to last and the loss, then gradients last to first: of a module's output,
-    then its weights."""
-    forward = [place for kind, place in found if kind in (ACTIVATION, LOSS)]
+def _in_order(found: dict[Key, Difference]) -> list[Difference]:
+    """Differences in the order in which a step computes the tensors.
 
-    def module_of(parameter: str) -> str:
-        return max(
-            (place for place in forward if parameter.startswith(place + ".")), key=len, default=LOSS
-        )
-
-    weights: dict[str, list[str]] = {}
-    for kind, place in found:
+    Forward: activations first to last, then the loss. Backward: last to first, the gradient of a
+    module's output before those of its weights.
+    """
+    # The forward, in the order recorded. A module without a record counts as part of the loss.
+    forward: list[str] = []
+    ordered: list[Difference] = []
+    for (kind, name), difference in found.items():
+        if kind in (ACTIVATION, LOSS):
+            forward.append(name)
+            ordered.append(difference)
+    # The parameters of each recorded module: the longest module name that is a prefix owns one.
+    weights: dict[str, list[Difference]] = {}
+    for (kind, name), difference in found.items():
         if kind == GRADIENT:
-            weights.setdefault(module_of(place), []).append(place)
-    ordered = [found[LOSS if place == LOSS else ACTIVATION, place] for place in forward]
-    for place in reversed(forward):
-        ordered += [found[key] for key in [(ACTIVATION_GRADIENT, place)] if key in found]
-        ordered += [found[GRADIENT, name] for name in reversed(weights.get(place, []))]
+            owners = [module for module in forward if name.startswith(module + ".")]
+            owner = max(owners, key=len, default=LOSS)
+            weights.setdefault(owner, []).append(difference)
+    # The backward, in reverse.
+    for name in reversed(forward):
+        if (ACTIVATION_GRADIENT, name) in found:
+            ordered.append(found[ACTIVATION_GRADIENT, name])
+        ordered += reversed(weights.get(name, []))
     return ordered
 
 
+Rows = dict[str, dict[int | None, Difference]]
+"""A table's differences by family and layer; None for what is outside the layers."""
+
+
 def report(comparison: Comparison) -> str:
-    """Tables of all differences by place and layer, each beside its tolerance; those that exceed it
-    are marked `!`."""
-    lines = ["loss {:.6f} in the reference, {:.6f} in the chosen layout".format(*comparison.losses)]
+    """Tables of all differences, by kind, family and layer, each row with its tolerance.
+
+    A `!` marks a difference that exceeds its tolerance.
+    """
+    expected, loss = comparison.losses
+    lines = [f"loss {expected:.6f} in the reference, {loss:.6f} in the chosen layout"]
     for kind in (ACTIVATION, LOSS, ACTIVATION_GRADIENT, GRADIENT):
-        rows: dict[str, dict[int | None, Difference]] = {}
+        rows: Rows = {}
         for difference in comparison.differences:
             if difference.kind == kind:
-                layer = re.match(r"layers\.(\d+)\.", difference.place)
-                rows.setdefault(family(difference.place), {})[int(layer[1]) if layer else None] = (
-                    difference
-                )
+                row = rows.setdefault(family(difference.name), {})
+                row[layer_of(difference.name)] = difference
         lines += _tables(kind, rows)
     return "\n".join(lines)
 
 
-def _tables(kind: str, rows: dict[str, dict[int | None, Difference]]) -> list[str]:
-    """Lines of text: a row for each place, a column for each layer, `COLUMNS` of them at a time."""
-    layers = sorted({layer for row in rows.values() for layer in row if layer is not None})
-    groups: list[list[int | None]] = [
-        layers[i : i + COLUMNS] for i in range(0, len(layers), COLUMNS)
-    ]
+def _tables(kind: str, rows: Rows) -> list[str]:
+    """Lines of the tables of one kind: a row for each family, at most `COLUMNS` layers a table."""
+    # What is outside the layers has a table of its own, the first.
+    columns = set().union(*rows.values())
     lines = []
-    for columns in [*([[None]] if any(None in row for row in rows.values()) else []), *groups]:
-        heads = ["largest"] if columns == [None] else [f"layer {i}" for i in columns]
-        lines += [
-            "",
-            f"{kind:38}{'tolerance':>10}" + "".join(f"{head:>9} " for head in heads).rstrip(),
-        ]
-        for place, row in rows.items():
-            shown = [row[layer] for layer in columns if layer in row]
-            if shown:
-                cells = (f"{d.largest:.0e}{'!' if d.exceeds else ' '}" for d in shown)
-                tolerance = f"{min(d.tolerance for d in shown):.0e}"
-                lines.append(
-                    f"  {place:36}{tolerance:>10}"
-                    + "".join(f"{cell:>10}" for cell in cells).rstrip()
-                )
+    if None in columns:
+        lines += _table(kind, rows, [None])
+    layers = sorted(columns - {None})
+    for first in range(0, len(layers), COLUMNS):
+        lines += _table(kind, rows, layers[first : first + COLUMNS])
+    return lines
+
+
+def _table(kind: str, rows: Rows, columns: list[int | None]) -> list[str]:
+    """One table: an empty line, a line of headings, a line for each family with a difference."""
+    heading = f"{kind:38}{'tolerance':>10}"
+    for layer in columns:
+        head = "largest" if layer is None else f"layer {layer}"
+        heading += f"{head:>9} "
+    lines = ["", heading.rstrip()]
+    for name, row in rows.items():
+        shown = [row[column] for column in columns if column in row]
+        if not shown:
+            continue
+        strictest = min(shown, key=lambda d: d.tolerance)
+        line = f"  {name:36}{strictest.tolerance:>10.0e}"
+        for difference in shown:
+            mark = "!" if difference.exceeds else " "
+            line += f"{difference.largest:>9.0e}{mark}"
+        lines.append(line.rstrip())
     return lines

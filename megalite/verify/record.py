@@ -1,9 +1,9 @@
-"""What one training step computes in one layout: every activation, loss and gradient, as parts of
-global tensors.
+"""Record what one training step computes in one layout, as shards of global tensors.
 
-An activation has a global name and a global shape too: [samples of the global batch, sequence,
-features]. What a rank computes of it is a box, as with parameters, so that steps in any two layouts
-can be compared.
+Recorded are the activations, the losses, the gradients of activations and the gradients of
+parameters. Like a parameter, an activation has a global name and a global shape, [samples of the
+global batch, sequence, features], of which a rank computes a box. Steps of any two layouts can
+therefore be compared.
 """
 
 import json
@@ -35,30 +35,28 @@ from megalite.parallel.launch import LaunchInfo
 from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import build_components, build_context, build_model
 
-ACTIVATION, LOSS, ACTIVATION_GRADIENT, GRADIENT = (
-    "activation",
-    "loss",
-    "gradient of activation",
-    "gradient",
-)
+ACTIVATION = "activation"
+LOSS = "loss"
+ACTIVATION_GRADIENT = "gradient of activation"
+GRADIENT = "gradient"
 RECORDED_MODULES = (Attention, ColumnParallelLinear, Embedding, HiddenDropout, MLP, Norm)
 """Modules whose outputs are hidden states [s, b, h], or [s, b, f/t] of a column-parallel layer."""
 END = 0
-"""The token that made-up documents end in; its positions are left out of the loss."""
+"""The token that ends a synthetic document; its positions are left out of the loss."""
 
 
 class RanksFailed(RuntimeError):
-    """A rank that was started here did not finish; its own message is on stderr."""
+    """A rank started by `record_on_ranks` failed; its own message is on stderr."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one rank holds of one global tensor."""
+class RecordedShard:
+    """What one rank computed of one global tensor."""
 
     kind: str
     """ACTIVATION, LOSS, ACTIVATION_GRADIENT or GRADIENT."""
-    place: str
-    """Name of the module or parameter, the same in every layout; "loss"."""
+    name: str
+    """Name of the module or parameter, the same in every layout; LOSS for the loss."""
     global_shape: tuple[int, ...]
     box: Box
     values: torch.Tensor
@@ -66,12 +64,15 @@ class Part:
 
 
 class SyntheticDocuments:
-    """Made-up samples of at least two documents, padded: microbatches then differ in their number
-    of unmasked tokens, and so a loss mask that is forgotten, or a mean of means, shows; and
-    documents that are not kept apart show."""
+    """Synthetic samples, each of at least two documents and padding.
+
+    Microbatches then differ in their number of unmasked tokens, which exposes a missing loss mask
+    and a mean of means. Several documents in a sample expose attention across documents.
+    """
 
     def __init__(self, samples, seq_length: int):
-        self.samples, self.spread = samples, max(1, seq_length // 2)
+        self.samples = samples
+        self.spread = max(1, seq_length // 2)
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Sample i, int64 [s + 1]."""
@@ -82,92 +83,122 @@ class SyntheticDocuments:
 
 
 class Recorder:
-    """Listens to a model: every forward leaves the outputs of its modules in `parts`, every
-    backward their gradients.
+    """Hooks on a model: a forward adds module outputs to `shards`, a backward their gradients.
 
     Sample numbers are those of the first global batch, from 0.
     """
 
     def __init__(self, model, batch_size: int):
-        self.parts: list[Part] = []
-        self.model, self.batch_size = model, batch_size
-        self._samples: torch.Tensor | None = None
-        model.register_forward_pre_hook(self._enter)
-        model.register_forward_hook(self._leave)
-        for name, module in model.named_modules():
+        self.shards: list[RecordedShard] = []
+        self.model = model
+        self.batch_size = batch_size
+        self._samples: torch.Tensor | None = None  # of the microbatch in its forward
+        model.register_forward_pre_hook(self._start_forward)
+        model.register_forward_hook(self._end_forward)
+        for module_name, module in model.named_modules():
             if isinstance(module, RECORDED_MODULES):
-                module.register_forward_hook(partial(self._output, name))
+                module.register_forward_hook(partial(self._record_output, module_name))
 
-    def _enter(self, model, args) -> None:
+    def _start_forward(self, model, args) -> None:
         self._samples = args[1].samples
 
-    def _leave(self, model, args, output) -> None:
-        if model.is_last:  # the microbatch's sums of each term of the loss
-            rows, terms = len(self._samples), len(output)
+    def _end_forward(self, model, args, output) -> None:
+        if model.is_last:  # the output is the microbatch's sum of each term of the loss
+            rows = len(self._samples)
+            terms = len(output)
             box = Box((int(self._samples[0]) // rows, 0), (1, terms))
             shape = (self.batch_size // rows, terms)
-            self.parts.append(Part(LOSS, LOSS, shape, box, output.detach().unsqueeze(0).cpu()))
+            values = output.detach().unsqueeze(0).cpu()
+            self.shards.append(RecordedShard(LOSS, LOSS, shape, box=box, values=values))
         self._samples = None
 
-    def _output(self, place: str, module, args, output) -> None:
+    def _record_output(self, module_name: str, module, args, output) -> None:
+        # Outside a forward it is a recomputation, recorded before. An output of other than three
+        # dims belongs to a head that sees some of the tokens only.
         if self._samples is None or output.dim() != 3:
-            return  # recomputed in a backward: recorded before; or of a head, for some tokens only
+            return
         first = int(self._samples[0])
-        self._keep(ACTIVATION, place, module, first, output)
+        self._record(ACTIVATION, module_name, module, first, tensor=output)
         if output.requires_grad:
-            output.register_hook(partial(self._keep, ACTIVATION_GRADIENT, place, module, first))
+            hook = partial(self._record, ACTIVATION_GRADIENT, module_name, module, first)
+            output.register_hook(hook)
 
-    def _keep(self, kind: str, place: str, module, first: int, tensor: torch.Tensor) -> None:
-        """Keep [s, b, h], [s/t, b, h] or [s, b, f/t] as a box of [samples, s, h or features...]."""
-        features, offset = (tensor.shape[-1],), (0,)
+    def _record(
+        self, kind: str, module_name: str, module, first: int, tensor: torch.Tensor
+    ) -> None:
+        """Record [s, b, h], [s/t, b, h] or [s, b, f/t] as a box of [samples, s, h or features...].
+
+        `first` is the number of the microbatch's first sample.
+        """
         values = tensor.detach().transpose(0, 1)
+        # The box along the features: a part of them in the output of a column-parallel layer.
+        features = (tensor.shape[-1],)
+        offset = (0,)
         if isinstance(module, ColumnParallelLinear):
             spec = module.weight.spec
-            features, offset = spec.global_shape[:-1], spec.box.offset[:-1]
+            features = spec.global_shape[:-1]
+            offset = spec.box.offset[:-1]
             values = values.unflatten(-1, spec.box.shape[:-1])
+        # The box along the sequence: a part of it under sequence parallelism.
         length = self.model.config.seq_length
-        start = 0 if values.shape[1] == length else values.shape[1] * self.model.context.tensor.rank
+        start = 0
+        if values.shape[1] != length:
+            start = values.shape[1] * self.model.context.tensor.rank
         box = Box((first, start, *offset), tuple(values.shape))
+        # A copy, since later operations may change the tensor in place.
         values = values.to("cpu", copy=True).contiguous()
-        self.parts.append(Part(kind, place, (self.batch_size, length, *features), box, values))
+        shape = (self.batch_size, length, *features)
+        self.shards.append(RecordedShard(kind, module_name, shape, box=box, values=values))
 
 
 def record(
     launch: LaunchInfo, config: RunConfig, folder: str | Path, build_model: Callable = build_model
 ) -> None:
-    """Run one step (forward and backward of the first global batch, gradients reduced) as one rank
-    of a resolved configuration, and write what it computed to a file of its own in `folder`.
-    Collective over the launcher's ranks.
+    """Run and record one step as one rank of a resolved configuration.
 
-    `build_model(config, context, rng)` makes this rank's stage, as in `pretrain`. Weights that
-    start as zeros or ones are drawn at random as well.
+    The step is forward and backward of the first global batch and the reduction of gradients. The
+    record is this rank's own file in `folder`. Collective over the launcher's ranks.
+
+    `build_model(config, context, rng)` makes this rank's stage, as in `pretrain`. Random numbers
+    are added to weights that start as zeros or ones.
     """
     context, _ = build_context(config, launch)
     try:
-        parts = build_components(config, context, build_model)
-        _stir(parts.model.parameters_by_name, config.training.seed)
-        recorder = Recorder(parts.model, config.data.global_batch_size)
-        batches, loss_weights = _batches(config, parts.model).at(0)
-        parts.optimizer.gradients.zero()
-        parts.engine.train_step(batches, loss_weights)
-        parts.optimizer.gradients.reduce()
-        found = [
-            _weighted(part, loss_weights.cpu()) if part.kind == LOSS else part
-            for part in recorder.parts
-        ]
-        for name, parameter in parts.model.parameters_by_name.items():
+        # Build the stage and attach the recorder.
+        components = build_components(config, context, build_model)
+        model = components.model
+        _perturb_constant_weights(model.parameters_by_name, config.training.seed)
+        recorder = Recorder(model, config.data.global_batch_size)
+        # Run the step without the optimizer's update.
+        batches, loss_weights = _batches(config, model).at(0)
+        components.optimizer.gradients.zero()
+        components.engine.train_step(batches, loss_weights)
+        components.optimizer.gradients.reduce()
+        # Weight the losses as the engine does, so that their sum is the global mean.
+        shards = []
+        for shard in recorder.shards:
+            if shard.kind == LOSS:
+                weighted = shard.values.double() * loss_weights.cpu()
+                shard = replace(shard, values=weighted)
+            shards.append(shard)
+        # Add the gradients of the parameters, without vocabulary padding.
+        for name, parameter in model.parameters_by_name.items():
             spec = parameter.spec
             values = spec.real(parameter.main_grad).to("cpu", copy=True).contiguous()
-            found.append(Part(GRADIENT, name, spec.global_shape, spec.box, values))
-        _write(_file_of(folder, launch.rank), found)
+            shape = spec.global_shape
+            shards.append(RecordedShard(GRADIENT, name, shape, box=spec.box, values=values))
+        # Write, and wait until every rank's file is complete.
+        _write(_file_of(folder, launch.rank), shards)
         barrier(context.world)
     finally:
         context.destroy()
 
 
-def _stir(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
-    """Add counted random numbers to biases and norms, since zeros and ones would hide a bias added
-    in a wrong place."""
+def _perturb_constant_weights(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
+    """Add random numbers to biases and norms: zeros and ones would hide a misplaced addition.
+
+    The numbers are counter-based, so they are the same in every layout.
+    """
     with torch.no_grad():
         for name, parameter in parameters.items():
             spec = parameter.spec
@@ -179,57 +210,56 @@ def _stir(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
 def _batches(config: RunConfig, model) -> GlobalBatches:
     data = config.data
     samples = {"train": data.global_batch_size}
-    dataset = blended(
-        build_sources(data, config.model, config.training.seed, samples, config.bert)["train"]
-    )
-    if not data.mock_data or config.is_bert:  # BERT's made-up samples are of many lengths already
+    seed = config.training.seed
+    sources = build_sources(data, config.model, seed, samples=samples, bert=config.bert)
+    dataset = blended(sources["train"])
+    # BERT's synthetic samples differ in length already.
+    if not data.mock_data or config.is_bert:
         return build_batches(config, dataset, model)
     config = replace(config, data=replace(data, eod_mask_loss=True))
     return build_batches(config, SyntheticDocuments(dataset, config.model.seq_length), model, END)
 
 
-def _weighted(part: Part, loss_weights: torch.Tensor) -> Part:
-    return Part(
-        part.kind, part.place, part.global_shape, part.box, part.values.double() * loss_weights
-    )
-
-
 def record_on_ranks(config: RunConfig, world_size: int, folder: str | Path) -> None:
-    """`record` on processes of this machine, one for each rank. Raises RanksFailed when one of them
-    fails."""
-    fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload([__name__, "torch._dynamo"])
-    # A place of its own for each time: what a killed run left there would mislead the next one.
+    """Call `record` in `world_size` processes of this machine, one for each rank.
+
+    Raises RanksFailed as soon as one of them fails, and stops the others.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__, "torch._dynamo"])
+    # A new rendezvous file for each call: the ranks would misread one left by a killed run.
     meet = f"file://{tempfile.mkdtemp(dir=Path(folder).resolve(), prefix='meet-')}/ranks"
-    launches = [
-        LaunchInfo(rank, world_size, rank, world_size, meet, "verify") for rank in range(world_size)
-    ]
-    ranks = [
-        fork.Process(target=record, args=(launch, config, folder), daemon=True)
-        for launch in launches
-    ]
-    for rank in ranks:
-        rank.start()
+    ranks = []
+    for rank in range(world_size):
+        launch = LaunchInfo(rank, world_size, rank, world_size, init_method=meet, source="verify")
+        arguments = (launch, config, folder)
+        ranks.append(processes.Process(target=record, args=arguments, daemon=True))
+    for process in ranks:
+        process.start()
     try:
-        running = list(ranks)
-        while running:
-            wait([rank.sentinel for rank in running])
-            failed = [
-                f"rank {i} ended with status {rank.exitcode}"
-                for i, rank in enumerate(ranks)
-                if rank.exitcode
-            ]
-            if failed:
-                raise RanksFailed(f"{', '.join(failed)} of {world_size}: see its message above")
-            running = [rank for rank in running if rank.exitcode is None]
+        _wait_for_all(ranks)
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
+        for process in ranks:
+            process.kill()
+            process.join()
+
+
+def _wait_for_all(ranks: list) -> None:
+    """Return when every process has exited with status 0; raise RanksFailed when one has not."""
+    running = list(ranks)
+    while running:
+        wait([process.sentinel for process in running])
+        failed = []
+        for rank, process in enumerate(ranks):
+            if process.exitcode:
+                failed.append(f"rank {rank} ended with status {process.exitcode}")
+        if failed:
+            raise RanksFailed(f"{', '.join(failed)} of {len(ranks)}: see its message above")
+        running = [process for process in running if process.exitcode is None]
 
 
 def discard_record(folder: str | Path, rank: int) -> None:
-    """Forget what an earlier run recorded on this rank: it must not be taken for this one's."""
+    """Delete this rank's record of an earlier run, so that it is not taken for one of this run."""
     Path(_file_of(folder, rank)).unlink(missing_ok=True)
 
 
@@ -237,21 +267,22 @@ def _file_of(folder: str | Path, rank: int) -> Path:
     return Path(folder, f"rank-{rank:05}.safetensors")
 
 
-def _write(file: Path, parts: list[Part]) -> None:
-    described = json.dumps(
-        [(p.kind, p.place, p.global_shape, p.box.offset, p.box.shape) for p in parts]
-    )
-    save_file(
-        {str(i): part.values for i, part in enumerate(parts)}, file, metadata={"parts": described}
-    )
+def _write(file: Path, shards: list[RecordedShard]) -> None:
+    """One tensor per shard, named by its index; all else as JSON in the metadata entry `parts`."""
+    descriptions = []
+    tensors = {}
+    for i, shard in enumerate(shards):
+        box = shard.box
+        descriptions.append((shard.kind, shard.name, shard.global_shape, box.offset, box.shape))
+        tensors[str(i)] = shard.values
+    save_file(tensors, file, metadata={"parts": json.dumps(descriptions)})
 
 
-def read_parts(folder: str | Path, rank: int) -> Iterator[Part]:
+def read_shards(folder: str | Path, rank: int) -> Iterator[RecordedShard]:
     """What `record` wrote for a rank, in the order of the computation."""
     with safe_open(_file_of(folder, rank), "pt") as file:
-        for i, (kind, place, shape, offset, size) in enumerate(
-            json.loads(file.metadata()["parts"])
-        ):
-            yield Part(
-                kind, place, tuple(shape), Box(tuple(offset), tuple(size)), file.get_tensor(str(i))
-            )
+        descriptions = json.loads(file.metadata()["parts"])
+        for i, (kind, name, shape, offset, size) in enumerate(descriptions):
+            box = Box(tuple(offset), tuple(size))
+            values = file.get_tensor(str(i))
+            yield RecordedShard(kind, name, tuple(shape), box=box, values=values)
