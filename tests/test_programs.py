@@ -59,7 +59,7 @@ def test_the_command_lists_every_program_with_one_line():
 def test_the_command_loads_neither_torch_nor_a_program():
     code = (
         "import atexit, sys; from megalite.programs.start import start; "
-        "atexit.register(lambda: print('torch' in sys.modules, 'megalite.config' in sys.modules)); start()"
+        "atexit.register(lambda: print('torch' in sys.modules, 'megalite.config' in sys.modules)); start()"  # noqa: E501
     )
     assert run(sys.executable, "-c", code).stdout.endswith("False False\n")
 
