@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalite.parallel.collectives import all_reduce, gather_objects
+from megalite.parallel.collectives import all_reduce, barrier, gather_objects
 from megalite.parallel.context import ParallelContext, choose_device
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import ParallelLayout
@@ -88,6 +88,7 @@ def handles_of(launch, layout):
     except ValueError as error:
         missing = str(error)
     made = len(dist.distributed_c10d._world.pg_map)
+    barrier(context.control)  # a rank that leaves early would break the connections of the others
     context.destroy()
     return len(groups), len(handles), int(total), missing, made
 
