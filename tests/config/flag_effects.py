@@ -1,4 +1,5 @@
-"""One entry of test_flags: a value of a flag and its checks, and the configurations to start from."""
+"""One entry of test_flags: a value of a flag and its checks, and the configurations to start
+from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
