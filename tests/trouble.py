@@ -4,6 +4,7 @@
 TROUBLE="die 1 3" srun python tests/trouble.py --mock-data ...
 """
 
+import errno
 import os
 import signal
 import sys
@@ -97,7 +98,7 @@ def full_disk() -> None:
 
     def fsync(file) -> None:
         os.fsync = real
-        raise OSError("the disk is full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     os.fsync = fsync
 
