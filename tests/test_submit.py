@@ -88,7 +88,7 @@ def test_what_is_no_number_of_jobs_is_refused_before_any_is_submitted(number, tm
             text=True,
         )
         assert done.returncode == 2, done.stderr
-        assert re.search(rf"{re.escape(number)} is (no|not a) number of ", done.stderr), done.stderr
+        assert re.search(rf"{re.escape(number)} is not a number of ", done.stderr), done.stderr
     assert not list(tmp_path.iterdir())
 
 

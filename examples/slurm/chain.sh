@@ -5,7 +5,7 @@
 set -euo pipefail
 
 count=${1:?the number of jobs comes first} previous=
-[[ $count =~ ^[1-9][0-9]*$ ]] || { echo "$count is no number of jobs" >&2 && exit 2; }
+[[ $count =~ ^[1-9][0-9]*$ ]] || { echo "$count is not a number of jobs" >&2 && exit 2; }
 shift
 export REQUEUE=no
 for ((i = 0; i < count; i++)); do
