@@ -83,6 +83,10 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
+        # A signal handler shows the thread that it interrupts. To read the stacks of threads that
+        # run, as faulthandler's timer does, can crash a process that was only suspended.
+        if self._timeout:
+            faulthandler.register(signal.SIGALRM, file=sys.__stderr__, all_threads=False)
         self._thread.start()
         return self
 
@@ -93,6 +97,9 @@ class Watchdog:
         # the process.
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        if self._timeout:
+            self._dump_stack_after(0)
+            faulthandler.unregister(signal.SIGALRM)
 
     def stop_reporting(self) -> None:
         """Leave the store alone from here on, since it may end with the first rank that leaves.
@@ -104,7 +111,10 @@ class Watchdog:
             self._leaving.set()
             self._thread.join()
             if self._timeout:
-                self._dump_stacks_after(self._timeout + ANSWER_SECONDS, exit=True)
+                self._dump_stack_after(0)
+                faulthandler.dump_traceback_later(
+                    self._timeout + ANSWER_SECONDS, exit=True, file=sys.__stderr__
+                )
                 self._thread = threading.Thread(
                     target=self._watch_the_end, name="watchdog", daemon=True
                 )
@@ -131,7 +141,7 @@ class Watchdog:
     def _heartbeat(self) -> None:
         # Report, and note whether the next rank has.
         if self._timeout:
-            self._dump_stacks_after(self._timeout)
+            self._dump_stack_after(self._timeout)
         self._report()
         self._listen()
 
@@ -147,9 +157,12 @@ class Watchdog:
                 self._leave()
 
     @staticmethod
-    def _dump_stacks_after(seconds: float, exit: bool = False) -> None:
-        """Print all stacks, unless called again before: a thread may never release the GIL."""
-        faulthandler.dump_traceback_later(seconds, exit=exit, file=sys.__stderr__)
+    def _dump_stack_after(seconds: float) -> None:
+        """Print the main thread's stack, unless called again before; never if seconds is 0.
+
+        A thread that does not release the GIL stops the watchdog, but not the timer's signal.
+        """
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def _listen(self) -> None:
         """Note when the next rank has reported: each rank is observed by the one before it."""

@@ -1,5 +1,6 @@
 """Ranks that hang, die, fail or differ: real ones, and what their job says before it ends."""
 
+import ctypes
 import os
 import re
 import signal
@@ -264,6 +265,24 @@ def rest_after_a_suspension(launch) -> str:
 
 def test_a_suspension_within_a_call_of_the_store_is_no_hang(pool):
     assert pool.run(rest_after_a_suspension, 1) == ["rested"]
+
+
+def hold_the_interpreter(launch) -> None:
+    """A call into C that keeps Python's GIL, until a signal interrupts it."""
+    context = replace(ParallelContext.single(), store=Shared())
+    with Watchdog(context, 2, ".", partial(print, file=sys.stderr)):
+        context.activity.set_state("training", 1)
+        time.sleep(0.5)
+        ctypes.PyDLL(None).sleep(100)
+        time.sleep(100)
+
+
+def test_a_rank_that_holds_the_interpreter_shows_where(pool):
+    with pytest.raises(RanksFailed, match=rf"exited with status {HUNG}\b") as failed:
+        pool.run(hold_the_interpreter, 1)
+    assert re.search(
+        r"Stack \(most recent call first\):\n  File .* in hold_the_interpreter", str(failed.value)
+    ), failed.value
 
 
 def nothing_more(launch, trouble: str) -> None:
