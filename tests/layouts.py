@@ -131,6 +131,35 @@ LAYOUTS += [
     ),
 ]
 
+ZERO = {"use_distributed_optimizer": True, "ddp_bucket_size": 5000}
+OVERLAP = {"overlap_grad_reduce": True, "ddp_bucket_size": 5000}
+
+
+def _sharded() -> list[Layout]:
+    """The layouts above that have data ranks, with a sharded optimizer, and with it and all
+    overlaps."""
+    ways = {"zero": ZERO, "zero, overlapped": ZERO | OVERLAP | {"overlap_param_gather": True}}
+    return [
+        replace(layout, name=f"{layout.name}, {name}", flags=layout.flags | flags)
+        for layout in LAYOUTS
+        if layout.dp > 1
+        for name, flags in ways.items()
+    ]
+
+
+LAYOUTS += [
+    *_sharded(),
+    Layout("dp4, zero", dp=4, flags=ZERO),
+    Layout("tied pp3 x dp2, overlapped", pp=3, dp=2, flags=OVERLAP),
+    Layout("dp2 x tp2 x pp2 +sp, overlapped", 2, 2, 2, flags=sp(**OVERLAP)),
+    Layout(
+        "llama tied dp4, zero, overlapped",
+        dp=4,
+        shape=replace(LLAMA, tied=True),
+        flags=ZERO | OVERLAP,
+    ),
+]
+
 GLOBAL_BATCH = 8
 
 

@@ -253,6 +253,43 @@ def passes_of_rank(launch: LaunchInfo, config: RunConfig) -> str:
     return "".join(order)
 
 
+def data_calls_of_rank(launch: LaunchInfo, config: RunConfig) -> str:
+    """A step, and the forward and backward of a second: F and B as the first layer's forwards begin
+    and backwards end; R as a reduction over the data ranks begins or is waited for, G a gather."""
+    context, _ = build_context(config, launch)
+    parts = build_components(config, context)
+    layer = parts.model.layers["0"]
+    letters = {"all_reduce": "R", "all_to_all": "R", "all_gather": "G"}
+    events = []
+    waits = context.activity.waits
+
+    def logged(call):
+        if call.group == "data" and len(call.shape) == 1:  # not the norm's, which is a scalar
+            events.append(letters[call.kind])
+        return waits(call)
+
+    context.activity.waits = logged
+    layer.register_forward_hook(lambda *_: events.append("F"))
+    layer.attention_norm.weight.register_post_accumulate_grad_hook(lambda _: events.append("B"))
+    rows = torch.zeros(
+        config.data.global_batch_size, config.model.seq_length + 1, dtype=torch.int64
+    ).numpy()
+    data = build_batches(config, rows, parts.model)
+    batch = data.at(0)
+    events.clear()  # the number of tokens is summed as well
+    parts.optimizer.gradients.zero()
+    parts.engine.train_step(*batch)
+    parts.optimizer.step(1)
+    parts.engine.train_step(*batch)
+    parts.optimizer.wait_for_parameters()
+    return "".join(events)
+
+
+def data_calls(bench: Bench, flags: dict, ranks: int) -> str:
+    """The order of computation and of communication over the data ranks, on rank 0."""
+    return bench.pool.run(data_calls_of_rank, ranks, sound(flags, ranks, bench.new_folder()))[0]
+
+
 def order_of_passes(bench: Bench, flags: dict, ranks: int) -> list[str]:
     """Each rank's order of passes."""
     return bench.pool.run(passes_of_rank, ranks, sound(flags, ranks, bench.new_folder()))

@@ -124,18 +124,22 @@ def train_on_rank(launch, layout: Layout, params, flags: dict, steps: int):
     if params is not None:
         set_parameters(parts, params)
     data = build_batches(config, samples_of(layout.shape), parts.model, eod=MASKED)
-    losses, norms, gradients = [], [], None
+    losses, norms, gradients = [], [], []
+    buffer = parts.optimizer.gradients
+    norm_of_sums = buffer.norm
+
+    def norm():  # called by the optimizer's step, between the reduction and the clipping
+        if not gradients:
+            gradients.extend((name, box, values.clone()) for name, box, values in buffer.held())
+        return norm_of_sums()
+
+    buffer.norm = norm
     for step in range(steps):
-        parts.optimizer.gradients.zero()
+        buffer.zero()
         loss = parts.engine.train_step(*data.at(step * GLOBAL_BATCH))
         losses.append(loss.tolist())
-        if step == 0:
-            buffer = parts.optimizer.gradients
-            before = buffer.flat.clone()
-            buffer.reduce()
-            gradients = boxes(parts, lambda p: p.main_grad)
-            buffer.flat.copy_(before)  # the optimizer's step reduces as well
         norms.append(parts.optimizer.step(step + 1).gradient_norm)
+    parts.optimizer.wait_for_parameters()
     return losses, norms, gradients, boxes(parts, lambda p: p)
 
 

@@ -27,6 +27,9 @@ MODEL = """
     --train-iters 12 --lr 1e-2 --lr-warmup-iters 3 --eval-interval 4 --eval-iters 1 --device cpu
 """.split()
 EIGHT_RANKS = "--tp 2 --pp 2 --sp".split()
+SHARDED = """
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 3000
+""".split()
 
 
 def pretrain_on_rank(launch, flags: list[str]) -> str:
@@ -180,10 +183,12 @@ def kill_after_first_line(flags: list, metrics: Path, delay: float) -> None:
     run.communicate()
 
 
-@pytest.mark.parametrize("scheme", ["global", "megatron"])
-def test_eight_ranks_stop_and_resume_bit_exactly(pool, tmp_path, scheme):
-    """dp=2 x tp=2 x pp=2 with sequence parallelism, dropout and bf16: undisturbed, and stopped in
-    the middle."""
+@pytest.mark.parametrize(
+    ("scheme", "optimizer"), [("global", SHARDED), ("megatron", [])], ids=["global", "megatron"]
+)
+def test_eight_ranks_stop_and_resume_bit_exactly(pool, tmp_path, scheme, optimizer):
+    """dp=2 x tp=2 x pp=2 with sequence parallelism, dropout and bf16, with a sharded optimizer and
+    without: undisturbed, and stopped in the middle."""
     layout = [
         *EIGHT_RANKS,
         "--bf16",
@@ -191,6 +196,7 @@ def test_eight_ranks_stop_and_resume_bit_exactly(pool, tmp_path, scheme):
         "selective",
         "--rng-scheme",
         scheme,
+        *optimizer,
     ]
     train(pool, 8, *layout, "--metrics-file", tmp_path / "whole.jsonl")
     train(pool, 8, *layout, *resumable(tmp_path), "--exit-interval", "7")
@@ -203,9 +209,10 @@ def test_resuming_in_another_layout_continues_the_same_curve(pool, tmp_path):
     ranks, one process and pp=2 make one run."""
     exact = ["--precision", "fp64"]
     train(pool, 1, *exact, "--metrics-file", tmp_path / "whole.jsonl")
-    train(pool, 8, *EIGHT_RANKS, *exact, *resumable(tmp_path), "--exit-interval", "4")
+    train(pool, 8, *EIGHT_RANKS, *SHARDED, *exact, *resumable(tmp_path), "--exit-interval", "4")
     said = train(pool, 1, *exact, *resumable(tmp_path), "--exit-interval", "8")
-    train(pool, 2, "--pp", "2", *exact, *resumable(tmp_path))
+    train(pool, 2, "--pp", "2", *exact, *resumable(tmp_path), "--exit-interval", "10")
+    train(pool, 4, "--pp", "2", *SHARDED, *exact, *resumable(tmp_path))
     for one, other in zip(
         curve(tmp_path / "whole.jsonl"), curve(tmp_path / "m.jsonl"), strict=True
     ):

@@ -69,7 +69,8 @@ def estimate_stages(config: RunConfig, world_size: int) -> list[StageEstimate]:
         if stage == stage_count - 1:
             logits = config.predicted * model.seq_length * config.data.micro_batch_size * rows
             activations += 2 * max(4, _element_bytes(config)) * logits
-        state = parameters * _bytes_per_parameter(config)
+        data = data_parallel_size(config, world_size)
+        state = parameters * _bytes_per_parameter(config, data)
         stages.append(StageEstimate(layers, parameters, state, activations))
     return stages
 
@@ -99,9 +100,13 @@ def _element_bytes(config: RunConfig) -> int:
     return {"fp32": 4, "bf16": 2, "fp64": 8}[config.optimizer.precision]
 
 
-def _bytes_per_parameter(config: RunConfig) -> int:
-    """Weight, gradient, optimizer states; with bf16 also the fp32 master weight."""
-    o, size = config.optimizer, _element_bytes(config)
+def _bytes_per_parameter(config: RunConfig, data: int) -> float:
+    """Weight, gradient, optimizer states; with bf16 also the fp32 master weight. A sharded
+    optimizer divides master and states by the `data` ranks."""
+    optimizer = config.optimizer
+    size = _element_bytes(config)
     wide = max(4, size)
-    states = 2 if o.optimizer == "adam" else int(o.sgd_momentum > 0)
-    return size + wide * (1 + states + int(o.precision == "bf16"))
+    states = 2 if optimizer.optimizer == "adam" else int(optimizer.sgd_momentum > 0)
+    states += int(optimizer.precision == "bf16")
+    shards = data if config.parallel.use_distributed_optimizer else 1
+    return size + wide * (1 + states / shards)

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import add
 
 import torch
 
-from megalite.parallel.boxes import Box
+from megalite.parallel.boxes import Box, boxes_of_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,29 @@ class ParameterSpec:
         left out of `coordinates` is not looked at.
         """
         return all(index == 0 for axis, index in coordinates.items() if axis not in self.sharded)
+
+
+def held_boxes(
+    parameter: torch.nn.Parameter, tensor: torch.Tensor, elements: tuple[int, int] | None = None
+) -> list[tuple[Box, torch.Tensor]]:
+    """(box of the global tensor, view of `tensor` with its values) for what `tensor` holds.
+
+    tensor: of the parameter's local shape; with `elements` (start, stop), its flattened elements
+    `start` to `stop`, any contiguous tensor of that many. Vocabulary padding is left out.
+    """
+    spec = parameter.spec
+    real = Box.whole(spec.box.shape)
+    flat = tensor.view(-1)
+    held = []
+    first = 0
+    for local in boxes_of_range(tuple(parameter.shape), *(elements or (0, parameter.numel()))):
+        values = flat[first : first + local.numel].view(local.shape)
+        first += local.numel
+        box = local.intersect(real)
+        if box is not None:
+            offset = tuple(map(add, box.offset, spec.box.offset))
+            held.append((Box(offset, box.shape), values[box.slices_in(local)]))
+    return held
 
 
 def make_parameter(

@@ -1,78 +1,168 @@
 """The gradient buffer: one flat tensor that gradients accumulate in, are summed over ranks in, and
 are clipped in."""
 
+from collections.abc import Iterator
+
 import torch
 
+from megalite.nn.parameter import held_boxes
 from megalite.nn.weight_gradient import WeightGradients
-from megalite.parallel.collectives import all_reduce
+from megalite.optim.buckets import Bucket, BucketLayout
+from megalite.parallel.boxes import Box
+from megalite.parallel.collectives import Group, all_reduce, reduce_to_shard
 from megalite.parallel.context import ParallelContext
 
 
 class GradientBuffer:
     """A flat buffer, fp32 (fp64 for fp64 models), of which every parameter's `main_grad` is a view.
 
-    Parameters whose gradients are summed over the same axes lie together, so that one all-reduce of
-    a slice sums them.
+    After `reduce`, the whole buffer holds sums over all ranks. If it is sharded (ZeRO stage 1,
+    Rajbhandari et al. 2020), only this rank's shard of each bucket does.
 
     Args:
         parameters: of one model, by global name.
         context: of this rank.
+        sharded: whether each data rank needs the sums of its own shard only.
+        overlap: whether a bucket's reduction starts as soon as the last backward has completed it.
+        bucket_size: elements after which a bucket is closed; None: one bucket.
     """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], context: ParallelContext):
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        context: ParallelContext,
+        sharded: bool = False,
+        overlap: bool = False,
+        bucket_size: int | None = None,
+    ):
         self.context = context
-        # Partial gradients first: longest set of axes first, otherwise in the order of the model.
-        self.parameters = dict(
-            sorted(parameters.items(), key=lambda item: -len(item[1].spec.partial))
+        self.parameters = parameters
+        self.sharded = sharded and context.data.size > 1
+        self.overlap = overlap and context.data.size > 1
+        self.layout = BucketLayout(
+            parameters,
+            tied=context.embedding is not None,
+            bucket_size=bucket_size,
+            shards=context.data.size if self.sharded else 1,
         )
+        self.shard_index = context.data.rank if self.sharded else 0
+        self.ranges: dict[str, tuple[int, int]] = self.layout.owned(parameters, self.shard_index)
+        """(start, stop) of each parameter's flattened elements that this rank updates."""
         dtypes = {parameter.dtype for parameter in parameters.values()}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        total = sum(parameter.numel() for parameter in parameters.values())
-        self.flat = torch.zeros(total, dtype=dtype, device=context.device)
-        self.weight_gradients = WeightGradients()
-        self._partial: dict[tuple[str, ...], slice] = {}
-        start = 0
-        for parameter in self.parameters.values():
-            stop = start + parameter.numel()
-            self.weight_gradients.attach(parameter, self.flat[start:stop].view(parameter.shape))
-            axes = parameter.spec.partial
-            if axes:
-                first = self._partial[axes].start if axes in self._partial else start
-                self._partial[axes] = slice(first, stop)
-            start = stop
+        self.flat = torch.zeros(self.layout.total, dtype=dtype, device=context.device)
+        self.weight_gradients = WeightGradients(on_complete=self._complete if overlap else None)
+        for name, parameter in parameters.items():
+            self.weight_gradients.attach(parameter, self.view(name, self.flat))
+
+        # The state of the overlapped reductions of one step.
+        self._is_last_backward = False
+        self._incomplete: list[set[str]] = []
+        self._reducing: list = []
+        """Handles of the buckets whose reduction has started: always the first ones, so that all
+        data ranks start them in the same order."""
+
+    def view(self, name: str, flat: torch.Tensor) -> torch.Tensor:
+        """The parameter's view of a buffer that is laid out like this one."""
+        parameter = self.parameters[name]
+        offset = self.layout.offsets[name]
+        return flat[offset : offset + parameter.numel()].view(parameter.shape)
+
+    def owned(self, name: str) -> torch.Tensor:
+        """The gradient of what this rank updates of a parameter: all of it, in its shape, or a flat
+        range of it."""
+        return self.owned_view(name, self.parameters[name].main_grad)
+
+    def owned_view(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of a tensor of the parameter's shape that this rank updates, as `owned` has
+        it."""
+        if not self.sharded:
+            return tensor
+        start, stop = self.ranges[name]
+        return tensor.view(-1)[start:stop]
+
+    def held(self) -> Iterator[tuple[str, Box, torch.Tensor]]:
+        """(parameter, box of its global tensor, view of its gradient) for all that this rank has
+        the sums of after `reduce`, vocabulary padding left out."""
+        for name, elements in self.ranges.items():
+            for box, values in held_boxes(self.parameters[name], self.owned(name), elements):
+                yield name, box, values
+
+    # One step: zero, the backwards, reduce, norm, clip -----------------------------------------
 
     def zero(self) -> None:
         """Forget all gradients, before the first backward of a step."""
         self.flat.zero_()
+        self._is_last_backward = False
+        self._reducing = []
+
+    def begin_last_backward(self) -> None:
+        """Gradients that the coming backward completes may be reduced."""
+        self._is_last_backward = self.overlap
+        self._incomplete = [set(bucket.names) for bucket in self.layout.buckets]
+
+    def _complete(self, parameter: torch.nn.Parameter) -> None:
+        if not self._is_last_backward:
+            return
+        for incomplete in self._incomplete:
+            incomplete.discard(parameter.spec.name)
+        while len(self._reducing) < len(self._incomplete):
+            if self._incomplete[len(self._reducing)]:
+                break
+            self._start_next()
+
+    def _start_next(self) -> None:
+        bucket = self.layout.buckets[len(self._reducing)]
+        values = self.flat[bucket.start : bucket.stop]
+        if self.sharded:
+            self._reducing.append(reduce_to_shard(values, self.context.data))
+        else:
+            self._reducing.append(all_reduce(values, self.context.data, async_op=True))
 
     def reduce(self) -> None:
         """Sum what ranks hold parts of, after the last backward of a step. Collective over all
         ranks.
 
-        Over the axes that a parameter's gradient is partial over: what each rank computed from its
-        part of the sequence. Over first and last stage: the two copies of a tied embedding. Over
-        data ranks: everything, in one all-reduce.
+        First over the data ranks. Then over the axes that a parameter's gradient is partial over,
+        what each rank computed from its part of the sequence; and over first and last stage, the
+        two copies of a tied embedding. The copies come last, so that they are equal bit for bit
+        though the data ranks of the two stages sum different buffers.
         """
-        for axes, part in self._partial.items():
-            all_reduce(self.flat[part], self.context.group(*axes))
-        if self.context.embedding is not None:
-            for parameter in self.parameters.values():
-                if "pipeline" not in parameter.spec.sharded:
-                    all_reduce(parameter.main_grad, self.context.embedding)
-        all_reduce(self.flat, self.context.data)
+        self._is_last_backward = False
+        if not self.sharded and not self._reducing:
+            all_reduce(self.flat, self.context.data)  # in one call: nothing can overlap any more
+        else:
+            while len(self._reducing) < len(self.layout.buckets):
+                self._start_next()
+            for handle in self._reducing:
+                handle.wait()
+            self._reducing = []
+        for bucket in self.layout.buckets:
+            first, last = bucket.shard(self.shard_index, self.layout.shards)
+            for group in self._groups(bucket):
+                all_reduce(self.flat[first:last], group)
+
+    def _groups(self, bucket: Bucket) -> list[Group]:
+        """Whom a bucket is summed with, beside the data ranks."""
+        axes = [axis for axis in bucket.sums if axis != "embedding"]
+        groups = [self.context.group(*axes)] if axes else []
+        if "embedding" in bucket.sums:
+            groups.append(self.context.embedding)
+        return groups
 
     def norm(self) -> float:
         """Global L2 norm of the whole model's gradient, each parameter counted once; the same on
         every rank."""
-        # Every data replica holds the whole sum of the gradients: each computes the norm for
-        # itself.
+        # Data replicas hold the same sums, or shards of them that are summed below.
         position = self.context.coordinates | {"data": 0}
         squares = torch.zeros((), dtype=torch.float64, device=self.flat.device)
-        for parameter in self.parameters.values():
-            if parameter.spec.is_primary(position):
-                squares += torch.linalg.vector_norm(parameter.main_grad).double() ** 2
+        for name in self.ranges:
+            if self.parameters[name].spec.is_primary(position):
+                squares += torch.linalg.vector_norm(self.owned(name)).double() ** 2
         all_reduce(squares, self.context.tensor)
         all_reduce(squares, self.context.pipeline)
+        if self.sharded:
+            all_reduce(squares, self.context.data)
         return squares.sqrt().item()
 
     def clip(self, norm: float, max_norm: float) -> None:
@@ -81,4 +171,6 @@ class GradientBuffer:
         if max_norm > 0:
             scale = max_norm / (norm + 1e-6)
             if scale < 1:
-                self.flat.mul_(scale)
+                for bucket in self.layout.buckets:
+                    first, last = bucket.shard(self.shard_index, self.layout.shards)
+                    self.flat[first:last].mul_(scale)

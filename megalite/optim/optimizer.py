@@ -1,14 +1,16 @@
 """The optimizer step: torch's AdamW or SGD on fp32 (fp64) weights, with master copies where the
 model is bf16."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from megalite.optim.config import OptimizerConfig
 from megalite.optim.gradients import GradientBuffer
+from megalite.optim.parameters import ParameterBuffer
 from megalite.optim.schedule import learning_rate
+from megalite.parallel.config import ParallelConfig
 from megalite.parallel.context import ParallelContext
 
 
@@ -33,7 +35,9 @@ class Optimizer:
     """Sums, clips and applies the gradients of one model, and keeps its learning rate.
 
     `master[name]` is the tensor that is updated: the parameter itself, or for bf16 an fp32 copy
-    that the parameter is rounded from after each step.
+    that the parameter is rounded from after each step. With `use_distributed_optimizer` (ZeRO
+    stage 1, Rajbhandari et al. 2020) it is the flat range `ranges[name]` of the parameter, and
+    parameters of which this rank updates nothing have no entry.
     """
 
     def __init__(
@@ -42,19 +46,31 @@ class Optimizer:
         context: ParallelContext,
         config: OptimizerConfig,
         train_iters: int,
+        parallel: ParallelConfig | None = None,
     ):
+        parallel = parallel or ParallelConfig()
         self.config = config
         self.train_iters = train_iters
         self.parameters = parameters
-        self.gradients = GradientBuffer(parameters, context)
+        in_buckets = parallel.use_distributed_optimizer or parallel.overlap_grad_reduce
+        self.gradients = GradientBuffer(
+            parameters,
+            context,
+            sharded=parallel.use_distributed_optimizer,
+            overlap=parallel.overlap_grad_reduce,
+            bucket_size=parallel.bucket_size(context.data.size) if in_buckets else None,
+        )
+        self.ranges = self.gradients.ranges
+        self.overlaps_gather = parallel.overlap_param_gather
+        self.parameter_buffer = ParameterBuffer(self.gradients) if self.gradients.sharded else None
         self.keeps_master = any(p.dtype == torch.bfloat16 for p in parameters.values())
         self.master = {}
         decayed = []
         others = []
-        for name, parameter in parameters.items():
-            weight = parameter.detach()
+        for name in self.ranges:
+            weight = self._owned_weight(name)
             self.master[name] = weight.float() if self.keeps_master else weight
-            group = decayed if parameter.spec.weight_decay else others
+            group = decayed if parameters[name].spec.weight_decay else others
             group.append(self.master[name])
         groups = []
         for weights, decay in ((decayed, config.weight_decay), (others, 0.0)):
@@ -95,19 +111,42 @@ class Optimizer:
             group["lr"] = rate
         # Update the master weights with the gradients where they lie, then round the working
         # weights from them.
-        for name, parameter in self.parameters.items():
-            self.master[name].grad = parameter.main_grad
+        self.wait_for_parameters()
+        for name, master in self.master.items():
+            master.grad = self.gradients.owned(name)
         self.torch.step()
-        for name, parameter in self.parameters.items():
-            self.master[name].grad = None
+        for name, master in self.master.items():
+            master.grad = None
             if self.keeps_master:
-                parameter.copy_(self.master[name])
+                self._owned_weight(name).copy_(master)
+        # Gather what the other data ranks have updated, now or while the next forward runs.
+        if self.parameter_buffer:
+            self.parameter_buffer.start_gathering()
+            if not self.overlaps_gather:
+                self.parameter_buffer.wait()
         return StepResult(gradient_norm=norm, learning_rate=rate)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether data ranks hold different shards of the optimizer's state."""
+        return self.gradients.sharded
+
+    def _owned_weight(self, name: str) -> torch.Tensor:
+        """What this rank updates of a parameter, as a view of it."""
+        return self.gradients.owned_view(name, self.parameters[name].detach())
+
+    def wait_for_parameters(self, names: Iterable[str] | None = None) -> None:
+        """Block until these parameters hold what the last step made of them; None: all.
+
+        Needed before they are read, where `overlap_param_gather` leaves them on their way.
+        """
+        if self.parameter_buffer:
+            self.parameter_buffer.wait(names)
+
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """(kind, parameter name, tensor of the parameter's local shape) of all that a bit-exact
-        resume needs: "master" weights where they differ from the parameters, and the optimizer's
-        moments. Made if absent."""
+        """(kind, parameter name, tensor like `master[name]`) of all that a bit-exact resume needs:
+        "master" weights where they differ from the parameters, and the optimizer's moments. Made if
+        absent."""
         for name, master in self.master.items():
             if self.keeps_master:
                 yield "master", name, master
@@ -144,8 +183,8 @@ class Optimizer:
     def refresh_master(self) -> None:
         """Take the master weights from the parameters (after loading weights without the
         optimizer's state)."""
-        for name, parameter in self.parameters.items():
-            self.master[name].copy_(parameter)
+        for name, master in self.master.items():
+            master.copy_(self._owned_weight(name))
 
 
 def _step_count(steps: int, like: torch.Tensor) -> torch.Tensor:

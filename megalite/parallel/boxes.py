@@ -50,6 +50,36 @@ class Box:
         return tuple(map(slice, start, stop))
 
 
+def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    """The elements `start` to `stop` of a tensor, flattened in row-major order, as few boxes.
+
+    Their elements follow each other: the boxes, each flattened, are the range. A range of a matrix
+    is up to three boxes: the end of a row, whole rows, the beginning of a row.
+    """
+    if start >= stop:
+        return []
+    if len(shape) <= 1:
+        return [Box((start,), (stop - start,))] if shape else [Box((), ())]
+    inner = prod(shape[1:])
+    first_whole = -(-start // inner)
+    last_whole = stop // inner
+    if first_whole > last_whole:  # within one row
+        return _in_row(shape, last_whole, start - last_whole * inner, stop - last_whole * inner)
+    boxes = _in_row(shape, first_whole - 1, start - (first_whole - 1) * inner, inner)
+    if start == first_whole * inner:
+        boxes = []
+    if first_whole < last_whole:
+        offset = (first_whole, *(0 for _ in shape[1:]))
+        boxes.append(Box(offset, (last_whole - first_whole, *shape[1:])))
+    return boxes + _in_row(shape, last_whole, 0, stop - last_whole * inner)
+
+
+def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list[Box]:
+    """A range within one row of dim 0, as boxes of the whole tensor."""
+    inner = boxes_of_range(shape[1:], start, stop)
+    return [Box((row, *box.offset), (1, *box.shape)) for box in inner]
+
+
 def split(length: int, parts: int, index: int) -> tuple[int, int]:
     """(start, size) of part `index` of `length` elements split into `parts`.
 

@@ -35,6 +35,11 @@ class Group:
         """Number of ranks."""
         return len(self.ranks)
 
+    @property
+    def on_gloo(self) -> bool:
+        """Whether its collectives run on gloo."""
+        return dist.get_backend(self.handle) == "gloo"
+
 
 class _Done:
     """The handle of a call that is complete."""
@@ -137,6 +142,65 @@ def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):
     if async_op:
         return out, _Pending(work, call, group.activity)
     return out
+
+
+class _ReducingToShard:
+    """The handle of a `reduce_to_shard` by all-to-all: the sum is computed when it has arrived."""
+
+    def __init__(self, arriving: _Pending, received: torch.Tensor, shard: torch.Tensor):
+        self._arriving = arriving
+        self._received = received
+        self._shard = shard
+
+    def wait(self) -> None:
+        """Block until the shard holds the sum."""
+        self._arriving.wait()
+        first, *others = self._received
+        self._shard.copy_(first)
+        for other in others:
+            self._shard.add_(other)
+        self._received = None
+
+
+def reduce_to_shard(tensor: torch.Tensor, group: Group):
+    """Sum a flat tensor [n] over the ranks, in place and for this rank's shard of it only.
+
+    The rest of the tensor is left undefined. Returns a handle: do not touch the tensor before its
+    `wait()`. n must be divisible by the group's size.
+
+    gloo's own reduce-scatter takes several times as long as an all-to-all and a sum from 4 MiB on.
+    """
+    if group.size == 1:
+        return DONE
+    shards = _contiguous(tensor).view(group.size, -1)
+    own = shards[group.rank]
+    kind = "all_to_all" if group.on_gloo else "reduce_scatter"
+    with group.activity.waits(_call(group, kind, tensor)) as call:
+        if group.on_gloo:
+            received = torch.empty_like(shards)
+            work = dist.all_to_all_single(
+                received.view(-1), tensor, group=group.handle, async_op=True
+            )
+        else:
+            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            work = scatter(own, tensor, group=group.handle, async_op=True)
+    pending = _Pending(work, call, group.activity)
+    return _ReducingToShard(pending, received, own) if group.on_gloo else pending
+
+
+def gather_shards(tensor: torch.Tensor, group: Group):
+    """Fill a flat tensor [n] with every rank's shard of it, in place.
+
+    Returns a handle: do not touch the tensor before its `wait()`. n must be divisible by the
+    group's size.
+    """
+    if group.size == 1:
+        return DONE
+    own = _contiguous(tensor).view(group.size, -1)[group.rank]
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    with group.activity.waits(_call(group, "all_gather", own)) as call:
+        work = gather(tensor, own, group=group.handle, async_op=True)
+    return _Pending(work, call, group.activity)
 
 
 def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> None:

@@ -20,6 +20,18 @@ class ParallelConfig:
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
     """Order of forwards and backwards in the pipeline: 1f1b keeps min(p - stage, m) microbatches in
     memory, gpipe m."""
+    use_distributed_optimizer: Annotated[bool, Field(changes_numbers=False)] = False
+    """Shard master weights and optimizer states over the d data ranks (ZeRO stage 1): 6 + 12 / d
+    bytes per parameter in bf16, not 18."""
+    overlap_grad_reduce: Annotated[bool, Field(changes_numbers=False)] = False
+    """Sum a bucket of gradients over the data ranks as soon as the last backward of a step has
+    completed it."""
+    overlap_param_gather: Annotated[bool, Field(changes_numbers=False)] = False
+    """Gather updated weights while the next forward runs: a layer waits for its own. Needs
+    --use-distributed-optimizer."""
+    ddp_bucket_size: Annotated[int | None, Field(minimum=1, changes_numbers=False)] = None
+    """Parameters after which a bucket of gradients is closed. Unset: 40 million or a million per
+    data rank, whichever is more."""
     world_size: Annotated[int | None, Field(minimum=1, changes_numbers=False)] = None
     """Check the configuration for this many ranks and exit 0 if it is sound (for a login node;
     nothing is started)."""
@@ -38,3 +50,7 @@ class ParallelConfig:
     check_stragglers: Annotated[bool, Field(changes_numbers=False)] = False
     """Before training, time a matrix product on each rank and an all-reduce of each group, and name
     the slow ones."""
+
+    def bucket_size(self, data_ranks: int) -> int:
+        """--ddp-bucket-size, with its default filled in."""
+        return self.ddp_bucket_size or max(40_000_000, 1_000_000 * data_ranks)

@@ -70,6 +70,8 @@ class PipelineEngine:
         self.context = context
         self.micro_batch_size = micro_batch_size
         self.schedule: Callable = schedule_named(schedule)
+        self.before_last_backward: Callable[[], None] = lambda: None
+        """Called before the last backward of a step: it completes the gradients."""
 
     def train_step(
         self, microbatches: list[Microbatch], loss_weights: torch.Tensor | Sequence[float]
@@ -99,6 +101,7 @@ class PipelineEngine:
         weights = torch.as_tensor(loss_weights, dtype=torch.float64, device=device)
         run = _Run(microbatches, weights, torch.zeros(len(weights), device=device))
         actions = schedule(pipeline.size, pipeline.rank, len(microbatches))
+        backwards_left = sum(action.kind != FORWARD for action in actions)
         for step in program(actions, pipeline.rank, pipeline.size):
             self._post(run, step.messages)
             if step.action is None:
@@ -107,6 +110,9 @@ class PipelineEngine:
                 with activity.timed("forward"):
                     self._forward(run, step.action)
             else:
+                if backwards_left == 1:
+                    self.before_last_backward()
+                backwards_left -= 1
                 with activity.timed("backward"):
                     self._backward(run, step.action)
         self._finish_sending(run)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 
@@ -131,6 +132,27 @@ def build_components(
         model, context, config.data.micro_batch_size, config.parallel.pipeline_schedule
     )
     optimizer = Optimizer(
-        model.parameters_by_name, context, config.optimizer, config.training.train_iters
+        model.parameters_by_name,
+        context,
+        config.optimizer,
+        train_iters=config.training.train_iters,
+        parallel=config.parallel,
     )
+    engine.before_last_backward = optimizer.gradients.begin_last_backward
+    if config.parallel.overlap_param_gather:
+        _wait_in_forward(model, optimizer)
     return TrainingComponents(model, rng, engine, optimizer)
+
+
+def _wait_in_forward(model: Stage, optimizer: Optimizer) -> None:
+    """Let a forward wait for parameters that are being gathered as it enters their module, and for
+    the rest at the final norm: the output layer reads weights of other modules."""
+    for module in [*model.layers.values(), *model.children()]:
+        names = None
+        if module is not getattr(model, "final_norm", None):
+            names = tuple(parameter.spec.name for parameter in module.parameters())
+        module.register_forward_pre_hook(partial(_wait, optimizer, names))
+
+
+def _wait(optimizer: Optimizer, names: tuple[str, ...] | None, *unused: object) -> None:
+    optimizer.wait_for_parameters(names)

@@ -93,6 +93,7 @@ class Trainer:
             # A signal during the evaluation stops a run that has not saved yet.
             if self.config.checkpoint.save and self.saved_at != self.progress.iteration:
                 self._save()
+            self.components.optimizer.wait_for_parameters()
         finally:
             # The ranks may take their time for what is left: profiles and metrics to write.
             self.context.activity.set_state("saving")

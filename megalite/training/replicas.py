@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 import torch
 
 from megalite.checkpoint.format import listing
+from megalite.nn.parameter import held_boxes
 from megalite.parallel.collectives import gather_objects
 from megalite.parallel.context import ParallelContext
 from megalite.training.build import TrainingComponents
@@ -56,14 +57,17 @@ def check_replicas(parts: TrainingComponents, context: ParallelContext, iteratio
 def _digests(parts: TrainingComponents) -> dict[tuple[str, tuple[int, ...]], str]:
     """Digest of each shard that this rank holds, by its name and offset."""
     parameters = parts.model.parameters_by_name
-    tensors = [(name, name, parameter) for name, parameter in parameters.items()]
+    parts.optimizer.wait_for_parameters()
+    tensors = []
+    for name, parameter in parameters.items():
+        tensors.append((name, held_boxes(parameter, parameter.detach())))
     for kind, name, tensor in parts.optimizer.state():
-        tensors.append((f"optimizer.{kind}.{name}", name, tensor))
+        held = held_boxes(parameters[name], tensor, parts.optimizer.ranges[name])
+        tensors.append((f"optimizer.{kind}.{name}", held))
     digests = {}
-    for title, name, tensor in tensors:
-        spec = parameters[name].spec
-        if spec.box.numel:
-            digests[title, spec.box.offset] = _digest(spec.real(tensor))
+    for title, held in tensors:
+        for box, values in held:
+            digests[title, box.offset] = _digest(values)
     return digests
 
 

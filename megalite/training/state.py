@@ -14,6 +14,8 @@ from megalite.checkpoint.save import write
 from megalite.config.run import RunConfig, keys_where, to_flat
 from megalite.config.yaml_file import config_of_checkpoint, to_yaml
 from megalite.data.sources import DataState
+from megalite.nn.parameter import held_boxes
+from megalite.optim.optimizer import Optimizer
 from megalite.parallel.context import ParallelContext
 from megalite.training.build import TrainingComponents
 
@@ -35,10 +37,16 @@ class Progress:
     """Lines for the log about how this state was restored."""
 
 
-def _shard(parameter: torch.nn.Parameter, stored_name: str, tensor: torch.Tensor) -> Shard:
-    """This rank's shard of a tensor that is shaped like the parameter."""
-    spec = parameter.spec
-    return Shard(stored_name, spec.real(tensor.detach()), spec.global_shape, spec.box)
+def _shards(
+    parameter: torch.nn.Parameter,
+    stored_name: str,
+    tensor: torch.Tensor,
+    elements: tuple[int, int] | None = None,
+) -> list[Shard]:
+    """The shards of this name that `tensor` holds, as `held_boxes` has it."""
+    shape = parameter.spec.global_shape
+    held = held_boxes(parameter, tensor.detach(), elements)
+    return [Shard(stored_name, values, shape, box) for box, values in held]
 
 
 def _owned(parts: TrainingComponents, context: ParallelContext) -> Iterator[Shard]:
@@ -46,13 +54,22 @@ def _owned(parts: TrainingComponents, context: ParallelContext) -> Iterator[Shar
     owner."""
     parameters = parts.model.parameters_by_name
     position = context.coordinates
-    owned = {name for name, p in parameters.items() if p.spec.is_primary(position)}
     for name, parameter in parameters.items():
-        if name in owned:
-            yield _shard(parameter, name, parameter)
+        if parameter.spec.is_primary(position):
+            yield from _shards(parameter, name, parameter)
+    # Data ranks hold different shards of a sharded optimizer.
+    if parts.optimizer.is_sharded:
+        position = position | {"data": 0}
     for kind, name, tensor in parts.optimizer.state():
-        if name in owned:
-            yield _shard(parameters[name], f"{OPTIMIZER}{kind}.{name}", tensor)
+        if parameters[name].spec.is_primary(position):
+            yield from _optimizer_shards(parts.optimizer, kind, name, tensor)
+
+
+def _optimizer_shards(
+    optimizer: Optimizer, kind: str, name: str, tensor: torch.Tensor, stored_name: str = ""
+) -> list[Shard]:
+    stored_name = stored_name or f"{OPTIMIZER}{kind}.{name}"
+    return _shards(optimizer.parameters[name], stored_name, tensor, optimizer.ranges[name])
 
 
 def save_state(
@@ -66,6 +83,7 @@ def save_state(
 
     Raises CheckpointError on every rank when any rank fails; the previous checkpoint stays.
     """
+    parts.optimizer.wait_for_parameters()
     state = {
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_samples,
@@ -104,7 +122,7 @@ def load_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Paramete
     shards = []
     for name, parameter in parameters.items():
         stored = _best_source(checkpoint, name) if parameter.dtype != torch.bfloat16 else name
-        shards.append(_shard(parameter, stored, parameter))
+        shards += _shards(parameter, stored, parameter)
     _read(checkpoint, shards)
 
 
@@ -124,7 +142,7 @@ def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: R
     shards = []
     for kind, name, tensor in parts.optimizer.state():
         source = _best_source(checkpoint, name) if kind == "master" else f"{OPTIMIZER}{kind}.{name}"
-        shards.append(_shard(parts.optimizer.parameters[name], source, tensor))
+        shards += _optimizer_shards(parts.optimizer, kind, name, tensor, source)
     _read(checkpoint, shards)
     parts.optimizer.set_steps(checkpoint.state["optimizer_steps"])
 
@@ -137,7 +155,7 @@ def _load_master(checkpoint: Checkpoint, parts: TrainingComponents) -> None:
     shards = []
     for name, master in optimizer.master.items():
         source = _best_source(checkpoint, name)
-        shards.append(_shard(optimizer.parameters[name], source, master))
+        shards += _optimizer_shards(optimizer, "master", name, master, source)
     _read(checkpoint, shards)
 
 

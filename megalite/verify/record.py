@@ -182,11 +182,10 @@ def record(
                 shard = replace(shard, values=weighted)
             shards.append(shard)
         # Add the gradients of the parameters, without vocabulary padding.
-        for name, parameter in model.parameters_by_name.items():
-            spec = parameter.spec
-            values = spec.real(parameter.main_grad).to("cpu", copy=True).contiguous()
-            shape = spec.global_shape
-            shards.append(RecordedShard(GRADIENT, name, shape, box=spec.box, values=values))
+        for name, box, values in components.optimizer.gradients.held():
+            values = values.to("cpu", copy=True).contiguous()
+            shape = model.parameters_by_name[name].spec.global_shape
+            shards.append(RecordedShard(GRADIENT, name, shape, box=box, values=values))
         # Write, and wait until every rank's file is complete.
         _write(_file_of(folder, launch.rank), shards)
         barrier(context.world)

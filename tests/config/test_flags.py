@@ -300,6 +300,32 @@ FLAGS: dict[str, list[Effect]] = {
             observe=runs.order_of_passes,
         )
     ],
+    "use_distributed_optimizer": [
+        effect(True, from_to("FBFBRFBFB", "FBFBRRGGFBFB"), ranks=2, observe=runs.data_calls)
+    ],
+    "overlap_grad_reduce": [
+        effect(True, from_to("FBFBRFBFB", "FBFBRRFBFBR"), ranks=2, observe=runs.data_calls)
+    ],
+    "overlap_param_gather": [
+        effect(
+            True,
+            from_to(
+                "FBFB" + 14 * "R" + 14 * "G" + "FBFB", "FBFB" + 14 * "R" + 11 * "G" + "FGGGBFB"
+            ),
+            base={"use_distributed_optimizer": True, "ddp_bucket_size": 1000},
+            ranks=2,
+            observe=runs.data_calls,
+        )
+    ],
+    "ddp_bucket_size": [
+        effect(
+            1000,
+            from_to("FBFBRRFBFBR", "FBFRRRRRRBRRRRRRRRFBFRRRRRRBR"),
+            base={"overlap_grad_reduce": True},
+            ranks=2,
+            observe=runs.data_calls,
+        )
+    ],
     "world_size": [
         effect(
             8,

@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from megalite.parallel.boxes import Box, split
+from megalite.parallel.boxes import Box, boxes_of_range, split
 
 
 def indices(box: Box) -> set:
@@ -46,3 +46,18 @@ def test_split_covers_everything_in_order():
         )
         sizes = [size for _, size in pieces]
         assert sizes == sorted(sizes, reverse=True) and sizes[0] == -(-length // parts)
+
+
+def test_a_range_of_elements_is_a_few_boxes():
+    """Every range of small tensors: the boxes, flattened one after the other, are its elements."""
+    for shape in [(), (5,), (3, 4), (1, 4), (4, 1), (2, 3, 4), (3, 1, 2), (2, 2, 2, 2)]:
+        elements = list(product(*(range(length) for length in shape)))
+        for start in range(len(elements) + 1):
+            for stop in range(start, len(elements) + 1):
+                found = []
+                boxes = boxes_of_range(shape, start, stop)
+                for box in boxes:
+                    found += product(*(range(o, o + n) for o, n in zip(box.offset, box.shape)))
+                assert found == elements[start:stop]
+                assert len(boxes) <= max(1, 2 * len(shape) - 1)
+    assert boxes_of_range((4, 10), 0, 40) == [Box.whole((4, 10))]

@@ -40,6 +40,18 @@ EFFECTS = (
         otherwise="since --distributed-timeout-minutes ends the run earlier",
         remedy={"distributed_timeout_minutes": 60.0},
     ),
+    Effect(
+        ("overlap_param_gather",),
+        works=lambda c: c.parallel.use_distributed_optimizer,
+        otherwise="without --use-distributed-optimizer",
+        remedy={"use_distributed_optimizer": True},
+    ),
+    Effect(
+        ("ddp_bucket_size",),
+        works=lambda c: c.parallel.overlap_grad_reduce or c.parallel.use_distributed_optimizer,
+        otherwise="without --overlap-grad-reduce or --use-distributed-optimizer",
+        remedy={"overlap_grad_reduce": True},
+    ),
     # model and recompute
     Effect(
         ("rotary_base",),
