@@ -30,10 +30,11 @@ class Stage(nn.Module):
     """A range of a model's layers as one module: with the embedding if it holds the first layer,
     with the final norm and the heads if it holds the last.
 
-    A pipeline is a chain of stages, and a rank holds one or more of them. Parameter names count
-    layers in the whole model, so they are the same in every layout. A model says in `build_heads`
-    what else its last stage holds, in `forward` what it computes, and in `loss_counts` over how
-    many items of a microbatch each of the k terms of its loss is a sum, fp64 [k].
+    A pipeline is a chain of stages, and a rank holds one (several, as interleaved schedules need,
+    are not supported yet). Parameter names count layers in the whole model, so they are the same in
+    every layout. A subclass makes the other modules of its last stage in `build_heads`, computes
+    the stage's share in `forward`, and gives in `loss_counts` the number of items of a microbatch
+    that each of the k terms of its loss sums over, fp64 [k].
 
     Args:
         settings: what all layers share; all stages of one model are made with the same.

@@ -1,4 +1,4 @@
-"""Communication: the one place that calls torch.distributed.
+"""Communication: the one place that communicates tensors.
 
 First collectives over a `Group`, then point-to-point transfers of the pipeline, then the
 differentiable operators of tensor and sequence parallelism. Gathers and scatters go along dim 0,

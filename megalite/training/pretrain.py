@@ -1,4 +1,4 @@
-"""pretrain(): the main job, composed of the library's rooms."""
+"""pretrain(): a whole training run, from a configuration to its end."""
 
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""Quick looks at folders. Imports no torch."""
+"""What rules on files share: paths, folder listings, wording. Imports no torch."""
 
 import difflib
 import os

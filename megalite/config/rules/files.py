@@ -1,4 +1,7 @@
-"""Rules that look at checkpoints and at places to write. Imports no torch."""
+"""Rules that read --load and look at the files and folders to write to. Imports no torch.
+
+Rules that read datasets are in data.py, those that read tokenizers in tokenizer.py.
+"""
 
 import json
 import os
