@@ -97,16 +97,16 @@ def _stage_parameters(config: RunConfig, layers: range, tensor: int, rows: int) 
 
 
 def _element_bytes(config: RunConfig) -> int:
-    return {"fp32": 4, "bf16": 2, "fp64": 8}[config.optimizer.precision]
+    return {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[config.optimizer.precision]
 
 
 def _bytes_per_parameter(config: RunConfig, data: int) -> float:
-    """Weight, gradient, optimizer states; with bf16 also the fp32 master weight. A sharded
+    """Weight, gradient, optimizer states; in half precision also the fp32 master weight. A sharded
     optimizer divides master and states by the `data` ranks."""
     optimizer = config.optimizer
     size = _element_bytes(config)
     wide = max(4, size)
     states = 2 if optimizer.optimizer == "adam" else int(optimizer.sgd_momentum > 0)
-    states += int(optimizer.precision == "bf16")
+    states += int(size == 2)
     shards = data if config.parallel.use_distributed_optimizer else 1
     return size + wide * (1 + states / shards)

@@ -12,10 +12,23 @@ class OptimizerConfig:
 
     optimizer: Literal["adam", "sgd"] = "adam"
     """adam: AdamW (decoupled weight decay); sgd: SGD with momentum."""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """bf16 keeps fp32 master weights and accumulates gradients in fp32; fp64 is for proofs."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """bf16 and fp16 keep fp32 master weights and accumulate gradients in fp32; fp16 scales the
+    loss; fp64 is for proofs."""
     bf16: bool = False
     """Short for --precision bf16."""
+    fp16: bool = False
+    """Short for --precision fp16."""
+    loss_scale: Annotated[float | None, Field(above=0)] = None
+    """Constant factor of the loss in fp16. Unset: the factor adapts."""
+    initial_loss_scale: Annotated[float, Field(above=0)] = 2.0**32
+    """Factor of the loss in fp16 at the start."""
+    min_loss_scale: Annotated[float, Field(above=0)] = 1.0
+    """Smallest factor of the loss. A gradient that overflows even then ends the run."""
+    loss_scale_window: Annotated[int, Field(minimum=1)] = 1000
+    """Steps in a row without overflow after which the factor is doubled."""
+    hysteresis: Annotated[int, Field(minimum=1)] = 2
+    """Overflows from which on each halves the factor; counted again once it has been doubled."""
     lr: Annotated[float, Field(above=0)] = 3e-4
     """Highest learning rate, after the warm-up."""
     min_lr: Annotated[float | None, Field(minimum=0, example=3e-5)] = None
@@ -52,5 +65,12 @@ class OptimizerConfig:
     @property
     def dtype(self) -> str:
         """Name of the torch dtype of the working weights."""
-        names = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
-        return names["bf16" if self.bf16 else self.precision]
+        names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+        return names[self.chosen_precision]
+
+    @property
+    def chosen_precision(self) -> str:
+        """--precision, with the short forms filled in."""
+        if self.bf16:
+            return "bf16"
+        return "fp16" if self.fp16 else self.precision

@@ -71,6 +71,10 @@ from tests.config.flag_effects import (
 )
 from tests.runs import Bench
 
+SCALED = {"fp16": True, "initial_loss_scale": 64.0, "loss_scale_window": 3}
+FALLS = [64, 32, 16, 8, 8, 8, 16, 16, 16, 32]
+"""The loss scale after four steps that overflow and six that do not."""
+
 FLAGS: dict[str, list[Effect]] = {
     # model
     "architecture": [effect("bert", losses_from(1), says("mlm loss"))],
@@ -152,7 +156,63 @@ FLAGS: dict[str, list[Effect]] = {
     "optimizer": [effect("sgd", same_first_norm, losses_from(2))],
     "precision": [
         effect("bf16", becomes("dtype", torch.bfloat16), other_rounding, base=SAVES),
+        effect(
+            "fp16",
+            becomes("dtype", torch.float16),
+            other_rounding,
+            base=SAVES,
+            also={"loss_scale": 1024.0},
+        ),
         effect("fp64", becomes("dtype", torch.float64), other_rounding, base=SAVES),
+    ],
+    "fp16": [
+        effect(
+            True,
+            becomes("dtype", torch.float16),
+            other_rounding,
+            base=SAVES,
+            also={"loss_scale": 1024.0},
+        )
+    ],
+    "loss_scale": [
+        effect(
+            8.0,
+            from_to([2.0**n for n in (32, 31, 30, *7 * [29])], 10 * [8.0]),
+            base={"fp16": True},
+            observe=runs.loss_scales,
+        )
+    ],
+    "initial_loss_scale": [
+        effect(
+            32.0,
+            from_to(FALLS, [32, 16, 8, 4, 4, 4, 8, 8, 8, 16]),
+            base=SCALED,
+            observe=runs.loss_scales,
+        )
+    ],
+    "min_loss_scale": [
+        effect(
+            16.0,
+            from_to(FALLS, [64, 32, 16, 16, 16, 16, 32, 32, 32, 64]),
+            base=SCALED,
+            observe=runs.loss_scales,
+        )
+    ],
+    "loss_scale_window": [
+        effect(
+            2,
+            from_to(FALLS, [64, 32, 16, 8, 8, 16, 16, 32, 32, 64]),
+            base=SCALED,
+            observe=runs.loss_scales,
+        )
+    ],
+    "hysteresis": [
+        effect(
+            1,
+            from_to(FALLS, [32, 16, 8, 4, 4, 4, 8, 8, 8, 16]),
+            base=SCALED,
+            observe=runs.loss_scales,
+        )
     ],
     "bf16": [effect(True, becomes("dtype", torch.bfloat16), other_rounding, base=SAVES)],
     "lr": [effect(0.02, rates(*half_cosine(0.02, 0.002)))],

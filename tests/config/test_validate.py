@@ -65,6 +65,12 @@ CASES = {
         "7 6 layers",
     ),
     "precisions": (dict(bf16=True, precision="fp64"), 1, "--bf16 fp64"),
+    "half precisions": (dict(bf16=True, fp16=True), 1, "--bf16 --fp16"),
+    "loss scales": (
+        dict(fp16=True, min_loss_scale=8.0, initial_loss_scale=4.0),
+        1,
+        "--min-loss-scale 8 --initial-loss-scale 4",
+    ),
     "min lr": (dict(min_lr=1e-3), 1, "--min-lr 0.001 --lr 0.0003"),
     "warm-up twice": (dict(lr_warmup_iters=2, lr_warmup_fraction=0.1), 1, "0.1 2"),
     "warm-up past decay": (dict(lr_warmup_iters=8, lr_decay_iters=5), 1, "8 5"),

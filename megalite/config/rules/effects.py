@@ -90,6 +90,18 @@ EFFECTS = (
         otherwise="with --lr-decay-style constant",
         remedy={"lr_decay_style": "cosine"},
     ),
+    Effect(
+        ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
+        works=lambda c: c.optimizer.chosen_precision == "fp16",
+        otherwise="without --fp16",
+        remedy={"fp16": True},
+    ),
+    Effect(
+        ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
+        works=lambda c: c.optimizer.loss_scale is None,
+        otherwise="with a constant --loss-scale",
+        remedy={"loss_scale": None},
+    ),
     # training
     Effect(
         ("wandb_exp_name",),

@@ -59,13 +59,35 @@ def _largest_stage(config: RunConfig) -> int:
 
 
 def precision_is_one(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """--bf16 against --precision."""
+    """--bf16 and --fp16 against each other and --precision."""
     o = config.optimizer
-    if o.bf16 and o.precision == "fp64":
+    if o.bf16 and o.fp16:
         yield Finding(
-            "--bf16 means --precision bf16, but --precision fp64 is given too",
-            ("bf16", "precision"),
-            ({"bf16": False}, {"precision": "bf16"}),
+            "--bf16 and --fp16 are two precisions",
+            ("bf16", "fp16"),
+            ({"bf16": False}, {"fp16": False}),
+        )
+    for name in ("bf16", "fp16"):
+        if getattr(o, name) and o.precision not in ("fp32", name):
+            yield Finding(
+                f"--{name} means --precision {name}, but --precision {o.precision} is given too",
+                (name, "precision"),
+                ({name: False}, {"precision": name}),
+            )
+
+
+def loss_scale_starts_above_its_minimum(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """min_loss_scale <= initial_loss_scale."""
+    o = config.optimizer
+    if o.min_loss_scale > o.initial_loss_scale:
+        yield Finding(
+            f"--min-loss-scale {o.min_loss_scale:g} is above --initial-loss-scale "
+            f"{o.initial_loss_scale:g}",
+            ("min_loss_scale", "initial_loss_scale"),
+            (
+                {"initial_loss_scale": o.min_loss_scale},
+                {"min_loss_scale": min(1.0, o.initial_loss_scale)},
+            ),
         )
 
 
@@ -290,6 +312,7 @@ RUN_RULES: tuple[Rule, ...] = (
     batch_divides,
     recompute_agrees,
     precision_is_one,
+    loss_scale_starts_above_its_minimum,
     learning_rate_falls,
     length_is_known,
     attention_can_drop,
