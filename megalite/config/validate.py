@@ -147,8 +147,9 @@ def fill_in(config: RunConfig, world_size: int) -> RunConfig:
     }
     decay = o.lr_decay_iters or steps
     if o.lr_decay_style != "constant":
-        values["lr_decay_iters"] = decay
         values["min_lr"] = o.lowest_lr
+        if o.lr_decay_style != "inverse-square-root":
+            values["lr_decay_iters"] = decay
     if o.lr_warmup_fraction is not None:
         values["lr_warmup_iters"] = round(o.lr_warmup_fraction * decay)
         values["lr_warmup_fraction"] = None

@@ -33,17 +33,30 @@ class OptimizerConfig:
     """Highest learning rate, after the warm-up."""
     min_lr: Annotated[float | None, Field(minimum=0, example=3e-5)] = None
     """Learning rate at the end of the decay and after it. Unset: a tenth of --lr."""
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the decay from --lr to --min-lr."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the decay from --lr to --min-lr. WSD: --lr, and a decay at the end."""
     lr_decay_iters: Annotated[int | None, Field(minimum=1)] = None
     """Iteration at which --min-lr is reached, warm-up included. Unset: --train-iters."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of the decay of WSD."""
+    lr_wsd_decay_iters: Annotated[int | None, Field(minimum=1)] = None
+    """Iterations of the decay of WSD, the last ones before --lr-decay-iters."""
+    lr_warmup_init: Annotated[float, Field(minimum=0)] = 0.0
+    """Learning rate that the warm-up starts from."""
     lr_warmup_iters: Annotated[int, Field(minimum=0)] = 0
-    """Iterations of linear warm-up from 0 to --lr."""
+    """Iterations of linear warm-up from --lr-warmup-init to --lr."""
     lr_warmup_fraction: Annotated[float | None, Field(minimum=0, below=1)] = None
     """Warm-up as a fraction of the decay iterations, in place of --lr-warmup-iters."""
     weight_decay: Annotated[float, Field(minimum=0)] = 0.01
     """Weight decay; biases and norms are left out. Decoupled in adam (AdamW), added to the gradient
     in sgd."""
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """constant: --weight-decay; linear, cosine: from --start-weight-decay to --end-weight-decay at
+    the last iteration."""
+    start_weight_decay: Annotated[float | None, Field(minimum=0)] = None
+    """Weight decay at the start, where it changes."""
+    end_weight_decay: Annotated[float | None, Field(minimum=0)] = None
+    """Weight decay at the last iteration, where it changes."""
     adam_beta1: Annotated[float, Field(minimum=0, below=1)] = 0.9
     """Decay of Adam's running mean of gradients."""
     adam_beta2: Annotated[float, Field(minimum=0, below=1)] = 0.999

@@ -71,6 +71,9 @@ from tests.config.flag_effects import (
 )
 from tests.runs import Bench
 
+WSD_OF_TWO = {"lr_wsd_decay_iters": 2}
+WSD = {"lr_decay_style": "WSD", **WSD_OF_TWO}
+GROWING = {"start_weight_decay": 0.0, "end_weight_decay": 0.5}
 SCALED = {"fp16": True, "initial_loss_scale": 64.0, "loss_scale_window": 3}
 FALLS = [64, 32, 16, 8, 8, 8, 16, 16, 16, 32]
 """The loss scale after four steps that overflow and six that do not."""
@@ -220,6 +223,25 @@ FLAGS: dict[str, list[Effect]] = {
     "lr_decay_style": [
         effect("linear", rates(0.03875, 0.0275, 0.01625, 0.005)),
         effect("constant", rates(0.05, 0.05, 0.05, 0.05)),
+        effect("inverse-square-root", rates(0.05, 0.05 * 0.5**0.5, 0.05 / 3**0.5, 0.025)),
+        effect("WSD", rates(0.05, 0.05, 0.005 + 0.045 * (2**0.5 - 1), 0.005), also=WSD_OF_TWO),
+    ],
+    "lr_wsd_decay_style": [
+        effect("linear", rates(0.05, 0.05, 0.0275, 0.005), base=WSD),
+        effect("cosine", rates(0.05, 0.05, 0.0275, 0.005), base=WSD),
+        effect("minus_sqrt", rates(0.05, 0.05, 0.005 + 0.045 * (1 - 0.5**0.5), 0.005), base=WSD),
+    ],
+    "lr_wsd_decay_iters": [effect(1, rates(0.05, 0.05, 0.05, 0.005), base=WSD)],
+    "lr_warmup_init": [effect(0.01, rates(0.03, *WARMED_UP[1:]), base={"lr_warmup_iters": 2})],
+    "weight_decay_incr_style": [
+        effect("linear", losses_from(2), also=GROWING),
+        effect("cosine", losses_from(2), also=GROWING),
+    ],
+    "start_weight_decay": [
+        effect(1.0, losses_from(2), base={**GROWING, "weight_decay_incr_style": "linear"})
+    ],
+    "end_weight_decay": [
+        effect(2.0, losses_from(2), base={**GROWING, "weight_decay_incr_style": "linear"})
     ],
     "lr_decay_iters": [effect(2, rates(0.0275, 0.005, 0.005, 0.005))],
     "lr_warmup_iters": [effect(2, rates(*WARMED_UP))],

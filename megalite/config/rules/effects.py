@@ -91,6 +91,36 @@ EFFECTS = (
         remedy={"lr_decay_style": "cosine"},
     ),
     Effect(
+        ("lr_decay_iters",),
+        works=lambda c: c.optimizer.lr_decay_style != "inverse-square-root",
+        otherwise="with --lr-decay-style inverse-square-root, which has no end",
+        remedy={"lr_decay_style": "cosine"},
+    ),
+    Effect(
+        ("lr_wsd_decay_style", "lr_wsd_decay_iters"),
+        works=lambda c: c.optimizer.lr_decay_style == "WSD",
+        otherwise="without --lr-decay-style WSD",
+        remedy={"lr_decay_style": "WSD"},
+    ),
+    Effect(
+        ("lr_warmup_init",),
+        works=lambda c: c.optimizer.lr_warmup_iters > 0 or bool(c.optimizer.lr_warmup_fraction),
+        otherwise="without a warm-up",
+        remedy={"lr_warmup_iters": 10},
+    ),
+    Effect(
+        ("start_weight_decay", "end_weight_decay"),
+        works=lambda c: c.optimizer.weight_decay_incr_style != "constant",
+        otherwise="with --weight-decay-incr-style constant",
+        remedy={"weight_decay_incr_style": "linear"},
+    ),
+    Effect(
+        ("weight_decay",),
+        works=lambda c: c.optimizer.weight_decay_incr_style == "constant",
+        otherwise="with --weight-decay-incr-style linear or cosine",
+        remedy={"weight_decay_incr_style": "constant"},
+    ),
+    Effect(
         ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
         works=lambda c: c.optimizer.chosen_precision == "fp16",
         otherwise="without --fp16",

@@ -19,6 +19,7 @@ from megalite.config.rules.finding import (
 )
 from megalite.config.rules.tokenizer import tokenizer_is_whole
 from megalite.config.run import RunConfig, options
+from megalite.optim.schedule import warmup_iterations
 from megalite.pipeline.partition import layers_of_stages
 
 
@@ -120,6 +121,44 @@ def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]
             ("lr_warmup_iters", end_key, "train_samples"),
             ({"lr_warmup_iters": end // 10}, {end_key: 10 * o.lr_warmup_iters}),
         )
+
+
+def schedules_are_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """A length for the decay of WSD, that fits after the warm-up; both ends of a weight decay that
+    changes; a warm-up that rises."""
+    o = config.optimizer
+    end = o.lr_decay_iters or iterations(config, world_size) or 0
+    if o.lr_decay_style == "WSD" and o.lr_wsd_decay_iters is None:
+        yield Finding(
+            "--lr-decay-style WSD needs --lr-wsd-decay-iters",
+            ("lr_decay_style", "lr_wsd_decay_iters"),
+            ({"lr_wsd_decay_iters": max(1, end // 10)}, {"lr_decay_style": "cosine"}),
+        )
+    elif o.lr_decay_style == "WSD" and end:
+        room = end - warmup_iterations(o, end)
+        if o.lr_wsd_decay_iters > room:
+            yield Finding(
+                f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters} are more than the {room} iterations "
+                f"between the warm-up and the end of the schedule, at iteration {end}",
+                ("lr_wsd_decay_iters", "lr_warmup_iters", "lr_decay_iters", "train_iters"),
+                ({"lr_wsd_decay_iters": max(1, room // 10)},),
+            )
+    if o.lr_warmup_init > o.lr:
+        yield Finding(
+            f"--lr-warmup-init {o.lr_warmup_init:g} is above --lr {o.lr:g}",
+            ("lr_warmup_init", "lr"),
+            ({"lr_warmup_init": 0.0}, {"lr": o.lr_warmup_init}),
+        )
+    if o.weight_decay_incr_style != "constant":
+        ends = ("start_weight_decay", "end_weight_decay")
+        missing = [key for key in ends if getattr(o, key) is None]
+        if missing:
+            yield Finding(
+                f"--weight-decay-incr-style {o.weight_decay_incr_style} needs "
+                f"{' and '.join(map(flag_of, missing))}",
+                ("weight_decay_incr_style", *missing),
+                (dict.fromkeys(missing, o.weight_decay), {"weight_decay_incr_style": "constant"}),
+            )
 
 
 def attention_can_drop(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -314,6 +353,7 @@ RUN_RULES: tuple[Rule, ...] = (
     precision_is_one,
     loss_scale_starts_above_its_minimum,
     learning_rate_falls,
+    schedules_are_whole,
     length_is_known,
     attention_can_drop,
     data_has_one_source,
