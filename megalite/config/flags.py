@@ -18,7 +18,7 @@ ELSEWHERE = {
     "--ddp-average-in-collective": (
         "leave it out: the loss is a mean over the global batch, so gradients are summed"
     ),
-    "--override-opt_param-scheduler": "leave it out: the flags count, not the checkpoint's schedule",
+    "--override-opt_param-scheduler": "leave it out: the flags count",
     "--use-checkpoint-opt_param-scheduler": "--config with the checkpoint's config.yaml",
     "--lr-decay-samples": "--lr-decay-iters",
     "--lr-warmup-samples": "--lr-warmup-iters",
