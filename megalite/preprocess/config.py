@@ -1,15 +1,16 @@
 """The configuration of preprocessing, and every check that can be made before the work starts."""
 
+import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from megalite.data.config import TokenizerType
-from megalite.data.indexed import DatasetError, dataset_path
+from megalite.data.indexed import dataset_path
 from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer, tokenizer_fields
 from megalite.preprocess.inputs import STDIN, expand, is_text
 
@@ -114,11 +115,9 @@ class PreprocessConfig:
     def existing_outputs(self) -> list[str]:
         """Output files that exist already."""
         outputs = []
-        for key in self.json_keys:
-            for suffix in (".bin", ".idx", ".json"):
-                outputs.append(str(dataset_path(self.prefix(key), suffix)))
-        outputs.append(self.bad_lines)
-        return [path for path in dict.fromkeys(outputs) if os.path.exists(path)]
+        for key in dict.fromkeys(self.json_keys):
+            outputs += [f"{self.prefix(key)}{suffix}" for suffix in (".bin", ".idx", ".json")]
+        return list(filter(os.path.exists, [*outputs, self.bad_lines]))
 
 
 def find_problems(config: PreprocessConfig) -> list[str]:
@@ -138,83 +137,62 @@ def find_problems(config: PreprocessConfig) -> list[str]:
         problems.append(f"--json-keys {keys}: needs at least one key, and each once")
     if len(config.json_keys) > 1 and any(map(is_text, files)):
         problems.append(f"--json-keys {keys}: .txt files have no keys; give one")
+    if config.language != "en" and not config.split_sentences:
+        problems.append(f"--language {config.language} has no effect without --split-sentences")
     problems += _shard_problems(config, files)
     problems += _output_problems(config)
     problems += _tokenizer_problems(config)
-    problems += _language_problems(config)
+    problems += _sentence_problems(config)
     return problems
 
 
-def _tokenizer_problems(config: PreprocessConfig) -> list[str]:
+def _tokenizer_problems(config: PreprocessConfig) -> Iterator[str]:
     try:
-        if config.append_eod:
-            _ = config.tokenizer.eod
-        else:
-            _ = config.tokenizer
+        _ = config.tokenizer.eod if config.append_eod else config.tokenizer
     except (TokenizerError, OSError) as error:
-        return [str(error)]
-    return []
+        yield str(error)
 
 
-def _language_problems(config: PreprocessConfig) -> list[str]:
-    given = f"--language {config.language}"
-    if not config.split_sentences:
-        if config.language != "en":
-            return [f"{given} has no effect without --split-sentences"]
-        return []
-    problems = []
-    try:
-        sentence_splitter(config.language)
-    except DatasetError as error:
-        problems.append(str(error))
-    if not re.fullmatch("[a-z]{2,3}(-[a-z]+)*", config.language):
-        problems.append(f"{given}: needs an ISO 639 code in small letters, such as en or de")
-    return problems
+def _sentence_problems(config: PreprocessConfig) -> Iterator[str]:
+    if config.split_sentences:
+        if importlib.util.find_spec("sentencex") is None:
+            yield "--split-sentences needs the sentencex library: pip install sentencex"
+        if not re.fullmatch("[a-z]{2,3}(-[a-z]+)*", config.language):
+            yield (
+                f"--language {config.language}: needs an ISO 639 code in small letters, such as en "
+                "or de"
+            )
 
 
-def _shard_problems(config: PreprocessConfig, files: list[str]) -> list[str]:
-    if config.shard is not None:
-        match = re.fullmatch(r"(\d+)/(\d+)", config.shard)
-        if not match or int(match[1]) >= int(match[2]):
-            return [f"--shard {config.shard}: needs I/N with I from 0 to N - 1, such as 0/8"]
-    problems = []
+def _shard_problems(config: PreprocessConfig, files: list[str]) -> Iterator[str]:
     partitions = f"--partitions {config.partitions}"
     if config.partitions < 1:
-        problems.append(f"{partitions}: needs at least 1")
-    if config.partitions > 1 and config.shard is not None:
-        problems.append(f"{partitions} and --shard {config.shard}: give one of them")
+        yield f"{partitions}: needs at least 1"
+    if config.shard is not None:
+        if not _shard_is_sound(config.shard):
+            yield f"--shard {config.shard}: needs I/N with I from 0 to N - 1, such as 0/8"
+        if config.partitions > 1:
+            yield f"{partitions} and --shard {config.shard}: give one of them"
     if (config.partitions > 1 or config.shard is not None) and STDIN in files:
-        problems.append(
-            "--input -: standard input cannot be split; leave out --shard and --partitions"
-        )
-    return problems
+        yield "--input -: standard input cannot be split; leave out --shard and --partitions"
 
 
-def _output_problems(config: PreprocessConfig) -> list[str]:
+def _shard_is_sound(shard: str) -> bool:
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    return match is not None and int(match[1]) < int(match[2])
+
+
+def _output_problems(config: PreprocessConfig) -> Iterator[str]:
     given = f"--output-prefix {config.output_prefix}"
-    problems = []
     folder = dataset_path(config.output_prefix, ".idx").parent
     if not folder.is_dir():
-        problems.append(f"{given}: make the folder first: mkdir -p {folder}")
+        yield f"{given}: make the folder first: mkdir -p {folder}"
     elif not os.access(folder, os.W_OK):
-        problems.append(f"{given}: the folder {folder} is not writable")
-    # A malformed --shard gives no output names.
-    if config.shard is not None and not re.fullmatch(r"\d+/\d+", config.shard):
-        return problems
+        yield f"{given}: the folder {folder} is not writable"
+    if config.shard is not None and not _shard_is_sound(config.shard):
+        return  # it gives no output names
     # With a staging directory, outputs may exist because a run was interrupted while it renamed
     # them: that run resumes.
     if not config.staging_dir.exists():
         for path in config.existing_outputs():
-            problems.append(f"{given}: {path} exists; delete it or choose another prefix")
-    return problems
-
-
-def sentence_splitter(language: str) -> Callable[[str], list[str]]:
-    """A function that splits a text into sentences. Raises DatasetError without the library."""
-    try:
-        import sentencex
-    except ImportError:
-        raise DatasetError(
-            "--split-sentences needs the sentencex library: pip install sentencex"
-        ) from None
-    return lambda text: sentencex.segment(language, text)
+            yield f"{given}: {path} exists; delete it or choose another prefix"

@@ -113,9 +113,8 @@ def merge(prefixes: Sequence[str], output_prefix: str | Path) -> DatasetInfo | N
         )
     with Journal(staging_dir, {"merge": list(map(str, prefixes))}) as journal:
         if journal.state is None:
-            renames = merge_into(staging_dir, prefixes, output_prefix)
-            journal.commit({"renames": renames})
-        journal.publish(journal.state["renames"])
+            journal.commit({"renames": merge_into(staging_dir, prefixes, output_prefix)})
+        journal.publish()
     return DatasetInfo.read(output_prefix)
 
 
@@ -150,8 +149,7 @@ def merge_into(
     with IndexedWriter(output_prefix, datasets[0].dtype, staging_dir) as writer:
         for dataset in datasets:
             writer.append(dataset)
-        info = _merged_info(list(infos.values()), writer.documents, writer.tokens)
-        return [(str(source), str(final)) for source, final in writer.seal(info)]
+        return writer.seal(_merged_info(list(infos.values()), writer))
 
 
 def _differences(infos: dict[str, DatasetInfo | None]) -> Iterator[str]:
@@ -199,14 +197,13 @@ def _changed_inputs(infos: dict[str, DatasetInfo | None]) -> Iterator[str]:
                 )
 
 
-def _merged_info(
-    infos: list[DatasetInfo | None], documents: int, tokens: int
-) -> DatasetInfo | None:
+def _merged_info(infos: list[DatasetInfo | None], writer: IndexedWriter) -> DatasetInfo | None:
     """The description of datasets that agree, with the sizes of the merged one."""
     if infos[0] is None:
         return None
-    merged = replace(infos[0], documents=documents, tokens=tokens, inputs=None)
+    unknown = {}
     for name in FLAG_OF:
         if any(getattr(info, name) is None for info in infos):
-            merged = replace(merged, **{name: None})
-    return merged
+            unknown[name] = None
+    sizes = {"documents": writer.documents, "tokens": writer.tokens}
+    return replace(infos[0], **sizes, inputs=None, **unknown)

@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 SPENT_ON = ("read", "parse", "encode", "write")
-SUMMED = ("bytes_total", "bytes_done", "documents", "tokens", "bytes_now", "tokens_now")
-SUMMED += ("bad_lines", "empty")
-"""Fields of Progress of which the total of several runs is the sum."""
+KEPT = ("bytes_total", "bytes_done", "documents", "tokens", "bad_lines", "empty")
+"""Counts that are stored, to resume from. The total of several runs is the sum of each."""
 
 
 @dataclass
 class Progress:
     """How much of a run is done, and where its time went."""
 
-    bytes_total: int
+    bytes_total: int = 0
     """Bytes of all input; 0: not known before it is read, as of compressed files."""
     bytes_done: int = 0
     documents: int = 0
@@ -33,25 +32,19 @@ class Progress:
     """The last bad line that this run left out: file, line number and reason."""
     empty: int = 0
     """Blank lines and documents with an empty text that were left out (--skip-empty)."""
-    finished: bool = False
-    """Whether everything is written, and only the files' final names are missing."""
 
     @classmethod
-    def of_earlier_run(cls, stored: dict) -> "Progress":
+    def restored(cls, stored: dict) -> "Progress":
         """The progress that an earlier run stored as JSON: nothing of it was done in this run."""
-        progress = cls(**{"bytes_total": 0, **stored})
-        progress.seconds = 0.0
-        progress.bytes_now = 0
-        progress.tokens_now = 0
-        progress.spent = dict.fromkeys(SPENT_ON, 0.0)
-        return progress
+        kept = (*KEPT, "last_bad_line")
+        return cls(**{name: stored[name] for name in kept if name in stored})
 
     @classmethod
     def total(cls, shards: Iterable["Progress"]) -> "Progress":
         """The progress of several runs at the same time, summed."""
-        total = cls(bytes_total=0)
+        total = cls()
         for shard in shards:
-            for name in SUMMED:
+            for name in (*KEPT, "bytes_now", "tokens_now"):
                 setattr(total, name, getattr(total, name) + getattr(shard, name))
             for name, seconds in shard.spent.items():
                 total.spent[name] += seconds

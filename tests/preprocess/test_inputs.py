@@ -16,6 +16,7 @@ import pytest
 
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import ByteTokenizer
+from megalite.data.tokenizers.build import KINDS
 from megalite.preprocess import inputs as module
 from megalite.preprocess.config import find_problems
 from megalite.preprocess.encode import Encoder, TextReader
@@ -226,7 +227,7 @@ def test_what_is_given_twice_or_comes_from_nowhere(tmp_path, monkeypatch):
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_the_reference_encodes_a_sample_of_every_file(tmp_path):
+def test_the_reference_encodes_a_sample_of_every_file(tmp_path, monkeypatch):
     """Little of small files, so that many of them are not as slow as the reference."""
     checked = []
 
@@ -234,7 +235,8 @@ def test_the_reference_encodes_a_sample_of_every_file(tmp_path):
         def check(self, texts):
             checked.extend(texts)
 
-    encoder = Encoder(Checked(), ("text",), False, None)
+    monkeypatch.setitem(KINDS, "ByteTokenizer", Checked)
+    encoder = Encoder(config(tmp_path))
     for number, size in enumerate((10, 5000, 500_000)):
         (tmp_path / f"{number}.txt").write_text(str(number) * size)
     for block in blocks_of(*(str(tmp_path / f"{number}.txt") for number in range(3))):

@@ -189,16 +189,13 @@ def test_a_list_of_bad_lines_is_not_overwritten(tmp_path):
 def test_the_index_gets_its_name_last(tmp_path, monkeypatch):
     """Who finds it finds everything, also the list of bad lines."""
     named = []
-    monkeypatch.setattr(
-        Journal,
-        "publish",
-        lambda journal, renames: named.extend(Path(final).name for _, final in renames),
-    )
+    monkeypatch.setattr(Journal, "publish", lambda journal: named.extend(journal.state["renames"]))
     monkeypatch.setattr(DatasetInfo, "read", lambda prefix: None)
     preprocess(
         config(tmp_path, write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {}]), max_bad_lines=1)
     )
-    assert "out.bad_lines.tsv" in named and named[-1] == "out_text_document.idx"
+    finals = [Path(final).name for _, final in named]
+    assert "out.bad_lines.tsv" in finals and finals[-1] == "out_text_document.idx"
 
 
 @pytest.mark.parametrize(

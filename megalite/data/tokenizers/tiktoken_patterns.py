@@ -59,8 +59,8 @@ class TikTokenEncoding(NamedTuple):
     """What is encoded in place of a text."""
     first_id: int = 0
     """Id of rank 0."""
-    most_ranks: int | None = None
-    """Ranks that are used, the lowest; None: all of the file."""
+    most_ranks: int = 1 << 32
+    """Number of ranks that are used, the lowest."""
 
 
 def number(first: int, tokens: list[str]) -> dict[str, int]:
@@ -152,13 +152,8 @@ MEGATRON_TOKENS = [
     *"<unk> <s> </s> <mask> <pad> <cls> <sep>".split(),
     *(f"<SPECIAL_{index}>" for index in range(7, 1000)),
 ]
-CL100K_SPECIAL = {
-    "<|endoftext|>": 100257,
-    "<|fim_prefix|>": 100258,
-    "<|fim_middle|>": 100259,
-    "<|fim_suffix|>": 100260,
-    "<|endofprompt|>": 100276,
-}
+CL100K_SPECIAL = number(100257, in_bars("endoftext fim_prefix fim_middle fim_suffix"))
+CL100K_SPECIAL["<|endofprompt|>"] = 100276
 O200K_SPECIAL = {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}
 
 
