@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -79,35 +80,32 @@ class Blend:
         return fewest + np.bincount(sources[taken], minlength=k)
 
 
+@dataclass(eq=False)
 class BlendedDataset:
     """Samples of several datasets by weight: `dataset[i]` for any i >= start.
-
-    Args:
-        datasets: `datasets[j][i]` gives sample i of source j.
-        weights: one for each dataset.
-        start: index in the run of the first sample of this blend; earlier ones came from another.
-        consumed: samples of each source that were used before `start`; each continues from there.
-            None: no samples were used.
 
     Raises ValueError when the numbers of datasets, weights and counts differ.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence,
-        weights: Sequence[float],
-        start: int = 0,
-        consumed: Sequence[int] | None = None,
-    ):
-        self.datasets = list(datasets)
-        self.start = start
-        self.consumed = [0] * len(self.datasets) if consumed is None else list(consumed)
-        if not len(self.datasets) == len(weights) == len(self.consumed):
+    datasets: Sequence
+    """`datasets[j][i]` gives sample i of source j."""
+    weights: Sequence[float]
+    """One for each dataset."""
+    start: int = 0
+    """Index in the run of the first sample of this blend; earlier ones came from another."""
+    consumed: Sequence[int] | None = None
+    """Samples of each source that were used before `start`; each continues from there. None: no
+    samples were used."""
+
+    def __post_init__(self):
+        if self.consumed is None:
+            self.consumed = [0] * len(self.datasets)
+        if not len(self.datasets) == len(self.weights) == len(self.consumed):
             raise ValueError(
-                f"{len(self.datasets)} datasets, {len(weights)} weights and {len(self.consumed)} "
-                "counts do not match"
+                f"{len(self.datasets)} datasets, {len(self.weights)} weights and "
+                f"{len(self.consumed)} counts do not match"
             )
-        self._blend = Blend(weights)
+        self._blend = Blend(self.weights)
 
     def __getitem__(self, i: int):
         """Sample i of the run. Raises IndexError for one before `start`."""
@@ -117,10 +115,6 @@ class BlendedDataset:
         if len(self.datasets) > 1:
             source, index = self._blend[index]
         return self.datasets[source][self.consumed[source] + index]
-
-    def consumed_at(self, i: int) -> list[int]:
-        """Samples of each source used before sample i >= start of the run."""
-        return (np.array(self.consumed) + self._blend.counts(i - self.start)).tolist()
 
     def fingerprint(self) -> str:
         """Identifies the contents of the sources."""

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 
-from megalite.data.architectures import DATA_OF, Dataset, SampleConfig, SplitData
+from megalite.data.architectures import DATA_OF, Dataset
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.blend import BlendedDataset
 from megalite.data.config import DataConfig
+from megalite.data.gpt import SplitData
 from megalite.data.indexed import DatasetError, IndexedDataset
 from megalite.data.sources import DataState, Source, UsedSource, parse_sources
 from megalite.nn.config import ModelConfig
@@ -33,12 +34,11 @@ def build_sources(
     Raises DatasetError when there is no data, a file is unusable, or a requested split is empty or
     shorter than a sample; TokenizerError when a BERT's tokenizer lacks a token that it needs.
     """
-    architecture = DATA_OF[model.architecture]
-    config = SampleConfig(data, model, seed, bert or BertDataConfig())
+    architecture = DATA_OF[model.architecture](data, model, seed, bert or BertDataConfig())
     if data.mock_data:
         if model.vocab_size is None:
             raise DatasetError("--mock-data needs --vocab-size")
-        return {split: [(MOCK, architecture.mock(config, split))] for split in samples}
+        return {split: [(MOCK, architecture.mock(split))] for split in samples}
     opened: dict[str, IndexedDataset] = {}
     built = {}
     for split, number in samples.items():
@@ -52,7 +52,7 @@ def build_sources(
             if source.prefix not in opened:
                 opened[source.prefix] = IndexedDataset(source.prefix)
             part = SplitData.of(opened[source.prefix], split, data)
-            built[split].append((source, architecture.dataset(config, part, number)))
+            built[split].append((source, architecture.dataset(part, number)))
     return built
 
 
@@ -73,12 +73,11 @@ def data_state(
 
     Raises DatasetError for two sources with equal contents.
     """
-    architecture = DATA_OF[model.architecture]
-    config = SampleConfig(data, model, seed, bert or BertDataConfig())
+    architecture = DATA_OF[model.architecture](data, model, seed, bert or BertDataConfig())
     used = []
     parts = []
     if data.mock_data:
-        fingerprint = architecture.mock(config, "train").fingerprint()
+        fingerprint = architecture.mock("train").fingerprint()
         used.append(UsedSource(MOCK.prefix, MOCK.weight, fingerprint, consumed=0))
     else:
         flag, words = data.words_of("train")
@@ -95,7 +94,7 @@ def data_state(
             used.append(UsedSource(source.prefix, source.weight, fingerprint, consumed=0))
             parts.append(part)
     order = {"seed": seed, "seq_length": model.seq_length}
-    order |= architecture.order(config, parts, samples)
+    order |= architecture.order(parts, samples)
     return DataState(order, tuple(used))
 
 

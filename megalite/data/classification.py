@@ -4,8 +4,8 @@ Imports no torch.
 """
 
 import csv
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from megalite.data.indexed import DatasetError
+from megalite.data.json_lines import json_object, text_problem
 from megalite.data.masking import SpecialIds
 from megalite.data.permutation import Permutation
 from megalite.data.tokenizers import Tokenizer
@@ -108,20 +109,15 @@ class _Lines:
 def _json_rows(lines: _Lines) -> Iterator[dict]:
     for line in lines:
         lines.first = lines.number
+        if not line.strip():
+            lines.report("the line is empty")
+            continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if line.strip():
-                lines.report(f"invalid JSON: {error.msg} at column {error.colno}")
-            else:
-                lines.report("the line is empty")
-        except (ValueError, RecursionError) as error:
-            lines.report(f"JSON that cannot be read: {error}")
+            row = json_object(line)
+        except ValueError as error:
+            lines.report(str(error))
         else:
-            if isinstance(row, dict):
-                yield row
-            else:
-                lines.report(f"a JSON object is needed, not {type(row).__name__}")
+            yield row
 
 
 def _tsv_rows(lines: _Lines, columns: Columns, quoting: Quoting) -> Iterator[dict]:
@@ -151,7 +147,11 @@ def _tsv_rows(lines: _Lines, columns: Columns, quoting: Quoting) -> Iterator[dic
         # Check it against the header, which comes first.
         if header is None:
             header = fields
-            if not _check_header(header, columns, lines):
+            wrong = [name for name in columns.names if header.count(name) != 1]
+            for name in wrong:
+                found = f"{header.count(name)} columns" if name in header else "no column"
+                lines.report(f"{found} {name!r} in the header; it has {', '.join(header)}")
+            if wrong:
                 return
         elif not fields:
             lines.report(f"the line is empty; the header has {len(header)} columns")
@@ -161,60 +161,33 @@ def _tsv_rows(lines: _Lines, columns: Columns, quoting: Quoting) -> Iterator[dic
             yield dict(zip(header, fields, strict=True))
 
 
-def _check_header(header: list[str], columns: Columns, lines: _Lines) -> bool:
-    """Whether each column that is read is in the header once; reports those that are not."""
-    sound = True
-    for name in columns.names:
-        count = header.count(name)
-        if count != 1:
-            found = f"{count} columns" if count else "no column"
-            lines.report(f"{found} {name!r} in the header; it has {', '.join(header)}")
-            sound = False
-    return sound
-
-
 def _example(row: dict, columns: Columns) -> Example:
     """The values of a row. Raises ValueError with all problems."""
+    if type(row.get(columns.label)) is int:
+        row[columns.label] = str(row[columns.label])
     problems = []
-    values = []
-    for name in (columns.text, columns.pair, columns.label):
-        value = None
-        if name is not None:
-            value = row.get(name)
-            is_label = name == columns.label
-            if is_label and type(value) is int:
-                value = str(value)
-            problem = _value_problem(row, name, value, is_label=is_label)
-            if problem is not None:
-                problems.append(problem)
-        values.append(value)
+    for name in columns.names:
+        wanted = "text or a whole number" if name == columns.label else "text"
+        problem = text_problem(row, name, wanted)
+        if problem is None and not row[name].strip():
+            problem = f"{name!r} is empty"
+        if problem is None and re.search("[\ud800-\udfff]", row[name]):
+            problem = f"{name!r}: half of a surrogate pair, not Unicode text"
+        if problem:
+            problems.append(problem)
     if problems:
         raise ValueError("; ".join(problems))
-    return Example(*values)
+    return Example(row[columns.text], row.get(columns.pair), row.get(columns.label))
 
 
-def _value_problem(row: dict, name: str, value, *, is_label: bool) -> str | None:
-    """What is wrong with the value of a column, if anything."""
-    if name not in row:
-        return f"no key {name!r}; keys here: {', '.join(row) or 'none'}"
-    if not isinstance(value, str):
-        wanted = "text or a whole number" if is_label else "text"
-        return f"{name!r} is {type(value).__name__}, not {wanted}"
-    if not value.strip():
-        return f"{name!r} is empty"
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        return f"{name!r}: half of a surrogate pair, not Unicode text"
-    return None
-
-
-def refuse(problems: Sequence[str]) -> None:
+def refuse(problems: Iterable[str]) -> None:
     """Raise DatasetError with the first 10 problems and the number of the others, if any."""
-    if not problems:
-        return
-    shown = list(problems[:SHOWN_PROBLEMS])
-    if len(problems) > SHOWN_PROBLEMS:
-        shown.append(f"and {len(problems) - SHOWN_PROBLEMS} more")
-    raise DatasetError("\n  ".join(shown))
+    shown = list(problems)
+    more = len(shown) - SHOWN_PROBLEMS
+    if more > 0:
+        shown[SHOWN_PROBLEMS:] = [f"and {more} more"]
+    if shown:
+        raise DatasetError("\n  ".join(shown))
 
 
 def classes_of(examples: Iterable[Example]) -> list[str]:
@@ -231,9 +204,7 @@ def order(n: int, seed: int, *what: str | int) -> np.ndarray:
     return Permutation(n, keys.tolist())(np.arange(n)).astype(np.int64)
 
 
-def hold_out(
-    examples: list[Example], share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+def hold_out(examples: list[Example], share: float, seed: int) -> tuple[list, list]:
     """(training, validation): a share of the examples, chosen at random, becomes validation data.
 
     Raises DatasetError when that leaves one of the two empty.
@@ -252,17 +223,14 @@ def hold_out(
     return training, validation
 
 
-def unseen_labels(examples: Iterable[Example], classes: list[str]) -> list[str]:
+def unseen_labels(examples: Iterable[Example], classes: list[str]) -> Iterator[str]:
     """A problem for each label of these examples that is not one of the classes."""
-    known = ", ".join(classes)
-    problems = []
     for label in classes_of(examples):
         if label not in classes:
-            problems.append(
+            yield (
                 f"label {label!r} is in the validation data but not in the training data, which "
-                f"has {known}"
+                f"has {', '.join(classes)}"
             )
-    return problems
 
 
 @dataclass(frozen=True)
@@ -314,22 +282,20 @@ def frame(
     Tokens are removed from the end of a text; in a pair, from the longer one first. classes: the
     labels of the examples, by class index. None: labels are not read.
     """
-    first = tokenizer.encode_batch([example.text for example in examples]).split()
-    second = None
-    room = seq_length - 2
-    if examples[0].pair is not None:
-        second = tokenizer.encode_batch([example.pair for example in examples]).split()
-        room = seq_length - 3
+    texts, pairs, _ = zip(*examples)
+    is_pair = pairs[0] is not None
+    room = seq_length - (3 if is_pair else 2)
+    first = tokenizer.encode_batch(texts).split()
+    second = tokenizer.encode_batch(pairs).split() if is_pair else [()] * len(first)
     tokens = []
     starts = []
     cut = 0
-    for number, a in enumerate(first):
-        b = [] if second is None else second[number]
+    for a, b in zip(first, second):
         kept = min(len(a), max(room - len(b), room - room // 2))
         cut += len(a) + len(b) > room
         row = [[special.cls], a[:kept], [special.sep]]
         starts.append(kept + 2)
-        if second is not None:
+        if is_pair:
             row += [b[: room - kept], [special.sep]]
         tokens.append(np.concatenate(row).astype(np.int64))
     labels = None

@@ -23,7 +23,7 @@ def json_object(line: str) -> dict:
 def text_problem(row: dict, key: str, wanted: str = "text") -> str | None:
     """Why a row has no text at a key, None if it has one. wanted: what the message asks for."""
     if key not in row:
-        return f"no key {key!r}"
+        return f"no key {key!r}; keys here: {', '.join(row) or 'none'}"
     if not isinstance(row[key], str):
         return f"{key!r} is {type(row[key]).__name__}, not {wanted}"
     return None

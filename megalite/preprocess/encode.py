@@ -145,7 +145,7 @@ class TextReader:
         row = json_object(decoded)
         for key in self.keys:
             if problem := text_problem(row, key):
-                raise ValueError(f"{problem}; keys here: {', '.join(row) or 'none'}")
+                raise ValueError(problem)
         return [row[key] for key in self.keys]
 
 

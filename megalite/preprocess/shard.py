@@ -133,6 +133,7 @@ class _ShardRun:
         self.ranges = inputs.shard_ranges(files, *config.shard_position)
         self.progress = Progress(bad_lines=state["bad"], empty=state["empty"])
         self._count_bytes()
+        self._count_documents()
         self._committed_at = time.monotonic()
         self._committed_tokens = 0
         self._lines_skipped: dict[int, int] = {}
@@ -153,6 +154,10 @@ class _ShardRun:
         kinds = {inputs.kind_of(self.files[number]) for number, _, _ in self.ranges}
         if not kinds <= {"plain", "text"}:
             self.progress.bytes_total = 0
+
+    def _count_documents(self) -> None:
+        self.progress.documents = self.writers[0].documents
+        self.progress.tokens = sum(writer.tokens for writer in self.writers)
 
     def write_rest(self, report: Callable[[Progress], None]) -> None:
         """Encode and write what is left, complete the files, and commit their renames."""
@@ -186,10 +191,9 @@ class _ShardRun:
         progress = self.progress
         self._note_bad_lines(block, result)
         # Append the documents.
-        tokens_before = sum(writer.tokens for writer in self.writers)
+        tokens_before = progress.tokens
         for writer, documents in zip(self.writers, result.per_key, strict=True):
             writer.add_documents(*documents)
-        tokens = sum(writer.tokens for writer in self.writers)
         # Move the position.
         if self.position[0] != block.file:
             self.line = 1
@@ -198,9 +202,8 @@ class _ShardRun:
         # Count.
         progress.bytes_done += block.stop - block.start
         progress.bytes_now += block.stop - block.start
-        progress.documents = self.writers[0].documents
-        progress.tokens = tokens
-        progress.tokens_now += tokens - tokens_before
+        self._count_documents()
+        progress.tokens_now += progress.tokens - tokens_before
         progress.empty += result.empty
         for name, seconds in zip(("read", "parse", "encode"), result.seconds):
             progress.spent[name] += seconds

@@ -17,6 +17,7 @@ import pytest
 
 from megalite.data.build import build_sources, data_state
 from megalite.data.config import DataConfig
+from megalite.data.gpt import SplitData
 from megalite.data.indexed import DatasetError, IndexedDataset
 from megalite.data.megatron_order import MegatronOrderDataset, split_sequences
 from megalite.nn.config import ModelConfig
@@ -137,9 +138,8 @@ def test_every_token_is_seen_once_an_epoch(tmp_path):
             writer.add_document(part)
         writer.finish()
     epoch = (tokens - 1) // s
-    dataset = MegatronOrderDataset(
-        IndexedDataset(tmp_path / "data"), "1", "train", seq_length=s, seed=1, samples=epoch
-    )
+    part = SplitData(IndexedDataset(tmp_path / "data"), "train", "1")
+    dataset = MegatronOrderDataset(part, s, seed=1, samples=epoch)
     assert len(dataset) == epoch
     seen = np.concatenate([dataset[i][:-1] for i in range(epoch)])
     assert len(seen) == epoch * s > tokens - 1 - s
@@ -149,16 +149,15 @@ def test_every_token_is_seen_once_an_epoch(tmp_path):
 def test_what_cannot_be_had_is_refused(prefix):
     indexed = IndexedDataset(prefix)
     with pytest.raises(DatasetError, match="split 'test' has .* tokens but needs at least"):
-        MegatronOrderDataset(indexed, "969,30,1", "test", seq_length=512, seed=1, samples=5)
-    dataset = MegatronOrderDataset(
-        indexed, "1", "train", seq_length=16, seed=1, samples=5, vocab_size=100
-    )
+        MegatronOrderDataset(SplitData(indexed, "test", "969,30,1"), 512, seed=1, samples=5)
+    train = SplitData(indexed, "train", "1")
+    dataset = MegatronOrderDataset(train, 16, seed=1, samples=5, vocab_size=100)
     with pytest.raises(DatasetError, match="the vocabulary has 100 entries"):
         dataset[0]
     with pytest.raises(IndexError, match="has 62"):
         dataset[len(dataset)]
     with pytest.raises(DatasetError, match="--seed below 2.32"):
-        MegatronOrderDataset(indexed, "1", "train", seq_length=16, seed=2**32, samples=5)
+        MegatronOrderDataset(train, 16, seed=2**32, samples=5)
     for text in ("1e3,1", "1/2,1/2"):  # Megatron-core reads the numbers 1, 3, 1 and 1, 2, 1, 2
         with pytest.raises(DatasetError, match="plain numbers"):
             split_sequences(text, 5)
@@ -187,13 +186,9 @@ def test_a_checkpoint_knows_how_many_epochs_its_order_was_made_for(prefix):
         del untold.order[key]
     assert untold.differences(state(epoch * 3)) == []  # older checkpoints do not tell
     assert untold.with_prefixes_of(state(5)).order["epochs"] == 1  # from here on they do
-    samples = [
-        [d[i].tolist() for i in range(epoch // 2)]
-        for d in (
-            MegatronOrderDataset(
-                IndexedDataset(prefix), "1", "train", seq_length=s, seed=1, samples=n
-            )
-            for n in (epoch // 2, epoch, epoch * 3)
-        )
-    ]
+    samples = []
+    for count in (epoch // 2, epoch, epoch * 3):
+        part = SplitData(IndexedDataset(prefix), "train", "1")
+        dataset = MegatronOrderDataset(part, s, seed=1, samples=count)
+        samples.append([dataset[i].tolist() for i in range(epoch // 2)])
     assert samples[0] == samples[1] != samples[2]

@@ -5,24 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megalite.data.config import (
-    NO_SPECIAL_TEXTS,
-    TOKENIZER_FIELDS,
-    TOKENIZER_FILES,
-    DataConfig,
-    TokenizerType,
-)
+from megalite.data import config
+from megalite.data.config import TOKENIZER_FILES, DataConfig, TokenizerType
 from megalite.data.tokenizers import huggingface, plain, sentencepiece, tiktoken
-from megalite.data.tokenizers.base import (
-    ReferenceTokenizer,
-    Tokenizer,
-    TokenizerError,
-    missing_file,
-)
+from megalite.data.tokenizers.base import Tokenizer, TokenizerError, missing_file
 from megalite.data.tokenizers.fast import CheckedTokenizer
 from megalite.data.tokenizers.tiktoken_patterns import ENCODINGS
 
-KINDS: dict[str, Callable[..., ReferenceTokenizer]] = {
+KINDS: dict[str, Callable[..., Tokenizer]] = {
     "SentencePieceTokenizer": sentencepiece.SentencePieceTokenizer,
     "GPT2BPETokenizer": huggingface.GPT2BPETokenizer,
     "BertWordPieceLowerCase": huggingface.BertWordPieceLowerCase,
@@ -108,14 +98,15 @@ def find_flag_problems(
             problems.append(f"{flag} {value}: {kind} does not read it; leave the flag out")
     if kind == "NullTokenizer" and vocab_size is None:
         problems.append(f"--tokenizer-type {kind} needs --vocab-size")
-    if parse_special_tokens and kind in NO_SPECIAL_TEXTS:
-        problems.append(f"--parse-special-tokens: {NO_SPECIAL_TEXTS[kind]}; leave the flag out")
+    if parse_special_tokens and (reason := config.NO_SPECIAL_TEXTS.get(kind)):
+        problems.append(f"--parse-special-tokens: {reason}; leave the flag out")
     return problems
 
 
 def tokenizer_fields(source: Any) -> dict[str, Any]:
     """Those of TOKENIZER_FIELDS that `source` has, as keyword arguments of `build_tokenizer`."""
-    return {name: getattr(source, name) for name in TOKENIZER_FIELDS if hasattr(source, name)}
+    fields = config.TOKENIZER_FIELDS
+    return {name: getattr(source, name) for name in fields if hasattr(source, name)}
 
 
 def configured_tokenizer(data: DataConfig, vocab_size: int | None) -> Tokenizer:

@@ -26,7 +26,7 @@ SHOWN_IDS = 5
 """Ids shown before and after the first that differs."""
 
 
-class CheckedTokenizer:
+class CheckedTokenizer(base.Tokenizer):
     """A tokenizer that encodes with gigatoken, and uses the reference for everything else.
 
     gigatoken takes the text of a special token for the token: texts that contain such a text are
@@ -35,9 +35,8 @@ class CheckedTokenizer:
     """
 
     backend = "fast"
-    why = ""
 
-    def __init__(self, reference: base.ReferenceTokenizer):
+    def __init__(self, reference: base.Tokenizer):
         self.reference = reference
         self.vocab_size = reference.vocab_size
         self.sha256 = reference.sha256

@@ -15,7 +15,7 @@ USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-class LibraryTokenizer(base.ReferenceTokenizer):
+class LibraryTokenizer(base.Tokenizer):
     """A tokenizers.Tokenizer. Subclasses build it and say which token ends documents."""
 
     special_texts: tuple[str, ...] = ()

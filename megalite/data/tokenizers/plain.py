@@ -9,7 +9,7 @@ from megalite.data.tokenizers import base
 from megalite.data.tokenizers.base import Encoded, TextError, TokenizerError, shortened
 
 
-class ByteTokenizer(base.ReferenceTokenizer):
+class ByteTokenizer(base.Tokenizer):
     """UTF-8 bytes as ids 0 to 255; id 256 ends documents."""
 
     vocab_size = 257
@@ -27,7 +27,7 @@ class ByteTokenizer(base.ReferenceTokenizer):
         return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
 
 
-class NullTokenizer(base.ReferenceTokenizer):
+class NullTokenizer(base.Tokenizer):
     """Text is ids in decimal, separated by white space; the last of `vocab_size` ends documents.
 
     Raises TokenizerError if there is no id for that.

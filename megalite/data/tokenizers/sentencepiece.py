@@ -8,7 +8,7 @@ from megalite.data.tokenizers import base
 from megalite.data.tokenizers.base import Encoded, TokenizerError
 
 
-class SentencePieceTokenizer(base.ReferenceTokenizer):
+class SentencePieceTokenizer(base.Tokenizer):
     """A SentencePiece model; its end-of-sentence piece ends documents.
 
     The text of a control piece is ordinary text; that of a user-defined piece is always the piece.

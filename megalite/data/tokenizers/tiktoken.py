@@ -13,7 +13,7 @@ from megalite.data.tokenizers.base import Encoded, TokenizerError
 from megalite.data.tokenizers.tiktoken_patterns import ENCODINGS, IN_FILE_NAMES, PUBLISHED
 
 
-class TikTokenizer(base.ReferenceTokenizer):
+class TikTokenizer(base.Tokenizer):
     """A file of BPE ranks: .tiktoken, tokenizer.model of Llama 3 and 4, or Megatron-LM's JSON.
 
     The file does not say how text is split into words, nor which special tokens there are. These
