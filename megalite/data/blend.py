@@ -35,22 +35,17 @@ class Blend:
 
     def counts(self, n: int) -> np.ndarray:
         """Samples of each source among the first n, int64 [k], 0 <= n <= 2^50."""
-        return self._counts(n).copy()
+        last, counts = self._last
+        return counts.copy() if last == n else self._search(n)
 
     def __getitem__(self, i: int) -> tuple[int, int]:
         """(source, index of the sample within the source) of sample i >= 0."""
-        counts = self._counts(i)
+        counts = self.counts(i)
         source = int((self.shares / (2 * counts + 1)).argmax())
-        after = counts.copy()
-        after[source] += 1
-        self._last = (i + 1, after)
-        return source, int(counts[source])
-
-    def _counts(self, n: int) -> np.ndarray:
-        last, counts = self._last
-        if last == n:
-            return counts
-        return self._search(n)
+        index = int(counts[source])
+        counts[source] += 1
+        self._last = (i + 1, counts)
+        return source, index
 
     def _search(self, n: int) -> np.ndarray:
         """The counts after n samples, computed without those before.

@@ -60,105 +60,86 @@ def read_examples(
     read.
     """
     examples = []
+    problems = []
+    rows = None
     with open(path, "rb") as file:
         lines = _Lines(file)
-        if Path(path).suffix == ".tsv":
-            rows = _tsv_rows(lines, columns, quoting)
-        else:
-            rows = _json_rows(lines)
-        for row in rows:
+        while True:
+            first = lines.number + 1
             try:
-                examples.append(_example(row, columns))
-            except ValueError as error:
-                lines.report(str(error))
-    problems = [f"{path}, {problem}" for problem in lines.problems]
+                if rows is not None:
+                    examples.append(_example(next(rows), columns))
+                elif Path(path).suffix == ".tsv":
+                    rows = _tsv_rows(lines, columns, quoting)
+                else:
+                    rows = map(json_object, lines)
+            except StopIteration:
+                break
+            except (ValueError, csv.Error) as error:
+                where = f"line {lines.number}"
+                if first < lines.number:
+                    where = f"lines {first} to {lines.number}"
+                advice = ""
+                if isinstance(error, csv.Error) and quoting == "csv":
+                    advice = "; where quotes are ordinary characters, give --quoting none"
+                problems.append(f"{path}, {where}: {error}{advice}")
+                if rows is None:  # the header is invalid
+                    break
     if not examples and not problems:
         problems.append(f"{path}: no examples in it")
     return examples, problems
 
 
 class _Lines:
-    """The lines of a file as text, and their problems. A line that is not UTF-8 is left out."""
+    """The lines of a file as text. Raises ValueError for one that is not UTF-8, and continues."""
 
-    def __init__(self, file: Iterable[bytes]):
+    def __init__(self, file: Iterator[bytes]):
         self._file = file
-        self.problems: list[str] = []
-        self.first = 0
-        """First line of the row that is being read, from 1."""
         self.number = 0
-        """Last line of the row that is being read."""
+        """Number of the last line, from 1."""
 
-    def __iter__(self) -> Iterator[str]:
-        for line in self._file:
-            self.number += 1
-            try:
-                yield line.decode("utf-8-sig" if self.number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                self.first = self.number
-                byte = line[error.start]
-                self.report(f"not UTF-8: byte {byte:#04x} at column {error.start + 1}")
+    def __iter__(self) -> "_Lines":
+        return self
 
-    def report(self, problem: str) -> None:
-        """Record a problem of the current row."""
-        where = f"line {self.number}"
-        if self.first < self.number:
-            where = f"lines {self.first} to {self.number}"
-        self.problems.append(f"{where}: {problem}")
-
-
-def _json_rows(lines: _Lines) -> Iterator[dict]:
-    for line in lines:
-        lines.first = lines.number
-        if not line.strip():
-            lines.report("the line is empty")
-            continue
+    def __next__(self) -> str:
+        line = next(self._file)
+        self.number += 1
         try:
-            row = json_object(line)
-        except ValueError as error:
-            lines.report(str(error))
-        else:
-            yield row
+            return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            where = f"column {error.start + 1}"
+            raise ValueError(f"not UTF-8: byte {byte:#04x} at {where}") from None
 
 
 def _tsv_rows(lines: _Lines, columns: Columns, quoting: Quoting) -> Iterator[dict]:
-    """The rows after the header, by its names. A file with an invalid header has no rows."""
-    rules = {}
-    if quoting == "none":
-        rules = {"quoting": csv.QUOTE_NONE, "quotechar": None}
-    reader = csv.reader(iter(lines), "excel-tab", strict=True, **rules)
-    header = None
-    while True:
-        # Read a row, which may take several lines.
-        lines.first = lines.number + 1
-        try:
-            fields = next(reader)
-            if any("\n" in field and "\t" in field for field in fields):
-                raise csv.Error(
-                    "a field in quotes that holds a line break and a tab; is a quote not closed?"
-                )
-        except StopIteration:
-            return
-        except csv.Error as error:
-            advice = ""
-            if quoting == "csv":
-                advice = "; where quotes are ordinary characters, give --quoting none"
-            lines.report(f"{error}{advice}")
-            continue
-        # Check it against the header, which comes first.
-        if header is None:
-            header = fields
-            wrong = [name for name in columns.names if header.count(name) != 1]
-            for name in wrong:
-                found = f"{header.count(name)} columns" if name in header else "no column"
-                lines.report(f"{found} {name!r} in the header; it has {', '.join(header)}")
-            if wrong:
-                return
-        elif not fields:
-            lines.report(f"the line is empty; the header has {len(header)} columns")
-        elif len(fields) != len(header):
-            lines.report(f"{len(fields)} columns; the header has {len(header)} columns")
-        else:
-            yield dict(zip(header, fields, strict=True))
+    """The rows after the header, by its names; a row that is invalid raises an error in its turn.
+
+    Raises ValueError or csv.Error for an invalid header.
+    """
+    rules = {"quoting": csv.QUOTE_NONE, "quotechar": None} if quoting == "none" else {}
+    reader = csv.reader(lines, "excel-tab", strict=True, **rules)
+    header = next(reader)
+    wrong = []
+    for name in columns.names:
+        if name not in header:
+            wrong.append(f"no column {name!r}")
+        elif header.count(name) > 1:
+            wrong.append(f"{header.count(name)} columns {name!r}")
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} in the header; it has {', '.join(header)}")
+
+    def row(fields: list[str]) -> dict:
+        if any("\n" in field and "\t" in field for field in fields):
+            raise csv.Error(
+                "a field in quotes that holds a line break and a tab; is a quote not closed?"
+            )
+        if len(fields) != len(header):
+            found = f"{len(fields)} columns" if fields else "the line is empty"
+            raise ValueError(f"{found}; the header has {len(header)} columns")
+        return dict(zip(header, fields, strict=True))
+
+    return map(row, reader)
 
 
 def _example(row: dict, columns: Columns) -> Example:
@@ -257,7 +238,7 @@ class Rows:
         tokens; token_types, 1 for B and its [SEP]; segments, 1, and 0 for padding: int64 [b, s].
         """
         rows = [self.tokens[i] for i in chosen]
-        lengths = np.array([len(row) for row in rows])[:, None]
+        lengths = np.array(list(map(len, rows)))[:, None]
         second = np.array([self.second[i] for i in chosen])[:, None]
         column = np.arange(lengths.max())
         tokens = np.full((len(rows), lengths.max()), self.pad, np.int64)
@@ -282,7 +263,7 @@ def frame(
     Tokens are removed from the end of a text; in a pair, from the longer one first. classes: the
     labels of the examples, by class index. None: labels are not read.
     """
-    texts, pairs, _ = zip(*examples)
+    texts, pairs, given_labels = zip(*examples)
     is_pair = pairs[0] is not None
     room = seq_length - (3 if is_pair else 2)
     first = tokenizer.encode_batch(texts).split()
@@ -300,5 +281,5 @@ def frame(
         tokens.append(np.concatenate(row).astype(np.int64))
     labels = None
     if classes is not None:
-        labels = np.array([classes.index(example.label) for example in examples])
+        labels = np.array(list(map(classes.index, given_labels)))
     return Rows(tokens, starts, labels, special.pad, cut=cut)

@@ -13,7 +13,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from megalite.data.config import DataConfig
 from megalite.data.indexed import DatasetError, IndexedDataset, check_ids
 from megalite.data.permutation import Permutation, random_words
 from megalite.data.streams import TokenStream
@@ -114,7 +113,7 @@ def parse_split(text: str) -> list[Fraction]:
     Raises DatasetError when these are not one to three numbers >= 0 with a sum above 0.
     """
     try:
-        shares = [Fraction(part.strip()) for part in text.split(",")]
+        shares = list(map(Fraction, text.split(",")))
     except (ValueError, ZeroDivisionError):
         shares = []
     if not 1 <= len(shares) <= len(SPLITS) or min(shares) < 0 or sum(shares) == 0:
@@ -149,14 +148,6 @@ class SplitData:
     """One of SPLITS."""
     shares: str
     """Shares of the documents for the splits, as --split has them."""
-
-    @classmethod
-    def of(cls, indexed: IndexedDataset, split: str, data: DataConfig) -> "SplitData":
-        """As configured: all documents when the data is for this split alone, else by --split."""
-        shares = data.split
-        if data.words_of(split)[0] != "--data-path":
-            shares = ",".join("1" if name == split else "0" for name in SPLITS)
-        return cls(indexed, split, shares)
 
     @property
     def documents(self) -> tuple[int, int]:

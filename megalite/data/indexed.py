@@ -15,14 +15,14 @@ PREFIX.json beside them describes how the dataset was made: see DatasetInfo.
 """
 
 import hashlib
-import json
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
+import msgspec
 import numpy as np
 
 from megalite.data.mapping import map_file
@@ -84,13 +84,8 @@ class DatasetInfo:
         if not path.exists():
             return None
         try:
-            info = cls(**json.loads(path.read_text(encoding="utf-8")))
-            for field in fields(info):
-                value = getattr(info, field.name)
-                if not isinstance(value, field.type):
-                    raise ValueError(f"{field.name} is {value!r}")
-            return info
-        except (ValueError, TypeError) as error:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except msgspec.MsgspecError as error:
             raise DatasetError(f"{path}: not a dataset description ({error}). {REMAKE}") from None
 
 

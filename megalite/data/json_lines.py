@@ -5,6 +5,8 @@ import json
 
 def json_object(line: str) -> dict:
     """The object on a line. Raises ValueError with the reason if there is none."""
+    if not line.strip():
+        raise ValueError("the line is empty")
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

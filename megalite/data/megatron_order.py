@@ -127,14 +127,14 @@ def split_sequences(text: str, sequences: int) -> dict[str, tuple[int, int]]:
     numbers, such as 1e3 or 1/2.
     """
     parse_split(text)
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch("[.0-9]+", part) for part in parts):
+    if not re.fullmatch(r"\s*[.0-9]+\s*(,\s*[.0-9]+\s*)*", text):
         raise DatasetError(
             f"--split {text}: --sample-order megatron takes plain numbers, such as 969,30,1 or "
             "0.98,0.02"
         )
     # Every rounding to float64 is part of the rule: no sum(), which newer Pythons make more exact.
-    shares = [float(part) for part in parts] + [0.0] * (len(SPLITS) - len(parts))
+    shares = list(map(float, text.split(",")))
+    shares += [0.0] * (len(SPLITS) - len(shares))
     whole = shares[0] + shares[1] + shares[2]
     bounds = {}
     total = 0.0

@@ -1,11 +1,13 @@
 """From a block of lines to arrays of token ids: the work of one preprocessing worker."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
+from msgspec.structs import astuple
 
 from megalite.data.json_lines import json_object, text_problem
 from megalite.data.tokenizers import TextError
@@ -77,12 +79,10 @@ class TextReader:
     """Finds the texts in blocks: the values of `keys` in JSON lines, or all of a text file."""
 
     def __init__(self, keys: tuple[str, ...]):
-        import msgspec
-
         self.keys = keys
-        self._fields = [f"key{number}" for number in range(len(keys))]
-        names = dict(zip(self._fields, keys))
-        row = msgspec.defstruct("Row", [(field, str) for field in self._fields], rename=names)
+        fields = [f"key{number}" for number in range(len(keys))]
+        types = zip(fields, [str] * len(keys))
+        row = msgspec.defstruct("Row", types, rename=dict(zip(fields, keys)))
         self._decode = msgspec.json.Decoder(row).decode
         self._decode_errors = (msgspec.MsgspecError, ValueError, RecursionError)
 
@@ -99,8 +99,7 @@ class TextReader:
         try:
             if not data.isascii():
                 data.decode()
-            rows = [*map(self._decode, lines)]
-            texts = [[getattr(row, field) for row in rows] for field in self._fields]
+            texts = _columns(map(astuple, map(self._decode, lines)), len(self.keys))
             if all(map(all, texts)):
                 return ParsedBlock(len(lines), texts, [])
         except self._decode_errors:
@@ -124,7 +123,7 @@ class TextReader:
                 bad.append(BadLine(number, str(error), isinstance(error, EmptyTextError)))
         return ParsedBlock(len(lines), _columns(rows, len(self.keys)), bad)
 
-    def _texts_of(self, line: bytes, is_text: bool) -> list[str]:
+    def _texts_of(self, line: bytes, is_text: bool) -> Sequence[str]:
         """The text of each key in a line, all of them encodable. Raises ValueError."""
         row = [line.decode()] if is_text else self._row(line)
         "".join(row).encode()  # raises UnicodeEncodeError for a lone surrogate
@@ -132,12 +131,11 @@ class TextReader:
             raise EmptyTextError("the text is empty")
         return row
 
-    def _row(self, line: bytes) -> list[str]:
+    def _row(self, line: bytes) -> Sequence[str]:
         """The text of each key in a JSON line. Raises ValueError with the reason."""
         decoded = line.decode()
         try:
-            row = self._decode(line)
-            return [getattr(row, field) for field in self._fields]
+            return astuple(self._decode(line))
         except self._decode_errors:
             pass  # Python's json accepts a little more, and explains the rest better
         if not line.strip():
@@ -146,12 +144,12 @@ class TextReader:
         for key in self.keys:
             if problem := text_problem(row, key):
                 raise ValueError(problem)
-        return [row[key] for key in self.keys]
+        return list(map(row.get, self.keys))
 
 
-def _columns(rows: list[Sequence[str]], count: int) -> list[list[str]]:
+def _columns(rows: Iterable[Sequence[str]], count: int) -> list[list[str]]:
     """The texts of each of `count` keys, from those of each document."""
-    return [[row[key] for row in rows] for key in range(count)]
+    return list(map(list, zip(*rows))) or [[] for _ in range(count)]
 
 
 class Encoder:

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megalite.data.indexed import DatasetError, DatasetInfo
-from megalite.data.tokenizers import TokenizerError
 from megalite.preprocess import inputs
 from megalite.preprocess.config import PreprocessConfig
 from megalite.preprocess.encode import EncodedBlock, stored_dtype
@@ -257,14 +256,10 @@ class _ShardRun:
         """The description of a dataset, for its .json."""
         config = self.config
         tokenizer = config.tokenizer
-        try:
-            eod = tokenizer.eod
-        except TokenizerError:
-            eod = None
         return DatasetInfo(
             tokenizer_type=config.tokenizer_type,
             vocab_size=tokenizer.vocab_size,
-            eod=eod,
+            eod=tokenizer.eod_or_none,
             tokenizer_sha256=tokenizer.sha256,
             documents=writer.documents,
             tokens=writer.tokens,

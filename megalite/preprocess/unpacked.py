@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from megalite.data.indexed import DatasetError
 
 COMPRESSED = (".gz", ".xz", ".zst")
@@ -98,7 +100,6 @@ def _decompressed(path: str) -> Iterator[bytes]:
 
 def _parquet_lines(path: str, keys: tuple[str, ...]) -> Iterator[bytes]:
     """Rows of a Parquet file as JSON lines, a batch of rows at a time."""
-    import msgspec
     from pyarrow.parquet import ParquetFile
 
     file = ParquetFile(path)
@@ -118,7 +119,7 @@ def _parquet_lines(path: str, keys: tuple[str, ...]) -> Iterator[bytes]:
 def _binary_columns(path: str, schema, keys: tuple[str, ...]) -> list[str]:
     """Those of the columns that hold bytes. Raises DatasetError for one that is missing, or holds
     neither bytes nor text."""
-    from pyarrow import types
+    from pyarrow.types import is_dictionary
 
     missing = [key for key in keys if key not in schema.names]
     if missing:
@@ -128,11 +129,11 @@ def _binary_columns(path: str, schema, keys: tuple[str, ...]) -> list[str]:
     binary = []
     for key in keys:
         kind = schema.field(key).type
-        if types.is_dictionary(kind):
+        if is_dictionary(kind):
             kind = kind.value_type
-        if types.is_binary(kind) or types.is_large_binary(kind):
+        if str(kind) in ("binary", "large_binary"):
             binary.append(key)
-        elif not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
+        elif str(kind) not in ("string", "large_string", "null"):
             raise DatasetError(
                 f"{path}: column {key} holds {kind}, not text; --json-keys names columns of text"
             )

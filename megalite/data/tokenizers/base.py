@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
 def pack_ids(ids: Iterable[Sequence[int] | np.ndarray], dtype=np.int32) -> Encoded:
     """Pack the ids of each text into one `Encoded`."""
     arrays = [np.asarray(text, dtype) for text in ids]
-    lengths = np.array([len(text) for text in arrays], np.int64)
+    lengths = np.array(list(map(len, arrays)), np.int64)
     return Encoded(np.concatenate([np.empty(0, dtype), *arrays]), lengths)
 
 
@@ -73,6 +73,14 @@ class Tokenizer:
 
         Raises TokenizerError with the first text for which they differ.
         """
+
+    @property
+    def eod_or_none(self) -> int | None:
+        """Id of the end-of-document token; None if there is none."""
+        try:
+            return self.eod
+        except TokenizerError:
+            return None
 
     def sections(self, text: str) -> list[str]:
         """Return the strings that are encoded in place of `text`; their ids are concatenated."""

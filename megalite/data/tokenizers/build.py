@@ -54,7 +54,7 @@ def build_tokenizer(
     if problems:
         raise TokenizerError("; ".join(problems))
 
-    arguments = [given[field] for field in TOKENIZER_FILES[tokenizer_type]]
+    arguments = list(map(given.get, TOKENIZER_FILES[tokenizer_type]))
     if tokenizer_type == "NullTokenizer":
         arguments.append(vocab_size)
     if tokenizer_type == "TikTokenizer":

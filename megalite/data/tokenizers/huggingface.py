@@ -34,7 +34,7 @@ class LibraryTokenizer(base.Tokenizer):
 
     def ids_of(self, tokens: Sequence[str]) -> list[int | None]:
         """Ids of tokens; None for a token that is not in the vocabulary."""
-        return [self._vocabulary.get(token) for token in tokens]
+        return list(map(self._vocabulary.get, tokens))
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Encode texts, without special tokens around them."""
@@ -44,11 +44,7 @@ class LibraryTokenizer(base.Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of these ids. Special tokens have no text."""
-        try:
-            end = self.eod
-        except TokenizerError:
-            end = None
-        kept = [int(i) for i in ids if i != end]
+        kept = [int(i) for i in ids if i != self.eod_or_none]
         return self._tokenizer.decode(kept, skip_special_tokens=True)
 
     def parse_special_tokens(self) -> None:

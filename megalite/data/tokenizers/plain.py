@@ -18,7 +18,7 @@ class ByteTokenizer(base.Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Return the bytes of each text."""
-        data = [text.encode() for text in texts]
+        data = list(map(str.encode, texts))
         lengths = np.array(list(map(len, data)), np.int64)
         return Encoded(np.frombuffer(b"".join(data), np.uint8).astype(np.int32), lengths)
 
@@ -58,7 +58,7 @@ class NullTokenizer(base.Tokenizer):
                     f"{self.vocab_size - 1}: NullTokenizer takes text that is ids below "
                     "--vocab-size, separated by spaces"
                 )
-        return np.array([int(word) for word in words], np.int32)
+        return np.array(list(map(int, words)), np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the ids, separated by spaces."""

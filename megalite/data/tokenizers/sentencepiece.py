@@ -45,12 +45,11 @@ class SentencePieceTokenizer(base.Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Encode texts."""
-        encoded = self._processor.encode([text.encode() for text in texts], num_threads=1)
-        return base.pack_ids(encoded)
+        return base.pack_ids(self._processor.encode(list(map(str.encode, texts)), num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of these ids. Control pieces have no text."""
-        return self._processor.decode([int(i) for i in ids])
+        return self._processor.decode(list(map(int, ids)))
 
     def load_fast(self, gigatoken):
         """Load the model into gigatoken, which takes BPE with byte fallback."""
