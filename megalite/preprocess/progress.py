@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 SPENT_ON = ("read", "parse", "encode", "write")
@@ -80,30 +80,28 @@ def show_progress(seconds_between_lines: float = 5.0):
     On a terminal it draws a bar, otherwise it prints plain lines.
     """
     if sys.stderr.isatty():
+        from rich import progress as rich
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
 
-        columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        with Bar(*columns, console=Console(stderr=True)) as bar:
+        columns = (rich.BarColumn(), rich.TextColumn("{task.description}"))
+        columns += (rich.TimeRemainingColumn(),)
+        with rich.Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("starting")
 
             def update_bar(progress: Progress) -> None:
-                total = progress.bytes_total or None
-                done = progress.bytes_done
-                bar.update(task, description=str(progress), completed=done, total=total)
+                sizes = {"completed": progress.bytes_done, "total": progress.bytes_total or None}
+                bar.update(task, description=str(progress), **sizes)
 
             yield update_bar
         return
-    next_line = seconds_between_lines
-    shown = None
+    printed = Progress()
 
     def print_line(progress: Progress) -> None:
-        nonlocal next_line, shown
-        done = progress.bytes_done == progress.bytes_total
-        if progress.bytes_done != shown and (done or progress.seconds >= next_line):
-            next_line = progress.seconds + seconds_between_lines
-            shown = progress.bytes_done
+        nonlocal printed
+        is_due = progress.seconds >= printed.seconds + seconds_between_lines
+        is_last = progress.bytes_done == progress.bytes_total
+        if progress.bytes_done != printed.bytes_done and (is_due or is_last):
+            printed = replace(progress)
             print(progress, file=sys.stderr, flush=True)
 
     yield print_line

@@ -146,7 +146,7 @@ def test_the_frame_of_a_sample(corpus):
             assert np.array_equal(sample["tokens"][~masked], sample["labels"][~masked])
 
 
-def test_samples_are_short_as_often_as_asked(tmp_path):
+def test_samples_are_short_as_often_as_configured(tmp_path):
     """Runs have 29 tokens, all of them, and a target of 2 to 29: 28 targets, one of which shortens
     nothing."""
     data = dataset_of(tmp_path / "a", [[3, 4, 5, 6, 11] * 20])
@@ -239,7 +239,7 @@ def test_masks_differ_from_epoch_to_epoch(tmp_path):
     assert len(samples) == 50 and len(masks) > 40
 
 
-def test_a_split_uses_its_documents_alone(tmp_path):
+def test_a_split_uses_only_its_documents(tmp_path):
     data = dataset_of(tmp_path / "a", CORPORA["articles"])
     edges = edges_of(data)
     for pair in ("sop", "nsp", "none"):

@@ -74,7 +74,7 @@ def outward(parts, starts, room: int):
 @pytest.mark.parametrize("pair", ["sop", "nsp"])
 @pytest.mark.parametrize("s", [64, 256])
 @pytest.mark.parametrize("kind", LEAKS)
-def test_how_a_pair_looks_does_not_tell_its_label(tmp_path, kind, s, pair):
+def test_the_form_of_a_pair_does_not_reveal_its_label(tmp_path, kind, s, pair):
     """The best guess from each look, learned on one half of the samples, is right for half of the
     others. (Labels of next sentences come in pairs: twice the variance.)"""
     data = dataset_of(tmp_path / "a", LEAKS[kind])
@@ -144,7 +144,7 @@ def test_half_of_the_next_sentences_are_of_another_document(tmp_path):
     )
 
 
-def test_parts_too_long_together_are_trimmed_to_fit(tmp_path):
+def test_segments_too_long_together_are_trimmed_to_fit(tmp_path):
     """Both documents are cut near their middle at their one border, so an exchange makes a pair of
     9 + 9 tokens and one of 20 + 20, which must become 15 + 14."""
     data = dataset_of(tmp_path / "a", [[20, 9], [9, 20]] * 30)

@@ -1,4 +1,4 @@
-"""A blend is a sequence that any place of can be computed: no walk, no table, the same
+"""A blend is a sequence of which any sample can be computed: no walk, no table, the same
 everywhere."""
 
 import random
@@ -41,7 +41,7 @@ def test_it_is_websters_method(weights):
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=lambda w: f"{len(w)} sources, {w[0]:g}")
-def test_any_place_can_be_reached_directly(weights):
+def test_any_sample_can_be_computed_directly(weights):
     forward, seen = Blend(weights), Counter()
     order = [forward[i] for i in range(600)]
     for source, number in order:
@@ -112,7 +112,7 @@ def test_what_makes_no_sense_is_refused():
         BlendedDataset([Numbers("a")], [1, 2])
 
 
-def test_fingerprints_tell_sources_apart():
+def test_fingerprints_distinguish_sources():
     prints = {
         BlendedDataset([Numbers(n) for n in names], [1] * len(names)).fingerprint()
         for names in ("ab", "ac", "a")

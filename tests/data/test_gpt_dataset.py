@@ -1,4 +1,4 @@
-"""GPT samples: a permutation of windows per epoch, the same whoever asks and however."""
+"""GPT samples: a permutation of windows per epoch, the same for every reader, in any order."""
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, permutations

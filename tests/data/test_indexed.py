@@ -179,7 +179,7 @@ def test_scattered_sequences_are_gathered(tmp_path):
     assert data.tokens(1, 3).read(1, 3).tolist() == [15, 16] and len(data.tokens(1, 2)) == 0
 
 
-def test_the_fingerprint_tells_data_apart(tmp_path):
+def test_the_fingerprint_distinguishes_data(tmp_path):
     first = IndexedDataset(put(tmp_path / "a")).tokens(0, 2).fingerprint()
     assert IndexedDataset(put(tmp_path / "b")).tokens(0, 2).fingerprint() == first
     others = {
@@ -278,7 +278,7 @@ def test_the_fingerprint_of_a_large_file_reads_blocks_of_it(tmp_path):
         writer.finish()
     base = fingerprint([])
     assert base.startswith("2:") and fingerprint([0]) != base != fingerprint([-1])
-    assert fingerprint([9000]) == base  # what is not told apart: between the first two blocks
+    assert fingerprint([9000]) == base  # not noticed: it lies between the first two blocks
 
 
 def test_sequences_gathered_in_any_order(tmp_path):

@@ -1,4 +1,4 @@
-"""Masking: how many tokens, which ones, and what stands in their place. Bounds on counts are 5
+"""Masking: how many tokens, which ones, and what replaces them. Bounds on counts are 5
 standard deviations."""
 
 from collections import Counter
@@ -66,7 +66,7 @@ def test_replacements_are_80_10_10_and_random_ids_are_uniform():
 
 
 @pytest.mark.parametrize("max_ngrams", [1, 3])
-def test_every_place_is_chosen_about_as_often(max_ngrams):
+def test_every_position_is_chosen_about_as_often(max_ngrams):
     """With n-grams the two first and the two last words of a segment are chosen less and more
     often: not looked at."""
     n, draws = 80, 3000

@@ -55,11 +55,11 @@ def prefix(tmp_path_factory) -> str:
     random = np.random.default_rng(5)
     with IndexedWriter(path, np.uint16) as writer:
         while writer.tokens < 10_000:
-            pieces = [
+            sequences_of_document = [
                 random.integers(0, 50000, random.integers(0, 120))
                 for _ in range(random.integers(1, 3))
             ]
-            writer.add_document(*pieces)
+            writer.add_document(*sequences_of_document)
         writer.finish()
     return path
 
@@ -146,7 +146,7 @@ def test_every_token_is_seen_once_an_epoch(tmp_path):
     assert len(np.unique(seen)) == len(seen)
 
 
-def test_what_cannot_be_had_is_refused(prefix):
+def test_unsupported_splits_seeds_and_samples_are_refused(prefix):
     indexed = IndexedDataset(prefix)
     with pytest.raises(DatasetError, match="split 'test' has .* tokens but needs at least"):
         MegatronOrderDataset(SplitData(indexed, "test", "969,30,1"), 512, seed=1, samples=5)
@@ -181,11 +181,11 @@ def test_a_checkpoint_knows_how_many_epochs_its_order_was_made_for(prefix):
     ]
     assert state(5, "counted").differences(state(5000, "counted")) == []
     assert state(5, "counted").order == {"seed": 1, "seq_length": s, "sample_order": "counted"}
-    untold = replace(state(5), order=state(5).order | {})
+    unrecorded = replace(state(5), order=state(5).order | {})
     for key in ("epochs", "last_epoch_apart"):
-        del untold.order[key]
-    assert untold.differences(state(epoch * 3)) == []  # older checkpoints do not tell
-    assert untold.with_prefixes_of(state(5)).order["epochs"] == 1  # from here on they do
+        del unrecorded.order[key]
+    assert unrecorded.differences(state(epoch * 3)) == []  # older checkpoints do not record it
+    assert unrecorded.with_prefixes_of(state(5)).order["epochs"] == 1  # from here on they do
     samples = []
     for count in (epoch // 2, epoch, epoch * 3):
         part = SplitData(IndexedDataset(prefix), "train", "1")

@@ -79,7 +79,7 @@ def test_what_holds_for_every_kind(files, backend):
     assert len(set(digests)) == len(digests)
 
 
-def test_digests_tell_models_apart(model_path, tmp_path):
+def test_digests_distinguish_models(model_path, tmp_path):
     other = tmp_path / "o.model"
     other.write_bytes(train_sentencepiece(TEXTS[:2] * 3, 321))
     digests = {
@@ -230,7 +230,7 @@ def test_backends_that_cannot_be(files, model_path, monkeypatch):
     ],
     ids=str,
 )
-def test_no_model_gets_other_ids_by_itself(options, tmp_path):
+def test_auto_never_changes_the_ids(options, tmp_path):
     """Whatever a model was trained with, auto takes the fast backend only where it gives the same
     ids."""
     pytest.importorskip("gigatoken")
@@ -343,7 +343,7 @@ def test_null_tokenizer():
             tokenizer.encode_batch([text])
 
 
-def test_every_wrong_flag_is_told_at_once(files, tmp_path):
+def test_every_wrong_flag_is_reported_at_once(files, tmp_path):
     absent = str(tmp_path / "absent")
     with pytest.raises(TokenizerError) as raised:
         build_tokenizer("GPT2BPETokenizer", tokenizer_model="x", vocab_file=absent)

@@ -75,11 +75,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tuple[bytes, bytes]:
     tokenizer.train_from_iterator(texts, trainer)
     vocabulary = _in_order(tokenizer, vocab_size)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    lines = ["#version: 0.2"]
-    for merge in merges:  # a pair, or in older versions of the library its text
-        lines.append(merge if isinstance(merge, str) else " ".join(merge))
     vocab_json = json.dumps(vocabulary, ensure_ascii=False)
-    merges_txt = "\n".join(lines) + "\n"
+    merges_txt = "\n".join(["#version: 0.2", *map(" ".join, merges), ""])
     return vocab_json.encode(), merges_txt.encode()
 
 
