@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megalite.data.indexed import DatasetError, IndexedDataset, check_ids
-from megalite.data.masking import Masker
+from megalite.data.masking import Masker, frame
 from megalite.data.runs import Run, SentenceRuns
 from megalite.kernels.philox import counters, key_of, philox4x32
 
@@ -100,23 +100,19 @@ class BertDataset:
         parts, label = self._segments(i, _Draws.of(numbers))
         # Frame the text.
         special = self.masker.special
+        row = frame(special, *map(self._read, parts))
+        length = len(row)
         labels = np.full(self.seq_length, special.pad, np.int64)
-        labels[0] = special.cls
+        labels[:length] = row
         token_types = np.zeros_like(labels)
-        length = 1
-        for number, part in enumerate(parts):
-            stop = length + part.size
-            labels[length:stop] = self._read(part)
-            labels[stop] = special.sep
-            token_types[length : stop + 1] = number
-            length = stop + 1
+        token_types[parts[0].size + 2 : length] = 1
         segments = np.zeros_like(labels)
         segments[:length] = 1
         # Mask it.
         tokens = labels.copy()
         loss_mask = np.zeros(self.seq_length, np.float32)
         words = numbers[DRAWS : DRAWS + length]
-        tokens[:length], loss_mask[:length] = self.masker(labels[:length], words)
+        tokens[:length], loss_mask[:length] = self.masker(row, words)
         return {
             "tokens": tokens,
             "token_types": token_types,

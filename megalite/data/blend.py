@@ -34,29 +34,18 @@ class Blend:
         self._last = (0, np.zeros(len(weights), np.int64))
 
     def counts(self, n: int) -> np.ndarray:
-        """Samples of each source among the first n, int64 [k], 0 <= n <= 2^50."""
-        last, counts = self._last
-        return counts.copy() if last == n else self._search(n)
+        """Samples of each source among the first n, int64 [k], 0 <= n <= 2^50.
 
-    def __getitem__(self, i: int) -> tuple[int, int]:
-        """(source, index of the sample within the source) of sample i >= 0."""
-        counts = self.counts(i)
-        source = int((self.shares / (2 * counts + 1)).argmax())
-        index = int(counts[source])
-        counts[source] += 1
-        self._last = (i + 1, counts)
-        return source, index
-
-    def _search(self, n: int) -> np.ndarray:
-        """The counts after n samples, computed without those before.
-
-        In the words of apportionment, sample c of a source is a seat of worth w / (2 c + 1), and
-        the blend takes seats from the worthiest down. The counts are w x rounded, for some x.
-        Rounding moves the sum of k numbers by at most k / 2, so x is within k / 2 of n, and a count
-        within 1 / 2 of w (n - k / 2) .. w (n + k / 2); one more on either side allows for float64
-        rounding. All seats below that range are taken, and the worthiest of those in it; of equal
-        ones the first.
+        Computed without those before, unless they follow the last look-up. In the words of
+        apportionment, sample c of a source is a seat of worth w / (2 c + 1), and the blend takes
+        seats from the worthiest down. The counts are w x rounded, for some x. Rounding moves the
+        sum of k numbers by at most k / 2, so x is within k / 2 of n, and a count within 1 / 2 of
+        w (n - k / 2) .. w (n + k / 2); one more on either side allows for float64 rounding. All
+        seats below that range are taken, and the worthiest of those in it; of equal ones the first.
         """
+        last, counts = self._last
+        if last == n:
+            return counts.copy()
         if not 0 <= n <= MOST:
             raise ValueError(f"sample {n} of a blend: needs 0 to {MOST}")
         k = len(self.shares)
@@ -73,6 +62,15 @@ class Blend:
         # Take the worthiest of them.
         taken = np.argsort(-worth, kind="stable")[: n - int(fewest.sum())]
         return fewest + np.bincount(sources[taken], minlength=k)
+
+    def __getitem__(self, i: int) -> tuple[int, int]:
+        """(source, index of the sample within the source) of sample i >= 0."""
+        counts = self.counts(i)
+        source = int((self.shares / (2 * counts + 1)).argmax())
+        index = int(counts[source])
+        counts[source] += 1
+        self._last = (i + 1, counts)
+        return source, index
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from megalite.data import masking
 from megalite.data.indexed import DatasetError
 from megalite.data.json_lines import json_object, text_problem
 from megalite.data.masking import SpecialIds
@@ -274,11 +275,9 @@ def frame(
     for a, b in zip(first, second):
         kept = min(len(a), max(room - len(b), room - room // 2))
         cut += len(a) + len(b) > room
-        row = [[special.cls], a[:kept], [special.sep]]
         starts.append(kept + 2)
-        if is_pair:
-            row += [b[: room - kept], [special.sep]]
-        tokens.append(np.concatenate(row).astype(np.int64))
+        kept_texts = [a[:kept], b[: room - kept]] if is_pair else [a[:kept]]
+        tokens.append(masking.frame(special, *kept_texts))
     labels = None
     if classes is not None:
         labels = np.array(list(map(classes.index, given_labels)))

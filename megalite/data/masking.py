@@ -46,6 +46,14 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     )
 
 
+def frame(special: SpecialIds, *texts: np.ndarray) -> np.ndarray:
+    """[CLS] A [SEP] or [CLS] A [SEP] B [SEP] of the ids of one or two texts: int64 [length]."""
+    row = [[special.cls]]
+    for text in texts:
+        row += [text, [special.sep]]
+    return np.concatenate(row).astype(np.int64)
+
+
 @dataclass(eq=False)
 class Masker:
     """Masks samples: `masker(tokens, numbers)`.

@@ -83,12 +83,16 @@ class PreprocessConfig:
         return state
 
     @property
+    def shard_is_sound(self) -> bool:
+        """Whether --shard is I/N with I below N, or not given."""
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard or "0/1")
+        return match is not None and int(match[1]) < int(match[2])
+
+    @property
     def shard_position(self) -> tuple[int, int]:
         """(I, N) of --shard I/N; (0, 1) without it."""
-        if self.shard is None:
-            return 0, 1
-        index, count = self.shard.split("/")
-        return int(index), int(count)
+        index, count = map(int, (self.shard or "0/1").split("/"))
+        return index, count
 
     @property
     def stem(self) -> str:
@@ -123,63 +127,50 @@ class PreprocessConfig:
 def find_problems(config: PreprocessConfig) -> list[str]:
     """Every problem of the arguments, one line each, with a value that would work. Empty: sound."""
     files, problems = expand(config.input)
-    keys = " ".join(config.json_keys)
-    if config.vocab_size is not None and config.tokenizer_type != "NullTokenizer":
-        problems.append(
-            f"--vocab-size {config.vocab_size}: a {config.tokenizer_type} knows its own; "
-            "leave the flag out"
-        )
-    if config.workers < 1:
-        problems.append(f"--workers {config.workers}: needs at least 1")
-    if config.max_bad_lines < 0:
-        problems.append(f"--max-bad-lines {config.max_bad_lines}: needs at least 0")
-    if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
-        problems.append(f"--json-keys {keys}: needs at least one key, and each once")
-    if len(config.json_keys) > 1 and any(map(is_text, files)):
-        problems.append(f"--json-keys {keys}: .txt files have no keys; give one")
-    if config.language != "en" and not config.split_sentences:
-        problems.append(f"--language {config.language} has no effect without --split-sentences")
-    problems += _shard_problems(config, files)
+    problems += _problems(config, files)
     problems += _output_problems(config)
-    problems += _tokenizer_problems(config)
-    problems += _sentence_problems(config)
     return problems
 
 
-def _tokenizer_problems(config: PreprocessConfig) -> Iterator[str]:
+def _problems(config: PreprocessConfig, files: list[str]) -> Iterator[str]:
+    kind = config.tokenizer_type
+    keys = " ".join(config.json_keys)
+    partitions = f"--partitions {config.partitions}"
+    # Numbers and keys.
+    if config.workers < 1:
+        yield f"--workers {config.workers}: needs at least 1"
+    if config.max_bad_lines < 0:
+        yield f"--max-bad-lines {config.max_bad_lines}: needs at least 0"
+    if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
+        yield f"--json-keys {keys}: needs at least one key, and each once"
+    if len(config.json_keys) > 1 and any(map(is_text, files)):
+        yield f"--json-keys {keys}: .txt files have no keys; give one"
+    # Shards.
+    if config.partitions < 1:
+        yield f"{partitions}: needs at least 1"
+    if not config.shard_is_sound:
+        yield f"--shard {config.shard}: needs I/N with I from 0 to N - 1, such as 0/8"
+    if config.partitions > 1 and config.shard is not None:
+        yield f"{partitions} and --shard {config.shard}: give one of them"
+    if (config.partitions > 1 or config.shard is not None) and STDIN in files:
+        yield "--input -: standard input cannot be split; leave out --shard and --partitions"
+    # The tokenizer.
+    if config.vocab_size is not None and kind != "NullTokenizer":
+        yield f"--vocab-size {config.vocab_size}: a {kind} knows its own; leave the flag out"
     try:
         _ = config.tokenizer.eod if config.append_eod else config.tokenizer
     except (TokenizerError, OSError) as error:
         yield str(error)
-
-
-def _sentence_problems(config: PreprocessConfig) -> Iterator[str]:
-    if config.split_sentences:
-        if importlib.util.find_spec("sentencex") is None:
-            yield "--split-sentences needs the sentencex library: pip install sentencex"
-        if not re.fullmatch("[a-z]{2,3}(-[a-z]+)*", config.language):
-            yield (
-                f"--language {config.language}: needs an ISO 639 code in small letters, such as en "
-                "or de"
-            )
-
-
-def _shard_problems(config: PreprocessConfig, files: list[str]) -> Iterator[str]:
-    partitions = f"--partitions {config.partitions}"
-    if config.partitions < 1:
-        yield f"{partitions}: needs at least 1"
-    if config.shard is not None:
-        if not _shard_is_sound(config.shard):
-            yield f"--shard {config.shard}: needs I/N with I from 0 to N - 1, such as 0/8"
-        if config.partitions > 1:
-            yield f"{partitions} and --shard {config.shard}: give one of them"
-    if (config.partitions > 1 or config.shard is not None) and STDIN in files:
-        yield "--input -: standard input cannot be split; leave out --shard and --partitions"
-
-
-def _shard_is_sound(shard: str) -> bool:
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
-    return match is not None and int(match[1]) < int(match[2])
+    # Sentences.
+    given = f"--language {config.language}"
+    if not config.split_sentences:
+        if config.language != "en":
+            yield f"{given} has no effect without --split-sentences"
+        return
+    if importlib.util.find_spec("sentencex") is None:
+        yield "--split-sentences needs the sentencex library: pip install sentencex"
+    if not re.fullmatch("[a-z]{2,3}(-[a-z]+)*", config.language):
+        yield f"{given}: needs an ISO 639 code in small letters, such as en or de"
 
 
 def _output_problems(config: PreprocessConfig) -> Iterator[str]:
@@ -189,10 +180,8 @@ def _output_problems(config: PreprocessConfig) -> Iterator[str]:
         yield f"{given}: make the folder first: mkdir -p {folder}"
     elif not os.access(folder, os.W_OK):
         yield f"{given}: the folder {folder} is not writable"
-    if config.shard is not None and not _shard_is_sound(config.shard):
-        return  # it gives no output names
     # With a staging directory, outputs may exist because a run was interrupted while it renamed
-    # them: that run resumes.
-    if not config.staging_dir.exists():
+    # them: that run resumes. A shard that is not sound gives no output names.
+    if config.shard_is_sound and not config.staging_dir.exists():
         for path in config.existing_outputs():
             yield f"{given}: {path} exists; delete it or choose another prefix"

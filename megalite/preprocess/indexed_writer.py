@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -59,13 +58,16 @@ class IndexedWriter:
         self._files: dict[str, BinaryIO] = {}
         for suffix in (".bin", ".lengths", ".documents"):
             self._open(suffix, "w+" if state is None else "r+")
-        self.sequences = 0
-        self.documents = 0
-        self.tokens = 0
         if state is None:
-            self._files[".documents"].write(struct.pack("<q", 0))
-        else:
-            self._resume_from(state)
+            self._files[".documents"].write(bytes(8))  # the boundary before the first document
+            state = {"sequences": 0, "documents": 0, "tokens": 0}
+        # Truncate the files to the state.
+        self.sequences = state["sequences"]
+        self.documents = state["documents"]
+        self.tokens = state["tokens"]
+        truncate(self._files[".bin"], self.tokens * self.dtype.itemsize)
+        truncate(self._files[".lengths"], 4 * self.sequences)
+        truncate(self._files[".documents"], 8 * (self.documents + 1))
 
     def _open(self, suffix: str, mode: str) -> BinaryIO:
         path = self._staging_dir / f"{self._stem}{suffix}"
@@ -73,19 +75,6 @@ class IndexedWriter:
             raise StagingError(f"{path} is gone: delete {self._staging_dir} to start again")
         self._files[suffix] = open_named(path, mode)
         return self._files[suffix]
-
-    def _resume_from(self, state: dict) -> None:
-        """Truncate the files to a synced state. Raises StagingError when they are shorter."""
-        self.sequences = state["sequences"]
-        self.documents = state["documents"]
-        self.tokens = state["tokens"]
-        sizes = {
-            ".bin": self.tokens * self.dtype.itemsize,
-            ".lengths": 4 * self.sequences,
-            ".documents": 8 * (self.documents + 1),
-        }
-        for suffix, size in sizes.items():
-            truncate(self._files[suffix], size)
 
     def sync(self) -> dict:
         """Flush everything to the disk. Returns the state from which another writer can resume."""

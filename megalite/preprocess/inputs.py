@@ -68,12 +68,13 @@ def kind_of(path: str) -> str:
 
 def is_text(path: str) -> bool:
     """Whether a file is one document as it stands."""
-    return suffix_of(_uncompressed(path)) == ".txt"
+    return _inner_suffix(path) == ".txt"
 
 
-def _uncompressed(path: str) -> str:
-    """The name of a file without the suffix of its compression."""
-    return str(Path(path).with_suffix("")) if suffix_of(path) in COMPRESSED else path
+def _inner_suffix(path: str) -> str:
+    """The suffix of a file's name without that of its compression."""
+    name = Path(path)
+    return suffix_of(name.with_suffix("") if suffix_of(name) in COMPRESSED else name)
 
 
 def input_files(inputs: tuple[str, ...]) -> list[str]:
@@ -119,7 +120,7 @@ def _find_files(name: str) -> tuple[list[str], str]:
     if name == STDIN or os.path.isfile(name):
         return [name], ""
     if os.path.isdir(name):
-        found = [path for path in _files_in(name) if _has_known_suffix(path)]
+        found = [path for path in _files_in(name) if _inner_suffix(path) in SUFFIXES]
         return found, "" if found else f"a folder without {', '.join(SUFFIXES)} files"
     if glob.has_magic(name):
         found = _files_matching(name)
@@ -133,7 +134,7 @@ def ignored_files(inputs: Iterable[str]) -> list[str]:
     """Files in the input folders that are of no known kind, and so are not read."""
     ignored = []
     for folder in filter(os.path.isdir, inputs):
-        ignored += [path for path in _files_in(folder) if not _has_known_suffix(path)]
+        ignored += [path for path in _files_in(folder) if _inner_suffix(path) not in SUFFIXES]
     return ignored
 
 
@@ -187,10 +188,6 @@ def _matches(names: list[str], patterns: list[str]) -> bool:
     if patterns[0] == "**":
         return _matches(names[1:], patterns) or _matches(names, patterns[1:])
     return fnmatch.fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
-
-
-def _has_known_suffix(path: str) -> bool:
-    return suffix_of(_uncompressed(path)) in SUFFIXES
 
 
 def sizes_of(files: list[str]) -> list[int]:

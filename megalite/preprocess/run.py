@@ -58,10 +58,9 @@ def read_texts(inputs: tuple[str, ...], key: str, skip_empty: bool = False) -> I
     """
     files = input_files(inputs)
     reader = TextReader((key,))
-    file = -1
     line = 1
     for block in read_blocks(files, shard_ranges(files), (key,)):
-        if block.file != file:
+        if block.start == 0:
             line = 1
         parsed = reader.parse(block.read(), block.is_text)
         for bad in parsed.bad:
@@ -69,5 +68,4 @@ def read_texts(inputs: tuple[str, ...], key: str, skip_empty: bool = False) -> I
                 name = display_name(block.path)
                 raise BadLineError(f"{name}, line {line + bad.number}: {bad.reason}")
         yield from parsed.texts[0]
-        file = block.file
         line += parsed.lines

@@ -61,7 +61,8 @@ LEAKS = {
 def outward(parts, starts, room: int):
     """What can be seen of a pair without reading it: which of its ends are sentence borders, how
     full it is, and which of its segments is longer."""
-    (a, b), sizes = parts, [len(part) for part in parts]
+    (a, b) = parts
+    sizes = [len(part) for part in parts]
     ends = (a[0] in starts, a[-1] + 1 in starts, b[0] in starts, b[-1] + 1 in starts)
     return {
         **dict(enumerate(ends)),
@@ -104,7 +105,8 @@ def test_the_border_is_anywhere_in_the_sample(tmp_path):
 
 def test_half_of_the_orders_are_swapped(tmp_path):
     dataset = bert(dataset_of(tmp_path / "a", CORPORA["articles"]))
-    labels, draws = 0, 2000
+    labels = 0
+    draws = 2000
     for i in range(draws):
         sample = dataset[i]
         if sample["pair_mask"] == 0:
@@ -120,9 +122,12 @@ def test_half_of_the_next_sentences_are_of_another_document(tmp_path):
     """Labels come in pairs, half an epoch apart, so their number has twice the variance of
     independent ones; partners of one document (every 60th) are not exchanged."""
     data = dataset_of(tmp_path / "a", [[5] * 12] * 60)
-    dataset, edges = bert(data, 63, bert_pair="nsp"), edges_of(data)
+    dataset = bert(data, 63, bert_pair="nsp")
+    edges = edges_of(data)
     per_epoch = dataset.samples_per_epoch
-    labels, seconds, epochs = 0, Counter(), 20
+    labels = 0
+    seconds = Counter()
+    epochs = 20
     for i in range(epochs * per_epoch):
         sample = dataset[i]
         a, b = text(sample)

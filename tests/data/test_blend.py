@@ -23,7 +23,8 @@ WEIGHTS = [
 def walked(weights, n: int) -> list[int]:
     """The sources of the first n samples, by the rule in exact arithmetic, one after the other."""
     total = sum(map(Fraction, weights))
-    counts, sources = [0] * len(weights), []
+    counts = [0] * len(weights)
+    sources = []
     for _ in range(n):
         source = max(
             range(len(weights)),
@@ -42,7 +43,8 @@ def test_it_is_websters_method(weights):
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=lambda w: f"{len(w)} sources, {w[0]:g}")
 def test_any_sample_can_be_computed_directly(weights):
-    forward, seen = Blend(weights), Counter()
+    forward = Blend(weights)
+    seen = Counter()
     order = [forward[i] for i in range(600)]
     for source, number in order:
         assert number == seen[source]  # the samples of a source come in order, none left out

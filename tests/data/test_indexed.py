@@ -207,9 +207,12 @@ def large(prefix, *damage, info=None):
 
 
 def test_opening_a_large_file_looks_at_a_sample_and_verify_at_everything(tmp_path):
-    between, looked_at, bound = 5, int(spread(LARGE)[100]), int(spread(LARGE + 1)[100])
+    between = 5
+    looked_at = int(spread(LARGE)[100])
+    bound = int(spread(LARGE + 1)[100])
     assert between not in spread(LARGE) and len(spread(LARGE)) == SAMPLED
-    offset, boundary = 4 * LARGE + 8 * between, 12 * LARGE + 8 * between
+    offset = 4 * LARGE + 8 * between
+    boundary = 12 * LARGE + 8 * between
     assert verify(IndexedDataset(large(tmp_path / "sound"))) == ([], LARGE - 1)
     for name, at, form, value, message in [
         ("length", 4 * between, "<i", -1, "sequence 5 of -1 tokens"),

@@ -132,7 +132,8 @@ def test_files_are_megatrons_to_the_byte(tmp_path):
 
 def test_every_token_is_seen_once_an_epoch(tmp_path):
     """Each token has an id of its own, so that one which comes again is noticed."""
-    s, tokens = 16, 10_000
+    s = 16
+    tokens = 10_000
     with IndexedWriter(tmp_path / "data", np.uint16) as writer:
         for part in np.split(np.arange(tokens), range(37, tokens, 37)):
             writer.add_document(part)

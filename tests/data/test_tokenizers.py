@@ -157,7 +157,8 @@ def test_both_backends_give_the_same_ids(kind, encoding, files, model_path):
         reference.eod,
     )
     texts = [*TEXTS, *random_texts(1, 1000)]
-    got, expected = fast.encode_batch(texts), reference.encode_batch(texts)
+    got = fast.encode_batch(texts)
+    expected = reference.encode_batch(texts)
     assert np.array_equal(got.lengths, expected.lengths) and np.array_equal(got.ids, expected.ids)
     fast.check(texts)
     assert [fast.decode(ids) for ids in got.split()] == [
@@ -168,7 +169,8 @@ def test_both_backends_give_the_same_ids(kind, encoding, files, model_path):
 def test_the_fast_backend_forgets_words_before_they_fill_memory(model_path, monkeypatch):
     pytest.importorskip("gigatoken")
     tokenizer = build_tokenizer("SentencePieceTokenizer", str(model_path), backend="fast")
-    expected, loads = tokenizer.encode_batch(TEXTS), []
+    expected = tokenizer.encode_batch(TEXTS)
+    loads = []
     load = tokenizer.reference.load_fast
     monkeypatch.setattr(
         tokenizer.reference, "load_fast", lambda library: loads.append(1) or load(library)

@@ -85,7 +85,8 @@ AWKWARD_LINES = [
 def test_a_line_is_judged_independent_of_its_neighbours():
     """Two objects on a line beside one on two, bytes that are not UTF-8 where nobody reads them,
     and more."""
-    reader, draw = TextReader(("text",)), random.Random(1)
+    reader = TextReader(("text",))
+    draw = random.Random(1)
     alone = {line: reader.parse(line + b"\n", False) for line in AWKWARD_LINES}
     assert [line for line, (_, _, bad) in alone.items() if bad] == [
         line
@@ -170,7 +171,8 @@ def test_every_kind_of_input_is_resumed_after_any_block(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", compressors())
 def test_a_truncated_compressed_file_is_reported(tmp_path, suffix):
     """Two frames; cut between them it is a whole file of one."""
-    path, compress = str(tmp_path / f"a.jsonl{suffix}"), compressors()[suffix]
+    path = str(tmp_path / f"a.jsonl{suffix}")
+    compress = compressors()[suffix]
     line = json.dumps({"text": random.Random(1).randbytes(200).hex()}).encode() + b"\n"
     frames = compress(line), compress(line * 2)
     for cut in range(len(frames[0]) + len(frames[1])):

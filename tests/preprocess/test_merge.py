@@ -204,7 +204,8 @@ def test_datasets_made_with_other_options_are_refused(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl")
     preprocess(config(tmp_path, source, name="with"))
     preprocess(config(tmp_path, source, name="without", append_eod=False))
-    one, other = str(tmp_path / "with_text_document"), str(tmp_path / "without_text_document")
+    one = str(tmp_path / "with_text_document")
+    other = str(tmp_path / "without_text_document")
     with pytest.raises(
         DatasetError, match="without_text_document was made without --append-eod, .*/with_.* with$"
     ):
