@@ -1,6 +1,5 @@
 """Blends of datasets by weight: the source of a sample, and its index there, by computation."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,8 +107,3 @@ class BlendedDataset:
         if len(self.datasets) > 1:
             source, index = self._blend[index]
         return self.datasets[source][self.consumed[source] + index]
-
-    def fingerprint(self) -> str:
-        """Identifies the contents of the sources."""
-        prints = [dataset.fingerprint() for dataset in self.datasets]
-        return hashlib.sha256("\n".join(prints).encode()).hexdigest()

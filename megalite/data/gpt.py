@@ -21,7 +21,9 @@ SPLITS = ("train", "valid", "test")
 
 
 class WindowDataset:
-    """Samples of s + 1 tokens, each a window of a stream. Subclasses give the position of sample i.
+    """Samples of s + 1 tokens, each a window of a stream.
+
+    Subclasses have `window(i)`, the position in the stream at which sample i starts.
 
     Any number of threads may read at once.
 
@@ -38,10 +40,6 @@ class WindowDataset:
         self.split = split
         self.vocab_size = vocab_size
 
-    def window(self, i: int) -> int:
-        """Position in the stream at which sample i starts."""
-        raise NotImplementedError
-
     def __getitem__(self, i: int) -> np.ndarray:
         """Sample i, int64 [s + 1].
 
@@ -55,10 +53,6 @@ class WindowDataset:
             location = f"split '{self.split}', token {start} and after"
             check_ids(sample, self.vocab_size, location)
         return sample.astype(np.int64)
-
-    def fingerprint(self) -> str:
-        """Identifies the tokens that the samples are cut from; see IndexedDataset.fingerprint."""
-        return self.stream.fingerprint()
 
 
 class GPTDataset(WindowDataset):

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 from megalite.data.blend import Blend
 from megalite.data.indexed import DatasetError
@@ -134,10 +134,9 @@ class DataState:
         """How a source differs from the one here that has the same content."""
         recorded = {own.content: own for own in self.sources}.get(source.content)
         if recorded is None:
-            for state in self.before:
-                for earlier in state["sources"]:
-                    if UsedSource(**earlier).content == source.content:
-                        return [f"{source.prefix} is back"]
+            earlier = chain.from_iterable(state["sources"] for state in self.before)
+            if any(UsedSource(**stored).content == source.content for stored in earlier):
+                return [f"{source.prefix} is back"]
             return [f"{source.prefix} is new, or has other contents"]
         found = []
         if recorded.documents != source.documents:

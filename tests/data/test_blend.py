@@ -86,9 +86,6 @@ class Numbers:
     def __getitem__(self, i: int):
         return self.name, i
 
-    def fingerprint(self) -> str:
-        return self.name
-
 
 def test_sources_are_used_in_order_from_where_they_were():
     first = BlendedDataset([Numbers("a"), Numbers("b")], [3, 1])
@@ -112,11 +109,3 @@ def test_what_makes_no_sense_is_refused():
         BlendedDataset([Numbers("a")], [1], 5)[4]
     with pytest.raises(ValueError, match="2 weights"):
         BlendedDataset([Numbers("a")], [1, 2])
-
-
-def test_fingerprints_distinguish_sources():
-    prints = {
-        BlendedDataset([Numbers(n) for n in names], [1] * len(names)).fingerprint()
-        for names in ("ab", "ac", "a")
-    }
-    assert len(prints) == 3

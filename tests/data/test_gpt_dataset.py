@@ -206,7 +206,8 @@ def test_datasets_of_a_configuration(tmp_path):
         for split, dataset in datasets.items()
     }
     assert max(seen["train"]) < 900 <= min(seen["valid"])
-    assert len({dataset.fingerprint() for dataset in datasets.values()}) == 2
+    prints = {dataset.datasets[0].stream.fingerprint() for dataset in datasets.values()}
+    assert len(prints) == 2
     with pytest.raises(
         DatasetError,
         match=r"split 'test' is empty: --split 90,10,0 gives it none of the 20 documents",
@@ -241,7 +242,7 @@ def test_blends_and_data_of_one_split(tmp_path):
     assert len(datasets["valid"].datasets) == 2
     state = data_state(own, model, 1, 40)
     assert [source.fingerprint for source in state.sources] == [
-        datasets["train"].datasets[0].fingerprint()
+        datasets["train"].datasets[0].stream.fingerprint()
     ]
 
 
