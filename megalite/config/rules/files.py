@@ -22,6 +22,9 @@ from megalite.config.rules.finding import Finding, Rule, flag_of, global_batch, 
 from megalite.config.rules.tokenizer import TOKENIZER_FILE_RULES
 from megalite.config.run import RunConfig, options
 from megalite.config.yaml_file import config_of_checkpoint
+from megalite.data.build import data_state
+from megalite.data.indexed import DatasetError
+from megalite.data.sources import DataState
 
 
 def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -46,24 +49,24 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
         if latest in stored:
             offers.append({"ckpt_step": None})
         message = f"--ckpt-step {c.ckpt_step}: --load {c.load} holds iterations {there}"
-        yield Finding(message, ("ckpt_step", "load"), tuple(offers))
+        yield Finding(message, *offers)
     elif c.ckpt_step is None and latest not in stored:
         why = unreadable or f"the latest iteration, {latest}, is not there"
         offer = {"ckpt_step": stored[-1]} if stored else "--load another folder"
-        yield Finding(f"--load {c.load}: {why}", ("load", "ckpt_step"), (offer,))
+        yield Finding(f"--load {c.load}: {why}", offer, also=("ckpt_step",))
 
 
 def _nothing_to_load(config: RunConfig) -> Iterator[Finding]:
     """--load names a folder without checkpoints, which is right for the first run of a job."""
     c = config.checkpoint
-    flags = ("load", "save", "ckpt_step", "finetune")
     if same_place(c.load, c.save) and c.ckpt_step is None and not c.finetune:
         return
     what = "holds no checkpoints" if os.path.isdir(c.load) else "is no folder"
     beside = neighbours(c.load.rstrip("/"), "")
     offers = [{"load": other} for other in beside if list_iterations(other, replaced=True)]
     words = "--load FOLDER that holds iter_* folders"
-    yield Finding(f"--load {c.load} {what}", flags, (*offers, {"load": None}, words))
+    flags = ("save", "ckpt_step", "finetune")
+    yield Finding(f"--load {c.load} {what}", *offers, {"load": None}, words, also=flags)
 
 
 def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -81,8 +84,9 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
         here = config.model.architecture
         yield Finding(
             f"the model in {folder} is a {there.upper()}, this run's is a {here.upper()}",
-            ("architecture", "load"),
-            (f"pretrain_{there}.py resumes it", "--load another folder"),
+            f"pretrain_{there}.py resumes it",
+            "--load another folder",
+            also=("architecture", "load"),
         )
         return
     # The heads.
@@ -92,8 +96,8 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
         yield Finding(
             f"the model in {folder} {heads} (--bert-pair {there}), this run has --bert-pair "
             f"{config.bert.bert_pair}",
-            ("bert_pair", "load"),
-            ({"bert_pair": there},),
+            {"bert_pair": there},
+            also=("load",),
         )
     # The shape.
     stored = made_with.model.filled()
@@ -105,15 +109,12 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
         there = getattr(stored, key)
         here = getattr(wanted, key)
         if there != here:
-            yield Finding(
-                f"the model in {folder} has {key} {there}, this run has {here}",
-                (key, "load"),
-                ({key: there},),
-            )
+            message = f"the model in {folder} has {key} {there}, this run has {here}"
+            yield Finding(message, {key: there}, also=(key, "load"))
 
 
 def _matters(key: str, config: RunConfig, made_with: RunConfig) -> bool:
-    """Whether two models may be told apart by a field that defines them."""
+    """Whether models whose values of this field differ are different models."""
     if key == "max_position_embeddings":  # of RoPE it is only a limit
         return made_with.model.position_embedding_type == "learned_absolute"
     return key != "vocab_size" or config.model.vocab_size is not None
@@ -122,10 +123,6 @@ def _matters(key: str, config: RunConfig, made_with: RunConfig) -> bool:
 def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """The training data and its order are those that the checkpoint was made with, or the change is
     allowed."""
-    from megalite.data.build import data_state
-    from megalite.data.indexed import DatasetError
-    from megalite.data.sources import DataState
-
     if config.checkpoint.finetune or config.checkpoint.allow_data_change:
         return
     try:
@@ -133,7 +130,8 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
         if folder is None:
             return
         stored = json.loads((folder / STATE_FILE).read_text()).get("data")
-        if stored is None or read_config(folder).is_bert != config.is_bert:
+        there = read_config(folder).model.architecture
+        if stored is None or there != config.model.architecture:
             return  # nothing to compare with, or another model, which another rule reports
         samples = iterations(config, world_size) * global_batch(config, world_size)
         now = data_state(
@@ -145,8 +143,9 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
     if differences:
         yield Finding(
             f"the training data is not what {folder} was made with: {'; '.join(differences)}",
-            ("allow_data_change", "load", "split", *config.data.paths),
-            ({"allow_data_change": True}, "give the data and the flags that differ as in that run"),
+            {"allow_data_change": True},
+            "give the data and the flags that differ as in that run",
+            also=("allow_data_change", "load", "split", *config.data.paths),
         )
 
 
@@ -180,35 +179,31 @@ def checkpoints_stay_apart(config: RunConfig, world_size: int) -> Iterator[Findi
     yield Finding(
         f"--save {c.save} holds checkpoints of another run, the last of iteration {stored[-1]}, "
         "which this run does not continue",
-        ("save", "load", "finetune"),
-        (resume, {"save": c.save.rstrip("/") + "-new"}),
+        resume,
+        {"save": c.save.rstrip("/") + "-new"},
+        also=("load", "finetune"),
     )
 
 
 def results_can_be_written(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """--save is, or may become, a folder to write in; --metrics-file a file."""
-    if config.checkpoint.save is not None:
-        path = config.checkpoint.save
-        yield from _can_be_written("save", path, wanted="folder", is_other=os.path.isfile(path))
-    if config.training.metrics_file is not None:
-        path = config.training.metrics_file
-        yield from _can_be_written(
-            "metrics_file", path, wanted="file", is_other=os.path.isdir(path)
-        )
-
-
-def _can_be_written(key: str, path: str, wanted: str, is_other: bool) -> Iterator[Finding]:
-    """The path is not one of the other kind, and the nearest folder that there is can be
-    written."""
-    whole = Path(path).absolute()
-    nearest = next(p for p in (whole, *whole.parents) if p.exists())
-    if is_other:
-        kind = "file" if wanted == "folder" else "folder"
-        message = f"{flag_of(key)} {path} is a {kind}, not a {wanted}"
-        yield Finding(message, (key,), ({key: path.rstrip("/") + "-new"},))
-    elif not os.access(nearest, os.W_OK) or (nearest != whole and not nearest.is_dir()):
-        message = f"{flag_of(key)} {path}: nothing can be written in {nearest}"
-        yield Finding(message, (key,), ({key: os.path.basename(path)},))
+    paths = {"save": config.checkpoint.save, "metrics_file": config.training.metrics_file}
+    for key, path in paths.items():
+        if path is None:
+            continue
+        whole = Path(path).absolute()
+        nearest = next(p for p in (whole, *whole.parents) if p.exists())
+        if key == "save" and whole.is_file():
+            wrong = " is a file, not a folder"
+        elif key == "metrics_file" and whole.is_dir():
+            wrong = " is a folder, not a file"
+        elif not os.access(nearest, os.W_OK) or (nearest != whole and not nearest.is_dir()):
+            message = f"{flag_of(key)} {path}: nothing can be written in {nearest}"
+            yield Finding(message, {key: os.path.basename(path)})
+            continue
+        else:
+            continue
+        yield Finding(f"{flag_of(key)} {path}{wrong}", {key: path.rstrip("/") + "-new"})
 
 
 FILE_RULES: tuple[Rule, ...] = (
