@@ -5,7 +5,6 @@
 Meaning and unit stand in the docstring below the field; `--help` prints it.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,17 +33,15 @@ class Field:
     """False: no loss and no weight depends on the value, so it may change when a run resumes."""
     defines_model: bool = False
     """True: a checkpoint made with another value holds another model."""
-    names_files: bool = False
-    """True: the value names files, which one node may have and another lack."""
     needs_library: str = ""
     """Optional library to import when the field is set."""
     needs_eod: bool = False
     """True: the feature looks for the token that ends a document."""
 
     def contains(self, value: float) -> bool:
-        """Whether a number is finite and within the bounds."""
+        """Whether a number is within the bounds, and below those of 64 bits."""
         return (
-            math.isfinite(value)
+            abs(value) < 2**63
             and (self.minimum is None or value >= self.minimum)
             and (self.above is None or value > self.above)
             and (self.maximum is None or value <= self.maximum)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from megalite.config.options import Option, nearest
+from megalite.config.options import Option, nearest, options_of
 from megalite.config.problem import Problem
 
 ELSEWHERE = {
@@ -34,40 +34,28 @@ ELSEWHERE = {
 class _Reader:
     """Reads words one by one, and collects values and problems."""
 
-    switches: dict[str, tuple[Option, bool]] = field(default_factory=dict)
-    """By flag: the option that takes no value, and what the flag sets it to."""
-    valued: dict[str, Option] = field(default_factory=dict)
-    """By flag: the option that takes a value."""
+    rest: list[str]
+    """Words that are still to be read."""
+    known: dict[str, tuple[Option, bool | None]] = field(default_factory=dict)
+    """By flag: its option and, for a switch, what the flag sets it to."""
     positional: list[Option] = field(default_factory=list)
     """Options whose values come without a flag, in order."""
-    rest: list[str] = field(default_factory=list)
-    """Words that are still to be read."""
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-
-    def add_option(self, option: Option) -> None:
-        """Make the option's flags known."""
-        if option.field.positional:
-            self.positional.append(option)
-        elif option.kind is bool:
-            for flag, on in option.switches.items():
-                self.switches[flag] = (option, on)
-        else:
-            for flag in option.flags:
-                self.valued[flag] = option
 
     def read_word(self) -> None:
         """Read the next word, and the values that belong to it."""
         token = self.rest.pop(0)
         name, joined, text = token.partition("=")
         flag = name.replace("_", "-")
-        if flag in self.switches and not joined:
-            option, on = self.switches[flag]
+        option, on = self.known.get(flag, (None, None))
+        if on is not None and not joined:
             self.values[option.key] = on
-        elif flag in self.valued:
-            option = self.valued[flag]
-            words = [text] if joined else self._words_of(option)
-            self._read_value(option, name, words)
+        elif on is not None:
+            fix = " or ".join(option.switches)
+            self.problems.append(Problem(f"{token}: {flag} takes no value", fix))
+        elif option is not None:
+            self._read_value(option, name, [text] if joined else self._words_of(option))
         elif self.positional and not token.startswith("--"):
             self.rest.insert(0, token)
             option = self.positional.pop(0)
@@ -88,30 +76,23 @@ class _Reader:
 
     def _read_value(self, option: Option, name: str, words: list[str]) -> None:
         """Keep the value that these words mean, or the problem with it."""
-        fix = f"for example {name} {option.example}"
-        expected = option.expected.replace("null", "unset")
-        if not words:
-            message = f"{name} needs a value: {expected}"
-            self.problems.append(Problem(message, fix, (option.key,)))
-            return
         try:
             self.values[option.key] = option.from_words(words)
-        except ValueError:
+        except (ValueError, IndexError):
+            expected = option.expected.replace("null", "unset")
             message = f"{name}: {' '.join(words)!r} is not {expected}"
+            if not words:
+                message = f"{name} needs a value: {expected}"
+            fix = f"for example {name} {option.example}"
             self.problems.append(Problem(message, fix, (option.key,)))
 
     def _unknown(self, token: str, flag: str) -> Problem:
         """What is wrong with a token that is neither a flag nor a flag's value."""
-        if flag in self.switches:
-            option, _ = self.switches[flag]
-            return Problem(f"{token}: {flag} takes no value", " or ".join(option.switches))
         if not flag.startswith("-"):
             message = f"unexpected {token!r}: values follow a flag, and switches take none"
             return Problem(message, "remove it")
-        if flag in ELSEWHERE:
-            return Problem(f"unknown flag {flag}", ELSEWHERE[flag])
-        match = nearest(flag, [*self.switches, *self.valued])
-        return Problem(f"unknown flag {flag}", match or "remove it (--help lists the flags)")
+        fix = ELSEWHERE.get(flag) or nearest(flag, self.known)
+        return Problem(f"unknown flag {flag}", fix or "remove it (--help lists the flags)")
 
 
 def read_flags(argv: list[str], options: Iterable[Option]) -> tuple[dict[str, Any], list[Problem]]:
@@ -120,20 +101,39 @@ def read_flags(argv: list[str], options: Iterable[Option]) -> tuple[dict[str, An
     `--flag value` or `--flag=value`; hyphens or underscores; the last of several wins; a value may
     not start with two dashes unless joined by `=`.
     """
-    reader = _Reader(rest=list(argv))
+    reader = _Reader(list(argv))
     for option in options:
-        reader.add_option(option)
+        if option.field.positional:
+            reader.positional.append(option)
+        else:
+            for flag, on in option.switches.items():
+                reader.known[flag] = (option, on)
     while reader.rest:
         reader.read_word()
     return reader.values, reader.problems
 
 
-def missing_options(options: Iterable[Option], values: dict[str, Any]) -> list[Problem]:
-    """A problem for each option that has no default and no value."""
-    problems = []
-    for option in options:
-        if option.default is dataclasses.MISSING and option.key not in values:
-            name = option.key.upper() if option.field.positional else option.flag
+def read_own_flags(
+    kind: type, argv: list[str], others: Iterable[Option] = (), given: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any], list[Problem]]:
+    """(values of the fields of the dataclass `kind`, values of the other options, problems) of a
+    command line.
+
+    given: values that the command line may leave out or replace. A value out of range, or missing
+    where there is no default, is a problem.
+    """
+    own = options_of(kind)
+    values, problems = read_flags(argv, [*others, *own.values()])
+    refused = {key for problem in problems for key in problem.flags}
+    taken = dict(given or {})
+    for key, option in own.items():
+        if key in values:
+            taken[key] = values.pop(key)
+        elif option.default is dataclasses.MISSING and key not in (*taken, *refused):
+            name = key.upper() if option.field.positional else option.flag
             fix = option.example if option.field.positional else f"{name} {option.example}"
-            problems.append(Problem(f"{name} is missing", fix, (option.key,)))
-    return problems
+            problems.append(Problem(f"{name} is missing", fix, (key,)))
+        problem = option.problem_with(taken.get(key))
+        if problem is not None:
+            problems.append(problem)
+    return taken, values, problems

@@ -13,6 +13,8 @@ class Problem:
     """What would work."""
     flags: tuple[str, ...] = ()
     """Names of the fields involved."""
+    of_node: bool = False
+    """Whether it may come from the files of one node, so that other nodes need not have it."""
 
 
 class ConfigError(ValueError):

@@ -22,7 +22,7 @@ class TrainingConfig:
     """Global batches in one evaluation, 0 = off."""
     log_interval: Annotated[int, Field(minimum=1, changes_numbers=False)] = 10
     """Iterations between lines on the console."""
-    metrics_file: Annotated[str | None, Field(changes_numbers=False, names_files=True)] = None
+    metrics_file: Annotated[str | None, Field(changes_numbers=False)] = None
     """Append one JSON object a line to this file: each training iteration and each evaluation."""
     tensorboard_dir: Annotated[
         str | None, Field(changes_numbers=False, needs_library="tensorboard")

@@ -68,6 +68,8 @@ class ArchitectureData:
     loader: Callable[..., Loader]
     """(config, dataset, data_size, data_rank, eod) -> the batches of one data-parallel rank. eod:
     id of the token that ends a document; None: the tokenizer's, if the configuration needs it."""
+    pads: bool = False
+    """Whether samples differ in length, so that they are padded, and attention is masked."""
 
 
 def gpt_mock(config: SampleConfig, split: str) -> MockDataset:
@@ -190,6 +192,8 @@ def _documents(part: SplitData) -> tuple[int, int]:
 
 
 GPT_DATA = ArchitectureData(gpt_mock, gpt_dataset, order=gpt_order, loader=gpt_loader)
-BERT_DATA = ArchitectureData(bert_mock, bert_dataset, order=bert_order, loader=bert_loader)
+BERT_DATA = ArchitectureData(
+    bert_mock, bert_dataset, order=bert_order, loader=bert_loader, pads=True
+)
 DATA_OF = {"gpt": GPT_DATA, "bert": BERT_DATA}
 """By `ModelConfig.architecture`."""

@@ -2,14 +2,12 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from megalite.config import validate
-from megalite.config.cli import ConfigFile, take
-from megalite.config.flags import read_flags
-from megalite.config.options import options_of
+from megalite.config.cli import ConfigFile
+from megalite.config.flags import read_own_flags
 from megalite.config.problem import ConfigError, Problem
-from megalite.config.rules.values import problem_of
 from megalite.config.run import RunConfig, options, with_preset, with_values
 from megalite.config.training import TrainingConfig
 from megalite.config.yaml_file import read_yaml
@@ -56,7 +54,8 @@ class Plan:
 def plan(argv: list[str], launch: LaunchInfo) -> Plan:
     """Read the command line. Raises ConfigError with every problem of it, of its file and of both
     layouts."""
-    own, flags, problems = _read_flags(argv)
+    given, flags, problems = read_own_flags(VerifyOptions, argv, options().values())
+    own = VerifyOptions(**given)
     values = {}
     if own.config is not None:
         values, in_file = read_yaml(own.config)
@@ -96,16 +95,6 @@ def plan(argv: list[str], launch: LaunchInfo) -> Plan:
         reference_ranks=reference_ranks,
         folder=own.work_folder,
     )
-
-
-def _read_flags(argv: list[str]) -> tuple[VerifyOptions, dict[str, Any], list[Problem]]:
-    """(the tool's own options, values of a run's options by key, problems)."""
-    own = options_of(VerifyOptions)
-    values, problems = read_flags(argv, (options() | own).values())
-    asked = take(VerifyOptions, values)
-    found = [problem_of(option, getattr(asked, key)) for key, option in own.items()]
-    problems += [problem for problem in found if problem is not None]
-    return asked, values, problems
 
 
 def _under_a_launcher(own: VerifyOptions, launch: LaunchInfo) -> list[Problem]:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megalite.config.run import RunConfig
+from megalite.data.architectures import DATA_OF
 from megalite.data.build import blended, build_sources
 from megalite.nn.attention import Attention
 from megalite.nn.dropout import HiddenDropout
@@ -212,8 +213,8 @@ def _batches(config: RunConfig, model) -> GlobalBatches:
     seed = config.training.seed
     sources = build_sources(data, config.model, seed, samples=samples, bert=config.bert)
     dataset = blended(sources["train"])
-    # BERT's synthetic samples differ in length already.
-    if not data.mock_data or config.is_bert:
+    # Samples that are padded differ in length already.
+    if not data.mock_data or DATA_OF[config.model.architecture].pads:
         return build_batches(config, dataset, model)
     config = replace(config, data=replace(data, eod_mask_loss=True))
     return build_batches(config, SyntheticDocuments(dataset, config.model.seq_length), model, END)

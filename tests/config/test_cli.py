@@ -136,7 +136,7 @@ def help_text() -> str:
     code = (
         "import sys\n"
         "from megalite.config import cli\n"
-        "try: cli.parse(['--help'], 'Pretrain a GPT.')\n"
+        "try: cli.parse_and_check(['--help'], 'Pretrain a GPT.')\n"
         "except SystemExit as end: assert end.code == 0\n"
         "assert 'torch' not in sys.modules"
     )
@@ -279,7 +279,7 @@ def test_each_program_s_own_model_needs_no_flag(capsys):
 def test_the_help_of_a_gpt_has_no_flags_of_a_bert(capsys):
     for program, found in (("gpt", False), ("bert", True)):
         with pytest.raises(SystemExit):
-            cli.parse(["--help"], "", architecture=program)
+            cli.parse_and_check(["--help"], "", architecture=program)
         assert ("--mask-prob" in capsys.readouterr().out) == found
 
 

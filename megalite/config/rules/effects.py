@@ -10,8 +10,11 @@ from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
 
 NEEDS_EOD = keys_where(lambda field: field.needs_eod)
-ONLY_OF = {"bert": tuple(options_of(BertDataConfig)), "gpt": (*NEEDS_EOD, "sample_order")}
-"""Fields that do something for one architecture only."""
+IDLE_FOR = {
+    "gpt": (tuple(options_of(BertDataConfig)), "for a GPT"),
+    "bert": ((*NEEDS_EOD, "sample_order"), "for a BERT, whose samples are made of sentences"),
+}
+"""Fields that do nothing for an architecture, and what is said of them."""
 NEEDS_VALUE = (
     (("rotary_base",), "position_embedding_type", "rope"),
     (("sgd_momentum",), "optimizer", "sgd"),
@@ -35,19 +38,23 @@ one, if anything does."""
 def nothing_is_ignored(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """Fields that were changed from their defaults where they change nothing."""
     flat = to_flat(config)
-    for idle in (_other_values, _layout_and_model, _training, _checkpoint, _data):
-        for keys, why, remedy in idle(config):
-            for key in keys:
-                option = options()[key]
-                if flat[key] != option.default:
-                    message = f"{option.setting(flat[key])} has no effect {why}"
-                    remedies = [remedy] if remedy else []
-                    others = remedy if isinstance(remedy, dict) else ()
-                    yield Finding(message, *remedies, {key: option.default}, also=tuple(others))
+    foreign, why = IDLE_FOR[config.model.architecture]
+    found = [(foreign, why, None)]
+    for section in (_other_values, _layout_and_model, _training, _checkpoint, _data):
+        for keys, why, remedy in section(config):
+            found.append(([key for key in keys if key not in foreign], why, remedy))
+    for keys, why, remedy in found:
+        for key in keys:
+            option = options()[key]
+            if flat[key] != option.default:
+                message = f"{option.setting(flat[key])} has no effect {why}"
+                remedies = [remedy] if remedy else []
+                others = remedy if isinstance(remedy, dict) else ()
+                yield Finding(message, *remedies, {key: option.default}, also=tuple(others))
 
 
 def _other_values(config: RunConfig) -> Iterator[Idle]:
-    """Fields that need one other field, or one architecture."""
+    """Fields that need one other field."""
     flat = to_flat(config)
     for keys, other, value in NEEDS_VALUE:
         if flat[other] != value:
@@ -55,10 +62,6 @@ def _other_values(config: RunConfig) -> Iterator[Idle]:
     for keys, other, remedy in NEEDS_ANY:
         if flat[other] is None:
             yield keys, f"without {options()[other].flag}", remedy
-    if config.model.architecture == "gpt":
-        yield ONLY_OF["bert"], "for a GPT", None
-    else:
-        yield ONLY_OF["gpt"], "for a BERT, whose samples are made of sentences", None
 
 
 def _layout_and_model(config: RunConfig) -> Iterator[Idle]:
@@ -76,7 +79,7 @@ def _layout_and_model(config: RunConfig) -> Iterator[Idle]:
     if not p.overlap_grad_reduce and not p.use_distributed_optimizer:
         why = "without --overlap-grad-reduce or --use-distributed-optimizer"
         yield ("ddp_bucket_size",), why, {"overlap_grad_reduce": True}
-    if m.swiglu and m.architecture == "gpt":  # the head of a BERT has its own GELU
+    if m.swiglu and not config.head_cost.dense:  # a dense layer in the head has its own GELU
         yield ("gelu",), "with --swiglu", {"swiglu": False}
     if m.position_embedding_type == "none":
         remedy = {"position_embedding_type": "learned_absolute"}
@@ -112,7 +115,6 @@ def _checkpoint(config: RunConfig) -> Iterator[Idle]:
 
 def _data(config: RunConfig) -> Iterator[Idle]:
     d = config.data
-    is_gpt = config.model.architecture == "gpt"
     kind = d.tokenizer_type
     remedy = "--tokenizer-type of the data, and its files"
     # The tokenizer. Its files work with the kinds that are made of them.
@@ -128,15 +130,14 @@ def _data(config: RunConfig) -> Iterator[Idle]:
     if kind in (None, *NO_SPECIAL_TEXTS):
         why = "without a --tokenizer-type whose special tokens a text can contain"
         yield ("parse_special_tokens",), why, remedy
-    if kind is None and is_gpt:
+    if kind is None:
         why = "without a tokenizer that defines which token ends a document"
         yield NEEDS_EOD, why, remedy
     # The datasets.
     if d.mock_data:
         yield ("split",), "with --mock-data, which is generated for each split", None
-        if is_gpt:
-            yield NEEDS_EOD, "with --mock-data, which has no documents", None
-            yield ("sample_order",), "with --mock-data", None
+        yield NEEDS_EOD, "with --mock-data, which has no documents", None
+        yield ("sample_order",), "with --mock-data", None
         return
     if d.train_data_path and d.valid_data_path:
         why = "with --train-data-path and --valid-data-path, which name all that is read"
