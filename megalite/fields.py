@@ -5,6 +5,7 @@
 Meaning and unit stand in the docstring below the field; `--help` prints it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +40,9 @@ class Field:
     """True: the feature looks for the token that ends a document."""
 
     def contains(self, value: float) -> bool:
-        """Whether a number is within the bounds, and below those of 64 bits."""
+        """Whether a number is finite and within the bounds."""
         return (
-            abs(value) < 2**63
+            math.isfinite(value)
             and (self.minimum is None or value >= self.minimum)
             and (self.above is None or value > self.above)
             and (self.maximum is None or value <= self.maximum)
@@ -51,9 +52,11 @@ class Field:
     @property
     def bounds(self) -> str:
         """The bounds in words: `at least 0 and below 1`."""
-        least = f"at least {self.minimum:g}" if self.above is None else f"above {self.above:g}"
-        if self.below is not None:
-            return f"{least} and below {self.below:g}"
-        if self.maximum is not None:
-            return f"{least} and at most {self.maximum:g}"
-        return f"{least} and finite"
+        words = {
+            "at least": self.minimum,
+            "above": self.above,
+            "at most": self.maximum,
+            "below": self.below,
+        }
+        given = [f"{word} {bound:g}" for word, bound in words.items() if bound is not None]
+        return " and ".join(given if len(given) > 1 else [*given, "finite"])

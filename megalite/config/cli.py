@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -142,17 +143,29 @@ def build(
     return config
 
 
-def parse_options(kind: type[T], description: str, argv: list[str] | None = None) -> T:
+def parse_options(
+    kind: type[T],
+    description: str,
+    argv: list[str] | None = None,
+    check: Callable[[T], Iterable[str]] = lambda options: (),
+) -> T:
     """The options of a tool: an object of the dataclass `kind` from a command line.
+
+    check: what is wrong with them, beside single numbers out of range, each with what would work.
 
     --help prints the help and exits with status 0; problems are all printed and exit with status 2.
     """
     argv = sys.argv[1:] if argv is None else argv
     show_help(argv, description, {"options": kind})
     values, _, problems = read_own_flags(kind, argv)
+    try:
+        options = kind(**values)
+    except TypeError:  # a value without a default is missing, or could not be read
+        refuse(problems)
+    problems += [Problem(text, "") for text in check(options)]
     if problems:
         refuse(problems)
-    return kind(**values)
+    return options
 
 
 def refuse(problems: list[Problem], quiet: bool = False, rank: int = 0) -> NoReturn:
@@ -175,7 +188,8 @@ def report(problems: list[Problem], program: str) -> str:
     lines = [f"{heading} (--help explains the flags).", ""]
     for number, problem in enumerate(problems, 1):
         lines += wrapped(problem.message, f"{number:3}. ")
-        lines += wrapped(problem.fix, "     fix: ")
+        if problem.fix:
+            lines += wrapped(problem.fix, "     fix: ")
     return "\n".join(lines)
 
 

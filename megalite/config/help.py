@@ -31,9 +31,11 @@ def help_text(description: str, groups: dict[str, type], defaults: dict[str, Any
     for title, kind in groups.items():
         lines += ["", f"{title}:", *wrapped(inspect.getdoc(kind), "  ", "  ", width=width), ""]
         texts = _field_docstrings(kind)
-        for key, option in options_of(kind).items():
-            default = defaults.get(key, option.default)
-            text = texts[key]
+        # Options that must be given come first.
+        known = options_of(kind).values()
+        for option in sorted(known, key=lambda o: o.default is not dataclasses.MISSING):
+            default = defaults.get(option.key, option.default)
+            text = texts[option.key]
             if default is not dataclasses.MISSING:
                 shown = " ".join(default) if isinstance(default, tuple) else default
                 text += f" (default: {'unset' if default is None else shown})"

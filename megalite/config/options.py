@@ -17,6 +17,8 @@ from megalite.fields import Field
 
 DECIMAL = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 """A number written in decimal digits, without leading zeros."""
+INT_LIMIT = 2**63
+"""Whole numbers are stored in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,14 @@ class Option:
         if value == "" and self.default != "":
             fix = f"leave out {self.flag}, or give a value"
             return Problem(f"{self.flag} is empty", fix, (self.key,))
-        if self.kind not in (int, float) or value is None or self.field.contains(value):
+        if self.kind not in (int, float) or value is None:
+            return None
+        if self.field.contains(value) and (self.kind is float or value < INT_LIMIT):
             return None
         bounds = self.field.bounds
         if self.kind is int:
-            bounds = f"a whole number from {self.field.minimum}"
+            most = "" if self.field.maximum is None else f" to {self.field.maximum}"
+            bounds = f"a whole number from {self.field.minimum}{most}"
         message = f"{self.flag} {value} must be {bounds}"
         return Problem(message, self.setting(self.usual), (self.key,))
 

@@ -10,7 +10,7 @@ class Problem:
     message: str
     """What is wrong, with the values involved."""
     fix: str
-    """What would work."""
+    """What would work. Empty: the message says it."""
     flags: tuple[str, ...] = ()
     """Names of the fields involved."""
     of_node: bool = False

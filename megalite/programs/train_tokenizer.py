@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from megalite.config.cli import parse_options
-from megalite.data.indexed import DatasetError
-from megalite.data.tokenizers import TokenizerError, train_bpe, train_sentencepiece, train_wordpiece
+from megalite.data.tokenizers import train_bpe, train_sentencepiece, train_wordpiece
 from megalite.preprocess.inputs import STDIN, expand
 from megalite.preprocess.run import read_texts
 from megalite.programs.reporting import failures_reported, refuse
@@ -79,15 +78,11 @@ def find_problems(config: TrainTokenizerConfig) -> list[str]:
             f"--lowercase: --kind {config.kind} keeps text as it is; only wordpiece can lower it"
         )
     folder = Path(config.output_prefix).parent
+    given = f"--output-prefix {config.output_prefix}"
     if not folder.is_dir():
-        problems.append(
-            f"--output-prefix {config.output_prefix}: make the folder first: mkdir -p {folder}"
-        )
+        problems.append(f"{given}: make the folder first: mkdir -p {folder}")
     for path in filter(Path.exists, config.outputs):
-        problems.append(
-            f"--output-prefix {config.output_prefix}: {path} exists; "
-            "delete it or choose another prefix"
-        )
+        problems.append(f"{given}: {path} exists; delete it or choose another prefix")
     return problems
 
 
@@ -133,6 +128,6 @@ def main() -> None:
     """Exit status 0, 1 when the data is at fault, 2 when the arguments are."""
     config = parse_options(TrainTokenizerConfig, __doc__)
     refuse(find_problems(config))
-    with failures_reported(DatasetError, TokenizerError):
+    with failures_reported():
         write(train(config), config.outputs)
     print(f"{' and '.join(map(str, config.outputs))}: {config.vocab_size} pieces")

@@ -11,6 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+class ReportedError(Exception):
+    """An error whose message says what is wrong and what helps, so that a program prints the
+    message in place of a traceback."""
+
+
 def explain_os_error(error: OSError) -> str:
     """One line that names the file, the limit that was met and a remedy.
 

@@ -33,6 +33,7 @@ from megalite.nn.norm import Norm
 from megalite.parallel.boxes import Box
 from megalite.parallel.collectives import barrier
 from megalite.parallel.launch import LaunchInfo
+from megalite.system.errors import ReportedError
 from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import build_components, build_context, build_model
 
@@ -46,7 +47,7 @@ END = 0
 """The token that ends a synthetic document; its positions are left out of the loss."""
 
 
-class RanksFailed(RuntimeError):
+class RanksFailed(ReportedError, RuntimeError):
     """A rank started by `record_on_ranks` failed; its own message is on stderr."""
 
 
@@ -231,6 +232,7 @@ def record_on_ranks(config: RunConfig, world_size: int, folder: str | Path) -> N
     meet = f"file://{tempfile.mkdtemp(dir=Path(folder).resolve(), prefix='meet-')}/ranks"
     ranks = []
     for rank in range(world_size):
+        discard_record(folder, rank)
         launch = LaunchInfo(rank, world_size, rank, world_size, init_method=meet, source="verify")
         arguments = (launch, config, folder)
         ranks.append(processes.Process(target=record, args=arguments, daemon=True))

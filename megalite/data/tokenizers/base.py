@@ -9,8 +9,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from megalite.system.errors import ReportedError
 
-class TokenizerError(ValueError):
+
+class TokenizerError(ReportedError, ValueError):
     """A tokenizer cannot be built or trained, or lacks what is asked for. Says what to do."""
 
 
