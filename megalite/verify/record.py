@@ -177,12 +177,10 @@ def record(
         components.engine.train_step(batches, loss_weights)
         components.optimizer.gradients.reduce()
         # Weight the losses as the engine does, so that their sum is the global mean.
-        shards = []
-        for shard in recorder.shards:
+        shards = recorder.shards
+        for i, shard in enumerate(shards):
             if shard.kind == LOSS:
-                weighted = shard.values.double() * loss_weights.cpu()
-                shard = replace(shard, values=weighted)
-            shards.append(shard)
+                shards[i] = replace(shard, values=shard.values.double() * loss_weights.cpu())
         # Add the gradients of the parameters, without vocabulary padding.
         for name, box, values in components.optimizer.gradients.held():
             values = values.to("cpu", copy=True).contiguous()
@@ -238,26 +236,19 @@ def record_on_ranks(config: RunConfig, world_size: int, folder: str | Path) -> N
         ranks.append(processes.Process(target=record, args=arguments, daemon=True))
     for process in ranks:
         process.start()
+    running = ranks
     try:
-        _wait_for_all(ranks)
+        while running:
+            wait([process.sentinel for process in running])
+            for rank, process in enumerate(ranks):
+                if process.exitcode:
+                    failure = f"rank {rank} ended with status {process.exitcode}"
+                    raise RanksFailed(f"{failure} of {world_size}: see its message above")
+            running = [process for process in running if process.exitcode is None]
     finally:
         for process in ranks:
             process.kill()
             process.join()
-
-
-def _wait_for_all(ranks: list) -> None:
-    """Return when every process has exited with status 0; raise RanksFailed when one has not."""
-    running = list(ranks)
-    while running:
-        wait([process.sentinel for process in running])
-        failed = []
-        for rank, process in enumerate(ranks):
-            if process.exitcode:
-                failed.append(f"rank {rank} ended with status {process.exitcode}")
-        if failed:
-            raise RanksFailed(f"{', '.join(failed)} of {len(ranks)}: see its message above")
-        running = [process for process in running if process.exitcode is None]
 
 
 def discard_record(folder: str | Path, rank: int) -> None:
