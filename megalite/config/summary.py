@@ -8,7 +8,7 @@ from megalite.config.rules.finding import data_parallel_size
 from megalite.config.run import RunConfig, options
 from megalite.config.validate import chosen
 from megalite.config.yaml_file import to_yaml
-from megalite.system.errors import explain_os_error
+from megalite.system.errors import explain_os_error, scaled
 
 LABEL_COLUMNS = 16
 """Columns before the text of a line."""
@@ -145,8 +145,4 @@ def _checkpoints(config: RunConfig) -> str:
 
 def _short(number: float) -> str:
     """Three digits and a decimal prefix: 1.34 G."""
-    for unit in ("", " k", " M", " G"):
-        if number < 999.5:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g} T"
+    return scaled(number, ("", " k", " M", " G", " T"), step=1000)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from megalite.checkpoint.folder import CheckpointError, checkpoint_folder, latest_iteration
+from megalite.checkpoint.folder import CheckpointError
 from megalite.config.cli import parse_options
-from megalite.config.rules.files import read_config
+from megalite.config.rules.files import folder_to_load, read_config
 from megalite.config.run import RunConfig
 from megalite.data.classification import (
     Columns,
@@ -156,13 +156,10 @@ def configuration(options: Options) -> RunConfig:
     Raises CheckpointError if it cannot be read or is that of a GPT, TokenizerError if a file of the
     tokenizer is not found.
     """
-    iteration = options.ckpt_step
-    what = f"the checkpoint of iteration {iteration}"
-    if iteration is None:
-        what = "a checkpoint"
-        iteration = latest_iteration(options.load)
-    folder = None if iteration is None else checkpoint_folder(options.load, iteration)
+    step = options.ckpt_step
+    folder = folder_to_load(options.load, step)
     if folder is None:
+        what = "a checkpoint" if step is None else f"the checkpoint of iteration {step}"
         raise CheckpointError(f"--load {options.load}: {what} is not there")
     try:
         run = read_config(folder)

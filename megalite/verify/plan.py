@@ -7,11 +7,9 @@ from typing import Annotated
 from megalite.config import validate
 from megalite.config.cli import ConfigFile
 from megalite.config.flags import read_own_flags
-from megalite.config.options import options_of
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.run import RunConfig, options, to_flat, with_preset, with_values
 from megalite.config.yaml_file import read_yaml
-from megalite.data.config import DataConfig
 from megalite.fields import Field
 from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.parallel.launch import LaunchInfo
@@ -113,14 +111,14 @@ def _one_step(config: RunConfig, real_data: bool, shrinks: bool) -> RunConfig:
     flat = to_flat(config)
     values = {key: flat[key] for key in STEP_FIELDS}
     values |= dict(train_iters=1, eval_interval=0, eval_iters=0, lr_decay_style="constant")
+    step = RunConfig(config.model, config.parallel, config.recompute, bert=config.bert)
     if real_data:
-        values |= {option.key: flat[option.key] for option in options_of(DataConfig).values()}
+        step = replace(step, data=config.data)
         values["valid_data_path"] = None  # nothing is evaluated
     else:
         values["mock_data"] = True
         if config.model.vocab_size is None and shrinks:
             values["vocab_size"] = SHRUNK_VOCABULARY
-    step = RunConfig(config.model, config.parallel, config.recompute, bert=config.bert)
     return with_values(step, values | {"world_size": None})  # the number of ranks is known
 
 

@@ -240,10 +240,12 @@ def record_on_ranks(config: RunConfig, world_size: int, folder: str | Path) -> N
     try:
         while running:
             wait([process.sentinel for process in running])
+            failed = []
             for rank, process in enumerate(ranks):
                 if process.exitcode:
-                    failure = f"rank {rank} ended with status {process.exitcode}"
-                    raise RanksFailed(f"{failure} of {world_size}: see its message above")
+                    failed.append(f"rank {rank} ended with status {process.exitcode}")
+            if failed:
+                raise RanksFailed(f"{', '.join(failed)} of {world_size}: see its message above")
             running = [process for process in running if process.exitcode is None]
     finally:
         for process in ranks:

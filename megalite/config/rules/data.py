@@ -10,6 +10,7 @@ from megalite.config.run import RunConfig
 from megalite.data.gpt import SPLITS, split_documents
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
 from megalite.data.sources import parse_sources
+from megalite.system.errors import broken_link
 
 SPLIT_OFFERS = ("90,10,0", "80,20,0", "50,50,0")
 """Values of --split that are offered where a split is too small."""
@@ -53,6 +54,8 @@ def data_files_are_sound(config: RunConfig, world_size: int) -> Iterator[Finding
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             message = f"{flag_of(key)} {prefix}: there is no {' and no '.join(missing)}"
+            links = filter(None, map(broken_link, missing))
+            message = "; ".join([message, *links])
             yield Finding(message, *_similar(config, key, prefix), MAKE_DATA)
             continue
         for read in (IndexedDataset, DatasetInfo.read):

@@ -19,57 +19,50 @@ from megalite.config.rules.finding import (
     without_evaluation,
 )
 from megalite.config.rules.tokenizer import tokenizer_is_whole
-from megalite.config.run import RunConfig, options
+from megalite.config.run import RunConfig, options, to_flat
 from megalite.data.gpt import parse_split
 from megalite.data.indexed import DatasetError
 from megalite.data.sources import parse_sources
 from megalite.pipeline.partition import layers_of_stages
 
+SHORT_FORMS = (
+    ("bf16", "precision", "bf16", "fp64"),
+    ("recompute_activations", "recompute_granularity", "selective", "full"),
+)
+"""(switch, the field that it is a short form of, what it means, a value that contradicts it)."""
 
-def recompute_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """The short form against the long one; and no more layers at a time than a stage holds."""
+
+def short_forms_agree(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """--bf16 against --precision, --recompute-activations against --recompute-granularity."""
+    flat = to_flat(config)
+    for short, long, meaning, other in SHORT_FORMS:
+        if flat[short] and flat[long] == other:
+            yield Finding(
+                f"{flag_of(short)} means {flag_of(long)} {meaning}, but {other} is given too",
+                {short: False},
+                {long: meaning},
+            )
+
+
+def stages_hold_recomputed_layers(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """No more layers are recomputed at a time than a stage holds."""
     r = config.recompute
-    if r.recompute_activations and r.recompute_granularity == "full":
-        yield Finding(
-            "--recompute-activations means --recompute-granularity selective, but full is given "
-            "too",
-            {"recompute_activations": False},
-            {"recompute_granularity": "selective"},
-        )
-        return
+    model = config.model
     stages = config.parallel.pipeline_model_parallel_size
-    if r.granularity != "full" or stages > config.model.num_layers:
+    if r.granularity != "full" or r.recompute_activations or stages > model.num_layers:
         return
-    most = _largest_stage(config)
+    if model.vocab_size is not None:
+        most = max(map(len, layers_of_stages(model, stages, config.predicted)))
+    elif model.num_layers % stages == 0:
+        most = model.num_layers // stages
+    else:  # the vocabulary is still to be read from a file: the most that a stage could have
+        most = model.num_layers - stages + 1
     if r.recompute_num_layers > most:
         yield Finding(
             f"--recompute-num-layers {r.recompute_num_layers} is more than the {most} layers of "
             "the largest stage",
             {"recompute_num_layers": most},
             also=("num_layers", "pipeline_model_parallel_size"),
-        )
-
-
-def _largest_stage(config: RunConfig) -> int:
-    """Layers of the fullest stage; the most that it could have while the vocabulary is still to be
-    read from a file."""
-    model = config.model
-    stages = config.parallel.pipeline_model_parallel_size
-    if model.vocab_size is not None:
-        return max(map(len, layers_of_stages(model, stages, config.predicted)))
-    if model.num_layers % stages == 0:
-        return model.num_layers // stages
-    return model.num_layers - stages + 1
-
-
-def precision_is_one(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """--bf16 against --precision."""
-    o = config.optimizer
-    if o.bf16 and o.precision == "fp64":
-        yield Finding(
-            "--bf16 means --precision bf16, but --precision fp64 is given too",
-            {"bf16": False},
-            {"precision": "bf16"},
         )
 
 
@@ -173,37 +166,29 @@ def data_has_one_source(config: RunConfig, world_size: int) -> Iterator[Finding]
     d = config.data
     given = {key: words for key, words in d.paths.items() if words is not None}
     if not given and not d.mock_data:
-        mock = {"mock_data": True}
-        if not config.model.vocab_size:
-            mock |= example_of("vocab_size")
+        mock = {"mock_data": True} | ({} if config.model.vocab_size else example_of("vocab_size"))
         yield Finding(
             "there is no data: neither --data-path nor --mock-data is given",
             "--data-path PREFIX of a dataset made by tools/preprocess_data.py",
             mock,
         )
-    elif d.mock_data:
-        for key, words in given.items():
+    # A flag for every split, unless the data is generated.
+    for split in wanted_splits(config) if given and not d.mock_data else ():
+        if d.words_of(split)[1] is None:
+            flag = f"--{split}-data-path"
+            message = f"no data for {split} samples: neither {flag} nor --data-path is given"
+            offers = [without_evaluation()] if split == "valid" else []
+            yield Finding(message, f"{flag} PREFIX", *offers)
+    for key, words in given.items():
+        if d.mock_data:
             offers = [{"mock_data": False}] if len(given) == 1 else []
             message = f"{flag_of(key)} {' '.join(words)} and --mock-data are both given"
             yield Finding(message, *offers, {key: None})
-    else:
-        yield from _splits_have_data(config)
-    for key, words in given.items():
         try:
             parse_sources(words, flag_of(key))
         except DatasetError as error:
             advice = "one PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ..."
             yield Finding(str(error), advice, also=(key,))
-
-
-def _splits_have_data(config: RunConfig) -> Iterator[Finding]:
-    """Every split that is read has a flag that names its data."""
-    for split in wanted_splits(config):
-        if config.data.words_of(split)[1] is None:
-            flag = f"--{split}-data-path"
-            message = f"no data for {split} samples: neither {flag} nor --data-path is given"
-            offers = [without_evaluation()] if split == "valid" else []
-            yield Finding(message, f"{flag} PREFIX", *offers)
 
 
 def megatron_order_is_possible(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -275,8 +260,8 @@ def libraries_are_installed(config: RunConfig, world_size: int) -> Iterator[Find
 
 RUN_RULES: tuple[Rule, ...] = (
     batch_divides,
-    recompute_agrees,
-    precision_is_one,
+    short_forms_agree,
+    stages_hold_recomputed_layers,
     learning_rate_falls,
     length_is_known,
     attention_can_drop,

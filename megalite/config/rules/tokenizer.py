@@ -62,13 +62,9 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
         flags = ("tokenizer_type", "tiktoken_pattern", *files)
         yield Finding(error_message(error), *offers, "another --tokenizer-type", also=flags)
         return
-    if tokenizer is not None:
-        yield from _fits(config, tokenizer)
-
-
-def _fits(config: RunConfig, tokenizer: Tokenizer) -> Iterator[Finding]:
-    """The tokenizer's entries fit the vocabulary, and one ends documents if flags look for it."""
-    files = files_of(config)
+    if tokenizer is None:
+        return
+    # Its entries, and one that ends documents if flags look for it.
     vocab_size = config.model.vocab_size
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         yield Finding(
