@@ -154,10 +154,8 @@ def with_preset(values: dict[str, Any]) -> dict[str, Any]:
     architecture = shape["architecture"]
     asked = values.get("architecture", architecture)
     if asked != architecture:
-        message = (
-            f"--preset {name} is the shape of a {architecture.upper()}, "
-            f"but --architecture is {asked}"
-        )
+        shown = f"--preset {name} is the shape of a {architecture.upper()}"
+        message = f"{shown}, but --architecture is {asked}"
         fix = f"leave out --preset, or --architecture {architecture}"
         raise ConfigError([Problem(message, fix, ("preset", "architecture"))])
     return shape | values

@@ -16,6 +16,10 @@ TokenizerType = Literal[
     "ByteTokenizer",
 ]
 """The kinds of tokenizer, by Megatron's names."""
+MaskingTokenizerType = Literal[
+    "BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer"
+]
+"""Those that may have the tokens that frame and mask a BERT's samples."""
 TOKENIZER_FILES: dict[str, tuple[str, ...]] = {
     "SentencePieceTokenizer": ("tokenizer_model",),
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),

@@ -70,9 +70,8 @@ def encode(text: str, loaded: "LoadedModel", special: SpecialIds) -> "torch.Tens
     row.append(special.sep)
     positions = loaded.model.config.positions
     if len(row) > positions:
-        raise DatasetError(
-            f"--text {text[:40]}...: {len(row)} tokens, the model has {positions} positions"
-        )
+        size = f"{len(row)} tokens, the model has {positions} positions"
+        raise DatasetError(f"--text {text[:40]}...: {size}")
     return torch.tensor([row], device=loaded.model.context.device)
 
 

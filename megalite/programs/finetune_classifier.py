@@ -131,9 +131,8 @@ def prepare(options: Options) -> Prepared:
         train, valid = hold_out(train, options.valid_share, options.seed)
     classes = classes_of(train)
     if len(classes) < 2:
-        raise DatasetError(
-            f"{options.train}: a classifier needs two classes, all labels are {classes[0]!r}"
-        )
+        found = f"all labels are {classes[0]!r}"
+        raise DatasetError(f"{options.train}: a classifier needs two classes, {found}")
     refuse(unseen_labels(valid, classes))
     labels = [example.label for example in train]
     most_frequent = max(classes, key=labels.count)
@@ -167,9 +166,8 @@ def configuration(options: Options) -> RunConfig:
         reason = error_message(error)
         raise CheckpointError(f"{folder}: its configuration cannot be read: {reason}") from None
     if run.model.architecture != "bert":
-        raise CheckpointError(
-            f"--load {options.load} holds a GPT; give a checkpoint of pretrain_bert.py"
-        )
+        other = "give a checkpoint of pretrain_bert.py"
+        raise CheckpointError(f"--load {options.load} holds a GPT; {other}")
     data = checkpoint_data_config(run.data, tokenizer_fields(options), folder)
     return replace(run, data=data)
 
@@ -222,10 +220,8 @@ def print_data(prepared: Prepared) -> None:
     """Print what the classifier is trained from."""
     about = prepared.description
     if not about.config.pair_head:
-        print(
-            "the checkpoint was trained with --bert-pair none and has no pooler: "
-            "a new one is trained"
-        )
+        without = "the checkpoint was trained with --bert-pair none and has no pooler"
+        print(f"{without}: a new one is trained")
     for name, rows in (("training", prepared.train), ("validation", prepared.valid)):
         print(f"{len(rows)} {name} examples, {rows.cut} of them cut to {about.seq_length} tokens")
     shown = ", ".join(about.classes[:SHOWN_CLASSES])

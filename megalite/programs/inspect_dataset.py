@@ -22,7 +22,7 @@ from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
 from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer, tokenizer_fields
 from megalite.fields import Field
 from megalite.preprocess.indexed_verify import verify
-from megalite.programs.reporting import describe, failures_reported, print_errors, refuse
+from megalite.programs.reporting import failures_reported, print_errors
 
 SAMPLED = 1 << 20
 """Sequences whose lengths are read: all of them, or evenly spaced ones."""
@@ -156,10 +156,8 @@ def shown_document(
     else:
         foreign = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
         if foreign:
-            raise DatasetError(
-                f"document {number}: id {foreign[0]}, "
-                f"but the tokenizer has {tokenizer.vocab_size} ids"
-            )
+            known = f"but the tokenizer has {tokenizer.vocab_size} ids"
+            raise DatasetError(f"document {number}: id {foreign[0]}, {known}")
         text = tokenizer.decode(ids)
     more = " ..." if len(stream) > len(ids) else ""
     return f"document {number}, {len(stream):,} tokens: {text}{more}"
@@ -175,20 +173,16 @@ def checked(dataset: IndexedDataset) -> list[str]:
         found = verify(dataset, lambda share: bar.update(task, completed=share))
     if not found.problems:
         largest = "" if found.largest_id is None else f"; the largest id is {found.largest_id:,}"
-        print(
-            f"verified: all {len(dataset):,} sequences and {dataset.num_documents:,} documents are "
-            f"sound{largest}"
-        )
+        sizes = f"{len(dataset):,} sequences and {dataset.num_documents:,} documents"
+        print(f"verified: all {sizes} are sound{largest}")
     return found.problems
 
 
 def main() -> int:
     """Exit status 0, 1 when the dataset is damaged, 2 when the arguments are at fault."""
     config = parse_options(InspectConfig, __doc__)
-    try:
+    with failures_reported(status=2):
         tokenizer = tokenizer_of(config)
-    except (TokenizerError, OSError) as error:
-        refuse([describe(error)])
     with failures_reported():
         dataset = IndexedDataset(re.sub(r"\.(bin|idx|json)$", "", config.prefix))
         show(config, dataset, tokenizer)

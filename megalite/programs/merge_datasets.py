@@ -34,7 +34,5 @@ def main() -> None:
     with failures_reported():
         merge(prefixes, config.output_prefix)
     merged = IndexedDataset(config.output_prefix)
-    print(
-        f"{config.output_prefix}: {merged.num_documents:,} documents, {merged.num_tokens:,} tokens "
-        f"of {len(prefixes)}"
-    )
+    sizes = f"{merged.num_documents:,} documents, {merged.num_tokens:,} tokens"
+    print(f"{config.output_prefix}: {sizes} of {len(prefixes)}")

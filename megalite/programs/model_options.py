@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from megalite.data.config import TokenizerType
+from megalite.data.config import MaskingTokenizerType, TokenizerType
 from megalite.data.tokenizers import tokenizer_fields
 from megalite.fields import Field
 
@@ -54,7 +54,5 @@ class ModelOptions:
 class BertOptions(ModelOptions):
     """The BERT to load, its tokenizer, and where it runs."""
 
-    tokenizer_type: (
-        Literal["BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer"] | None
-    ) = None
+    tokenizer_type: MaskingTokenizerType | None = None
     """Tokenizer. Unset: the one in the checkpoint's configuration; so for its files."""

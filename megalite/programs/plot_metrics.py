@@ -64,9 +64,9 @@ def read_curves(path: Path) -> Curves:
             if "validation_loss" in values:
                 validation[values["iteration"]] = values["validation_loss"]
         except (json.JSONDecodeError, TypeError, KeyError):
-            raise MetricsError(
-                f"{path}, line {number}: not an object with an iteration: {line[:60]}"
-            ) from None
+            where = f"{path}, line {number}"
+            message = f"{where}: not an object with an iteration: {line[:60]}"
+            raise MetricsError(message) from None
     if not training and not validation:
         raise MetricsError(f"{path}: no training or validation loss in it")
     return Curves(sorted(training.items()), sorted(validation.items()))

@@ -28,9 +28,9 @@ def print_errors(lines: list[str]) -> None:
 
 
 @contextmanager
-def failures_reported() -> Iterator[None]:
-    """End the program with a message, in place of a traceback, when the block raises a
-    ReportedError, an OSError or KeyboardInterrupt.
+def failures_reported(status: int = 1) -> Iterator[None]:
+    """End the program with a message and this status, in place of a traceback, when the block
+    raises a ReportedError, an OSError or KeyboardInterrupt.
 
     That the reader of the output has ended is no error: `start` handles it.
     """
@@ -39,7 +39,8 @@ def failures_reported() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except (ReportedError, OSError, KeyboardInterrupt) as error:
-        fail(describe(error))
+        print_errors(describe(error).splitlines())
+        raise SystemExit(status) from None
 
 
 def describe(error: BaseException) -> str:

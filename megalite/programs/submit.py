@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -237,12 +237,9 @@ def _launch_lines(job: JobConfig) -> list[str]:
 def snapshot_folder(job: JobConfig) -> Path:
     """The folder for code and configuration of this submission: submitted-N with the next free
     number."""
-    last = 0
-    for path in job.run.glob("submitted-*"):
-        number = re.fullmatch(r"submitted-([0-9]+)", path.name)
-        if number:
-            last = max(last, int(number[1]))
-    return job.run / f"submitted-{last + 1}"
+    names = " ".join(path.name for path in job.run.glob("submitted-*"))
+    numbers = re.findall(r"(?<!\S)submitted-([0-9]+)(?!\S)", names)
+    return job.run / f"submitted-{max(map(int, numbers), default=0) + 1}"
 
 
 def keep(job: JobConfig, config: RunConfig, snapshot: Path) -> Path:
@@ -264,9 +261,8 @@ def submit(job: JobConfig, file: Path) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        raise SubmitError(
-            f"sbatch cannot be run: {error.strerror}; {file} is ready for it"
-        ) from None
+        message = f"sbatch cannot be run: {error.strerror}; {file} is ready for it"
+        raise SubmitError(message) from None
     if done.returncode:
         raise SubmitError(f"sbatch refused {file}: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]
@@ -314,25 +310,12 @@ def read_cluster(path: str) -> tuple[dict[str, Any], list[Problem]]:
         return {}, [Problem(f"--cluster {path} holds no names and values", fix)]
     known = options_of(JobConfig)
     del known["cluster"], known["dry_run"]
-    values = {}
-    problems = []
+    words = []
     for name, value in written.items():
-        option = known.get(name.replace("-", "_"))
-        if option is None:
-            fix = f"names are {', '.join(known)}"
-            problems.append(Problem(f"--cluster {path}: unknown {name}", fix))
-            continue
-        # A text, or for an option of several words a list of texts.
-        words = value if isinstance(value, list) else [value]
-        try:
-            if len(words) != 1 and option.kind is not tuple:
-                raise ValueError
-            values[option.key] = option.from_words(words)
-        except (ValueError, TypeError):
-            expected = option.expected.replace("null", "unset")
-            message = f"--cluster {path}: {name}: {value!r} is not {expected}"
-            problems.append(Problem(message, f"for example {name}: {option.example}"))
-    return values, problems
+        text = " ".join(map(str, value)) if isinstance(value, list) else value
+        words.append(f"--{name}={text}")
+    values, problems = read_flags(words, known.values())
+    return values, [replace(p, message=f"--cluster {path}: {p.message}") for p in problems]
 
 
 def main() -> None:

@@ -65,18 +65,14 @@ def find_problems(config: TrainTokenizerConfig) -> list[str]:
     _, problems = expand(config.input)
     least = LEAST[config.kind]
     if config.vocab_size <= least:
-        problems.append(
-            f"--vocab-size {config.vocab_size}: must be above {least}, the bytes and special pieces"
-        )
+        size = f"--vocab-size {config.vocab_size}"
+        problems.append(f"{size}: must be above {least}, the bytes and special pieces")
+    kind = f"--kind {config.kind}"
     if config.kind == "wordpiece" and STDIN in config.input:
-        problems.append(
-            "--input -: --kind wordpiece reads the text twice, standard input can be read once; "
-            "give a file"
-        )
+        once = "standard input can be read once; give a file"
+        problems.append(f"--input -: {kind} reads the text twice, {once}")
     if config.lowercase and config.kind != "wordpiece":
-        problems.append(
-            f"--lowercase: --kind {config.kind} keeps text as it is; only wordpiece can lower it"
-        )
+        problems.append(f"--lowercase: {kind} keeps text as it is; only wordpiece can lower it")
     folder = Path(config.output_prefix).parent
     given = f"--output-prefix {config.output_prefix}"
     if not folder.is_dir():
@@ -94,9 +90,8 @@ class Texts:
     config: TrainTokenizerConfig
 
     def __iter__(self) -> Iterator[str]:
-        return read_texts(
-            self.config.input, self.config.json_key, skip_empty=self.config.skip_empty
-        )
+        config = self.config
+        return read_texts(config.input, config.json_key, skip_empty=config.skip_empty)
 
 
 def train(config: TrainTokenizerConfig) -> tuple[bytes, ...]:
@@ -106,9 +101,8 @@ def train(config: TrainTokenizerConfig) -> tuple[bytes, ...]:
         return train_bpe(texts, config.vocab_size)
     if config.kind == "wordpiece":
         return (train_wordpiece(texts, config.vocab_size, config.lowercase),)
-    return (
-        train_sentencepiece(texts, config.vocab_size, config.kind.removeprefix("sentencepiece-")),
-    )
+    model_type = config.kind.removeprefix("sentencepiece-")
+    return (train_sentencepiece(texts, config.vocab_size, model_type),)
 
 
 def write(contents: tuple[bytes, ...], paths: list[Path]) -> None:

@@ -313,12 +313,12 @@ def test_every_kind_of_tokenizer_is_sound(folder, tokenizers):
 @pytest.mark.parametrize("key", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])
 def test_documents_that_nothing_ends(key, folder):
     info = DatasetInfo.read("corpus")
-    for told, problems in ((False, 1), (True, 0), (None, 0)):
-        write_dataset(f"told-{told}", 20, replace(info, append_eod=told))
-        config = real(data_path=f"told-{told}")
+    for ended, problems in ((False, 1), (True, 0), (None, 0)):
+        write_dataset(f"eod-{ended}", 20, replace(info, append_eod=ended))
+        config = real(data_path=f"eod-{ended}")
         assert validate.check(config, 1) == []
         if problems:
-            words = f"told-{told} --append-eod {options()[key].flag}"
+            words = f"eod-{ended} --append-eod {options()[key].flag}"
             assert_one_problem(with_values(config, {key: True}), 1, words)
         else:
             assert validate.check(with_values(config, {key: True}), 1) == []

@@ -1,18 +1,19 @@
 """Rules of a BERT. Imports no torch."""
 
 from collections.abc import Iterator
+from typing import get_args
 
 from megalite.config.rules.data import datasets_of, info_of, short_splits
 from megalite.config.rules.disk import MAKE_DATA
 from megalite.config.rules.finding import Finding, Rule, example_of
 from megalite.config.rules.tokenizer import files_of, tokenizer_or_none
 from megalite.config.run import RunConfig
+from megalite.data.config import MaskingTokenizerType
 from megalite.data.masking import special_ids
 from megalite.data.mock import MockSentences
 from megalite.data.tokenizers import TokenizerError
 
-MASKING_TOKENIZERS = ("BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer")
-"""Kinds of tokenizer that may have the tokens that frame and mask a BERT's samples."""
+MASKING_TOKENIZERS = get_args(MaskingTokenizerType)
 
 
 def sample_has_room(config: RunConfig, world_size: int) -> Iterator[Finding]:

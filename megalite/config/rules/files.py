@@ -121,9 +121,8 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
         if stored is None:
             return
         samples = iterations(config, world_size) * global_batch(config, world_size)
-        now = data_state(
-            config.data, config.model, config.training.seed, samples=samples, bert=config.bert
-        )
+        seed = config.training.seed
+        now = data_state(config.data, config.model, seed, samples=samples, bert=config.bert)
         differences = DataState.from_json(stored).differences(now)
     except (DatasetError, OSError, ValueError, KeyError, TypeError):
         return  # other rules, or loading, say what is wrong

@@ -70,9 +70,8 @@ def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]
     """min_lr <= lr; a warm-up given once, that ends before the decay does."""
     o = config.optimizer
     if o.lowest_lr > o.lr:
-        yield Finding(
-            f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}", {"min_lr": o.lr}, {"lr": o.min_lr}
-        )
+        message = f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}"
+        yield Finding(message, {"min_lr": o.lr}, {"lr": o.min_lr})
     if o.lr_warmup_fraction is not None and o.lr_warmup_iters:
         yield Finding(
             f"--lr-warmup-fraction {o.lr_warmup_fraction:g} and --lr-warmup-iters "

@@ -12,7 +12,6 @@ from megalite.config.rules.finding import Finding, Rule, example_of, flag_of
 from megalite.config.run import RunConfig, keys_where, with_values
 from megalite.data import tokenizers
 from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
-from megalite.data.indexed import DatasetInfo
 from megalite.data.tokenizers import Tokenizer, TokenizerError
 from megalite.system.errors import error_message
 
@@ -95,50 +94,43 @@ def tokenizer_made_data(config: RunConfig, world_size: int) -> Iterator[Finding]
     """The tokenizer is the one that PREFIX.json says the data was made with; the data's ids fit the
     vocabulary."""
     tokenizer = tokenizer_or_none(config)
-    for key, prefix in prefixes_of(config):
-        info = info_of(prefix)
-        if info is not None:
-            yield from _made_by(config, tokenizer, key, prefix=prefix, info=info)
-
-
-def _made_by(
-    config: RunConfig, tokenizer: Tokenizer | None, key: str, prefix: str, info: DatasetInfo
-) -> Iterator[Finding]:
-    """The description `info` of the dataset that field `key` names is that of this tokenizer, if
-    there is one."""
     kind = config.data.tokenizer_type
     vocab_size = config.model.vocab_size
-    if tokenizer is None:
-        if vocab_size and vocab_size < info.vocab_size:
+    files = files_of(config)
+    named = " ".join(f"{flag_of(field)} {getattr(config.data, field)}" for field in files)
+    for key, prefix in prefixes_of(config):
+        info = info_of(prefix)
+        if info is None:
+            continue
+        if tokenizer is None:
+            if vocab_size and vocab_size < info.vocab_size:
+                yield Finding(
+                    f"--vocab-size {vocab_size} is less than the {info.vocab_size} entries that "
+                    f"{prefix} was made with",
+                    {"vocab_size": info.vocab_size},
+                    also=(key,),
+                )
+        elif info.tokenizer_type != kind:
             yield Finding(
-                f"--vocab-size {vocab_size} is less than the {info.vocab_size} entries that "
-                f"{prefix} was made with",
-                {"vocab_size": info.vocab_size},
+                f"--tokenizer-type {kind}, but {prefix} was made with {info.tokenizer_type}",
+                f"--tokenizer-type {info.tokenizer_type}, with its own files if it has any",
                 also=(key,),
             )
-    elif info.tokenizer_type != kind:
-        yield Finding(
-            f"--tokenizer-type {kind}, but {prefix} was made with {info.tokenizer_type}",
-            f"--tokenizer-type {info.tokenizer_type}, with its own files if it has any",
-            also=(key,),
-        )
-    elif (info.tokenizer_sha256, info.vocab_size) != (tokenizer.sha256, tokenizer.vocab_size):
-        files = files_of(config)
-        named = " ".join(f"{flag_of(field)} {getattr(config.data, field)}" for field in files)
-        yield Finding(
-            f"{named or f'--tokenizer-type {kind}'} ({tokenizer.vocab_size} entries) is not the "
-            f"one that {prefix} was made with ({info.vocab_size} entries, sha256 "
-            f"{info.tokenizer_sha256[:12]})",
-            OTHER_TOKENIZER,
-            also=(*files, key),
-        )
-    elif info.parse_special_tokens and not config.data.parse_special_tokens:
-        yield Finding(
-            f"{prefix} was made with --parse-special-tokens, and this run, whose checkpoints say "
-            "how prompts are encoded, is without it",
-            {"parse_special_tokens": True},
-            also=(key,),
-        )
+        elif (info.tokenizer_sha256, info.vocab_size) != (tokenizer.sha256, tokenizer.vocab_size):
+            yield Finding(
+                f"{named or f'--tokenizer-type {kind}'} ({tokenizer.vocab_size} entries) is not "
+                f"the one that {prefix} was made with ({info.vocab_size} entries, sha256 "
+                f"{info.tokenizer_sha256[:12]})",
+                OTHER_TOKENIZER,
+                also=(*files, key),
+            )
+        elif info.parse_special_tokens and not config.data.parse_special_tokens:
+            yield Finding(
+                f"{prefix} was made with --parse-special-tokens, and this run, whose checkpoints "
+                "say how prompts are encoded, is without it",
+                {"parse_special_tokens": True},
+                also=(key,),
+            )
 
 
 def ids_fit_file(config: RunConfig, world_size: int) -> Iterator[Finding]:
