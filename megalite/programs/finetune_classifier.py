@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+
 from megalite.checkpoint.folder import CheckpointError
 from megalite.config.cli import parse_options
 from megalite.config.rules.files import folder_to_load, read_config
@@ -94,20 +96,9 @@ def writable(folder: str) -> bool:
     return parent.is_dir() and os.access(parent, os.W_OK)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """All that training needs but the model. Built without torch."""
-
-    description: ClassifierDescription
-    train: Rows
-    valid: Rows
-    baseline: float
-    """Accuracy of always guessing the most frequent class of the training data."""
-    most_frequent: str
-
-
-def prepare(options: Options) -> Prepared:
-    """Read the data and turn it into rows of tokens.
+def prepare(options: Options) -> tuple[ClassifierDescription, Rows, Rows]:
+    """Read the data and turn it into rows of tokens: (the classifier, rows to train with, rows to
+    validate with). Loads no torch.
 
     Raises DatasetError with all that is wrong with checkpoint, tokenizer and files.
     """
@@ -116,7 +107,16 @@ def prepare(options: Options) -> Prepared:
     try:
         run = configuration(options)
         seq_length = run.model.seq_length if options.seq_length is None else options.seq_length
-        problems += length_problems(run, seq_length, least=3 if options.pair_key is None else 5)
+        # A row must hold a token of each text, and fit the model's positions.
+        least = 3 if options.pair_key is None else 5
+        positions = run.model.positions
+        limit = ""
+        if seq_length < least:
+            limit = f"use {least} or more"
+        elif run.model.position_embedding_type == "learned_absolute" and seq_length > positions:
+            limit = f"the model has {positions} positions; use {positions} or less"
+        if limit:
+            problems.append(f"--seq-length {seq_length}: {limit}, [CLS] and [SEP] among them")
         tokenizer, special = bert_tokenizer(run)
     except (CheckpointError, TokenizerError) as error:
         problems.append(str(error))
@@ -134,19 +134,11 @@ def prepare(options: Options) -> Prepared:
         found = f"all labels are {classes[0]!r}"
         raise DatasetError(f"{options.train}: a classifier needs two classes, {found}")
     refuse(unseen_labels(valid, classes))
-    labels = [example.label for example in train]
-    most_frequent = max(classes, key=labels.count)
-    about = ClassifierDescription(
-        classes, options.columns, seq_length, config=run, tokenizer_sha256=tokenizer.sha256
-    )
+    made_by = {"config": run, "tokenizer_sha256": tokenizer.sha256}
+    about = ClassifierDescription(classes, options.columns, seq_length, **made_by)
     shape = {"seq_length": seq_length, "classes": classes}
-    return Prepared(
-        about,
-        train=frame(train, tokenizer, special, **shape),
-        valid=frame(valid, tokenizer, special, **shape),
-        baseline=sum(example.label == most_frequent for example in valid) / len(valid),
-        most_frequent=most_frequent,
-    )
+    rows = [frame(examples, tokenizer, special, **shape) for examples in (train, valid)]
+    return about, *rows
 
 
 def configuration(options: Options) -> RunConfig:
@@ -172,61 +164,46 @@ def configuration(options: Options) -> RunConfig:
     return replace(run, data=data)
 
 
-def length_problems(run: RunConfig, seq_length: int, least: int) -> list[str]:
-    """What is wrong with --seq-length: a row must hold a token of each text, and fit the model's
-    positions."""
-    positions = run.model.positions
-    limit = ""
-    if seq_length < least:
-        limit = f"use {least} or more"
-    elif run.model.position_embedding_type == "learned_absolute" and seq_length > positions:
-        limit = f"the model has {positions} positions; use {positions} or less"
-    return [f"--seq-length {seq_length}: {limit}, [CLS] and [SEP] among them"] if limit else []
-
-
-def train(options: Options, prepared: Prepared) -> None:
+def train(options: Options, about: ClassifierDescription, training: Rows, valid: Rows) -> None:
     """Train, report each epoch, and save."""
     from megalite.checkpoint.load import Checkpoint
     from megalite.training.finetune import finetune, pretrained_classifier, save_classifier
     from megalite.training.trained import single_process_device
 
-    about = prepared.description
     device = single_process_device(options.device)
+    count = len(about.classes)
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
         model = pretrained_classifier(
-            checkpoint, about.config, len(about.classes), config=options, device=device
+            checkpoint, about.config, count, config=options, device=device
         )
         print(f"iteration {checkpoint.iteration} of {options.load}, on {device}")
-    print_data(prepared)
-    for epoch in finetune(model, prepared.train, prepared.valid, config=options):
+    # What it is trained from.
+    if not about.config.pair_head:
+        without = "the checkpoint was trained with --bert-pair none and has no pooler"
+        print(f"{without}: a new one is trained")
+    for name, rows in (("training", training), ("validation", valid)):
+        print(f"{len(rows)} {name} examples, {rows.cut} of them cut to {about.seq_length} tokens")
+    more = ", ..." if count > SHOWN_CLASSES else ""
+    print(f"{count} classes: {', '.join(about.classes[:SHOWN_CLASSES])}{more}", flush=True)
+    # Always guessing the most frequent class of the training data is right in this share.
+    most_frequent = np.bincount(training.labels).argmax()
+    baseline = (valid.labels == most_frequent).mean()
+    for epoch in finetune(model, training, valid, config=options):
         print(
             f"epoch {epoch.number}/{options.epochs} "
             f"| training loss {epoch.training_loss:.4f} "
             f"| validation loss {epoch.validation_loss:.4f} "
-            f"| accuracy {epoch.accuracy:.4f} | baseline {prepared.baseline:.4f}",
+            f"| accuracy {epoch.accuracy:.4f} | baseline {baseline:.4f}",
             flush=True,
         )
     print(
-        f"accuracy {epoch.accuracy:.4f} on {len(prepared.valid)} validation examples; "
-        f"always guessing {prepared.most_frequent!r}, the most frequent class of the "
-        f"training data: {prepared.baseline:.4f}"
+        f"accuracy {epoch.accuracy:.4f} on {len(valid)} validation examples; "
+        f"always guessing {about.classes[most_frequent]!r}, the most frequent class of the "
+        f"training data: {baseline:.4f}"
     )
     if options.save is not None:
         save_classifier(options.save, model, about)
         print(f"saved to {options.save}")
-
-
-def print_data(prepared: Prepared) -> None:
-    """Print what the classifier is trained from."""
-    about = prepared.description
-    if not about.config.pair_head:
-        without = "the checkpoint was trained with --bert-pair none and has no pooler"
-        print(f"{without}: a new one is trained")
-    for name, rows in (("training", prepared.train), ("validation", prepared.valid)):
-        print(f"{len(rows)} {name} examples, {rows.cut} of them cut to {about.seq_length} tokens")
-    shown = ", ".join(about.classes[:SHOWN_CLASSES])
-    more = ", ..." if len(about.classes) > SHOWN_CLASSES else ""
-    print(f"{len(about.classes)} classes: {shown}{more}", flush=True)
 
 
 def main() -> None:
@@ -234,4 +211,4 @@ def main() -> None:
     train."""
     options = parse_options(Options, __doc__, check=Options.problems)
     with failures_reported():
-        train(options, prepare(options))
+        train(options, *prepare(options))
