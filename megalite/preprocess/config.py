@@ -12,6 +12,7 @@ from megalite.data.config import TokenizerType
 from megalite.data.indexed import DatasetError, dataset_path
 from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer, tokenizer_fields
 from megalite.preprocess.inputs import STDIN, expand, is_text
+from megalite.system.errors import error_message
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _tokenizer_problems(config: PreprocessConfig) -> list[str]:
         else:
             _ = config.tokenizer
     except (TokenizerError, OSError) as error:
-        return [str(error)]
+        return [error_message(error)]
     return []
 
 

@@ -4,12 +4,10 @@ import re
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from megalite.config import validate
-from megalite.config.cli import ConfigFile
+from megalite.config import cli, validate
 from megalite.config.flags import read_own_flags
 from megalite.config.problem import ConfigError, Problem
-from megalite.config.run import RunConfig, options, to_flat, with_preset, with_values
-from megalite.config.yaml_file import read_yaml
+from megalite.config.run import RunConfig, options, to_flat, with_values
 from megalite.fields import Field
 from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.parallel.launch import LaunchInfo
@@ -21,7 +19,7 @@ SHRUNK_VOCABULARY = 1000
 
 
 @dataclass(frozen=True)
-class VerifyOptions(ConfigFile):
+class VerifyOptions(cli.ConfigFile):
     """What is compared, and with what."""
 
     ranks: Annotated[int | None, Field(minimum=1, example=8)] = None
@@ -55,10 +53,6 @@ def plan(argv: list[str], launch: LaunchInfo) -> Plan:
     layouts."""
     given, flags, problems = read_own_flags(VerifyOptions, argv, options().values())
     own = VerifyOptions(**given)
-    values = {}
-    if own.config is not None:
-        values, in_file = read_yaml(own.config)
-        problems = [*in_file, *problems]
     # Under a launcher, which decides the number of ranks, records need a shared folder.
     if launch.source != "none" and own.ranks is not None:
         message = f"--ranks: {launch.source} has started the ranks already"
@@ -67,10 +61,8 @@ def plan(argv: list[str], launch: LaunchInfo) -> Plan:
         message = f"under {launch.source}, ranks need a folder to leave their records"
         fix = "--work-folder FOLDER, one that every rank can write to"
         problems.append(Problem(message, fix))
-    if problems:
-        raise ConfigError(problems)
     # The chosen layout.
-    asked = with_values(RunConfig(), with_preset(values | flags))
+    asked = cli.build(own.config, flags, problems)
     real_data = "data_path" in flags or "train_data_path" in flags
     config = _one_step(asked, real_data=real_data, shrinks=own.shrink)
     if config.data.mock_data and config.model.vocab_size is None:

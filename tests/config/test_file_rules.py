@@ -324,6 +324,25 @@ def test_documents_that_nothing_ends(key, folder):
             assert validate.check(with_values(config, {key: True}), 1) == []
 
 
+def test_a_link_without_a_target_is_named_with_its_target(folder):
+    (folder / "linked.idx").symlink_to("/gone/corpus.idx")
+    assert_one_problem(
+        real(data_path="linked"), 1, "linked.bin linked.idx link to /gone/corpus.idx,", 0
+    )
+    (folder / "vocab.txt").symlink_to("gone.txt")
+    tokenizer = {"tokenizer_type": "BertWordPieceCase", "vocab_file": "vocab.txt"}
+    problems = validate.check(real(**tokenizer), 1)
+    assert any("vocab.txt is a symbolic link to gone.txt" in p.message for p in problems)
+
+
+def test_only_what_is_in_files_may_be_wrong_on_one_node_alone(folder):
+    wrong = real(data_path="absent", tensor_model_parallel_size=5)
+    assert {p.of_node: p.message.split()[0] for p in validate.check(wrong, 5)} == {
+        False: "--ffn-hidden-size",
+        True: "--data-path",
+    }
+
+
 def test_damaged_data(folder):
     (folder / "corpus.bin").write_bytes((folder / "corpus.bin").read_bytes()[:-1])
     assert_one_problem(real(), 1, "corpus.bin 3999 4000", 0)

@@ -6,7 +6,7 @@ from typing import get_args
 from megalite.config.rules.data import datasets_of, info_of, short_splits
 from megalite.config.rules.disk import MAKE_DATA
 from megalite.config.rules.finding import Finding, Rule, example_of
-from megalite.config.rules.tokenizer import files_of, tokenizer_or_none
+from megalite.config.rules.tokenizer import tokenizer_or_none
 from megalite.config.run import RunConfig
 from megalite.data.config import MaskingTokenizerType
 from megalite.data.masking import special_ids
@@ -22,7 +22,7 @@ def sample_has_room(config: RunConfig, world_size: int) -> Iterator[Finding]:
     length = config.model.seq_length
     if length < least:
         message = f"--seq-length {length} has no room for two tokens beside [CLS] and [SEP]"
-        yield Finding(message, {"seq_length": least}, also=("bert_pair",))
+        yield Finding(message, {"seq_length": least})
 
 
 def tokens_can_be_masked(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -36,7 +36,6 @@ def tokens_can_be_masked(config: RunConfig, world_size: int) -> Iterator[Finding
                 f"--vocab-size {vocab_size} leaves less than two entries beside the {special} "
                 "special ones",
                 example_of("vocab_size"),
-                also=("mock_data",),
             )
     elif d.tokenizer_type not in MASKING_TOKENIZERS and any(d.paths.values()):
         given = "without --tokenizer-type, there are no"
@@ -45,7 +44,6 @@ def tokens_can_be_masked(config: RunConfig, world_size: int) -> Iterator[Finding
         yield Finding(
             f"{given} tokens that frame and mask a BERT's samples",
             f"--tokenizer-type {' or '.join(MASKING_TOKENIZERS)}, as the data was made with",
-            also=("architecture",),
         )
 
 
@@ -61,8 +59,7 @@ def tokenizer_has_masks(config: RunConfig, world_size: int) -> Iterator[Finding]
     try:
         special_ids(tokenizer)
     except TokenizerError as error:
-        flags = ("architecture", "tokenizer_type", *files_of(config))
-        yield Finding(str(error), "another --tokenizer-type", also=flags)
+        yield Finding(str(error), "another --tokenizer-type")
     if config.bert.whole_word_mask and getattr(tokenizer, "starts_word", None) is None:
         yield Finding(
             f"--whole-word-mask: --tokenizer-type {kind} does not say which tokens begin a word",
@@ -90,7 +87,7 @@ def data_has_sentences(config: RunConfig, world_size: int) -> Iterator[Finding]:
                 f"documents of {prefix} for {split}: {count}, but {why}",
                 *offers,
                 "more data",
-                also=(key, "split", "bert_pair"),
+                also=("split",),
             )
         if pair != "none" and not _has_sentences(indexed, prefix):
             yield Finding(
@@ -98,7 +95,6 @@ def data_has_sentences(config: RunConfig, world_size: int) -> Iterator[Finding]:
                 "anywhere",
                 f"{MAKE_DATA} --split-sentences",
                 {"bert_pair": "none"},
-                also=(key, "bert_pair"),
             )
 
 

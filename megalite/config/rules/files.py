@@ -51,7 +51,7 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
             *each("load", [other for other in beside if list_iterations(other, replaced=True)]),
             {"load": None},
             "--load FOLDER that holds iter_* folders",
-            also=("save", "ckpt_step", "finetune"),
+            also=("save", "ckpt_step"),
         )
     elif c.ckpt_step is not None and c.ckpt_step not in stored:
         steps = sorted(stored, key=lambda step: abs(step - c.ckpt_step))
@@ -79,7 +79,6 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
             f"the model in {folder} is a {there.upper()}, this run's is a {here.upper()}",
             f"pretrain_{there}.py resumes it",
             "--load another folder",
-            also=("architecture", "load"),
         )
         return
     # The heads.
@@ -90,7 +89,6 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
             f"the model in {folder} {heads} (--bert-pair {there}), this run has --bert-pair "
             f"{config.bert.bert_pair}",
             {"bert_pair": there},
-            also=("load",),
         )
     # The shape.
     stored = made_with.model.filled()
@@ -105,7 +103,7 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
         here = getattr(wanted, key, None)
         if key in keys and there != here:
             message = f"the model in {folder} has {key} {there}, this run has {here}"
-            yield Finding(message, {key: there}, also=(key, "load"))
+            yield Finding(message, {key: there}, also=(key,))
 
 
 def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -131,7 +129,7 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
             f"the training data is not what {folder} was made with: {'; '.join(differences)}",
             {"allow_data_change": True},
             "give the data and the flags that differ as in that run",
-            also=("allow_data_change", "load", "split", *config.data.paths),
+            also=("split",),
         )
 
 
@@ -178,7 +176,7 @@ def checkpoints_stay_apart(config: RunConfig, world_size: int) -> Iterator[Findi
         "which this run does not continue",
         resume,
         {"save": c.save.rstrip("/") + "-new"},
-        also=("load", "finetune"),
+        also=("load",),
     )
 
 

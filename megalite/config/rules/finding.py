@@ -17,7 +17,8 @@ class Finding:
         message: what is wrong.
         candidates: changes of fields that may help, best first (world_size: the number of ranks),
             or advice in words.
-        also: fields that the rule looked at, beside those whose flags are in the message.
+        also: fields that the rule looked at and that may have a senseless value, beside those whose
+            flags are in the message.
     """
 
     def __init__(self, message: str, *candidates: dict[str, Any] | str, also: tuple[str, ...] = ()):

@@ -17,7 +17,6 @@ def norms_come_first(config: RunConfig, world_size: int) -> Iterator[Finding]:
         yield Finding(
             "--norm-placement post is for BERT; a GPT normalises the input of its sublayers",
             {"norm_placement": "pre"},
-            also=("architecture",),
         )
 
 
@@ -41,7 +40,6 @@ def data_fills_splits(config: RunConfig, world_size: int) -> Iterator[Finding]:
                 *offers,
                 *each("seq_length", [length for length in LENGTHS if length < tokens]),
                 "more data",
-                also=(key,),
             )
 
 
@@ -51,7 +49,7 @@ def documents_are_ended(config: RunConfig, world_size: int) -> Iterator[Finding]
     if not keys:
         return
     given = ", ".join(map(flag_of, keys))
-    for key, prefix in prefixes_of(config):
+    for _, prefix in prefixes_of(config):
         info = info_of(prefix)
         if info is not None and info.append_eod is False:
             yield Finding(
@@ -59,7 +57,6 @@ def documents_are_ended(config: RunConfig, world_size: int) -> Iterator[Finding]
                 "in it",
                 f"{MAKE_DATA} --append-eod",
                 dict.fromkeys(keys, False),
-                also=(key,),
             )
 
 

@@ -38,7 +38,8 @@ def short_forms_agree(config: RunConfig, world_size: int) -> Iterator[Finding]:
     for short, long, meaning, other in SHORT_FORMS:
         if flat[short] and flat[long] == other:
             yield Finding(
-                f"{flag_of(short)} means {flag_of(long)} {meaning}, but {other} is given too",
+                f"{flag_of(short)} means {flag_of(long)} {meaning}, but {flag_of(long)} {other} is "
+                "given too",
                 {short: False},
                 {long: meaning},
             )
@@ -187,7 +188,7 @@ def data_has_one_source(config: RunConfig, world_size: int) -> Iterator[Finding]
             parse_sources(words, flag_of(key))
         except DatasetError as error:
             advice = "one PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ..."
-            yield Finding(str(error), advice, also=(key,))
+            yield Finding(str(error), advice)
 
 
 def megatron_order_is_possible(config: RunConfig, world_size: int) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from megalite.config.run import RunConfig, keys_where, with_values
 from megalite.data import tokenizers
 from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
 from megalite.data.tokenizers import Tokenizer, TokenizerError
-from megalite.system.errors import error_message
+from megalite.system.errors import broken_link, error_message
 
 OTHER_TOKENIZER = "give the tokenizer that made the data, or make the data again with this one"
 
@@ -44,10 +44,10 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
         path = getattr(config.data, field)
         if path:
             yield Finding(
-                f"{flag_of(field)} {path}: no such file. tools/train_tokenizer.py makes one",
+                f"{flag_of(field)} {path}: {broken_link(path) or 'no such file'}. "
+                "tools/train_tokenizer.py makes one",
                 *_similar(config, field, path),
                 f"{flag_of(field)} FILE",
-                also=("tokenizer_type",),
             )
     if missing:
         return
@@ -58,8 +58,8 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
         offers = [f"{flag_of(field)} FILE" for field in files]
         if config.data.tokenizer_type == "TikTokenizer":
             offers.append("--tiktoken-pattern NAME")
-        flags = ("tokenizer_type", "tiktoken_pattern", *files)
-        yield Finding(error_message(error), *offers, "another --tokenizer-type", also=flags)
+        offers.append("another --tokenizer-type")
+        yield Finding(error_message(error), *offers, also=("tiktoken_pattern",))
         return
     if tokenizer is None:
         return
@@ -71,14 +71,13 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
             "tokenizer",
             {"vocab_size": tokenizer.vocab_size},
             {"vocab_size": None},
-            also=("tokenizer_type", *files),
         )
     for key in keys_where(lambda field: field.needs_eod):
         try:
             _ = getattr(config.data, key) and tokenizer.eod
         except TokenizerError as error:
             message = f"{flag_of(key)} needs an end-of-document token: {error}"
-            yield Finding(message, {key: False}, also=files)
+            yield Finding(message, {key: False})
 
 
 def _similar(config: RunConfig, field: str, path: str) -> Iterator[dict[str, str]]:
@@ -98,7 +97,7 @@ def tokenizer_made_data(config: RunConfig, world_size: int) -> Iterator[Finding]
     vocab_size = config.model.vocab_size
     files = files_of(config)
     named = " ".join(f"{flag_of(field)} {getattr(config.data, field)}" for field in files)
-    for key, prefix in prefixes_of(config):
+    for _, prefix in prefixes_of(config):
         info = info_of(prefix)
         if info is None:
             continue
@@ -108,13 +107,11 @@ def tokenizer_made_data(config: RunConfig, world_size: int) -> Iterator[Finding]
                     f"--vocab-size {vocab_size} is less than the {info.vocab_size} entries that "
                     f"{prefix} was made with",
                     {"vocab_size": info.vocab_size},
-                    also=(key,),
                 )
         elif info.tokenizer_type != kind:
             yield Finding(
                 f"--tokenizer-type {kind}, but {prefix} was made with {info.tokenizer_type}",
                 f"--tokenizer-type {info.tokenizer_type}, with its own files if it has any",
-                also=(key,),
             )
         elif (info.tokenizer_sha256, info.vocab_size) != (tokenizer.sha256, tokenizer.vocab_size):
             yield Finding(
@@ -122,28 +119,25 @@ def tokenizer_made_data(config: RunConfig, world_size: int) -> Iterator[Finding]
                 f"the one that {prefix} was made with ({info.vocab_size} entries, sha256 "
                 f"{info.tokenizer_sha256[:12]})",
                 OTHER_TOKENIZER,
-                also=(*files, key),
             )
         elif info.parse_special_tokens and not config.data.parse_special_tokens:
             yield Finding(
                 f"{prefix} was made with --parse-special-tokens, and this run, whose checkpoints "
                 "say how prompts are encoded, is without it",
                 {"parse_special_tokens": True},
-                also=(key,),
             )
 
 
 def ids_fit_file(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """The numbers in the .bin file are wide enough for the tokenizer's ids."""
     tokenizer = tokenizer_or_none(config)
-    for key, prefix, indexed in datasets_of(config):
+    for _, prefix, indexed in datasets_of(config):
         largest = int(np.iinfo(indexed.dtype).max)
         if tokenizer is not None and tokenizer.vocab_size > largest + 1:
             yield Finding(
                 f"{prefix} holds ids up to {largest}, too few for the {tokenizer.vocab_size} "
                 "entries of the tokenizer: it was made with another one",
                 OTHER_TOKENIZER,
-                also=(key, "tokenizer_type", *files_of(config)),
             )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from megalite.system.errors import ReportedError
+from megalite.system.errors import ReportedError, explain_os_error
 
 
 class TokenizerError(ReportedError, ValueError):
@@ -123,7 +123,7 @@ def read_file(path: str | Path, flag: str) -> bytes:
     except FileNotFoundError:
         raise TokenizerError(missing_file(flag, path)) from None
     except OSError as error:
-        raise TokenizerError(f"{flag} {path}: {error.strerror}") from None
+        raise TokenizerError(f"{flag} {explain_os_error(error)}") from None
 
 
 def missing_file(flag: str, path: str | Path) -> str:
