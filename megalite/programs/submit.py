@@ -285,9 +285,10 @@ def read(argv: list[str]) -> tuple[JobConfig, RunConfig]:
     problems += found + problems_of(job)
     # The configuration of the training, which must leave to the job what follows from it.
     values = flags if recipe is None else read_yaml(recipe)[0] | flags
-    owned = [options()[key].flag for key in (*job.paths, "world_size") if values.get(key)]
-    if owned:
-        message = f"{', '.join(owned)}: follows from --run-dir and --nodes"
+    keys = [key for key in (*job.paths, "world_size") if values.get(key) is not None]
+    if keys:
+        owned = ", ".join(options()[key].flag for key in keys)
+        message = f"{owned}: follows from --run-dir and --nodes"
         problems.append(Problem(message, "leave it out"))
     architecture = job.program.removeprefix("pretrain_").removesuffix(".py")
     config = cli.build(recipe, flags, problems, architecture)

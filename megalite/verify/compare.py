@@ -65,7 +65,7 @@ class Rounding:
         return 4 * layers + int(name == LOSS), 6 * layers + 2
 
     def _layers_below(self, name: str) -> int:
-        layer = layer_of(name)
+        layer, _ = split_name(name)
         if layer is not None:
             return layer
         return 0 if name.startswith("embedding") else self.model.num_layers
@@ -149,15 +149,11 @@ class Comparison:
         return verdict
 
 
-def layer_of(name: str) -> int | None:
-    """Index of the layer that a module or parameter belongs to; None outside the layers."""
-    match = re.match(r"layers\.(\d+)\.", name)
-    return int(match[1]) if match else None
-
-
-def family(name: str) -> str:
-    """The name without its layer. Differences are relative to the largest entry of a family."""
-    return re.sub(r"^layers\.\d+\.", "", name)
+def split_name(name: str) -> tuple[int | None, str]:
+    """The layer that a module or parameter belongs to, None outside the layers, and its family: the
+    name without the layer. Differences are relative to the largest entry of a family."""
+    match = re.fullmatch(r"(?:layers\.(\d+)\.)?(.*)", name)
+    return int(match[1]) if match[1] else None, match[2]
 
 
 Key = tuple[str, str]
@@ -192,7 +188,8 @@ def compare(
                 continue
             index = _index(shard)
             covered[key][index] = True
-            scale = scales[shard.kind, family(shard.name)]
+            _, family = split_name(shard.name)
+            scale = scales[shard.kind, family]
             _measure(found[key], shard, expected[key][index], scale=scale, rank=rank)
             if shard.kind == LOSS:
                 loss[index] = shard.values.double()
@@ -220,7 +217,7 @@ def _largest_entries(tensors: dict[Key, torch.Tensor]) -> dict[Key, float]:
     """The largest finite magnitude by kind and family."""
     scales: dict[Key, float] = {}
     for (kind, name), whole in tensors.items():
-        key = (kind, family(name))
+        key = (kind, split_name(name)[1])
         largest = whole.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
         scales[key] = max(scales.get(key, 0.0), largest)
     return scales
@@ -280,8 +277,8 @@ def report(comparison: Comparison) -> str:
         rows: dict[str, dict[int | None, Difference]] = {}
         for difference in comparison.differences:
             if difference.kind == kind:
-                row = rows.setdefault(family(difference.name), {})
-                row[layer_of(difference.name)] = difference
+                layer, family = split_name(difference.name)
+                rows.setdefault(family, {})[layer] = difference
         # What is outside the layers has a table of its own, the first.
         columns = set().union(*rows.values())
         layers = sorted(columns - {None})
