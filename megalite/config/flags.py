@@ -5,8 +5,7 @@ together and in the same words.
 """
 
 import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megalite.config.options import Option, nearest, options_of
@@ -30,87 +29,74 @@ ELSEWHERE = {
 """Flags of Megatron-LM that have no counterpart of a similar name here, and what to do instead."""
 
 
-@dataclass
-class _Reader:
-    """Reads words one by one, and collects values and problems."""
-
-    rest: list[str]
-    """Words that are still to be read."""
-    known: dict[str, tuple[Option, bool | None]] = field(default_factory=dict)
-    """By flag: its option and, for a switch, what the flag sets it to."""
-    positional: list[Option] = field(default_factory=list)
-    """Options whose values come without a flag, in order."""
-    values: dict[str, Any] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-
-    def read_word(self) -> None:
-        """Read the next word, and the values that belong to it."""
-        token = self.rest.pop(0)
-        name, joined, text = token.partition("=")
-        flag = name.replace("_", "-")
-        option, on = self.known.get(flag, (None, None))
-        if on is not None and not joined:
-            self.values[option.key] = on
-        elif on is not None:
-            fix = " or ".join(option.switches)
-            self.problems.append(Problem(f"{token}: {flag} takes no value", fix))
-        elif option is not None:
-            self._read_value(option, name, [text] if joined else self._words_of(option))
-        elif self.positional and not token.startswith("--"):
-            self.rest.insert(0, token)
-            option = self.positional.pop(0)
-            self._read_value(option, option.key.upper(), self._words_of(option))
-        else:
-            self.problems.append(self._unknown(token, flag))
-            if flag.startswith("-") and not joined and self.rest and self.rest[0][:1] != "-":
-                self.rest.pop(0)  # the unknown flag's value; one problem is enough
-
-    def _words_of(self, option: Option) -> list[str]:
-        """Take the words of a value: one, or all up to the next flag for an option of several."""
-        words = []
-        while self.rest and not self.rest[0].startswith("--"):
-            words.append(self.rest.pop(0))
-            if option.kind is not tuple:
-                break
-        return words
-
-    def _read_value(self, option: Option, name: str, words: list[str]) -> None:
-        """Keep the value that these words mean, or the problem with it."""
-        try:
-            self.values[option.key] = option.from_words(words)
-        except (ValueError, IndexError):
-            expected = option.expected.replace("null", "unset")
-            message = f"{name}: {' '.join(words)!r} is not {expected}"
-            if not words:
-                message = f"{name} needs a value: {expected}"
-            fix = f"for example {name} {option.example}"
-            self.problems.append(Problem(message, fix, (option.key,)))
-
-    def _unknown(self, token: str, flag: str) -> Problem:
-        """What is wrong with a token that is neither a flag nor a flag's value."""
-        if not flag.startswith("-"):
-            message = f"unexpected {token!r}: values follow a flag, and switches take none"
-            return Problem(message, "remove it")
-        fix = ELSEWHERE.get(flag) or nearest(flag, self.known)
-        return Problem(f"unknown flag {flag}", fix or "remove it (--help lists the flags)")
-
-
 def read_flags(argv: list[str], options: Iterable[Option]) -> tuple[dict[str, Any], list[Problem]]:
     """(values by key, problems) of a command line.
 
     `--flag value` or `--flag=value`; hyphens or underscores; the last of several wins; a value may
     not start with two dashes unless joined by `=`.
     """
-    reader = _Reader(list(argv))
+    known = {}
+    positional = []
     for option in options:
         if option.field.positional:
-            reader.positional.append(option)
+            positional.append(option)
         else:
-            for flag, on in option.switches.items():
-                reader.known[flag] = (option, on)
-    while reader.rest:
-        reader.read_word()
-    return reader.values, reader.problems
+            known |= {flag: (option, on) for flag, on in option.switches.items()}
+    values = {}
+    problems = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, joined, text = token.partition("=")
+        flag = name.replace("_", "-")
+        option, on = known.get(flag, (None, None))
+        # A switch.
+        if on is not None:
+            values[option.key] = on
+            if joined:
+                fix = " or ".join(option.switches)
+                problems.append(Problem(f"{token}: {flag} takes no value", fix))
+            continue
+        # The words of a value, or a word that nothing explains.
+        if option is not None:
+            words = [text] if joined else _take_words(option, rest)
+        elif positional and not token.startswith("--"):
+            option = positional.pop(0)
+            name = option.key.upper()
+            words = _take_words(option, rest, [token])
+        else:
+            problems.append(_unknown(token, flag, known))
+            if flag.startswith("-") and not joined and rest and rest[0][:1] != "-":
+                rest.pop(0)  # the unknown flag's value; one problem is enough
+            continue
+        # The value that they mean.
+        try:
+            values[option.key] = option.from_words(words)
+        except (ValueError, IndexError):
+            expected = option.expected.replace("null", "unset")
+            message = f"{name}: {' '.join(words)!r} is not {expected}"
+            if not words:
+                message = f"{name} needs a value: {expected}"
+            problems.append(Problem(message, f"for example {name} {option.example}", (option.key,)))
+    return values, problems
+
+
+def _take_words(option: Option, rest: list[str], first: Sequence[str] = ()) -> list[str]:
+    """The words of a value, taken from `rest` after those in `first`: one, or all up to the next
+    flag for an option of several."""
+    words = list(first)
+    while rest and not rest[0].startswith("--") and (option.kind is tuple or not words):
+        words.append(rest.pop(0))
+    return words
+
+
+def _unknown(token: str, flag: str, known: Iterable[str]) -> Problem:
+    """What is wrong with a token that is neither a flag nor a flag's value."""
+    if not flag.startswith("-"):
+        message = f"unexpected {token!r}: values follow a flag, and switches take none"
+        return Problem(message, "remove it")
+    fix = ELSEWHERE.get(flag) or nearest(flag, known)
+    return Problem(f"unknown flag {flag}", fix or "remove it (--help lists the flags)")
 
 
 def read_own_flags(
