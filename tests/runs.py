@@ -27,6 +27,7 @@ from megalite.config.yaml_file import to_yaml
 from megalite.data.indexed import DatasetInfo
 from megalite.data.sampler import BatchLoader
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece
+from megalite.optim.loss_scale import LossScale
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import DeviceError
 from megalite.parallel.launch import LaunchInfo
@@ -288,6 +289,16 @@ def data_calls_of_rank(launch: LaunchInfo, config: RunConfig) -> str:
 def data_calls(bench: Bench, flags: dict, ranks: int) -> str:
     """The order of computation and of communication over the data ranks, on rank 0."""
     return bench.pool.run(data_calls_of_rank, ranks, sound(flags, ranks, bench.new_folder()))[0]
+
+
+def loss_scales(bench: Bench, flags: dict, ranks: int) -> list[float]:
+    """The loss scale after each of ten steps, of which the first four overflow."""
+    scale = LossScale.from_config(sound(flags, ranks, bench.new_folder()).optimizer)
+    scales = []
+    for step in range(10):
+        scale.update(overflowed=step < 4)
+        scales.append(scale.value)
+    return scales
 
 
 def order_of_passes(bench: Bench, flags: dict, ranks: int) -> list[str]:

@@ -315,24 +315,24 @@ LOW_PRECISION = [
     "full uniform",
     "packed documents tp2+sp",
     "packed llama dp2 x tp2 x pp2 +sp",
+    "llama dp2 x tp2 x pp2 +sp, zero, overlapped",
     "bert dp2 x tp2 x pp2 +sp",
     "bert llama dp2 x tp2 x pp2 +sp",
 ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "layout", [x for x in LAYOUTS if x.name in LOW_PRECISION], ids=lambda layout: layout.name
 )
 def test_layouts_equal_one_process_in_low_precision(pool, layout, precision, record_property):
     """Loss and every gradient within what rounding alone explains."""
+    flags = {"precision": precision}
+    if precision == "fp16":
+        flags["loss_scale"] = 1024.0
     params = expected(layout.shape)[0]
-    (terms,), _, gradients, _ = one_process(
-        pool, layout.shape, layout.packing, 1, precision=precision
-    )
-    results = pool.run(
-        train_on_rank, layout.world_size, layout, params, {"precision": precision}, 1
-    )
+    (terms,), _, gradients, _ = one_process(pool, layout.shape, layout.packing, 1, **flags)
+    results = pool.run(train_on_rank, layout.world_size, layout, params, flags, 1)
     difference = largest_difference(
         [box for r in results for box in r[2]], gradients, oracle.parameter_shapes(layout.shape)
     )

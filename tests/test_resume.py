@@ -31,6 +31,9 @@ SHARDED = """
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 3000
 """.split()
 
+FP16 = "--fp16 --initial-loss-scale 1e9 --loss-scale-window 2".split()
+"""The scale falls at first, and rises again."""
+
 
 def pretrain_on_rank(launch, flags: list[str]) -> str:
     """What pretrain_gpt.py does, on a rank of the pool; what it printed."""
@@ -184,19 +187,20 @@ def kill_after_first_line(flags: list, metrics: Path, delay: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "optimizer"), [("global", SHARDED), ("megatron", [])], ids=["global", "megatron"]
+    ("scheme", "precision"),
+    [("global", [*SHARDED, *FP16]), ("megatron", ["--bf16"])],
+    ids=["global", "megatron"],
 )
-def test_eight_ranks_stop_and_resume_bit_exactly(pool, tmp_path, scheme, optimizer):
-    """dp=2 x tp=2 x pp=2 with sequence parallelism, dropout and bf16, with a sharded optimizer and
-    without: undisturbed, and stopped in the middle."""
+def test_eight_ranks_stop_and_resume_bit_exactly(pool, tmp_path, scheme, precision):
+    """dp=2 x tp=2 x pp=2 with sequence parallelism and dropout, in bf16, and in fp16 with a sharded
+    optimizer: undisturbed, and stopped in the middle."""
     layout = [
         *EIGHT_RANKS,
-        "--bf16",
         "--recompute-granularity",
         "selective",
         "--rng-scheme",
         scheme,
-        *optimizer,
+        *precision,
     ]
     train(pool, 8, *layout, "--metrics-file", tmp_path / "whole.jsonl")
     train(pool, 8, *layout, *resumable(tmp_path), "--exit-interval", "7")

@@ -91,12 +91,12 @@ def _stage_parameters(config: RunConfig, layers: range, tensor: int, rows: int) 
 
 def _bytes_of(config: RunConfig, world_size: int) -> tuple[int, float]:
     """Bytes of an element of an activation; of a parameter with its gradient, its optimizer states
-    and, with bf16, its fp32 master weight. A sharded optimizer divides the last two by the
+    and, in half precision, its fp32 master weight. A sharded optimizer divides the last two by the
     data-parallel size."""
     o = config.optimizer
-    size = {"fp32": 4, "bf16": 2, "fp64": 8}[o.precision]
+    size = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[o.precision]
     states = 2 if o.optimizer == "adam" else int(o.sgd_momentum > 0)
-    states += int(o.precision == "bf16")
+    states += int(size == 2)
     if config.parallel.use_distributed_optimizer:
         states /= data_parallel_size(config, world_size)
     return size, size + max(4, size) * (1 + states)

@@ -13,7 +13,6 @@ from megalite.config.problem import Problem
 
 ELSEWHERE = {
     "--group-query-attention": "leave it out: --num-query-groups alone turns grouped queries on",
-    "--fp16": "--bf16: fp16 is not supported yet",
     "--wandb-save-dir": "leave it out, and set WANDB_DIR",
     "--profile-step-start": "--profile FIRST-LAST",
     "--profile-step-end": "--profile FIRST-LAST",

@@ -117,6 +117,8 @@ def _learning_rate(config: RunConfig) -> str:
         text += f" after {o.lr_warmup_iters} iterations of warm-up"
     if o.lr_decay_style == "constant":
         text += ", constant"
+    elif o.lr_decay_style == "inverse-square-root":
+        text += f", inverse-square-root, at least {o.lowest_lr:g}"
     else:
         text += f", {o.lr_decay_style} to {o.lowest_lr:g} at iteration {o.lr_decay_iters}"
     return f"{text} ({o.optimizer})"

@@ -115,9 +115,9 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     """A sound configuration with every value filled in that follows from others or from the
     tokenizer. Paths of the tokenizer's files become absolute. Resolving it again changes nothing.
 
-    Short forms are replaced by what they stand for (bf16 -> precision, recompute_activations ->
-    recompute_granularity, lr_warmup_fraction -> lr_warmup_iters, train_samples -> train_iters, kept
-    beside it).
+    Short forms are replaced by what they stand for (bf16 and fp16 -> precision,
+    recompute_activations -> recompute_granularity, lr_warmup_fraction -> lr_warmup_iters,
+    train_samples -> train_iters, kept beside it).
     """
     size = config.model.vocab_size
     if size is None:
@@ -136,15 +136,17 @@ def fill_in(config: RunConfig, world_size: int) -> RunConfig:
     values = {
         "recompute_granularity": config.recompute.granularity,
         "recompute_activations": False,
-        "precision": "bf16" if o.bf16 else o.precision,
+        "precision": o.chosen_precision,
         "bf16": False,
+        "fp16": False,
         "global_batch_size": global_batch(config, world_size),
         "train_iters": steps,
     }
     decay = o.lr_decay_iters or steps
     if o.lr_decay_style != "constant":
-        values["lr_decay_iters"] = decay
         values["min_lr"] = o.lowest_lr
+        if o.lr_decay_style != "inverse-square-root":
+            values["lr_decay_iters"] = decay
     if o.lr_warmup_fraction is not None:
         values["lr_warmup_iters"] = round(o.lr_warmup_fraction * decay)
         values["lr_warmup_fraction"] = None

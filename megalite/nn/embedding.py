@@ -7,6 +7,7 @@ Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel size
 import torch
 from torch import nn
 
+from megalite.nn.parameter import HALF_PRECISIONS
 from megalite.nn.settings import LayerSettings
 from megalite.nn.weight_gradient import weight_gradient
 from megalite.parallel.boxes import Box
@@ -71,7 +72,7 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx, grad):
         (ids,) = ctx.saved_tensors
         weight = ctx.weight
-        dtype = torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype
+        dtype = torch.float32 if weight.dtype in HALF_PRECISIONS else weight.dtype
 
         def product(main: torch.Tensor | None) -> torch.Tensor:
             total = torch.ops.aten.embedding_dense_backward(

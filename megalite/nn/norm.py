@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from megalite.kernels.norm import rms_norm
+from megalite.nn.parameter import HALF_PRECISIONS
 from megalite.nn.settings import LayerSettings
 
 
@@ -30,9 +31,9 @@ class Norm(nn.Module):
         """[s, b, h] -> [s, b, h]."""
         if self.bias is None:
             return rms_norm(x, self.weight, self.epsilon)[0]
-        if x.dtype == torch.bfloat16 and not x.is_cuda:
-            # torch's CPU kernel sums the gradients of weight and bias over the tokens in bf16, and
-            # so loses most of them.
+        if x.dtype in HALF_PRECISIONS and not x.is_cuda:
+            # torch's CPU kernel sums the gradients of weight and bias over the tokens in half
+            # precision, and so loses most of them.
             weight = self.weight.float()
             normed = nn.functional.layer_norm(
                 x.float(), weight.shape, weight, bias=self.bias.float(), eps=self.epsilon

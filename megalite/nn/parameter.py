@@ -8,6 +8,9 @@ import torch
 
 from megalite.parallel.boxes import Box, boxes_of_range
 
+HALF_PRECISIONS = (torch.bfloat16, torch.float16)
+"""Of which the optimizer keeps fp32 master copies."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSpec:

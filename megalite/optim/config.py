@@ -12,25 +12,51 @@ class OptimizerConfig:
 
     optimizer: Literal["adam", "sgd"] = "adam"
     """adam: AdamW (decoupled weight decay); sgd: SGD with momentum."""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """bf16 keeps fp32 master weights and accumulates gradients in fp32; fp64 is for proofs."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """bf16 and fp16 keep fp32 master weights and accumulate gradients in fp32; fp16 scales the
+    loss; fp64 is for proofs."""
     bf16: bool = False
     """Short for --precision bf16."""
+    fp16: bool = False
+    """Short for --precision fp16."""
+    loss_scale: Annotated[float | None, Field(above=0)] = None
+    """Constant factor of the loss in fp16. Unset: the factor adapts."""
+    initial_loss_scale: Annotated[float, Field(above=0)] = 2.0**32
+    """Factor of the loss in fp16 at the start."""
+    min_loss_scale: Annotated[float, Field(above=0)] = 1.0
+    """Smallest factor of the loss. A gradient that overflows even then ends the run."""
+    loss_scale_window: Annotated[int, Field(minimum=1)] = 1000
+    """Steps in a row without overflow after which the factor is doubled."""
+    hysteresis: Annotated[int, Field(minimum=1)] = 2
+    """Overflows from which on each halves the factor; counted again once it has been doubled."""
     lr: Annotated[float, Field(above=0)] = 3e-4
     """Highest learning rate, after the warm-up."""
     min_lr: Annotated[float | None, Field(minimum=0, example=3e-5)] = None
     """Learning rate at the end of the decay and after it. Unset: a tenth of --lr."""
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the decay from --lr to --min-lr."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the decay from --lr to --min-lr. WSD: --lr, and a decay at the end."""
     lr_decay_iters: Annotated[int | None, Field(minimum=1)] = None
     """Iteration at which --min-lr is reached, warm-up included. Unset: --train-iters."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of the decay of WSD."""
+    lr_wsd_decay_iters: Annotated[int | None, Field(minimum=1)] = None
+    """Iterations of the decay of WSD, the last ones before --lr-decay-iters."""
+    lr_warmup_init: Annotated[float, Field(minimum=0)] = 0.0
+    """Learning rate that the warm-up starts from."""
     lr_warmup_iters: Annotated[int, Field(minimum=0)] = 0
-    """Iterations of linear warm-up from 0 to --lr."""
+    """Iterations of linear warm-up from --lr-warmup-init to --lr."""
     lr_warmup_fraction: Annotated[float | None, Field(minimum=0, below=1)] = None
     """Warm-up as a fraction of the decay iterations, in place of --lr-warmup-iters."""
     weight_decay: Annotated[float, Field(minimum=0)] = 0.01
     """Weight decay; biases and norms are left out. Decoupled in adam (AdamW), added to the gradient
     in sgd."""
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """constant: --weight-decay; linear, cosine: from --start-weight-decay to --end-weight-decay at
+    the last iteration."""
+    start_weight_decay: Annotated[float | None, Field(minimum=0)] = None
+    """Weight decay at the start, where it changes."""
+    end_weight_decay: Annotated[float | None, Field(minimum=0)] = None
+    """Weight decay at the last iteration, where it changes."""
     adam_beta1: Annotated[float, Field(minimum=0, below=1)] = 0.9
     """Decay of Adam's running mean of gradients."""
     adam_beta2: Annotated[float, Field(minimum=0, below=1)] = 0.999
@@ -52,5 +78,12 @@ class OptimizerConfig:
     @property
     def dtype(self) -> str:
         """Name of the torch dtype of the working weights."""
-        names = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
-        return names["bf16" if self.bf16 else self.precision]
+        names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+        return names[self.chosen_precision]
+
+    @property
+    def chosen_precision(self) -> str:
+        """--precision, with the short forms filled in."""
+        if self.bf16:
+            return "bf16"
+        return "fp16" if self.fp16 else self.precision

@@ -165,12 +165,14 @@ class GradientBuffer:
             all_reduce(squares, self.context.data)
         return squares.sqrt().item()
 
-    def clip(self, norm: float, max_norm: float) -> None:
-        """Scale all gradients by min(1, max_norm / (norm + 1e-6)) (Pascanu et al. 2013). max_norm 0
-        = off."""
+    def clip(self, norm: float, max_norm: float, loss_scale: float = 1.0) -> None:
+        """Scale all gradients by min(1, max_norm / (norm + 1e-6)) (Pascanu et al. 2013), max_norm 0
+        = off, and undo the scale of the loss, which `norm` is without."""
+        factor = 1.0
         if max_norm > 0:
-            scale = max_norm / (norm + 1e-6)
-            if scale < 1:
-                for bucket in self.layout.buckets:
-                    first, last = bucket.shard(self.shard_index, self.layout.shards)
-                    self.flat[first:last].mul_(scale)
+            factor = min(1.0, max_norm / (norm + 1e-6))
+        factor /= loss_scale
+        if factor != 1:
+            for bucket in self.layout.buckets:
+                first, last = bucket.shard(self.shard_index, self.layout.shards)
+                self.flat[first:last].mul_(factor)

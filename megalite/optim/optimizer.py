@@ -1,15 +1,17 @@
 """The optimizer step: torch's AdamW or SGD on fp32 (fp64) weights, with master copies where the
-model is bf16."""
+model is in half precision."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from megalite.nn.parameter import HALF_PRECISIONS
 from megalite.optim.config import OptimizerConfig
 from megalite.optim.gradients import GradientBuffer
+from megalite.optim.loss_scale import LossScale
 from megalite.optim.parameters import ParameterBuffer
-from megalite.optim.schedule import learning_rate
+from megalite.optim.schedule import learning_rate, weight_decay
 from megalite.parallel.config import ParallelConfig
 from megalite.parallel.context import ParallelContext
 from megalite.system.errors import ReportedError
@@ -35,8 +37,8 @@ class StepResult:
 class Optimizer:
     """Sums, clips and applies the gradients of one model, and keeps its learning rate.
 
-    `master[name]` is the tensor that is updated: the parameter itself, or for bf16 an fp32 copy
-    that the parameter is rounded from after each step. With `use_distributed_optimizer` (ZeRO
+    `master[name]` is the tensor that is updated: the parameter itself, or in half precision an fp32
+    copy that the parameter is rounded from after each step. With `use_distributed_optimizer` (ZeRO
     stage 1, Rajbhandari et al. 2020) it is the flat range `ranges[name]` of the parameter, and
     parameters of which this rank updates nothing have no entry.
     """
@@ -53,6 +55,7 @@ class Optimizer:
         self.config = config
         self.train_iters = train_iters
         self.parameters = parameters
+        self.loss_scale = LossScale.from_config(config)
         in_buckets = parallel.use_distributed_optimizer or parallel.overlap_grad_reduce
         self.gradients = GradientBuffer(
             parameters,
@@ -64,7 +67,7 @@ class Optimizer:
         self.ranges = self.gradients.ranges
         self.overlaps_gather = parallel.overlap_param_gather
         self.parameter_buffer = ParameterBuffer(self.gradients) if self.gradients.sharded else None
-        self.keeps_master = any(p.dtype == torch.bfloat16 for p in parameters.values())
+        self.keeps_master = any(p.dtype in HALF_PRECISIONS for p in parameters.values())
         self.master = {}
         decayed = []
         others = []
@@ -74,9 +77,9 @@ class Optimizer:
             group = decayed if parameters[name].spec.weight_decay else others
             group.append(self.master[name])
         groups = []
-        for weights, decay in ((decayed, config.weight_decay), (others, 0.0)):
+        for weights, decays in ((decayed, True), (others, False)):
             if weights:
-                groups.append({"params": weights, "weight_decay": decay})
+                groups.append({"params": weights, "decays": decays})
         if config.optimizer == "adam":
             # One fused pass over the weights: 3 to 4 times faster than the other implementations,
             # also on the CPU.
@@ -94,22 +97,30 @@ class Optimizer:
         """Reduce and clip the gradients of iteration `iteration`, counted from 1, and update the
         weights.
 
-        Collective over all ranks. Raises NonFiniteGradient, on every rank and before any weight is
-        changed.
+        Collective over all ranks. A gradient that is not finite is skipped while the loss scale can
+        fall; otherwise raises NonFiniteGradient, on every rank and before any weight is changed.
         """
         # Sum the gradients over ranks, and look at them before anything changes.
+        scale = self.loss_scale.value
         self.gradients.reduce()
-        norm = self.gradients.norm()
-        if not norm < float("inf"):
+        norm = self.gradients.norm() / scale
+        rate = learning_rate(iteration, self.config, self.train_iters)
+        overflowed = not norm < float("inf")  # NaN compares as False
+        if overflowed and self.loss_scale.can_fall:
+            self.loss_scale.update(overflowed)
+            return StepResult(norm, learning_rate=rate, skipped=True, loss_scale=scale)
+        if overflowed:
             raise NonFiniteGradient(
                 f"the gradient norm of iteration {iteration} is {norm}; the weights are unchanged. "
                 "Resume from the last checkpoint with a lower --lr, a longer --lr-warmup-iters, "
                 "or --precision fp32."
             )
-        self.gradients.clip(norm, self.config.clip_grad)
-        rate = learning_rate(iteration, self.config, self.train_iters)
+        self.loss_scale.update(overflowed)
+        self.gradients.clip(norm, self.config.clip_grad, scale)
+        decay = weight_decay(iteration, self.config, self.train_iters)
         for group in self.torch.param_groups:
             group["lr"] = rate
+            group["weight_decay"] = decay if group["decays"] else 0.0
         # Update the master weights with the gradients where they lie, then round the working
         # weights from them.
         self.wait_for_parameters()
@@ -125,7 +136,7 @@ class Optimizer:
             self.parameter_buffer.start_gathering()
             if not self.overlaps_gather:
                 self.parameter_buffer.wait()
-        return StepResult(gradient_norm=norm, learning_rate=rate)
+        return StepResult(gradient_norm=norm, learning_rate=rate, loss_scale=scale)
 
     @property
     def is_sharded(self) -> bool:

@@ -70,6 +70,9 @@ class PipelineEngine:
         self.context = context
         self.micro_batch_size = micro_batch_size
         self.schedule: Callable = schedule_named(schedule)
+        self.loss_scale: Callable[[], float] = lambda: 1.0
+        """What the loss is multiplied by before its backward: gradients come out that many times as
+        large, the returned losses do not."""
         self.before_last_backward: Callable[[], None] = lambda: None
         """Called before the last backward of a step: it completes the gradients."""
 
@@ -173,7 +176,7 @@ class PipelineEngine:
                 )
             losses = output * run.loss_weights.to(output.dtype)
             run.losses = run.losses + losses.detach()
-            kept.output = losses.sum()
+            kept.output = losses.sum() * self.loss_scale()
         else:
             self._check_shape(output)
             run.outgoing[key] = output.detach()

@@ -139,6 +139,7 @@ def build_components(
         parallel=config.parallel,
     )
     engine.before_last_backward = optimizer.gradients.begin_last_backward
+    engine.loss_scale = lambda: optimizer.loss_scale.value
     if config.parallel.overlap_param_gather:
         _wait_in_forward(model, optimizer)
     return TrainingComponents(model, rng, engine, optimizer)

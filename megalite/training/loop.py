@@ -217,7 +217,7 @@ class Trainer:
         line = {
             "iteration": result.iteration,
             **result.losses,
-            "grad_norm": result.update.gradient_norm,
+            **self._update_numbers(result.update),
             "learning_rate": result.update.learning_rate,
             "consumed_samples": self.progress.consumed_samples,
             "step_seconds": result.seconds,
@@ -240,6 +240,14 @@ class Trainer:
                     average_seconds=self.step_seconds,
                 )
             )
+
+    def _update_numbers(self, update: StepResult) -> dict[str, float]:
+        """What there is to report of an optimizer step: a skipped one has no norm, which would be
+        no number in JSON."""
+        numbers = {} if update.skipped else {"grad_norm": update.gradient_norm}
+        if self.config.optimizer.chosen_precision == "fp16":
+            numbers |= {"loss_scale": update.loss_scale, "skipped": int(update.skipped)}
+        return numbers
 
     def _check_lease(self) -> None:
         """Raise CheckpointError, on rank 0, when another run has taken --save.

@@ -87,9 +87,15 @@ def training_line(
     iteration = metrics["iteration"]
     seconds = metrics["step_seconds"]
     left = timedelta(seconds=round((train_iters - iteration) * average_seconds))
+    if "grad_norm" in metrics:
+        update = f"grad norm {metrics['grad_norm']:.3f}"
+    else:
+        update = "skipped: the gradient overflowed"
+    if "loss_scale" in metrics:
+        update += f" | loss scale {metrics['loss_scale']:g}"
     return (
         f"iteration {iteration:>{len(str(train_iters))}}/{train_iters} | {format_losses(losses)} | "
-        f"lr {metrics['learning_rate']:.3e} | grad norm {metrics['grad_norm']:.3f} | "
+        f"lr {metrics['learning_rate']:.3e} | {update} | "
         f"{metrics['tokens_per_second']:,.0f} tokens/s | {flops / seconds / 1e12:.3f} TFLOP/s | "
         f"data {metrics['data_seconds'] / seconds:.1%} | left {left}"
     )

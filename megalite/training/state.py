@@ -14,7 +14,7 @@ from megalite.checkpoint.save import write
 from megalite.config.run import RunConfig, keys_where, to_flat
 from megalite.config.yaml_file import config_of_checkpoint, to_yaml
 from megalite.data.sources import DataState
-from megalite.nn.parameter import held_boxes
+from megalite.nn.parameter import HALF_PRECISIONS, held_boxes
 from megalite.optim.optimizer import Optimizer
 from megalite.parallel.context import ParallelContext
 from megalite.training.build import TrainingComponents
@@ -89,6 +89,7 @@ def save_state(
         "consumed_samples": progress.consumed_samples,
         "optimizer": config.optimizer.optimizer,
         "optimizer_steps": parts.optimizer.steps,
+        "loss_scale": parts.optimizer.loss_scale.state(),
         "data": progress.data.to_json() if progress.data else None,
         "seed": config.training.seed,
         "rng_scheme": config.training.rng_scheme,
@@ -116,12 +117,12 @@ def load_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Paramete
     """Read a model's parameters, or some of them, by name into this rank's boxes. Any layout may
     have written them.
 
-    A model that is not bf16 takes the fp32 master weights where they are stored. Raises
+    A model in full precision takes the fp32 master weights where they are stored. Raises
     CheckpointError that lists every parameter that does not fit.
     """
     shards = []
     for name, parameter in parameters.items():
-        stored = _best_source(checkpoint, name) if parameter.dtype != torch.bfloat16 else name
+        stored = _best_source(checkpoint, name) if parameter.dtype not in HALF_PRECISIONS else name
         shards += _shards(parameter, stored, parameter)
     _read(checkpoint, shards)
 
@@ -145,10 +146,13 @@ def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: R
         shards += _optimizer_shards(parts.optimizer, kind, name, tensor, source)
     _read(checkpoint, shards)
     parts.optimizer.set_steps(checkpoint.state["optimizer_steps"])
+    # Checkpoints of runs in other precisions have a scale of 1, older ones none.
+    if checkpoint.state.get("loss_scale", {}).get("value", 1.0) != 1.0:
+        parts.optimizer.loss_scale.restore(checkpoint.state["loss_scale"])
 
 
 def _load_master(checkpoint: Checkpoint, parts: TrainingComponents) -> None:
-    """Fill the master weights of a bf16 model from the stored master weights, else the weights."""
+    """Fill the master weights of a half-precision model from the stored ones, else the weights."""
     optimizer = parts.optimizer
     if not optimizer.keeps_master:
         return

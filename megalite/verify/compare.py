@@ -19,7 +19,7 @@ from megalite.verify.record import (
     read_shards,
 )
 
-UNIT_ROUNDOFF = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8}
+UNIT_ROUNDOFF = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
 COLUMNS = 5
 """Number of layers side by side in a table of the report."""
 WIDE_TOLERANCE = 0.1
@@ -36,13 +36,13 @@ class Rounding:
 
     A path goes through 4 products and about 6 other operations a layer, forward or backward, one
     product more at the output layer, and 2 sums in the embedding. In fp32 and fp64 each step of a
-    product's sum rounds, over the longest one in the model; in bf16 products are summed in fp32 and
-    only each operation's result rounds.
+    product's sum rounds, over the longest one in the model; in half precision products are summed
+    in fp32 and only each operation's result rounds.
     """
 
     model: ModelConfig
     precision: str
-    """fp64, fp32 or bf16."""
+    """fp64, fp32, bf16 or fp16."""
     tokens: int
     """In the global batch: the number of terms in the sum of a weight's gradient."""
 
@@ -73,7 +73,7 @@ class Rounding:
     def _bound(self, products: int, others: int) -> float:
         model = self.model
         longest = 1
-        if self.precision != "bf16":
+        if self.precision not in ("bf16", "fp16"):
             longest = max(model.vocab_size, model.ffn, model.hidden_size, self.tokens)
         return 2 * 4 * sqrt(products * longest + others) * UNIT_ROUNDOFF[self.precision]
 

@@ -30,6 +30,7 @@ from megalite.nn.init import normal
 from megalite.nn.linear import ColumnParallelLinear
 from megalite.nn.mlp import MLP
 from megalite.nn.norm import Norm
+from megalite.optim.loss_scale import LossScale
 from megalite.parallel.boxes import Box
 from megalite.parallel.collectives import barrier
 from megalite.parallel.launch import LaunchInfo
@@ -49,6 +50,10 @@ END = 0
 
 class RanksFailed(ReportedError, RuntimeError):
     """A rank started by `record_on_ranks` failed; its own message is on stderr."""
+
+
+FP16_LOSS_SCALE = 1024.0
+"""Of the recorded step: the one that training starts with overflows."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,8 @@ def record(
     try:
         # Build the stage and attach the recorder.
         components = build_components(config, context, build_model)
+        if config.optimizer.dtype == "float16":
+            components.optimizer.loss_scale = LossScale(value=FP16_LOSS_SCALE)
         model = components.model
         _perturb_constant_weights(model.parameters_by_name, config.training.seed)
         recorder = Recorder(model, config.data.global_batch_size)

@@ -71,6 +71,13 @@ from tests.config.flag_effects import (
 )
 from tests.runs import Bench
 
+WSD_OF_TWO = {"lr_wsd_decay_iters": 2}
+WSD = {"lr_decay_style": "WSD", **WSD_OF_TWO}
+GROWING = {"start_weight_decay": 0.0, "end_weight_decay": 0.5}
+SCALED = {"fp16": True, "initial_loss_scale": 64.0, "loss_scale_window": 3}
+FALLS = [64, 32, 16, 8, 8, 8, 16, 16, 16, 32]
+"""The loss scale after four steps that overflow and six that do not."""
+
 FLAGS: dict[str, list[Effect]] = {
     # model
     "architecture": [effect("bert", losses_from(1), says("mlm loss"))],
@@ -152,7 +159,63 @@ FLAGS: dict[str, list[Effect]] = {
     "optimizer": [effect("sgd", same_first_norm, losses_from(2))],
     "precision": [
         effect("bf16", becomes("dtype", torch.bfloat16), other_rounding, base=SAVES),
+        effect(
+            "fp16",
+            becomes("dtype", torch.float16),
+            other_rounding,
+            base=SAVES,
+            also={"loss_scale": 1024.0},
+        ),
         effect("fp64", becomes("dtype", torch.float64), other_rounding, base=SAVES),
+    ],
+    "fp16": [
+        effect(
+            True,
+            becomes("dtype", torch.float16),
+            other_rounding,
+            base=SAVES,
+            also={"loss_scale": 1024.0},
+        )
+    ],
+    "loss_scale": [
+        effect(
+            8.0,
+            from_to([2.0**n for n in (32, 31, 30, *7 * [29])], 10 * [8.0]),
+            base={"fp16": True},
+            observe=runs.loss_scales,
+        )
+    ],
+    "initial_loss_scale": [
+        effect(
+            32.0,
+            from_to(FALLS, [32, 16, 8, 4, 4, 4, 8, 8, 8, 16]),
+            base=SCALED,
+            observe=runs.loss_scales,
+        )
+    ],
+    "min_loss_scale": [
+        effect(
+            16.0,
+            from_to(FALLS, [64, 32, 16, 16, 16, 16, 32, 32, 32, 64]),
+            base=SCALED,
+            observe=runs.loss_scales,
+        )
+    ],
+    "loss_scale_window": [
+        effect(
+            2,
+            from_to(FALLS, [64, 32, 16, 8, 8, 16, 16, 32, 32, 64]),
+            base=SCALED,
+            observe=runs.loss_scales,
+        )
+    ],
+    "hysteresis": [
+        effect(
+            1,
+            from_to(FALLS, [32, 16, 8, 4, 4, 4, 8, 8, 8, 16]),
+            base=SCALED,
+            observe=runs.loss_scales,
+        )
     ],
     "bf16": [effect(True, becomes("dtype", torch.bfloat16), other_rounding, base=SAVES)],
     "lr": [effect(0.02, rates(*half_cosine(0.02, 0.002)))],
@@ -160,6 +223,25 @@ FLAGS: dict[str, list[Effect]] = {
     "lr_decay_style": [
         effect("linear", rates(0.03875, 0.0275, 0.01625, 0.005)),
         effect("constant", rates(0.05, 0.05, 0.05, 0.05)),
+        effect("inverse-square-root", rates(0.05, 0.05 * 0.5**0.5, 0.05 / 3**0.5, 0.025)),
+        effect("WSD", rates(0.05, 0.05, 0.005 + 0.045 * (2**0.5 - 1), 0.005), also=WSD_OF_TWO),
+    ],
+    "lr_wsd_decay_style": [
+        effect("linear", rates(0.05, 0.05, 0.0275, 0.005), base=WSD),
+        effect("cosine", rates(0.05, 0.05, 0.0275, 0.005), base=WSD),
+        effect("minus_sqrt", rates(0.05, 0.05, 0.005 + 0.045 * (1 - 0.5**0.5), 0.005), base=WSD),
+    ],
+    "lr_wsd_decay_iters": [effect(1, rates(0.05, 0.05, 0.05, 0.005), base=WSD)],
+    "lr_warmup_init": [effect(0.01, rates(0.03, *WARMED_UP[1:]), base={"lr_warmup_iters": 2})],
+    "weight_decay_incr_style": [
+        effect("linear", losses_from(2), also=GROWING),
+        effect("cosine", losses_from(2), also=GROWING),
+    ],
+    "start_weight_decay": [
+        effect(1.0, losses_from(2), base={**GROWING, "weight_decay_incr_style": "linear"})
+    ],
+    "end_weight_decay": [
+        effect(2.0, losses_from(2), base={**GROWING, "weight_decay_incr_style": "linear"})
     ],
     "lr_decay_iters": [effect(2, rates(0.0275, 0.005, 0.005, 0.005))],
     "lr_warmup_iters": [effect(2, rates(*WARMED_UP))],

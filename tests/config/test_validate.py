@@ -64,6 +64,32 @@ CASES = {
         "7 6 layers",
     ),
     "precisions": (dict(bf16=True, precision="fp64"), 1, "--bf16 fp64"),
+    "half precisions": (dict(bf16=True, fp16=True), 1, "--bf16 --fp16"),
+    "a decay of no length": (
+        dict(lr_decay_style="WSD"),
+        1,
+        "--lr-decay-style WSD --lr-wsd-decay-iters",
+    ),
+    "a decay that is too long": (
+        dict(lr_decay_style="WSD", lr_wsd_decay_iters=10**7),
+        1,
+        "--lr-wsd-decay-iters 10000000",
+    ),
+    "a warm-up that falls": (
+        dict(lr_warmup_iters=2, lr_warmup_init=1.0),
+        1,
+        "--lr-warmup-init 1 --lr",
+    ),
+    "a weight decay without ends": (
+        dict(weight_decay_incr_style="cosine"),
+        1,
+        "--weight-decay-incr-style cosine --start-weight-decay --end-weight-decay",
+    ),
+    "loss scales": (
+        dict(fp16=True, min_loss_scale=8.0, initial_loss_scale=4.0),
+        1,
+        "--min-loss-scale 8 --initial-loss-scale 4",
+    ),
     "min lr": (dict(min_lr=1e-3), 1, "--min-lr 0.001 --lr 0.0003"),
     "warm-up twice": (dict(lr_warmup_iters=2, lr_warmup_fraction=0.1), 1, "0.1 2"),
     "warm-up past decay": (dict(lr_warmup_iters=8, lr_decay_iters=5), 1, "8 5"),

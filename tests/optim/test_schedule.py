@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megalite.optim.config import OptimizerConfig
-from megalite.optim.schedule import learning_rate, warmup_iterations
+from megalite.optim.schedule import learning_rate, warmup_iterations, weight_decay
 
 
 def rates(iterations, train_iters: int = 100, **options) -> list[float]:
@@ -66,3 +66,53 @@ def test_warm_up_as_a_fraction_of_the_decay():
 
 def test_a_warm_up_as_long_as_the_decay():
     assert rates([50, 100, 101], lr_warmup_iters=100) == pytest.approx([0.5, 1.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("style", "halfway"),
+    [
+        ("linear", 0.55),
+        ("cosine", 0.55),
+        ("exponential", 0.1 + 0.9 * (2**0.5 - 1)),
+        ("minus_sqrt", 0.1 + 0.9 * (1 - 0.5**0.5)),
+    ],
+)
+def test_wsd_decays_at_the_end_only(style, halfway):
+    got = rates(
+        [5, 10, 50, 80, 90, 100, 120],
+        lr_warmup_iters=10,
+        lr_decay_style="WSD",
+        lr_wsd_decay_style=style,
+        lr_wsd_decay_iters=20,
+    )
+    assert got == pytest.approx([0.5, 1.0, 1.0, 1.0, halfway, 0.1, 0.1])
+
+
+def test_inverse_square_root_follows_the_warm_up():
+    style = {"lr_decay_style": "inverse-square-root"}
+    assert rates([4, 16, 64, 1600], lr_warmup_iters=4, **style) == pytest.approx(
+        [1, 0.5, 0.25, 0.1]
+    )
+    assert rates([1, 4], **style) == pytest.approx([1, 0.5])
+
+
+def test_a_warm_up_may_start_above_zero():
+    assert rates([1, 5, 10], lr_warmup_iters=10, lr_warmup_init=0.5) == pytest.approx(
+        [0.55, 0.75, 1.0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("style", "golden"),
+    [
+        ("constant", [0.01, 0.01, 0.01, 0.01]),
+        ("linear", [0.125, 0.2, 0.3, 0.3]),
+        ("cosine", [0.1 + 0.1 * (1 - math.cos(math.pi / 8)), 0.2, 0.3, 0.3]),
+    ],
+)
+def test_weight_decay_goes_from_start_to_end(style, golden):
+    config = OptimizerConfig(
+        weight_decay_incr_style=style, start_weight_decay=0.1, end_weight_decay=0.3
+    )
+    got = [weight_decay(iteration, config, 100) for iteration in (12.5, 50, 100, 130)]
+    assert got == pytest.approx(golden)

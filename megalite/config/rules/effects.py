@@ -15,10 +15,12 @@ IDLE_FOR = {
     "bert": ((*NEEDS_EOD, "sample_order"), "for a BERT, whose samples are made of sentences"),
 }
 """Fields that do nothing for an architecture, and what is said of them."""
+ADAPTS_LOSS_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
 NEEDS_VALUE = (
     (("rotary_base",), "position_embedding_type", "rope"),
     (("sgd_momentum",), "optimizer", "sgd"),
     (("adam_beta1", "adam_beta2", "adam_eps"), "optimizer", "adam"),
+    (("lr_wsd_decay_style", "lr_wsd_decay_iters"), "lr_decay_style", "WSD"),
 )
 """(fields, another field, the value of it without which they do nothing)."""
 NEEDS_ANY = (
@@ -92,9 +94,26 @@ def _layout_and_model(config: RunConfig) -> Iterator[Idle]:
 
 def _training(config: RunConfig) -> Iterator[Idle]:
     t = config.training
-    if config.optimizer.lr_decay_style == "constant":
-        remedy = {"lr_decay_style": "cosine"}
+    o = config.optimizer
+    remedy = {"lr_decay_style": "cosine"}
+    if o.lr_decay_style == "constant":
         yield ("min_lr", "lr_decay_iters"), "with --lr-decay-style constant", remedy
+    if o.lr_decay_style == "inverse-square-root":
+        why = "with --lr-decay-style inverse-square-root, which has no end"
+        yield ("lr_decay_iters",), why, remedy
+    if not o.lr_warmup_iters and not o.lr_warmup_fraction:
+        yield ("lr_warmup_init",), "without a warm-up", {"lr_warmup_iters": 10}
+    if o.weight_decay_incr_style == "constant":
+        keys = ("start_weight_decay", "end_weight_decay")
+        remedy = {"weight_decay_incr_style": "linear"}
+        yield keys, "with --weight-decay-incr-style constant", remedy
+    else:
+        why = "with --weight-decay-incr-style linear or cosine"
+        yield ("weight_decay",), why, {"weight_decay_incr_style": "constant"}
+    if o.chosen_precision != "fp16":
+        yield ("loss_scale", *ADAPTS_LOSS_SCALE), "without --fp16", {"fp16": True}
+    if o.loss_scale is not None:
+        yield ADAPTS_LOSS_SCALE, "with a constant --loss-scale", {"loss_scale": None}
     if config.model.attention_dropout <= 0 and config.model.hidden_dropout <= 0:
         yield ("rng_scheme",), "without dropout", {"hidden_dropout": 0.1}
     if t.eval_iters == 0 and t.eval_interval > 0:

@@ -23,23 +23,28 @@ from megalite.config.run import RunConfig, options, to_flat
 from megalite.data.gpt import parse_split
 from megalite.data.indexed import DatasetError
 from megalite.data.sources import parse_sources
+from megalite.optim.schedule import warmup_iterations
 from megalite.pipeline.partition import layers_of_stages
 
 SHORT_FORMS = (
-    ("bf16", "precision", "bf16", "fp64"),
-    ("recompute_activations", "recompute_granularity", "selective", "full"),
+    ("bf16", "precision", "bf16", ("fp16", "fp64")),
+    ("fp16", "precision", "fp16", ("bf16", "fp64")),
+    ("recompute_activations", "recompute_granularity", "selective", ("full",)),
 )
-"""(switch, the field that it is a short form of, what it means, a value that contradicts it)."""
+"""(switch, the field that it is a short form of, what it means, values that contradict it)."""
 
 
 def short_forms_agree(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """--bf16 against --precision, --recompute-activations against --recompute-granularity."""
+    """--bf16 and --fp16 against each other and --precision, --recompute-activations against
+    --recompute-granularity."""
     flat = to_flat(config)
-    for short, long, meaning, other in SHORT_FORMS:
-        if flat[short] and flat[long] == other:
+    if flat["bf16"] and flat["fp16"]:
+        yield Finding("--bf16 and --fp16 are two precisions", {"bf16": False}, {"fp16": False})
+    for short, long, meaning, others in SHORT_FORMS:
+        if flat[short] and flat[long] in others:
+            flag = flag_of(long)
             yield Finding(
-                f"{flag_of(short)} means {flag_of(long)} {meaning}, but {flag_of(long)} {other} is "
-                "given too",
+                f"{flag_of(short)} means {flag} {meaning}, but {flag} {flat[long]} is given too",
                 {short: False},
                 {long: meaning},
             )
@@ -65,6 +70,15 @@ def stages_hold_recomputed_layers(config: RunConfig, world_size: int) -> Iterato
             {"recompute_num_layers": most},
             also=("num_layers", "pipeline_model_parallel_size"),
         )
+
+
+def loss_scale_starts_above_its_minimum(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """min_loss_scale <= initial_loss_scale."""
+    least = config.optimizer.min_loss_scale
+    first = config.optimizer.initial_loss_scale
+    if least > first:
+        message = f"--min-loss-scale {least:g} is above --initial-loss-scale {first:g}"
+        yield Finding(message, {"initial_loss_scale": least}, {"min_loss_scale": min(1.0, first)})
 
 
 def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -93,6 +107,40 @@ def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]
             {"lr_warmup_iters": end // 10},
             {end_key: 10 * o.lr_warmup_iters},
             also=(end_key, "train_samples"),
+        )
+
+
+def schedules_are_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """A length for the decay of WSD, that fits after the warm-up; both ends of a weight decay that
+    changes; a warm-up that rises."""
+    o = config.optimizer
+    end = o.lr_decay_iters or iterations(config, world_size) or 0
+    if o.lr_decay_style == "WSD" and o.lr_wsd_decay_iters is None:
+        yield Finding(
+            "--lr-decay-style WSD needs --lr-wsd-decay-iters",
+            {"lr_wsd_decay_iters": max(1, end // 10)},
+            {"lr_decay_style": "cosine"},
+        )
+    elif o.lr_decay_style == "WSD" and end:
+        room = end - warmup_iterations(o, end)
+        if o.lr_wsd_decay_iters > room:
+            yield Finding(
+                f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters} are more than the {room} iterations "
+                f"between the warm-up and the end of the schedule, at iteration {end}",
+                {"lr_wsd_decay_iters": max(1, room // 10)},
+                also=("lr_warmup_iters", "lr_decay_iters", "train_iters"),
+            )
+    if o.lr_warmup_init > o.lr:
+        message = f"--lr-warmup-init {o.lr_warmup_init:g} is above --lr {o.lr:g}"
+        yield Finding(message, {"lr_warmup_init": 0.0}, {"lr": o.lr_warmup_init})
+    ends = ("start_weight_decay", "end_weight_decay")
+    missing = [key for key in ends if getattr(o, key) is None]
+    style = o.weight_decay_incr_style
+    if style != "constant" and missing:
+        yield Finding(
+            f"--weight-decay-incr-style {style} needs {' and '.join(map(flag_of, missing))}",
+            dict.fromkeys(missing, o.weight_decay),
+            {"weight_decay_incr_style": "constant"},
         )
 
 
@@ -262,7 +310,9 @@ RUN_RULES: tuple[Rule, ...] = (
     batch_divides,
     short_forms_agree,
     stages_hold_recomputed_layers,
+    loss_scale_starts_above_its_minimum,
     learning_rate_falls,
+    schedules_are_whole,
     length_is_known,
     attention_can_drop,
     data_has_one_source,
