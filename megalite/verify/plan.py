@@ -12,7 +12,7 @@ from megalite.fields import Field
 from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.parallel.launch import LaunchInfo
 
-STEP_FIELDS = ("micro_batch_size", "global_batch_size", "seed", "rng_scheme", "precision", "bf16")
+STEP_FIELDS = "micro_batch_size global_batch_size seed rng_scheme precision bf16 fp16".split()
 """What the numbers of one step depend on, beside the model, the layout and the data."""
 SHRUNK_VOCABULARY = 1000
 """Entries of the vocabulary where it was the tokenizer's and the model is shrunk."""
