@@ -34,8 +34,6 @@ class Field:
     """False: no loss and no weight depends on the value, so it may change when a run resumes."""
     defines_model: bool = False
     """True: a checkpoint made with another value holds another model."""
-    names_files: bool = False
-    """True: the value names files, which one node may have and another lack."""
     needs_library: str = ""
     """Optional library to import when the field is set."""
     needs_eod: bool = False
@@ -54,9 +52,11 @@ class Field:
     @property
     def bounds(self) -> str:
         """The bounds in words: `at least 0 and below 1`."""
-        least = f"at least {self.minimum:g}" if self.above is None else f"above {self.above:g}"
-        if self.below is not None:
-            return f"{least} and below {self.below:g}"
-        if self.maximum is not None:
-            return f"{least} and at most {self.maximum:g}"
-        return f"{least} and finite"
+        words = {
+            "at least": self.minimum,
+            "above": self.above,
+            "at most": self.maximum,
+            "below": self.below,
+        }
+        given = [f"{word} {bound:g}" for word, bound in words.items() if bound is not None]
+        return " and ".join(given if len(given) > 1 else [*given, "finite"])

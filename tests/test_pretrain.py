@@ -247,8 +247,8 @@ def test_a_damaged_checkpoint_is_reported_in_a_line(monkeypatch, tmp_path):
 def test_a_run_without_save_says_so_before_it_trains(from_file):
     output = (from_file / "output").read_text()
     before, _, after = output.partition("training from iteration 0")
-    assert "no checkpoint will be written: --save is not set\n" in before
-    assert "no checkpoint" not in after
+    assert "saves none (--save is unset)\n" in before
+    assert "--save" not in after
 
 
 def test_an_error_in_the_program_keeps_its_traceback():

@@ -10,7 +10,7 @@ from megalite.fields import Field
 class CheckpointConfig:
     """Where checkpoints are written to and loaded from."""
 
-    save: Annotated[str | None, Field(changes_numbers=False, names_files=True)] = None
+    save: Annotated[str | None, Field(changes_numbers=False)] = None
     """Folder to write checkpoints to (iter_0000100/, latest_checkpointed_iteration.txt).
     Unset: none are written."""
     save_interval: Annotated[int | None, Field(minimum=1, changes_numbers=False)] = None
@@ -18,7 +18,7 @@ class CheckpointConfig:
     flag)."""
     keep_last: Annotated[int | None, Field(minimum=1, changes_numbers=False)] = None
     """Keep only this many newest checkpoints in --save. Unset: all."""
-    load: Annotated[str | None, Field(changes_numbers=False, names_files=True)] = None
+    load: Annotated[str | None, Field(changes_numbers=False)] = None
     """Folder to resume from. An empty or absent folder that is also --save starts from scratch."""
     ckpt_step: Annotated[int | None, Field(minimum=0, changes_numbers=False)] = None
     """Iteration to load. Unset: the latest."""

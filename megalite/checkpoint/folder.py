@@ -4,12 +4,14 @@ import os
 import re
 from pathlib import Path
 
+from megalite.system.errors import ReportedError
+
 INDEX_FILE = "index.json"
 STATE_FILE = "state.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ReportedError, RuntimeError):
     """A checkpoint cannot be written, or is not as expected; the message says what and where."""
 
 

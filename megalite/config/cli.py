@@ -2,18 +2,17 @@
 
 import os
 import sys
-import textwrap
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from megalite.config import validate
-from megalite.config.flags import missing_options, read_flags
-from megalite.config.help import WIDEST, help_text
-from megalite.config.options import Option, options_of
+from megalite.config.flags import read_own_flags
+from megalite.config.help import help_text, wrapped
 from megalite.config.problem import ConfigError, Problem
-from megalite.config.rules.values import problem_of
 from megalite.config.run import RunConfig, options, with_preset, with_values
+from megalite.config.summary import summary_lines
 from megalite.config.yaml_file import read_yaml, to_yaml
 from megalite.fields import Field
 from megalite.parallel.launch import OTHERS_FIRST_SECONDS, LaunchInfo, detect
@@ -42,11 +41,6 @@ class CommandLine(ConfigFile):
     exit."""
 
 
-def run_options() -> dict[str, Option]:
-    """The options of a program that reads the configuration of a run, by key."""
-    return options_of(CommandLine) | options()
-
-
 def parse_and_check(
     argv: list[str] | None = None,
     description: str = "",
@@ -62,16 +56,22 @@ def parse_and_check(
     the program with status 0. Problems are all printed, by rank 0, and end every rank with status
     2. Otherwise, sets TORCH_CPP_LOG_LEVEL for torch, which is still to be loaded.
     """
+    argv = sys.argv[1:] if argv is None else argv
     if launch is None:
         launch = detect_launch()
     quiet = launch.rank != 0
-    command, config = parse(argv, description, quiet=quiet, architecture=architecture)
+    show_help(argv, description, run_groups(architecture), quiet, architecture=architecture)
+    # Read.
+    try:
+        command, config = _read_command(argv, architecture)
+    except ConfigError as error:
+        refuse(error.problems, quiet)
     # Check.
     world_size = config.parallel.world_size or launch.world_size
     problems = validate.check(config, world_size)
     if problems:
         # Rank 0 speaks for all; but it cannot see a file that is missing on another node only.
-        of_this_node = launch.local_rank == 0 and all(validate.concerns_files(p) for p in problems)
+        of_this_node = launch.local_rank == 0 and all(p.of_node for p in problems)
         refuse(problems, quiet and not of_this_node, launch.rank)
     resolved = validate.resolve(config, world_size)
     # Train, or print and exit.
@@ -82,8 +82,6 @@ def parse_and_check(
     if not quiet and command.print_config:
         print(to_yaml(with_values(resolved, {"world_size": None})), end="")
     elif not quiet:
-        from megalite.config.summary import summary_lines
-
         print("The configuration is sound. Nothing was started.")
         print("\n".join(summary_lines(resolved, world_size)))
     raise SystemExit(0)
@@ -99,41 +97,17 @@ def detect_launch() -> LaunchInfo:
         refuse([Problem(str(error), fix)])
 
 
-def parse(
-    argv: list[str] | None = None,
-    description: str = "",
-    quiet: bool = False,
-    architecture: str | None = None,
-) -> tuple[CommandLine, RunConfig]:
-    """Read flags and the --config file. --help prints the help and exits with status 0; problems
-    are all printed and exit with status 2. quiet: print nothing (for every rank but the first)."""
-    argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        show_help(description, run_groups(architecture), quiet, architecture=architecture)
-    try:
-        return read_command(argv, architecture)
-    except ConfigError as error:
-        refuse(error.problems, quiet)
-
-
 def read(argv: list[str], architecture: str | None = None) -> RunConfig:
     """The configuration that a command line asks for. Raises ConfigError with every problem of it
     and of its file, and when it is not of the given architecture."""
-    return read_command(argv, architecture)[1]
+    return _read_command(argv, architecture)[1]
 
 
-def read_command(argv: list[str], architecture: str | None = None) -> tuple[CommandLine, RunConfig]:
+def _read_command(argv: list[str], architecture: str | None) -> tuple[CommandLine, RunConfig]:
     """What a command line asks for. Raises ConfigError, as `read`."""
-    values, problems = read_flags(argv, run_options().values())
-    command = take(CommandLine, values)
-    return command, build(command.config, values, problems, architecture)
-
-
-def take(kind: type[T], values: dict[str, Any]) -> T:
-    """An object of a dataclass from those values that are its fields, which are removed from
-    `values`. Fields without a value take their defaults."""
-    own = {entry.name: values.pop(entry.name) for entry in fields(kind) if entry.name in values}
-    return kind(**own)
+    own, flags, problems = read_own_flags(CommandLine, argv, options().values())
+    command = CommandLine(**own)
+    return command, build(command.config, flags, problems, architecture)
 
 
 def build(
@@ -169,25 +143,29 @@ def build(
     return config
 
 
-def parse_options(kind: type[T], description: str, argv: list[str] | None = None) -> T:
+def parse_options(
+    kind: type[T],
+    description: str,
+    argv: list[str] | None = None,
+    check: Callable[[T], Iterable[str]] = lambda options: (),
+) -> T:
     """The options of a tool: an object of the dataclass `kind` from a command line.
+
+    check: what is wrong with them, beside single numbers out of range, each with what would work.
 
     --help prints the help and exits with status 0; problems are all printed and exit with status 2.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        show_help(description, {"options": kind})
-    known = options_of(kind).values()
-    values, problems = read_flags(argv, known)
-    refused = {key for problem in problems for key in problem.flags}
-    problems += missing_options((o for o in known if o.key not in refused), values)
-    for option in known:
-        problem = problem_of(option, values.get(option.key)) if option.kind is not str else None
-        if problem is not None:
-            problems.append(problem)
+    show_help(argv, description, {"options": kind})
+    values, _, problems = read_own_flags(kind, argv)
+    try:
+        options = kind(**values)
+    except TypeError:  # a value without a default is missing, or could not be read
+        refuse(problems)
+    problems += [Problem(text, "") for text in check(options)]
     if problems:
         refuse(problems)
-    return take(kind, values)
+    return options
 
 
 def refuse(problems: list[Problem], quiet: bool = False, rank: int = 0) -> NoReturn:
@@ -209,22 +187,10 @@ def report(problems: list[Problem], program: str) -> str:
     heading = f"{program}: {count} in the configuration, nothing was started"
     lines = [f"{heading} (--help explains the flags).", ""]
     for number, problem in enumerate(problems, 1):
-        lines += _wrap(f"{number:3}. ", problem.message)
-        lines += _wrap("     fix: ", problem.fix)
+        lines += wrapped(problem.message, f"{number:3}. ")
+        if problem.fix:
+            lines += wrapped(problem.fix, "     fix: ")
     return "\n".join(lines)
-
-
-def _wrap(prefix: str, text: str) -> list[str]:
-    """Lines of at most WIDEST columns, indented to the end of the prefix; words such as --tp stay
-    whole."""
-    return textwrap.wrap(
-        text,
-        WIDEST,
-        initial_indent=prefix,
-        subsequent_indent=" " * len(prefix),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def run_groups(architecture: str | None = None) -> dict[str, type]:
@@ -238,11 +204,19 @@ def run_groups(architecture: str | None = None) -> dict[str, type]:
 
 
 def show_help(
-    description: str, groups: dict[str, type], quiet: bool = False, architecture: str | None = None
-) -> NoReturn:
-    """Print the help, unless quiet, and exit with status 0. architecture: the only one that the
-    program trains."""
-    defaults = {"architecture": architecture} if architecture else {}
+    argv: list[str],
+    description: str,
+    groups: dict[str, type],
+    quiet: bool = False,
+    architecture: str | None = None,
+) -> None:
+    """If the command line asks for it, print the help, unless quiet, and exit with status 0.
+
+    groups: dataclasses of flags by title. architecture: the only one that the program trains.
+    """
+    if "-h" not in argv and "--help" not in argv:
+        return
     if not quiet:
+        defaults = {"architecture": architecture} if architecture else {}
         print(help_text(description, groups, defaults), flush=True)
     raise SystemExit(0)

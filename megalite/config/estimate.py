@@ -10,12 +10,7 @@ from dataclasses import dataclass
 
 from megalite.config.rules.finding import data_parallel_size
 from megalite.config.run import RunConfig
-from megalite.models.cost import (
-    activation_bytes,
-    embedding_parameters,
-    head_parameters,
-    layer_parameters,
-)
+from megalite.models import cost
 from megalite.pipeline.partition import layers_of_stages
 from megalite.pipeline.schedules import peak_in_flight, schedule_named
 
@@ -52,15 +47,16 @@ def estimate_stages(config: RunConfig, world_size: int) -> list[StageEstimate]:
     stage_count = parallel.pipeline_model_parallel_size
     rows = model.padded_vocabulary(tensor) // tensor
     schedule = schedule_named(parallel.pipeline_schedule)
+    element_bytes, parameter_bytes = _bytes_of(config, world_size)
     stages = []
     for stage, layers in enumerate(layers_of_stages(model, stage_count, config.predicted)):
         parameters = _stage_parameters(config, layers, tensor, rows)
         actions = schedule(stage_count, stage, microbatches(config, world_size))
-        activations = activation_bytes(
+        activations = cost.activation_bytes(
             model,
             config.recompute,
             micro_batch_size=config.data.micro_batch_size,
-            element_bytes=_element_bytes(config),
+            element_bytes=element_bytes,
             layers=len(layers),
             in_flight=peak_in_flight(actions),
             tensor=tensor,
@@ -68,9 +64,8 @@ def estimate_stages(config: RunConfig, world_size: int) -> list[StageEstimate]:
         )
         if stage == stage_count - 1:
             logits = config.predicted * model.seq_length * config.data.micro_batch_size * rows
-            activations += 2 * max(4, _element_bytes(config)) * logits
-        data = data_parallel_size(config, world_size)
-        state = parameters * _bytes_per_parameter(config, data)
+            activations += 2 * max(4, element_bytes) * logits
+        state = parameters * parameter_bytes
         stages.append(StageEstimate(layers, parameters, state, activations))
     return stages
 
@@ -85,28 +80,23 @@ def _stage_parameters(config: RunConfig, layers: range, tensor: int, rows: int) 
     """Parameters of one of `tensor` ranks of the stage that holds these layers and `rows` rows of
     the vocabulary."""
     model = config.model
-    head = config.head_cost
-    is_first = 0 in layers
-    total = len(layers) * layer_parameters(model, tensor)
-    if is_first:
-        total += embedding_parameters(model, rows, head)
+    total = len(layers) * cost.layer_parameters(model, tensor)
+    if 0 in layers:
+        total += cost.embedding_parameters(model, rows, config.head_cost)
     if model.num_layers - 1 in layers:
-        shares_embedding = model.tied and is_first
-        total += head_parameters(model, rows, head, shares_embedding)
+        shares_embedding = model.tied and 0 in layers
+        total += cost.head_parameters(model, rows, config.head_cost, shares_embedding)
     return total
 
 
-def _element_bytes(config: RunConfig) -> int:
-    return {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[config.optimizer.precision]
-
-
-def _bytes_per_parameter(config: RunConfig, data: int) -> float:
-    """Weight, gradient, optimizer states; in half precision also the fp32 master weight. A sharded
-    optimizer divides master and states by the `data` ranks."""
-    optimizer = config.optimizer
-    size = _element_bytes(config)
-    wide = max(4, size)
-    states = 2 if optimizer.optimizer == "adam" else int(optimizer.sgd_momentum > 0)
+def _bytes_of(config: RunConfig, world_size: int) -> tuple[int, float]:
+    """Bytes of an element of an activation; of a parameter with its gradient, its optimizer states
+    and, in half precision, its fp32 master weight. A sharded optimizer divides the last two by the
+    data-parallel size."""
+    o = config.optimizer
+    size = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[o.precision]
+    states = 2 if o.optimizer == "adam" else int(o.sgd_momentum > 0)
     states += int(size == 2)
-    shards = data if config.parallel.use_distributed_optimizer else 1
-    return size + wide * (1 + states / shards)
+    if config.parallel.use_distributed_optimizer:
+        states /= data_parallel_size(config, world_size)
+    return size, size + max(4, size) * (1 + states)

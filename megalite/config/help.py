@@ -29,62 +29,56 @@ def help_text(description: str, groups: dict[str, type], defaults: dict[str, Any
     lines = [description.strip(), "", f"usage: {program} [-h] [OPTIONS]", ""]
     lines += _entry("-h, --help", "Show this help message and exit.", width)
     for title, kind in groups.items():
-        lines += ["", f"{title}:", *_wrapped(inspect.getdoc(kind), width, "  "), ""]
+        lines += ["", f"{title}:", *wrapped(inspect.getdoc(kind), "  ", "  ", width=width), ""]
         texts = _field_docstrings(kind)
-        for key, option in options_of(kind).items():
-            default = defaults.get(key, option.default)
-            text = texts[key]
+        # Options that must be given come first.
+        known = options_of(kind).values()
+        for option in sorted(known, key=lambda o: o.default is not dataclasses.MISSING):
+            default = defaults.get(option.key, option.default)
+            text = texts[option.key]
             if default is not dataclasses.MISSING:
-                text += f" (default: {_shown(default)})"
+                shown = " ".join(default) if isinstance(default, tuple) else default
+                text += f" (default: {'unset' if default is None else shown})"
             lines += _entry(_flags(option, default), text, width)
     return "\n".join(lines)
 
 
-def _entry(flags: str, text: str, width: int) -> list[str]:
-    """The lines of one flag: its text beside it, or below it where the flag is long."""
-    below = _wrapped(text, width, " " * FLAG_COLUMNS)
-    if len(flags) + 4 > FLAG_COLUMNS:
-        return [*_wrapped(flags, width, "  "), *below]
-    return [f"  {flags}".ljust(FLAG_COLUMNS) + below[0].lstrip(), *below[1:]]
-
-
-def _wrapped(text: str, width: int, indent: str) -> list[str]:
+def wrapped(text: str, first: str, rest: str = "", width: int = WIDEST) -> list[str]:
+    """Lines of at most `width` columns: the first begins with `first`, the others with `rest`
+    (unless given, spaces as wide as `first`). Words such as --tp stay whole."""
     return textwrap.wrap(
         text,
         width,
-        initial_indent=indent,
-        subsequent_indent=indent,
+        initial_indent=first,
+        subsequent_indent=rest or " " * len(first),
         break_long_words=False,
         break_on_hyphens=False,
     )
 
 
+def _entry(flags: str, text: str, width: int) -> list[str]:
+    """The lines of one flag: its text beside it, or below it where the flag is long."""
+    below = wrapped(text, " " * FLAG_COLUMNS, width=width)
+    if len(flags) + 4 > FLAG_COLUMNS:
+        return [*wrapped(flags, "  ", width=width), *below]
+    return [f"  {flags}".ljust(FLAG_COLUMNS) + below[0].lstrip(), *below[1:]]
+
+
 def _flags(option: Option, default: Any) -> str:
     """`--tp INT, --tensor-model-parallel-size INT`; for a switch, the flags that change it."""
-    if option.field.positional:
-        return _metavar(option)
     if option.kind is bool:
         return ", ".join(flag for flag, on in option.switches.items() if on is not default)
-    return ", ".join(f"{flag} {_metavar(option)}" for flag in option.flags)
-
-
-def _metavar(option: Option) -> str:
-    """How a value is shown: INT, {1f1b,gpipe}, or STR ... for several words."""
-    if option.field.metavar:
-        return option.field.metavar
+    # How a value is shown: INT, {1f1b, gpipe}, or STR ... for several words.
+    kind = "STR" if option.kind is tuple else option.kind.__name__.upper()
+    metavar = option.key.upper() if option.field.positional else kind
     if option.choices:
-        return "{" + ", ".join(option.choices) + "}"
+        metavar = "{" + ", ".join(option.choices) + "}"
+    if option.kind is tuple:
+        metavar += " ..."
+    metavar = option.field.metavar or metavar
     if option.field.positional:
-        name = option.key.upper()
-    else:
-        name = "STR" if option.kind is tuple else option.kind.__name__.upper()
-    return f"{name} ..." if option.kind is tuple else name
-
-
-def _shown(default: Any) -> str:
-    if default is None:
-        return "unset"
-    return " ".join(default) if isinstance(default, tuple) else str(default)
+        return metavar
+    return ", ".join(f"{flag} {metavar}" for flag in option.flags)
 
 
 def _field_docstrings(kind: type) -> dict[str, str]:
@@ -92,8 +86,7 @@ def _field_docstrings(kind: type) -> dict[str, str]:
     found = {}
     for base in reversed(kind.__mro__[:-1]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        statements = definition.body
-        for statement, after in itertools.pairwise(statements):
+        for statement, after in itertools.pairwise(definition.body):
             if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
                 found[statement.target.id] = " ".join(after.value.value.split())
     return found

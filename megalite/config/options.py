@@ -12,10 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from megalite.config.problem import Problem
 from megalite.fields import Field
 
 DECIMAL = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 """A number written in decimal digits, without leading zeros."""
+INT_LIMIT = 2**63
+"""Whole numbers are stored in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,13 @@ class Option:
         return self.flag, *self.field.aliases
 
     @property
-    def shortest(self) -> str:
-        """The shortest flag: --tp."""
-        return min(self.flags, key=len)
+    def switches(self) -> dict[str, bool | None]:
+        """What each flag sets the option to; None where the value follows the flag.
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What the option may be called in the flat form: its flags without dashes, tp."""
-        return tuple(flag.lstrip("-").replace("-", "_") for flag in self.flags)
-
-    @property
-    def switches(self) -> dict[str, bool]:
-        """For a bool: the flags that turn it on and off. The opposite of --no-x is --x."""
+        A bool has a flag for True and one for False: the opposite of --no-x is --x.
+        """
+        if self.kind is not bool:
+            return dict.fromkeys(self.flags)
         found = {}
         for flag in self.flags:
             opposite = "--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:]
@@ -95,13 +93,14 @@ class Option:
         """The command line that sets this value, with the shortest flag: `--tp 4`."""
         if self.kind is bool:
             return min((flag for flag, on in self.switches.items() if on == value), key=len)
+        shortest = min(self.flags, key=len)
         if value is None:
-            return f"leave out {self.shortest}"
+            return f"leave out {shortest}"
         if self.kind is tuple:
-            return f"{self.shortest} {' '.join(value)}"
-        if isinstance(value, float) and float(f"{value:g}") == value:
-            return f"{self.shortest} {value:g}"
-        return f"{self.shortest} {value}"
+            value = " ".join(value)
+        elif isinstance(value, float) and float(f"{value:g}") == value:
+            value = f"{value:g}"
+        return f"{shortest} {value}"
 
     def accept(self, value: Any) -> Any:
         """The value as this option's type.
@@ -112,22 +111,16 @@ class Option:
         if value is None and self.optional:
             return None
         if self.kind is tuple:
-            return self._words(value)
-        if self.kind is float and type(value) is int:
-            return float(value)
-        if self.kind is float and type(value) is str and DECIMAL.fullmatch(value):
-            return float(value)
-        if type(value) is not self.kind or (self.choices and value not in self.choices):
-            raise ValueError(f"{value!r} is not {self.expected}")
-        return value
-
-    def _words(self, value: Any) -> tuple[str, ...]:
-        """A text, or a list of texts and numbers, as a tuple of words."""
-        words = (value,) if type(value) is str else value
-        sound = isinstance(words, (list, tuple)) and len(words) > 0
-        if not sound or not {type(word) for word in words} <= {str, int, float}:
-            raise ValueError(f"{value!r} is not {self.expected}")
-        return tuple(map(str, words))
+            words = (value,) if type(value) is str else value
+            if isinstance(words, (list, tuple)) and words:
+                if {type(word) for word in words} <= {str, int, float}:
+                    return tuple(map(str, words))
+        elif self.kind is float and type(value) in (int, str):
+            if type(value) is int or DECIMAL.fullmatch(value):
+                return float(value)
+        elif type(value) is self.kind and (not self.choices or value in self.choices):
+            return value
+        raise ValueError(f"{value!r} is not {self.expected}")
 
     def from_words(self, words: list[str]) -> Any:
         """The value that these words of a command line mean; `unset` is None. Raises ValueError."""
@@ -136,6 +129,23 @@ class Option:
         if self.kind is tuple:
             return self.accept(words)
         return self.accept(int(words[0]) if self.kind is int else words[0])
+
+    def problem_with(self, value: Any) -> Problem | None:
+        """What is wrong with a value on its own: an empty text, or a number outside the bounds that
+        the field's annotation gives."""
+        if value == "" and self.default != "":
+            fix = f"leave out {self.flag}, or give a value"
+            return Problem(f"{self.flag} is empty", fix, (self.key,))
+        if self.kind not in (int, float) or value is None:
+            return None
+        if self.field.contains(value) and (self.kind is float or value < INT_LIMIT):
+            return None
+        bounds = self.field.bounds
+        if self.kind is int:
+            most = "" if self.field.maximum is None else f" to {self.field.maximum}"
+            bounds = f"a whole number from {self.field.minimum}{most}"
+        message = f"{self.flag} {value} must be {bounds}"
+        return Problem(message, self.setting(self.usual), (self.key,))
 
 
 def options_of(kind: type, section: str = "") -> dict[str, Option]:
@@ -151,11 +161,11 @@ def _option(section: str, entry: dataclasses.Field, hint: Any) -> Option:
     """The option of a dataclass field with a resolved type such as Annotated[int | None,
     Field()]."""
     # The annotation: Annotated[kind, Field(...)] or the kind alone.
+    kind = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint
     facts = Field()
-    kind = hint
-    if hasattr(hint, "__metadata__"):
-        kind = hint.__origin__
-        facts = next((note for note in hint.__metadata__ if isinstance(note, Field)), facts)
+    for note in getattr(hint, "__metadata__", ()):
+        if isinstance(note, Field):
+            facts = note
     # kind | None
     optional = get_origin(kind) in (Union, types.UnionType)
     if optional:
@@ -163,15 +173,8 @@ def _option(section: str, entry: dataclasses.Field, hint: Any) -> Option:
     # Literal["a", "b"], or tuple[str, ...]
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     kind = str if choices else get_origin(kind) or kind
-    return Option(
-        entry.name,
-        section,
-        kind,
-        optional=optional,
-        choices=choices,
-        default=entry.default,
-        field=facts,
-    )
+    facts_of_type = {"optional": optional, "choices": choices}
+    return Option(entry.name, section, kind, **facts_of_type, default=entry.default, field=facts)
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

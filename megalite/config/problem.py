@@ -10,9 +10,11 @@ class Problem:
     message: str
     """What is wrong, with the values involved."""
     fix: str
-    """What would work."""
+    """What would work. Empty: the message says it."""
     flags: tuple[str, ...] = ()
     """Names of the fields involved."""
+    of_node: bool = False
+    """Whether it may come from the files of one node, so that other nodes need not have it."""
 
 
 class ConfigError(ValueError):

@@ -38,31 +38,32 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     @property
-    def is_bert(self) -> bool:
-        """Whether the model is a BERT; else it is a GPT."""
-        return self.model.architecture == "bert"
+    def head_cost(self) -> HeadCost:
+        """What the model has before and after its layers, for the cost arithmetic."""
+        return HEAD_OF[self.model.architecture](self.bert)
 
     @property
     def pair_head(self) -> bool:
         """Whether the model has a pooler and a head for pairs of segments."""
-        return self.is_bert and self.bert.bert_pair != "none"
-
-    @property
-    def head_cost(self) -> HeadCost:
-        """What the model has before and after its layers, for the cost arithmetic."""
-        if not self.is_bert:
-            return HeadCost()
-        return HeadCost(
-            predicted=self.bert.mask_prob,
-            token_types=2,
-            dense=True,
-            pair_classes=2 if self.pair_head else 0,
-        )
+        return self.head_cost.pair_classes > 0
 
     @property
     def predicted(self) -> float:
         """Share of a sequence's tokens that the output layer is computed for."""
         return self.head_cost.predicted
+
+
+def _gpt_head(bert: BertDataConfig) -> HeadCost:
+    return HeadCost()
+
+
+def _bert_head(bert: BertDataConfig) -> HeadCost:
+    classes = 0 if bert.bert_pair == "none" else 2
+    return HeadCost(predicted=bert.mask_prob, token_types=2, dense=True, pair_classes=classes)
+
+
+HEAD_OF = {"gpt": _gpt_head, "bert": _bert_head}
+"""What a model has before and after its layers, by architecture."""
 
 
 @cache
@@ -107,7 +108,10 @@ def read_flat(
 
     written: how each value looks in its file, by name, for the messages.
     """
-    by_name = {name: option for option in options().values() for name in option.names}
+    by_name = {}
+    for option in options().values():
+        for flag in option.flags:
+            by_name[flag.removeprefix("--").replace("-", "_")] = option
     values = {}
     problems = []
     spelt = {}
@@ -118,27 +122,24 @@ def read_flat(
             match = nearest(normal, by_name)
             fix = f"write {match}" if match else "remove it"
             problems.append(Problem(f"unknown key {name!r}", fix))
-        elif option.key in values:
+            continue
+        if option.key in values:
             message = f"{spelt[option.key]!r} and {name!r} are the same"
             problems.append(Problem(message, "keep one of them", (option.key,)))
-        else:
-            try:
-                values[option.key] = option.accept(value)
-                spelt[option.key] = name
-            except ValueError:
-                shown = repr(value) if written is None else written[name]
-                message = f"{name}: {shown} is not {option.expected}"
-                problems.append(Problem(message, _fix(option, name, value), (option.key,)))
+            continue
+        try:
+            values[option.key] = option.accept(value)
+            spelt[option.key] = name
+        except ValueError:
+            shown = repr(value) if written is None else written[name]
+            message = f"{name}: {shown} is not {option.expected}"
+            fix = f"for example {name}: {option.example}"
+            if option.kind in (int, float) and isinstance(value, str):
+                fix = "decimal digits, " + fix
+            elif option.kind is str and not option.choices and isinstance(value, (int, float)):
+                fix += f", or quote it: {name}: '...'"
+            problems.append(Problem(message, fix, (option.key,)))
     return values, problems
-
-
-def _fix(option: Option, name: str, value: Any) -> str:
-    """What to write in place of a value that the option does not take."""
-    if option.kind is str and not option.choices and isinstance(value, (bool, int, float)):
-        return f"for example {name}: {option.example}, or quote it: {name}: '...'"
-    if option.kind in (int, float) and isinstance(value, str):
-        return f"decimal digits, for example {name}: {option.example}"
-    return f"for example {name}: {option.example}"
 
 
 def with_preset(values: dict[str, Any]) -> dict[str, Any]:
@@ -153,10 +154,8 @@ def with_preset(values: dict[str, Any]) -> dict[str, Any]:
     architecture = shape["architecture"]
     asked = values.get("architecture", architecture)
     if asked != architecture:
-        message = (
-            f"--preset {name} is the shape of a {architecture.upper()}, "
-            f"but --architecture is {asked}"
-        )
+        shown = f"--preset {name} is the shape of a {architecture.upper()}"
+        message = f"{shown}, but --architecture is {asked}"
         fix = f"leave out --preset, or --architecture {architecture}"
         raise ConfigError([Problem(message, fix, ("preset", "architecture"))])
     return shape | values

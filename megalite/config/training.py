@@ -1,6 +1,5 @@
 """Length, evaluation and reporting of a run. Imports no torch."""
 
-import itertools
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -22,7 +21,7 @@ class TrainingConfig:
     """Global batches in one evaluation, 0 = off."""
     log_interval: Annotated[int, Field(minimum=1, changes_numbers=False)] = 10
     """Iterations between lines on the console."""
-    metrics_file: Annotated[str | None, Field(changes_numbers=False, names_files=True)] = None
+    metrics_file: Annotated[str | None, Field(changes_numbers=False)] = None
     """Append one JSON object a line to this file: each training iteration and each evaluation."""
     tensorboard_dir: Annotated[
         str | None, Field(changes_numbers=False, needs_library="tensorboard")
@@ -64,16 +63,12 @@ class TrainingConfig:
     def profile_ranges(self) -> list[tuple[int, int]]:
         """(first, last) iteration of each range. Raises ValueError when --profile is not of that
         form."""
-        ranges = [
-            re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", part.strip())
-            for part in (self.profile or "").split(",")
-        ]
-        pairs = [(int(match[1]), int(match[2])) for match in ranges if match]
-        ends = [number for pair in pairs for number in pair]
-        if (
-            None in ranges
-            or ends != sorted(ends)
-            or any(b[0] <= a[1] for a, b in itertools.pairwise(pairs))
-        ):
-            raise ValueError("not ranges of iterations from 1, first-last, in ascending order")
+        pairs = []
+        last = 0
+        for text in (self.profile or "").split(","):
+            match = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", text.strip())
+            if not match or not last < int(match[1]) <= int(match[2]):
+                raise ValueError("not ranges of iterations from 1, first-last, in ascending order")
+            last = int(match[2])
+            pairs.append((int(match[1]), last))
         return pairs

@@ -19,26 +19,20 @@ from megalite.config.rules.gpt import GPT_FILE_RULES, GPT_RULES
 from megalite.config.rules.layout import LAYOUT_RULES
 from megalite.config.rules.run import RUN_RULES
 from megalite.config.rules.tokenizer import build_tokenizer, files_of
-from megalite.config.rules.values import out_of_range
-from megalite.config.run import RunConfig, keys_where, options, with_values
+from megalite.config.run import RunConfig, options, to_flat, with_values
 from megalite.models.presets import preset
 
 PURE_RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *RUN_RULES, nothing_is_ignored)
 """Rules of every architecture that read no file."""
-RULES_OF: dict[str, tuple[Rule, ...]] = {"gpt": GPT_RULES, "bert": BERT_RULES}
-"""Further rules that read no file, by architecture."""
-FILE_RULES_OF: dict[str, tuple[Rule, ...]] = {"gpt": GPT_FILE_RULES, "bert": BERT_FILE_RULES}
-"""Further rules that read files, by architecture."""
+RULES_OF = {"gpt": (*PURE_RULES, *GPT_RULES), "bert": (*PURE_RULES, *BERT_RULES)}
+"""Rules that read no file, by architecture."""
+FILE_RULES_OF = {"gpt": (*FILE_RULES, *GPT_FILE_RULES), "bert": (*FILE_RULES, *BERT_FILE_RULES)}
+"""Rules that read files, by architecture."""
 OFFERED_PER_FLAG = 2
 """Values offered for one flag in a fix, the nearest first."""
 
 Failures = set[tuple[str, tuple[str, ...]]]
 """(rule, flags) of findings."""
-
-
-def pure_rules(config: RunConfig) -> tuple[Rule, ...]:
-    """The rules for this architecture that read no file."""
-    return (*PURE_RULES, *RULES_OF[config.model.architecture])
 
 
 def check(config: RunConfig, world_size: int) -> list[Problem]:
@@ -50,25 +44,28 @@ def check(config: RunConfig, world_size: int) -> list[Problem]:
     sane = with_values(config, {key: options()[key].default for key in senseless})
     # Values together, and with files.
     before = failures(sane, world_size)
-    file_rules = (*FILE_RULES, *FILE_RULES_OF[sane.model.architecture])
-    for rule in (*pure_rules(sane), *file_rules):
+    architecture = sane.model.architecture
+    file_rules = FILE_RULES_OF[architecture]
+    for rule in (*RULES_OF[architecture], *file_rules):
         for finding in rule(sane, world_size):
             if senseless.isdisjoint(finding.flags):
                 offers = _offers(sane, world_size, rule, finding=finding, before=before)
-                problems.append(Problem(finding.message, ", or ".join(offers), finding.flags))
+                fix = ", or ".join(offers)
+                problem = Problem(finding.message, fix, finding.flags, of_node=rule in file_rules)
+                problems.append(problem)
     return problems
 
 
-def concerns_files(problem: Problem) -> bool:
-    """Whether a problem may come from the files of one node, so that other nodes need not have
-    it."""
-    return not set(problem.flags).isdisjoint(keys_where(lambda field: field.names_files))
+def out_of_range(config: RunConfig) -> list[Problem]:
+    """Problems of single values, whatever the other fields say."""
+    found = [options()[key].problem_with(value) for key, value in to_flat(config).items()]
+    return [problem for problem in found if problem is not None]
 
 
 def failures(config: RunConfig, world_size: int) -> Failures:
     """(rule, flags) of every finding of the rules that read no file."""
     found = set()
-    for rule in pure_rules(config):
+    for rule in RULES_OF[config.model.architecture]:
         for finding in rule(config, world_size):
             found.add((rule.__name__, finding.flags))
     return found

@@ -13,6 +13,7 @@ import yaml
 
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.run import RunConfig, read_flat, to_flat, with_preset, with_values
+from megalite.system.errors import explain_os_error
 
 TEXT_TAG = "tag:yaml.org,2002:str"
 PLAIN: tuple[tuple[str, Callable[[str], Any]], ...] = (
@@ -52,9 +53,11 @@ def read_yaml(file: str) -> tuple[dict[str, Any], list[Problem]]:
         with open(file, encoding="utf-8-sig") as stream:
             text = stream.read()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        reason = f"{file}: not UTF-8 text"
+        if isinstance(error, OSError):
+            reason = explain_os_error(error)
         fix = "give the path of a YAML file"
-        return {}, [Problem(f"--config {file}: {reason}", fix, ("config",))]
+        return {}, [Problem(f"--config {reason}", fix, ("config",))]
     return parse_yaml(text, file)
 
 

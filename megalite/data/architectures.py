@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from megalite.data.bert import BertDataset
 from megalite.data.bert_config import BertDataConfig
@@ -29,6 +30,9 @@ class SampleConfig:
 
 class GPTData(SampleConfig):
     """What a GPT reads."""
+
+    pads: ClassVar[bool] = False
+    """Whether samples differ in length, so that they are padded, and attention is masked."""
 
     def mock(self, split: str) -> MockDataset:
         """Samples of synthetic data."""
@@ -77,6 +81,8 @@ class GPTData(SampleConfig):
 
 class BertData(SampleConfig):
     """What a BERT reads."""
+
+    pads: ClassVar[bool] = True
 
     def mock(self, split: str) -> BertDataset:
         """Samples of synthetic data."""

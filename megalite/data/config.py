@@ -18,6 +18,10 @@ TOKENIZER_FILES: dict[str, tuple[str, ...]] = {
 """Fields that name the files of each kind of tokenizer. It needs all of these, and no others."""
 TokenizerType = Literal[tuple(TOKENIZER_FILES)]
 """The kinds of tokenizer, by Megatron's names."""
+MaskingTokenizerType = Literal[
+    "BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer"
+]
+"""Those that may have the tokens that frame and mask a BERT's samples."""
 NO_SPECIAL_TEXTS: dict[str, str] = {
     "SentencePieceTokenizer": "SentencePiece never reads a control piece from a text. Train the "
     "model with user_defined_symbols, which it always reads",
@@ -34,13 +38,13 @@ TOKENIZER_FIELDS += ("tiktoken_pattern", "parse_special_tokens")
 class DataConfig:
     """Where the tokens come from and how they are grouped into batches."""
 
-    data_path: Annotated[tuple[str, ...] | None, Field(names_files=True)] = None
+    data_path: tuple[str, ...] | None = None
     """Prefix of an indexed dataset, PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes
     it; or several with weights, 0.3 PREFIX 0.7 PREFIX, to blend. --split divides each."""
-    train_data_path: Annotated[tuple[str, ...] | None, Field(names_files=True)] = None
+    train_data_path: tuple[str, ...] | None = None
     """Prefixes and weights, as --data-path takes them, for training alone: all of their documents,
     in place of --data-path."""
-    valid_data_path: Annotated[tuple[str, ...] | None, Field(names_files=True)] = None
+    valid_data_path: tuple[str, ...] | None = None
     """Prefixes and weights, as --data-path takes them, for validation alone."""
     sample_order: Literal["counted", "megatron"] = "counted"
     """counted: windows over all tokens, in an order that only the seed decides. megatron: the
@@ -54,13 +58,13 @@ class DataConfig:
     tokenizer_type: TokenizerType | None = None
     """Tokenizer that the data was made with; gives the vocabulary size and is recorded for
     sampling."""
-    tokenizer_model: Annotated[str | None, Field(names_files=True)] = None
+    tokenizer_model: str | None = None
     """Model file of the tokenizer: a SentencePiece .model, a tokenizer.json or its folder
     (HuggingFaceTokenizer), a file of BPE ranks (TikTokenizer)."""
-    vocab_file: Annotated[str | None, Field(names_files=True)] = None
+    vocab_file: str | None = None
     """Vocabulary of the tokenizer: encoder.json (GPT2BPETokenizer) or vocab.txt (BertWordPiece*).
     """
-    merge_file: Annotated[str | None, Field(names_files=True)] = None
+    merge_file: str | None = None
     """Merges of the tokenizer: vocab.bpe (GPT2BPETokenizer)."""
     tiktoken_pattern: str | None = None
     """How a TikTokenizer splits text, and its special tokens: r50k_base, cl100k_base, o200k_base,

@@ -27,6 +27,7 @@ import numpy as np
 
 from megalite.data.mapping import map_file
 from megalite.data.streams import GatheredStream, TokenStream
+from megalite.system.errors import ReportedError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -46,7 +47,7 @@ BLOCKS = 64
 REMAKE = "Make the dataset again with tools/preprocess_data.py"
 
 
-class DatasetError(ValueError):
+class DatasetError(ReportedError, ValueError):
     """Data that cannot be used: names the file or split, the value found, and what to do."""
 
 

@@ -14,9 +14,10 @@ from megalite.optim.parameters import ParameterBuffer
 from megalite.optim.schedule import learning_rate, weight_decay
 from megalite.parallel.config import ParallelConfig
 from megalite.parallel.context import ParallelContext
+from megalite.system.errors import ReportedError
 
 
-class NonFiniteGradient(RuntimeError):
+class NonFiniteGradient(ReportedError, RuntimeError):
     """The gradient is inf or NaN; the weights were left as they are."""
 
 

@@ -17,13 +17,14 @@ from megalite.parallel.collectives import Group
 from megalite.parallel.launch import LaunchInfo
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rendezvous import meet
+from megalite.system.errors import ReportedError
 
 PATIENCE_HOURS = 2
 """Ranks that wait for the slowest disk wait longer than a collective may take: a checkpoint must
 not time out."""
 
 
-class DeviceError(ValueError):
+class DeviceError(ReportedError, ValueError):
     """A device or backend that this machine does not have: says what it has."""
 
 

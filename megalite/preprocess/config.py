@@ -13,6 +13,7 @@ from megalite.data.config import TokenizerType
 from megalite.data.indexed import dataset_path
 from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer, tokenizer_fields
 from megalite.preprocess.inputs import STDIN, expand, is_text
+from megalite.system.errors import error_message
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _problems(config: PreprocessConfig, files: list[str]) -> Iterator[str]:
     try:
         _ = config.tokenizer.eod if config.append_eod else config.tokenizer
     except (TokenizerError, OSError) as error:
-        yield str(error)
+        yield error_message(error)
     # Sentences.
     given = f"--language {config.language}"
     if not config.split_sentences:

@@ -11,6 +11,7 @@ from pathlib import Path
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset, dataset_path
 from megalite.preprocess.indexed_writer import IndexedWriter
 from megalite.preprocess.journal import Journal
+from megalite.system.errors import error_message
 
 SHARD_NAME = re.compile(r"_(\d{4,})-of-(\d{4,})")
 FLAG_OF = {
@@ -115,7 +116,7 @@ def merge_into(
             datasets.append(IndexedDataset(prefix))
             infos[str(prefix)] = DatasetInfo.read(prefix)
         except (DatasetError, OSError) as error:
-            problems.append(str(error))
+            problems.append(error_message(error))
     for dataset in datasets:
         first = datasets[0]
         if dataset.dtype != first.dtype:

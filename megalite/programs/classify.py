@@ -5,11 +5,11 @@ Example: python tools/classify.py --classifier classifier --input new.tsv --outp
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from megalite.checkpoint.folder import CheckpointError
 from megalite.config.cli import parse_options
 from megalite.data.classification import (
     SUFFIXES,
@@ -21,10 +21,9 @@ from megalite.data.classification import (
     read_examples,
     refuse,
 )
-from megalite.data.indexed import DatasetError
 from megalite.data.masking import special_ids
-from megalite.data.tokenizers import TokenizerError
-from megalite.programs import reporting
+from megalite.fields import Field
+from megalite.programs.reporting import failures_reported
 from megalite.training.finetune_config import ClassifierDescription
 
 
@@ -45,33 +44,29 @@ class Options:
     quoting: Quoting = "csv"
     """Of .tsv files. csv: a field in quotes may hold tabs and line breaks; none: quotes are
     ordinary characters."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Field(minimum=1)] = 32
     """Texts that are classified at a time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU when there is one."""
 
-    def problems(self) -> list[str]:
-        """Everything wrong with these values, each with a fix."""
-        source, output = Path(self.input), Path(self.output)
-        suffixes = " or ".join(SUFFIXES)
-        checks = [
-            (
-                not Path(self.classifier).is_dir(),
-                f"--classifier {self.classifier}: there is no such folder",
-            ),
-            (
-                source.suffix not in SUFFIXES,
-                f"--input {source}: give a file that ends in {suffixes}",
-            ),
-            (not source.is_file(), f"--input {source}: there is no such file"),
-            (output.exists(), f"--output {output} exists: give the name of a new file"),
-            (
-                not output.parent.is_dir(),
-                f"--output {output}: make the folder first: mkdir -p {output.parent}",
-            ),
-            (self.batch_size < 1, f"--batch-size {self.batch_size}: use 1 or more"),
-        ]
-        return [text for wrong, text in checks if wrong]
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these values, each with a fix."""
+        output = Path(self.output)
+        if not Path(self.classifier).is_dir():
+            yield f"--classifier {self.classifier}: there is no such folder"
+        yield from input_problems("--input", self.input)
+        if output.exists():
+            yield f"--output {output} exists: give the name of a new file"
+        if not output.parent.is_dir():
+            yield f"--output {output}: make the folder first: mkdir -p {output.parent}"
+
+
+def input_problems(flag: str, path: str) -> Iterator[str]:
+    """What is wrong with a file of texts, as far as its name shows."""
+    if Path(path).suffix not in SUFFIXES:
+        yield f"{flag} {path}: give a file that ends in {' or '.join(SUFFIXES)}"
+    if not Path(path).is_file():
+        yield f"{flag} {path}: there is no such file"
 
 
 def read(options: Options, about: ClassifierDescription) -> tuple[list[Example], Rows]:
@@ -88,9 +83,8 @@ def read(options: Options, about: ClassifierDescription) -> tuple[list[Example],
         classes = ", ".join(about.classes)
         unknown = [label for label in classes_of(examples) if label not in about.classes]
         refuse([f"label {label!r} is none of the classes, {classes}" for label in unknown])
-    rows = frame(
-        examples, tokenizer, special_ids(tokenizer), seq_length=about.seq_length, classes=None
-    )
+    special = special_ids(tokenizer)
+    rows = frame(examples, tokenizer, special, seq_length=about.seq_length, classes=None)
     return examples, rows
 
 
@@ -116,15 +110,10 @@ def classify(options: Options, about: ClassifierDescription, rows: Rows) -> list
 def main() -> None:
     """Read the flags, report all problems at once (status 2, or 1 for what is in the files),
     classify."""
-    options = parse_options(Options, __doc__)
-    reporting.refuse(options.problems())
-    with reporting.failures_reported(DatasetError, TokenizerError):
+    options = parse_options(Options, __doc__, check=Options.problems)
+    with failures_reported():
         about = ClassifierDescription.read(options.classifier)
         examples, rows = read(options, about)
-
-    from megalite.parallel.context import DeviceError
-
-    with reporting.failures_reported(CheckpointError, DeviceError):
         labels = classify(options, about, rows)
     print(f"{len(labels)} texts classified, in {options.output}")
     if options.label_key is not None:

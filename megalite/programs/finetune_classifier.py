@@ -8,16 +8,18 @@ One process reads a checkpoint of any layout. tools/classify.py uses what --save
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-from megalite.checkpoint.folder import CheckpointError, checkpoint_folder, latest_iteration
+import numpy as np
+
+from megalite.checkpoint.folder import CheckpointError
 from megalite.config.cli import parse_options
-from megalite.config.rules.files import read_config
+from megalite.config.rules.files import folder_to_load, read_config
 from megalite.config.run import RunConfig
 from megalite.data.classification import (
-    SUFFIXES,
     Columns,
     Quoting,
     Rows,
@@ -30,23 +32,25 @@ from megalite.data.classification import (
 )
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError, checkpoint_data_config, tokenizer_fields
-from megalite.programs import reporting
+from megalite.fields import Field
+from megalite.programs.classify import input_problems
+from megalite.programs.model_options import BertOptions
+from megalite.programs.reporting import failures_reported
+from megalite.system.errors import error_message
 from megalite.training.finetune_config import ClassifierDescription, FinetuneConfig, bert_tokenizer
 
 SHOWN_CLASSES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(FinetuneConfig):
+class Options(BertOptions, FinetuneConfig):
     """What to train, from what, and how."""
 
-    load: str
-    """Folder of checkpoints, as --save of pretrain_bert.py."""
     train: str
     """Examples to train with: .tsv with a header, or .jsonl."""
     valid: str | None = None
     """Examples to validate with, in place of --valid-share."""
-    valid_share: float | None = None
+    valid_share: Annotated[float | None, Field(above=0, below=1, example=0.1)] = None
     """Share of the training examples to validate with, chosen at random by the seed, in place of
     --valid."""
     save: str | None = None
@@ -62,61 +66,27 @@ class Options(FinetuneConfig):
     ordinary characters."""
     seq_length: int | None = None
     """Tokens that a text or pair is cut to, [CLS] and [SEP] among them. Unset: the checkpoint's."""
-    ckpt_step: int | None = None
-    """Iteration to load. Unset: the latest."""
-    tokenizer_type: (
-        Literal["BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer"] | None
-    ) = None
-    """Tokenizer. Unset: the one in the checkpoint's configuration."""
-    vocab_file: str | None = None
-    """Its vocab.txt (BertWordPiece*). Unset: the one in the checkpoint's configuration."""
-    tokenizer_model: str | None = None
-    """Its tokenizer.json (HuggingFaceTokenizer). Unset: the one in the checkpoint's
-    configuration."""
-    parse_special_tokens: bool = False
-    """Take the text of a special token for that token, which is the default if the checkpoint's
-    run did."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes a GPU when there is one."""
 
     @property
     def columns(self) -> Columns:
         """The columns of a .tsv file, or keys of a .jsonl file, that are read."""
         return Columns(self.text_key, self.pair_key, self.label_key)
 
-    def problems(self) -> list[str]:
-        """Everything wrong with these values, each with a fix."""
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these values, each with a fix."""
+        yield from super().problems()
         names = self.columns.names
-        suffixes = " or ".join(SUFFIXES)
-        checks = [
-            (not Path(self.load).is_dir(), f"--load {self.load}: there is no such folder"),
-            (
-                (self.valid is None) == (self.valid_share is None),
-                "give one of --valid FILE and --valid-share 0.1",
-            ),
-            (
-                self.valid_share is not None and not 0 < self.valid_share < 1,
-                f"--valid-share {self.valid_share}: use a share between 0 and 1",
-            ),
-            (
-                len(set(names)) < len(names),
-                f"--text-key, --pair-key and --label-key must differ: they are {', '.join(names)}",
-            ),
-            (
-                self.save is not None and Path(self.save).exists(),
-                f"--save {self.save} exists: give the name of a new folder",
-            ),
-            (
-                self.save is not None and not writable(self.save),
-                f"--save {self.save}: cannot be created there",
-            ),
-        ]
-        for flag, path in (("--train", self.train), ("--valid", self.valid)):
-            if path is not None:
-                wrong_kind = Path(path).suffix not in SUFFIXES
-                checks.append((wrong_kind, f"{flag} {path}: give a file that ends in {suffixes}"))
-                checks.append((not Path(path).is_file(), f"{flag} {path}: there is no such file"))
-        return [text for wrong, text in checks if wrong] + super().problems()
+        if (self.valid is None) == (self.valid_share is None):
+            yield "give one of --valid FILE and --valid-share 0.1"
+        if len(set(names)) < len(names):
+            yield f"--text-key, --pair-key and --label-key must differ: they are {', '.join(names)}"
+        if self.save is not None and Path(self.save).exists():
+            yield f"--save {self.save} exists: give the name of a new folder"
+        if self.save is not None and not writable(self.save):
+            yield f"--save {self.save}: cannot be created there"
+        yield from input_problems("--train", self.train)
+        if self.valid is not None:
+            yield from input_problems("--valid", self.valid)
 
 
 def writable(folder: str) -> bool:
@@ -126,20 +96,9 @@ def writable(folder: str) -> bool:
     return parent.is_dir() and os.access(parent, os.W_OK)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """All that training needs but the model. Built without torch."""
-
-    description: ClassifierDescription
-    train: Rows
-    valid: Rows
-    baseline: float
-    """Accuracy of always guessing the most frequent class of the training data."""
-    most_frequent: str
-
-
-def prepare(options: Options) -> Prepared:
-    """Read the data and turn it into rows of tokens.
+def prepare(options: Options) -> tuple[ClassifierDescription, Rows, Rows]:
+    """Read the data and turn it into rows of tokens: (the classifier, rows to train with, rows to
+    validate with). Loads no torch.
 
     Raises DatasetError with all that is wrong with checkpoint, tokenizer and files.
     """
@@ -148,7 +107,16 @@ def prepare(options: Options) -> Prepared:
     try:
         run = configuration(options)
         seq_length = run.model.seq_length if options.seq_length is None else options.seq_length
-        problems += length_problems(run, seq_length, least=3 if options.pair_key is None else 5)
+        # A row must hold a token of each text, and fit the model's positions.
+        least = 3 if options.pair_key is None else 5
+        positions = run.model.positions
+        limit = ""
+        if seq_length < least:
+            limit = f"use {least} or more"
+        elif run.model.position_embedding_type == "learned_absolute" and seq_length > positions:
+            limit = f"the model has {positions} positions; use {positions} or less"
+        if limit:
+            problems.append(f"--seq-length {seq_length}: {limit}, [CLS] and [SEP] among them")
         tokenizer, special = bert_tokenizer(run)
     except (CheckpointError, TokenizerError) as error:
         problems.append(str(error))
@@ -163,21 +131,14 @@ def prepare(options: Options) -> Prepared:
         train, valid = hold_out(train, options.valid_share, options.seed)
     classes = classes_of(train)
     if len(classes) < 2:
-        raise DatasetError(
-            f"{options.train}: a classifier needs two classes, all labels are {classes[0]!r}"
-        )
+        found = f"all labels are {classes[0]!r}"
+        raise DatasetError(f"{options.train}: a classifier needs two classes, {found}")
     refuse(unseen_labels(valid, classes))
-    labels = [example.label for example in train]
-    most_frequent = max(classes, key=labels.count)
-    return Prepared(
-        ClassifierDescription(
-            classes, options.columns, seq_length, config=run, tokenizer_sha256=tokenizer.sha256
-        ),
-        train=frame(train, tokenizer, special, seq_length=seq_length, classes=classes),
-        valid=frame(valid, tokenizer, special, seq_length=seq_length, classes=classes),
-        baseline=sum(example.label == most_frequent for example in valid) / len(valid),
-        most_frequent=most_frequent,
-    )
+    made_by = {"config": run, "tokenizer_sha256": tokenizer.sha256}
+    about = ClassifierDescription(classes, options.columns, seq_length, **made_by)
+    shape = {"seq_length": seq_length, "classes": classes}
+    rows = [frame(examples, tokenizer, special, **shape) for examples in (train, valid)]
+    return about, *rows
 
 
 def configuration(options: Options) -> RunConfig:
@@ -186,96 +147,68 @@ def configuration(options: Options) -> RunConfig:
     Raises CheckpointError if it cannot be read or is that of a GPT, TokenizerError if a file of the
     tokenizer is not found.
     """
-    iteration = options.ckpt_step
-    if iteration is None:
-        iteration = latest_iteration(options.load)
-    folder = None if iteration is None else checkpoint_folder(options.load, iteration)
+    step = options.ckpt_step
+    folder = folder_to_load(options.load, step)
     if folder is None:
-        what = "a checkpoint" if iteration is None else f"the checkpoint of iteration {iteration}"
+        what = "a checkpoint" if step is None else f"the checkpoint of iteration {step}"
         raise CheckpointError(f"--load {options.load}: {what} is not there")
     try:
         run = read_config(folder)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its configuration cannot be read: {error}") from None
-    if not run.is_bert:
-        raise CheckpointError(
-            f"--load {options.load} holds a GPT; give a checkpoint of pretrain_bert.py"
-        )
+        reason = error_message(error)
+        raise CheckpointError(f"{folder}: its configuration cannot be read: {reason}") from None
+    if run.model.architecture != "bert":
+        other = "give a checkpoint of pretrain_bert.py"
+        raise CheckpointError(f"--load {options.load} holds a GPT; {other}")
     data = checkpoint_data_config(run.data, tokenizer_fields(options), folder)
     return replace(run, data=data)
 
 
-def length_problems(run: RunConfig, seq_length: int, least: int) -> list[str]:
-    """What is wrong with --seq-length: a row must hold a token of each text, and fit the model's
-    positions."""
-    learned = run.model.position_embedding_type == "learned_absolute"
-    if seq_length < least:
-        limit = f"use {least} or more"
-    elif learned and seq_length > run.model.positions:
-        positions = run.model.positions
-        limit = f"the model has {positions} positions; use {positions} or less"
-    else:
-        return []
-    return [f"--seq-length {seq_length}: {limit}, [CLS] and [SEP] among them"]
-
-
-def train(options: Options, prepared: Prepared) -> None:
+def train(options: Options, about: ClassifierDescription, training: Rows, valid: Rows) -> None:
     """Train, report each epoch, and save."""
     from megalite.checkpoint.load import Checkpoint
     from megalite.training.finetune import finetune, pretrained_classifier, save_classifier
     from megalite.training.trained import single_process_device
 
-    about = prepared.description
     device = single_process_device(options.device)
+    count = len(about.classes)
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
         model = pretrained_classifier(
-            checkpoint, about.config, len(about.classes), config=options, device=device
+            checkpoint, about.config, count, config=options, device=device
         )
         print(f"iteration {checkpoint.iteration} of {options.load}, on {device}")
-    print_data(prepared)
-    for epoch in finetune(model, prepared.train, prepared.valid, config=options):
+    # What it is trained from.
+    if not about.config.pair_head:
+        without = "the checkpoint was trained with --bert-pair none and has no pooler"
+        print(f"{without}: a new one is trained")
+    for name, rows in (("training", training), ("validation", valid)):
+        print(f"{len(rows)} {name} examples, {rows.cut} of them cut to {about.seq_length} tokens")
+    more = ", ..." if count > SHOWN_CLASSES else ""
+    print(f"{count} classes: {', '.join(about.classes[:SHOWN_CLASSES])}{more}", flush=True)
+    # Always guessing the most frequent class of the training data is right in this share.
+    most_frequent = np.bincount(training.labels).argmax()
+    baseline = (valid.labels == most_frequent).mean()
+    for epoch in finetune(model, training, valid, config=options):
         print(
             f"epoch {epoch.number}/{options.epochs} "
             f"| training loss {epoch.training_loss:.4f} "
             f"| validation loss {epoch.validation_loss:.4f} "
-            f"| accuracy {epoch.accuracy:.4f} | baseline {prepared.baseline:.4f}",
+            f"| accuracy {epoch.accuracy:.4f} | baseline {baseline:.4f}",
             flush=True,
         )
     print(
-        f"accuracy {epoch.accuracy:.4f} on {len(prepared.valid)} validation examples; "
-        f"always guessing {prepared.most_frequent!r}, the most frequent class of the "
-        f"training data: {prepared.baseline:.4f}"
+        f"accuracy {epoch.accuracy:.4f} on {len(valid)} validation examples; "
+        f"always guessing {about.classes[most_frequent]!r}, the most frequent class of the "
+        f"training data: {baseline:.4f}"
     )
     if options.save is not None:
         save_classifier(options.save, model, about)
         print(f"saved to {options.save}")
 
 
-def print_data(prepared: Prepared) -> None:
-    """Print what the classifier is trained from."""
-    about = prepared.description
-    if not about.config.pair_head:
-        print(
-            "the checkpoint was trained with --bert-pair none and has no pooler: "
-            "a new one is trained"
-        )
-    for name, rows in (("training", prepared.train), ("validation", prepared.valid)):
-        print(f"{len(rows)} {name} examples, {rows.cut} of them cut to {about.seq_length} tokens")
-    shown = ", ".join(about.classes[:SHOWN_CLASSES])
-    more = ", ..." if len(about.classes) > SHOWN_CLASSES else ""
-    print(f"{len(about.classes)} classes: {shown}{more}", flush=True)
-
-
 def main() -> None:
     """Read the flags, report all problems at once (status 2, or 1 for what is in the files),
     train."""
-    options = parse_options(Options, __doc__)
-    reporting.refuse(options.problems())
-    with reporting.failures_reported(DatasetError):
-        prepared = prepare(options)
-
-    from megalite.optim.optimizer import NonFiniteGradient
-    from megalite.parallel.context import DeviceError
-
-    with reporting.failures_reported(CheckpointError, DeviceError, NonFiniteGradient):
-        train(options, prepared)
+    options = parse_options(Options, __doc__, check=Options.problems)
+    with failures_reported():
+        train(options, *prepare(options))

@@ -22,7 +22,7 @@ from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
 from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer, tokenizer_fields
 from megalite.fields import Field
 from megalite.preprocess.indexed_verify import verify
-from megalite.programs.reporting import describe, failures_reported, print_errors, refuse
+from megalite.programs.reporting import failures_reported, print_errors
 
 SAMPLED = 1 << 20
 """Sequences whose lengths are read: all of them, or evenly spaced ones."""
@@ -35,13 +35,13 @@ class InspectConfig:
 
     prefix: Annotated[str, Field(positional=True)]
     """Prefix of the .bin and .idx files, or one of their names."""
-    documents: int = 1
+    documents: Annotated[int, Field(minimum=0)] = 1
     """Number of documents to print, from the first."""
     random: bool = False
     """Print random documents, different ones at every call."""
     verify: bool = False
     """Check every entry of the index and every id."""
-    tokens: int = 64
+    tokens: Annotated[int, Field(minimum=0)] = 64
     """Number of tokens to print of each document."""
     tokenizer_type: TokenizerType | None = None
     """Type of the tokenizer, to print documents as text."""
@@ -68,15 +68,14 @@ def tokenizer_of(config: InspectConfig) -> Tokenizer | None:
 
 def sizes(dataset: IndexedDataset) -> dict[str, str]:
     """The sizes of a dataset, by name."""
+    gaps = "no: sequences share bytes, or leave gaps"
     shown = {
         "documents": f"{dataset.num_documents:,}",
         "sequences": f"{len(dataset):,}",
         "tokens": f"{dataset.num_tokens:,}",
         "stored as": f"{dataset.dtype.name}, {dataset.bin_size:,} bytes",
-        "contiguous": "yes",
+        "contiguous": "yes" if dataset.contiguous else gaps,
     }
-    if not dataset.contiguous:
-        shown["contiguous"] = "no: sequences share bytes, or leave gaps"
     if len(dataset):
         shown["tokens in a sequence"] = lengths(dataset)
     return shown
@@ -86,12 +85,12 @@ def lengths(dataset: IndexedDataset) -> str:
     """Minimum, maximum, median and mean of the lengths of sequences; for many, of an evenly spaced
     sample."""
     count = len(dataset)
-    if count <= SAMPLED:
-        sample = dataset.lengths[np.arange(count)]
-        note = ""
-    else:
-        sample = dataset.lengths[np.arange(SAMPLED) * (count - 1) // (SAMPLED - 1)]
+    positions = np.arange(min(count, SAMPLED))
+    note = ""
+    if count > SAMPLED:
+        positions = positions * (count - 1) // (SAMPLED - 1)
         note = f" (of {SAMPLED:,} evenly spaced ones)"
+    sample = dataset.lengths[positions]
     return (
         f"{int(sample.min()):,} to {int(sample.max()):,}, median {float(np.median(sample)):g}, "
         f"mean {sample.mean():.1f}{note}"
@@ -140,9 +139,7 @@ def show(config: InspectConfig, dataset: IndexedDataset, tokenizer: Tokenizer | 
 def chosen_documents(config: InspectConfig, available: int) -> list[int]:
     """Numbers of the documents to show, in ascending order."""
     count = min(config.documents, available)
-    if config.random:
-        return sorted(random.sample(range(available), count))
-    return list(range(count))
+    return sorted(random.sample(range(available), count)) if config.random else list(range(count))
 
 
 def shown_document(
@@ -159,10 +156,8 @@ def shown_document(
     else:
         foreign = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
         if foreign:
-            raise DatasetError(
-                f"document {number}: id {foreign[0]}, "
-                f"but the tokenizer has {tokenizer.vocab_size} ids"
-            )
+            known = f"but the tokenizer has {tokenizer.vocab_size} ids"
+            raise DatasetError(f"document {number}: id {foreign[0]}, {known}")
         text = tokenizer.decode(ids)
     more = " ..." if len(stream) > len(ids) else ""
     return f"document {number}, {len(stream):,} tokens: {text}{more}"
@@ -178,30 +173,19 @@ def checked(dataset: IndexedDataset) -> list[str]:
         found = verify(dataset, lambda share: bar.update(task, completed=share))
     if not found.problems:
         largest = "" if found.largest_id is None else f"; the largest id is {found.largest_id:,}"
-        print(
-            f"verified: all {len(dataset):,} sequences and {dataset.num_documents:,} documents are "
-            f"sound{largest}"
-        )
+        sizes = f"{len(dataset):,} sequences and {dataset.num_documents:,} documents"
+        print(f"verified: all {sizes} are sound{largest}")
     return found.problems
 
 
 def main() -> int:
     """Exit status 0, 1 when the dataset is damaged, 2 when the arguments are at fault."""
     config = parse_options(InspectConfig, __doc__)
-    if min(config.documents, config.tokens) < 0:
-        refuse(["--documents and --tokens: give numbers of at least 0"])
-    try:
+    with failures_reported(status=2):
         tokenizer = tokenizer_of(config)
-    except (TokenizerError, OSError) as error:
-        refuse([describe(error)])
-    with failures_reported(DatasetError):
+    with failures_reported():
         dataset = IndexedDataset(re.sub(r"\.(bin|idx|json)$", "", config.prefix))
         show(config, dataset, tokenizer)
         problems = checked(dataset) if config.verify else []
     print_errors(problems)
-    if config.verify and not problems:
-        print(
-            f"verified: all {len(dataset):,} sequences and {dataset.num_documents:,} documents "
-            "are sound"
-        )
     return 1 if problems else 0

@@ -50,11 +50,8 @@ def main() -> int | None:
 def overview() -> str:
     """The usage, and one line about each program."""
     width = max(map(len, PROGRAMS))
-    lines = [
-        "usage: megalite PROGRAM ...",
-        "",
-        "megalite PROGRAM --help lists the flags of a program:",
-    ]
+    lines = ["usage: megalite PROGRAM ...", ""]
+    lines.append("megalite PROGRAM --help lists the flags of a program:")
     for name, module in PROGRAMS.items():
         lines.append(f"  {name:{width}}  {summary(module)}")
     return "\n".join(lines)

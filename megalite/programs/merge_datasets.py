@@ -11,7 +11,7 @@ must be complete and in order.
 from dataclasses import dataclass
 
 from megalite.config.cli import parse_options
-from megalite.data.indexed import DatasetError, IndexedDataset
+from megalite.data.indexed import IndexedDataset
 from megalite.preprocess.merge import find_prefixes, merge
 from megalite.programs.reporting import failures_reported, refuse
 
@@ -31,10 +31,8 @@ def main() -> None:
     config = parse_options(MergeConfig, __doc__)
     prefixes, problems = find_prefixes(config.input)
     refuse(problems)
-    with failures_reported(DatasetError):
+    with failures_reported():
         merge(prefixes, config.output_prefix)
     merged = IndexedDataset(config.output_prefix)
-    print(
-        f"{config.output_prefix}: {merged.num_documents:,} documents, {merged.num_tokens:,} tokens "
-        f"of {len(prefixes)}"
-    )
+    sizes = f"{merged.num_documents:,} documents, {merged.num_tokens:,} tokens"
+    print(f"{config.output_prefix}: {sizes} of {len(prefixes)}")

@@ -15,6 +15,7 @@ from typing import Annotated
 from megalite.config.cli import parse_options
 from megalite.fields import Field
 from megalite.programs.reporting import fail, failures_reported, refuse
+from megalite.system.errors import ReportedError
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Curves:
     validation: list[tuple[int, float]]
 
 
-class MetricsError(ValueError):
+class MetricsError(ReportedError):
     """A metrics file that cannot be plotted: names the file, the line and the reason."""
 
 
@@ -47,13 +48,12 @@ def read_curves(path: Path) -> Curves:
     """Read a metrics file. Where a resumed run repeats iterations of a killed one, the later line
     counts.
 
-    An incomplete last line, which a killed run may leave, is ignored. Raises MetricsError.
+    An incomplete last line, which a killed run may leave, is ignored. Raises MetricsError, OSError.
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise MetricsError(f"{path}: {reason}") from None
+    except UnicodeDecodeError:
+        raise MetricsError(f"{path}: not UTF-8 text") from None
     training = {}
     validation = {}
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
@@ -64,16 +64,16 @@ def read_curves(path: Path) -> Curves:
             if "validation_loss" in values:
                 validation[values["iteration"]] = values["validation_loss"]
         except (json.JSONDecodeError, TypeError, KeyError):
-            raise MetricsError(
-                f"{path}, line {number}: not an object with an iteration: {line[:60]}"
-            ) from None
+            where = f"{path}, line {number}"
+            message = f"{where}: not an object with an iteration: {line[:60]}"
+            raise MetricsError(message) from None
     if not training and not validation:
         raise MetricsError(f"{path}: no training or validation loss in it")
     return Curves(sorted(training.items()), sorted(validation.items()))
 
 
 def draw(config: PlotConfig, runs: list[Curves]) -> None:
-    """Write the picture. Raises ValueError for a suffix that matplotlib does not know."""
+    """Write the picture. Raises MetricsError for a suffix that matplotlib does not know."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -83,21 +83,23 @@ def draw(config: PlotConfig, runs: list[Curves]) -> None:
     validation_style = dict(marker="o", markersize=4, markeredgecolor="black")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for number, (path, run) in enumerate(zip(config.files, runs, strict=True)):
-        color = f"C{number}"
         of = f" ({path})" if len(runs) > 1 else ""
-        if run.training:
-            iterations, losses = zip(*run.training)
-            axes.plot(iterations, losses, color=color, label=f"training{of}", **training_style)
-        if run.validation:
-            iterations, losses = zip(*run.validation)
-            axes.plot(iterations, losses, color=color, label=f"validation{of}", **validation_style)
+        for curve, kind, style in (
+            (run.training, f"training{of}", training_style),
+            (run.validation, f"validation{of}", validation_style),
+        ):
+            if curve:
+                axes.plot(*zip(*curve), color=f"C{number}", label=kind, **style)
     for iteration in config.resumed_at:
         label = f"resumed at {iteration}"
         axes.axvline(int(iteration), color="gray", linestyle="--", linewidth=1, label=label)
     axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=config.title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(config.output, dpi=120)
+    try:
+        figure.savefig(config.output, dpi=120)
+    except ValueError as error:
+        raise MetricsError(str(error)) from None
 
 
 def main() -> None:
@@ -105,7 +107,7 @@ def main() -> None:
     config = parse_options(PlotConfig, __doc__)
     wrong = [word for word in config.resumed_at if not word.isdecimal()]
     refuse([f"--resumed-at {word}: give the number of an iteration" for word in wrong])
-    with failures_reported(ValueError):
+    with failures_reported():
         try:
             draw(config, [read_curves(Path(path)) for path in config.files])
         except ImportError:

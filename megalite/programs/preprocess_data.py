@@ -13,14 +13,13 @@ import sys
 from pathlib import Path
 
 from megalite.config.cli import parse_options
-from megalite.data.indexed import DatasetError
-from megalite.data.tokenizers import TokenizerError
 from megalite.preprocess.config import PreprocessConfig, find_problems
 from megalite.preprocess.inputs import ignored_files
 from megalite.preprocess.journal import StagingError
 from megalite.preprocess.progress import Progress, show_progress
 from megalite.preprocess.run import preprocess
-from megalite.programs.reporting import describe, fail, print_errors, refuse
+from megalite.programs.reporting import describe, print_errors, refuse
+from megalite.system.errors import ReportedError
 
 SHOWN = 5
 """Ignored files to name."""
@@ -47,17 +46,14 @@ def main() -> None:
             infos = preprocess(config, remember)
     except BrokenPipeError:
         raise
-    except StagingError as error:
-        fail(str(error))
-    except (DatasetError, TokenizerError, OSError, KeyboardInterrupt) as error:
+    except (ReportedError, OSError, KeyboardInterrupt) as error:
         print_errors(describe(error).splitlines())
-        if config.staging_dir.exists():
+        if config.staging_dir.exists() and not isinstance(error, StagingError):
             print(f"{config.staging_dir} keeps what is done. {RESUME}", file=sys.stderr)
         raise SystemExit(1) from None
     for key, info in zip(config.json_keys, infos, strict=True):
-        print(
-            f"{config.prefix(key)}.bin, .idx: {info.documents:,} documents, {info.tokens:,} tokens"
-        )
+        sizes = f"{info.documents:,} documents, {info.tokens:,} tokens"
+        print(f"{config.prefix(key)}.bin, .idx: {sizes}")
     bad_lines = Path(config.bad_lines)
     if bad_lines.exists():
         print(f"{bad_lines.read_bytes().count(10):,} bad lines were left out: see {bad_lines}")
@@ -76,7 +72,5 @@ def print_plan(config: PreprocessConfig) -> None:
         print(f"ignored, not a known kind of file: {names}{more}", file=sys.stderr)
     tokenizer = config.tokenizer
     why = f" ({tokenizer.why})" if tokenizer.why else ""
-    print(
-        f"{config.tokenizer_type}, {tokenizer.vocab_size:,} ids, {tokenizer.backend} backend{why}",
-        file=sys.stderr,
-    )
+    ids = f"{tokenizer.vocab_size:,} ids"
+    print(f"{config.tokenizer_type}, {ids}, {tokenizer.backend} backend{why}", file=sys.stderr)

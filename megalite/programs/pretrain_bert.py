@@ -1,25 +1,17 @@
 """Pretrain a BERT with data x tensor x pipeline parallelism.
 
-One process:      python pretrain_bert.py --mock-data --vocab-size 512 --num-layers 4 --train-iters
-9 Eight ranks:      torchrun --nproc-per-node 8 pretrain_bert.py --tp 2 --pp 2 ... A SLURM job:
-srun python pretrain_bert.py --tp 2 --pp 2 ... Check a layout:   python pretrain_bert.py
---world-size 64 --tp 8 --pp 4 ...
+One process:     python pretrain_bert.py --mock-data --vocab-size 512 --num-layers 4 --train-iters 9
+Eight ranks:     torchrun --nproc-per-node 8 pretrain_bert.py --tp 2 --pp 2 ...
+A SLURM job:     srun python pretrain_bert.py --tp 2 --pp 2 ...
+Check a layout:  python pretrain_bert.py --world-size 64 --tp 8 --pp 4 ...
 
 Every flag can stand in a YAML file instead (--config FILE).
 All problems of a configuration are reported before anything starts.
 """
 
-import os
-import sys
-
-from megalite.config.cli import parse_and_check
-from megalite.parallel.launch import detect
+from megalite.programs.pretrain_gpt import pretrain_program
 
 
 def main() -> None:
     """Read and check the configuration, and only then load torch and train."""
-    config = parse_and_check(sys.argv[1:], __doc__, architecture="bert")
-
-    from megalite.training.pretrain import pretrain_or_exit
-
-    pretrain_or_exit(config, detect(os.environ))
+    pretrain_program(__doc__, "bert")

@@ -18,7 +18,12 @@ from megalite.parallel.launch import detect
 
 def main() -> None:
     """Read and check the configuration, and only then load torch and train."""
-    config = parse_and_check(sys.argv[1:], __doc__, architecture="gpt")
+    pretrain_program(__doc__, "gpt")
+
+
+def pretrain_program(description: str, architecture: str) -> None:
+    """The program that pretrains one architecture. description: what --help prints first."""
+    config = parse_and_check(sys.argv[1:], description, architecture=architecture)
 
     from megalite.training.pretrain import pretrain_or_exit
 

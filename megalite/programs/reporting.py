@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from megalite.system.errors import explain_os_error
+from megalite.system.errors import ReportedError, error_message
 
 
 def refuse(problems: list[str]) -> None:
@@ -28,23 +28,21 @@ def print_errors(lines: list[str]) -> None:
 
 
 @contextmanager
-def failures_reported(*expected: type[Exception]) -> Iterator[None]:
-    """End the program with a message, in place of a traceback, when the block raises an expected
-    exception.
+def failures_reported(status: int = 1) -> Iterator[None]:
+    """End the program with a message and this status, in place of a traceback, when the block
+    raises a ReportedError, an OSError or KeyboardInterrupt.
 
-    Expected are the given types, OSError and Ctrl-C. That the reader of the output has ended is no
-    error: `start` handles it.
+    That the reader of the output has ended is no error: `start` handles it.
     """
     try:
         yield
     except BrokenPipeError:
         raise
-    except (OSError, KeyboardInterrupt, *expected) as error:
-        fail(describe(error))
+    except (ReportedError, OSError, KeyboardInterrupt) as error:
+        print_errors(describe(error).splitlines())
+        raise SystemExit(status) from None
 
 
 def describe(error: BaseException) -> str:
     """The message of an exception; for an error of the operating system the file and a remedy."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    return explain_os_error(error) if isinstance(error, OSError) else str(error)
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else error_message(error)

@@ -15,17 +15,21 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import yaml
 
 from megalite.config import cli, validate
-from megalite.config.flags import read_flags
-from megalite.config.options import Option, options_of
+from megalite.config.flags import read_flags, read_own_flags
+from megalite.config.options import options_of
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.run import RunConfig, options, with_values
 from megalite.config.yaml_file import read_yaml, to_yaml
+from megalite.fields import Field
 from megalite.programs.reporting import failures_reported
+from megalite.system.errors import ReportedError, error_message
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SCRIPT = """from megalite.programs.start import start
@@ -53,17 +57,17 @@ class JobConfig:
     run_dir: str
     """Folder of the run, on a disk that all nodes share. It holds checkpoints, metrics, logs, and a
     copy of code and configuration for each submission."""
-    nodes: int
+    nodes: Annotated[int, Field(minimum=1)]
     """Nodes of the job."""
-    gpus_per_node: int = 8
+    gpus_per_node: Annotated[int, Field(minimum=0)] = 8
     """GPUs to ask for on each node; 0: none are asked for."""
     ranks_per_node: int | None = None
     """Ranks on each node. Unset: one for each GPU."""
-    cpus_per_rank: int | None = 4
+    cpus_per_rank: Annotated[int | None, Field(minimum=1)] = 4
     """CPU cores for each rank. Unset: what SLURM gives, often a single one for a task."""
     time: str = "24:00:00"
     """Time limit, as SLURM writes it."""
-    save_before_end: int = 300
+    save_before_end: Annotated[int, Field(minimum=1, maximum=LONGEST_WARNING)] = 300
     """Seconds before the time limit at which the run saves; the job then requeues itself."""
     name: str = "pretrain"
     """Name of the job."""
@@ -99,30 +103,26 @@ class JobConfig:
     def paths(self) -> dict[str, str]:
         """Paths that the training reads and writes, by configuration field."""
         checkpoints = str(self.run / "checkpoints")
-        return {
-            "save": checkpoints,
-            "load": checkpoints,
-            "metrics_file": str(self.run / "metrics.jsonl"),
-        }
+        metrics = str(self.run / "metrics.jsonl")
+        return {"save": checkpoints, "load": checkpoints, "metrics_file": metrics}
 
 
-class SubmitError(RuntimeError):
+class SubmitError(ReportedError):
     """sbatch refused the job; the message says why."""
 
 
 def sbatch_options(job: JobConfig) -> list[str]:
     """All options of sbatch: those of the job's fields, then the user's."""
     own = [f"--{key}={value}" for key, value in _own_options(job).items()]
-    return [*own, "--requeue", *_further_options(job)]
+    return [*own, "--requeue", *" ".join(job.options).split()]
 
 
 def _own_options(job: JobConfig) -> dict[str, Any]:
-    if job.launcher == "srun":
-        tasks = job.ranks
-        cpus = job.cpus_per_rank
-    else:
+    tasks = job.ranks
+    cpus = job.cpus_per_rank
+    if job.launcher == "torchrun":
         tasks = 1
-        cpus = job.cpus_per_rank and job.cpus_per_rank * job.ranks
+        cpus = cpus and cpus * job.ranks
     wanted = {
         "job-name": job.name,
         "nodes": job.nodes,
@@ -138,61 +138,28 @@ def _own_options(job: JobConfig) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if value is not None}
 
 
-def _further_options(job: JobConfig) -> list[str]:
-    return [word for option in job.options for word in option.split()]
-
-
 def problems_of(job: JobConfig) -> list[Problem]:
-    """All problems of the job itself."""
-    return [
-        *_problems_of_numbers(job),
-        *_problems_of_time(job),
-        *_problems_of_options(job),
-        *_problems_of_folder(job),
-    ]
-
-
-def _problems_of_numbers(job: JobConfig) -> list[Problem]:
+    """All problems of the job itself, beside single numbers out of range."""
     problems = []
-    numbers = {
-        "--ranks-per-node": job.ranks,
-        "--nodes": job.nodes,
-        "--save-before-end": job.save_before_end,
-        "--cpus-per-rank": job.cpus_per_rank,
-    }
-    for flag, value in numbers.items():
-        if value is not None and value < 1:
-            problems.append(Problem(f"{flag} {value} must be at least 1", f"{flag} 1"))
-    if job.gpus_per_node < 0:
-        message = f"--gpus-per-node {job.gpus_per_node} must be at least 0"
-        problems.append(Problem(message, "--gpus-per-node 0"))
-    return problems
-
-
-def _problems_of_time(job: JobConfig) -> list[Problem]:
-    problems = []
-    warning = f"--save-before-end {job.save_before_end}"
-    if job.save_before_end > LONGEST_WARNING:
-        message = f"{warning} is more than SLURM takes, {LONGEST_WARNING}"
-        problems.append(Problem(message, f"--save-before-end {LONGEST_WARNING}"))
+    if job.ranks < 1:
+        message = f"--ranks-per-node {job.ranks} must be at least 1"
+        problems.append(Problem(message, "--ranks-per-node 1"))
+    # The time.
     limit = seconds(job.time)
-    if limit is None:
+    if limit is None and job.time:
         fix = "hours:minutes:seconds, or days-hours"
         problems.append(Problem(f"--time {job.time!r} is no time limit", fix))
-    elif job.save_before_end >= limit:
+    elif limit is not None and job.save_before_end >= limit:
+        warning = f"--save-before-end {job.save_before_end}"
         message = f"{warning} is not less than the {limit} seconds of --time {job.time}"
         problems.append(Problem(message, "a longer --time, or a smaller --save-before-end"))
-    return problems
-
-
-def _problems_of_options(job: JobConfig) -> list[Problem]:
-    problems = []
+    # The options.
     own = _own_options(job)
     for key, value in own.items():
-        if not re.fullmatch(WORD, str(value)):
+        if value != "" and not re.fullmatch(WORD, str(value)):
             message = f"{f'--{key}={value}'!r} is no option for sbatch"
             problems.append(Problem(message, "one word, without spaces"))
-    for option in _further_options(job):
+    for option in " ".join(job.options).split():
         name = option.partition("=")[0].removeprefix("--")
         # sbatch accepts any unambiguous prefix of an option's name.
         taken = any(other.startswith(name) for other in (*SET_HERE, *own))
@@ -202,15 +169,11 @@ def _problems_of_options(job: JobConfig) -> list[Problem]:
         elif taken or name.startswith("ntasks"):
             message = f"--options: {option} would override what is set here"
             problems.append(Problem(message, "leave it out, or see --help"))
+    # The folder.
+    if "\n" in job.run_dir or "%" in job.run_dir:
+        message = f"--run-dir {job.run_dir!r} cannot be a folder for SLURM's logs"
+        problems.append(Problem(message, "a name without % and line breaks"))
     return problems
-
-
-def _problems_of_folder(job: JobConfig) -> list[Problem]:
-    # An empty name, of a variable that is not set, would be the current folder.
-    if job.run_dir and "\n" not in job.run_dir and "%" not in job.run_dir:
-        return []
-    message = f"--run-dir {job.run_dir!r} cannot be a folder for SLURM's logs"
-    return [Problem(message, "a name without % and line breaks")]
 
 
 def seconds(limit: str) -> float | None:
@@ -274,12 +237,9 @@ def _launch_lines(job: JobConfig) -> list[str]:
 def snapshot_folder(job: JobConfig) -> Path:
     """The folder for code and configuration of this submission: submitted-N with the next free
     number."""
-    last = 0
-    for path in job.run.glob("submitted-*"):
-        number = re.fullmatch(r"submitted-([0-9]+)", path.name)
-        if number:
-            last = max(last, int(number[1]))
-    return job.run / f"submitted-{last + 1}"
+    names = " ".join(path.name for path in job.run.glob("submitted-*"))
+    numbers = re.findall(r"(?<!\S)submitted-([0-9]+)(?!\S)", names)
+    return job.run / f"submitted-{max(map(int, numbers), default=0) + 1}"
 
 
 def keep(job: JobConfig, config: RunConfig, snapshot: Path) -> Path:
@@ -301,9 +261,8 @@ def submit(job: JobConfig, file: Path) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        raise SubmitError(
-            f"sbatch cannot be run: {error.strerror}; {file} is ready for it"
-        ) from None
+        message = f"sbatch cannot be run: {error.strerror}; {file} is ready for it"
+        raise SubmitError(message) from None
     if done.returncode:
         raise SubmitError(f"sbatch refused {file}: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]
@@ -312,33 +271,25 @@ def submit(job: JobConfig, file: Path) -> str:
 def read(argv: list[str]) -> tuple[JobConfig, RunConfig]:
     """The job and the configuration of the training. Raises ConfigError with all problems of
     both."""
-    known = options_of(JobConfig)
     # Flags of both kinds, and the file of the cluster, which flags override.
-    flags, problems = read_flags(argv, (options() | options_of(cli.ConfigFile) | known).values())
+    known = options_of(JobConfig)
+    others = [*options().values(), *options_of(cli.ConfigFile).values()]
+    cluster = read_flags(argv, [*others, *known.values()])[0].get("cluster")
+    given, problems = ({}, []) if cluster is None else read_cluster(cluster)
+    job_values, flags, found = read_own_flags(JobConfig, argv, others, given=given)
     recipe = flags.pop("config", None)
-    job_values = {key: flags.pop(key) for key in known if key in flags}
-    if job_values.get("cluster") is not None:
-        values, found = read_cluster(job_values["cluster"])
-        job_values = values | job_values
-        problems = [*found, *problems]
     # The job, with examples for required flags that are missing, so that the rest can be checked.
-    reported = {key for problem in problems for key in problem.flags}
     for key in ("run_dir", "nodes"):
-        if key in job_values:
-            continue
-        option = known[key]
-        if key not in reported:
-            fix = f"{option.flag} {option.example}"
-            problems.append(Problem(f"{option.flag} is missing", fix))
-        job_values[key] = option.from_words([option.example])
+        job_values.setdefault(key, known[key].from_words([known[key].example]))
     job = JobConfig(**job_values)
-    problems += problems_of(job)
+    problems += found + problems_of(job)
     # The configuration of the training, which must leave to the job what follows from it.
     values = flags if recipe is None else read_yaml(recipe)[0] | flags
-    owned = [key for key in (*job.paths, "world_size") if values.get(key) is not None]
-    if owned:
-        names = ", ".join("--" + key.replace("_", "-") for key in owned)
-        problems.append(Problem(f"{names}: follows from --run-dir and --nodes", "leave it out"))
+    keys = [key for key in (*job.paths, "world_size") if values.get(key) is not None]
+    if keys:
+        owned = ", ".join(options()[key].flag for key in keys)
+        message = f"{owned}: follows from --run-dir and --nodes"
+        problems.append(Problem(message, "leave it out"))
     architecture = job.program.removeprefix("pretrain_").removesuffix(".py")
     config = cli.build(recipe, flags, problems, architecture)
     problems = validate.check(with_values(config, job.paths), job.nodes * job.ranks)
@@ -349,54 +300,30 @@ def read(argv: list[str]) -> tuple[JobConfig, RunConfig]:
 
 def read_cluster(path: str) -> tuple[dict[str, Any], list[Problem]]:
     """(values by key, problems) of a --cluster file, whose values are read as flags are."""
-    import yaml
-
     try:
         # Values stay text: YAML would convert 24:00:00 and 0123 to other numbers.
         written = yaml.load(Path(path).read_text(), yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        return {}, [Problem(f"--cluster {path}: {error}", "a YAML file of flags of this program")]
+        message = f"--cluster {path}: {error_message(error)}"
+        return {}, [Problem(message, "a YAML file of flags of this program")]
     if not isinstance(written, dict):
         fix = "write one `name: value` a line"
         return {}, [Problem(f"--cluster {path} holds no names and values", fix)]
     known = options_of(JobConfig)
     del known["cluster"], known["dry_run"]
-    values = {}
-    problems = []
+    words = []
     for name, value in written.items():
-        option = known.get(name.replace("-", "_"))
-        if option is None:
-            fix = f"names are {', '.join(known)}"
-            problems.append(Problem(f"--cluster {path}: unknown {name}", fix))
-            continue
-        try:
-            values[option.key] = _value_of(option, value)
-        except ValueError:
-            expected = option.expected.replace("null", "unset")
-            message = f"--cluster {path}: {name}: {value!r} is not {expected}"
-            problems.append(Problem(message, f"for example {name}: {option.example}"))
-    return values, problems
-
-
-def _value_of(option: Option, value: Any) -> Any:
-    """The value of an option in a --cluster file: a text, or for an option of several words a list
-    of texts.
-
-    Raises ValueError when it is of another kind.
-    """
-    words = value if isinstance(value, list) else [value]
-    if not all(isinstance(word, str) for word in words):
-        raise ValueError
-    if len(words) != 1 and option.kind is not tuple:
-        raise ValueError
-    return option.from_words(words)
+        text = " ".join(map(str, value)) if isinstance(value, list) else value
+        words.append(f"--{name}={text}")
+    values, problems = read_flags(words, known.values())
+    return values, [replace(p, message=f"--cluster {path}: {p.message}") for p in problems]
 
 
 def main() -> None:
     """Exit status 0, 1 when SLURM or the disk refuse, 2 when the job or its configuration are at
     fault."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        cli.show_help(__doc__, {"options": JobConfig, "configuration": cli.ConfigFile})
+    groups = {"options": JobConfig, "configuration": cli.ConfigFile}
+    cli.show_help(sys.argv, __doc__, groups)
     try:
         job, config = read(sys.argv[1:])
     except ConfigError as error:
@@ -405,7 +332,7 @@ def main() -> None:
     if job.dry_run:
         print(script(job, snapshot), end="")
         return
-    with failures_reported(SubmitError):
+    with failures_reported():
         number = submit(job, keep(job, config, snapshot))
     run = shlex.quote(str(job.run))
     file = shlex.quote(str(snapshot / "job.sbatch"))

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from megalite.config.cli import parse_options
-from megalite.data.indexed import DatasetError
-from megalite.data.tokenizers import TokenizerError, train_bpe, train_sentencepiece, train_wordpiece
+from megalite.data.tokenizers import train_bpe, train_sentencepiece, train_wordpiece
 from megalite.preprocess.inputs import STDIN, expand
 from megalite.preprocess.run import read_texts
 from megalite.programs.reporting import failures_reported, refuse
@@ -66,28 +65,20 @@ def find_problems(config: TrainTokenizerConfig) -> list[str]:
     _, problems = expand(config.input)
     least = LEAST[config.kind]
     if config.vocab_size <= least:
-        problems.append(
-            f"--vocab-size {config.vocab_size}: must be above {least}, the bytes and special pieces"
-        )
+        size = f"--vocab-size {config.vocab_size}"
+        problems.append(f"{size}: must be above {least}, the bytes and special pieces")
+    kind = f"--kind {config.kind}"
     if config.kind == "wordpiece" and STDIN in config.input:
-        problems.append(
-            "--input -: --kind wordpiece reads the text twice, standard input can be read once; "
-            "give a file"
-        )
+        once = "standard input can be read once; give a file"
+        problems.append(f"--input -: {kind} reads the text twice, {once}")
     if config.lowercase and config.kind != "wordpiece":
-        problems.append(
-            f"--lowercase: --kind {config.kind} keeps text as it is; only wordpiece can lower it"
-        )
+        problems.append(f"--lowercase: {kind} keeps text as it is; only wordpiece can lower it")
     folder = Path(config.output_prefix).parent
+    given = f"--output-prefix {config.output_prefix}"
     if not folder.is_dir():
-        problems.append(
-            f"--output-prefix {config.output_prefix}: make the folder first: mkdir -p {folder}"
-        )
+        problems.append(f"{given}: make the folder first: mkdir -p {folder}")
     for path in filter(Path.exists, config.outputs):
-        problems.append(
-            f"--output-prefix {config.output_prefix}: {path} exists; "
-            "delete it or choose another prefix"
-        )
+        problems.append(f"{given}: {path} exists; delete it or choose another prefix")
     return problems
 
 
@@ -99,9 +90,8 @@ class Texts:
     config: TrainTokenizerConfig
 
     def __iter__(self) -> Iterator[str]:
-        return read_texts(
-            self.config.input, self.config.json_key, skip_empty=self.config.skip_empty
-        )
+        config = self.config
+        return read_texts(config.input, config.json_key, skip_empty=config.skip_empty)
 
 
 def train(config: TrainTokenizerConfig) -> tuple[bytes, ...]:
@@ -111,9 +101,8 @@ def train(config: TrainTokenizerConfig) -> tuple[bytes, ...]:
         return train_bpe(texts, config.vocab_size)
     if config.kind == "wordpiece":
         return (train_wordpiece(texts, config.vocab_size, config.lowercase),)
-    return (
-        train_sentencepiece(texts, config.vocab_size, config.kind.removeprefix("sentencepiece-")),
-    )
+    model_type = config.kind.removeprefix("sentencepiece-")
+    return (train_sentencepiece(texts, config.vocab_size, model_type),)
 
 
 def write(contents: tuple[bytes, ...], paths: list[Path]) -> None:
@@ -133,6 +122,6 @@ def main() -> None:
     """Exit status 0, 1 when the data is at fault, 2 when the arguments are."""
     config = parse_options(TrainTokenizerConfig, __doc__)
     refuse(find_problems(config))
-    with failures_reported(DatasetError, TokenizerError):
+    with failures_reported():
         write(train(config), config.outputs)
     print(f"{' and '.join(map(str, config.outputs))}: {config.vocab_size} pieces")

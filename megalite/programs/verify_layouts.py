@@ -32,8 +32,7 @@ from megalite.verify.plan import Plan, VerifyOptions, plan
 
 def main() -> int:
     """Read and check the configuration, and only then load torch and compare."""
-    if "-h" in sys.argv or "--help" in sys.argv:
-        cli.show_help(__doc__, {"comparison": VerifyOptions} | cli.run_groups())
+    cli.show_help(sys.argv, __doc__, {"comparison": VerifyOptions} | cli.run_groups())
     launch = cli.detect_launch()
     try:
         planned = plan(sys.argv[1:], launch)
@@ -52,7 +51,7 @@ def verify(planned: Plan, launch: LaunchInfo, folder: Path) -> int:
     """
     from megalite.training.failures import explain
     from megalite.verify.compare import Rounding, compare, report
-    from megalite.verify.record import RanksFailed, discard_record, record, record_on_ranks
+    from megalite.verify.record import discard_record, record, record_on_ranks
 
     chosen = folder / "chosen"
     reference = folder / "reference"
@@ -66,17 +65,13 @@ def verify(planned: Plan, launch: LaunchInfo, folder: Path) -> int:
             discard_record(record_folder, launch.rank)
         planned = on_one_kind_of_device(planned, launch)
         # The chosen layout: on the ranks of the launcher, or on ranks started here.
-        if launch.source != "none":
-            record(launch, planned.chosen, chosen)
-            if launch.rank != 0:
-                return 0
-        else:
-            for rank in range(planned.ranks):
-                discard_record(chosen, rank)
+        if launch.source == "none":
             record_on_ranks(planned.chosen, planned.ranks, chosen)
+        else:
+            record(launch, planned.chosen, chosen)
+        if launch.rank != 0:
+            return 0
         # The reference layout, always on ranks started here.
-        for rank in range(planned.reference_ranks):
-            discard_record(reference, rank)
         record_on_ranks(planned.reference, planned.reference_ranks, reference)
         found = compare(
             reference, planned.reference_ranks, chosen, ranks=planned.ranks, rounding=rounding
@@ -84,11 +79,7 @@ def verify(planned: Plan, launch: LaunchInfo, folder: Path) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:  # never status 1, which says that numbers differ
-        if isinstance(error, RanksFailed):
-            explanation = str(error)
-        else:
-            explanation = explain(error) or traceback.format_exc()
-        print(f"error: {explanation}", file=sys.stderr)
+        print(f"error: {explain(error) or traceback.format_exc()}", file=sys.stderr)
         return 2
     print(heading(planned), report(found), found.verdict, sep="\n\n")
     return 0 if found.first is None else 1
@@ -105,15 +96,12 @@ def on_one_kind_of_device(planned: Plan, launch: LaunchInfo) -> Plan:
     local = planned.ranks if launch.source == "none" else launch.local_world_size
     largest = replace(launch, local_rank=0, local_world_size=max(local, planned.reference_ranks))
     device, _ = choose_device(planned.chosen.parallel.device, largest)
-    return replace(
-        planned,
-        chosen=_on_device(planned.chosen, device.type),
-        reference=_on_device(planned.reference, device.type),
-    )
-
-
-def _on_device(config: RunConfig, device: str) -> RunConfig:
-    return replace(config, parallel=replace(config.parallel, device=device))
+    changed = {}
+    for name in ("chosen", "reference"):
+        config = getattr(planned, name)
+        parallel = replace(config.parallel, device=device.type)
+        changed[name] = replace(config, parallel=parallel)
+    return replace(planned, **changed)
 
 
 def heading(planned: Plan) -> str:
@@ -127,17 +115,16 @@ def heading(planned: Plan) -> str:
         packed += ", positions from 0 in each document"
     if data.reset_attention_mask:
         packed += ", attention within documents"
-    lines = [
-        f"chosen:    {layout(config, planned.ranks)}",
-        f"reference: {layout(planned.reference, planned.reference_ranks)}",
+    return (
+        f"chosen:    {layout(config, planned.ranks)}\n"
+        f"reference: {layout(planned.reference, planned.reference_ranks)}\n"
         f"model:     {model.num_layers} layers, hidden {model.hidden_size}, "
         f"{model.num_attention_heads} heads in {model.query_groups} groups, MLP {model.ffn}, "
         f"vocabulary {model.vocab_size}, {config.optimizer.precision}, "
-        f"dropout {model.attention_dropout:g} and {model.hidden_dropout:g}",
+        f"dropout {model.attention_dropout:g} and {model.hidden_dropout:g}\n"
         f"data:      {source}, {data.global_batch_size} samples of {model.seq_length} tokens, "
-        f"{data.micro_batch_size} a microbatch{packed}",
-    ]
-    return "\n".join(lines)
+        f"{data.micro_batch_size} a microbatch{packed}"
+    )
 
 
 def layout(config: RunConfig, ranks: int) -> str:

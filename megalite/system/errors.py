@@ -7,8 +7,13 @@ import os
 import resource
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+
+class ReportedError(Exception):
+    """An error whose message says what is wrong and what helps, so that a program prints the
+    message in place of a traceback."""
 
 
 def explain_os_error(error: OSError) -> str:
@@ -30,6 +35,15 @@ def explain_os_error(error: OSError) -> str:
 def error_message(error: BaseException) -> str:
     """The message of any error: explained where it is one of the operating system."""
     return explain_os_error(error) if isinstance(error, OSError) else str(error)
+
+
+def scaled(number: float, units: Sequence[str], step: int) -> str:
+    """Three digits and the unit: each unit is `step` times the one before."""
+    for unit in units[:-1]:
+        if number < step - 0.5:
+            return f"{number:.3g}{unit}"
+        number /= step
+    return f"{number:.3g}{units[-1]}"
 
 
 def raise_open_file_limit() -> int:
@@ -86,8 +100,20 @@ def _no_permission(path: str) -> str:
 
 
 def _not_there(path: str) -> str:
+    link = broken_link(path)
+    if link:
+        return f"{link}; make the target, or the link again"
     place = _existing_parent(path)
     return f"the nearest folder that exists is {place}; check the spelling, or make the folder"
+
+
+def broken_link(path: str) -> str:
+    """Names the symbolic link without a target that a path leads through, and the target; "" where
+    there is none."""
+    for place in (Path(path), *Path(path).parents):
+        if place.is_symlink() and not place.exists():
+            return f"{place} is a symbolic link to {os.readlink(place)}, which does not exist"
+    return ""
 
 
 def _reader_ended(path: str) -> str:
@@ -115,8 +141,4 @@ def _user() -> str:
 
 
 def _size(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.3g} {unit}"
-        number /= 1024
-    return f"{number:.3g} TiB"
+    return scaled(number, (" B", " KiB", " MiB", " GiB", " TiB"), step=1024)

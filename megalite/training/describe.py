@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megalite.config.run import RunConfig
+from megalite.data.architectures import DATA_OF
 from megalite.kernels import native
 from megalite.nn.attention import Attention
 from megalite.parallel.collectives import gather_objects
@@ -46,7 +47,7 @@ def kernels_line(components: TrainingComponents, config: RunConfig) -> str:
     """How attention is computed and why, and which kernels there are."""
     modules = components.model.modules()
     attention = next(module for module in modules if isinstance(module, Attention))
-    needs_mask = config.is_bert or config.data.reset_attention_mask
+    needs_mask = DATA_OF[config.model.architecture].pads or config.data.reset_attention_mask
     backend, reason = attention.backend(attention.qkv.weight, needs_mask)
     line = f"attention: {backend} ({reason}); {native.status()}"
     if config.optimizer.precision == "fp64":

@@ -3,34 +3,13 @@
 import re
 import traceback
 
-from megalite.checkpoint.folder import CheckpointError
-from megalite.data.indexed import DatasetError
-from megalite.data.tokenizers import TokenizerError
-from megalite.optim.optimizer import NonFiniteGradient
-from megalite.parallel.context import DeviceError
-from megalite.system.errors import error_message
-from megalite.training.replicas import ReplicasDiffer
-from megalite.watch.agreement import RanksDiffer
+from megalite.system.errors import ReportedError, error_message
 from megalite.watch.watchdog import LostContact, Watchdog
-
-EXPECTED_ERRORS = (
-    CheckpointError,
-    DatasetError,
-    DeviceError,
-    LostContact,
-    NonFiniteGradient,
-    OSError,
-    RanksDiffer,
-    ReplicasDiffer,
-    TokenizerError,
-)
-"""Caused by the data, the disk or the machine: the message says what to do, and a traceback adds
-nothing."""
 
 
 def explain(error: Exception) -> str | None:
     """The message to show in place of a traceback; None where the traceback is needed."""
-    if isinstance(error, EXPECTED_ERRORS):
+    if isinstance(error, (ReportedError, OSError)):
         return error_message(error)
     if _lost_contact(error):  # within a run it is a LostContact already
         return f"could not meet the other ranks: {str(error).splitlines()[0]}"

@@ -22,6 +22,7 @@ from megalite.optim.config import OptimizerConfig
 from megalite.optim.optimizer import NonFiniteGradient
 from megalite.optim.schedule import learning_rate
 from megalite.parallel.context import ParallelContext
+from megalite.system.errors import error_message
 from megalite.training.finetune_config import WEIGHTS_FILE, ClassifierDescription, FinetuneConfig
 from megalite.training.state import load_weights
 
@@ -210,7 +211,7 @@ def load_classifier(
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {error_message(error)}") from None
     expected = {name: p.spec.global_shape for name, p in model.parameters_by_name.items()}
     if expected != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
         raise CheckpointError(f"{path}: not the weights of the model that is described beside it")

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from megalite.config.problem import ConfigError
 from megalite.config.run import RunConfig, from_flat, to_flat, with_values
@@ -15,6 +16,8 @@ from megalite.data.config import TOKENIZER_FILES
 from megalite.data.indexed import DatasetError
 from megalite.data.masking import SpecialIds, special_ids
 from megalite.data.tokenizers import Tokenizer, TokenizerError, trained_tokenizer
+from megalite.fields import Field
+from megalite.system.errors import error_message
 
 DESCRIPTION_FILE = "classifier.json"
 WEIGHTS_FILE = "classifier.safetensors"
@@ -24,43 +27,22 @@ WEIGHTS_FILE = "classifier.safetensors"
 class FinetuneConfig:
     """Settings of fine-tuning. The defaults are in the ranges of Devlin et al. 2018, A.3."""
 
-    epochs: int = 3
+    epochs: Annotated[int, Field(minimum=1)] = 3
     """Passes over the training examples."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Field(minimum=1)] = 32
     """Examples in a step, also in evaluation."""
-    lr: float = 5e-5
+    lr: Annotated[float, Field(above=0)] = 5e-5
     """Highest learning rate; after the warm-up it decays linearly, to 0 after the last step."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Field(minimum=0)] = 0.01
     """Weight decay of AdamW; biases and norms are left out."""
-    warmup_fraction: float = 0.1
+    warmup_fraction: Annotated[float, Field(minimum=0, below=1)] = 0.1
     """Share of the steps in which the learning rate rises."""
-    dropout: float = 0.1
+    dropout: Annotated[float, Field(minimum=0, below=1)] = 0.1
     """Dropout of the pooled output. The encoder keeps the checkpoint's dropout."""
     freeze_encoder: bool = False
     """Train the pooler and the classifier's layer only."""
     seed: int = 1234
     """Seed of the order, of dropout, of the new weights, and of --valid-share."""
-
-    def problems(self) -> list[str]:
-        """Everything wrong with these values, each with a fix."""
-        checks = [
-            (self.epochs < 1, f"--epochs {self.epochs}: use 1 or more"),
-            (self.batch_size < 1, f"--batch-size {self.batch_size}: use 1 or more"),
-            (
-                not 0 < self.lr < float("inf"),
-                f"--lr {self.lr}: use a number above 0, for example 5e-5",
-            ),
-            (
-                not 0 <= self.weight_decay < float("inf"),
-                f"--weight-decay {self.weight_decay}: use 0 or more",
-            ),
-            (
-                not 0 <= self.warmup_fraction < 1,
-                f"--warmup-fraction {self.warmup_fraction}: use a share below 1",
-            ),
-            (not 0 <= self.dropout < 1, f"--dropout {self.dropout}: use a probability below 1"),
-        ]
-        return [text for wrong, text in checks if wrong]
 
 
 @dataclass(frozen=True)
@@ -100,9 +82,8 @@ class ClassifierDescription:
             config = with_values(config, {field: str(Path(folder) / getattr(config.data, field))})
             return cls(config=config, columns=Columns(**fields.pop("columns")), **fields)
         except (OSError, ConfigError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DatasetError(
-                f"{path}: no classifier that tools/finetune_classifier.py saved: {error}"
-            ) from None
+            what = "no classifier that tools/finetune_classifier.py saved"
+            raise DatasetError(f"{path}: {what}: {error_message(error)}") from None
 
     def tokenizer(self) -> Tokenizer:
         """Build the tokenizer.

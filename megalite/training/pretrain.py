@@ -102,8 +102,6 @@ def _run(
     for line in summary_lines(config, context.world_size):
         log(line)
     log(description)
-    if config.checkpoint.save is None and not is_dry_run:
-        log("no checkpoint will be written: --save is not set")
 
     # Open the data before the model is built: a wrong path shows at once.
     seed = config.training.seed

@@ -9,10 +9,11 @@ from megalite.checkpoint.format import listing
 from megalite.nn.parameter import held_boxes
 from megalite.parallel.collectives import gather_objects
 from megalite.parallel.context import ParallelContext
+from megalite.system.errors import ReportedError
 from megalite.training.build import TrainingComponents
 
 
-class ReplicasDiffer(RuntimeError):
+class ReplicasDiffer(ReportedError, RuntimeError):
     """Ranks that hold the same shard of a parameter hold different values."""
 
 

@@ -1,5 +1,6 @@
 """Compare the records of two layouts: do they differ by more than rounding explains?"""
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from math import inf, sqrt
@@ -64,7 +65,7 @@ class Rounding:
         return 4 * layers + int(name == LOSS), 6 * layers + 2
 
     def _layers_below(self, name: str) -> int:
-        layer = layer_of(name)
+        layer, _ = split_name(name)
         if layer is not None:
             return layer
         return 0 if name.startswith("embedding") else self.model.num_layers
@@ -106,17 +107,14 @@ class Difference:
             return f"{label} no rank computes all of it"
         text = f"{label} difference {self.largest:.0e}, tolerance {self.tolerance:.0e}"
         if self.ranks:
+            # The index: `sample 3 position 5`, `microbatch 1` or, of a parameter, `index [4, 0]`.
+            axes = ("microbatch",) if self.kind == LOSS else ("sample", "position")
+            where = " ".join(f"{axis} {i}" for axis, i in zip(axes, self.at))
+            if self.kind == GRADIENT or not self.at:
+                where = f"index {list(self.at)}"
             noun = "rank" if len(self.ranks) == 1 else "ranks"
-            text += f"; largest at {self._index_in_words()}; {noun} "
-            text += ", ".join(map(str, self.ranks))
+            text += f"; largest at {where}; {noun} {', '.join(map(str, self.ranks))}"
         return text
-
-    def _index_in_words(self) -> str:
-        """`sample 3 position 5`, `microbatch 1` or, of a parameter, `index [4, 0]`."""
-        if self.kind == GRADIENT or not self.at:
-            return f"index {list(self.at)}"
-        axes = ("microbatch",) if self.kind == LOSS else ("sample", "position")
-        return " ".join(f"{axis} {i}" for axis, i in zip(axes, self.at))
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,7 @@ class Comparison:
     @property
     def first(self) -> Difference | None:
         """The first difference that rounding does not explain; None if rounding explains all."""
-        for difference in self.differences:
-            if difference.exceeds:
-                return difference
-        return None
+        return next((d for d in self.differences if d.exceeds), None)
 
     @property
     def verdict(self) -> str:
@@ -154,15 +149,11 @@ class Comparison:
         return verdict
 
 
-def layer_of(name: str) -> int | None:
-    """Index of the layer that a module or parameter belongs to; None outside the layers."""
-    match = re.match(r"layers\.(\d+)\.", name)
-    return int(match[1]) if match else None
-
-
-def family(name: str) -> str:
-    """The name without its layer. Differences are relative to the largest entry of a family."""
-    return re.sub(r"^layers\.\d+\.", "", name)
+def split_name(name: str) -> tuple[int | None, str]:
+    """The layer that a module or parameter belongs to, None outside the layers, and its family: the
+    name without the layer. Differences are relative to the largest entry of a family."""
+    match = re.fullmatch(r"(?:layers\.(\d+)\.)?(.*)", name)
+    return int(match[1]) if match[1] else None, match[2]
 
 
 Key = tuple[str, str]
@@ -183,10 +174,10 @@ def compare(
     # Start each tensor with no difference and no element covered.
     found: dict[Key, Difference] = {}
     covered: dict[Key, torch.Tensor] = {}
-    for (kind, name), whole in expected.items():
-        bound = rounding.activation if kind in (ACTIVATION, LOSS) else rounding.gradient
-        found[kind, name] = Difference(kind, name, bound(name))
-        covered[kind, name] = torch.zeros(whole.shape, dtype=torch.bool)
+    for key, whole in expected.items():
+        bound = rounding.activation if key[0] in (ACTIVATION, LOSS) else rounding.gradient
+        found[key] = Difference(*key, bound(key[1]))
+        covered[key] = torch.zeros(whole.shape, dtype=torch.bool)
     # Measure the shards of every rank of the chosen layout.
     loss = torch.zeros_like(expected[LOSS, LOSS])
     for rank in range(ranks):
@@ -197,7 +188,8 @@ def compare(
                 continue
             index = _index(shard)
             covered[key][index] = True
-            scale = scales[shard.kind, family(shard.name)]
+            _, family = split_name(shard.name)
+            scale = scales[shard.kind, family]
             _measure(found[key], shard, expected[key][index], scale=scale, rank=rank)
             if shard.kind == LOSS:
                 loss[index] = shard.values.double()
@@ -215,10 +207,9 @@ def _read_whole(folder: Path, ranks: int) -> dict[Key, torch.Tensor]:
     tensors: dict[Key, torch.Tensor] = {}
     for rank in range(ranks):
         for shard in read_shards(folder, rank):
-            key = (shard.kind, shard.name)
-            if key not in tensors:
-                tensors[key] = torch.zeros(shard.global_shape, dtype=torch.float64)
-            tensors[key][_index(shard)] = shard.values.double()
+            empty = torch.zeros(shard.global_shape, dtype=torch.float64)
+            whole = tensors.setdefault((shard.kind, shard.name), empty)
+            whole[_index(shard)] = shard.values.double()
     return tensors
 
 
@@ -226,7 +217,7 @@ def _largest_entries(tensors: dict[Key, torch.Tensor]) -> dict[Key, float]:
     """The largest finite magnitude by kind and family."""
     scales: dict[Key, float] = {}
     for (kind, name), whole in tensors.items():
-        key = (kind, family(name))
+        key = (kind, split_name(name)[1])
         largest = whole.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
         scales[key] = max(scales.get(key, 0.0), largest)
     return scales
@@ -261,30 +252,18 @@ def _in_order(found: dict[Key, Difference]) -> list[Difference]:
     Forward: activations first to last, then the loss. Backward: last to first, the gradient of a
     module's output before those of its weights.
     """
-    # The forward, in the order recorded. A module without a record counts as part of the loss.
-    forward: list[str] = []
-    ordered: list[Difference] = []
-    for (kind, name), difference in found.items():
-        if kind in (ACTIVATION, LOSS):
-            forward.append(name)
-            ordered.append(difference)
-    # The parameters of each recorded module: the longest module name that is a prefix owns one.
-    weights: dict[str, list[Difference]] = {}
-    for (kind, name), difference in found.items():
-        if kind == GRADIENT:
-            owners = [module for module in forward if name.startswith(module + ".")]
-            owner = max(owners, key=len, default=LOSS)
-            weights.setdefault(owner, []).append(difference)
-    # The backward, in reverse.
-    for name in reversed(forward):
-        if (ACTIVATION_GRADIENT, name) in found:
-            ordered.append(found[ACTIVATION_GRADIENT, name])
-        ordered += reversed(weights.get(name, []))
-    return ordered
-
-
-Rows = dict[str, dict[int | None, Difference]]
-"""A table's differences by family and layer; None for what is outside the layers."""
+    # The forward, in the order recorded, and the backward of its modules in reverse.
+    forward = [difference for difference in found.values() if difference.kind in (ACTIVATION, LOSS)]
+    backward = {difference.name: [] for difference in reversed(forward)}
+    for difference in found.values():
+        if difference.kind == ACTIVATION_GRADIENT:
+            backward[difference.name].append(difference)
+    # A parameter belongs to the module whose name is its longest prefix; to the loss if none is.
+    for difference in reversed(found.values()):
+        if difference.kind == GRADIENT:
+            owners = [module for module in backward if difference.name.startswith(module + ".")]
+            backward[max(owners, key=len, default=LOSS)].append(difference)
+    return [*forward, *itertools.chain(*backward.values())]
 
 
 def report(comparison: Comparison) -> str:
@@ -295,30 +274,26 @@ def report(comparison: Comparison) -> str:
     expected, loss = comparison.losses
     lines = [f"loss {expected:.6f} in the reference, {loss:.6f} in the chosen layout"]
     for kind in (ACTIVATION, LOSS, ACTIVATION_GRADIENT, GRADIENT):
-        rows: Rows = {}
+        rows: dict[str, dict[int | None, Difference]] = {}
         for difference in comparison.differences:
             if difference.kind == kind:
-                row = rows.setdefault(family(difference.name), {})
-                row[layer_of(difference.name)] = difference
-        lines += _tables(kind, rows)
+                layer, family = split_name(difference.name)
+                rows.setdefault(family, {})[layer] = difference
+        # What is outside the layers has a table of its own, the first.
+        columns = set().union(*rows.values())
+        layers = sorted(columns - {None})
+        tables = [[None]] if None in columns else []
+        tables += [layers[first : first + COLUMNS] for first in range(0, len(layers), COLUMNS)]
+        for shown in tables:
+            lines += _table(kind, rows, shown)
     return "\n".join(lines)
 
 
-def _tables(kind: str, rows: Rows) -> list[str]:
-    """Lines of the tables of one kind: a row for each family, at most `COLUMNS` layers a table."""
-    # What is outside the layers has a table of its own, the first.
-    columns = set().union(*rows.values())
-    lines = []
-    if None in columns:
-        lines += _table(kind, rows, [None])
-    layers = sorted(columns - {None})
-    for first in range(0, len(layers), COLUMNS):
-        lines += _table(kind, rows, layers[first : first + COLUMNS])
-    return lines
+def _table(kind: str, rows: dict, columns: list[int | None]) -> list[str]:
+    """One table: an empty line, a line of headings, a line for each family with a difference.
 
-
-def _table(kind: str, rows: Rows, columns: list[int | None]) -> list[str]:
-    """One table: an empty line, a line of headings, a line for each family with a difference."""
+    `rows` are the differences of one kind by family and layer, None for what is outside the layers.
+    """
     heading = f"{kind:38}{'tolerance':>10}"
     for layer in columns:
         head = "largest" if layer is None else f"layer {layer}"
@@ -326,12 +301,10 @@ def _table(kind: str, rows: Rows, columns: list[int | None]) -> list[str]:
     lines = ["", heading.rstrip()]
     for name, row in rows.items():
         shown = [row[column] for column in columns if column in row]
-        if not shown:
-            continue
-        strictest = min(shown, key=lambda d: d.tolerance)
-        line = f"  {name:36}{strictest.tolerance:>10.0e}"
-        for difference in shown:
-            mark = "!" if difference.exceeds else " "
-            line += f"{difference.largest:>9.0e}{mark}"
-        lines.append(line.rstrip())
+        if shown:
+            strictest = min(difference.tolerance for difference in shown)
+            line = f"  {name:36}{strictest:>10.0e}"
+            for difference in shown:
+                line += f"{difference.largest:>9.0e}{'!' if difference.exceeds else ' '}"
+            lines.append(line.rstrip())
     return lines

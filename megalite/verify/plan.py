@@ -2,29 +2,24 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated
 
-from megalite.config import validate
-from megalite.config.cli import ConfigFile, take
-from megalite.config.flags import read_flags
-from megalite.config.options import options_of
+from megalite.config import cli, validate
+from megalite.config.flags import read_own_flags
 from megalite.config.problem import ConfigError, Problem
-from megalite.config.rules.values import problem_of
-from megalite.config.run import RunConfig, options, with_preset, with_values
-from megalite.config.training import TrainingConfig
-from megalite.config.yaml_file import read_yaml
-from megalite.data.config import DataConfig
+from megalite.config.run import RunConfig, options, to_flat, with_values
 from megalite.fields import Field
 from megalite.nn.config import ModelConfig, RecomputeConfig
-from megalite.optim.config import OptimizerConfig
 from megalite.parallel.launch import LaunchInfo
 
+STEP_FIELDS = "micro_batch_size global_batch_size seed rng_scheme precision bf16 fp16".split()
+"""What the numbers of one step depend on, beside the model, the layout and the data."""
 SHRUNK_VOCABULARY = 1000
 """Entries of the vocabulary where it was the tokenizer's and the model is shrunk."""
 
 
 @dataclass(frozen=True)
-class VerifyOptions(ConfigFile):
+class VerifyOptions(cli.ConfigFile):
     """What is compared, and with what."""
 
     ranks: Annotated[int | None, Field(minimum=1, example=8)] = None
@@ -56,38 +51,43 @@ class Plan:
 def plan(argv: list[str], launch: LaunchInfo) -> Plan:
     """Read the command line. Raises ConfigError with every problem of it, of its file and of both
     layouts."""
-    own, flags, problems = _read_flags(argv)
-    values = {}
-    if own.config is not None:
-        values, in_file = read_yaml(own.config)
-        problems = [*in_file, *problems]
-    if launch.source != "none":
-        problems += _under_a_launcher(own, launch)
-    if problems:
-        raise ConfigError(problems)
+    given, flags, problems = read_own_flags(VerifyOptions, argv, options().values())
+    own = VerifyOptions(**given)
+    # Under a launcher, which decides the number of ranks, records need a shared folder.
+    if launch.source != "none" and own.ranks is not None:
+        message = f"--ranks: {launch.source} has started the ranks already"
+        problems.append(Problem(message, "leave out --ranks"))
+    if launch.source != "none" and own.work_folder is None:
+        message = f"under {launch.source}, ranks need a folder to leave their records"
+        fix = "--work-folder FOLDER, one that every rank can write to"
+        problems.append(Problem(message, fix))
     # The chosen layout.
-    asked = with_values(RunConfig(), with_preset(values | flags))
+    asked = cli.build(own.config, flags, problems)
     real_data = "data_path" in flags or "train_data_path" in flags
     config = _one_step(asked, real_data=real_data, shrinks=own.shrink)
     if config.data.mock_data and config.model.vocab_size is None:
         message = "mock data is used here, so the size of the tokenizer's vocabulary is not known"
         fix = "--vocab-size N, or --shrink, or --data-path PREFIX"
         raise ConfigError([Problem(message, fix, ("vocab_size",))])
-    ranks = _number_of_ranks(asked, own, launch)
+    p = asked.parallel
+    ranks = launch.world_size
+    if launch.source == "none":
+        fitting = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+        ranks = own.ranks or p.world_size or fitting
     problems = [*validate.check(config, ranks), *_masks_differ(config)]
     if problems:
-        fixes = [re.sub(r"start (\d+) ranks", r"--ranks \1", p.fix) for p in problems]
-        raise ConfigError([replace(p, fix=fix) for p, fix in zip(problems, fixes)])
+        start = re.compile(r"start (\d+) ranks")
+        raise ConfigError([replace(p, fix=start.sub(r"--ranks \1", p.fix)) for p in problems])
     chosen = validate.resolve(config, ranks)
     if own.shrink:
         chosen = shrunk(chosen, ranks, own.reference_dp)
     # The reference layout.
-    reference = _reference(chosen, own.reference_tp, own.reference_pp)
+    reference = _reference(chosen, own)
     reference_ranks = own.reference_tp * own.reference_pp * own.reference_dp
     problems = validate.check(reference, reference_ranks)
     if problems:
-        problems = [replace(p, message=f"reference layout: {p.message}") for p in problems]
-        raise ConfigError(problems)
+        where = "reference layout: "
+        raise ConfigError([replace(p, message=where + p.message) for p in problems])
     reference = validate.resolve(reference, reference_ranks)
     return Plan(
         _packed(chosen, asked),
@@ -98,83 +98,27 @@ def plan(argv: list[str], launch: LaunchInfo) -> Plan:
     )
 
 
-def _read_flags(argv: list[str]) -> tuple[VerifyOptions, dict[str, Any], list[Problem]]:
-    """(the tool's own options, values of a run's options by key, problems)."""
-    own = options_of(VerifyOptions)
-    values, problems = read_flags(argv, (options() | own).values())
-    asked = take(VerifyOptions, values)
-    found = [problem_of(option, getattr(asked, key)) for key, option in own.items()]
-    problems += [problem for problem in found if problem is not None]
-    return asked, values, problems
-
-
-def _under_a_launcher(own: VerifyOptions, launch: LaunchInfo) -> list[Problem]:
-    """Problems of options that a launcher decides, or that need a shared folder."""
-    problems = []
-    if own.ranks is not None:
-        message = f"--ranks: {launch.source} has started the ranks already"
-        problems.append(Problem(message, "leave out --ranks"))
-    if own.work_folder is None:
-        message = f"under {launch.source}, ranks need a folder to leave their records"
-        fix = "--work-folder FOLDER, one that every rank can write to"
-        problems.append(Problem(message, fix))
-    return problems
-
-
-def _number_of_ranks(asked: RunConfig, own: VerifyOptions, launch: LaunchInfo) -> int:
-    """Ranks of the chosen layout: the launcher's, --ranks, --world-size, or tp x pp."""
-    p = asked.parallel
-    if launch.source != "none":
-        return launch.world_size
-    fitting = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
-    return own.ranks or p.world_size or fitting
-
-
 def _one_step(config: RunConfig, real_data: bool, shrinks: bool) -> RunConfig:
     """What matters of a configuration for the numbers of one step; mock data unless `real_data`."""
-    data = config.data
-    model = config.model
+    flat = to_flat(config)
+    values = {key: flat[key] for key in STEP_FIELDS}
+    values |= dict(train_iters=1, eval_interval=0, eval_iters=0, lr_decay_style="constant")
+    step = RunConfig(config.model, config.parallel, config.recompute, bert=config.bert)
     if real_data:
-        data = replace(data, valid_data_path=None)  # nothing is evaluated
+        step = replace(step, data=config.data)
+        values["valid_data_path"] = None  # nothing is evaluated
     else:
-        data = DataConfig(
-            mock_data=True,
-            micro_batch_size=data.micro_batch_size,
-            global_batch_size=data.global_batch_size,
-        )
-        if model.vocab_size is None and shrinks:
-            model = replace(model, vocab_size=SHRUNK_VOCABULARY)
-    training = TrainingConfig(
-        train_iters=1,
-        eval_interval=0,
-        eval_iters=0,
-        seed=config.training.seed,
-        rng_scheme=config.training.rng_scheme,
-    )
-    precision = config.optimizer.precision
-    optimizer = OptimizerConfig(
-        precision=precision, bf16=config.optimizer.bf16, lr_decay_style="constant"
-    )
-    return RunConfig(
-        model=model,
-        parallel=replace(config.parallel, world_size=None),  # the number of ranks is known
-        recompute=config.recompute,
-        optimizer=optimizer,
-        data=data,
-        bert=config.bert,
-        training=training,
-    )
+        values["mock_data"] = True
+        if config.model.vocab_size is None and shrinks:
+            values["vocab_size"] = SHRUNK_VOCABULARY
+    return with_values(step, values | {"world_size": None})  # the number of ranks is known
 
 
 def _packed(config: RunConfig, asked: RunConfig) -> RunConfig:
     """With documents kept apart as asked: in mock data too, whose documents need no tokenizer
     here."""
-    data = replace(
-        config.data,
-        reset_position_ids=asked.data.reset_position_ids,
-        reset_attention_mask=asked.data.reset_attention_mask,
-    )
-    return replace(config, data=data)
+    keys = ("reset_position_ids", "reset_attention_mask")
+    return with_values(config, {key: getattr(asked.data, key) for key in keys})
 
 
 def _masks_differ(config: RunConfig) -> list[Problem]:
@@ -190,16 +134,14 @@ def _masks_differ(config: RunConfig) -> list[Problem]:
     return [Problem(message, fix, ("rng_scheme", "attention_dropout", "hidden_dropout"))]
 
 
-def _reference(config: RunConfig, tensor: int, pipeline: int) -> RunConfig:
-    """The same step in a layout of these sizes, in its plainest form."""
-    parallel = replace(
-        config.parallel,
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        sequence_parallel=False,
-        pipeline_schedule="1f1b",
-    )
-    return replace(config, parallel=parallel, recompute=RecomputeConfig())
+def _reference(config: RunConfig, own: VerifyOptions) -> RunConfig:
+    """The same step in the layout of --reference-*, in its plainest form."""
+    sizes = {
+        "tensor_model_parallel_size": own.reference_tp,
+        "pipeline_model_parallel_size": own.reference_pp,
+    }
+    plain = replace(config, recompute=RecomputeConfig())
+    return with_values(plain, sizes | {"sequence_parallel": False, "pipeline_schedule": "1f1b"})
 
 
 def shrunk(config: RunConfig, world_size: int, other_replicas: int = 1) -> RunConfig:
@@ -218,17 +160,17 @@ def shrunk(config: RunConfig, world_size: int, other_replicas: int = 1) -> RunCo
     most = d.global_batch_size // (d.micro_batch_size * replicas)
     fitting = (m for m in range(stages + 1, most) if m * replicas % other_replicas == 0)
     microbatches = next(fitting, most)
-    data = replace(d, micro_batch_size=rows, global_batch_size=rows * replicas * microbatches)
+    values = {"micro_batch_size": rows, "global_batch_size": rows * replicas * microbatches}
     # The model. The ids of real data must still fit its vocabulary.
     model = _shrunk_model(config.model, t, stages)
     if not d.mock_data:
-        model = replace(model, vocab_size=config.model.vocab_size)
+        values["vocab_size"] = config.model.vocab_size
     # Layers that are recomputed together.
-    together = 1
+    values["recompute_num_layers"] = 1
     if config.recompute.granularity == "full":
-        together = min(config.recompute.recompute_num_layers, model.num_layers // stages)
-    recompute = replace(config.recompute, recompute_num_layers=together)
-    return replace(config, model=model, recompute=recompute, data=data)
+        most = model.num_layers // stages
+        values["recompute_num_layers"] = min(config.recompute.recompute_num_layers, most)
+    return with_values(replace(config, model=model), values)
 
 
 def _shrunk_model(m: ModelConfig, t: int, stages: int) -> ModelConfig:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megalite.config.run import RunConfig
+from megalite.data.architectures import DATA_OF
 from megalite.data.build import blended, build_sources
 from megalite.nn.attention import Attention
 from megalite.nn.dropout import HiddenDropout
@@ -33,6 +34,7 @@ from megalite.optim.loss_scale import LossScale
 from megalite.parallel.boxes import Box
 from megalite.parallel.collectives import barrier
 from megalite.parallel.launch import LaunchInfo
+from megalite.system.errors import ReportedError
 from megalite.training.batches import GlobalBatches, build_batches
 from megalite.training.build import build_components, build_context, build_model
 
@@ -46,7 +48,7 @@ END = 0
 """The token that ends a synthetic document; its positions are left out of the loss."""
 
 
-class RanksFailed(RuntimeError):
+class RanksFailed(ReportedError, RuntimeError):
     """A rank started by `record_on_ranks` failed; its own message is on stderr."""
 
 
@@ -182,12 +184,10 @@ def record(
         components.engine.train_step(batches, loss_weights)
         components.optimizer.gradients.reduce()
         # Weight the losses as the engine does, so that their sum is the global mean.
-        shards = []
-        for shard in recorder.shards:
+        shards = recorder.shards
+        for i, shard in enumerate(shards):
             if shard.kind == LOSS:
-                weighted = shard.values.double() * loss_weights.cpu()
-                shard = replace(shard, values=weighted)
-            shards.append(shard)
+                shards[i] = replace(shard, values=shard.values.double() * loss_weights.cpu())
         # Add the gradients of the parameters, without vocabulary padding.
         for name, box, values in components.optimizer.gradients.held():
             values = values.to("cpu", copy=True).contiguous()
@@ -219,8 +219,8 @@ def _batches(config: RunConfig, model) -> GlobalBatches:
     seed = config.training.seed
     sources = build_sources(data, config.model, seed, samples=samples, bert=config.bert)
     dataset = blended(sources["train"])
-    # BERT's synthetic samples differ in length already.
-    if not data.mock_data or config.is_bert:
+    # Samples that are padded differ in length already.
+    if not data.mock_data or DATA_OF[config.model.architecture].pads:
         return build_batches(config, dataset, model)
     config = replace(config, data=replace(data, eod_mask_loss=True))
     return build_batches(config, SyntheticDocuments(dataset, config.model.seq_length), model, END)
@@ -237,31 +237,27 @@ def record_on_ranks(config: RunConfig, world_size: int, folder: str | Path) -> N
     meet = f"file://{tempfile.mkdtemp(dir=Path(folder).resolve(), prefix='meet-')}/ranks"
     ranks = []
     for rank in range(world_size):
+        discard_record(folder, rank)
         launch = LaunchInfo(rank, world_size, rank, world_size, init_method=meet, source="verify")
         arguments = (launch, config, folder)
         ranks.append(processes.Process(target=record, args=arguments, daemon=True))
     for process in ranks:
         process.start()
+    running = ranks
     try:
-        _wait_for_all(ranks)
+        while running:
+            wait([process.sentinel for process in running])
+            failed = []
+            for rank, process in enumerate(ranks):
+                if process.exitcode:
+                    failed.append(f"rank {rank} ended with status {process.exitcode}")
+            if failed:
+                raise RanksFailed(f"{', '.join(failed)} of {world_size}: see its message above")
+            running = [process for process in running if process.exitcode is None]
     finally:
         for process in ranks:
             process.kill()
             process.join()
-
-
-def _wait_for_all(ranks: list) -> None:
-    """Return when every process has exited with status 0; raise RanksFailed when one has not."""
-    running = list(ranks)
-    while running:
-        wait([process.sentinel for process in running])
-        failed = []
-        for rank, process in enumerate(ranks):
-            if process.exitcode:
-                failed.append(f"rank {rank} ended with status {process.exitcode}")
-        if failed:
-            raise RanksFailed(f"{', '.join(failed)} of {len(ranks)}: see its message above")
-        running = [process for process in running if process.exitcode is None]
 
 
 def discard_record(folder: str | Path, rank: int) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 from megalite.parallel.collectives import gather_objects
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.launch import OTHERS_FIRST_SECONDS
+from megalite.system.errors import ReportedError
 
 LINGER_SECONDS = 10.0
 """How long rank 0, whose process may hold the store, waits for the others to read the result."""
 
 
-class RanksDiffer(RuntimeError):
+class RanksDiffer(ReportedError, RuntimeError):
     """Ranks have different configurations, versions or files.
 
     Rank 0's message names ranks and values. The other ranks' messages are empty, so that it is

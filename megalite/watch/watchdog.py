@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.launch import OTHERS_FIRST_SECONDS
+from megalite.system.errors import ReportedError
 from megalite.watch.bounded import ANSWER_SECONDS, BoundedStore, SuspendDetector
 from megalite.watch.verdict import Report, all_stacks, hang_verdict
 
@@ -42,7 +43,7 @@ LINGER_SECONDS = 5.0
 """How long rank 0 keeps the store, at most, for ranks that do not know yet why the job ends."""
 
 
-class LostContact(RuntimeError):
+class LostContact(ReportedError, RuntimeError):
     """Other ranks are gone. The message says which failed, and why; "" if another prints it."""
 
 

@@ -1,4 +1,4 @@
-"""Flags and YAML files -> RunConfig, the help, and how problems are told. Pure."""
+"""Flags and YAML files -> RunConfig, the help, and how problems are reported. Pure."""
 
 import dataclasses
 import subprocess
@@ -106,15 +106,15 @@ def test_values_may_begin_with_a_dash_or_be_joined():
     ],
 )
 def test_a_mistake_on_the_command_line(argv, words):
-    (said,) = problems_of(*argv.split())
+    (printed,) = problems_of(*argv.split())
     for word in words.split():
-        assert word in said
+        assert word in printed
 
 
 def test_all_mistakes_of_flags_and_file_at_once(tmp_path):
     file = write(tmp_path, "num_layer: 3\nlr: fast\nswiglu: 1\noptimizer: adm\n")
-    said = problems_of("--tpp", "2", "--num-layers", "x", "--config", file, "--pp")
-    assert len(said) == 7
+    printed = problems_of("--tpp", "2", "--num-layers", "x", "--config", file, "--pp")
+    assert len(printed) == 7
     for word in (
         "num_layers",
         "lr: fast",
@@ -124,7 +124,7 @@ def test_all_mistakes_of_flags_and_file_at_once(tmp_path):
         "--num-layers: 'x'",
         "--pp needs",
     ):
-        assert sum(word in line for line in said) == 1, word
+        assert sum(word in line for line in printed) == 1, word
 
 
 # What the user sees
@@ -136,7 +136,7 @@ def help_text() -> str:
     code = (
         "import sys\n"
         "from megalite.config import cli\n"
-        "try: cli.parse(['--help'], 'Pretrain a GPT.')\n"
+        "try: cli.parse_and_check(['--help'], 'Pretrain a GPT.')\n"
         "except SystemExit as end: assert end.code == 0\n"
         "assert 'torch' not in sys.modules"
     )
@@ -171,7 +171,7 @@ def launch(rank: int = 0, world_size: int = 1) -> LaunchInfo:
     return LaunchInfo(rank, world_size, rank, world_size, "env://", "torchrun")
 
 
-def test_problems_are_told_by_the_first_rank_only(capsys, monkeypatch):
+def test_problems_are_printed_by_the_first_rank_only(capsys, monkeypatch):
     """The other leaves it the time to: a launcher ends all ranks as soon as one has ended."""
     monkeypatch.setattr(cli, "START_SKEW_SECONDS", 0.3)
     monkeypatch.setattr(cli, "OTHERS_FIRST_SECONDS", 0.0)
@@ -185,7 +185,7 @@ def test_problems_are_told_by_the_first_rank_only(capsys, monkeypatch):
             assert out == "" and ("fix: " in err) == (rank == 0) and bool(err) == (rank == 0)
 
 
-def test_help_is_told_by_the_first_rank_only(capsys):
+def test_help_is_printed_by_the_first_rank_only(capsys):
     for rank in (0, 1):
         with pytest.raises(SystemExit) as end:
             cli.parse_and_check(["--help"], "Pretrain.", launch=launch(rank, 2))
@@ -203,7 +203,7 @@ def test_world_size_checks_a_layout_and_exits(capsys):
     with pytest.raises(SystemExit) as end:
         cli.parse_and_check([*argv, "16"], launch=launch())
     assert end.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
     for words in (
         "16 = tensor 2 x pipeline 4 x data 2",
         "16 for each",
@@ -211,7 +211,7 @@ def test_world_size_checks_a_layout_and_exits(capsys):
         "3 + 3 + 3 + 3",
         "memory",
     ):
-        assert words in said
+        assert words in printed
     with pytest.raises(SystemExit) as end:
         cli.parse_and_check([*argv, "12"], launch=launch())
     assert end.value.code == 2
@@ -279,7 +279,7 @@ def test_each_program_s_own_model_needs_no_flag(capsys):
 def test_the_help_of_a_gpt_has_no_flags_of_a_bert(capsys):
     for program, found in (("gpt", False), ("bert", True)):
         with pytest.raises(SystemExit):
-            cli.parse(["--help"], "", architecture=program)
+            cli.parse_and_check(["--help"], "", architecture=program)
         assert ("--mask-prob" in capsys.readouterr().out) == found
 
 
@@ -330,9 +330,9 @@ def test_a_tool_s_options(capsys):
     ):
         with pytest.raises(SystemExit) as end:
             parse(*argv)
-        said = capsys.readouterr().err
-        assert end.value.code == 2 and f"{len(words)} problem" in said
-        assert all(word in said for word in words)
+        printed = capsys.readouterr().err
+        assert end.value.code == 2 and f"{len(words)} problem" in printed
+        assert all(word in printed for word in words)
     with pytest.raises(SystemExit) as end:
         parse("--help")
     text = capsys.readouterr().out

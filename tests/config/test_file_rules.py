@@ -313,15 +313,34 @@ def test_every_kind_of_tokenizer_is_sound(folder, tokenizers):
 @pytest.mark.parametrize("key", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])
 def test_documents_that_nothing_ends(key, folder):
     info = DatasetInfo.read("corpus")
-    for told, problems in ((False, 1), (True, 0), (None, 0)):
-        write_dataset(f"told-{told}", 20, replace(info, append_eod=told))
-        config = real(data_path=f"told-{told}")
+    for ended, problems in ((False, 1), (True, 0), (None, 0)):
+        write_dataset(f"eod-{ended}", 20, replace(info, append_eod=ended))
+        config = real(data_path=f"eod-{ended}")
         assert validate.check(config, 1) == []
         if problems:
-            words = f"told-{told} --append-eod {options()[key].flag}"
+            words = f"eod-{ended} --append-eod {options()[key].flag}"
             assert_one_problem(with_values(config, {key: True}), 1, words)
         else:
             assert validate.check(with_values(config, {key: True}), 1) == []
+
+
+def test_a_link_without_a_target_is_named_with_its_target(folder):
+    (folder / "linked.idx").symlink_to("/gone/corpus.idx")
+    assert_one_problem(
+        real(data_path="linked"), 1, "linked.bin linked.idx link to /gone/corpus.idx,", 0
+    )
+    (folder / "vocab.txt").symlink_to("gone.txt")
+    tokenizer = {"tokenizer_type": "BertWordPieceCase", "vocab_file": "vocab.txt"}
+    problems = validate.check(real(**tokenizer), 1)
+    assert any("vocab.txt is a symbolic link to gone.txt" in p.message for p in problems)
+
+
+def test_only_what_is_in_files_may_be_wrong_on_one_node_alone(folder):
+    wrong = real(data_path="absent", tensor_model_parallel_size=5)
+    assert {p.of_node: p.message.split()[0] for p in validate.check(wrong, 5)} == {
+        False: "--ffn-hidden-size",
+        True: "--data-path",
+    }
 
 
 def test_damaged_data(folder):

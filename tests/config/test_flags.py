@@ -307,7 +307,7 @@ FLAGS: dict[str, list[Effect]] = {
         ),
     ],
     "vocab_file": [effect("../uncased.txt", more_parameters(-10 * HIDDEN), base=PLAIN | CASED)],
-    # Other merges make other ids of a text: a run, which reads ids, tells them apart by the data's
+    # Other merges make other ids of a text: a run, which reads ids, knows them by the data's
     # description.
     "merge_file": [
         effect(
@@ -574,8 +574,8 @@ def fails(check: Check, observation: Any) -> bool:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
-def test_nccl_on_a_machine_without_gpus_is_told_before_the_ranks_meet(bench):
-    said = runs.refusal_or_start(
+def test_nccl_on_a_machine_without_gpus_is_reported_before_the_ranks_meet(bench):
+    message = runs.refusal_or_start(
         bench, {**BASE, "device": "auto", "distributed_backend": "nccl"}, 1
     )
-    assert "nccl works between GPUs" in said and "--distributed-backend gloo" in said
+    assert "nccl works between GPUs" in message and "--distributed-backend gloo" in message

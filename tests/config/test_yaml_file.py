@@ -78,9 +78,9 @@ def test_the_whole_configuration_survives_a_file(tmp_path):
 )
 def test_a_mistake_in_a_file(tmp_path, text, words):
     file = write(tmp_path, text)
-    (said,) = problems_of("--config", file)
+    (message,) = problems_of("--config", file)
     for word in (file, *words.split()):
-        assert word in said
+        assert word in message
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -123,8 +123,8 @@ def test_from_flat_raises_with_every_problem():
     ],
 )
 def test_what_yaml_reads_otherwise_than_it_looks_is_a_mistake(tmp_path, text, words):
-    (said,) = problems_of("--config", write(tmp_path, text))
-    assert words in said
+    (message,) = problems_of("--config", write(tmp_path, text))
+    assert words in message
 
 
 @pytest.mark.parametrize(

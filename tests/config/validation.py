@@ -78,7 +78,7 @@ def real(**changes) -> RunConfig:
 
 
 def problems_of(*argv: str) -> list[str]:
-    """What is said of each mistake in a command line."""
+    """The problems of a command line."""
     with pytest.raises(ConfigError) as caught:
         cli.read(list(argv))
     return [f"{p.message} | {p.fix}" for p in caught.value.problems]

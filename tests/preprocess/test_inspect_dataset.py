@@ -95,7 +95,7 @@ def test_ids_of_another_tokenizer_are_status_1(tmp_path, prefix):
 
 
 def test_what_is_wrong_with_the_arguments_is_status_2(prefix):
-    assert "at least 0" in inspect(prefix, "--documents", -1, status=2)
+    assert "--documents -1 must be a" in inspect(prefix, "--documents", -1, status=2)
     assert "--tokenizer-model" in inspect(
         prefix, "--tokenizer-type", "SentencePieceTokenizer", status=2
     )

@@ -67,6 +67,14 @@ def test_a_missing_folder_names_the_nearest_that_exists(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["link", "folder/file"])
+def test_a_link_without_a_target_names_the_target(tmp_path, name):
+    place = tmp_path / name.partition("/")[0]
+    place.symlink_to("/gone/data")
+    text = met(lambda: open(tmp_path / name))
+    assert f"{place} is a symbolic link to /gone/data, which does not exist; make the" in text
+
+
 def test_a_refused_path_names_owner_mode_and_user(tmp_path):
     """An error as the system words it; root is refused nothing, so it is made by hand."""
     text = explain_os_error(PermissionError(13, "Permission denied", str(tmp_path / "secret")))

@@ -2,61 +2,67 @@
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from megalite.config.rules.disk import MAKE_DATA, neighbours, without_remedy
-from megalite.config.rules.finding import Finding, Rule, flag_of, wanted_splits
+from megalite.config.rules.finding import Finding, Rule, flag_of, wanted_splits, without_evaluation
 from megalite.config.run import RunConfig
+from megalite.data.gpt import SPLITS, split_documents
+from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
+from megalite.data.sources import parse_sources
+from megalite.system.errors import broken_link
 
 SPLIT_OFFERS = ("90,10,0", "80,20,0", "50,50,0")
 """Values of --split that are offered where a split is too small."""
 
 
-def prefixes_of(config: RunConfig) -> dict[str, list[str]]:
-    """Prefixes of datasets by the field that names them; none for a field that cannot be read,
-    which another rule reports."""
-    from megalite.data.indexed import DatasetError
-    from megalite.data.sources import parse_sources
-
-    if config.data.mock_data:
-        return {}
-    found = {}
+def prefixes_of(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """(field, prefix) of every dataset; none of a field that cannot be read, which another rule
+    reports."""
     for key, words in config.data.paths.items():
         try:
-            found[key] = [source.prefix for source in parse_sources(words or ())]
+            sources = parse_sources(words or ())
         except DatasetError:
-            found[key] = []
-    return found
+            continue
+        if not config.data.mock_data:
+            yield from ((key, source.prefix) for source in sources)
 
 
-def datasets_of(config: RunConfig) -> Iterator[tuple[str, str, object]]:
-    """(field, prefix, IndexedDataset) of every dataset that can be opened."""
-    from megalite.data.indexed import DatasetError, IndexedDataset
+def datasets_of(config: RunConfig) -> Iterator[tuple[str, str, IndexedDataset]]:
+    """(field, prefix, dataset) of every dataset that can be opened."""
+    for key, prefix in prefixes_of(config):
+        try:
+            yield key, prefix, IndexedDataset(prefix)
+        except (DatasetError, OSError):
+            continue
 
-    for key, prefixes in prefixes_of(config).items():
-        for prefix in prefixes:
-            try:
-                yield key, prefix, IndexedDataset(prefix)
-            except (DatasetError, OSError):
-                continue
+
+def info_of(prefix: str) -> DatasetInfo | None:
+    """What PREFIX.json says; None where there is no such file or, as another rule reports, it
+    cannot be read."""
+    try:
+        return DatasetInfo.read(prefix)
+    except (DatasetError, OSError):
+        return None
 
 
 def data_files_are_sound(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """PREFIX.bin and PREFIX.idx exist, and fit each other as far as a quick look tells."""
-    from megalite.data.indexed import DatasetError, IndexedDataset
-
-    for key, prefixes in prefixes_of(config).items():
-        for prefix in prefixes:
-            paths = [prefix + suffix for suffix in (".bin", ".idx")]
-            missing = [path for path in paths if not os.path.isfile(path)]
-            if missing:
-                message = f"{flag_of(key)} {prefix}: there is no {' and no '.join(missing)}"
-                yield Finding(message, (key,), (*_similar(config, key, prefix), MAKE_DATA))
-                continue
+    """PREFIX.bin and PREFIX.idx exist, and fit each other as far as a quick look tells; PREFIX.json
+    can be read."""
+    for key, prefix in prefixes_of(config):
+        paths = [prefix + suffix for suffix in (".bin", ".idx")]
+        missing = [path for path in paths if not os.path.isfile(path)]
+        if missing:
+            message = f"{flag_of(key)} {prefix}: there is no {' and no '.join(missing)}"
+            links = filter(None, map(broken_link, missing))
+            message = "; ".join([message, *links])
+            yield Finding(message, *_similar(config, key, prefix), MAKE_DATA)
+            continue
+        for read in (IndexedDataset, DatasetInfo.read):
             try:
-                IndexedDataset(prefix)
+                read(prefix)
             except (DatasetError, OSError) as error:
-                message = f"{flag_of(key)} {prefix}: {without_remedy(error)}"
-                yield Finding(message, (key,), (MAKE_DATA,))
+                yield Finding(f"{flag_of(key)} {prefix}: {without_remedy(error)}", MAKE_DATA)
 
 
 def _similar(config: RunConfig, key: str, prefix: str) -> Iterator[dict[str, tuple[str, ...]]]:
@@ -69,58 +75,60 @@ def _similar(config: RunConfig, key: str, prefix: str) -> Iterator[dict[str, tup
 
 def splits_are_apart(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """No dataset is given for training in whole and for validation too."""
-    d = config.data
-    train_flag, train_words = d.words_of("train")
-    valid_flag, valid_words = d.words_of("valid")
+    train_flag, train_words = config.data.words_of("train")
+    valid_flag, valid_words = config.data.words_of("valid")
     if train_words is valid_words or "valid" not in wanted_splits(config):
         return
-    keys = [flag.removeprefix("--").replace("-", "_") for flag in (train_flag, valid_flag)]
-    prefixes = prefixes_of(config)
-    train, valid = ({os.path.realpath(p): p for p in prefixes.get(key, ())} for key in keys)
-    for path in sorted(train.keys() & valid.keys()):
-        removable = [{key: None} for key in keys if key != "data_path"]
+    prefixes = {train_flag: {}, valid_flag: {}}
+    for key, prefix in prefixes_of(config):
+        prefixes.get(flag_of(key), {})[os.path.realpath(prefix)] = prefix
+    train = prefixes[train_flag]
+    removable = [key for key in ("train_data_path", "valid_data_path") if flag_of(key) in prefixes]
+    for path in sorted(train.keys() & prefixes[valid_flag].keys()):
         yield Finding(
             f"{train[path]} is read for training by {train_flag} and for validation by "
             f"{valid_flag}: losses of text that was trained on say little",
-            tuple(keys),
-            (*removable, "other data for one of them"),
+            *({key: None} for key in removable),
+            "other data for one of them",
         )
 
 
-def documents_of(indexed, shares: str) -> dict[str, int]:
-    """Documents of each split; all for each where the shares cannot be read."""
-    from megalite.data.gpt import SPLITS, split_documents
-    from megalite.data.indexed import DatasetError
+def short_splits(
+    config: RunConfig,
+    key: str,
+    indexed: IndexedDataset,
+    measure: Callable[[IndexedDataset, int, int], int],
+    least: int,
+) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+    """(split, its size, what may help) for each split that the run reads from the dataset of field
+    `key` and that is smaller than `least`.
 
-    try:
-        bounds = split_documents(shares, indexed.num_documents)
-    except DatasetError:
-        return dict.fromkeys(SPLITS, indexed.num_documents)
-    return {name: last - first for name, (first, last) in bounds.items()}
+    `measure(indexed, first, end)` is the size of some documents.
+    """
 
+    def sizes(shares: str | None) -> dict[str, int]:
+        bounds = dict.fromkeys(SPLITS, (0, indexed.num_documents))
+        try:
+            if shares is not None:
+                bounds = split_documents(shares, indexed.num_documents)
+        except DatasetError:
+            pass  # split_is_readable reports it
+        return {split: measure(indexed, *ends) for split, ends in bounds.items()}
 
-def tokens_of(indexed, shares: str) -> dict[str, int]:
-    """Tokens of each split; {} where the shares cannot be read."""
-    from megalite.data.gpt import split_documents
-    from megalite.data.indexed import DatasetError
-
-    try:
-        bounds = split_documents(shares, indexed.num_documents)
-    except DatasetError:
-        return {}
-    return {name: len(indexed.tokens(*ends)) for name, ends in bounds.items()}
-
-
-def other_splits(
-    config: RunConfig, indexed, count: Callable[..., dict[str, int]], least: int
-) -> list[dict[str, str]]:
-    """A value of --split by which `count` gives every split that is read at least `least`, if one
-    of the usual ones does."""
-    for shares in SPLIT_OFFERS:
-        counts = count(indexed, shares)
-        if all(counts[split] >= least for split in wanted_splits(config)):
-            return [{"split": shares}]
-    return []
+    divided = key == "data_path"
+    wanted = wanted_splits(config)
+    found = sizes(config.data.split if divided else None)
+    for split in wanted:
+        given = config.data.words_of(split)[1]
+        if given is not getattr(config.data, key) or found[split] >= least:
+            continue
+        offers = []
+        for shares in SPLIT_OFFERS:
+            if divided and not offers and min(map(sizes(shares).get, wanted)) >= least:
+                offers = [{"split": shares}]
+        if split == "valid":
+            offers.append(without_evaluation())
+        yield split, found[split], offers
 
 
 DATA_RULES: tuple[Rule, ...] = (data_files_are_sound, splits_are_apart)

@@ -3,6 +3,9 @@
 import difflib
 import os
 
+from megalite.data.indexed import REMAKE
+from megalite.system.errors import error_message
+
 MAKE_DATA = "make it with tools/preprocess_data.py"
 """The fix for a dataset that is missing or damaged."""
 SHOWN_NAMES = 5
@@ -11,30 +14,23 @@ SHOWN_NAMES = 5
 
 def without_remedy(error: Exception) -> str:
     """The message of a dataset's error without the remedy that MAKE_DATA offers as the fix."""
-    from megalite.data.indexed import REMAKE
-
-    return str(error).removesuffix(f". {REMAKE}")
+    return error_message(error).removesuffix(f". {REMAKE}")
 
 
 def same_place(one: str | None, other: str | None) -> bool:
     """Whether two paths lead to the same place, which need not exist."""
-    if one is None or other is None:
-        return False
-    return os.path.realpath(one) == os.path.realpath(other)
+    return None not in (one, other) and os.path.realpath(one) == os.path.realpath(other)
 
 
 def neighbours(path: str, suffix: str) -> list[str]:
-    """Paths beside `path` with this suffix, the suffix removed, most similar first."""
+    """Paths beside `path` with this suffix, the suffix removed, most similar first; [] when the
+    folder cannot be read."""
     folder, name = os.path.split(path)
-    wanted = name.removesuffix(suffix)
-    names = [n.removesuffix(suffix) for n in _listing(folder) if n.endswith(suffix)]
-    names.sort(key=lambda n: -difflib.SequenceMatcher(None, n, wanted).ratio())
-    return [os.path.join(folder, n) for n in names[:SHOWN_NAMES]]
-
-
-def _listing(folder: str) -> list[str]:
-    """Names in a folder, sorted; [] when it cannot be read."""
     try:
-        return sorted(os.listdir(folder or "."))
+        listing = sorted(os.listdir(folder or "."))
     except OSError:
         return []
+    wanted = name.removesuffix(suffix)
+    names = [n.removesuffix(suffix) for n in listing if n.endswith(suffix)]
+    names.sort(key=lambda n: -difflib.SequenceMatcher(None, n, wanted).ratio())
+    return [os.path.join(folder, n) for n in names[:SHOWN_NAMES]]

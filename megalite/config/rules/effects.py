@@ -1,288 +1,166 @@
 """Values that would be silently ignored. Imports no torch."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 from megalite.config.options import options_of
-from megalite.config.rules.finding import Finding, example_of
+from megalite.config.rules.finding import Finding, example_of, wanted_splits
 from megalite.config.run import RunConfig, keys_where, options, to_flat
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
 
-
-@dataclass(frozen=True)
-class Effect:
-    """Fields that do something only where a condition holds."""
-
-    keys: tuple[str, ...]
-    works: Callable[[RunConfig], bool]
-    """The condition."""
-    otherwise: str
-    """What is said where it does not hold, after "has no effect ..."."""
-    remedy: dict[str, Any] | str = ""
-    """What makes it hold, if anything does."""
-
-
 NEEDS_EOD = keys_where(lambda field: field.needs_eod)
-
-EFFECTS = (
-    # parallel
-    Effect(
-        ("pipeline_schedule",),
-        works=lambda c: c.parallel.pipeline_model_parallel_size > 1,
-        otherwise="with one pipeline stage",
-        remedy={"pipeline_model_parallel_size": 2},
-    ),
-    Effect(
-        ("hang_timeout",),
-        works=lambda c: c.parallel.hang_timeout < 60 * c.parallel.distributed_timeout_minutes,
-        otherwise="since --distributed-timeout-minutes ends the run earlier",
-        remedy={"distributed_timeout_minutes": 60.0},
-    ),
-    Effect(
-        ("overlap_param_gather",),
-        works=lambda c: c.parallel.use_distributed_optimizer,
-        otherwise="without --use-distributed-optimizer",
-        remedy={"use_distributed_optimizer": True},
-    ),
-    Effect(
-        ("ddp_bucket_size",),
-        works=lambda c: c.parallel.overlap_grad_reduce or c.parallel.use_distributed_optimizer,
-        otherwise="without --overlap-grad-reduce or --use-distributed-optimizer",
-        remedy={"overlap_grad_reduce": True},
-    ),
-    # model and recompute
-    Effect(
-        ("rotary_base",),
-        works=lambda c: c.model.position_embedding_type == "rope",
-        otherwise="without --position-embedding-type rope",
-        remedy={"position_embedding_type": "rope"},
-    ),
-    Effect(
-        ("gelu",),
-        works=lambda c: c.is_bert or not c.model.swiglu,
-        otherwise="with --swiglu",
-        remedy={"swiglu": False},
-    ),
-    Effect(
-        ("recompute_method", "recompute_num_layers"),
-        works=lambda c: "full" in (c.recompute.granularity, c.recompute.recompute_granularity),
-        otherwise="without --recompute-granularity full",
-        remedy={"recompute_granularity": "full"},
-    ),
-    # optimizer
-    Effect(
-        ("sgd_momentum",),
-        works=lambda c: c.optimizer.optimizer == "sgd",
-        otherwise="without --optimizer sgd",
-        remedy={"optimizer": "sgd"},
-    ),
-    Effect(
-        ("adam_beta1", "adam_beta2", "adam_eps"),
-        works=lambda c: c.optimizer.optimizer == "adam",
-        otherwise="without --optimizer adam",
-        remedy={"optimizer": "adam"},
-    ),
-    Effect(
-        ("min_lr", "lr_decay_iters"),
-        works=lambda c: c.optimizer.lr_decay_style != "constant",
-        otherwise="with --lr-decay-style constant",
-        remedy={"lr_decay_style": "cosine"},
-    ),
-    Effect(
-        ("lr_decay_iters",),
-        works=lambda c: c.optimizer.lr_decay_style != "inverse-square-root",
-        otherwise="with --lr-decay-style inverse-square-root, which has no end",
-        remedy={"lr_decay_style": "cosine"},
-    ),
-    Effect(
-        ("lr_wsd_decay_style", "lr_wsd_decay_iters"),
-        works=lambda c: c.optimizer.lr_decay_style == "WSD",
-        otherwise="without --lr-decay-style WSD",
-        remedy={"lr_decay_style": "WSD"},
-    ),
-    Effect(
-        ("lr_warmup_init",),
-        works=lambda c: c.optimizer.lr_warmup_iters > 0 or bool(c.optimizer.lr_warmup_fraction),
-        otherwise="without a warm-up",
-        remedy={"lr_warmup_iters": 10},
-    ),
-    Effect(
-        ("start_weight_decay", "end_weight_decay"),
-        works=lambda c: c.optimizer.weight_decay_incr_style != "constant",
-        otherwise="with --weight-decay-incr-style constant",
-        remedy={"weight_decay_incr_style": "linear"},
-    ),
-    Effect(
-        ("weight_decay",),
-        works=lambda c: c.optimizer.weight_decay_incr_style == "constant",
-        otherwise="with --weight-decay-incr-style linear or cosine",
-        remedy={"weight_decay_incr_style": "constant"},
-    ),
-    Effect(
-        ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
-        works=lambda c: c.optimizer.chosen_precision == "fp16",
-        otherwise="without --fp16",
-        remedy={"fp16": True},
-    ),
-    Effect(
-        ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
-        works=lambda c: c.optimizer.loss_scale is None,
-        otherwise="with a constant --loss-scale",
-        remedy={"loss_scale": None},
-    ),
-    # training
-    Effect(
-        ("wandb_exp_name",),
-        works=lambda c: c.training.wandb_project is not None,
-        otherwise="without --wandb-project",
-        remedy="--wandb-project PROJECT",
-    ),
-    Effect(
-        ("profile_dir", "profile_ranks"),
-        works=lambda c: c.training.profile is not None,
-        otherwise="without --profile",
-        remedy={"profile": "10-12"},
-    ),
-    Effect(
-        ("rng_scheme",),
-        works=lambda c: c.model.attention_dropout > 0 or c.model.hidden_dropout > 0,
-        otherwise="without dropout",
-        remedy={"hidden_dropout": 0.1},
-    ),
-    Effect(
-        ("eval_interval",),
-        works=lambda c: c.training.eval_iters > 0 or c.training.eval_interval == 0,
-        otherwise="with --eval-iters 0",
-        remedy=example_of("eval_iters"),
-    ),
-    Effect(
-        ("eval_iters",),
-        works=lambda c: c.training.eval_interval > 0 or c.training.eval_iters == 0,
-        otherwise="with --eval-interval 0",
-        remedy=example_of("eval_interval"),
-    ),
-    # checkpoint
-    Effect(
-        ("save_interval", "keep_last"),
-        works=lambda c: c.checkpoint.save is not None,
-        otherwise="without --save",
-        remedy="--save FOLDER",
-    ),
-    Effect(
-        ("ckpt_step", "finetune", "no_load_optim", "no_load_rng", "allow_data_change"),
-        works=lambda c: c.checkpoint.load is not None,
-        otherwise="without --load",
-        remedy="--load FOLDER",
-    ),
-    Effect(
-        ("no_load_optim", "no_load_rng", "allow_data_change"),
-        works=lambda c: not c.checkpoint.finetune,
-        otherwise="with --finetune, which loads the weights alone",
-    ),
-    Effect(
-        ("no_load_rng",),
-        works=lambda c: c.training.rng_scheme == "megatron" or c.checkpoint.load is None,
-        otherwise="with --rng-scheme global, which has no random state",
-        remedy={"rng_scheme": "megatron"},
-    ),
-    # architecture
-    Effect(tuple(options_of(BertDataConfig)), works=lambda c: c.is_bert, otherwise="for a GPT"),
-    Effect(
-        (*NEEDS_EOD, "sample_order"),
-        works=lambda c: not c.is_bert,
-        otherwise="for a BERT, whose samples are made of sentences",
-    ),
-    # data
-    Effect(
-        ("tiktoken_pattern",),
-        works=lambda c: c.data.tokenizer_type == "TikTokenizer",
-        otherwise="without --tokenizer-type TikTokenizer",
-        remedy="--tokenizer-type TikTokenizer and its file",
-    ),
-    Effect(
-        ("parse_special_tokens",),
-        works=lambda c: c.data.tokenizer_type not in (None, *NO_SPECIAL_TEXTS),
-        otherwise="without a --tokenizer-type whose special tokens a text can contain",
-        remedy="--tokenizer-type of the data, and its files",
-    ),
-    Effect(
-        NEEDS_EOD,
-        works=lambda c: c.data.tokenizer_type is not None or c.is_bert,
-        otherwise="without a tokenizer that defines which token ends a document",
-        remedy="--tokenizer-type of the data, and its files",
-    ),
-    Effect(
-        NEEDS_EOD,
-        works=lambda c: not c.data.mock_data or c.is_bert,
-        otherwise="with --mock-data, which has no documents",
-    ),
-    Effect(
-        ("reset_position_ids",),
-        works=lambda c: c.model.position_embedding_type != "none",
-        otherwise="with --position-embedding-type none",
-        remedy={"position_embedding_type": "learned_absolute"},
-    ),
-    Effect(
-        ("data_path", "split"),
-        works=lambda c: c.data.mock_data or not (c.data.train_data_path and c.data.valid_data_path),
-        otherwise="with --train-data-path and --valid-data-path, which name all that is read",
-    ),
-    Effect(
-        ("valid_data_path",),
-        works=lambda c: (
-            c.data.mock_data or (c.training.eval_interval > 0 and c.training.eval_iters > 0)
-        ),
-        otherwise="without evaluation",
-        remedy=example_of("eval_interval") | example_of("eval_iters"),
-    ),
-    Effect(
-        ("sample_order",),
-        works=lambda c: not c.data.mock_data or c.is_bert,
-        otherwise="with --mock-data",
-    ),
-    Effect(
-        ("split",),
-        works=lambda c: not c.data.mock_data,
-        otherwise="with --mock-data, which is generated for each split",
-    ),
+IDLE_FOR = {
+    "gpt": (tuple(options_of(BertDataConfig)), "for a GPT"),
+    "bert": ((*NEEDS_EOD, "sample_order"), "for a BERT, whose samples are made of sentences"),
+}
+"""Fields that do nothing for an architecture, and what is said of them."""
+ADAPTS_LOSS_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+NEEDS_VALUE = (
+    (("rotary_base",), "position_embedding_type", "rope"),
+    (("sgd_momentum",), "optimizer", "sgd"),
+    (("adam_beta1", "adam_beta2", "adam_eps"), "optimizer", "adam"),
+    (("lr_wsd_decay_style", "lr_wsd_decay_iters"), "lr_decay_style", "WSD"),
 )
+"""(fields, another field, the value of it without which they do nothing)."""
+NEEDS_ANY = (
+    (("wandb_exp_name",), "wandb_project", "--wandb-project PROJECT"),
+    (("profile_dir", "profile_ranks"), "profile", {"profile": "10-12"}),
+    (("save_interval", "keep_last"), "save", "--save FOLDER"),
+    (("ckpt_step", "finetune", "no_load_optim", "no_load_rng"), "load", "--load FOLDER"),
+    (("allow_data_change",), "load", "--load FOLDER"),
+)
+"""(fields, another field, which must be set for them to do something, how it is set)."""
 
-
-def _tokenizer_effects() -> list[Effect]:
-    """Files of the tokenizer work with the kinds that are made of them."""
-    kinds_of = {}
-    for kind, files in TOKENIZER_FILES.items():
-        for key in files:
-            kinds_of.setdefault(key, []).append(kind)
-    effects = []
-    for key, kinds in kinds_of.items():
-        simplest = min(kinds, key=lambda kind: len(TOKENIZER_FILES[kind]))
-        effect = Effect(
-            (key,),
-            works=lambda c, kinds=kinds: c.data.tokenizer_type in kinds,
-            otherwise=f"without a --tokenizer-type that reads it ({', '.join(kinds)})",
-            remedy={"tokenizer_type": simplest},
-        )
-        effects.append(effect)
-    return effects
+Idle = tuple[tuple[str, ...], str, dict[str, Any] | str | None]
+"""Fields without an effect; what is said of them, after "has no effect ..."; what would give them
+one, if anything does."""
 
 
 def nothing_is_ignored(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """Fields that were changed from their defaults where they change nothing."""
     flat = to_flat(config)
-    for effect in (*EFFECTS, *_tokenizer_effects()):
-        if effect.works(config):
-            continue
-        for key in effect.keys:
+    foreign, why = IDLE_FOR[config.model.architecture]
+    found = [(foreign, why, None)]
+    for section in (_other_values, _layout_and_model, _training, _checkpoint, _data):
+        for keys, why, remedy in section(config):
+            found.append(([key for key in keys if key not in foreign], why, remedy))
+    for keys, why, remedy in found:
+        for key in keys:
             option = options()[key]
-            if flat[key] == option.default:
-                continue
-            remedies = [effect.remedy] if effect.remedy else []
-            others = effect.remedy if isinstance(effect.remedy, dict) else ()
-            yield Finding(
-                f"{option.setting(flat[key])} has no effect {effect.otherwise}",
-                (key, *others),
-                (*remedies, {key: option.default}),
-            )
+            if flat[key] != option.default:
+                message = f"{option.setting(flat[key])} has no effect {why}"
+                remedies = [remedy] if remedy else []
+                others = remedy if isinstance(remedy, dict) else ()
+                yield Finding(message, *remedies, {key: option.default}, also=tuple(others))
+
+
+def _other_values(config: RunConfig) -> Iterator[Idle]:
+    """Fields that need one other field."""
+    flat = to_flat(config)
+    for keys, other, value in NEEDS_VALUE:
+        if flat[other] != value:
+            yield keys, f"without {options()[other].setting(value)}", {other: value}
+    for keys, other, remedy in NEEDS_ANY:
+        if flat[other] is None:
+            yield keys, f"without {options()[other].flag}", remedy
+
+
+def _layout_and_model(config: RunConfig) -> Iterator[Idle]:
+    p = config.parallel
+    m = config.model
+    if p.pipeline_model_parallel_size == 1:
+        remedy = {"pipeline_model_parallel_size": 2}
+        yield ("pipeline_schedule",), "with one pipeline stage", remedy
+    if p.hang_timeout >= 60 * p.distributed_timeout_minutes:
+        why = "since --distributed-timeout-minutes ends the run earlier"
+        yield ("hang_timeout",), why, {"distributed_timeout_minutes": 60.0}
+    if not p.use_distributed_optimizer:
+        why = "without --use-distributed-optimizer"
+        yield ("overlap_param_gather",), why, {"use_distributed_optimizer": True}
+    if not p.overlap_grad_reduce and not p.use_distributed_optimizer:
+        why = "without --overlap-grad-reduce or --use-distributed-optimizer"
+        yield ("ddp_bucket_size",), why, {"overlap_grad_reduce": True}
+    if m.swiglu and not config.head_cost.dense:  # a dense layer in the head has its own GELU
+        yield ("gelu",), "with --swiglu", {"swiglu": False}
+    if m.position_embedding_type == "none":
+        remedy = {"position_embedding_type": "learned_absolute"}
+        yield ("reset_position_ids",), "with --position-embedding-type none", remedy
+    if "full" not in (config.recompute.granularity, config.recompute.recompute_granularity):
+        keys = ("recompute_method", "recompute_num_layers")
+        remedy = {"recompute_granularity": "full"}
+        yield keys, "without --recompute-granularity full", remedy
+
+
+def _training(config: RunConfig) -> Iterator[Idle]:
+    t = config.training
+    o = config.optimizer
+    remedy = {"lr_decay_style": "cosine"}
+    if o.lr_decay_style == "constant":
+        yield ("min_lr", "lr_decay_iters"), "with --lr-decay-style constant", remedy
+    if o.lr_decay_style == "inverse-square-root":
+        why = "with --lr-decay-style inverse-square-root, which has no end"
+        yield ("lr_decay_iters",), why, remedy
+    if not o.lr_warmup_iters and not o.lr_warmup_fraction:
+        yield ("lr_warmup_init",), "without a warm-up", {"lr_warmup_iters": 10}
+    if o.weight_decay_incr_style == "constant":
+        keys = ("start_weight_decay", "end_weight_decay")
+        remedy = {"weight_decay_incr_style": "linear"}
+        yield keys, "with --weight-decay-incr-style constant", remedy
+    else:
+        why = "with --weight-decay-incr-style linear or cosine"
+        yield ("weight_decay",), why, {"weight_decay_incr_style": "constant"}
+    if o.chosen_precision != "fp16":
+        yield ("loss_scale", *ADAPTS_LOSS_SCALE), "without --fp16", {"fp16": True}
+    if o.loss_scale is not None:
+        yield ADAPTS_LOSS_SCALE, "with a constant --loss-scale", {"loss_scale": None}
+    if config.model.attention_dropout <= 0 and config.model.hidden_dropout <= 0:
+        yield ("rng_scheme",), "without dropout", {"hidden_dropout": 0.1}
+    if t.eval_iters == 0 and t.eval_interval > 0:
+        yield ("eval_interval",), "with --eval-iters 0", example_of("eval_iters")
+    if t.eval_interval == 0 and t.eval_iters > 0:
+        yield ("eval_iters",), "with --eval-interval 0", example_of("eval_interval")
+
+
+def _checkpoint(config: RunConfig) -> Iterator[Idle]:
+    c = config.checkpoint
+    if c.finetune:
+        keys = ("no_load_optim", "no_load_rng", "allow_data_change")
+        yield keys, "with --finetune, which loads the weights alone", None
+    if c.load is not None and config.training.rng_scheme == "global":
+        why = "with --rng-scheme global, which has no random state"
+        yield ("no_load_rng",), why, {"rng_scheme": "megatron"}
+
+
+def _data(config: RunConfig) -> Iterator[Idle]:
+    d = config.data
+    kind = d.tokenizer_type
+    remedy = "--tokenizer-type of the data, and its files"
+    # The tokenizer. Its files work with the kinds that are made of them.
+    for key in ("tokenizer_model", "vocab_file", "merge_file"):
+        kinds = [other for other, files in TOKENIZER_FILES.items() if key in files]
+        if kind not in kinds:
+            simplest = min(kinds, key=lambda other: len(TOKENIZER_FILES[other]))
+            why = f"without a --tokenizer-type that reads it ({', '.join(kinds)})"
+            yield (key,), why, {"tokenizer_type": simplest}
+    if kind != "TikTokenizer":
+        why = "without --tokenizer-type TikTokenizer"
+        yield ("tiktoken_pattern",), why, "--tokenizer-type TikTokenizer and its file"
+    if kind in (None, *NO_SPECIAL_TEXTS):
+        why = "without a --tokenizer-type whose special tokens a text can contain"
+        yield ("parse_special_tokens",), why, remedy
+    if kind is None:
+        why = "without a tokenizer that defines which token ends a document"
+        yield NEEDS_EOD, why, remedy
+    # The datasets.
+    if d.mock_data:
+        yield ("split",), "with --mock-data, which is generated for each split", None
+        yield NEEDS_EOD, "with --mock-data, which has no documents", None
+        yield ("sample_order",), "with --mock-data", None
+        return
+    if d.train_data_path and d.valid_data_path:
+        why = "with --train-data-path and --valid-data-path, which name all that is read"
+        yield ("data_path", "split"), why, None
+    if "valid" not in wanted_splits(config):
+        remedy = example_of("eval_interval") | example_of("eval_iters")
+        yield ("valid_data_path",), "without evaluation", remedy

@@ -18,10 +18,13 @@ from megalite.checkpoint.folder import (
 )
 from megalite.config.rules.data import DATA_RULES
 from megalite.config.rules.disk import neighbours, same_place
-from megalite.config.rules.finding import Finding, Rule, flag_of, global_batch, iterations
+from megalite.config.rules.finding import Finding, Rule, each, flag_of, global_batch, iterations
 from megalite.config.rules.tokenizer import TOKENIZER_FILE_RULES
-from megalite.config.run import RunConfig, options
+from megalite.config.run import RunConfig, keys_where, options
 from megalite.config.yaml_file import config_of_checkpoint
+from megalite.data.build import data_state
+from megalite.data.indexed import DatasetError
+from megalite.data.sources import DataState
 
 
 def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -31,58 +34,51 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
     if c.load is None:
         return
     stored = list_iterations(c.load, replaced=True)
+    unreadable = ""
     try:
         latest = latest_iteration(c.load)
-        unreadable = ""
     except CheckpointError as error:
         latest = -1
         unreadable = str(error)
     if not stored and latest is None:
-        yield from _nothing_to_load(config)
+        # A folder without checkpoints is right for the first run of a job.
+        if same_place(c.load, c.save) and c.ckpt_step is None and not c.finetune:
+            return
+        what = "holds no checkpoints" if os.path.isdir(c.load) else "is no folder"
+        beside = neighbours(c.load.rstrip("/"), "")
+        yield Finding(
+            f"--load {c.load} {what}",
+            *each("load", [other for other in beside if list_iterations(other, replaced=True)]),
+            {"load": None},
+            "--load FOLDER that holds iter_* folders",
+            also=("save", "ckpt_step"),
+        )
     elif c.ckpt_step is not None and c.ckpt_step not in stored:
-        there = ", ".join(map(str, stored))
         steps = sorted(stored, key=lambda step: abs(step - c.ckpt_step))
-        offers = [{"ckpt_step": step} for step in steps]
         if latest in stored:
-            offers.append({"ckpt_step": None})
+            steps.append(None)
+        there = ", ".join(map(str, stored))
         message = f"--ckpt-step {c.ckpt_step}: --load {c.load} holds iterations {there}"
-        yield Finding(message, ("ckpt_step", "load"), tuple(offers))
+        yield Finding(message, *each("ckpt_step", steps))
     elif c.ckpt_step is None and latest not in stored:
         why = unreadable or f"the latest iteration, {latest}, is not there"
         offer = {"ckpt_step": stored[-1]} if stored else "--load another folder"
-        yield Finding(f"--load {c.load}: {why}", ("load", "ckpt_step"), (offer,))
-
-
-def _nothing_to_load(config: RunConfig) -> Iterator[Finding]:
-    """--load names a folder without checkpoints, which is right for the first run of a job."""
-    c = config.checkpoint
-    flags = ("load", "save", "ckpt_step", "finetune")
-    if same_place(c.load, c.save) and c.ckpt_step is None and not c.finetune:
-        return
-    what = "holds no checkpoints" if os.path.isdir(c.load) else "is no folder"
-    beside = neighbours(c.load.rstrip("/"), "")
-    offers = [{"load": other} for other in beside if list_iterations(other, replaced=True)]
-    words = "--load FOLDER that holds iter_* folders"
-    yield Finding(f"--load {c.load} {what}", flags, (*offers, {"load": None}, words))
+        yield Finding(f"--load {c.load}: {why}", offer, also=("ckpt_step",))
 
 
 def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """The checkpoint holds this model, not one with other layers, widths, norms or positions."""
-    try:
-        folder = folder_to_load(config)
-        made_with = read_config(folder) if folder is not None else None
-    except (CheckpointError, OSError, ValueError):
-        return  # loading says what is wrong with it
+    folder, made_with = _checkpoint_to_load(config)
     if made_with is None:
         return
     # The architecture.
-    if made_with.model.architecture != config.model.architecture:
-        there = made_with.model.architecture
-        here = config.model.architecture
+    there = made_with.model.architecture
+    here = config.model.architecture
+    if there != here:
         yield Finding(
             f"the model in {folder} is a {there.upper()}, this run's is a {here.upper()}",
-            ("architecture", "load"),
-            (f"pretrain_{there}.py resumes it", "--load another folder"),
+            f"pretrain_{there}.py resumes it",
+            "--load another folder",
         )
         return
     # The heads.
@@ -92,71 +88,69 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
         yield Finding(
             f"the model in {folder} {heads} (--bert-pair {there}), this run has --bert-pair "
             f"{config.bert.bert_pair}",
-            ("bert_pair", "load"),
-            ({"bert_pair": there},),
+            {"bert_pair": there},
         )
     # The shape.
     stored = made_with.model.filled()
     wanted = config.model.filled()
-    for option in options().values():
-        key = option.key
-        if not option.field.defines_model or not _matters(key, config, made_with):
-            continue
-        there = getattr(stored, key)
-        here = getattr(wanted, key)
-        if there != here:
-            yield Finding(
-                f"the model in {folder} has {key} {there}, this run has {here}",
-                (key, "load"),
-                ({key: there},),
-            )
-
-
-def _matters(key: str, config: RunConfig, made_with: RunConfig) -> bool:
-    """Whether two models may be told apart by a field that defines them."""
-    if key == "max_position_embeddings":  # of RoPE it is only a limit
-        return made_with.model.position_embedding_type == "learned_absolute"
-    return key != "vocab_size" or config.model.vocab_size is not None
+    keys = set(keys_where(lambda field: field.defines_model))
+    if stored.position_embedding_type != "learned_absolute":
+        keys.discard("max_position_embeddings")  # of RoPE it is only a limit
+    if config.model.vocab_size is None:
+        keys.discard("vocab_size")
+    for key in options():
+        there = getattr(stored, key, None)
+        here = getattr(wanted, key, None)
+        if key in keys and there != here:
+            message = f"the model in {folder} has {key} {there}, this run has {here}"
+            yield Finding(message, {key: there}, also=(key,))
 
 
 def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """The training data and its order are those that the checkpoint was made with, or the change is
     allowed."""
-    from megalite.data.build import data_state
-    from megalite.data.indexed import DatasetError
-    from megalite.data.sources import DataState
-
     if config.checkpoint.finetune or config.checkpoint.allow_data_change:
         return
+    folder, made_with = _checkpoint_to_load(config)
+    if made_with is None or made_with.model.architecture != config.model.architecture:
+        return  # another rule reports another model
     try:
-        folder = folder_to_load(config)
-        if folder is None:
-            return
         stored = json.loads((folder / STATE_FILE).read_text()).get("data")
-        if stored is None or read_config(folder).is_bert != config.is_bert:
-            return  # nothing to compare with, or another model, which another rule reports
+        if stored is None:
+            return
         samples = iterations(config, world_size) * global_batch(config, world_size)
-        now = data_state(
-            config.data, config.model, config.training.seed, samples=samples, bert=config.bert
-        )
+        seed = config.training.seed
+        now = data_state(config.data, config.model, seed, samples=samples, bert=config.bert)
         differences = DataState.from_json(stored).differences(now)
-    except (CheckpointError, DatasetError, OSError, ValueError, KeyError, TypeError):
+    except (DatasetError, OSError, ValueError, KeyError, TypeError):
         return  # other rules, or loading, say what is wrong
     if differences:
         yield Finding(
             f"the training data is not what {folder} was made with: {'; '.join(differences)}",
-            ("allow_data_change", "load", "split", *config.data.paths),
-            ({"allow_data_change": True}, "give the data and the flags that differ as in that run"),
+            {"allow_data_change": True},
+            "give the data and the flags that differ as in that run",
+            also=("split",),
         )
 
 
-def folder_to_load(config: RunConfig) -> Path | None:
-    """The folder of the checkpoint to load, None when there is none. Raises CheckpointError."""
+def _checkpoint_to_load(config: RunConfig) -> tuple[Path | None, RunConfig | None]:
+    """The folder of the checkpoint to load, and the configuration that it was made with. (None,
+    None) where there is none or where, as loading reports, it cannot be read."""
     c = config.checkpoint
-    if c.load is None:
-        return None
-    iteration = latest_iteration(c.load) if c.ckpt_step is None else c.ckpt_step
-    return None if iteration is None else checkpoint_folder(c.load, iteration)
+    try:
+        folder = None if c.load is None else folder_to_load(c.load, c.ckpt_step)
+        if folder is not None:
+            return folder, read_config(folder)
+    except (CheckpointError, OSError, ValueError):
+        pass
+    return None, None
+
+
+def folder_to_load(load: str, step: int | None) -> Path | None:
+    """The folder of the checkpoint of an iteration, or, for None, of the latest; None when there is
+    none. Raises CheckpointError."""
+    iteration = latest_iteration(load) if step is None else step
+    return None if iteration is None else checkpoint_folder(load, iteration)
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -180,35 +174,29 @@ def checkpoints_stay_apart(config: RunConfig, world_size: int) -> Iterator[Findi
     yield Finding(
         f"--save {c.save} holds checkpoints of another run, the last of iteration {stored[-1]}, "
         "which this run does not continue",
-        ("save", "load", "finetune"),
-        (resume, {"save": c.save.rstrip("/") + "-new"}),
+        resume,
+        {"save": c.save.rstrip("/") + "-new"},
+        also=("load",),
     )
 
 
 def results_can_be_written(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """--save is, or may become, a folder to write in; --metrics-file a file."""
-    if config.checkpoint.save is not None:
-        path = config.checkpoint.save
-        yield from _can_be_written("save", path, wanted="folder", is_other=os.path.isfile(path))
-    if config.training.metrics_file is not None:
-        path = config.training.metrics_file
-        yield from _can_be_written(
-            "metrics_file", path, wanted="file", is_other=os.path.isdir(path)
-        )
-
-
-def _can_be_written(key: str, path: str, wanted: str, is_other: bool) -> Iterator[Finding]:
-    """The path is not one of the other kind, and the nearest folder that there is can be
-    written."""
-    whole = Path(path).absolute()
-    nearest = next(p for p in (whole, *whole.parents) if p.exists())
-    if is_other:
-        kind = "file" if wanted == "folder" else "folder"
-        message = f"{flag_of(key)} {path} is a {kind}, not a {wanted}"
-        yield Finding(message, (key,), ({key: path.rstrip("/") + "-new"},))
-    elif not os.access(nearest, os.W_OK) or (nearest != whole and not nearest.is_dir()):
-        message = f"{flag_of(key)} {path}: nothing can be written in {nearest}"
-        yield Finding(message, (key,), ({key: os.path.basename(path)},))
+    paths = {"save": config.checkpoint.save, "metrics_file": config.training.metrics_file}
+    for key, path in paths.items():
+        if path is None:
+            continue
+        whole = Path(path).absolute()
+        nearest = next(p for p in (whole, *whole.parents) if p.exists())
+        given = f"{flag_of(key)} {path}"
+        other = {key: path.rstrip("/") + "-new"}
+        if key == "save" and whole.is_file():
+            yield Finding(f"{given} is a file, not a folder", other)
+        elif key == "metrics_file" and whole.is_dir():
+            yield Finding(f"{given} is a folder, not a file", other)
+        elif not os.access(nearest, os.W_OK) or (nearest != whole and not nearest.is_dir()):
+            here = {key: os.path.basename(path)}
+            yield Finding(f"{given}: nothing can be written in {nearest}", here)
 
 
 FILE_RULES: tuple[Rule, ...] = (

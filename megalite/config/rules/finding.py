@@ -2,27 +2,43 @@
 torch."""
 
 import math
+import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from megalite.config.run import RunConfig, options
 
 
-@dataclass(frozen=True)
 class Finding:
-    """What a rule found: a Problem whose fix is still to be chosen."""
+    """What a rule found: a Problem whose fix is still to be chosen.
 
-    message: str
-    flags: tuple[str, ...]
-    """Every field that the rule looked at for this."""
-    candidates: tuple[dict[str, Any] | str, ...]
-    """Changes of fields that may help, best first (world_size: the number of ranks), or advice in
-    words."""
+    Args:
+        message: what is wrong.
+        candidates: changes of fields that may help, best first (world_size: the number of ranks),
+            or advice in words.
+        also: fields that the rule looked at and that may have a senseless value, beside those whose
+            flags are in the message.
+    """
+
+    def __init__(self, message: str, *candidates: dict[str, Any] | str, also: tuple[str, ...] = ()):
+        self.message = message
+        self.candidates = candidates
+        flags = re.findall("--[a-z0-9-]+", message)
+        self.flags = (*filter(None, map(_keys_by_flag().get, flags)), *also)
 
 
 Rule = Callable[[RunConfig, int], Iterable[Finding]]
 """A function of (config, world_size) that yields a Finding for each thing wrong."""
+
+
+@cache
+def _keys_by_flag() -> dict[str, str]:
+    """The key of each flag of a run, of the opposite of a switch too."""
+    keys = {}
+    for key, option in options().items():
+        keys |= dict.fromkeys([*option.flags, *option.switches], key)
+    return keys
 
 
 def flag_of(key: str) -> str:
@@ -38,6 +54,11 @@ def example_of(key: str) -> dict[str, Any]:
 def without_evaluation() -> dict[str, Any]:
     """The change that turns evaluation off."""
     return {"eval_interval": 0, "eval_iters": 0}
+
+
+def each(key: str, values: Iterable[Any]) -> list[dict[str, Any]]:
+    """A candidate for each value of one field."""
+    return [{key: value} for value in values]
 
 
 def divisors(number: int, most: int) -> list[int]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from megalite.config.rules.finding import Finding, Rule, divisors, flag_of, multiples
+from megalite.config.rules.finding import Finding, Rule, divisors, each, flag_of, multiples
 from megalite.config.run import RunConfig
 
 
@@ -15,12 +15,9 @@ def heads_fill_hidden(config: RunConfig, world_size: int) -> Iterator[Finding]:
         yield Finding(
             f"--hidden-size {m.hidden_size} is not a multiple of --num-attention-heads {heads}, "
             "and --kv-channels is unset",
-            ("hidden_size", "num_attention_heads", "kv_channels"),
-            (
-                *_each("num_attention_heads", divisors(m.hidden_size, heads)),
-                *_each("hidden_size", multiples(heads, m.hidden_size, 6)),
-                {"kv_channels": max(2, m.hidden_size // heads // 2 * 2)},
-            ),
+            *each("num_attention_heads", divisors(m.hidden_size, heads)),
+            *each("hidden_size", multiples(heads, m.hidden_size, 6)),
+            {"kv_channels": max(2, m.hidden_size // heads // 2 * 2)},
         )
 
 
@@ -31,11 +28,8 @@ def heads_fill_groups(config: RunConfig, world_size: int) -> Iterator[Finding]:
     if heads % groups:
         yield Finding(
             f"--num-attention-heads {heads} is not a multiple of --num-query-groups {groups}",
-            ("num_attention_heads", "num_query_groups"),
-            (
-                *_each("num_query_groups", divisors(heads, heads)),
-                *_each("num_attention_heads", multiples(groups, heads, 6)),
-            ),
+            *each("num_query_groups", divisors(heads, heads)),
+            *each("num_attention_heads", multiples(groups, heads, 6)),
         )
 
 
@@ -47,8 +41,9 @@ def rope_pairs_components(config: RunConfig, world_size: int) -> Iterator[Findin
             "--position-embedding-type rope rotates pairs of components, but heads have "
             f"{m.head_size} (--hidden-size {m.hidden_size}, --num-attention-heads "
             f"{m.num_attention_heads})",
-            ("position_embedding_type", "hidden_size", "num_attention_heads", "kv_channels"),
-            ({"kv_channels": m.head_size + 1}, {"position_embedding_type": "learned_absolute"}),
+            {"kv_channels": m.head_size + 1},
+            {"position_embedding_type": "learned_absolute"},
+            also=("kv_channels",),
         )
 
 
@@ -58,8 +53,8 @@ def sequence_fits_positions(config: RunConfig, world_size: int) -> Iterator[Find
     if m.seq_length > m.positions:
         yield Finding(
             f"--seq-length {m.seq_length} is longer than --max-position-embeddings {m.positions}",
-            ("seq_length", "max_position_embeddings"),
-            ({"seq_length": m.positions}, {"max_position_embeddings": m.seq_length}),
+            {"seq_length": m.positions},
+            {"max_position_embeddings": m.seq_length},
         )
 
 
@@ -74,11 +69,11 @@ def tensor_ranks_share(config: RunConfig, world_size: int) -> Iterator[Finding]:
     common = math.gcd(*sizes.values())
     for key, size in sizes.items():
         if size % t:
-            larger = [n for n in multiples(t, size, 6) if n >= size]
             yield Finding(
                 f"{flag_of(key)} {size} cannot be divided among --tp {t} ranks",
-                (key, "tensor_model_parallel_size"),
-                (*_tensor_sizes(config, common), *_tensor_sizes(config, size), *_each(key, larger)),
+                *_tensor_sizes(config, common),
+                *_tensor_sizes(config, size),
+                *each(key, [n for n in multiples(t, size, 6) if n >= size]),
             )
 
 
@@ -88,21 +83,19 @@ def sequence_parallel_splits(config: RunConfig, world_size: int) -> Iterator[Fin
     s = config.model.seq_length
     if not config.parallel.sequence_parallel:
         return
+    off = {"sequence_parallel": False}
     if t == 1:
         yield Finding(
             "--sequence-parallel splits the sequence over tensor-parallel ranks, but --tp is 1",
-            ("sequence_parallel", "tensor_model_parallel_size"),
-            ({"tensor_model_parallel_size": 2}, {"sequence_parallel": False}),
+            {"tensor_model_parallel_size": 2},
+            off,
         )
     elif s % t:
         yield Finding(
             f"--seq-length {s} is not a multiple of --tp {t}, as --sequence-parallel needs",
-            ("sequence_parallel", "seq_length", "tensor_model_parallel_size"),
-            (
-                *_each("seq_length", multiples(t, s)),
-                *_tensor_sizes(config, math.gcd(s, config.model.num_attention_heads)),
-                {"sequence_parallel": False},
-            ),
+            *each("seq_length", multiples(t, s)),
+            *_tensor_sizes(config, math.gcd(s, config.model.num_attention_heads)),
+            off,
         )
 
 
@@ -113,8 +106,8 @@ def stages_hold_layers(config: RunConfig, world_size: int) -> Iterator[Finding]:
     if p > layers:
         yield Finding(
             f"--pp {p} stages for --num-layers {layers}: each stage needs at least one layer",
-            ("pipeline_model_parallel_size", "num_layers"),
-            (*_each("pipeline_model_parallel_size", range(layers, 0, -1)), {"num_layers": p}),
+            *each("pipeline_model_parallel_size", range(layers, 0, -1)),
+            {"num_layers": p},
         )
 
 
@@ -133,8 +126,8 @@ def ranks_fill_layout(config: RunConfig, world_size: int) -> Iterator[Finding]:
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
     yield Finding(
         f"{ranks} cannot be divided into groups of --tp {t} x --pp {p} = {t * p}",
-        ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
-        (*_each("world_size", multiples(t * p, world_size)), *layouts),
+        *each("world_size", multiples(t * p, world_size)),
+        *layouts,
     )
 
 
@@ -144,15 +137,15 @@ def backend_fits_device(config: RunConfig, world_size: int) -> Iterator[Finding]
     if p.device == "cpu" and p.distributed_backend == "nccl":
         yield Finding(
             "--distributed-backend nccl works on GPUs only, but --device is cpu",
-            ("device", "distributed_backend"),
-            ({"distributed_backend": "gloo"}, {"device": "cuda"}),
+            {"distributed_backend": "gloo"},
+            {"device": "cuda"},
         )
     if p.device == "cuda" and p.distributed_backend == "gloo":
         yield Finding(
             "--distributed-backend gloo cannot send tensors of GPUs between stages, but --device "
             "is cuda",
-            ("device", "distributed_backend"),
-            ({"distributed_backend": "nccl"}, {"device": "cpu"}),
+            {"distributed_backend": "nccl"},
+            {"device": "cpu"},
         )
 
 
@@ -160,22 +153,14 @@ def replicas_exist(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """--check-replicas compares ranks."""
     interval = config.training.check_replicas
     if interval is not None and world_size == 1:
-        yield Finding(
-            f"--check-replicas {interval} has no effect with one rank",
-            ("check_replicas",),
-            ({"check_replicas": None}, {"world_size": 2}),
-        )
-
-
-def _each(key: str, values) -> list[dict[str, int]]:
-    """A candidate for each value of one field."""
-    return [{key: value} for value in values]
+        message = f"--check-replicas {interval} has no effect with one rank"
+        yield Finding(message, {"check_replicas": None}, {"world_size": 2})
 
 
 def _tensor_sizes(config: RunConfig, shared: int) -> list[dict[str, int]]:
     """Candidates for the tensor-parallel size that divide `shared`, no larger than now."""
     sizes = divisors(shared, config.parallel.tensor_model_parallel_size)
-    return _each("tensor_model_parallel_size", sizes)
+    return each("tensor_model_parallel_size", sizes)
 
 
 LAYOUT_RULES: tuple[Rule, ...] = (

@@ -9,6 +9,7 @@ from megalite.config.rules.finding import (
     Rule,
     data_parallel_size,
     divisors,
+    each,
     example_of,
     flag_of,
     global_batch,
@@ -18,95 +19,80 @@ from megalite.config.rules.finding import (
     without_evaluation,
 )
 from megalite.config.rules.tokenizer import tokenizer_is_whole
-from megalite.config.run import RunConfig, options
+from megalite.config.run import RunConfig, options, to_flat
+from megalite.data.gpt import parse_split
+from megalite.data.indexed import DatasetError
+from megalite.data.sources import parse_sources
 from megalite.optim.schedule import warmup_iterations
 from megalite.pipeline.partition import layers_of_stages
 
+SHORT_FORMS = (
+    ("bf16", "precision", "bf16", ("fp16", "fp64")),
+    ("fp16", "precision", "fp16", ("bf16", "fp64")),
+    ("recompute_activations", "recompute_granularity", "selective", ("full",)),
+)
+"""(switch, the field that it is a short form of, what it means, values that contradict it)."""
 
-def recompute_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """The short form against the long one; and no more layers at a time than a stage holds."""
+
+def short_forms_agree(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """--bf16 and --fp16 against each other and --precision, --recompute-activations against
+    --recompute-granularity."""
+    flat = to_flat(config)
+    if flat["bf16"] and flat["fp16"]:
+        yield Finding("--bf16 and --fp16 are two precisions", {"bf16": False}, {"fp16": False})
+    for short, long, meaning, others in SHORT_FORMS:
+        if flat[short] and flat[long] in others:
+            flag = flag_of(long)
+            yield Finding(
+                f"{flag_of(short)} means {flag} {meaning}, but {flag} {flat[long]} is given too",
+                {short: False},
+                {long: meaning},
+            )
+
+
+def stages_hold_recomputed_layers(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """No more layers are recomputed at a time than a stage holds."""
     r = config.recompute
-    if r.recompute_activations and r.recompute_granularity == "full":
-        yield Finding(
-            "--recompute-activations means --recompute-granularity selective, but full is given "
-            "too",
-            ("recompute_activations", "recompute_granularity"),
-            ({"recompute_activations": False}, {"recompute_granularity": "selective"}),
-        )
-        return
+    model = config.model
     stages = config.parallel.pipeline_model_parallel_size
-    if r.granularity != "full" or stages > config.model.num_layers:
+    if r.granularity != "full" or r.recompute_activations or stages > model.num_layers:
         return
-    most = _largest_stage(config)
+    if model.vocab_size is not None:
+        most = max(map(len, layers_of_stages(model, stages, config.predicted)))
+    elif model.num_layers % stages == 0:
+        most = model.num_layers // stages
+    else:  # the vocabulary is still to be read from a file: the most that a stage could have
+        most = model.num_layers - stages + 1
     if r.recompute_num_layers > most:
         yield Finding(
             f"--recompute-num-layers {r.recompute_num_layers} is more than the {most} layers of "
             "the largest stage",
-            ("recompute_num_layers", "num_layers", "pipeline_model_parallel_size"),
-            ({"recompute_num_layers": most},),
+            {"recompute_num_layers": most},
+            also=("num_layers", "pipeline_model_parallel_size"),
         )
-
-
-def _largest_stage(config: RunConfig) -> int:
-    """Layers of the fullest stage; the most that it could have while the vocabulary is still to be
-    read from a file."""
-    model = config.model
-    stages = config.parallel.pipeline_model_parallel_size
-    if model.vocab_size is not None:
-        return max(map(len, layers_of_stages(model, stages, config.predicted)))
-    if model.num_layers % stages == 0:
-        return model.num_layers // stages
-    return model.num_layers - stages + 1
-
-
-def precision_is_one(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """--bf16 and --fp16 against each other and --precision."""
-    o = config.optimizer
-    if o.bf16 and o.fp16:
-        yield Finding(
-            "--bf16 and --fp16 are two precisions",
-            ("bf16", "fp16"),
-            ({"bf16": False}, {"fp16": False}),
-        )
-    for name in ("bf16", "fp16"):
-        if getattr(o, name) and o.precision not in ("fp32", name):
-            yield Finding(
-                f"--{name} means --precision {name}, but --precision {o.precision} is given too",
-                (name, "precision"),
-                ({name: False}, {"precision": name}),
-            )
 
 
 def loss_scale_starts_above_its_minimum(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """min_loss_scale <= initial_loss_scale."""
-    o = config.optimizer
-    if o.min_loss_scale > o.initial_loss_scale:
-        yield Finding(
-            f"--min-loss-scale {o.min_loss_scale:g} is above --initial-loss-scale "
-            f"{o.initial_loss_scale:g}",
-            ("min_loss_scale", "initial_loss_scale"),
-            (
-                {"initial_loss_scale": o.min_loss_scale},
-                {"min_loss_scale": min(1.0, o.initial_loss_scale)},
-            ),
-        )
+    least = config.optimizer.min_loss_scale
+    first = config.optimizer.initial_loss_scale
+    if least > first:
+        message = f"--min-loss-scale {least:g} is above --initial-loss-scale {first:g}"
+        yield Finding(message, {"initial_loss_scale": least}, {"min_loss_scale": min(1.0, first)})
 
 
 def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """min_lr <= lr; a warm-up given once, that ends before the decay does."""
     o = config.optimizer
     if o.lowest_lr > o.lr:
-        yield Finding(
-            f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}",
-            ("min_lr", "lr"),
-            ({"min_lr": o.lr}, {"lr": o.min_lr}),
-        )
+        message = f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}"
+        yield Finding(message, {"min_lr": o.lr}, {"lr": o.min_lr})
     if o.lr_warmup_fraction is not None and o.lr_warmup_iters:
         yield Finding(
             f"--lr-warmup-fraction {o.lr_warmup_fraction:g} and --lr-warmup-iters "
             f"{o.lr_warmup_iters} both set the warm-up",
-            ("lr_warmup_fraction", "lr_warmup_iters"),
-            ({"lr_warmup_fraction": None}, {"lr_warmup_iters": 0}),
+            {"lr_warmup_fraction": None},
+            {"lr_warmup_iters": 0},
         )
     # The end of the schedule.
     end = o.lr_decay_iters
@@ -118,8 +104,9 @@ def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]
         yield Finding(
             f"--lr-warmup-iters {o.lr_warmup_iters} does not end before the schedule does, at "
             f"iteration {end}",
-            ("lr_warmup_iters", end_key, "train_samples"),
-            ({"lr_warmup_iters": end // 10}, {end_key: 10 * o.lr_warmup_iters}),
+            {"lr_warmup_iters": end // 10},
+            {end_key: 10 * o.lr_warmup_iters},
+            also=(end_key, "train_samples"),
         )
 
 
@@ -131,8 +118,8 @@ def schedules_are_whole(config: RunConfig, world_size: int) -> Iterator[Finding]
     if o.lr_decay_style == "WSD" and o.lr_wsd_decay_iters is None:
         yield Finding(
             "--lr-decay-style WSD needs --lr-wsd-decay-iters",
-            ("lr_decay_style", "lr_wsd_decay_iters"),
-            ({"lr_wsd_decay_iters": max(1, end // 10)}, {"lr_decay_style": "cosine"}),
+            {"lr_wsd_decay_iters": max(1, end // 10)},
+            {"lr_decay_style": "cosine"},
         )
     elif o.lr_decay_style == "WSD" and end:
         room = end - warmup_iterations(o, end)
@@ -140,25 +127,21 @@ def schedules_are_whole(config: RunConfig, world_size: int) -> Iterator[Finding]
             yield Finding(
                 f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters} are more than the {room} iterations "
                 f"between the warm-up and the end of the schedule, at iteration {end}",
-                ("lr_wsd_decay_iters", "lr_warmup_iters", "lr_decay_iters", "train_iters"),
-                ({"lr_wsd_decay_iters": max(1, room // 10)},),
+                {"lr_wsd_decay_iters": max(1, room // 10)},
+                also=("lr_warmup_iters", "lr_decay_iters", "train_iters"),
             )
     if o.lr_warmup_init > o.lr:
+        message = f"--lr-warmup-init {o.lr_warmup_init:g} is above --lr {o.lr:g}"
+        yield Finding(message, {"lr_warmup_init": 0.0}, {"lr": o.lr_warmup_init})
+    ends = ("start_weight_decay", "end_weight_decay")
+    missing = [key for key in ends if getattr(o, key) is None]
+    style = o.weight_decay_incr_style
+    if style != "constant" and missing:
         yield Finding(
-            f"--lr-warmup-init {o.lr_warmup_init:g} is above --lr {o.lr:g}",
-            ("lr_warmup_init", "lr"),
-            ({"lr_warmup_init": 0.0}, {"lr": o.lr_warmup_init}),
+            f"--weight-decay-incr-style {style} needs {' and '.join(map(flag_of, missing))}",
+            dict.fromkeys(missing, o.weight_decay),
+            {"weight_decay_incr_style": "constant"},
         )
-    if o.weight_decay_incr_style != "constant":
-        ends = ("start_weight_decay", "end_weight_decay")
-        missing = [key for key in ends if getattr(o, key) is None]
-        if missing:
-            yield Finding(
-                f"--weight-decay-incr-style {o.weight_decay_incr_style} needs "
-                f"{' and '.join(map(flag_of, missing))}",
-                ("weight_decay_incr_style", *missing),
-                (dict.fromkeys(missing, o.weight_decay), {"weight_decay_incr_style": "constant"}),
-            )
 
 
 def attention_can_drop(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -171,8 +154,8 @@ def attention_can_drop(config: RunConfig, world_size: int) -> Iterator[Finding]:
         yield Finding(
             f"--attention-backend {m.attention_backend} cannot drop attention weights "
             f"(--attention-dropout {m.attention_dropout:g}) by --rng-scheme {scheme}",
-            ("attention_backend", "attention_dropout", "rng_scheme"),
-            ({"attention_backend": "auto"}, {"attention_dropout": 0.0}),
+            {"attention_backend": "auto"},
+            {"attention_dropout": 0.0},
         )
 
 
@@ -186,24 +169,24 @@ def length_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]:
             yield Finding(
                 "the length of the training is not known: neither --train-iters nor "
                 "--train-samples is given",
-                ("train_iters", "train_samples"),
-                (example, {"train_samples": example["train_iters"] * batch}),
+                example,
+                {"train_samples": example["train_iters"] * batch},
             )
         return
     steps = t.train_samples // batch
     if t.train_samples % batch:
-        fitting = multiples(batch, t.train_samples)
         yield Finding(
             f"--train-samples {t.train_samples} is not a multiple of the global batch size {batch}",
-            ("train_samples", "global_batch_size", "micro_batch_size"),
-            tuple({"train_samples": n} for n in fitting),
+            *each("train_samples", multiples(batch, t.train_samples)),
+            also=("global_batch_size", "micro_batch_size"),
         )
     elif t.train_iters not in (None, steps):
         yield Finding(
             f"--train-samples {t.train_samples} are {steps} iterations of {batch}, but "
             f"--train-iters is {t.train_iters}",
-            ("train_samples", "train_iters", "global_batch_size"),
-            ({"train_samples": None}, {"train_iters": None}),
+            {"train_samples": None},
+            {"train_iters": None},
+            also=("global_batch_size",),
         )
 
 
@@ -215,61 +198,45 @@ def batch_divides(config: RunConfig, world_size: int) -> Iterator[Finding]:
     unit = micro * dp
     if batch is None or batch % unit == 0:
         return
-    offers = [{"global_batch_size": n} for n in multiples(unit, batch)]
+    offers = each("global_batch_size", multiples(unit, batch))
     if batch % dp == 0:
-        offers += [{"micro_batch_size": n} for n in divisors(batch // dp, micro)]
+        offers += each("micro_batch_size", divisors(batch // dp, micro))
     yield Finding(
         f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro} "
         f"x data-parallel size {dp} = {unit}",
-        ("global_batch_size", "micro_batch_size"),
-        tuple(offers),
+        *offers,
     )
 
 
 def data_has_one_source(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """Paths or mock_data, not both, not neither; data for every split that is read; paths that are
     prefixes with weights."""
-    from megalite.data.indexed import DatasetError
-    from megalite.data.sources import parse_sources
-
     d = config.data
     given = {key: words for key, words in d.paths.items() if words is not None}
     if not given and not d.mock_data:
-        mock = {"mock_data": True}
-        if not config.model.vocab_size:
-            mock |= example_of("vocab_size")
+        mock = {"mock_data": True} | ({} if config.model.vocab_size else example_of("vocab_size"))
         yield Finding(
             "there is no data: neither --data-path nor --mock-data is given",
-            ("data_path", "mock_data"),
-            ("--data-path PREFIX of a dataset made by tools/preprocess_data.py", mock),
+            "--data-path PREFIX of a dataset made by tools/preprocess_data.py",
+            mock,
         )
-    elif d.mock_data:
-        for key, words in given.items():
+    # A flag for every split, unless the data is generated.
+    for split in wanted_splits(config) if given and not d.mock_data else ():
+        if d.words_of(split)[1] is None:
+            flag = f"--{split}-data-path"
+            message = f"no data for {split} samples: neither {flag} nor --data-path is given"
+            offers = [without_evaluation()] if split == "valid" else []
+            yield Finding(message, f"{flag} PREFIX", *offers)
+    for key, words in given.items():
+        if d.mock_data:
             offers = [{"mock_data": False}] if len(given) == 1 else []
             message = f"{flag_of(key)} {' '.join(words)} and --mock-data are both given"
-            yield Finding(message, (key, "mock_data"), (*offers, {key: None}))
-    else:
-        yield from _splits_have_data(config)
-    for key, words in given.items():
+            yield Finding(message, *offers, {key: None})
         try:
             parse_sources(words, flag_of(key))
         except DatasetError as error:
-            yield Finding(str(error), (key,), ("one PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...",))
-
-
-def _splits_have_data(config: RunConfig) -> Iterator[Finding]:
-    """Every split that is read has a flag that names its data."""
-    for split in wanted_splits(config):
-        if config.data.words_of(split)[1] is None:
-            offers = [f"--{split}-data-path PREFIX"]
-            if split == "valid":
-                offers.append(without_evaluation())
-            yield Finding(
-                f"no data for {split} samples: neither --{split}-data-path nor --data-path is "
-                "given",
-                (f"{split}_data_path", "data_path"),
-                tuple(offers),
-            )
+            advice = "one PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ..."
+            yield Finding(str(error), advice)
 
 
 def megatron_order_is_possible(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -281,8 +248,8 @@ def megatron_order_is_possible(config: RunConfig, world_size: int) -> Iterator[F
             yield Finding(
                 "--sample-order megatron reproduces the order of one dataset, but "
                 f"{flag_of(key)} blends {len(words) // 2}",
-                ("sample_order", key),
-                ({"sample_order": "counted"}, "one PREFIX"),
+                {"sample_order": "counted"},
+                "one PREFIX",
             )
 
 
@@ -291,32 +258,27 @@ def vocabulary_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]
     size = config.model.vocab_size
     d = config.data
     has_paths = any(d.paths.values())
-    mock_flags = ("vocab_size", "mock_data")
     example = example_of("vocab_size")
     if size is None and d.mock_data and not has_paths:
-        yield Finding("--mock-data needs --vocab-size", mock_flags, (example,))
+        yield Finding("--mock-data needs --vocab-size", example)
     elif size is None and d.tokenizer_type is None and has_paths:
         yield Finding(
             "the vocabulary size is not known: neither --vocab-size nor --tokenizer-type is given",
-            ("vocab_size", "tokenizer_type"),
-            ("--tokenizer-type of the data, and its files", example),
+            "--tokenizer-type of the data, and its files",
+            example,
         )
     if size == 1 and d.mock_data:
-        message = "--mock-data cannot be learned with --vocab-size 1"
-        yield Finding(message, mock_flags, (example,))
+        yield Finding("--mock-data cannot be learned with --vocab-size 1", example)
 
 
 def split_is_readable(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """--split is shares. Whether each split has data is seen in the files."""
-    from megalite.data.gpt import parse_split
-    from megalite.data.indexed import DatasetError
-
     if config.data.mock_data:
         return
     try:
         parse_split(config.data.split)
     except DatasetError as error:
-        yield Finding(str(error), ("split",), (example_of("split"),))
+        yield Finding(str(error), example_of("split"), also=("split",))
 
 
 def profile_is_ranges(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -327,14 +289,11 @@ def profile_is_ranges(config: RunConfig, world_size: int) -> Iterator[Finding]:
     try:
         t.profile_ranges  # noqa: B018 - raises
     except ValueError as error:
-        yield Finding(f"--profile {t.profile}: {error}", ("profile",), ({"profile": "10-12"},))
+        yield Finding(f"--profile {t.profile}: {error}", {"profile": "10-12"})
     unknown = [rank for rank in t.profile_ranks if not rank.isdecimal() or int(rank) >= world_size]
     if unknown:
-        yield Finding(
-            f"--profile-ranks {' '.join(unknown)}: the ranks are 0 to {world_size - 1}",
-            ("profile_ranks",),
-            (example_of("profile_ranks"),),
-        )
+        message = f"--profile-ranks {' '.join(unknown)}: the ranks are 0 to {world_size - 1}"
+        yield Finding(message, example_of("profile_ranks"))
 
 
 def libraries_are_installed(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -344,13 +303,13 @@ def libraries_are_installed(config: RunConfig, world_size: int) -> Iterator[Find
         value = getattr(getattr(config, option.section), key)
         if library and value is not None and find_spec(library) is None:
             message = f"{option.flag} {value} needs the library {library}"
-            yield Finding(message, (key,), ("pip install 'megalite[tracking]'", {key: None}))
+            yield Finding(message, "pip install 'megalite[tracking]'", {key: None})
 
 
 RUN_RULES: tuple[Rule, ...] = (
     batch_divides,
-    recompute_agrees,
-    precision_is_one,
+    short_forms_agree,
+    stages_hold_recomputed_layers,
     loss_scale_starts_above_its_minimum,
     learning_rate_falls,
     schedules_are_whole,

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megalite.system.errors import ReportedError, explain_os_error
 
-class TokenizerError(ValueError):
+
+class TokenizerError(ReportedError, ValueError):
     """A tokenizer cannot be built or trained, or lacks what is asked for. Says what to do."""
 
 
@@ -117,7 +119,7 @@ def read_file(path: str | Path, flag: str) -> bytes:
     except FileNotFoundError:
         raise TokenizerError(missing_file(flag, path)) from None
     except OSError as error:
-        raise TokenizerError(f"{flag} {path}: {error.strerror}") from None
+        raise TokenizerError(f"{flag} {explain_os_error(error)}") from None
 
 
 def missing_file(flag: str, path: str | Path) -> str:
