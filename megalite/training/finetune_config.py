@@ -43,24 +43,20 @@ class FinetuneConfig:
 
     def problems(self) -> list[str]:
         """Everything wrong with these values, each with a fix."""
-        checks = [
-            (self.epochs < 1, f"--epochs {self.epochs}: use 1 or more"),
-            (self.batch_size < 1, f"--batch-size {self.batch_size}: use 1 or more"),
-            (
-                not 0 < self.lr < float("inf"),
-                f"--lr {self.lr}: use a number above 0, for example 5e-5",
+        infinity = float("inf")
+        fixes = {
+            f"--epochs {self.epochs}: use 1 or more": self.epochs >= 1,
+            f"--batch-size {self.batch_size}: use 1 or more": self.batch_size >= 1,
+            f"--lr {self.lr}: use a number above 0, for example 5e-5": 0 < self.lr < infinity,
+            f"--weight-decay {self.weight_decay}: use 0 or more": (
+                0 <= self.weight_decay < infinity
             ),
-            (
-                not 0 <= self.weight_decay < float("inf"),
-                f"--weight-decay {self.weight_decay}: use 0 or more",
+            f"--warmup-fraction {self.warmup_fraction}: use a share below 1": (
+                0 <= self.warmup_fraction < 1
             ),
-            (
-                not 0 <= self.warmup_fraction < 1,
-                f"--warmup-fraction {self.warmup_fraction}: use a share below 1",
-            ),
-            (not 0 <= self.dropout < 1, f"--dropout {self.dropout}: use a probability below 1"),
-        ]
-        return [text for wrong, text in checks if wrong]
+            f"--dropout {self.dropout}: use a probability below 1": 0 <= self.dropout < 1,
+        }
+        return [fix for fix, right in fixes.items() if not right]
 
 
 @dataclass(frozen=True)
@@ -111,9 +107,8 @@ class ClassifierDescription:
         """
         tokenizer, _ = bert_tokenizer(self.config)
         if tokenizer.sha256 != self.tokenizer_sha256:
-            raise TokenizerError(
-                "the tokenizer's file is not the one that the classifier was trained with"
-            )
+            problem = "is not the one that the classifier was trained with"
+            raise TokenizerError(f"the tokenizer's file {problem}")
         return tokenizer
 
 
