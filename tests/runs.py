@@ -42,7 +42,7 @@ from tests.pool import RankPool, RanksFailed
 from tests.trouble import troubled
 from tests.wandb_files import wandb_records
 
-ALONE = LaunchInfo(0, 1, 0, 1, "", "none")
+ALONE = LaunchInfo()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from megalite.programs import fill_mask
 from megalite.training.trained import load_model
 from tests.runs import console_of, sound
 
-ALONE = LaunchInfo(0, 1, 0, 1, "", "none")
+ALONE = LaunchInfo()
 SHAPE = dict(
     num_layers=2,
     hidden_size=32,

@@ -94,7 +94,7 @@ def made(tmp_path_factory, pool) -> Path:
         vocab_size=110, tensor_model_parallel_size=2, pipeline_model_parallel_size=2
     )
     pool.run(console_of, 4, sound(flags, 4, folder / "pairs"), folder / "pairs")
-    alone = LaunchInfo(0, 1, 0, 1, "", "none")
+    alone = LaunchInfo()
     flags = SHAPE | dict(vocab_size=110, bert_pair="none")
     console_of(alone, sound(flags, 1, folder / "none"), folder / "none")
     return folder

@@ -258,7 +258,7 @@ def hugging_face(monkeypatch):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_logits_and_gradients_equal_hugging_face(name, packed):
-    """One text in a row, or several documents, of which Hugging Face is told as places and a mask
+    """One text in a row, or several documents, of which Hugging Face is given positions and a mask
     to add to scores."""
     shape = SHAPES[name]
     make, to_theirs, from_theirs = (
@@ -267,7 +267,7 @@ def test_logits_and_gradients_equal_hugging_face(name, packed):
         else (llama_model, llama_from_oracle, oracle_from_llama)
     )
     params = oracle.random_parameters(shape)
-    tokens, labels, counted = batch(shape)
+    tokens, labels, loss_mask = batch(shape)
     bound = tolerance(shape, tokens.numel())
 
     model = make(shape)
@@ -279,19 +279,19 @@ def test_logits_and_gradients_equal_hugging_face(name, packed):
             parameter.copy_(weights[key])
     assert_close(from_theirs(weights, shape), params, bound=0.0)
 
-    places, told = (), {}
+    documents, options = (), {}
     if packed:
         tokens = tokens.clone()
         tokens[torch.tensor([0, 0, 1, 2]), torch.tensor([3, 6, 0, 8])] = END
-        positions, segments = places = oracle.documents(tokens, END)
+        positions, segments = documents = oracle.documents(tokens, END)
         sees = (segments[:, :, None] == segments[:, None, :]).tril()
         mask = torch.zeros(sees.shape, dtype=torch.float64).masked_fill(
             ~sees, torch.finfo(torch.float64).min
         )
-        told = {"position_ids": positions, "attention_mask": mask[:, None]}
-    their_logits = model(input_ids=tokens, use_cache=False, **told).logits
+        options = {"position_ids": positions, "attention_mask": mask[:, None]}
+    their_logits = model(input_ids=tokens, use_cache=False, **options).logits
     assert_close(
-        {"logits": oracle.logits(params, shape, tokens, *places)},
+        {"logits": oracle.logits(params, shape, tokens, *documents)},
         {"logits": their_logits.detach()},
         bound,
     )
@@ -299,9 +299,11 @@ def test_logits_and_gradients_equal_hugging_face(name, packed):
     losses = torch.nn.functional.cross_entropy(
         their_logits.transpose(1, 2), labels, reduction="none"
     )
-    their_loss = losses[counted].mean()
+    their_loss = losses[loss_mask].mean()
     their_loss.backward()
-    value, gradients = oracle.loss_and_gradients(params, shape, tokens, labels, counted, *places)
+    value, gradients = oracle.loss_and_gradients(
+        params, shape, tokens, labels, loss_mask, *documents
+    )
     assert value == pytest.approx(their_loss.item(), rel=bound)
     assert_close(
         gradients, from_theirs({key: p.grad for key, p in parameters.items()}, shape), bound

@@ -50,11 +50,11 @@ def batch(shape: Shape, rows: int = 4, seed: int = 1) -> BertBatch:
     the text is to be predicted, and the third row is no pair."""
     generator = torch.Generator().manual_seed(seed)
     size = (rows, shape.seq)
-    place, length = torch.arange(shape.seq), shape.seq - 2 * torch.arange(rows)[:, None]
-    text = place < length
+    position, length = torch.arange(shape.seq), shape.seq - 2 * torch.arange(rows)[:, None]
+    text = position < length
     return BertBatch(
         tokens=torch.randint(shape.vocab, size, generator=generator),
-        token_types=((place >= length // 2) & text).long(),
+        token_types=((position >= length // 2) & text).long(),
         segments=text.long(),
         labels=torch.randint(shape.vocab, size, generator=generator),
         loss_mask=text & (torch.rand(size, generator=generator) < 0.3),
@@ -132,15 +132,15 @@ def their_output(model: torch.nn.Module, params: Parameters, shape: Shape, data:
     flow."""
     weights = bert_from_oracle(params, shape)
     assert weights.keys() == {name for name, _ in model.named_parameters()}
-    told = {
+    options = {
         "input_ids": data.tokens,
         "token_type_ids": data.token_types,
         "attention_mask": data.segments,
         "labels": data.labels.masked_fill(~data.loss_mask, -100),
     }
     if shape.pair:
-        told["next_sentence_label"] = data.pair_label.masked_fill(~data.pair_mask, -100)
-    return torch.func.functional_call(model, weights, kwargs=told)
+        options["next_sentence_label"] = data.pair_label.masked_fill(~data.pair_mask, -100)
+    return torch.func.functional_call(model, weights, kwargs=options)
 
 
 def leaves_of(params: Parameters) -> Parameters:

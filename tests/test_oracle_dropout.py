@@ -75,7 +75,7 @@ def test_the_documents_example():
     ],
 )
 def test_elements_by_their_counters(layer, site, sample, row, column, counter, word):
-    """An element goes as soon as p passes its word."""
+    """An element is dropped as soon as p passes its word."""
     value = int(philox(np.array([counter]), key_of(-7))[0, word])
     for threshold, stays in ((value, True), (value + 1, False)):
         keep = keep_mask(
@@ -85,7 +85,7 @@ def test_elements_by_their_counters(layer, site, sample, row, column, counter, w
 
 
 def test_drop_keeps_the_expectation_and_uses_the_sites_probability():
-    """Of N elements p N go, give or take 5 standard deviations; those that stay make up for
+    """Of N elements p N are dropped, within 5 standard deviations; those kept make up for
     them."""
     x = torch.full((16, 64, 300), 3.0, dtype=torch.float64)
     for site in (ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP, EMBEDDING):
@@ -102,16 +102,16 @@ def test_drop_keeps_the_expectation_and_uses_the_sites_probability():
 
 
 def drop_as_documented(monkeypatch, shape: Shape, dropout: Dropout) -> list[tuple[int, int]]:
-    """torch's dropout drops the elements of the next place in the model; returns the places still
+    """torch's dropout drops the elements of the next site in the model; returns the sites still
     to come."""
     layers = range(shape.layers)
-    places = [(i, site) for i in layers for site in (ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP)]
-    places.insert(0, (0, EMBEDDING))
+    sites = [(i, site) for i in layers for site in (ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP)]
+    sites.insert(0, (0, EMBEDDING))
 
     def drop_here(
         x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
-        layer, site = places.pop(0)
+        layer, site = sites.pop(0)
         assert training and p == (
             dropout.attention if site == ATTENTION_WEIGHTS else dropout.hidden
         )
@@ -122,7 +122,7 @@ def drop_as_documented(monkeypatch, shape: Shape, dropout: Dropout) -> list[tupl
         return x * keep.reshape(x.shape) / (1 - p)
 
     monkeypatch.setattr(torch.nn.functional, "dropout", drop_here)
-    return places
+    return sites
 
 
 def their_gpt2_loss(params: Parameters, data: oracle.Batch) -> torch.Tensor:
@@ -131,9 +131,9 @@ def their_gpt2_loss(params: Parameters, data: oracle.Batch) -> torch.Tensor:
         GPT2, attn_pdrop=SEVERAL.attention, resid_pdrop=hidden, embd_pdrop=hidden
     ).train()
     tokens, labels, mask = data
-    told = {"input_ids": tokens, "use_cache": False}
+    options = {"input_ids": tokens, "use_cache": False}
     scores = torch.func.functional_call(
-        model, test_oracle.gpt2_from_oracle(params, GPT2), kwargs=told
+        model, test_oracle.gpt2_from_oracle(params, GPT2), kwargs=options
     ).logits
     return torch.nn.functional.cross_entropy(scores[mask], labels[mask])
 
@@ -153,15 +153,15 @@ def their_bert_loss(params: Parameters, data: oracle.Batch) -> torch.Tensor:
     ids=["gpt2", "bert"],
 )
 def test_loss_and_gradients_equal_hugging_face(monkeypatch, shape, batch, their_loss):
-    """Its models drop the elements of docs/randomness.md at its own places, in which the oracle's
+    """Its models drop the elements of docs/randomness.md at its own sites, in which the oracle's
     must be as well."""
     pytest.importorskip("transformers")
     params, data = oracle.random_parameters(shape), batch(shape, rows=4)
     leaves, bound = leaves_of(params), test_oracle_bert.tolerance(shape, data[0].numel())
     value, gradients = oracle.loss_and_gradients(params, shape, *data, dropout=SEVERAL)
-    places = drop_as_documented(monkeypatch, shape, SEVERAL)
+    sites = drop_as_documented(monkeypatch, shape, SEVERAL)
     theirs = their_loss(leaves, data)
-    assert not places
+    assert not sites
     assert value == pytest.approx(theirs.item(), rel=bound)
     assert_close(gradients, gradients_of(theirs, leaves), bound)
     assert abs(value - oracle.loss(params, shape, *data).item()) > 1e-3

@@ -30,14 +30,15 @@ def checked(launch, layout: Layout, rank: int, name: str) -> str:
     is flipped)."""
     tiny = build(layout, launch, precision="bf16")
     tiny.train(2)
-    tensors = dict(tiny.parts.model.parameters_by_name)
+    tensors = dict(tiny.components.model.parameters_by_name)
     tensors |= {
-        f"optimizer.{kind}.{name}": tensor for kind, name, tensor in tiny.parts.optimizer.state()
+        f"optimizer.{kind}.{name}": tensor
+        for kind, name, tensor in tiny.components.optimizer.state()
     }
     if launch.rank == rank and name:
         flip_bit(tensors[name])
     try:
-        check_replicas(tiny.parts, tiny.context, 7)
+        check_replicas(tiny.components, 7)
     except ReplicasDiffer as error:
         return str(error)
     return ""

@@ -55,16 +55,16 @@ class Rows:
 def step_of(tiny, data, weights):
     """The terms and the gradient of one step with these weights, or with the data's own."""
     batches, own = data.at(0)
-    tiny.parts.optimizer.gradients.zero()
-    terms = tiny.parts.engine.train_step(batches, own if weights is None else weights)
-    return terms, tiny.parts.optimizer.gradients.flat.clone()
+    tiny.components.optimizer.gradients.zero()
+    terms = tiny.components.engine.train_step(batches, own if weights is None else weights)
+    return terms, tiny.components.optimizer.gradients.flat.clone()
 
 
 def test_each_term_has_its_weight():
     """In the gradient as in the loss, which is what each term alone, a GPT's loss, gives."""
     tiny = build()
     parts = build_components(tiny.config, tiny.context, even_and_odd)
-    tiny = replace(tiny, parts=parts)
+    tiny = replace(tiny, components=parts)
     data = build_batches(tiny.config, Rows(lambda i, j: (7 * i + 3 * j * j) % 257), parts.model)
     sums, of_even = step_of(tiny, data, [1.0, 0.0])[0], step_of(tiny, data, [1.0, 0.0])[1]
     of_odd = step_of(tiny, data, [0.0, 1.0])[1]
@@ -79,7 +79,7 @@ def test_each_term_has_its_weight():
 
 def test_a_term_that_counts_nothing_has_no_weight():
     tiny = build()
-    model = even_and_odd(tiny.config, tiny.context, tiny.parts.rng)
+    model = even_and_odd(tiny.config, tiny.context, tiny.components.rng)
     assert build_batches(tiny.config, Rows(lambda i, j: 2 * j), model).at(0)[1].tolist() == [
         1 / 128,
         0.0,
@@ -94,7 +94,7 @@ def test_a_term_that_counts_nothing_has_no_weight():
 def test_a_weight_is_needed_for_each_term():
     tiny = build()
     with pytest.raises(ValueError, match=r"shape \(1,\), the weights \(2,\)"):
-        tiny.parts.engine.train_step(tiny.data.read(0), [1.0, 1.0])
+        tiny.components.engine.train_step(tiny.data.read(0), [1.0, 1.0])
 
 
 def test_each_term_is_reported(pool, tmp_path):

@@ -1,4 +1,4 @@
-"""A tiny GPT and its data on one rank, for tests of single parts."""
+"""A tiny GPT and its data on one rank, for tests of single modules."""
 
 from dataclasses import dataclass
 
@@ -28,24 +28,24 @@ STEPS = 1000
 
 @dataclass
 class Tiny:
-    """A rank's parts and data."""
+    """What a rank trains with: model, engine and optimizer, and the data."""
 
     config: RunConfig
     context: ParallelContext
-    parts: TrainingComponents
+    components: TrainingComponents
     data: GlobalBatches
 
     def gradient(self, consumed: int = 0) -> torch.Tensor:
         """Forward and backward of the global batch at this sample; the loss. The gradients are in
         `main_grad`."""
-        self.parts.optimizer.gradients.zero()
-        return self.parts.engine.train_step(*self.data.at(consumed))
+        self.components.optimizer.gradients.zero()
+        return self.components.engine.train_step(*self.data.at(consumed))
 
     def train(self, iteration: int) -> StepResult:
         """One whole step."""
         batch_size = self.config.data.global_batch_size
         self.gradient((iteration - 1) * batch_size)
-        return self.parts.optimizer.step(iteration)
+        return self.components.optimizer.step(iteration)
 
 
 def build(layout: Layout = SINGLE, launch: LaunchInfo = ONE_PROCESS, **flags) -> Tiny:
@@ -56,8 +56,9 @@ def build(layout: Layout = SINGLE, launch: LaunchInfo = ONE_PROCESS, **flags) ->
     dataset = blended(
         build_sources(config.data, config.model, 5, {"train": STEPS}, config.bert)["train"]
     )
-    parts = build_components(config, context)
-    return Tiny(config, context, parts, build_batches(config, dataset, parts.model, eod=0))
+    components = build_components(config, context)
+    batches = build_batches(config, dataset, components.model, eod=0)
+    return Tiny(config, context, components, batches)
 
 
 def context_of(layout: ParallelLayout, rank: int = 0) -> ParallelContext:

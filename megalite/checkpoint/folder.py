@@ -8,6 +8,7 @@ from megalite.system.errors import ReportedError
 
 INDEX_FILE = "index.json"
 STATE_FILE = "state.json"
+CONFIG_FILE = "config.yaml"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 
@@ -94,6 +95,22 @@ def checkpoint_folder(root: str | Path, iteration: int) -> Path | None:
         if (folder / INDEX_FILE).is_file():
             return folder
     return Path(root) if _own_iteration(root) == iteration else None
+
+
+def find_checkpoint(root: Path, step: int | None) -> Path:
+    """The folder of the latest checkpoint in `root`, or of that of iteration `step`.
+
+    Raises CheckpointError, with the checkpoints that exist, when it is not there.
+    """
+    there = ", ".join(map(iteration_folder, list_iterations(root))) or "no checkpoint"
+    iteration = latest_iteration(root) if step is None else step
+    if iteration is None:
+        raise CheckpointError(f"{root / LATEST_FILE} does not exist; {root} holds {there}")
+    folder = checkpoint_folder(root, iteration)
+    if folder is None:
+        wanted = root / iteration_folder(iteration)
+        raise CheckpointError(f"{wanted} does not exist; {root} holds {there}")
+    return folder
 
 
 def fsync_folder(path: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from megalite.checkpoint.folder import INDEX_FILE, CheckpointError
 from megalite.parallel.boxes import Box
 
 FORMAT_VERSION = 1
-CONFIG_FILE = "config.yaml"
 
 SHOWN_PROBLEMS = 20
 PRIVATE_PREFIX = "@"
@@ -67,23 +66,13 @@ class Shard:
     def __post_init__(self):
         if not self.name or PRIVATE_PREFIX in self.name:
             raise ValueError(f"a shard needs a name without {PRIVATE_PREFIX!r}; got {self.name!r}")
-        if tuple(self.tensor.shape) != tuple(self.box.shape):
-            raise ValueError(
-                f"{self.name}: the tensor has shape {tuple(self.tensor.shape)}, "
-                f"its box {self.box.shape}"
-            )
-        if not lies_within(self.box, self.global_shape):
-            raise ValueError(
-                f"{self.name}: {self.box} does not lie in the global shape {self.global_shape}"
-            )
-
-
-def lies_within(box: Box, shape: Sequence[int]) -> bool:
-    """Whether `box` has as many dims as `shape` and no element outside of it."""
-    return len(box.offset) == len(box.shape) == len(shape) and all(
-        0 <= start and 0 <= size and start + size <= length
-        for start, size, length in zip(box.offset, box.shape, shape)
-    )
+        name = self.name
+        box = self.box
+        shape = tuple(self.tensor.shape)
+        if shape != tuple(box.shape):
+            raise ValueError(f"{name}: the tensor has shape {shape}, its box {box.shape}")
+        if not box.lies_within(self.global_shape):
+            raise ValueError(f"{name}: {box} does not lie in the global shape {self.global_shape}")
 
 
 @dataclass(frozen=True)
@@ -104,28 +93,19 @@ class StoredTensor:
     shards: tuple[StoredShard, ...]
 
     def problems(self, name: str) -> list[str]:
-        """Why the shards are not exactly the tensor: a box outside of it, boxes that overlap, or
+        """Why the shards, which lie within the tensor, are not all of it: boxes that overlap, or
         elements that no box covers."""
         problems = []
-        for shard in self.shards:
-            if not lies_within(shard.box, self.shape):
-                problems.append(
-                    f"{name}: {shard.box} in {shard.file} lies outside the shape {self.shape}"
-                )
-        if problems:
-            return problems
         for one, other in itertools.combinations(self.shards, 2):
             if one.box.intersect(other.box):
-                problems.append(
-                    f"{name}: {one.box} in {one.file} and {other.box} in {other.file} overlap"
-                )
+                both = f"{one.box} in {one.file} and {other.box} in {other.file}"
+                problems.append(f"{name}: {both} overlap")
         # Without overlaps, the shards cover the tensor when their elements are as many as its own.
         covered = sum(shard.box.numel for shard in self.shards)
         wanted = Box.whole(self.shape).numel
         if not problems and covered != wanted:
-            problems.append(
-                f"{name}: only {covered} of the {wanted} elements of shape {self.shape} are covered"
-            )
+            share = f"only {covered} of the {wanted} elements of shape {self.shape}"
+            problems.append(f"{name}: {share} are covered")
         return problems
 
 
@@ -149,14 +129,9 @@ class Index:
     def to_json(self) -> str:
         """The text of index.json."""
         tensors = {name: _tensor_to_dict(tensor) for name, tensor in self.tensors.items()}
-        files = {
-            name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()
-        }
-        header = {
-            "format_version": FORMAT_VERSION,
-            "iteration": self.iteration,
-            "world_size": self.world_size,
-        }
+        files = {name: asdict(file) for name, file in self.files.items()}
+        header = {"format_version": FORMAT_VERSION, "iteration": self.iteration}
+        header["world_size"] = self.world_size
         return json.dumps({**header, "files": files, "names": tensors})
 
     @classmethod
@@ -171,15 +146,13 @@ class Index:
                     f"format version {version}; this megalite reads version {FORMAT_VERSION}"
                 )
             tensors = {name: _tensor_from_dict(item) for name, item in raw["names"].items()}
-            files = {
-                name: StoredFile(int(item["bytes"]), str(item["sha256"]))
-                for name, item in raw["files"].items()
-            }
+            files = {}
+            for name, item in raw["files"].items():
+                files[name] = StoredFile(int(item["bytes"]), str(item["sha256"]))
             index = cls(int(raw["iteration"]), int(raw["world_size"]), tensors, files)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{INDEX_FILE} is damaged ({type(error).__name__}: {error})"
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{INDEX_FILE} is damaged ({reason})") from error
         index._refuse_if_unsound()
         return index
 
@@ -187,31 +160,24 @@ class Index:
         for name in self.files:
             # A name such as ../../secret would open a file outside the checkpoint's folder.
             if name in ("", ".", "..") or "/" in name or "\\" in name:
-                raise CheckpointError(
-                    f"{INDEX_FILE}: unsafe file name {name!r}: it must lie in this folder"
-                )
+                problem = f"unsafe file name {name!r}: it must lie in this folder"
+                raise CheckpointError(f"{INDEX_FILE}: {problem}")
         for name, tensor in self.tensors.items():
             for shard in tensor.shards:
+                where = f"{INDEX_FILE}: {name}"
                 if shard.file not in self.files:
-                    raise CheckpointError(
-                        f"{INDEX_FILE}: {name} lies in {shard.file!r}, which is not listed"
-                    )
-                if not lies_within(shard.box, tensor.shape):
-                    raise CheckpointError(
-                        f"{INDEX_FILE}: {name}: {shard.box} lies outside the shape {tensor.shape}"
-                    )
+                    raise CheckpointError(f"{where} lies in {shard.file!r}, which is not listed")
+                if not shard.box.lies_within(tensor.shape):
+                    outside = f"{shard.box} lies outside the shape {tensor.shape}"
+                    raise CheckpointError(f"{where}: {outside}")
 
 
 def _tensor_to_dict(tensor: StoredTensor) -> dict:
     boxes = []
     for shard in tensor.shards:
-        box = {"offset": shard.box.offset, "shape": shard.box.shape}
-        boxes.append({"file": shard.file, "key": shard.key, **box})
-    return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": tensor.shape,
-        "boxes": boxes,
-    }
+        boxes.append({"file": shard.file, "key": shard.key, **asdict(shard.box)})
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": tensor.shape, "boxes": boxes}
 
 
 def _tensor_from_dict(item: dict) -> StoredTensor:
@@ -266,16 +232,13 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> StoredFile:
     end = 0
     for key, tensor in ordered:
         if tensor.dtype not in SAFETENSORS_DTYPES:
-            raise CheckpointError(
-                f"{key}: {tensor.dtype} cannot be stored; possible: {', '.join(_DTYPE_NAMES)}"
-            )
+            possible = ", ".join(_DTYPE_NAMES)
+            raise CheckpointError(f"{key}: {tensor.dtype} cannot be stored; possible: {possible}")
         start = end
         end += tensor.numel() * tensor.element_size()
-        entries[key] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        dtype = SAFETENSORS_DTYPES[tensor.dtype]
+        shape = list(tensor.shape)
+        entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     # The bytes, one tensor at a time.

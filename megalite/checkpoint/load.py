@@ -4,23 +4,20 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from megalite.checkpoint.folder import (
+    CONFIG_FILE,
     INDEX_FILE,
-    LATEST_FILE,
     STATE_FILE,
     CheckpointError,
-    checkpoint_folder,
-    iteration_folder,
-    latest_iteration,
-    list_iterations,
+    find_checkpoint,
 )
 from megalite.checkpoint.format import (
-    CONFIG_FILE,
     PRIVATE_PREFIX,
     SAFETENSORS_DTYPES,
     SHOWN_PROBLEMS,
@@ -28,15 +25,14 @@ from megalite.checkpoint.format import (
     Shard,
     StoredShard,
     StoredTensor,
-    lies_within,
     listing,
     rank_file,
 )
 from megalite.parallel.boxes import Box
-from megalite.system.errors import explain_os_error
+from megalite.system.errors import error_message
 
 
-class Checkpoint:
+class Checkpoint(AbstractContextManager):
     """An open checkpoint, usable in a `with` block. Each rank may open it; nothing communicates."""
 
     def __init__(self, folder: Path, index: Index, state: dict, config_yaml: str):
@@ -55,7 +51,7 @@ class Checkpoint:
         CheckpointError when the checkpoint is not there, is damaged or of another format version,
         or when a file is missing or truncated.
         """
-        folder = _find(Path(root), step)
+        folder = find_checkpoint(Path(root), step)
         try:
             index = Index.from_json((folder / INDEX_FILE).read_text())
             _compare_sizes(folder, index)
@@ -63,17 +59,12 @@ class Checkpoint:
             return cls(folder, index, state, (folder / CONFIG_FILE).read_text())
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from error
-        except OSError as error:
-            raise CheckpointError(f"{folder} cannot be read: {explain_os_error(error)}") from error
-        except ValueError as error:
-            raise CheckpointError(f"{folder} cannot be read: {error}") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder} cannot be read: {error_message(error)}") from error
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
         self._open_files.clear()
-
-    def __enter__(self) -> "Checkpoint":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
@@ -108,10 +99,9 @@ class Checkpoint:
         """
         stored = self._stored(name)
         box = Box.whole(stored.shape) if box is None else box
-        if not lies_within(box, stored.shape):
-            raise CheckpointError(
-                f"{self.folder}: {name} has shape {stored.shape}; {box} does not lie in it"
-            )
+        where = f"{self.folder}: {name}"
+        if not box.lies_within(stored.shape):
+            raise CheckpointError(f"{where} has shape {stored.shape}; {box} does not lie in it")
         out = torch.empty(box.shape, dtype=stored.dtype)
         filled = 0
         for shard in stored.shards:
@@ -121,9 +111,8 @@ class Checkpoint:
                 out[common.slices_in(box)] = source[common.slices_in(shard.box)]
                 filled += common.numel
         if filled != box.numel:
-            raise CheckpointError(
-                f"{self.folder}: {name}: {filled} of the {box.numel} elements of {box} are stored"
-            )
+            share = f"{filled} of the {box.numel} elements of {box}"
+            raise CheckpointError(f"{where}: {share} are stored")
         return out
 
     def check(self, shards: Iterable[Shard]) -> None:
@@ -132,13 +121,12 @@ class Checkpoint:
         missing = set()
         problems = []
         for shard in shards:
+            name = shard.name
             wanted = tuple(shard.global_shape)
-            if shard.name not in self._index.tensors:
-                missing.add(shard.name)
-            elif self.shape(shard.name) != wanted:
-                problems.append(
-                    f"{shard.name}: shape {self.shape(shard.name)} is stored, {wanted} is wanted"
-                )
+            if name not in self._index.tensors:
+                missing.add(name)
+            elif self.shape(name) != wanted:
+                problems.append(f"{name}: shape {self.shape(name)} is stored, {wanted} is wanted")
         if not missing and not problems:
             return
         # Finding similar names is slow: only for those that are shown.
@@ -163,11 +151,11 @@ class Checkpoint:
         if world_size != self.world_size:
             return None
         file = self._file(rank_file(rank))
-        return {
-            key.removeprefix(PRIVATE_PREFIX): file.get_tensor(key).clone()
-            for key in file.keys()
-            if key.startswith(PRIVATE_PREFIX)
-        }
+        tensors = {}
+        for key in file.keys():
+            if key.startswith(PRIVATE_PREFIX):
+                tensors[key.removeprefix(PRIVATE_PREFIX)] = file.get_tensor(key).clone()
+        return tensors
 
     def verify(self) -> None:
         """Compare every file's SHA-256 with the index, and every tensor's shards with its shape.
@@ -184,12 +172,9 @@ class Checkpoint:
             raise CheckpointError(listing(f"{self.folder} is damaged:", problems))
 
     def _stored(self, name: str) -> StoredTensor:
-        try:
-            return self._index.tensors[name]
-        except KeyError:
-            raise CheckpointError(
-                f"{self.folder}: {name} is not stored{self._nearest(name)}"
-            ) from None
+        if name not in self._index.tensors:
+            raise CheckpointError(f"{self.folder}: {name} is not stored{self._nearest(name)}")
+        return self._index.tensors[name]
 
     def _nearest(self, name: str) -> str:
         near = difflib.get_close_matches(name, self._index.tensors, n=2)
@@ -200,7 +185,7 @@ class Checkpoint:
             try:
                 self._open_files[name] = safe_open(self.folder / name, framework="pt")
             except OSError as error:
-                raise CheckpointError(f"{explain_os_error(error)}") from error
+                raise CheckpointError(error_message(error)) from error
             except SafetensorError as error:
                 raise CheckpointError(f"{self.folder / name} cannot be read: {error}") from error
         return self._open_files[name]
@@ -214,24 +199,9 @@ class Checkpoint:
         found = (tuple(data.get_shape()), data.get_dtype())
         expected = (shard.box.shape, SAFETENSORS_DTYPES[dtype])
         if found != expected:
-            raise CheckpointError(
-                f"{self.folder / shard.file}: {shard.key} is {found}, the index says {expected}"
-            )
+            difference = f"{shard.key} is {found}, the index says {expected}"
+            raise CheckpointError(f"{self.folder / shard.file}: {difference}")
         return data
-
-
-def _find(root: Path, step: int | None) -> Path:
-    """The folder to open. Raises CheckpointError, with the checkpoints that exist instead."""
-    there = ", ".join(map(iteration_folder, list_iterations(root))) or "no checkpoint"
-    iteration = latest_iteration(root) if step is None else step
-    if iteration is None:
-        raise CheckpointError(f"{root / LATEST_FILE} does not exist; {root} holds {there}")
-    folder = checkpoint_folder(root, iteration)
-    if folder is None:
-        raise CheckpointError(
-            f"{root / iteration_folder(iteration)} does not exist; {root} holds {there}"
-        )
-    return folder
 
 
 def _compare_sizes(folder: Path, index: Index) -> None:

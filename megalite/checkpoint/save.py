@@ -4,13 +4,13 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megalite.checkpoint.fence import Lease
 from megalite.checkpoint.folder import (
+    CONFIG_FILE,
     INDEX_FILE,
     LATEST_FILE,
     STATE_FILE,
@@ -21,7 +21,6 @@ from megalite.checkpoint.folder import (
     replaced_folders,
 )
 from megalite.checkpoint.format import (
-    CONFIG_FILE,
     PRIVATE_PREFIX,
     Index,
     Shard,
@@ -34,7 +33,7 @@ from megalite.checkpoint.format import (
     write_tensors,
 )
 from megalite.parallel.collectives import Group, gather_objects
-from megalite.system.errors import explain_os_error
+from megalite.system.errors import error_message
 
 
 def write(
@@ -74,14 +73,6 @@ def write(
     return lease.root / iteration_folder(iteration)
 
 
-@dataclass(frozen=True)
-class _Written:
-    """What one rank wrote: the shards of its tensors, and its file."""
-
-    tensors: dict[str, StoredTensor]
-    file: StoredFile
-
-
 def _on_all(world: Group, action: Callable) -> list:
     """Run `action` on every rank and return all results.
 
@@ -94,10 +85,11 @@ def _on_all(world: Group, action: Callable) -> list:
     except Exception as error:  # of any kind: the other ranks wait below and must learn of it
         failure = error
     outcomes = gather_objects((result, failure and _describe(failure)), world)
-    reasons = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(outcomes) if reason]
+    results, problems = zip(*outcomes)
+    reasons = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
     if reasons:
         raise CheckpointError("checkpoint not written; " + "; ".join(reasons)) from failure
-    return [result for result, _ in outcomes]
+    return list(results)
 
 
 def _on_first(world: Group, action: Callable):
@@ -106,11 +98,8 @@ def _on_first(world: Group, action: Callable):
 
 
 def _describe(error: Exception) -> str:
-    if isinstance(error, CheckpointError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{type(error).__name__}: {explain_os_error(error)}"
-    return f"{type(error).__name__}: {error}"
+    message = error_message(error)
+    return message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {message}"
 
 
 def _begin(
@@ -137,8 +126,9 @@ def _give_up(lease: Lease) -> None:
 
 def _write_rank(
     draft: Path, rank: int, shards: Iterable[Shard], private: dict[str, torch.Tensor]
-) -> _Written:
-    """Write this rank's file: its shards and its private tensors."""
+) -> tuple[dict[str, StoredTensor], StoredFile]:
+    """Write this rank's file: its shards and its private tensors. Returns the tensors of which it
+    holds shards, and the file."""
     tensors = {PRIVATE_PREFIX + name: tensor for name, tensor in private.items()}
     stored: dict[str, StoredTensor] = {}
     for shard in shards:
@@ -152,38 +142,41 @@ def _write_rank(
         # reported as not covered.
         shape = tuple(shard.global_shape)
         stored[shard.name] = StoredTensor(shard.tensor.dtype, shape, earlier)
-    return _Written(stored, write_tensors(draft / rank_file(rank), tensors))
+    return stored, write_tensors(draft / rank_file(rank), tensors)
 
 
-def _merge(written: list[_Written]) -> dict[str, StoredTensor]:
+def _merge(written: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     """Join the ranks' shards. Raises CheckpointError unless they cover each tensor exactly once."""
     merged: dict[str, StoredTensor] = {}
     problems = []
-    for rank, of_rank in enumerate(written):
-        for name, tensor in of_rank.tensors.items():
+    for rank, tensors in enumerate(written):
+        for name, tensor in tensors.items():
             known = merged.setdefault(name, StoredTensor(tensor.dtype, tensor.shape, ()))
             here = (tensor.dtype, tensor.shape)
             there = (known.dtype, known.shape)
             if here != there:
                 problems.append(f"{name}: rank {rank} says {here}, an earlier rank {there}")
             merged[name] = StoredTensor(known.dtype, known.shape, known.shards + tensor.shards)
-    for name, tensor in merged.items():
-        problems += tensor.problems(name)
+    if not problems:  # else shards may lie outside of what the first rank says of the tensor
+        for name, tensor in merged.items():
+            problems += tensor.problems(name)
     if problems:
         raise CheckpointError(listing("the ranks' shards do not fit together:", problems))
     return merged
 
 
-def _commit(
-    lease: Lease, draft: Path, iteration: int, written: list[_Written], texts: dict[str, str]
-) -> None:
-    """Write text files and index, then rename: draft to folder, and the name of the latest last."""
+def _commit(lease: Lease, draft: Path, iteration: int, written: list, texts: dict) -> None:
+    """Write text files and index, then rename: draft to folder, and the name of the latest last.
+
+    written: what `_write_rank` returned on each rank.
+    """
     root = lease.root
     # The text files and the index of everything.
     files = {name: write_file(draft / name, [text.encode()]) for name, text in texts.items()}
-    for rank, of_rank in enumerate(written):
-        files[rank_file(rank)] = of_rank.file
-    index = Index(iteration, len(written), _merge(written), files)
+    tensors, rank_files = zip(*written)
+    for rank, file in enumerate(rank_files):
+        files[rank_file(rank)] = file
+    index = Index(iteration, len(written), _merge(tensors), files)
     # Every rank's file must be visible here.
     for name, file in files.items():
         path = draft / name
@@ -244,8 +237,5 @@ def _prune(lease: Lease, latest: int, keep_last: int | None) -> None:
             os.rename(lease.root / name, lease.staging_dir / name)
         lease.clear()
     except OSError as error:
-        reason = explain_os_error(error)
-        print(
-            f"checkpoint: could not remove checkpoints older than the last {keep_last}: {reason}",
-            flush=True,
-        )
+        older = f"checkpoints older than the last {keep_last}"
+        print(f"checkpoint: could not remove {older}: {error_message(error)}", flush=True)

@@ -17,7 +17,10 @@ to interleave the four words (a planar layout).
 backward.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from megalite.kernels import native
 from megalite.kernels.philox import KEY_STEPS, MASK, MULTIPLIERS, ROUNDS
@@ -26,6 +29,54 @@ _BLOCK = 1 << 14
 """Counters made at a time on the CPU: their int64 words stay in a core's cache."""
 _LARGE_BLOCK = 1 << 22
 """On other devices, where starting an operation costs more than memory traffic."""
+
+
+class Dropout(NamedTuple):
+    """Dropout of a tensor [..., columns]: its probability, and the positions of the rows."""
+
+    rows: Tensor
+    """Row numbers, int64, broadcasting to the leading dims."""
+    samples: Tensor
+    """Sample numbers, int64, broadcasting to the leading dims."""
+    site_id: int
+    key: tuple[int, int]
+    p: float
+
+    @property
+    def drops(self) -> bool:
+        """Whether some 32-bit word is below the threshold."""
+        return self.rows is not None and round(self.p * 2**32) > 0
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Which elements of x are kept, of the shape of x."""
+        rows, samples, site_id, key, p = self
+        mask = keep_mask(rows, samples, x.shape[-1], site_id=site_id, key=key, p=p)
+        return mask.expand(x.shape)
+
+    def for_kernels(self, x: Tensor) -> dict[str, Tensor | int | float | None]:
+        """The kernels' arguments: row and sample numbers, where and under which key, the largest
+        32-bit word that is dropped, and the factor 1 / (1 - p) of what is kept."""
+        if self.p == 0:
+            return dict(rows=None, samples=None, place=0, key0=0, key1=0, limit=0, factor=1.0)
+        key0, key1 = self.key
+        return dict(
+            rows=_row_numbers(self.rows, x.shape[:-1]),
+            samples=_row_numbers(self.samples, x.shape[:-1]),
+            place=self.site_id,
+            key0=key0 & MASK,
+            key1=key1 & MASK,
+            limit=round(self.p * 2**32) - 1,
+            factor=1 / (1 - self.p),
+        )
+
+
+def _row_numbers(numbers: Tensor, leading: torch.Size) -> Tensor:
+    """Row or sample numbers, broadcast to the leading dims of a tensor: a view [i, j, k] where
+    there are up to 3."""
+    numbers = numbers.expand(leading)
+    if len(leading) > 3:
+        return numbers.reshape(1, 1, -1)
+    return numbers.view(*[1] * (3 - len(leading)), *leading)
 
 
 def site_id(layer: int, site: int) -> int:
@@ -40,9 +91,7 @@ def site_id(layer: int, site: int) -> int:
     return 8 * layer + site
 
 
-def _philox(
-    x0: torch.Tensor, x1: torch.Tensor, x2: torch.Tensor, x3: torch.Tensor, key: tuple[int, int]
-):
+def _philox(x0: Tensor, x1: Tensor, x2: Tensor, x3: Tensor, key: tuple[int, int]):
     """Philox 4x32-10 (Salmon et al. 2011): four words of a counter to four random words.
 
     Words are 32-bit values in int64 tensors, which broadcast.
@@ -61,13 +110,8 @@ def _philox(
 
 
 def keep_mask(
-    rows: torch.Tensor,
-    samples: torch.Tensor,
-    columns: int,
-    site_id: int,
-    key: tuple[int, int],
-    p: float,
-) -> torch.Tensor:
+    rows: Tensor, samples: Tensor, columns: int, site_id: int, key: tuple[int, int], p: float
+) -> Tensor:
     """Which elements are kept: bool [..., columns], for row numbers and sample numbers that
     broadcast to [...]."""
     rows, samples = torch.broadcast_tensors(rows, samples)
@@ -94,9 +138,7 @@ def keep_mask(
     return keep.view(count, 4 * counters)[:, :columns].reshape(*shape, columns)
 
 
-def check_dropout(
-    x: torch.Tensor, rows: torch.Tensor | None, samples: torch.Tensor | None, p: float
-) -> None:
+def check_dropout(x: Tensor, rows: Tensor | None, samples: Tensor | None, p: float) -> None:
     """Raise ValueError or TypeError unless rows and samples, both or neither, broadcast to x's
     rows, and 0 <= p < 1."""
     if not 0 <= p < 1:
@@ -111,83 +153,55 @@ def check_dropout(
         if numbers.device != x.device:
             raise ValueError(f"the {name} are on {numbers.device}, the tensor is on {x.device}")
         leading = x.shape[:-1]
-        fits = zip(numbers.shape[::-1], leading[::-1])
-        if numbers.dim() > len(leading) or any(n not in (1, size) for n, size in fits):
+        if not native.broadcasts(numbers.shape, leading):
             raise ValueError(
                 f"{name} {tuple(numbers.shape)} do not broadcast to the rows {tuple(leading)}"
             )
 
 
-def _check(x, bias, residual, rows, samples, p) -> None:
-    if x.dim() == 0 or not x.is_floating_point():
-        raise TypeError(
-            f"dropout takes floating-point tensors [..., columns], not {x.dtype} {tuple(x.shape)}"
-        )
-    for name, other, shape in (("bias", bias, x.shape[-1:]), ("residual", residual, x.shape)):
-        if other is None:
-            continue
-        if other.shape != shape:
-            raise ValueError(f"the {name} is {tuple(other.shape)}, not {tuple(shape)}")
-        if other.dtype != x.dtype or other.device != x.device:
-            raise TypeError(
-                f"the {name} is {other.dtype} on {other.device}, x is {x.dtype} on {x.device}"
-            )
+def _output(x, bias, residual, rows, samples, site_id, key0, key1, p) -> Tensor:
+    """The empty output of bias_dropout_add. Raises TypeError or ValueError for what it cannot
+    take."""
+    native.check_floating("dropout", x, "[..., columns]")
+    native.check_operand("the bias", bias, x.shape[-1:], x)
+    native.check_operand("the residual", residual, x.shape, x)
     check_dropout(x, rows, samples, p)
+    return native.empty_like(x)
 
 
-@native.operator("bias_dropout_add")
+@native.operator("bias_dropout_add", _output)
 def bias_dropout_add(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    rows: torch.Tensor,
-    samples: torch.Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor,
+    samples: Tensor,
     site_id: int,
     key0: int,
     key1: int,
     p: float,
-) -> torch.Tensor:
+) -> Tensor:
     """residual + dropout(x + bias): x and residual [..., columns], bias [columns]; bias and
     residual may be None.
 
     `rows` and `samples` (int64, broadcasting to [...]) say which row of which sample each row of x
     is in the whole model. The result is contiguous.
     """
-    _check(x, bias, residual, rows=rows, samples=samples, p=p)
+    y = _output(x, bias, residual, rows, samples, site_id, key0, key1, p)
+    dropout = Dropout(rows, samples, site_id, (key0, key1), p)
     if x.numel() == 0:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    if native.takes(x) and round(p * 2**32) > 0:
-        arguments = native.dropout_arguments(site_id, key0, key1, p=p)
-        return _native(x, bias, residual, rows=rows, samples=samples, dropout=arguments)
-    y = x if bias is None else x + bias
-    keep = keep_mask(rows, samples, x.shape[-1], site_id=site_id, key=(key0, key1), p=p)
-    # One rounding: in bf16, 1 / 0.9 itself would be 0.16% too small.
-    y = torch.where(keep, y * (1 / (1 - p)), 0)
-    return y if residual is None else y.add_(residual)
-
-
-def _native(x, bias, residual, rows, samples, dropout: dict) -> torch.Tensor:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if residual is not None:
+        return y
+    if native.takes(x) and dropout.drops:
+        bias = native.contiguous(bias)
         residual = native.as_rows(residual)
-    if bias is not None:
-        bias = bias.contiguous()
-    torch.ops.megalite._bias_dropout_add(
-        native.as_rows(x),
-        bias,
-        residual,
-        rows=native.row_numbers(rows, x.shape[:-1]),
-        samples=native.row_numbers(samples, x.shape[:-1]),
-        **dropout,
-        out=native.as_rows(y),
-    )
-    return y
-
-
-@bias_dropout_add.register_fake
-def _(x, bias, residual, rows, samples, site_id, key0, key1, p):
-    _check(x, bias, residual, rows=rows, samples=samples, p=p)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.ops.megalite._bias_dropout_add(
+            native.as_rows(x), bias, residual, **dropout.for_kernels(x), out=native.as_rows(y)
+        )
+        return y
+    y = x if bias is None else x + bias
+    # One rounding: in bf16, 1 / 0.9 itself would be 0.16% too small.
+    y = torch.where(dropout.keep(x), y * (1 / (1 - p)), 0)
+    return y if residual is None else y.add_(residual)
 
 
 def _save(ctx, inputs, output):
@@ -198,12 +212,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    rows, samples = ctx.saved_tensors
     # Dropout is linear: the gradient of its input is the gradient of its output, dropped alike.
-    site_id, key0, key1, p = ctx.dropout
-    grad_x = bias_dropout_add(
-        grad, None, None, rows=rows, samples=samples, site_id=site_id, key0=key0, key1=key1, p=p
-    )
+    grad_x = bias_dropout_add(grad, None, None, *ctx.saved_tensors, *ctx.dropout)
     grad_bias = None
     if ctx.has_bias:
         grad_bias = torch.atleast_2d(grad_x).flatten(0, -2).sum(dim=0)

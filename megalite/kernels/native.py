@@ -11,9 +11,8 @@ from functools import wraps
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
-
-from megalite.kernels.philox import MASK
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LIBRARY = Path(__file__).with_name("native_library.so")
@@ -36,10 +35,8 @@ def _load() -> str | None:
             "unset leaves them on"
         )
     if not LIBRARY.exists():
-        return (
-            "they were not built: `pip install --no-build-isolation` with a C++ compiler "
-            "(docs/kernels.md)"
-        )
+        remedy = "`pip install --no-build-isolation` with a C++ compiler (docs/kernels.md)"
+        return f"they were not built: {remedy}"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as problem:
@@ -53,20 +50,24 @@ MISSING = _load()
 
 def _has(device: str) -> bool:
     """Whether the library has kernels for this type of device."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    return (
-        MISSING is None
-        and key is not None
-        and torch._C._dispatch_has_kernel_for_dispatch_key("megalite::_softmax_forward", key)
-    )
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return MISSING is None and has("megalite::_softmax_forward", device.upper())
 
 
-DEVICES = tuple(device for device in ("cpu", "cuda") if _has(device))
+DEVICES = tuple(filter(_has, ("cpu", "cuda")))
 """Types of devices that have native kernels."""
 
 
-def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable:
+def empty_like(x: Tensor, *rest) -> Tensor:
+    """An empty contiguous tensor of x's shape, dtype and device; `rest` is ignored."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def operator(name: str, fake: Callable = empty_like, mutates: tuple[str, ...] = ()) -> Callable:
     """Decorates a function that becomes the operator megalite::name.
+
+    `fake` takes the operator's arguments and makes empty outputs, for tensors without data (as in
+    torch.compile); by default, one like the first argument.
 
     The operator raises NotImplementedError in forward-mode differentiation, which no operator here
     supports: torch itself would return tangents of zero without an error.
@@ -81,18 +82,62 @@ def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable:
                 )
             return body(*args, **kwargs)
 
-        return torch.library.custom_op(f"megalite::{name}", checked, mutates_args=mutates)
+        defined = torch.library.custom_op(f"megalite::{name}", checked, mutates_args=mutates)
+        defined.register_fake(fake)
+        return defined
 
     return define
 
 
-def takes(x: torch.Tensor) -> bool:
+def check_floating(name: str, x: Tensor, shape: str, dims: int = 1) -> None:
+    """Raise TypeError unless x is floating-point with at least `dims` dims: `shape`, in words."""
+    if x.dim() < dims or not x.is_floating_point():
+        raise TypeError(
+            f"{name} takes floating-point tensors {shape}, not {x.dtype} {tuple(x.shape)}"
+        )
+
+
+def check_alike(name: str, other: Tensor, x: Tensor) -> None:
+    """Raise TypeError unless an operand has x's dtype and device."""
+    if other.dtype != x.dtype or other.device != x.device:
+        raise TypeError(f"{name} is {other.dtype} on {other.device}, x is {x.dtype} on {x.device}")
+
+
+def check_operand(name: str, other: Tensor | None, shape: torch.Size, x: Tensor) -> None:
+    """Raise ValueError unless an operand beside x, if there is one, has this shape; TypeError
+    unless it has x's dtype and device."""
+    if other is None:
+        return
+    if other.shape != shape:
+        raise ValueError(f"{name} is {tuple(other.shape)}, not {tuple(shape)}")
+    check_alike(name, other, x)
+
+
+def broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    """Whether a tensor of one shape expands to the other."""
+    fits = zip(shape[::-1], target[::-1])
+    return len(shape) <= len(target) and all(n in (1, size) for n, size in fits)
+
+
+def sums_dtype(x: Tensor) -> torch.dtype:
+    """What sums over x are computed in: fp64 for fp64, otherwise fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def takes(x: Tensor) -> bool:
     """Whether the native kernels take tensors of this device and dtype."""
     return x.device.type in DEVICES and x.dtype in DTYPES
 
 
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """A tensor [..., columns] as the kernels see it, contiguous [i, j, k, columns]."""
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """x in contiguous memory; None for None, an operand that is left out."""
+    return None if x is None else x.contiguous()
+
+
+def as_rows(x: Tensor | None) -> Tensor | None:
+    """A tensor [..., columns] as the kernels see it, contiguous [i, j, k, columns], or None."""
+    if x is None:
+        return None
     x = x.contiguous()
     leading = x.shape[:-1]
     if len(leading) > 3:
@@ -100,34 +145,11 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x.view(*[1] * (3 - len(leading)), *leading, -1)
 
 
-def row_numbers(numbers: torch.Tensor, leading: torch.Size) -> torch.Tensor:
-    """Row or sample numbers, broadcast to the leading dims of a tensor: a view [i, j, k] where
-    there are up to 3."""
-    numbers = numbers.expand(leading)
-    if len(leading) > 3:
-        return numbers.reshape(1, 1, -1)
-    return numbers.view(*[1] * (3 - len(leading)), *leading)
-
-
-def dropout_arguments(site_id: int, key0: int, key1: int, p: float) -> dict[str, int | float]:
-    """The kernels' arguments for dropout: where and under which key, the largest 32-bit word that
-    is dropped, and the factor 1 / (1 - p) of what is kept."""
-    return dict(
-        place=site_id,
-        key0=key0 & MASK,
-        key1=key1 & MASK,
-        limit=round(p * 2**32) - 1,
-        factor=1 / (1 - p),
-    )
-
-
 def report() -> list[str]:
     """Lines that say which kernels are available, and why others are missing."""
     if MISSING:
-        return [
-            f"native kernels: none, {MISSING}",
-            "everything runs by compositions of PyTorch operations",
-        ]
+        instead = "everything runs by compositions of PyTorch operations"
+        return [f"native kernels: none, {MISSING}", instead]
     lanes = torch.ops.megalite._cpu_lanes()
     name = {16: "AVX-512", 8: "AVX2"}.get(lanes, "any processor")
     lines = [f"CPU:  native, {lanes} lanes ({name}), {torch.get_num_threads()} thread(s)"]

@@ -6,6 +6,7 @@ torch's own operator is as fast (docs/kernels.md).
 """
 
 import torch
+from torch import Tensor
 
 from megalite.kernels import native
 
@@ -15,24 +16,36 @@ gradient."""
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(y, s) for x and residual [..., h] and weight [h]; without a residual s is x."""
     y, s, _ = rms_norm_forward(x, weight, epsilon, residual)
     return y, x if residual is None else s
 
 
-@native.operator("rms_norm")
+def _outputs(
+    x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The empty outputs of rms_norm_forward. Raises TypeError or ValueError for what it cannot
+    take."""
+    native.check_floating("rms_norm", x, "[..., rows, h]", dims=2)
+    native.check_operand("the weight", weight, x.shape[-1:], x)
+    native.check_operand("the residual", residual, x.shape, x)
+    y = native.empty_like(x)
+    s = x.new_empty(0) if residual is None else torch.empty_like(y)
+    return y, s, x.new_empty(x.shape[:-1], dtype=native.sums_dtype(x))
+
+
+@native.operator("rms_norm", _outputs)
 def rms_norm_forward(
-    x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(y, s or without a residual an empty tensor, 1 / sqrt(mean(s^2) + epsilon) of each row
     [...]).
 
     The third has no gradient.
     """
-    _check(x, weight, residual)
-    y, s, scale = _outputs(x, residual)
+    y, s, scale = _outputs(x, weight, epsilon, residual)
     if x.numel() == 0:
         return y, s, scale
     if not native.takes(x):
@@ -42,32 +55,26 @@ def rms_norm_forward(
         scale = torch.rsqrt(wide.square().mean(dim=-1) + epsilon)
         y = (wide * scale.unsqueeze(-1) * weight).to(x.dtype)
         return y.contiguous(), s, scale
-    if residual is not None:
-        residual = native.as_rows(residual)
+    outputs = dict(out=y, sum=None if residual is None else s, scale=scale)
+    residual = native.as_rows(residual)
     torch.ops.megalite._rms_norm_forward(
-        native.as_rows(x),
-        residual,
-        weight.contiguous(),
-        epsilon=epsilon,
-        out=y,
-        sum=None if residual is None else s,
-        scale=scale,
+        native.as_rows(x), residual, weight.contiguous(), epsilon=epsilon, **outputs
     )
     return y, s, scale
 
 
-@native.operator("rms_norm_backward")
+def _gradients(grad, grad_sum, s, weight, scale) -> tuple[Tensor, Tensor]:
+    return native.empty_like(s), torch.empty_like(weight)
+
+
+@native.operator("rms_norm_backward", _gradients)
 def rms_norm_backward(
-    grad: torch.Tensor,
-    grad_sum: torch.Tensor | None,
-    s: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad: Tensor, grad_sum: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradients of s and of the weight; grad_sum is the gradient of s from its other uses, or
     None."""
     if s.numel() == 0:
-        return torch.empty_like(s, memory_format=torch.contiguous_format), torch.zeros_like(weight)
+        return native.empty_like(s), torch.zeros_like(weight)
     if not native.takes(s):
         normal = s.to(scale.dtype) * scale.unsqueeze(-1)
         d = grad.to(scale.dtype)
@@ -81,56 +88,13 @@ def rms_norm_backward(
     group = -(-rows // GROUPS[s.device.type])
     # Each group of rows has a partial sum of the weight's gradient.
     sums = torch.empty((-(-rows // group), s.shape[-1]), dtype=torch.float32, device=s.device)
-    ds = torch.empty_like(s, memory_format=torch.contiguous_format)
-    if grad_sum is not None:
-        grad_sum = native.as_rows(grad_sum)
+    ds = native.empty_like(s)
+    grad = native.as_rows(grad)
+    options = dict(grad_sum=native.as_rows(grad_sum), scale=scale.contiguous(), group=group)
     torch.ops.megalite._rms_norm_backward(
-        native.as_rows(s),
-        weight.contiguous(),
-        native.as_rows(grad),
-        grad_sum=grad_sum,
-        scale=scale.contiguous(),
-        group=group,
-        out=ds,
-        grad_weight=sums,
+        native.as_rows(s), weight.contiguous(), grad, **options, out=ds, grad_weight=sums
     )
     return ds, sums.sum(dim=0).to(weight.dtype)
-
-
-def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:
-    if x.dim() < 2 or not x.is_floating_point():
-        raise TypeError(
-            f"rms_norm takes floating-point tensors [..., rows, h], not {x.dtype} {tuple(x.shape)}"
-        )
-    for name, other, shape in (("weight", weight, x.shape[-1:]), ("residual", residual, x.shape)):
-        if other is None:
-            continue
-        if other.shape != shape:
-            raise ValueError(f"the {name} is {tuple(other.shape)}, not {tuple(shape)}")
-        if other.dtype != x.dtype or other.device != x.device:
-            raise TypeError(
-                f"the {name} is {other.dtype} on {other.device}, x is {x.dtype} on {x.device}"
-            )
-
-
-def _outputs(
-    x: torch.Tensor, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    s = x.new_empty(0) if residual is None else torch.empty_like(y)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return y, s, torch.empty(x.shape[:-1], dtype=wide, device=x.device)
-
-
-@rms_norm_forward.register_fake
-def _(x, weight, epsilon, residual):
-    _check(x, weight, residual)
-    return _outputs(x, residual)
-
-
-@rms_norm_backward.register_fake
-def _(grad, grad_sum, s, weight, scale):
-    return torch.empty_like(s, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 
 def _save(ctx, inputs, output):
@@ -142,9 +106,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, grad_sum, _):
-    ds, grad_weight = rms_norm_backward(
-        grad, grad_sum if ctx.has_residual else None, *ctx.saved_tensors
-    )
+    grad_sum = grad_sum if ctx.has_residual else None
+    ds, grad_weight = rms_norm_backward(grad, grad_sum, *ctx.saved_tensors)
     return ds, grad_weight, None, ds if ctx.has_residual else None
 
 

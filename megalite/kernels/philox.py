@@ -80,7 +80,7 @@ def philox4x32(counter: np.ndarray, key: Sequence[int]) -> np.ndarray:
 def _rounds(columns: np.ndarray, products: np.ndarray, key0: int, key1: int) -> np.ndarray:
     """Apply the rounds in place to columns, uint64 [4, n] of 32-bit values; products is room for
     uint64 [2, n]."""
-    multipliers = [np.uint64(m) for m in MULTIPLIERS]
+    multipliers = list(map(np.uint64, MULTIPLIERS))
     mask, half = np.uint64(MASK), np.uint64(32)
     a, b, c, d = columns
     p, q = products

@@ -10,47 +10,27 @@ Kept for the backward: without dropout the output, which the product with the va
 with dropout the scores and one number a row, from which the backward computes the softmax again.
 """
 
-from typing import NamedTuple
-
 import torch
+from torch import Tensor
 
 from megalite.kernels import native
-from megalite.kernels.dropout import check_dropout, keep_mask
+from megalite.kernels.dropout import Dropout, check_dropout
 
 
-class Dropout(NamedTuple):
-    """Dropout of a tensor by kernels.dropout: its probability, and the position of the tensor's
-    rows."""
-
-    rows: torch.Tensor
-    """Row numbers, int64, broadcasting to the leading dims."""
-    samples: torch.Tensor
-    """Sample numbers, int64, broadcasting to the leading dims."""
-    site_id: int
-    key: tuple[int, int]
-    p: float
-
-
-def scaled_softmax(x: torch.Tensor, scale: float, dropout: Dropout | None = None) -> torch.Tensor:
+def scaled_softmax(x: Tensor, scale: float, dropout: Dropout | None = None) -> Tensor:
     """dropout(softmax(scale * x)) of scores [b, n, s_q, s_k]."""
     return _softmax(x, scale, mask=None, causal=False, dropout=dropout)
 
 
-def scaled_causal_softmax(
-    x: torch.Tensor, scale: float, dropout: Dropout | None = None
-) -> torch.Tensor:
+def scaled_causal_softmax(x: Tensor, scale: float, dropout: Dropout | None = None) -> Tensor:
     """dropout(softmax(scale * x)) of scores [b, n, s_q, s_k], where query i sees keys 0 to i
     only."""
     return _softmax(x, scale, mask=None, causal=True, dropout=dropout)
 
 
 def scaled_masked_softmax(
-    x: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor,
-    causal: bool = False,
-    dropout: Dropout | None = None,
-) -> torch.Tensor:
+    x: Tensor, scale: float, mask: Tensor, causal: bool = False, dropout: Dropout | None = None
+) -> Tensor:
     """dropout(softmax(scale * x)) of scores [b, n, s_q, s_k], where a query sees the keys whose
     mask is true.
 
@@ -60,103 +40,17 @@ def scaled_masked_softmax(
     return _softmax(x, scale, mask=mask, causal=causal, dropout=dropout)
 
 
-def _softmax(x, scale, mask, causal, dropout: Dropout | None) -> torch.Tensor:
+def _softmax(x, scale, mask, causal, dropout: Dropout | None) -> Tensor:
     if dropout is None or dropout.p == 0:
-        return softmax(x, scale, mask, causal=causal)[0]
-    y, _ = softmax(
-        x,
-        scale,
-        mask,
-        causal=causal,
-        rows=dropout.rows,
-        samples=dropout.samples,
-        site_id=dropout.site_id,
-        key0=dropout.key[0],
-        key1=dropout.key[1],
-        p=dropout.p,
-    )
-    return y
+        return softmax(x, scale, mask, causal)[0]
+    rows, samples, site_id, key, p = dropout
+    return softmax(x, scale, mask, causal, rows, samples, site_id, *key, p)[0]
 
 
-@native.operator("scaled_softmax")
-def softmax(
-    x: torch.Tensor,
-    scale: float,
-    mask: torch.Tensor | None = None,
-    causal: bool = False,
-    rows: torch.Tensor | None = None,
-    samples: torch.Tensor | None = None,
-    site_id: int = 0,
-    key0: int = 0,
-    key1: int = 0,
-    p: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operator of the three functions above.
-
-    Returns the softmax, and the log of the sum of exp over each row's visible columns [b, n, s_q],
-    which has no gradient.
-    """
-    _check(x, mask, rows, samples=samples, p=p)
-    y, lse = _outputs(x)
-    if x.numel() == 0:
-        return y, lse.fill_(float("inf"))
-    dropout = Dropout(rows, samples, site_id, key=(key0, key1), p=p)
-    if not _native_takes(x, dropout):
-        return _composite(x, scale, mask, causal=causal, dropout=dropout)
-    torch.ops.megalite._softmax_forward(
-        x.contiguous(),
-        _native_mask(x, mask),
-        causal,
-        scale=scale,
-        **_native_dropout(x, dropout),
-        out=y,
-        lse=lse,
-    )
-    return y, lse
-
-
-@native.operator("scaled_softmax_backward")
-def softmax_backward(
-    grad: torch.Tensor,
-    lse: torch.Tensor,
-    y: torch.Tensor | None,
-    x: torch.Tensor | None,
-    scale: float,
-    mask: torch.Tensor | None,
-    causal: bool,
-    rows: torch.Tensor | None,
-    samples: torch.Tensor | None,
-    site_id: int,
-    key0: int,
-    key1: int,
-    p: float,
-) -> torch.Tensor:
-    """The gradient of x: from the output y without dropout, from x and lse with it."""
-    if grad.numel() == 0:
-        return torch.empty_like(grad, memory_format=torch.contiguous_format)
-    dropout = Dropout(rows, samples, site_id, key=(key0, key1), p=p)
-    if not _native_takes(grad, dropout):
-        if p > 0:
-            y = (_scores(x, scale, mask, causal=causal) - lse.unsqueeze(-1)).exp_()
-        return _composite_backward(grad, lse, y, scale=scale, dropout=dropout)
-    grad = grad.contiguous()
-    result = torch.empty_like(grad)
-    torch.ops.megalite._softmax_backward(
-        grad,
-        None if x is None else x.contiguous(),
-        None if y is None else y.contiguous(),
-        mask=_native_mask(grad, mask),
-        causal=causal,
-        scale=scale,
-        **_native_dropout(grad, dropout),
-        out=result,
-        lse=lse.contiguous(),
-    )
-    return result
-
-
-def _check(x, mask, rows, samples, p) -> None:
-    """Raise ValueError or TypeError for what the kernels cannot take."""
+def _outputs(
+    x, scale, mask=None, causal=False, rows=None, samples=None, site_id=0, key0=0, key1=0, p=0.0
+) -> tuple[Tensor, Tensor]:
+    """The empty outputs of softmax. Raises ValueError or TypeError for what it cannot take."""
     if x.dim() != 4:
         raise ValueError(f"softmax takes scores [b, n, s_q, s_k], not {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -166,32 +60,85 @@ def _check(x, mask, rows, samples, p) -> None:
             raise TypeError(f"the mask is of {mask.dtype}, not bool (true: the query sees the key)")
         if mask.device != x.device:
             raise ValueError(f"the mask is on {mask.device}, the scores are on {x.device}")
-        if mask.dim() > 4 or any(m not in (1, s) for m, s in zip(mask.shape[::-1], x.shape[::-1])):
+        if not native.broadcasts(mask.shape, x.shape):
             raise ValueError(
                 f"a mask {tuple(mask.shape)} does not broadcast to the scores {tuple(x.shape)}"
             )
     check_dropout(x, rows, samples, p)
+    return native.empty_like(x), x.new_empty(x.shape[:-1], dtype=native.sums_dtype(x))
 
 
-def _outputs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Empty tensors for the softmax and for each row's log of the sum of exp."""
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, torch.empty(x.shape[:-1], dtype=sums, device=x.device)
+@native.operator("scaled_softmax", _outputs)
+def softmax(
+    x: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    rows: Tensor | None = None,
+    samples: Tensor | None = None,
+    site_id: int = 0,
+    key0: int = 0,
+    key1: int = 0,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The operator of the three functions above.
+
+    Returns the softmax, and the log of the sum of exp over each row's visible columns [b, n, s_q],
+    which has no gradient.
+    """
+    y, lse = _outputs(x, scale, mask, rows=rows, samples=samples, p=p)
+    if x.numel() == 0:
+        return y, lse.fill_(float("inf"))
+    dropout = Dropout(rows, samples, site_id, key=(key0, key1), p=p)
+    if not _native_takes(x, dropout):
+        return _composite(x, scale, mask, causal, dropout)
+    arguments = dict(causal=causal, scale=scale, **dropout.for_kernels(x))
+    mask = _native_mask(x, mask)
+    torch.ops.megalite._softmax_forward(x.contiguous(), mask, **arguments, out=y, lse=lse)
+    return y, lse
 
 
-def _drops(dropout: Dropout) -> bool:
-    """Whether some 32-bit word is below the threshold."""
-    return dropout.rows is not None and round(dropout.p * 2**32) > 0
+@native.operator("scaled_softmax_backward")
+def softmax_backward(
+    grad: Tensor,
+    lse: Tensor,
+    y: Tensor | None,
+    x: Tensor | None,
+    scale: float,
+    mask: Tensor | None,
+    causal: bool,
+    rows: Tensor | None,
+    samples: Tensor | None,
+    site_id: int,
+    key0: int,
+    key1: int,
+    p: float,
+) -> Tensor:
+    """The gradient of x: from the output y without dropout, from x and lse with it."""
+    if grad.numel() == 0:
+        return native.empty_like(grad)
+    dropout = Dropout(rows, samples, site_id, key=(key0, key1), p=p)
+    if not _native_takes(grad, dropout):
+        if p > 0:
+            y = (_scores(x, scale, mask, causal) - lse.unsqueeze(-1)).exp_()
+        return _composite_backward(grad, lse, y, scale, dropout)
+    x = native.contiguous(x)
+    y = native.contiguous(y)
+    arguments = dict(causal=causal, scale=scale, lse=lse.contiguous(), **dropout.for_kernels(grad))
+    mask = _native_mask(grad, mask)
+    grad = grad.contiguous()
+    dx = torch.empty_like(grad)
+    torch.ops.megalite._softmax_backward(grad, x, y, mask=mask, **arguments, out=dx)
+    return dx
 
 
-def _native_takes(x: torch.Tensor, dropout: Dropout) -> bool:
+def _native_takes(x: Tensor, dropout: Dropout) -> bool:
     """Whether the kernels take these scores; a p above 0 that drops nothing still scales, which
     they do not do."""
-    return native.takes(x) and (dropout.p == 0 or _drops(dropout))
+    return native.takes(x) and (dropout.p == 0 or dropout.drops)
 
 
-def _native_mask(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+def _native_mask(x: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask as the kernels take it: with strides of 0 where it is broadcast over b, n or s_q,
     and contiguous keys."""
     if mask is None:
@@ -201,35 +148,18 @@ def _native_mask(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | N
     return mask.expand(x.shape)
 
 
-def _native_dropout(x: torch.Tensor, dropout: Dropout) -> dict:
-    """The kernels' arguments for dropout."""
-    if not _drops(dropout):
-        return dict(rows=None, samples=None, place=0, key0=0, key1=0, limit=0, factor=1.0)
-    return dict(
-        rows=native.row_numbers(dropout.rows, x.shape[:-1]),
-        samples=native.row_numbers(dropout.samples, x.shape[:-1]),
-        **native.dropout_arguments(dropout.site_id, *dropout.key, p=dropout.p),
-    )
-
-
-def _scores(x: torch.Tensor, scale: float, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
+def _scores(x: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
     """scale * x in fp32 or fp64, -inf where a query does not see the key."""
-    scores = x.to(_outputs(x[:0])[1].dtype) * scale
+    scores = x.to(native.sums_dtype(x)) * scale
     if causal:
         future = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu_(1)
         scores.masked_fill_(future, float("-inf"))
     return scores if mask is None else scores.masked_fill_(~mask, float("-inf"))
 
 
-def _keep(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
-    """Which of the scores are kept, of the shape of x."""
-    rows, samples, site_id, key, p = dropout
-    return keep_mask(rows, samples, x.shape[-1], site_id=site_id, key=key, p=p).expand(x.shape)
-
-
-def _composite(x, scale, mask, causal, dropout: Dropout) -> tuple[torch.Tensor, torch.Tensor]:
+def _composite(x, scale, mask, causal, dropout: Dropout) -> tuple[Tensor, Tensor]:
     """`softmax` by PyTorch's operations."""
-    scores = _scores(x, scale, mask, causal=causal)
+    scores = _scores(x, scale, mask, causal)
     y = scores.softmax(dim=-1)
     lse = scores.logsumexp(dim=-1)
     # Queries that see no key.
@@ -243,29 +173,18 @@ def _composite(x, scale, mask, causal, dropout: Dropout) -> tuple[torch.Tensor, 
     # A row of -inf that is visible is NaN.
     lse = torch.where(lse.isinf() & (lse < 0), float("nan"), lse)
     if dropout.p > 0:
-        y = torch.where(_keep(x, dropout), y * (1 / (1 - dropout.p)), 0)
+        y = torch.where(dropout.keep(x), y * (1 / (1 - dropout.p)), 0)
     return y.to(x.dtype), lse
 
 
-def _composite_backward(grad, lse, y, scale, dropout: Dropout) -> torch.Tensor:
+def _composite_backward(grad, lse, y, scale, dropout: Dropout) -> Tensor:
     """The gradient of the scores by PyTorch's operations; y: the softmax before dropout."""
     d = grad.to(lse.dtype)
     if dropout.p > 0:
-        d = torch.where(_keep(grad, dropout), d * (1 / (1 - dropout.p)), 0)
+        d = torch.where(dropout.keep(grad), d * (1 / (1 - dropout.p)), 0)
     y = y.to(lse.dtype)
     dx = y * (d - (y * d).sum(dim=-1, keepdim=True)) * scale
     return dx.to(grad.dtype).contiguous()
-
-
-@softmax.register_fake
-def _(x, scale, mask=None, causal=False, rows=None, samples=None, site_id=0, key0=0, key1=0, p=0.0):
-    _check(x, mask, rows, samples=samples, p=p)
-    return _outputs(x)
-
-
-@softmax_backward.register_fake
-def _(grad, lse, y, x, scale, mask, causal, rows, samples, site_id, key0, key1, p):
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
@@ -279,23 +198,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    lse, y, x, mask, rows, samples = ctx.saved_tensors
-    site_id, key0, key1, p = ctx.dropout
-    dx = softmax_backward(
-        grad,
-        lse,
-        y,
-        x=x,
-        scale=ctx.scale,
-        mask=mask,
-        causal=ctx.causal,
-        rows=rows,
-        samples=samples,
-        site_id=site_id,
-        key0=key0,
-        key1=key1,
-        p=p,
-    )
+    lse, y, x, mask, *numbers = ctx.saved_tensors
+    dx = softmax_backward(grad, lse, y, x, ctx.scale, mask, ctx.causal, *numbers, *ctx.dropout)
     return dx, *[None] * 9
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 
 @dataclass
@@ -10,23 +10,23 @@ class Microbatch:
     """Tensors of one microbatch, whole rows of whole sequences. Each stage is given what its
     `inputs` name; the rest is None."""
 
-    tokens: torch.Tensor | None = None
+    tokens: Tensor | None = None
     """[b, s] token ids."""
-    labels: torch.Tensor | None = None
+    labels: Tensor | None = None
     """[b, s] token ids that the model should predict."""
-    loss_mask: torch.Tensor | None = None
+    loss_mask: Tensor | None = None
     """[b, s] of 0 and 1: which labels count."""
-    samples: torch.Tensor | None = None
+    samples: Tensor | None = None
     """[b] numbers of the sequences in the whole run, on every stage; dropout depends on them."""
-    positions: torch.Tensor | None = None
+    positions: Tensor | None = None
     """[b, s] int64, position of each token in its document, below s. None: in its row, 0 to s -
     1."""
-    segments: torch.Tensor | None = None
+    segments: Tensor | None = None
     """[b, s] int64, which document of its row a token belongs to: it attends to tokens of that one
     only. None: a row is one document. For BERT: 1, and 0 for padding."""
-    token_types: torch.Tensor | None = None
+    token_types: Tensor | None = None
     """[b, s] int64, 0 for the first segment of a pair, 1 for the second."""
-    pair_label: torch.Tensor | None = None
+    pair_label: Tensor | None = None
     """[b] int64, 1 for a pair that is no pair (nsp), or is swapped (sop)."""
-    pair_mask: torch.Tensor | None = None
+    pair_mask: Tensor | None = None
     """[b] of 0 and 1: which rows hold a pair."""

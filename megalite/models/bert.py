@@ -3,12 +3,12 @@
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalite.models.batch import Microbatch
 from megalite.models.stage import Stage
 from megalite.nn.attention import attention_mask
-from megalite.nn.embedding import vocabulary_bias
+from megalite.nn.embedding import vocab_parallel_parameter
 from megalite.nn.linear import ReplicatedLinear, column_parallel_linear
 from megalite.nn.loss import vocab_parallel_argmax, vocab_parallel_cross_entropy
 from megalite.nn.mlp import gelu
@@ -27,9 +27,9 @@ class MaskedLanguageHead(nn.Module):
         self.gelu = settings.model.gelu
         self.dense = ReplicatedLinear(settings, hidden, hidden)
         self.norm = Norm(settings, on_part=False)
-        self.bias = vocabulary_bias(settings) if settings.bias else None
+        self.bias = vocab_parallel_parameter(settings, "zeros") if settings.bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h]: what the output layer takes."""
         return self.norm(gelu(self.dense(x), self.gelu))
 
@@ -41,17 +41,18 @@ class BertEncoder(Stage):
     causal: ClassVar[bool] = False
     token_types: ClassVar[int] = 2
 
-    def encode(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
+    def encode(self, x: Tensor | None, batch: Microbatch) -> Tensor:
         """This stage's share of the encoder: hidden states, of the last stage [s, b, h] of whole
         sequences after the final norm. Tokens see those of their own segment: padding is a segment
         of its own."""
         mask = None if batch.segments is None else attention_mask(batch.segments, causal=False)
         x = self.hidden(x, batch, mask)
+        # The heads choose tokens anywhere in a sequence, and every rank computes them alike.
         if self.is_last and self.settings.sequence_parallel:
             x = gather_sequence(x, self.settings.tensor, partial_gradients=False)
         return x
 
-    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+    def pooled(self, x: Tensor) -> Tensor:
         """tanh(linear(first token)) of what `encode` gives on the last stage: [s, b, h] -> [b,
         h]."""
         return self.pooler(x[0]).tanh()
@@ -102,7 +103,7 @@ class Bert(BertEncoder):
             fields |= {"pair_label", "pair_mask"}
         return fields
 
-    def loss_counts(self, batch: Microbatch) -> torch.Tensor:
+    def loss_counts(self, batch: Microbatch) -> Tensor:
         """The number of tokens to be predicted, and of pairs, fp64 [2]; or of the tokens alone,
         fp64 [1]."""
         counts = [batch.loss_mask.sum(dtype=torch.float64)]
@@ -110,7 +111,7 @@ class Bert(BertEncoder):
             counts.append(batch.pair_mask.sum(dtype=torch.float64))
         return torch.stack(counts)
 
-    def forward(self, x: torch.Tensor | None, batch: Microbatch) -> torch.Tensor:
+    def forward(self, x: Tensor | None, batch: Microbatch) -> Tensor:
         """One stage's share of the forward pass.
 
         x: hidden states from the previous stage; None on the first stage, which starts from the
@@ -124,51 +125,40 @@ class Bert(BertEncoder):
             return x
         if batch.labels is None:
             return self._logits(x)
-        losses, right = self._masked_tokens(x, batch)
+        sums = [self._masked_tokens(x, batch)]
         if self.has_pair:
-            pair_loss, right_pairs = self._pairs(x, batch)
-            losses = torch.cat([losses, pair_loss])
-            right = torch.cat([right, right_pairs])
-        return losses if self.training else torch.cat([losses, right])
+            sums.append(self._pairs(x, batch))
+        return torch.stack(sums, dim=1).flatten()  # the losses, then the numbers of right guesses
 
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+    def _logits(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., v/t]."""
-        return column_parallel_linear(
-            self.mlm_head(x),
-            self.output_weight,
-            self.mlm_head.bias,
-            self.settings.tensor,
-            sequence_parallel=False,
-        )
+        head = self.mlm_head
+        return column_parallel_linear(head(x), self.output_weight, head.bias, self.settings.tensor)
 
-    def _masked_tokens(
-        self, x: torch.Tensor, batch: Microbatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Over the tokens to be predicted, the sum of their losses [1] and, in evaluation mode, the
-        number that is guessed right [1] ([0] in training)."""
-        chosen = batch.loss_mask.t() > 0
-        logits = self._logits(x[chosen])
+    def _masked_tokens(self, x: Tensor, batch: Microbatch) -> Tensor:
+        """Over the tokens to be predicted, the sum of their losses, [1]; in evaluation mode also
+        the number that is guessed right, [2]."""
+        chosen = batch.loss_mask.t() > 0  # [s, b]
+        logits = self._logits(x[chosen])  # [chosen tokens, v/t]
         labels = batch.labels.t()[chosen]
         spec = self.output_weight.spec
         group = self.settings.tensor
-        right = logits.new_empty(0)
+        sums = [vocab_parallel_cross_entropy(logits, labels, spec, group).sum()]
         if not self.training:
-            # Before the loss, whose backward overwrites the logits.
             guesses = vocab_parallel_argmax(logits, spec, group)
-            right = (guesses == labels).sum().unsqueeze(0)
-        total = vocab_parallel_cross_entropy(logits, labels, spec, group).sum().unsqueeze(0)
-        return total, right.to(total.dtype)
+            sums.append((guesses == labels).sum().to(sums[0].dtype))
+        return torch.stack(sums)
 
-    def _pairs(self, x: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Over the pairs of segments, the sum of their losses [1] and, in evaluation mode, the
-        number that is guessed right [1] ([0] in training)."""
-        logits = self.pair_head(self.pooled(x))
+    def _pairs(self, x: Tensor, batch: Microbatch) -> Tensor:
+        """Over the pairs of segments, the sum of their losses, [1]; in evaluation mode also the
+        number that is guessed right, [2]."""
+        logits = self.pair_head(self.pooled(x))  # [b, 2]
+        # As the vocabulary's cross-entropy does: losses in fp32 for half precisions.
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
         losses = nn.functional.cross_entropy(logits, batch.pair_label, reduction="none")
-        total = (losses * batch.pair_mask).sum().unsqueeze(0)
-        right = logits.new_empty(0)
+        sums = [(losses * batch.pair_mask).sum()]
         if not self.training:
-            guesses = logits.argmax(dim=-1)
-            right = ((guesses == batch.pair_label) * batch.pair_mask).sum().unsqueeze(0)
-        return total, right.to(total.dtype)
+            right = (logits.argmax(dim=-1) == batch.pair_label) * batch.pair_mask
+            sums.append(right.sum().to(sums[0].dtype))
+        return torch.stack(sums)

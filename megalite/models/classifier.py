@@ -53,13 +53,8 @@ class Classifier(BertEncoder):
         """Pooler, dropout at a site that no layer uses, and the linear layer."""
         hidden = self.config.hidden_size
         self.pooler = ReplicatedLinear(self.settings, hidden, hidden)
-        self.head_dropout = HiddenDropout(
-            self.settings,
-            self.config.num_layers,
-            EMBEDDING,
-            p=self.head_dropout_probability,
-            on_part=False,
-        )
+        site = (self.config.num_layers, EMBEDDING)
+        self.head_dropout = HiddenDropout(self.settings, *site, self.head_dropout_probability)
         self.classifier = ReplicatedLinear(self.settings, hidden, self.classes, bias=True)
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -75,4 +70,5 @@ class Classifier(BertEncoder):
         In training mode, the sample numbers [b] of the batch determine what dropout drops.
         """
         pooled = self.pooled(self.encode(None, batch))
+        # Dropout takes hidden states [s, b, h]: here one position, [1, b, h].
         return self.classifier(self.head_dropout(pooled.unsqueeze(0), batch.samples).squeeze(0))

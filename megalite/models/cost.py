@@ -127,14 +127,20 @@ def activation_bytes(
     Their formulas count 2 bytes an element.
     """
     grain = recompute.granularity
+    # s b h bytes: their formulas hold 2 bytes an element.
     unit = model.seq_length * micro_batch_size * model.hidden_size * element_bytes / 2
+    # 5 n s / h for softmax, its dropout and the mask of that, [b, n, s, s] (equation 1).
     scores = 0.0
     if model.attention_dropout > 0 and grain != "selective":
         scores = 5 * model.num_attention_heads * model.seq_length / model.hidden_size
+    # Tensor parallelism alone leaves 10 of the 34 whole on every rank: inputs of norms, dropout and
+    # residuals (equation 2); with sequence parallelism everything is divided (equation 4).
     layer = (34 + scores) / tensor if sequence_parallel else 10 + (24 + scores) / tensor
     if grain != "full":
         return unit * layer * layers * in_flight
     group = recompute.recompute_num_layers
+    # What is kept of a recomputed layer is its input, 2 s b h; one group at a time is computed
+    # again.
     if recompute.recompute_method == "uniform":
         return unit * (2 * -(-layers // group) * in_flight + layer * group)
     return unit * (in_flight * (2 * group + layer * (layers - group)) + layer)

@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from megalite.models.batch import Microbatch
 from megalite.models.gpt import GPT
 
 
 def choose(
-    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> torch.Tensor:
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> Tensor:
     """Draw the next token of each row: logits [b, v] -> ids [b].
 
     Args:
@@ -24,9 +25,11 @@ def choose(
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = (logits.double() / temperature).softmax(dim=-1)
+    # Most likely first: both limits then cut off a tail.
     probabilities, order = probabilities.sort(dim=-1, descending=True)
     if top_k > 0:
         probabilities[..., top_k:] = 0
+    # Nucleus: what precedes a token must not hold the share already; the first always stays.
     before = probabilities.cumsum(dim=-1) - probabilities
     probabilities[before >= top_p * probabilities.sum(dim=-1, keepdim=True)] = 0
     drawn = torch.multinomial(probabilities, 1, generator=generator)
@@ -36,13 +39,13 @@ def choose(
 @torch.no_grad()
 def generate(
     model: GPT,
-    prompt: torch.Tensor,
+    prompt: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 1234,
-) -> Iterator[torch.Tensor]:
+) -> Iterator[Tensor]:
     """Yield the tokens that continue a prompt: ids [b], one step at a time.
 
     Args:
@@ -75,6 +78,7 @@ def generate(
     text = prompt
     for _ in range(max_new_tokens):
         logits = model(None, Microbatch(text[:, -model.config.positions :]))
+        # [s, b, v_padded] -> [b, v].
         last = logits[-1, :, : model.config.vocab_size]
         token = choose(last, temperature, top_k, top_p=top_p, generator=generator)
         yield token

@@ -31,17 +31,15 @@ class GPT(Stage):
         tokens of the labels' cross-entropy, [1], or without labels the logits of the vocabulary
         this rank holds, [s, b, v/t].
         """
+        # Without segments the causal flag is enough, and attention may take a faster kernel.
         mask = None if batch.segments is None else attention_mask(batch.segments, causal=True)
         x = self.hidden(x, batch, mask)
         if not self.is_last:
             return x
-        weight = self.output_weight
-        logits = column_parallel_linear(
-            x, weight, None, self.settings.tensor, self.settings.sequence_parallel
-        )
+        weight = self.output_weight  # [v/t, h]
+        group = self.settings.tensor
+        logits = column_parallel_linear(x, weight, None, group, self.settings.sequence_parallel)
         if batch.labels is None:
-            return logits
-        losses = vocab_parallel_cross_entropy(
-            logits, batch.labels.t(), weight.spec, self.settings.tensor
-        )
-        return (losses * batch.loss_mask.t()).sum().unsqueeze(0)
+            return logits  # [s, b, v/t]
+        losses = vocab_parallel_cross_entropy(logits, batch.labels.t(), weight.spec, group)
+        return (losses * batch.loss_mask.t()).sum().unsqueeze(0)  # [s, b] -> [1]

@@ -4,7 +4,7 @@ initial weights."""
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalite.models.batch import Microbatch
 from megalite.nn.block import Block
@@ -14,7 +14,7 @@ from megalite.nn.init import initialize
 from megalite.nn.norm import Norm
 from megalite.nn.parameter import name_parameters
 from megalite.nn.recompute import recompute
-from megalite.nn.rope import rotary_table, table_at
+from megalite.nn.rope import RotaryTable, rotary_table, table_at
 from megalite.nn.settings import LayerSettings
 
 
@@ -63,9 +63,8 @@ class Stage(nn.Module):
         if model.vocab_size is None or not (whole_heads or model.kv_channels):
             raise ValueError(
                 f"a {type(self).__name__} needs a vocab_size (it is {model.vocab_size}) and a "
-                "hidden_size "
-                f"{model.hidden_size} that its {model.num_attention_heads} heads divide, or "
-                "kv_channels"
+                f"hidden_size {model.hidden_size} that its {model.num_attention_heads} heads "
+                "divide, or kv_channels"
             )
         if layers is None:
             layers = range(model.num_layers)
@@ -76,14 +75,18 @@ class Stage(nn.Module):
         self.is_last = model.num_layers - 1 in layers
         self._rotary_table = None
 
+        # Before the layers. The last of several stages has a copy of a tied embedding, for its
+        # output layer.
         if self.is_first:
             self.embedding = Embedding(settings, self.token_types)
             self.embedding_norm = Norm(settings) if model.post_norm else nn.Identity()
             self.embedding_dropout = HiddenDropout(settings, 0, EMBEDDING)
         elif self.is_last and model.tied:
             self.embedding = TiedCopy(settings)
+        # Keys are numbers in the whole model, so a layer has the same name in every layout.
         self.layers = nn.ModuleDict({str(i): Block(settings, i, self.causal) for i in layers})
         if self.is_last:
+            # After the layers. Post-norm layers end with a norm of their own.
             self.final_norm = nn.Identity() if model.post_norm else Norm(settings)
             self.build_heads()
             if not model.tied:
@@ -103,7 +106,9 @@ class Stage(nn.Module):
     def hidden_shape(self, microbatch: int) -> tuple[int, int, int]:
         """Shape of what passes between stages: [s, b, h], or [s/t, b, h] under sequence
         parallelism."""
-        length = self.settings.local_sequence(self.config.seq_length)
+        length = self.config.seq_length
+        if self.settings.sequence_parallel:
+            length //= self.settings.tensor.size
         return length, microbatch, self.config.hidden_size
 
     @property
@@ -124,9 +129,7 @@ class Stage(nn.Module):
         """[v/t, h] of the output layer, on the last stage."""
         return self.embedding.word_embeddings.weight if self.config.tied else self.output.weight
 
-    def hidden(
-        self, x: torch.Tensor | None, batch: Microbatch, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def hidden(self, x: Tensor | None, batch: Microbatch, mask: Tensor | None) -> Tensor:
         """This stage's share of the transformer: hidden states, after the final norm on the last
         stage.
 
@@ -139,15 +142,14 @@ class Stage(nn.Module):
             x = self.embedding(batch.tokens, batch.positions, batch.token_types)
             x = self.embedding_dropout(self.embedding_norm(x), batch.samples)
         else:
+            # Rotary angles are those of whole sequences: attention gathers the parts.
             length = x.shape[0]
             if self.settings.sequence_parallel:
                 length *= self.settings.tensor.size
         x = self._run_layers(x, self._rotary(length, batch.positions), mask, batch.samples)
         return self.final_norm(x) if self.is_last else x
 
-    def _rotary(
-        self, length: int, positions: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _rotary(self, length: int, positions: Tensor | None) -> RotaryTable | None:
         """The rotary table of the whole sequence, made at its first use for a length, or its rows
         for each token's position; None with other kinds of positions."""
         model = self.config
@@ -155,12 +157,11 @@ class Stage(nn.Module):
             return None
         if self._rotary_table is None or self._rotary_table[0].shape[0] != length:
             device = self.context.device
-            self._rotary_table = rotary_table(
-                length, model.head_size, model.rotary_base, self.dtype, device
-            )
+            shape = (length, model.head_size)
+            self._rotary_table = rotary_table(*shape, model.rotary_base, self.dtype, device)
         return self._rotary_table if positions is None else table_at(self._rotary_table, positions)
 
-    def _run_layers(self, x: torch.Tensor, rotary, mask, samples) -> torch.Tensor:
+    def _run_layers(self, x: Tensor, rotary, mask, samples) -> Tensor:
         """This stage's layers, in groups that are recomputed as a whole where the configuration
         says so."""
         config = self.settings.recompute
@@ -174,7 +175,7 @@ class Stage(nn.Module):
         if full:
             recomputed = len(layers) if uniform else config.recompute_num_layers
         for first in range(0, len(layers), group_size):
-
+            # The group is bound now: the backward calls this again, after the loop has gone on.
             def run(x, group=tuple(layers[first : first + group_size])):
                 for layer in group:
                     x = layer(x, rotary, mask, samples)

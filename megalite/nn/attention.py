@@ -5,7 +5,7 @@ import math
 from functools import cache, partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from megalite.kernels import native
@@ -13,20 +13,21 @@ from megalite.kernels.softmax import scaled_causal_softmax, scaled_masked_softma
 from megalite.nn.dropout import AttentionDropout
 from megalite.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.nn.recompute import recompute
-from megalite.nn.rope import rotate
+from megalite.nn.rope import RotaryTable, rotate
 from megalite.nn.settings import LayerSettings
 from megalite.parallel.rng import RngTracker
 
 
-def attention_mask(segments: torch.Tensor, causal: bool) -> torch.Tensor:
+def attention_mask(segments: Tensor, causal: bool) -> Tensor:
     """Which tokens a token sees, bool [b, 1, s, s], query before key: those of its own segment
     (segments [b, s]), and of these, when causal, none that comes after it. It always sees
     itself."""
+    # [b, 1, s, 1] of queries beside [b, 1, 1, s] of keys.
     mask = segments[:, None, :, None] == segments[:, None, None, :]
     return mask.tril_() if causal else mask
 
 
-def _for_each_head(q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
+def _for_each_head(q, k, v) -> tuple[Tensor, Tensor]:
     """Keys and values of groups [b, g, s, d], repeated for each query head of q [b, n, s, d]."""
     repeat = q.shape[1] // k.shape[1]
     if repeat == 1:
@@ -34,9 +35,7 @@ def _for_each_head(q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
     return k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
 
 
-def explicit_attention(
-    q, k, v, *, drop, causal: bool, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def explicit_attention(q, k, v, *, drop, causal: bool, mask: Tensor | None = None) -> Tensor:
     """Attention with the scores formed: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d].
 
     A token sees what `mask` says, or without one every token, when causal only those up to itself.
@@ -50,6 +49,7 @@ def explicit_attention(
     elif causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
+    # A sum over a row in bf16 would lose its small terms.
     half = scores.dtype in (torch.bfloat16, torch.float16)
     softmax_dtype = torch.float32 if half else scores.dtype
     weights = scores.softmax(dim=-1, dtype=softmax_dtype).to(q.dtype)
@@ -58,9 +58,7 @@ def explicit_attention(
     return weights @ v
 
 
-def fused_softmax_attention(
-    q, k, v, *, dropout, causal: bool, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def fused_softmax_attention(q, k, v, dropout, causal: bool, mask: Tensor | None = None) -> Tensor:
     """What `explicit_attention` computes, with scale, mask, softmax and counter-based dropout (or
     None) in one kernel: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]."""
     k, v = _for_each_head(q, k, v)
@@ -74,32 +72,28 @@ def fused_softmax_attention(
 
 @cache
 def torch_kernel(
-    device: torch.device,
-    dtype: torch.dtype,
-    repeat: int,
-    head_size: int,
-    masked: bool,
-    causal: bool,
+    device: torch.device, dtype: torch.dtype, heads: tuple[int, int], masked: bool, causal: bool
 ) -> str | None:
-    """The fused kernel that scaled_dot_product_attention takes for such tensors, `repeat` query
-    heads to one of keys; None where it has none and would form the scores."""
+    """The fused kernel that scaled_dot_product_attention takes for such tensors; None where it has
+    none and would form the scores.
+
+    heads: query heads to one of keys, and the size of a head.
+    """
+    repeat, head_size = heads
     q = torch.empty(1, repeat, 16, head_size, device=device, dtype=dtype, requires_grad=True)
+    k = q[:, :1]
     mask = torch.ones(1, 1, 16, 16, device=device, dtype=torch.bool) if masked else None
     causal = causal and not masked
-    choice = torch._fused_sdp_choice(
-        q, q[:, :1], q[:, :1], mask, 0.0, causal, enable_gqa=repeat > 1
-    )
-    return (
-        None
-        if choice == SDPBackend.MATH.value
-        else SDPBackend(choice).name.lower().replace("_", " ")
-    )
+    choice = torch._fused_sdp_choice(q, k, k, mask, 0.0, causal, enable_gqa=repeat > 1)
+    if choice == SDPBackend.MATH.value:
+        return None
+    return SDPBackend(choice).name.lower().replace("_", " ")
 
 
 @torch.compiler.assume_constant_result
-def _torch_kernel(**arguments) -> str | None:
+def _torch_kernel(*arguments) -> str | None:
     """`torch_kernel` for torch.compile, which would trace what a cached function does."""
-    return torch_kernel(**arguments)
+    return torch_kernel(*arguments)
 
 
 class Attention(nn.Module):
@@ -124,19 +118,15 @@ class Attention(nn.Module):
         self.rng = settings.rng
         self.wanted = model.attention_backend
         self.recompute = settings.recompute.granularity == "selective"
+        # Groups come first: tensor parallelism then splits between groups, and never inside one.
         features = (model.query_groups, self.queries_per_group + 2, model.head_size)
         self.qkv = ColumnParallelLinear(settings, model.hidden_size, features)
-        self.output = RowParallelLinear(
-            settings, model.num_attention_heads * model.head_size, model.hidden_size
-        )
+        width = model.num_attention_heads * model.head_size
+        self.output = RowParallelLinear(settings, width, model.hidden_size)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
-        mask: torch.Tensor | None = None,
-        samples: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, x: Tensor, rotary: RotaryTable | None, mask: Tensor | None, samples: Tensor | None
+    ) -> Tensor:
         """[s, b, h] -> [s, b, h] without the output bias.
 
         rotary: the table of `nn.rope`, or None. mask: of `attention_mask`, or None where a row is
@@ -145,29 +135,29 @@ class Attention(nn.Module):
         """
         # Project, and take the heads of each group apart: [s, b, heads held here, d].
         qkv = self.qkv(x).unflatten(-1, (-1, self.queries_per_group + 2, self.head_size))
-        q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=-2)
-        q = q.flatten(2, 3)
-        k = k.flatten(2, 3)
-        v = v.flatten(2, 3)
+        parts = qkv.split([self.queries_per_group, 1, 1], dim=-2)  # [s, b, groups here, 1 or q, d]
+        q, k, v = (part.flatten(2, 3) for part in parts)
         if rotary is not None:
             q = rotate(q, rotary)
             k = rotate(k, rotary)
 
         # Attend: [b, heads, s, d].
-        q, k, v = (projected.permute(1, 2, 0, 3) for projected in (q, k, v))
+        q, k, v = (heads.permute(1, 2, 0, 3) for heads in (q, k, v))
         if self.recompute and torch.is_grad_enabled():
             y = recompute(self._core, self.rng, q, k, v, mask, samples)
         else:
             y = self._core(q, k, v, mask, samples)
         return self.output(y.permute(2, 0, 1, 3).flatten(2))
 
-    def backend(self, x: torch.Tensor, masked: bool) -> tuple[str, str]:
+    def backend(self, x: Tensor, masked: bool) -> tuple[str, str]:
         """(backend, reason) for tensors of x's dtype and device, as training or evaluation has it.
 
         Raises ValueError where the wanted backend cannot drop weights.
         """
         drops = self.training and self.dropout.p > 0
         streams = isinstance(self.rng, RngTracker)
+        # torch's attention draws its own random numbers, our kernel takes those of counters:
+        # neither can follow a stream.
         impossible = self.wanted == "sdpa" or (self.wanted == "fused-softmax" and streams)
         if drops and impossible:
             raise ValueError(
@@ -180,34 +170,25 @@ class Attention(nn.Module):
         if drops:
             reason = "its dropout is counter-based, which torch's fused attention does not offer"
             return "fused-softmax", reason
-        kernel = _torch_kernel(
-            device=x.device,
-            dtype=x.dtype,
-            repeat=self.queries_per_group,
-            head_size=self.head_size,
-            masked=masked,
-            causal=self.causal,
-        )
+        # Nothing is dropped: torch's fused attention is the fastest, where it has one.
+        heads = (self.queries_per_group, self.head_size)
+        kernel = _torch_kernel(x.device, x.dtype, heads, masked, self.causal)
         if kernel is not None:
             return "sdpa", f"nothing is dropped; torch's {kernel}"
         if native.takes(x):
             return "fused-softmax", "nothing is dropped, but torch has no fused attention for this"
         return "sdpa", "nothing is dropped; torch's operations: it has no fused attention for this"
 
-    def _core(
-        self, q, k, v, mask: torch.Tensor | None, samples: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _core(self, q, k, v, mask: Tensor | None, samples: Tensor | None) -> Tensor:
         """The attention core: q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]."""
         backend, _ = self.backend(q, mask is not None)
         drops = self.training and self.dropout.p > 0
         if backend == "sdpa":
+            # A mask says itself what is causal; torch takes one or the other.
+            causal = self.causal and mask is None
+            grouped = q.shape[1] != k.shape[1]
             return nn.functional.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=self.causal and mask is None,
-                enable_gqa=q.shape[1] != k.shape[1],
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
             )
         if backend == "fused-softmax":
             dropout = self.dropout.counter_based(*q.shape[1:3], samples) if drops else None

@@ -4,13 +4,13 @@ Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). Post-norm (Vaswani et a
 3.1): norm(x + attention(x)), then norm(x + mlp(x)).
 """
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalite.nn.attention import Attention
 from megalite.nn.dropout import AFTER_ATTENTION, AFTER_MLP, HiddenDropout
 from megalite.nn.mlp import MLP
 from megalite.nn.norm import Norm
+from megalite.nn.rope import RotaryTable
 from megalite.nn.settings import LayerSettings
 
 
@@ -34,15 +34,12 @@ class Block(nn.Module):
         self.mlp_dropout = HiddenDropout(settings, layer, AFTER_MLP)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
-        mask: torch.Tensor | None = None,
-        samples: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, x: Tensor, rotary: RotaryTable | None, mask: Tensor | None, samples: Tensor | None
+    ) -> Tensor:
         """One layer. `rotary` and `mask` are for the attention; `samples` [b] are the rows' global
         sample numbers."""
         y = self.attention(x if self.post_norm else self.attention_norm(x), rotary, mask, samples)
+        # The bias of the output projection, dropout and the residual sum are one pass over memory.
         x = self.attention_dropout(y, samples, self.attention.output.bias, x)
         x = self.attention_norm(x) if self.post_norm else x
         y = self.mlp(x if self.post_norm else self.mlp_norm(x))

@@ -1,10 +1,9 @@
 """Dropout at its sites in a block, under either scheme of random numbers."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from megalite.kernels.dropout import bias_dropout_add, site_id
-from megalite.kernels.softmax import Dropout
+from megalite.kernels.dropout import Dropout, bias_dropout_add, site_id
 from megalite.nn.settings import LayerSettings
 from megalite.parallel.rng import REPLICATED, TENSOR, RngTracker, dropout
 
@@ -12,7 +11,7 @@ ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP, EMBEDDING = range(4)
 """Sites within a layer (the embedding counts as layer 0): part of the format of kernels.dropout."""
 
 
-def _required(samples: torch.Tensor | None) -> torch.Tensor:
+def _required(samples: Tensor | None) -> Tensor:
     if samples is None:
         raise ValueError(
             "dropout that no layout changes depends on the samples: give the model the rows' "
@@ -31,35 +30,25 @@ class HiddenDropout(nn.Module):
         layer: number of the layer in the whole model.
         site: AFTER_ATTENTION, AFTER_MLP or EMBEDDING.
         p: probability of dropping an element; None: the model's --hidden-dropout.
-        on_part: whether x is this rank's part of the sequence under sequence parallelism.
     """
 
-    def __init__(
-        self,
-        settings: LayerSettings,
-        layer: int,
-        site: int,
-        *,
-        p: float | None = None,
-        on_part: bool = True,
-    ):
+    def __init__(self, settings: LayerSettings, layer: int, site: int, p: float | None = None):
         super().__init__()
         self.p = settings.model.hidden_dropout if p is None else p
         self.rng = settings.rng
         self.site_id = site_id(layer, site)
-        divided = on_part and settings.sequence_parallel
-        self.shard_index = settings.tensor.rank if divided else 0
+        self.shard_index = settings.tensor.rank if settings.sequence_parallel else 0
         # Streams: tensor ranks that hold the same values must draw the same numbers, others each
         # their own.
-        self.stream = TENSOR if divided else REPLICATED
+        self.stream = TENSOR if settings.sequence_parallel else REPLICATED
 
     def forward(
         self,
-        x: torch.Tensor,
-        samples: torch.Tensor | None,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        x: Tensor,
+        samples: Tensor | None,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """`samples` [b]: global numbers of the rows, for the layout-independent scheme. No dropout
         in evaluation."""
         drops = self.training and self.p > 0
@@ -67,9 +56,8 @@ class HiddenDropout(nn.Module):
             samples = _required(samples)
             first = self.shard_index * x.shape[0]
             rows = torch.arange(first, first + x.shape[0], device=x.device).unsqueeze(1)
-            return bias_dropout_add(
-                x, bias, residual, rows, samples, self.site_id, *self.rng.key, self.p
-            )
+            site = (self.site_id, *self.rng.key)
+            return bias_dropout_add(x, bias, residual, rows, samples, *site, self.p)
         if bias is not None:
             x = x + bias
         if drops:
@@ -92,19 +80,19 @@ class AttentionDropout(nn.Module):
         self.site_id = site_id(layer, ATTENTION_WEIGHTS)
         self.shard_index = settings.tensor.rank
 
-    def forward(self, weights: torch.Tensor, samples: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, weights: Tensor, samples: Tensor | None) -> Tensor:
         """`samples` [b]: global numbers of the rows of the microbatch."""
         if isinstance(self.rng, RngTracker):
             return dropout(weights, self.p, self.rng[TENSOR])
         rows, samples, site_id, key, p = self.counter_based(*weights.shape[1:3], samples)
         return bias_dropout_add(weights, None, None, rows, samples, site_id, *key, p)
 
-    def counter_based(self, heads: int, queries: int, samples: torch.Tensor | None) -> Dropout:
+    def counter_based(self, heads: int, queries: int, samples: Tensor | None) -> Dropout:
         """The same dropout for a fused softmax of scores [b, heads, queries, keys], under the
         scheme of counters."""
         samples = _required(samples)
         first = self.shard_index * heads * queries
+        # Heads are numbered in the whole model: this rank's follow those of the ranks before it.
         rows = torch.arange(first, first + heads * queries, device=samples.device)
-        return Dropout(
-            rows.view(heads, queries), samples[:, None, None], self.site_id, self.rng.key, self.p
-        )
+        rows = rows.view(heads, queries)
+        return Dropout(rows, samples[:, None, None], self.site_id, self.rng.key, self.p)

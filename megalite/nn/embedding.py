@@ -5,7 +5,7 @@ Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel size
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalite.nn.parameter import HALF_PRECISIONS
 from megalite.nn.settings import LayerSettings
@@ -14,48 +14,30 @@ from megalite.parallel.boxes import Box
 from megalite.parallel.collectives import reduce_from_tensor_region, reduce_scatter_sequence
 
 
-def _rows_held(settings: LayerSettings) -> tuple[int, int, int]:
-    """Of this rank's part of the vocabulary: rows in memory, first entry, entries without
-    padding."""
-    model = settings.model
-    tensor = settings.tensor
-    rows = model.padded_vocabulary(tensor.size) // tensor.size
-    start = min(rows * tensor.rank, model.vocab_size)
-    return rows, start, min(rows, model.vocab_size - start)
+def vocab_parallel_parameter(
+    settings: LayerSettings, init: str, std: float = 0.0, width: tuple[int, ...] = (), tied=False
+) -> nn.Parameter:
+    """This rank's rows [v_padded / t, *width] of a parameter [v, *width] of the vocabulary.
 
-
-def vocabulary_bias(settings: LayerSettings) -> nn.Parameter:
-    """This rank's entries [v_padded / t] of a bias [v] of the output layer."""
-    rows, start, entries = _rows_held(settings)
-    return settings.sharded(
-        (settings.model.vocab_size,),
-        Box((start,), (entries,)),
-        "zeros",
-        local_shape=(rows,),
-        weight_decay=False,
-    )
+    Its box leaves the padding out, and may be empty. tied: whether first and last stage hold it.
+    """
+    v = settings.model.vocab_size
+    group = settings.tensor
+    rows = settings.model.padded_vocabulary(group.size) // group.size
+    start = min(rows * group.rank, v)
+    box = Box((start, *[0] * len(width)), (min(rows, v - start), *width))
+    return settings.parameter((v, *width), init, std, box=box, rows=rows, tied=tied)
 
 
 class VocabParallelWeight(nn.Module):
     """A [v, h] weight split by rows: of the word embedding, of its tied copy, or of an output
-    layer.
-
-    `weight` is [v_padded / t, h]; its box leaves the padding out, and may be empty. tied: first and
-    last stage hold it.
-    """
+    layer."""
 
     def __init__(self, settings: LayerSettings, tied: bool = False):
         super().__init__()
-        model = settings.model
-        rows, start, entries = _rows_held(settings)
-        self.weight = settings.sharded(
-            (model.vocab_size, model.hidden_size),
-            Box((start, 0), (entries, model.hidden_size)),
-            "normal",
-            std=model.init_method_std,
-            local_shape=(rows, model.hidden_size),
-            tied=tied,
-        )
+        width = (settings.model.hidden_size,)
+        std = settings.model.init_method_std
+        self.weight = vocab_parallel_parameter(settings, "normal", std, width=width, tied=tied)
 
 
 class _Lookup(torch.autograd.Function):
@@ -74,10 +56,10 @@ class _Lookup(torch.autograd.Function):
         weight = ctx.weight
         dtype = torch.float32 if weight.dtype in HALF_PRECISIONS else weight.dtype
 
-        def product(main: torch.Tensor | None) -> torch.Tensor:
-            total = torch.ops.aten.embedding_dense_backward(
-                grad.to(dtype), ids, weight.shape[0], -1, False
-            )
+        def product(main: Tensor | None) -> Tensor:
+            # [v, h], mostly zeros: no row is scaled by its frequency, and no id is padding.
+            rows = weight.shape[0]
+            total = torch.ops.aten.embedding_dense_backward(grad.to(dtype), ids, rows, -1, False)
             return total.to(weight.dtype) if main is None else main.add_(total)
 
         return None, weight_gradient(weight, product)
@@ -89,12 +71,9 @@ class SmallEmbedding(nn.Module):
 
     def __init__(self, settings: LayerSettings, rows: int):
         super().__init__()
-        self.weight = settings.replicated(
-            (rows, settings.model.hidden_size),
-            "normal",
-            settings.model.init_method_std,
-            on_part=True,
-        )
+        shape = (rows, settings.model.hidden_size)
+        std = settings.model.init_method_std
+        self.weight = settings.parameter(shape, "normal", std, on_part=True)
 
 
 class Embedding(nn.Module):
@@ -120,20 +99,15 @@ class Embedding(nn.Module):
             self.token_type_embeddings = SmallEmbedding(settings, token_types)
 
     def forward(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        token_types: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, tokens: Tensor, positions: Tensor | None = None, token_types: Tensor | None = None
+    ) -> Tensor:
         """The sum of the embeddings of tokens [b, s].
 
         positions: [b, s] rows of the learned table; None: 0 to s - 1. token_types: [b, s] rows of
-        the other table;
-        None: all of type 0.
+        the other table; None: all of type 0.
         """
         tokens = tokens.t()
-        length = tokens.shape[0]
-        x = self._words(tokens)
+        x = self._words(tokens)  # [s, b, h] or [s/t, b, h]
         # The tables are looked up for this rank's part of the sequence only.
         start = x.shape[0] * self.group.rank if self.sequence_parallel else 0
         here = slice(start, start + x.shape[0])
@@ -143,12 +117,12 @@ class Embedding(nn.Module):
         if self.position_embeddings is not None:
             table = self.position_embeddings.weight
             if positions is None:
-                x = x + table[:length][here].unsqueeze(1)
+                x = x + table[: len(tokens)][here].unsqueeze(1)
             else:
                 x = x + _Lookup.apply(positions.t()[here], table)
         return x
 
-    def _words(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _words(self, tokens: Tensor) -> Tensor:
         """Word embeddings of tokens [s, b], summed over ranks: an id that another rank holds gives
         zeros here."""
         weight = self.word_embeddings.weight
@@ -157,6 +131,7 @@ class Embedding(nn.Module):
         box = weight.spec.box
         local = tokens - box.offset[0]
         elsewhere = (local < 0) | (local >= box.shape[0])
+        # Every id has a row in exactly one rank's box, so the sum over ranks is that row.
         x = _Lookup.apply(local.masked_fill(elsewhere, 0), weight)
         x = x.masked_fill(elsewhere.unsqueeze(-1), 0.0)
         if self.sequence_parallel:

@@ -92,6 +92,7 @@ def initialize(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
             spec = parameter.spec
             if spec.box.numel == 0:
                 continue  # a rank with vocabulary padding only
+            # Scaled in float64, and rounded once to the parameter's dtype.
             if spec.init == "normal":
                 values = torch.from_numpy(normal(seed, name, spec.global_shape, spec.box))
                 spec.real(parameter).copy_(values.mul_(spec.std))

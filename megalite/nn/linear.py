@@ -5,8 +5,10 @@ Shapes: s sequence, b microbatch, h width in, f width out, t tensor-parallel siz
 outputs are [s, b, width].
 """
 
+import math
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalite.nn.settings import LayerSettings
 from megalite.nn.weight_gradient import weight_gradient
@@ -14,34 +16,25 @@ from megalite.parallel.boxes import Box, split
 from megalite.parallel.collectives import Group, all_gather, all_reduce, reduce_scatter
 
 
-def _product(main: torch.Tensor | None, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """grad^T x of grad [tokens, f] and x [tokens, h], added to `main` [f, h] or returned where that
-    is None.
+def _linear_weight_gradient(weight: nn.Parameter, grad: Tensor, x: Tensor) -> Tensor | None:
+    """The gradient of a weight [..., h] from grad [s, b, f] and x [s, b, h]: None where `main_grad`
+    collects it.
 
     Accumulating inside the product saves a pass over the weights, and rounds once to fp32 where a
     bf16 gradient would round at every microbatch.
     """
-    if main is None:
-        return grad.t() @ x
-    if main.dtype == grad.dtype:
-        return main.addmm_(grad.t(), x)
-    if grad.is_cuda:
-        return main.add_(torch.mm(grad.t(), x, out_dtype=main.dtype))
-    return main.addmm_(grad.t().to(main.dtype), x.to(main.dtype))
+    grad = grad.reshape(-1, grad.shape[-1])  # [s b, f]
+    x = x.reshape(-1, x.shape[-1])  # [s b, h]
 
-
-def _linear_weight_gradient(
-    weight: nn.Parameter, grad: torch.Tensor, x: torch.Tensor
-) -> torch.Tensor | None:
-    """The gradient of a weight [..., h] from grad [s, b, f] and x [s, b, h]: None where `main_grad`
-    collects it."""
-    grad = grad.reshape(-1, grad.shape[-1])
-    x = x.reshape(-1, x.shape[-1])
-
-    def product(main: torch.Tensor | None) -> torch.Tensor:
+    def product(main: Tensor | None) -> Tensor:
         if main is None:
-            return _product(None, grad, x).view_as(weight)
-        return _product(main.view(grad.shape[1], x.shape[1]), grad, x)
+            return (grad.t() @ x).view_as(weight)
+        main = main.view(grad.shape[1], x.shape[1])
+        if main.dtype == grad.dtype:
+            return main.addmm_(grad.t(), x)
+        if grad.is_cuda:
+            return main.add_(torch.mm(grad.t(), x, out_dtype=main.dtype))
+        return main.addmm_(grad.t().to(main.dtype), x.to(main.dtype))
 
     return weight_gradient(weight, product)
 
@@ -56,7 +49,8 @@ class _ColumnParallel(torch.autograd.Function):
         ctx.group = group
         ctx.sequence_parallel = sequence_parallel
         ctx.bias_shape = None if bias is None else bias.shape
-        whole = all_gather(x.contiguous(), group) if sequence_parallel else x
+        # Not saved: the backward gathers it again, which costs time and saves (t - 1)/t of it.
+        whole = all_gather(x.contiguous(), group) if sequence_parallel else x  # [s, b, h]
         flat_bias = None if bias is None else bias.view(-1)
         return nn.functional.linear(whole, weight.view(-1, x.shape[-1]), flat_bias)
 
@@ -75,6 +69,7 @@ class _ColumnParallel(torch.autograd.Function):
         else:
             reducing = all_reduce(grad_x, group, async_op=True)
         grad_weight = grad_bias = None
+        # A frozen weight has no gradient: a fine-tuned head on a fixed encoder.
         if ctx.needs_input_grad[1]:
             grad_weight = _linear_weight_gradient(weight, grad, x)
         if ctx.bias_shape is not None:
@@ -92,7 +87,7 @@ class _RowParallel(torch.autograd.Function):
         ctx.weight = weight
         ctx.group = group
         ctx.sequence_parallel = sequence_parallel
-        y = x @ weight.t()
+        y = x @ weight.t()  # [s, b, f], of this rank's share of h only
         if sequence_parallel:
             return reduce_scatter(y, group)
         all_reduce(y, group)
@@ -111,12 +106,8 @@ class _RowParallel(torch.autograd.Function):
 
 
 def column_parallel_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    group: Group,
-    sequence_parallel: bool,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence_parallel: bool = False
+) -> Tensor:
     """x W^T + b with W's leading dims split over the group: [..., h] -> [..., f/t].
 
     `weight` is [..., h] and `bias` [...], flattened to f/t rows. With `sequence_parallel`, x is
@@ -134,36 +125,29 @@ class ColumnParallelLinear(nn.Module):
         in_features: h.
         features: the global output shape, for example (g, q + 2, d) for a fused query, key and
             value projection.
-        split_dim: the dim of `features` that is split.
+        axis: the dim of `features` that is split.
     """
 
     def __init__(
-        self,
-        settings: LayerSettings,
-        in_features: int,
-        features: tuple[int, ...],
-        split_dim: int = 0,
+        self, settings: LayerSettings, in_features: int, features: tuple[int, ...], axis: int = 0
     ):
         super().__init__()
-        self.group = settings.tensor
+        self.group = group = settings.tensor
         self.sequence_parallel = settings.sequence_parallel
         offset = [0] * len(features)
         shape = list(features)
-        offset[split_dim], shape[split_dim] = split(
-            features[split_dim], self.group.size, self.group.rank
-        )
-        self.weight = settings.sharded(
-            (*features, in_features),
-            Box((*offset, 0), (*shape, in_features)),
-            "normal",
-            std=settings.model.init_method_std,
-        )
+        length = features[axis]
+        offset[axis], shape[axis] = split(length, group.size, group.rank)
+        # Input features come last, and every rank has all of them.
+        box = Box((*offset, 0), (*shape, in_features))
+        std = settings.model.init_method_std
+        self.weight = settings.parameter((*features, in_features), "normal", std, box=box)
         self.bias = None
         if settings.bias:
             box = Box(tuple(offset), tuple(shape))
-            self.bias = settings.sharded(features, box, "zeros", weight_decay=False)
+            self.bias = settings.parameter(features, "zeros", box=box)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[s, b, h] (or [s/t, b, h] under sequence parallelism) -> [s, b, f/t]."""
         return column_parallel_linear(x, self.weight, self.bias, self.group, self.sequence_parallel)
 
@@ -184,17 +168,16 @@ class ReplicatedLinear(nn.Module):
     ):
         super().__init__()
         std = settings.model.init_method_std
+        # A group of this rank alone: the collectives of the shared code then do nothing.
         self.alone = Group((settings.context.rank,), 0)
-        self.weight = settings.replicated((out_features, in_features), "normal", std)
+        self.weight = settings.parameter((out_features, in_features), "normal", std)
         self.bias = None
         if settings.bias if bias is None else bias:
-            self.bias = settings.replicated((out_features,), "zeros")
+            self.bias = settings.parameter((out_features,), "zeros")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., f]."""
-        return column_parallel_linear(
-            x, self.weight, self.bias, self.alone, sequence_parallel=False
-        )
+        return column_parallel_linear(x, self.weight, self.bias, self.alone)
 
 
 class RowParallelLinear(nn.Module):
@@ -214,17 +197,16 @@ class RowParallelLinear(nn.Module):
         self.group = settings.tensor
         self.sequence_parallel = settings.sequence_parallel
         start, size = split(in_features, self.group.size, self.group.rank)
-        self.weight = settings.sharded(
-            (out_features, in_features),
-            Box((0, start), (out_features, size)),
-            "normal",
-            std=settings.output_std,
-        )
+        # Output features are whole; the sum over ranks completes the product.
+        box = Box((0, start), (out_features, size))
+        # What writes to the residual stream starts smaller by sqrt(2 L) (Radford et al. 2019).
+        std = settings.model.init_method_std / math.sqrt(2 * settings.model.num_layers)
+        self.weight = settings.parameter((out_features, in_features), "normal", std, box=box)
         self.bias = None
         if settings.bias:
-            self.bias = settings.replicated((out_features,), "zeros", on_part=True)
+            self.bias = settings.parameter((out_features,), "zeros", on_part=True)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[s, b, h/t] -> [s, b, f] (or [s/t, b, f] under sequence parallelism), without the
         bias."""
         return _RowParallel.apply(x, self.weight, self.group, self.sequence_parallel)

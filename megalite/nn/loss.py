@@ -1,6 +1,7 @@
 """Vocabulary-parallel cross-entropy and argmax: each tensor rank holds the logits of its shard."""
 
 import torch
+from torch import Tensor
 
 from megalite.kernels.cross_entropy import cross_entropy_gradient_, cross_entropy_statistics
 from megalite.nn.parameter import ParameterSpec
@@ -33,8 +34,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 def vocab_parallel_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, weight: ParameterSpec, group: Group
-) -> torch.Tensor:
+    logits: Tensor, labels: Tensor, weight: ParameterSpec, group: Group
+) -> Tensor:
     """-log softmax(logits)[label] of every token: logits [..., v/t], labels [...] -> losses [...].
 
     Computed in fp32 for half precisions, in the logits' own dtype otherwise. The backward
@@ -49,9 +50,7 @@ def vocab_parallel_cross_entropy(
 
 
 @torch.no_grad()
-def vocab_parallel_argmax(
-    logits: torch.Tensor, weight: ParameterSpec, group: Group
-) -> torch.Tensor:
+def vocab_parallel_argmax(logits: Tensor, weight: ParameterSpec, group: Group) -> Tensor:
     """The vocabulary entry with the largest logit: logits [..., v/t] -> int64 [...].
 
     Of several equal ones, the first. `weight` is the spec of the output weight. Its box says which

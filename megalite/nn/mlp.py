@@ -1,14 +1,13 @@
 """The MLP of a block: GELU (Hendrycks and Gimpel 2016) or SwiGLU (Shazeer 2020)."""
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalite.kernels.activation import bias_gelu, swiglu
 from megalite.nn.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.nn.settings import LayerSettings
 
 
-def gelu(x: torch.Tensor, form: str) -> torch.Tensor:
+def gelu(x: Tensor, form: str) -> Tensor:
     """x Phi(x), exactly ("erf") or by its "tanh" approximation."""
     return nn.functional.gelu(x) if form == "erf" else bias_gelu(x, None)
 
@@ -23,12 +22,13 @@ class MLP(nn.Module):
         self.swiglu = model.swiglu
         self.gelu = model.gelu
         if model.swiglu:
-            self.up = ColumnParallelLinear(settings, model.hidden_size, (2, model.ffn), split_dim=1)
+            # Split along f, so that a rank has gate and up of the same features.
+            self.up = ColumnParallelLinear(settings, model.hidden_size, (2, model.ffn), axis=1)
         else:
             self.up = ColumnParallelLinear(settings, model.hidden_size, (model.ffn,))
         self.down = RowParallelLinear(settings, model.ffn, model.hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[s, b, h] -> [s, b, h], without the bias of the down projection."""
         x = self.up(x)
         if self.swiglu:

@@ -22,23 +22,22 @@ class Norm(nn.Module):
         super().__init__()
         shape = (settings.model.hidden_size,)
         self.epsilon = settings.model.norm_epsilon
-        self.weight = settings.replicated(shape, "ones", on_part=on_part)
+        self.weight = settings.parameter(shape, "ones", on_part=on_part)
         self.bias = None
         if settings.model.normalization == "LayerNorm":
-            self.bias = settings.replicated(shape, "zeros", on_part=on_part)
+            self.bias = settings.parameter(shape, "zeros", on_part=on_part)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, h] -> [s, b, h]."""
         if self.bias is None:
             return rms_norm(x, self.weight, self.epsilon)[0]
+        weight = self.weight
+        bias = self.bias
+        wide = x
         if x.dtype in HALF_PRECISIONS and not x.is_cuda:
             # torch's CPU kernel sums the gradients of weight and bias over the tokens in half
             # precision, and so loses most of them.
-            weight = self.weight.float()
-            normed = nn.functional.layer_norm(
-                x.float(), weight.shape, weight, bias=self.bias.float(), eps=self.epsilon
-            )
-            return normed.to(x.dtype)
-        return nn.functional.layer_norm(
-            x, self.weight.shape, self.weight, bias=self.bias, eps=self.epsilon
-        )
+            weight = weight.float()
+            bias = bias.float()
+            wide = x.float()
+        return nn.functional.layer_norm(wide, weight.shape, weight, bias, self.epsilon).to(x.dtype)

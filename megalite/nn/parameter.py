@@ -95,6 +95,7 @@ def name_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
     Module paths are global names already: layers are kept under their number in the whole model.
     """
+    # A spec is frozen, since many read it: naming makes a new one.
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         parameter.spec = replace(parameter.spec, name=name)

@@ -4,13 +4,16 @@ Element i of a head forms a pair with element i + d/2, as in GPT-NeoX and Llama.
 """
 
 import torch
+from torch import Tensor
 
 from megalite.kernels.rotary import rotary
 
+RotaryTable = tuple[Tensor, Tensor]
+"""cos and sin of the angle of each position and component: each [s, 1, 1, d], or [s, b, 1, d] where
+positions differ between samples."""
 
-def rotary_table(
-    length: int, head_size: int, base: float, dtype, device
-) -> tuple[torch.Tensor, torch.Tensor]:
+
+def rotary_table(length: int, head_size: int, base: float, dtype, device) -> RotaryTable:
     """cos and sin of position * base^(-2i/d), each [s, 1, 1, d].
 
     The d/2 frequencies are repeated for the second half of a head.
@@ -24,17 +27,12 @@ def rotary_table(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def table_at(
-    table: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def table_at(table: RotaryTable, positions: Tensor) -> RotaryTable:
     """Rows of a rotary table at positions [b, s] below its length: cos and sin, [s, b, 1, d]."""
     cos, sin = table
     return cos[positions.t(), 0], sin[positions.t(), 0]
 
 
-def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate queries or keys [s, b, n, d] by the angles of their positions.
-
-    The table's tensors are [s, 1, 1, d], or [s, b, 1, d] if positions differ between samples.
-    """
+def rotate(x: Tensor, table: RotaryTable) -> Tensor:
+    """Rotate queries or keys [s, b, n, d] by the angles of their positions."""
     return rotary(x, *table)

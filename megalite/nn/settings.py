@@ -1,6 +1,5 @@
 """What all layers of a stage have in common."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +30,7 @@ class LayerSettings:
 
     def __post_init__(self):
         if self.tensor.size == 1:
+            # The only way to correct a field of a frozen dataclass.
             object.__setattr__(self, "sequence_parallel", False)
 
     @property
@@ -43,56 +43,42 @@ class LayerSettings:
         """Whether linear layers have biases."""
         return not self.model.disable_bias_linear
 
-    @property
-    def output_std(self) -> float:
-        """Standard deviation of the weights that write to the residual stream: `std / sqrt(2 L)`
-        (Radford et al. 2019)."""
-        return self.model.init_method_std / math.sqrt(2 * self.model.num_layers)
-
-    def local_sequence(self, length: int) -> int:
-        """Tokens of a sequence that this rank's norms, dropout and residuals see: s, or s/t."""
-        return length // self.tensor.size if self.sequence_parallel else length
-
-    def replicated(
-        self, shape: tuple[int, ...], init: str, std: float = 0.0, on_part: bool = False
+    def parameter(
+        self,
+        shape: tuple[int, ...],
+        init: str,
+        std: float = 0.0,
+        *,
+        box: Box | None = None,
+        rows: int | None = None,
+        tied: bool = False,
+        on_part: bool = False,
     ) -> torch.nn.Parameter:
-        """A parameter that every tensor-parallel rank holds whole. Vectors get no weight decay.
+        """A parameter of this global shape. Those that start normal get weight decay.
 
-        on_part: whether it is applied to this rank's part of the sequence only, under sequence
-        parallelism: its gradients are then summed over the tensor-parallel ranks.
+        Args:
+            shape: in the whole model.
+            init: "normal", "zeros" or "ones".
+            std: standard deviation for "normal".
+            box: what this rank holds of it; None: every tensor-parallel rank holds the whole.
+            rows: first dim in memory, where padding makes it larger than the box's.
+            tied: whether first and last stage both hold it.
+            on_part: whether it is applied to this rank's part of the sequence only, under sequence
+                parallelism: its gradients are then summed over the tensor-parallel ranks.
         """
+        # Stages hold different layers, so along the pipeline only tied weights have copies.
+        axes = ["pipeline"] if box is None else ["tensor", "pipeline"]
+        if tied:
+            axes.remove("pipeline")
+        box = box or Box.whole(shape)
         spec = ParameterSpec(
             global_shape=shape,
-            box=Box.whole(shape),
+            box=box,
+            sharded=tuple(axes),
             partial=("tensor",) if on_part and self.sequence_parallel else (),
             init=init,
             std=std,
-            weight_decay=len(shape) > 1,
+            weight_decay=init == "normal",
         )
-        return make_parameter(shape, spec, self.dtype, self.context.device)
-
-    def sharded(
-        self,
-        global_shape: tuple[int, ...],
-        box: Box,
-        init: str,
-        *,
-        std: float = 0.0,
-        local_shape: tuple[int, ...] | None = None,
-        weight_decay: bool = True,
-        tied: bool = False,
-    ) -> torch.nn.Parameter:
-        """A parameter of which every tensor-parallel rank holds another box.
-
-        local_shape: shape in memory, where padding makes it larger than the box. tied: whether
-        first and last stage both hold it.
-        """
-        spec = ParameterSpec(
-            global_shape=global_shape,
-            box=box,
-            sharded=("tensor",) if tied else ("tensor", "pipeline"),
-            init=init,
-            std=std,
-            weight_decay=weight_decay,
-        )
-        return make_parameter(local_shape or box.shape, spec, self.dtype, self.context.device)
+        local_shape = box.shape if rows is None else (rows, *box.shape[1:])
+        return make_parameter(local_shape, spec, self.dtype, self.context.device)

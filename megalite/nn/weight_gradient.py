@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-Product = Callable[[torch.Tensor | None], torch.Tensor | None]
+Product = Callable[[Tensor | None], Tensor | None]
 """Adds a weight gradient to the tensor it is given, of the weight's shape, or returns it where it
 is given None."""
 
@@ -30,7 +31,7 @@ class WeightGradients:
         self.on_complete = on_complete
         self._deferred: dict[torch.nn.Parameter, list[Product]] | None = None
 
-    def attach(self, parameter: torch.nn.Parameter, main_grad: torch.Tensor) -> None:
+    def attach(self, parameter: torch.nn.Parameter, main_grad: Tensor) -> None:
         """Collect the gradients of `parameter` in `main_grad`, of its shape."""
         parameter.main_grad = main_grad
         parameter.weight_gradients = self
@@ -67,6 +68,7 @@ class WeightGradients:
             self._report(weight)
 
     def _finish(self, parameter: torch.nn.Parameter) -> None:
+        # What autograd has computed itself, as of norms and biases.
         if parameter.grad is not None:
             parameter.main_grad.add_(parameter.grad)
             parameter.grad = None
@@ -78,7 +80,7 @@ class WeightGradients:
             self.on_complete(parameter)
 
 
-def weight_gradient(weight: torch.nn.Parameter, product: Product) -> torch.Tensor | None:
+def weight_gradient(weight: torch.nn.Parameter, product: Product) -> Tensor | None:
     """What the backward of a layer returns to autograd as the gradient of `weight`.
 
     None where the optimizer collects it in `main_grad`; without an optimizer, the gradient itself.

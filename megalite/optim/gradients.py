@@ -4,12 +4,14 @@ are clipped in."""
 from collections.abc import Iterator
 
 import torch
+from torch.nn import Parameter
 
 from megalite.nn.parameter import held_boxes
 from megalite.nn.weight_gradient import WeightGradients
 from megalite.optim.buckets import Bucket, BucketLayout
 from megalite.parallel.boxes import Box
 from megalite.parallel.collectives import Group, all_reduce, reduce_to_shard
+from megalite.parallel.config import ParallelConfig
 from megalite.parallel.context import ParallelContext
 
 
@@ -22,36 +24,31 @@ class GradientBuffer:
     Args:
         parameters: of one model, by global name.
         context: of this rank.
-        sharded: whether each data rank needs the sums of its own shard only.
-        overlap: whether a bucket's reduction starts as soon as the last backward has completed it.
-        bucket_size: elements after which a bucket is closed; None: one bucket.
+        config: whether each data rank needs the sums of its own shard only, whether a bucket's
+            reduction starts as soon as the last backward has completed it, and the size of buckets.
     """
 
     def __init__(
-        self,
-        parameters: dict[str, torch.nn.Parameter],
-        context: ParallelContext,
-        sharded: bool = False,
-        overlap: bool = False,
-        bucket_size: int | None = None,
+        self, parameters: dict[str, Parameter], context: ParallelContext, config: ParallelConfig
     ):
         self.context = context
         self.parameters = parameters
-        self.sharded = sharded and context.data.size > 1
-        self.overlap = overlap and context.data.size > 1
-        self.layout = BucketLayout(
-            parameters,
-            tied=context.embedding is not None,
-            bucket_size=bucket_size,
-            shards=context.data.size if self.sharded else 1,
-        )
+        size = context.data.size
+        self.sharded = config.use_distributed_optimizer and size > 1
+        self.overlap = config.overlap_grad_reduce and size > 1
+        # Without a use for parts of the buffer, one bucket: one reduction of everything.
+        in_buckets = config.use_distributed_optimizer or config.overlap_grad_reduce
+        bucket_size = config.bucket_size(size) if in_buckets else None
+        tied = context.embedding is not None
+        shards = size if self.sharded else 1
+        self.layout = BucketLayout(parameters, tied, bucket_size, shards=shards)
         self.shard_index = context.data.rank if self.sharded else 0
         self.ranges: dict[str, tuple[int, int]] = self.layout.owned(parameters, self.shard_index)
         """(start, stop) of each parameter's flattened elements that this rank updates."""
         dtypes = {parameter.dtype for parameter in parameters.values()}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.flat = torch.zeros(self.layout.total, dtype=dtype, device=context.device)
-        self.weight_gradients = WeightGradients(on_complete=self._complete if overlap else None)
+        self.weight_gradients = WeightGradients(self._complete if self.overlap else None)
         for name, parameter in parameters.items():
             self.weight_gradients.attach(parameter, self.view(name, self.flat))
 
@@ -101,7 +98,7 @@ class GradientBuffer:
         self._is_last_backward = self.overlap
         self._incomplete = [set(bucket.names) for bucket in self.layout.buckets]
 
-    def _complete(self, parameter: torch.nn.Parameter) -> None:
+    def _complete(self, parameter: Parameter) -> None:
         if not self._is_last_backward:
             return
         for incomplete in self._incomplete:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.nn import Parameter
 
 from megalite.nn.parameter import HALF_PRECISIONS
 from megalite.optim.config import OptimizerConfig
@@ -45,7 +46,7 @@ class Optimizer:
 
     def __init__(
         self,
-        parameters: dict[str, torch.nn.Parameter],
+        parameters: dict[str, Parameter],
         context: ParallelContext,
         config: OptimizerConfig,
         train_iters: int,
@@ -56,30 +57,17 @@ class Optimizer:
         self.train_iters = train_iters
         self.parameters = parameters
         self.loss_scale = LossScale.from_config(config)
-        in_buckets = parallel.use_distributed_optimizer or parallel.overlap_grad_reduce
-        self.gradients = GradientBuffer(
-            parameters,
-            context,
-            sharded=parallel.use_distributed_optimizer,
-            overlap=parallel.overlap_grad_reduce,
-            bucket_size=parallel.bucket_size(context.data.size) if in_buckets else None,
-        )
+        self.gradients = GradientBuffer(parameters, context, parallel)
         self.ranges = self.gradients.ranges
         self.overlaps_gather = parallel.overlap_param_gather
         self.parameter_buffer = ParameterBuffer(self.gradients) if self.gradients.sharded else None
         self.keeps_master = any(p.dtype in HALF_PRECISIONS for p in parameters.values())
         self.master = {}
-        decayed = []
-        others = []
         for name in self.ranges:
             weight = self._owned_weight(name)
             self.master[name] = weight.float() if self.keeps_master else weight
-            group = decayed if parameters[name].spec.weight_decay else others
-            group.append(self.master[name])
-        groups = []
-        for weights, decays in ((decayed, True), (others, False)):
-            if weights:
-                groups.append({"params": weights, "decays": decays})
+        owners = map(parameters.__getitem__, self.master)
+        groups = decay_groups(zip(owners, self.master.values()), config.weight_decay)
         if config.optimizer == "adam":
             # One fused pass over the weights: 3 to 4 times faster than the other implementations,
             # also on the CPU.
@@ -88,9 +76,8 @@ class Optimizer:
                 groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True
             )
         else:
-            self.torch = torch.optim.SGD(
-                groups, lr=config.lr, momentum=config.sgd_momentum, fused=True
-            )
+            momentum = config.sgd_momentum
+            self.torch = torch.optim.SGD(groups, lr=config.lr, momentum=momentum, fused=True)
 
     @torch.no_grad()
     def step(self, iteration: int) -> StepResult:
@@ -167,6 +154,7 @@ class Optimizer:
                 if state.get(kind) is None:
                     state[kind] = torch.zeros_like(master)
                 yield kind, name, state[kind]
+            # torch makes its state at the first step only if there is none at all.
             if self.config.optimizer == "adam":
                 state.setdefault("step", _step_count(0, master))
 
@@ -197,6 +185,20 @@ class Optimizer:
         optimizer's state)."""
         for name, master in self.master.items():
             master.copy_(self._owned_weight(name))
+
+
+def decay_groups(weights: Iterable[tuple[Parameter, torch.Tensor]], decay: float) -> list[dict]:
+    """torch's parameter groups of tensors to update, each given after its parameter, which says
+    whether it gets weight decay: `decays` of its group."""
+    decayed = []
+    others = []
+    for parameter, weight in weights:
+        group = decayed if parameter.spec.weight_decay else others
+        group.append(weight)
+    return [
+        {"params": decayed, "decays": True, "weight_decay": decay},
+        {"params": others, "decays": False, "weight_decay": 0.0},
+    ]
 
 
 def _step_count(steps: int, like: torch.Tensor) -> torch.Tensor:

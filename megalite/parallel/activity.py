@@ -40,10 +40,14 @@ class Call:
         if self.kind == "transfer":
             source, target = self.ranks
             return f"transfer {self.number} from rank {source} to rank {target}{content}"
-        shown = ", ".join(map(str, self.ranks[:RANKS_SHOWN]))
-        if len(self.ranks) > RANKS_SHOWN:
-            shown += ", ..."
+        shown = first_ranks(self.ranks, RANKS_SHOWN)
         return f"{self.kind}{content}, call {self.number} of the {self.group} group (ranks {shown})"
+
+
+def first_ranks(ranks: Sequence[int], most: int) -> str:
+    """`0, 1, 2, ...`: the first `most` ranks, for a message."""
+    shown = ", ".join(map(str, ranks[:most]))
+    return f"{shown}, ..." if len(ranks) > most else shown
 
 
 def call_key(kind: str, group: str, ranks: Sequence[int]) -> tuple:
@@ -80,22 +84,16 @@ class Activity:
             self.step = step
         self._changed = self._clock()
 
-    def record(
-        self,
-        kind: str,
-        group: str,
-        ranks: Sequence[int],
-        shape: tuple = (),
-        dtype: str = "",
-        untimed: bool = False,
-    ) -> Call:
-        """Record a collective or transfer that is about to be posted; gives it its number."""
+    def record(self, kind: str, group: str, ranks: Sequence[int], **content) -> Call:
+        """Record a collective or transfer that is about to be posted; gives it its number.
+
+        content: `shape`, `dtype` and `untimed` of the Call.
+        """
         key = call_key(kind, group, ranks)
         number = 1
         if key in self.latest:
             number += self.latest[key].number
-        call = Call(kind, group, ranks, number, shape=shape, dtype=dtype, untimed=untimed)
-        self.latest[key] = call
+        call = self.latest[key] = Call(kind, group, ranks, number, **content)
         return call
 
     @contextmanager
@@ -141,7 +139,5 @@ class Activity:
     def idle_seconds(self) -> float:
         """Seconds since the last progress; 0 in a state or a call without a hang timeout."""
         waiting = self.waiting
-        untimed = self.state in UNTIMED_STATES
-        if waiting is not None:
-            untimed = waiting.untimed
+        untimed = self.state in UNTIMED_STATES if waiting is None else waiting.untimed
         return 0.0 if untimed else self._clock() - self._changed

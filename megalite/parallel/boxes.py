@@ -4,6 +4,7 @@ Every parameter has a global name and a global shape, the same in every layout; 
 of it. Initialisation, gradient norm, checkpoints and verification are defined on boxes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import add, sub
@@ -42,6 +43,13 @@ class Box:
         if min(shape, default=1) <= 0:
             return None
         return Box(start, shape)
+
+    def lies_within(self, shape: Sequence[int]) -> bool:
+        """Whether the box has as many dims as `shape` and no element outside of it."""
+        if not len(self.offset) == len(self.shape) == len(shape):
+            return False
+        dims = zip(self.offset, self.shape, shape)
+        return all(0 <= start and 0 <= size <= length - start for start, size, length in dims)
 
     def slices_in(self, outer: "Box") -> tuple[slice, ...]:
         """Indices of this box in a tensor that holds the box `outer`, which must contain it."""

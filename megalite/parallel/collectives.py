@@ -5,8 +5,9 @@ differentiable operators of tensor and sequence parallelism. Gathers and scatter
 the sequence of [s, b, h]. With a group of one rank nothing is sent or copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,9 @@ class _Pending:
 
 
 DONE = _Done()
+# torch 2.13 renamed these two, and warns of the old names; 2.10 to 2.12 have only those.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -76,19 +80,20 @@ def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _call(group: Group, kind: str, tensor: torch.Tensor | None = None) -> Call:
-    """Record that this rank starts a collective call of the group."""
-    shape, dtype = _description(tensor)
-    return group.activity.record(
-        kind, group.name, group.ranks, shape=shape, dtype=dtype, untimed=group.untimed
-    )
-
-
-def _description(tensor: torch.Tensor | None) -> tuple[tuple[int, ...], str]:
+def _content(tensor: torch.Tensor) -> dict:
     """Shape and dtype of a call's tensor, as they are recorded."""
-    if tensor is None:
-        return (), ""
-    return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    return {"shape": tuple(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
+def _post(kind: str, group: Group, collective: Callable, *tensors: torch.Tensor, **options):
+    """Call one of torch's collectives, recorded with its last tensor, the input. Returns a
+    handle."""
+    content = _content(tensors[-1]) if tensors else {}
+    activity = group.activity
+    call = activity.record(kind, group.name, group.ranks, **content, untimed=group.untimed)
+    with activity.waits(call):
+        work = collective(*map(_contiguous, tensors), group=group.handle, **options)
+    return DONE if work is None else _Pending(work, call, activity)
 
 
 def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum", async_op: bool = False):
@@ -98,11 +103,7 @@ def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum", async_op: bo
     """
     if group.size == 1:
         return DONE
-    with group.activity.waits(_call(group, "all_reduce", tensor)) as call:
-        work = dist.all_reduce(_contiguous(tensor), _OPS[op], group=group.handle, async_op=async_op)
-    if async_op:
-        return _Pending(work, call, group.activity)
-    return DONE
+    return _post("all_reduce", group, dist.all_reduce, tensor, op=_OPS[op], async_op=async_op)
 
 
 def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
@@ -113,14 +114,8 @@ def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
     if group.size == 1:
         return (tensor, DONE) if async_op else tensor
     out = tensor.new_empty((tensor.shape[0] * group.size, *tensor.shape[1:]))
-    # torch 2.13 renamed all_gather_into_tensor, and warns of the old name; 2.10 to 2.12 have only
-    # the old one.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    with group.activity.waits(_call(group, "all_gather", tensor)) as call:
-        work = gather(out, _contiguous(tensor), group=group.handle, async_op=async_op)
-    if async_op:
-        return out, _Pending(work, call, group.activity)
-    return out
+    handle = _post("all_gather", group, _ALL_GATHER, out, tensor, async_op=async_op)
+    return (out, handle) if async_op else out
 
 
 def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):
@@ -136,12 +131,8 @@ def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):
             f"cannot scatter dim 0 of shape {tuple(tensor.shape)} over {group.size} ranks"
         )
     out = tensor.new_empty((tensor.shape[0] // group.size, *tensor.shape[1:]))
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    with group.activity.waits(_call(group, "reduce_scatter", tensor)) as call:
-        work = scatter(out, _contiguous(tensor), group=group.handle, async_op=async_op)
-    if async_op:
-        return out, _Pending(work, call, group.activity)
-    return out
+    handle = _post("reduce_scatter", group, _REDUCE_SCATTER, out, tensor, async_op=async_op)
+    return (out, handle) if async_op else out
 
 
 class _ReducingToShard:
@@ -174,18 +165,12 @@ def reduce_to_shard(tensor: torch.Tensor, group: Group):
         return DONE
     shards = _contiguous(tensor).view(group.size, -1)
     own = shards[group.rank]
-    kind = "all_to_all" if group.on_gloo else "reduce_scatter"
-    with group.activity.waits(_call(group, kind, tensor)) as call:
-        if group.on_gloo:
-            received = torch.empty_like(shards)
-            work = dist.all_to_all_single(
-                received.view(-1), tensor, group=group.handle, async_op=True
-            )
-        else:
-            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-            work = scatter(own, tensor, group=group.handle, async_op=True)
-    pending = _Pending(work, call, group.activity)
-    return _ReducingToShard(pending, received, own) if group.on_gloo else pending
+    if not group.on_gloo:
+        return _post("reduce_scatter", group, _REDUCE_SCATTER, own, tensor, async_op=True)
+    received = torch.empty_like(shards)
+    flat = received.view(-1)
+    arriving = _post("all_to_all", group, dist.all_to_all_single, flat, tensor, async_op=True)
+    return _ReducingToShard(arriving, received, own)
 
 
 def gather_shards(tensor: torch.Tensor, group: Group):
@@ -197,33 +182,26 @@ def gather_shards(tensor: torch.Tensor, group: Group):
     if group.size == 1:
         return DONE
     own = _contiguous(tensor).view(group.size, -1)[group.rank]
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    with group.activity.waits(_call(group, "all_gather", own)) as call:
-        work = gather(tensor, own, group=group.handle, async_op=True)
-    return _Pending(work, call, group.activity)
+    return _post("all_gather", group, _ALL_GATHER, tensor, own, async_op=True)
 
 
 def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> None:
     """Copy the tensor of the group's rank `source` into that of every other rank, in place."""
     if group.size > 1:
-        with group.activity.waits(_call(group, "broadcast", tensor)):
-            dist.broadcast(_contiguous(tensor), group.ranks[source], group=group.handle)
+        _post("broadcast", group, dist.broadcast, tensor, src=group.ranks[source])
 
 
 def barrier(group: Group) -> None:
     """Block until every rank of the group has called this."""
     if group.size > 1:
-        with group.activity.waits(_call(group, "barrier")):
-            dist.barrier(group=group.handle)
+        _post("barrier", group, dist.barrier)
 
 
 def gather_objects(obj, group: Group) -> list:
     """Gather each rank's picklable object: a list in rank order, on every rank. For small ones."""
-    if group.size == 1:
-        return [obj]
-    out = [None] * group.size
-    with group.activity.waits(_call(group, "gather_objects")):
-        dist.all_gather_object(out, obj, group=group.handle)
+    out = [obj] * group.size
+    if group.size > 1:
+        _post("gather_objects", group, partial(dist.all_gather_object, out, obj))
     return out
 
 
@@ -248,42 +226,23 @@ def exchange(transfers: Sequence[Transfer], group: Group) -> list:
     if not transfers:
         return []
     operations = []
+    calls = []
     for transfer in transfers:
         operation = dist.isend if transfer.send else dist.irecv
         tensor = _contiguous(transfer.tensor)
         peer = group.ranks[transfer.peer]
         operations.append(dist.P2POp(operation, tensor, peer, group=group.handle))
-    calls = [_transfer_call(transfer, group) for transfer in transfers]
+        # From sender to receiver on both sides, so that both count the same transfers.
+        own = group.ranks[group.rank]
+        ends = (own, peer) if transfer.send else (peer, own)
+        calls.append(group.activity.record("transfer", group.name, ends, **_content(tensor)))
     with group.activity.waits(calls[0]):
         works = dist.batch_isend_irecv(operations)
     # One handle for each transfer, or one for all if the backend merges them.
     return [_Pending(work, call, group.activity) for work, call in zip(works, calls)]
 
 
-def _transfer_call(transfer: Transfer, group: Group) -> Call:
-    """Record that this rank starts its end of a transfer."""
-    ends = (group.ranks[group.rank], group.ranks[transfer.peer])
-    if not transfer.send:
-        ends = ends[::-1]
-    shape, dtype = _description(transfer.tensor)
-    return group.activity.record("transfer", group.name, ends, shape=shape, dtype=dtype)
-
-
 # Differentiable operators. Each is a forward collective and its transpose in the backward.
-
-
-class _CopyToTensor(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        # Not in place: another consumer may share the gradient.
-        total = grad.clone(memory_format=torch.contiguous_format)
-        all_reduce(total, ctx.group)
-        return total, None
 
 
 class _ReduceFromTensor(torch.autograd.Function):
@@ -295,6 +254,7 @@ class _ReduceFromTensor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        # Every rank has the whole gradient of the sum, and it is that of its own term.
         return grad, None
 
 
@@ -307,6 +267,7 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        # Either sums what the ranks computed, or takes this rank's part of what all computed alike.
         if ctx.partial:
             return reduce_scatter(grad.contiguous(), ctx.group), None, None
         return grad.chunk(ctx.group.size)[ctx.group.rank].contiguous(), None, None
@@ -321,13 +282,6 @@ class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return all_gather(grad.contiguous(), ctx.group), None
-
-
-def copy_to_tensor_region(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Identity forward, all-reduce of the gradient backward: f of Shoeybi et al. 2019."""
-    if group.size == 1:
-        return x
-    return _CopyToTensor.apply(x, group)
 
 
 def reduce_from_tensor_region(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -40,9 +40,8 @@ def choose_device(wanted: str, launch: LaunchInfo) -> tuple[torch.device, str]:
     enough = gpus >= launch.local_world_size
     found = f"{gpus} GPU(s) on this node for {launch.local_world_size} local rank(s)"
     if wanted == "cuda" and not enough:
-        raise DeviceError(
-            f"--device cuda: {found}; start fewer ranks per node, or use --device cpu"
-        )
+        remedy = "start fewer ranks per node, or use --device cpu"
+        raise DeviceError(f"--device cuda: {found}; {remedy}")
     if enough:
         return torch.device("cuda", launch.local_rank), found
     return torch.device("cpu"), found
@@ -93,12 +92,9 @@ class _GroupFactory:
     def _new(
         self, ranks: Sequence[int], name: str, timeout: timedelta, backend: str | None = None
     ) -> dist.ProcessGroup:
+        local = self._members_only
         return dist.new_group(
-            list(ranks),
-            timeout,
-            backend=backend,
-            group_desc=name,
-            use_local_synchronization=self._members_only,
+            list(ranks), timeout, backend, use_local_synchronization=local, group_desc=name
         )
 
 
@@ -172,17 +168,13 @@ class ParallelContext:
         groups = {}
         for axes in map(layout.canonical, NEEDED_GROUPS):
             if axes:
-                groups[axes] = factory.make(
-                    " x ".join(axes),
-                    layout.group_of(launch.rank, *axes),
-                    partial(layout.groups, *axes),
-                )
+                own = layout.group_of(launch.rank, *axes)
+                groups[axes] = factory.make(" x ".join(axes), own, partial(layout.groups, *axes))
         control = factory.make_control()
         # Last, since only some ranks have one: torch names groups by how many a rank has made
         # before.
-        embedding = factory.make(
-            "embedding", layout.embedding_group(launch.rank), layout.embedding_groups
-        )
+        own = layout.embedding_group(launch.rank)
+        embedding = factory.make("embedding", own, layout.embedding_groups)
         return cls(
             layout=layout,
             device=device,
@@ -224,9 +216,8 @@ class ParallelContext:
         if not spanned:
             return Group((self.rank,), 0)
         if spanned not in self.groups:
-            raise ValueError(
-                f"no group over {' x '.join(spanned)} was made: add it to context.NEEDED_GROUPS"
-            )
+            names = " x ".join(spanned)
+            raise ValueError(f"no group over {names} was made: add it to context.NEEDED_GROUPS")
         return self.groups[spanned]
 
     @cached_property

@@ -15,14 +15,14 @@ print the reason: a launcher ends all ranks as soon as one has ended."""
 class LaunchInfo:
     """What a launcher tells a process about itself and about the other ranks."""
 
-    rank: int
-    world_size: int
-    local_rank: int
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
     """Index among the ranks of this node."""
-    local_world_size: int
-    init_method: str
+    local_world_size: int = 1
+    init_method: str = ""
     """Where the ranks meet: tcp://host:port or file:///path, as torch.distributed writes it."""
-    source: str
+    source: str = "none"
     """The launcher this was read from: torchrun, srun, or none."""
     incarnation: str = ""
     """SLURM's job, step and restart: separates this start from others that meet at one address."""
@@ -68,9 +68,7 @@ def tasks_on_node(tasks_per_node: str, node: int) -> int:
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
-    if name not in environ and default is not None:
-        return default
-    value = environ.get(name)
+    value = environ.get(name, default)
     try:
         return int(value)
     except (TypeError, ValueError):
@@ -96,9 +94,7 @@ def detect(environ: Mapping[str, str]) -> LaunchInfo:
     in_step = environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environ
     if in_step and environ.get("SLURM_STEP_NODELIST"):
         return _from_srun(environ)
-    return LaunchInfo(
-        rank=0, world_size=1, local_rank=0, local_world_size=1, init_method="", source="none"
-    )
+    return LaunchInfo()
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> LaunchInfo:

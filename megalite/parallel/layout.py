@@ -117,8 +117,7 @@ class ParallelLayout:
 
     def groups(self, *axes: str) -> list[Sequence[int]]:
         """Every group along these axes, as `group_of` gives them, by their lowest rank."""
-        firsts = [rank for rank in range(self.world_size) if self.group_of(rank, *axes)[0] == rank]
-        return [self.group_of(first, *axes) for first in firsts]
+        return list(dict.fromkeys(self.group_of(rank, *axes) for rank in range(self.world_size)))
 
     def embedding_group(self, rank: int) -> tuple[int, int] | None:
         """The first and the last rank of a rank's pipeline, which hold copies of a tied embedding.
@@ -132,8 +131,7 @@ class ParallelLayout:
 
     def embedding_groups(self) -> list[tuple[int, int]]:
         """Every group that `embedding_group` gives, by its lowest rank."""
-        found = [self.embedding_group(rank) for rank in range(self.world_size)]
-        return sorted({group for group in found if group is not None})
+        return sorted(set(map(self.embedding_group, range(self.world_size))) - {None})
 
     def _check_axes(self, axes: Sequence[str] | Mapping[str, int]) -> None:
         for axis in axes:

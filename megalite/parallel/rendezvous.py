@@ -8,15 +8,17 @@ import os
 import re
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
+from megalite.parallel.activity import first_ranks
 from megalite.parallel.launch import LaunchInfo
+from megalite.system.background import in_background
 
 FIRST_NOTICE_SECONDS = 5.0
 """A rank that has waited so long, or a quarter of the timeout, says what it waits for."""
@@ -92,23 +94,15 @@ class _Rendezvous:
 
     def _serve(self) -> dist.TCPStore:
         try:
-            store = dist.TCPStore(
-                "127.0.0.1",
-                self._port,
-                self._launch.world_size,
-                is_master=True,
-                timeout=self._timeout,
-                wait_for_workers=False,
-            )
+            store = self._open_store("127.0.0.1", self._timeout, is_master=True)
         except RuntimeError as error:
             reason = re.search(r"message: (.*)|$", str(error))[1] or str(error).splitlines()[0]
-            causes = ""
             if "EADDRINUSE" in str(error):
-                causes = (
+                reason += (
                     " by another job, or by a process that an earlier one left; set MASTER_PORT"
                 )
             raise RendezvousError(
-                f"rank 0 cannot listen at {self._named} on {self._machine}: {reason}{causes}"
+                f"rank 0 cannot listen at {self._named} on {self._machine}: {reason}"
             ) from None
         # It listens on every address of this machine: if this one fails, it is another machine's.
         if reason := self._connection_error():
@@ -117,6 +111,12 @@ class _Rendezvous:
                 "Likely causes: an address of another machine, or a firewall"
             )
         return store
+
+    def _open_store(self, host: str, timeout: timedelta, is_master: bool = False) -> dist.TCPStore:
+        size = self._launch.world_size
+        return dist.TCPStore(
+            host, self._port, size, is_master, timeout=timeout, wait_for_workers=False
+        )
 
     def _connection_error(self) -> str:
         """Why a connection to the address fails; "" when it does not."""
@@ -138,25 +138,15 @@ class _Rendezvous:
 
         # In a thread, since torch waits without limit for a program that accepts and says nothing.
         # Its timeout is longer than ours: at its own it prints C++ stacks.
-        stores: list[dist.TCPStore] = []
-
-        def connect() -> None:
-            size = self._launch.world_size
-            patience = 2 * self._timeout + timedelta(minutes=1)
-            stores.append(
-                dist.TCPStore(
-                    self._host, self._port, size, timeout=patience, wait_for_workers=False
-                )
-            )
-
-        threading.Thread(target=connect, daemon=True).start()
+        patience = 2 * self._timeout + timedelta(minutes=1)
+        store = in_background("rendezvous", partial(self._open_store, self._host, patience))
         problem = "what listens there does not answer as torch's store does"
-        if self._wait(lambda: "" if stores else problem):
+        if self._wait(lambda: "" if store.done() and not store.exception() else problem):
             raise RendezvousError(
                 f"rank 0 was not reached at {self._named} within {self._limit}: {problem}. "
                 "Likely cause: another program uses this port"
             )
-        return stores[0]
+        return store.result()
 
     def _wait_for_all(self, store: dist.TCPStore) -> None:
         """Tell the others that this rank is here; return when all are."""
@@ -181,9 +171,7 @@ class _Rendezvous:
 
         def still_missing() -> str:
             missing[:] = [rank for rank in missing if not keys.check([f"rank/{rank}"])]
-            shown = ", ".join(map(str, missing[:RANKS_SHOWN]))
-            if len(missing) > RANKS_SHOWN:
-                shown += ", ..."
+            shown = first_ranks(missing, RANKS_SHOWN)
             return missing and f"{len(missing)} of {launch.world_size} ranks are missing: {shown}"
 
         if problem := self._wait(still_missing):

@@ -4,31 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megalite.models.batch import Microbatch
+from megalite.models.stage import Stage
 from megalite.parallel.collectives import Transfer, exchange
 from megalite.parallel.context import ParallelContext
-from megalite.pipeline.schedules import (
-    FORWARD,
-    Action,
-    Message,
-    forward_only,
-    program,
-    schedule_named,
-)
+from megalite.pipeline.schedules import FORWARD, Action, Step, forward_only, program, schedule_named
 
-
-@dataclass
-class _InFlight:
-    """What is kept of one microbatch between its forward and its backward."""
-
-    received: torch.Tensor | None = None
-    """The input from the previous stage; its gradient goes back there."""
-    output: torch.Tensor | GradientEdge | None = None
-    """Where its backward starts: the loss, or the gradient edge of hidden states that are no longer
-    held."""
+LossWeights = Tensor | Sequence[float]
+"""What each of the k terms of the loss is multiplied by, [k]."""
 
 
 @dataclass
@@ -36,14 +22,17 @@ class _Run:
     """The state of one pass over the microbatches."""
 
     microbatches: list[Microbatch]
-    loss_weights: torch.Tensor
+    loss_weights: Tensor
     """[k], of the terms of the loss."""
-    losses: torch.Tensor
+    losses: Tensor
     """[k], weighted, of the microbatches so far; zeros before the last stage."""
-    in_flight: dict[int, _InFlight] = field(default_factory=dict)
-    outgoing: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    in_flight: dict[int, tuple[Tensor | None, Tensor | GradientEdge]] = field(default_factory=dict)
+    """What is kept of a microbatch between its forward and its backward: the input from the
+    previous stage, whose gradient goes back there; and where the backward starts, the loss or the
+    gradient edge of hidden states that are no longer held."""
+    outgoing: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """Computed, not yet posted."""
-    incoming: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    incoming: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """Arrived, not yet used."""
     sending: list = field(default_factory=list)
     """(handles, tensors) of messages on their way; the tensors must live until the handles are
@@ -60,11 +49,7 @@ class PipelineEngine:
     """
 
     def __init__(
-        self,
-        stage: nn.Module,
-        context: ParallelContext,
-        micro_batch_size: int,
-        schedule: str = "1f1b",
+        self, stage: Stage, context: ParallelContext, micro_batch_size: int, schedule: str = "1f1b"
     ):
         self.stage = stage
         self.context = context
@@ -76,9 +61,7 @@ class PipelineEngine:
         self.before_last_backward: Callable[[], None] = lambda: None
         """Called before the last backward of a step: it completes the gradients."""
 
-    def train_step(
-        self, microbatches: list[Microbatch], loss_weights: torch.Tensor | Sequence[float]
-    ) -> torch.Tensor:
+    def train_step(self, microbatches: list[Microbatch], loss_weights: LossWeights) -> Tensor:
         """Forward and backward of all microbatches; gradients of `(sums * loss_weights).sum()` are
         accumulated.
 
@@ -89,15 +72,11 @@ class PipelineEngine:
         return self._run(self.schedule, microbatches, loss_weights)
 
     @torch.no_grad()
-    def evaluate(
-        self, microbatches: list[Microbatch], loss_weights: torch.Tensor | Sequence[float]
-    ) -> torch.Tensor:
+    def evaluate(self, microbatches: list[Microbatch], loss_weights: LossWeights) -> Tensor:
         """The same terms without gradients."""
         return self._run(forward_only, microbatches, loss_weights)
 
-    def _run(
-        self, schedule: Callable, microbatches: list[Microbatch], loss_weights
-    ) -> torch.Tensor:
+    def _run(self, schedule: Callable, microbatches: list[Microbatch], loss_weights) -> Tensor:
         pipeline = self.context.pipeline
         device = self.context.device
         activity = self.context.activity
@@ -106,7 +85,7 @@ class PipelineEngine:
         actions = schedule(pipeline.size, pipeline.rank, len(microbatches))
         backwards_left = sum(action.kind != FORWARD for action in actions)
         for step in program(actions, pipeline.rank, pipeline.size):
-            self._post(run, step.messages)
+            self._post(run, step)
             if step.action is None:
                 continue
             if step.action.kind == FORWARD:
@@ -121,7 +100,7 @@ class PipelineEngine:
         self._finish_sending(run)
         return run.losses
 
-    def _post(self, run: _Run, messages: tuple[Message, ...]) -> None:
+    def _post(self, run: _Run, step: Step) -> None:
         """Post a step's messages together and wait for those that arrive here.
 
         Sends go on during the computation that follows: they are waited for before the next post.
@@ -130,11 +109,12 @@ class PipelineEngine:
         own_rank = self.context.pipeline.rank
         transfers = []
         arriving = {}
-        for message in messages:
+        for message in step.messages:
             key = (message.kind, message.microbatch)
             if message.source == own_rank:
                 transfers.append(Transfer(run.outgoing.pop(key), message.target, send=True))
             else:
+                # Gradients have the shape of the hidden states that they belong to.
                 shape = self.stage.hidden_shape(self.micro_batch_size)
                 tensor = torch.empty(shape, dtype=self.stage.dtype, device=self.context.device)
                 arriving[key] = tensor
@@ -163,10 +143,11 @@ class PipelineEngine:
 
     def _forward(self, run: _Run, action: Action) -> None:
         key = tuple(action)
-        kept = _InFlight()
+        trains = torch.is_grad_enabled()
+        received = None
         if not self.stage.is_first:
-            kept.received = run.incoming.pop(key).requires_grad_(torch.is_grad_enabled())
-        output = self.stage(kept.received, run.microbatches[action.microbatch])
+            received = run.incoming.pop(key).requires_grad_(trains)  # [s, b, h] or [s/t, b, h]
+        output = self.stage(received, run.microbatches[action.microbatch])
         if self.stage.is_last:
             if output.shape != run.loss_weights.shape:
                 shapes = f"{tuple(output.shape)}, the weights {tuple(run.loss_weights.shape)}"
@@ -174,34 +155,32 @@ class PipelineEngine:
                     f"the last stage's sums of loss terms have shape {shapes}: one weight for "
                     "each term"
                 )
+            # Weighted before the backward: gradients of microbatches add up to a global mean.
             losses = output * run.loss_weights.to(output.dtype)
             run.losses = run.losses + losses.detach()
-            kept.output = losses.sum() * self.loss_scale()
+            output = losses.sum() * self.loss_scale()
         else:
-            self._check_shape(output)
+            # The next stage receives into a tensor of this shape; gloo accepts a smaller message
+            # without an error.
+            expected = self.stage.hidden_shape(self.micro_batch_size)
+            shape = tuple(output.shape)
+            if shape != expected:
+                raise ValueError(
+                    f"a stage made hidden states {shape}, the next expects {expected}: "
+                    f"every microbatch needs {self.micro_batch_size} rows of --seq-length tokens"
+                )
             run.outgoing[key] = output.detach()
-            if torch.is_grad_enabled():
-                # The edge is enough for the backward: the hidden states are freed once they are
-                # sent.
-                kept.output = get_gradient_edge(output)
-        if torch.is_grad_enabled():
-            run.in_flight[action.microbatch] = kept
-
-    def _check_shape(self, output: torch.Tensor) -> None:
-        # The next stage receives into a tensor of this shape; gloo accepts a smaller message
-        # without an error.
-        expected = self.stage.hidden_shape(self.micro_batch_size)
-        if tuple(output.shape) != expected:
-            raise ValueError(
-                f"a stage made hidden states {tuple(output.shape)}, the next expects {expected}: "
-                f"every microbatch needs {self.micro_batch_size} rows of --seq-length tokens"
-            )
+            # The edge is enough for the backward: the hidden states are freed once they are sent.
+            output = get_gradient_edge(output) if trains else None
+        if trains:
+            run.in_flight[action.microbatch] = (received, output)
 
     def _backward(self, run: _Run, action: Action) -> None:
-        kept = run.in_flight.pop(action.microbatch)
+        received, output = run.in_flight.pop(action.microbatch)
         if self.stage.is_last:
-            torch.autograd.backward(kept.output)
+            torch.autograd.backward(output)
         else:
-            torch.autograd.backward((kept.output,), (run.incoming.pop(tuple(action)),))
-        if kept.received is not None:
-            run.outgoing[tuple(action)] = kept.received.grad.contiguous()
+            # The gradient of the hidden states has come from the next stage.
+            torch.autograd.backward((output,), (run.incoming.pop(tuple(action)),))
+        if received is not None:
+            run.outgoing[tuple(action)] = received.grad.contiguous()

@@ -177,9 +177,8 @@ def validate_messages(programs: list[list[Step]]) -> None:
                 moved = True
         if not moved:
             stuck = {stage: messages for stage, messages in enumerate(waiting) if messages}
-            raise ScheduleError(
-                f"deadlock: stages wait for messages that nobody will meet: {stuck}"
-            )
+            waits = f"stages wait for messages that nobody will meet: {stuck}"
+            raise ScheduleError(f"deadlock: {waits}")
 
 
 def _messages_at(steps: list[Step], position: int) -> list[Message]:
@@ -207,9 +206,8 @@ def _deliver(message: Message, stage: int, waiting: list[list[Message]]) -> bool
     if met is None:
         return False
     if met != message:
-        raise ScheduleError(
-            f"stages {stage} and {peer} post different messages: {message} and {met}"
-        )
+        different = f"{message} and {met}"
+        raise ScheduleError(f"stages {stage} and {peer} post different messages: {different}")
     waiting[stage].remove(message)
     waiting[peer].remove(message)
     return True

@@ -111,10 +111,7 @@ def _bert(config: RunConfig, settings: LayerSettings, layers: range) -> Stage:
     return Bert(settings, layers, config.training.seed, pair=config.pair_head)
 
 
-STAGE_OF: dict[str, Callable[[RunConfig, LayerSettings, range], Stage]] = {
-    "gpt": _gpt,
-    "bert": _bert,
-}
+STAGE_OF: dict[str, Callable[..., Stage]] = {"gpt": _gpt, "bert": _bert}
 """What makes a stage of a model, by architecture."""
 
 
@@ -128,9 +125,8 @@ def build_components(
     else:
         rng = RngTracker.for_rank(seed, context)
     model = build_model(config, context, rng)
-    engine = PipelineEngine(
-        model, context, config.data.micro_batch_size, config.parallel.pipeline_schedule
-    )
+    schedule = config.parallel.pipeline_schedule
+    engine = PipelineEngine(model, context, config.data.micro_batch_size, schedule)
     optimizer = Optimizer(
         model.parameters_by_name,
         context,

@@ -12,10 +12,7 @@ from megalite.training.sums import last_stage_values, sum_over_ranks
 
 
 def evaluate(
-    components: TrainingComponents,
-    data: GlobalBatches,
-    iterations: int,
-    interrupted: Callable[[], bool],
+    components: TrainingComponents, data: GlobalBatches, iterations: int, interrupted: Callable
 ) -> dict[str, float] | None:
     """Evaluate the first `iterations` global batches: the same ones each time, to be comparable.
 

@@ -19,7 +19,7 @@ from megalite.data.classification import Rows, order
 from megalite.models.batch import Microbatch
 from megalite.models.classifier import Classifier
 from megalite.optim.config import OptimizerConfig
-from megalite.optim.optimizer import NonFiniteGradient
+from megalite.optim.optimizer import NonFiniteGradient, decay_groups
 from megalite.optim.schedule import learning_rate
 from megalite.parallel.context import ParallelContext
 from megalite.system.errors import error_message
@@ -61,13 +61,9 @@ def pretrained_classifier(
     The pooler is the checkpoint's if it has one, else new. Raises CheckpointError if weights are
     missing or have other shapes.
     """
+    context = ParallelContext.single(device)
     model = Classifier(
-        run.model,
-        ParallelContext.single(device),
-        classes,
-        dropout=config.dropout,
-        freeze_encoder=config.freeze_encoder,
-        seed=config.seed,
+        run.model, context, classes, config.dropout, config.freeze_encoder, config.seed
     )
     new = ("classifier.",) if run.pair_head else ("classifier.", "pooler.")
     pretrained = {}
@@ -87,7 +83,8 @@ def finetune(
     NonFiniteGradient before such a gradient changes a weight.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _make_optimizer(trained, config)
+    groups = decay_groups(zip(trained, trained), config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
     steps = config.epochs * -(-len(train) // config.batch_size)
     schedule = OptimizerConfig(
         lr=config.lr, lr_decay_style="linear", lr_warmup_fraction=config.warmup_fraction
@@ -106,36 +103,19 @@ def finetune(
             chosen = positions[first : first + config.batch_size]
             samples = torch.arange(first, first + len(chosen)) + epoch * len(train)
             logits = model(_batch(train, chosen, model, samples))
-            loss = cross_entropy(logits, _labels(train, chosen, model))
+            loss = cross_entropy(logits, torch.from_numpy(train.labels[chosen]).to(logits.device))
 
             # Backward, clip, update.
             optimizer.zero_grad()
             loss.backward()
-            _clip_gradients(trained, step)
+            norm = torch.nn.utils.clip_grad_norm_(trained, CLIP_GRAD)
+            if not norm.isfinite():
+                reason = f"the gradient norm of step {step} is {norm}; use a lower --lr"
+                raise NonFiniteGradient(reason)
             optimizer.step()
             total += loss.item() * len(chosen)
         validation_loss, accuracy = evaluate(model, valid, config.batch_size)
         yield Epoch(epoch + 1, total / len(train), validation_loss, accuracy)
-
-
-def _make_optimizer(
-    parameters: list[torch.nn.Parameter], config: FinetuneConfig
-) -> torch.optim.Optimizer:
-    """AdamW, with weight decay for the parameters that have it."""
-    decayed = [parameter for parameter in parameters if parameter.spec.weight_decay]
-    others = [parameter for parameter in parameters if not parameter.spec.weight_decay]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
-
-
-def _clip_gradients(parameters: list[torch.nn.Parameter], step: int) -> None:
-    """Clip the global gradient norm to CLIP_GRAD. Raises NonFiniteGradient."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP_GRAD)
-    if not norm.isfinite():
-        raise NonFiniteGradient(f"the gradient norm of step {step} is {norm}; use a lower --lr")
 
 
 def evaluate(model: Classifier, rows: Rows, batch_size: int) -> tuple[float, float]:
@@ -170,10 +150,6 @@ def _batch(
     return Microbatch(**fields, samples=samples)
 
 
-def _labels(rows: Rows, chosen: np.ndarray, model: Classifier) -> torch.Tensor:
-    return torch.from_numpy(rows.labels[chosen]).to(model.context.device)
-
-
 def save_classifier(
     folder: str | Path, model: Classifier, description: ClassifierDescription
 ) -> None:
@@ -187,8 +163,7 @@ def save_classifier(
     try:
         weights = {}
         for name, parameter in model.parameters_by_name.items():
-            without_padding = parameter.spec.real(parameter.detach())
-            weights[name] = without_padding.cpu().contiguous()
+            weights[name] = parameter.spec.real(parameter.detach()).cpu().contiguous()
         save_file(weights, draft / WEIGHTS_FILE)
         description.write(draft)
         draft.rename(folder)
@@ -204,9 +179,8 @@ def load_classifier(
 
     Raises CheckpointError if its weights cannot be read or have other names or shapes.
     """
-    model = Classifier(
-        description.config.model, ParallelContext.single(device), len(description.classes)
-    )
+    context = ParallelContext.single(device)
+    model = Classifier(description.config.model, context, len(description.classes))
     path = Path(folder) / WEIGHTS_FILE
     try:
         weights = load_file(path)

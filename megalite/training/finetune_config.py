@@ -92,9 +92,8 @@ class ClassifierDescription:
         """
         tokenizer, _ = bert_tokenizer(self.config)
         if tokenizer.sha256 != self.tokenizer_sha256:
-            raise TokenizerError(
-                "the tokenizer's file is not the one that the classifier was trained with"
-            )
+            problem = "is not the one that the classifier was trained with"
+            raise TokenizerError(f"the tokenizer's file {problem}")
         return tokenizer
 
 

@@ -1,7 +1,6 @@
 """The training loop: steps, and what happens between them."""
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ from megalite.training.batches import GlobalBatches
 from megalite.training.build import TrainingComponents
 from megalite.training.evaluate import evaluate
 from megalite.training.metrics import format_losses, training_line, with_total
+from megalite.training.output import Log
 from megalite.training.profile import Profiler
 from megalite.training.replicas import check_replicas
 from megalite.training.signals import Stop, StopSignals
@@ -62,8 +62,8 @@ class Trainer:
     metrics: Writers
     """Of rank 0; empty on the others."""
     signals: StopSignals
-    log: Callable[[str], None]
-    """Prints a line on rank 0."""
+    log: Log
+    """Prints on rank 0."""
     lease: Lease | None = None
     """Rank 0's right to write to --save."""
     started: float = field(default_factory=time.monotonic)
@@ -132,21 +132,16 @@ class Trainer:
         values["late"] = float(self._is_late())
         sums = sum_over_ranks(values, self.context)
         phase_seconds = {}
-        if self.times_phases(iteration):
-            for phase in PHASES:
-                name = f"{phase}_seconds"
-                phase_seconds[name] = sums[name] / self.context.world_size
+        for phase in PHASES if self.times_phases(iteration) else ():
+            name = f"{phase}_seconds"
+            phase_seconds[name] = sums[name] / self.context.world_size
 
         self.progress.iteration = iteration
         self.progress.consumed_samples += batch_size
-        return TrainStepResult(
-            iteration=iteration,
-            losses=with_total({name: sums[name] for name in model.loss_names}),
-            update=update,
-            seconds=time.perf_counter() - began,
-            phase_seconds=phase_seconds,
-            stop=self._stop_after(iteration, sums),
-        )
+        losses = with_total({name: sums[name] for name in model.loss_names})
+        stop = self._stop_after(iteration, sums)
+        seconds = time.perf_counter() - began
+        return TrainStepResult(iteration, losses, update, seconds, phase_seconds, stop)
 
     def _finish_iteration(self, result: TrainStepResult) -> Stop | None:
         """Check replicas, save and evaluate where it is time. Returns why the run has to stop."""
@@ -174,8 +169,7 @@ class Trainer:
     def _stop_after(self, iteration: int, sums: dict[str, float]) -> Stop | None:
         """Why all ranks have to stop after this iteration, from the sums over ranks."""
         training = self.config.training
-        stop = self.signals.stop(sums)
-        if stop is not None:
+        if stop := self.signals.stop(sums):
             return stop
         if sums["late"]:
             minutes = training.exit_duration_in_mins
@@ -230,16 +224,10 @@ class Trainer:
         else:
             self.step_seconds = 0.9 * self.step_seconds + 0.1 * result.seconds
         if self._is_logged(result.iteration):
-            flops = flops_per_sequence(config.model, config.head_cost)
-            self.log(
-                training_line(
-                    line,
-                    result.losses,
-                    train_iters=config.training.train_iters,
-                    flops=flops * batch_size,
-                    average_seconds=self.step_seconds,
-                )
-            )
+            total = config.training.train_iters
+            flops = batch_size * flops_per_sequence(config.model, config.head_cost)
+            average = self.step_seconds
+            self.log(training_line(line, result.losses, total, flops=flops, average=average))
 
     def _update_numbers(self, update: StepResult) -> dict[str, float]:
         """What there is to report of an optimizer step: a skipped one has no norm, which would be
@@ -264,16 +252,13 @@ class Trainer:
 
     def _evaluate(self) -> Stop | None:
         """Evaluate and report. Given up when any rank catches a signal: returns that stop."""
-        if self.validation_data is None:
+        data = self.validation_data
+        if data is None:
             return None
         iteration = self.progress.iteration
         self.context.activity.set_state("evaluating")
-        losses = evaluate(
-            self.components,
-            self.validation_data,
-            self.config.training.eval_iters,
-            interrupted=lambda: self._stop_by_signal() is not None,
-        )
+        iterations = self.config.training.eval_iters
+        losses = evaluate(self.components, data, iterations, interrupted=self._stop_by_signal)
         self.context.activity.set_state("training")
         if losses is None:
             return self._stop_by_signal()
@@ -285,7 +270,7 @@ class Trainer:
     def _check_replicas(self) -> None:
         iteration = self.progress.iteration
         if self.replicas_equal_at != iteration:
-            check_replicas(self.components, self.context, iteration)
+            check_replicas(self.components, iteration)
             self.replicas_equal_at = iteration
             self.log(f"iteration {iteration} | replicas are bitwise equal")
 
@@ -294,7 +279,7 @@ class Trainer:
             self._check_replicas()  # what the check refuses must not be saved
         began = time.perf_counter()
         self.context.activity.set_state("saving")
-        save_state(self.components, self.progress, self.config, self.context, self.lease)
+        save_state(self.components, self.progress, self.config, self.lease)
         self.context.activity.set_state("training")
         self.saved_at = self.progress.iteration
         seconds = time.perf_counter() - began

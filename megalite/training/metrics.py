@@ -1,12 +1,12 @@
 """What a run reports: a line on the console, and one JSON object a line in the metrics file."""
 
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 from megalite.system.errors import explain_os_error
+from megalite.training.output import Log
 
 TAIL_BYTES = 1 << 16
 """More than a line of the metrics file has."""
@@ -20,7 +20,7 @@ class MetricsFile:
     line is tried, so the file continues once there is space.
     """
 
-    def __init__(self, path: str, report: Callable[[str], None]):
+    def __init__(self, path: str, report: Log):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "ab+", buffering=0)
         self._report = report
@@ -71,22 +71,17 @@ def format_losses(losses: dict[str, float]) -> str:
 
 
 def training_line(
-    metrics: dict[str, float],
-    losses: dict[str, float],
-    *,
-    train_iters: int,
-    flops: float,
-    average_seconds: float,
+    metrics: dict[str, float], losses: dict[str, float], total: int, flops: float, average: float
 ) -> str:
     """One line for the console.
 
     metrics: what the metrics file gets for this iteration. losses: those to show, after
-    `with_total`. flops: model FLOPs of a step over all ranks. average_seconds: duration of a recent
-    step, from which the time left is estimated.
+    `with_total`. total: iterations of the whole training. flops: model FLOPs of a step over all
+    ranks. average: seconds of a recent step, from which the time left is estimated.
     """
     iteration = metrics["iteration"]
     seconds = metrics["step_seconds"]
-    left = timedelta(seconds=round((train_iters - iteration) * average_seconds))
+    left = timedelta(seconds=round((total - iteration) * average))
     if "grad_norm" in metrics:
         update = f"grad norm {metrics['grad_norm']:.3f}"
     else:
@@ -94,7 +89,7 @@ def training_line(
     if "loss_scale" in metrics:
         update += f" | loss scale {metrics['loss_scale']:g}"
     return (
-        f"iteration {iteration:>{len(str(train_iters))}}/{train_iters} | {format_losses(losses)} | "
+        f"iteration {iteration:>{len(str(total))}}/{total} | {format_losses(losses)} | "
         f"lr {metrics['learning_rate']:.3e} | {update} | "
         f"{metrics['tokens_per_second']:,.0f} tokens/s | {flops / seconds / 1e12:.3f} TFLOP/s | "
         f"data {metrics['data_seconds'] / seconds:.1%} | left {left}"

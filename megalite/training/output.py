@@ -7,8 +7,11 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from megalite.parallel.context import ParallelContext
 
+Log = Callable[[str], None]
+"""Prints a line."""
 
-def rank_0_printer(context: ParallelContext) -> Callable[[str], None]:
+
+def rank_0_printer(context: ParallelContext) -> Log:
     """A function that prints a line on rank 0 and does nothing on the others."""
 
     def log(text: str) -> None:
@@ -33,30 +36,24 @@ class FailSafeStream:
 
     def write(self, text: str) -> int:
         """Write the text if that is possible. Returns its length."""
-        try:
-            self._stream.write(text)
-        except OSError as error:
-            self._report(error)
+        self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
         """Flush what can be flushed."""
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._report(error)
+        self._try(self._stream.flush)
 
-    def _report(self, error: OSError) -> None:
-        """Name the first failure on the other stream."""
-        if self._failed:
-            return
-        self._failed = True  # before the report: the other stream may fail too, and report here
-        other = "stderr" if self._name == "stdout" else "stdout"
-        print(
-            f"rank {self._rank}: {self._name} cannot be written: {error}; training continues",
-            file=getattr(sys, other),
-            flush=True,
-        )
+    def _try(self, action: Callable, *arguments: str) -> None:
+        """Call one of the stream's methods. Name the first failure on the other stream."""
+        try:
+            action(*arguments)
+        except OSError as error:
+            if self._failed:
+                return
+            self._failed = True  # before the report: the other stream may fail too, and report here
+            other = getattr(sys, "stderr" if self._name == "stdout" else "stdout")
+            text = f"rank {self._rank}: {self._name} cannot be written: {error}; training continues"
+            print(text, file=other, flush=True)
 
     def close(self) -> None:
         """Send what could not be written to /dev/null. The underlying stream stays open.

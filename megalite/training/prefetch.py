@@ -1,9 +1,11 @@
 """Reading the next step's samples while this step computes."""
 
 from collections.abc import Callable
-from concurrent.futures import Future
-from threading import Thread
+from concurrent.futures import Future, wait
+from functools import partial
 from typing import Generic, TypeVar
+
+from megalite.system.background import in_background
 
 CLOSE_SECONDS = 5.0
 """How long the end of a run waits for what is still being read: the disk may not answer."""
@@ -21,7 +23,6 @@ class Prefetcher(Generic[Batches]):
         self._read = read
         self._ahead: dict[int, Future[Batches]] = {}
         """What is being read, by its `consumed`: one entry at most."""
-        self._thread: Thread | None = None
 
     def get(self, consumed: int, then: int | None) -> Batches:
         """Return `read(consumed)`, and begin to read at `then` (None: nothing).
@@ -32,25 +33,10 @@ class Prefetcher(Generic[Batches]):
         self._ahead.clear()
         result = self._read(consumed) if ahead is None else ahead.result()
         if then is not None:
-            self._ahead[then] = self._begin(then)
+            self._ahead[then] = in_background("prefetch", partial(self._read, then))
         return result
-
-    def _begin(self, consumed: int) -> "Future[Batches]":
-        future: Future[Batches] = Future()
-
-        def read() -> None:
-            try:
-                future.set_result(self._read(consumed))
-            except BaseException as error:
-                future.set_exception(error)
-
-        # Not an executor's thread: the end of the process would wait for it without a limit.
-        self._thread = Thread(target=read, name="prefetch", daemon=True)
-        self._thread.start()
-        return future
 
     def close(self) -> None:
         """Drop what is being read; wait a few seconds for it."""
+        wait(self._ahead.values(), CLOSE_SECONDS)
         self._ahead.clear()
-        if self._thread is not None:
-            self._thread.join(CLOSE_SECONDS)

@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from megalite.training.describe import dry_run, kernels_line, model_line
 from megalite.training.failures import as_lost_contact, explain
 from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
-from megalite.training.output import failsafe_output, rank_0_printer
+from megalite.training.output import Log, failsafe_output, rank_0_printer
 from megalite.training.signals import Stop, StopSignals
 from megalite.training.startup import check_data, take_lease
 from megalite.training.state import Progress, load_state, settle_data
@@ -42,13 +43,16 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
         # vain to meet the others.
         signals.catch(signal.SIGUSR1)
         context, description = build_context(config, launch)
+        log = rank_0_printer(context)
+        for line in [*summary_lines(config, context.world_size), description]:
+            log(line)
 
         report = partial(print, file=sys.stderr, flush=True)
         folder = config.checkpoint.save or "."
         with Watchdog(context, config.parallel.hang_timeout, folder, report) as watchdog:
             signals.catch(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
             try:
-                _run(config, context, description, build_model, signals)
+                _run(config, context, build_model, signals)
                 _leave_together(context, watchdog)
             except Exception as error:
                 lost_contact = as_lost_contact(error, watchdog)
@@ -90,18 +94,11 @@ def _leave_together(context: ParallelContext, watchdog: Watchdog) -> None:
 
 
 def _run(
-    config: RunConfig,
-    context: ParallelContext,
-    description: str,
-    build_model: Callable,
-    signals: StopSignals,
+    config: RunConfig, context: ParallelContext, build_model: Callable, signals: StopSignals
 ) -> None:
     """Build everything, continue from the checkpoint if there is one, and train. Collective."""
     log = rank_0_printer(context)
     is_dry_run = config.training.dry_run
-    for line in summary_lines(config, context.world_size):
-        log(line)
-    log(description)
 
     # Open the data before the model is built: a wrong path shows at once.
     seed = config.training.seed
@@ -110,7 +107,7 @@ def _run(
 
     # Model, engine and optimizer.
     components = build_components(config, context, build_model)
-    log(model_line(components, context))
+    log(model_line(components))
     log(kernels_line(components, config))
 
     # Become the owner of --save, then read the checkpoint in --load.
@@ -119,7 +116,7 @@ def _run(
         lease = take_lease(config.checkpoint.save, context)
     if lease is not None and context.rank == 0:
         log(keep_config(config, config.checkpoint.save))
-    progress = _starting_point(config, components, context)
+    progress = _starting_point(config, components)
 
     # Continue in the data, which must be the checkpoint's and the same on all nodes.
     data_now = data_state(config.data, config.model, seed, samples["train"], config.bert)
@@ -133,17 +130,15 @@ def _run(
         batches[split] = build_batches(config, dataset, components.model)
 
     if is_dry_run:
-        dry_run(components, context, batches["train"], progress.consumed_samples, log=log)
+        dry_run(components, batches["train"], progress.consumed_samples, log)
         return
     if config.parallel.check_stragglers:
         check_stragglers(context, log)
     if progress.iteration >= config.training.train_iters:
-        log(
-            f"nothing to do: the checkpoint is at iteration {progress.iteration} "
-            f"of {config.training.train_iters}"
-        )
+        iterations = f"iteration {progress.iteration} of {config.training.train_iters}"
+        log(f"nothing to do: the checkpoint is at {iterations}")
         return
-    with _open_writers(config, context, progress, log) as metrics:
+    with closing(_open_writers(config, context.rank, progress.iteration, log)) as metrics:
         trainer = Trainer(
             config=config,
             context=context,
@@ -159,9 +154,8 @@ def _run(
         _train(trainer)
 
 
-def _starting_point(
-    config: RunConfig, components: TrainingComponents, context: ParallelContext
-) -> Progress:
+def _starting_point(config: RunConfig, components: TrainingComponents) -> Progress:
+    """The progress of the checkpoint in --load, which is loaded; none without one."""
     options = config.checkpoint
     if options.load is None:
         return Progress()
@@ -169,16 +163,14 @@ def _starting_point(
     is_same = options.save and Path(options.load).resolve() == Path(options.save).resolve()
     if is_same and options.ckpt_step is None and latest_iteration(options.load) is None:
         return Progress(notes=[f"no checkpoint in {options.load} yet: starting from scratch"])
-    return load_state(components, config, context)
+    return load_state(components, config)
 
 
-def _open_writers(
-    config: RunConfig, context: ParallelContext, progress: Progress, log: Callable[[str], None]
-) -> Writers:
-    """Where rank 0 writes its numbers; nowhere on the other ranks."""
-    if context.rank > 0:
+def _open_writers(config: RunConfig, rank: int, iteration: int, log: Log) -> Writers:
+    """Where rank 0 writes its numbers after `iteration`; nowhere on the other ranks."""
+    if rank > 0:
         return Writers()
-    tracking = tracking_writers(config, progress.iteration, log)
+    tracking = tracking_writers(config, iteration, log)
     if config.training.metrics_file:
         return Writers(MetricsFile(config.training.metrics_file, log), *tracking)
     return Writers(*tracking)

@@ -46,10 +46,8 @@ class Profiler:
             try:
                 self._open.close()
             except (OSError, RuntimeError) as error:
-                problem = error_message(error)
-                print(
-                    f"rank {self._context.rank}: a profile was not written: {problem}", flush=True
-                )
+                problem = f"a profile was not written: {error_message(error)}"
+                print(f"rank {self._context.rank}: {problem}", flush=True)
             self._open = None
 
     def _begin(self, first: int) -> None:

@@ -8,7 +8,6 @@ import torch
 from megalite.checkpoint.format import listing
 from megalite.nn.parameter import held_boxes
 from megalite.parallel.collectives import gather_objects
-from megalite.parallel.context import ParallelContext
 from megalite.system.errors import ReportedError
 from megalite.training.build import TrainingComponents
 
@@ -23,7 +22,7 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def check_replicas(parts: TrainingComponents, context: ParallelContext, iteration: int) -> None:
+def check_replicas(parts: TrainingComponents, iteration: int) -> None:
     """Compare hashes of parameters, master weights and moments among the ranks that hold the same
     box of them: data replicas, tensor ranks of what is not sharded over them, first and last stage
     of a tied embedding. Collective over the world.
@@ -32,6 +31,7 @@ def check_replicas(parts: TrainingComponents, context: ParallelContext, iteratio
     replicas, the ranks that differ from the majority.
     """
     # Which ranks hold which digest of each shard.
+    context = parts.model.context
     held = defaultdict(dict)
     for rank, digests in enumerate(gather_objects(_digests(parts), context.control)):
         for shard, digest in digests.items():
@@ -40,14 +40,11 @@ def check_replicas(parts: TrainingComponents, context: ParallelContext, iteratio
     for (name, offset), by_rank in sorted(held.items()):
         if difference := _difference(by_rank):
             problems.append(f"{name} at {offset}: {difference}")
+    after = f"after iteration {iteration}, replicas"
     if problems and context.rank > 0:
-        raise ReplicasDiffer(
-            f"after iteration {iteration}, replicas are not equal: see rank 0's message"
-        )
+        raise ReplicasDiffer(f"{after} are not equal: see rank 0's message")
     if problems:
-        heading = (
-            f"after iteration {iteration}, replicas of {len(problems)} shard(s) are not equal:"
-        )
+        heading = f"{after} of {len(problems)} shard(s) are not equal:"
         raise ReplicasDiffer(
             f"{listing(heading, problems)}\nSuspect the memory of those ranks' devices, or code "
             "that changes weights on some ranks only. Every checkpoint was checked before it was "
@@ -81,8 +78,5 @@ def _difference(by_rank: dict[int, str]) -> str:
     if votes <= len(by_rank) / 2:
         return f"ranks {list(by_rank)} do not agree"
     odd = [rank for rank, digest in by_rank.items() if digest != usual]
-    return f"{_ranks(odd)} differ(s) from the other {votes} of ranks {list(by_rank)}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks}"
+    named = f"rank {odd[0]}" if len(odd) == 1 else f"ranks {odd}"
+    return f"{named} differ(s) from the other {votes} of ranks {list(by_rank)}"

@@ -58,10 +58,8 @@ class StopSignals:
 
     def counts(self) -> dict[str, float]:
         """This rank's share of the sums over ranks that `stop` wants."""
-        return {
-            "signalled": float(self.received is not None),
-            "time_warnings": float(self.is_time_warning),
-        }
+        signalled = float(self.received is not None)
+        return {"signalled": signalled, "time_warnings": float(self.is_time_warning)}
 
     def stop(self, sums: dict[str, float]) -> Stop | None:
         """Why all ranks have to stop, from the sums of their `counts`; None without a signal."""

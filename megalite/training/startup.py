@@ -18,23 +18,16 @@ def take_lease(save: str | None, context: ParallelContext) -> Lease | None:
     """
     if save is None:
         return None
-    lease = None
-    token = None
-    if context.rank == 0:
-        lease = Lease.take(save)
-        token = lease.token
-    token = gather_objects(token, context.control)[0]
+    lease = Lease.take(save) if context.rank == 0 else None
+    token = gather_objects(lease and lease.token, context.control)[0]
     try:
         seen = json.loads((Path(save) / OWNER_FILE).read_text())["token"] == token
     except (OSError, ValueError):
         seen = False
     if lease is not None:
         lease.check()  # of two runs that start at once, one is replaced already
-    require_agreement(
-        seen,
-        f"--save {save} is not one folder that all nodes share: what rank 0 wrote is missing for",
-        context,
-    )
+    problem = f"--save {save} is not one folder that all nodes share"
+    require_agreement(seen, f"{problem}: what rank 0 wrote is missing for", context)
     return lease
 
 
@@ -42,8 +35,6 @@ def check_data(states: dict, context: ParallelContext) -> None:
     """Raise RanksDiffer unless all ranks read the data that `states` describe. Collective."""
     digest = hashlib.sha256(json.dumps(states, sort_keys=True).encode()).hexdigest()
     first = gather_objects(digest, context.control)[0]
-    require_agreement(
-        digest == first,
-        "the training data is not the same on all nodes: it has other contents than rank 0's for",
-        context,
-    )
+    problem = "the training data is not the same on all nodes"
+    same = digest == first
+    require_agreement(same, f"{problem}: it has other contents than rank 0's for", context)

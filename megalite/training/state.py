@@ -16,7 +16,6 @@ from megalite.config.yaml_file import config_of_checkpoint, to_yaml
 from megalite.data.sources import DataState
 from megalite.nn.parameter import HALF_PRECISIONS, held_boxes
 from megalite.optim.optimizer import Optimizer
-from megalite.parallel.context import ParallelContext
 from megalite.training.build import TrainingComponents
 
 RNG = "rng."
@@ -49,11 +48,11 @@ def _shards(
     return [Shard(stored_name, values, shape, box) for box, values in held]
 
 
-def _owned(parts: TrainingComponents, context: ParallelContext) -> Iterator[Shard]:
+def _owned(parts: TrainingComponents) -> Iterator[Shard]:
     """The shards of model and optimizer that this rank writes: each is written once, by its primary
     owner."""
     parameters = parts.model.parameters_by_name
-    position = context.coordinates
+    position = parts.model.context.coordinates
     for name, parameter in parameters.items():
         if parameter.spec.is_primary(position):
             yield from _shards(parameter, name, parameter)
@@ -62,27 +61,25 @@ def _owned(parts: TrainingComponents, context: ParallelContext) -> Iterator[Shar
         position = position | {"data": 0}
     for kind, name, tensor in parts.optimizer.state():
         if parameters[name].spec.is_primary(position):
-            yield from _optimizer_shards(parts.optimizer, kind, name, tensor)
+            stored_name = f"{OPTIMIZER}{kind}.{name}"
+            yield from _optimizer_shards(parts.optimizer, stored_name, name, tensor)
 
 
 def _optimizer_shards(
-    optimizer: Optimizer, kind: str, name: str, tensor: torch.Tensor, stored_name: str = ""
+    optimizer: Optimizer, stored_name: str, name: str, tensor: torch.Tensor
 ) -> list[Shard]:
-    stored_name = stored_name or f"{OPTIMIZER}{kind}.{name}"
+    """The shards of a tensor that the optimizer keeps for the parameter `name`."""
     return _shards(optimizer.parameters[name], stored_name, tensor, optimizer.ranges[name])
 
 
 def save_state(
-    parts: TrainingComponents,
-    progress: Progress,
-    config: RunConfig,
-    context: ParallelContext,
-    lease: Lease | None = None,
+    parts: TrainingComponents, progress: Progress, config: RunConfig, lease: Lease | None = None
 ) -> None:
     """Write a checkpoint of the run to --save. Collective.
 
     Raises CheckpointError on every rank when any rank fails; the previous checkpoint stays.
     """
+    context = parts.model.context
     parts.optimizer.wait_for_parameters()
     state = {
         "iteration": progress.iteration,
@@ -93,7 +90,7 @@ def save_state(
         "data": progress.data.to_json() if progress.data else None,
         "seed": config.training.seed,
         "rng_scheme": config.training.rng_scheme,
-        "layout": _layout(context),
+        "layout": context.layout.sizes,
         "device": context.device.type,
         "megalite": __version__,
         "torch": torch.__version__,
@@ -103,7 +100,7 @@ def save_state(
     write(
         checkpoint.save,
         progress.iteration,
-        _owned(parts, context),
+        _owned(parts),
         private=streams,
         state=state,
         config_yaml=to_yaml(config),
@@ -142,8 +139,9 @@ def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: R
         )
     shards = []
     for kind, name, tensor in parts.optimizer.state():
-        source = _best_source(checkpoint, name) if kind == "master" else f"{OPTIMIZER}{kind}.{name}"
-        shards += _optimizer_shards(parts.optimizer, kind, name, tensor, source)
+        if kind != "master":
+            stored_name = f"{OPTIMIZER}{kind}.{name}"
+            shards += _optimizer_shards(parts.optimizer, stored_name, name, tensor)
     _read(checkpoint, shards)
     parts.optimizer.set_steps(checkpoint.state["optimizer_steps"])
     # Checkpoints of runs in other precisions have a scale of 1, older ones none.
@@ -154,12 +152,10 @@ def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: R
 def _load_master(checkpoint: Checkpoint, parts: TrainingComponents) -> None:
     """Fill the master weights of a half-precision model from the stored ones, else the weights."""
     optimizer = parts.optimizer
-    if not optimizer.keeps_master:
-        return
     shards = []
-    for name, master in optimizer.master.items():
+    for name, master in optimizer.master.items() if optimizer.keeps_master else ():
         source = _best_source(checkpoint, name)
-        shards += _optimizer_shards(optimizer, "master", name, master, source)
+        shards += _optimizer_shards(optimizer, source, name, master)
     _read(checkpoint, shards)
 
 
@@ -169,7 +165,7 @@ def _read(checkpoint: Checkpoint, shards: list[Shard]) -> None:
         checkpoint.read_into(shard)
 
 
-def load_state(parts: TrainingComponents, config: RunConfig, context: ParallelContext) -> Progress:
+def load_state(parts: TrainingComponents, config: RunConfig) -> Progress:
     """Continue from --load: weights, optimizer, random streams and data position, as the flags say.
 
     Any layout reads any layout's checkpoint. The streams of --rng-scheme megatron belong to ranks,
@@ -179,9 +175,8 @@ def load_state(parts: TrainingComponents, config: RunConfig, context: ParallelCo
     options = config.checkpoint
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
         load_weights(checkpoint, parts.model.parameters_by_name)
-        if options.finetune or options.no_load_optim:
-            _load_master(checkpoint, parts)
-        else:
+        _load_master(checkpoint, parts)
+        if not (options.finetune or options.no_load_optim):
             _load_optimizer(checkpoint, parts, config)
         if options.finetune:
             note = f"weights from {checkpoint.folder}; all else starts from scratch (--finetune)"
@@ -193,7 +188,7 @@ def load_state(parts: TrainingComponents, config: RunConfig, context: ParallelCo
         progress.notes.append(f"resumed from {checkpoint.folder} at iteration {progress.iteration}")
         _refuse_part_iterations(checkpoint, progress, config)
         progress.notes += _changes(checkpoint, config)
-        _restore_streams(checkpoint, parts, config, context, progress)
+        progress.notes += _restore_rng(checkpoint, parts, config)
     return progress
 
 
@@ -219,9 +214,8 @@ def settle_data(progress: Progress, now: DataState, allow_change: bool) -> None:
     """
     if progress.data is None:
         if progress.consumed_samples:
-            progress.notes.append(
-                "the checkpoint does not say which data it was made with: it is not compared"
-            )
+            unknown = "the checkpoint does not say which data it was made with: it is not compared"
+            progress.notes.append(unknown)
         progress.data = replace(now, start=0)
         return
     differences = progress.data.differences(now)
@@ -229,19 +223,14 @@ def settle_data(progress: Progress, now: DataState, allow_change: bool) -> None:
         progress.data = progress.data.with_prefixes_of(now)
     elif allow_change:
         progress.data = progress.data.followed_by(now, progress.consumed_samples)
-        used = ", ".join(
-            f"{source.prefix} from sample {source.consumed}" for source in progress.data.sources
-        )
-        progress.notes.append(
-            f"the training data changes here: {'; '.join(differences)}; now {used}"
-        )
+        sources = progress.data.sources
+        used = ", ".join(f"{source.prefix} from sample {source.consumed}" for source in sources)
+        changes = "; ".join(differences)
+        progress.notes.append(f"the training data changes here: {changes}; now {used}")
     else:
-        raise CheckpointError(data_changed(differences))
-
-
-def data_changed(differences: list[str]) -> str:
-    """The message for data that is not the checkpoint's."""
-    return f"the training data is not what the checkpoint was made with: {'; '.join(differences)}"
+        raise CheckpointError(
+            f"the training data is not what the checkpoint was made with: {'; '.join(differences)}"
+        )
 
 
 def _changes(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
@@ -256,41 +245,26 @@ def _changes(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     return [f"changed since the checkpoint was made: {', '.join(changed)}"] if changed else []
 
 
-def _restore_streams(
-    checkpoint,
-    parts: TrainingComponents,
-    config: RunConfig,
-    context: ParallelContext,
-    progress: Progress,
-) -> None:
-    """Restore the random streams, if both runs have streams and have the same layout and device."""
+def _restore_rng(checkpoint: Checkpoint, parts: TrainingComponents, config: RunConfig) -> list[str]:
+    """Restore the random streams, if both runs have streams and have the same layout and device.
+    Returns notes about what is not restored."""
     scheme = config.training.rng_scheme
-    stored = checkpoint.state.get("rng_scheme", "megatron")  # the only one of older checkpoints
+    context = parts.model.context
+    state = checkpoint.state
+    stored = state.get("rng_scheme", "megatron")  # the only one of older checkpoints
     if stored != scheme:
-        progress.notes.append(
+        return [
             f"the checkpoint was made with --rng-scheme {stored}, this run has {scheme}: from here "
             "on, dropout drops other elements than the run that made it would have dropped"
-        )
-        return
+        ]
     if scheme == "global" or config.checkpoint.no_load_rng:
-        return
-    state = checkpoint.state
-    if state["layout"] != _layout(context) or state["device"] != context.device.type:
-        progress.notes.append(
-            "the layout or the device has changed: dropout's random streams start from the seed"
-        )
-        return
-    private = checkpoint.private(context.rank, context.world_size)
+        return []
+    if state["layout"] != context.layout.sizes or state["device"] != context.device.type:
+        change = "the layout or the device has changed"
+        return [f"{change}: dropout's random streams start from the seed"]
     streams = {}
-    for name, value in private.items():
+    for name, value in checkpoint.private(context.rank, context.world_size).items():
         if name.startswith(RNG):
             streams[name.removeprefix(RNG)] = value
     parts.rng.restore(streams)
-
-
-def _layout(context: ParallelContext) -> dict:
-    return {
-        "tensor": context.tensor.size,
-        "pipeline": context.pipeline.size,
-        "data": context.data.size,
-    }
+    return []

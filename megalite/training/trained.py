@@ -54,11 +54,10 @@ def load_model(
     """
     with Checkpoint.open(folder, step) as checkpoint:
         config = config_of_checkpoint(checkpoint.config_yaml)
-        if config.model.architecture != architecture:
-            found = config.model.architecture.upper()
-            raise CheckpointError(
-                f"{checkpoint.folder} holds a {found}, not a {architecture.upper()}"
-            )
+        found = config.model.architecture
+        if found != architecture:
+            difference = f"a {found.upper()}, not a {architecture.upper()}"
+            raise CheckpointError(f"{checkpoint.folder} holds {difference}")
         data = checkpoint_data_config(config.data, tokenizer, checkpoint.folder)
         built_tokenizer = trained_tokenizer(data, config.model.vocab_size)
 

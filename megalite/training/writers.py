@@ -15,6 +15,7 @@ from typing import Protocol
 
 from megalite.config.run import RunConfig, to_flat
 from megalite.system.errors import error_message
+from megalite.training.output import Log
 
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for a writer to send its last numbers."""
@@ -114,11 +115,7 @@ class BackgroundWriter:
     """
 
     def __init__(
-        self,
-        name: str,
-        make: Callable[[], Writer],
-        report: Callable[[str], None],
-        timeout: float = CLOSE_SECONDS,
+        self, name: str, make: Callable[[], Writer], report: Log, timeout: float = CLOSE_SECONDS
     ):
         self._name = name
         self._report = report
@@ -144,10 +141,8 @@ class BackgroundWriter:
         if self._thread.is_alive():
             self._report(f"{self._name}: not all was sent within {self._timeout:g} s")
         if self._dropped:
-            self._report(
-                f"{self._name} did not keep up: "
-                f"the numbers of {self._dropped} iterations were dropped"
-            )
+            lost = f"the numbers of {self._dropped} iterations were dropped"
+            self._report(f"{self._name} did not keep up: {lost}")
 
     def _serve(self, make: Callable[[], Writer]) -> None:
         rows = iter(self._queue.get, None)
@@ -164,16 +159,10 @@ class BackgroundWriter:
 
 
 class Writers:
-    """Several writers as one. A context manager, which closes them at its end."""
+    """Several writers as one."""
 
     def __init__(self, *writers: Writer):
         self._writers = writers
-
-    def __enter__(self) -> "Writers":
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.close()
 
     def write(self, **values: float) -> None:
         """Pass the numbers to each writer, in order. Raises what a writer raises."""
@@ -186,28 +175,18 @@ class Writers:
             writer.close()
 
 
-def tracking_writers(
-    config: RunConfig, iteration: int, report: Callable[[str], None]
-) -> list[Writer]:
+def tracking_writers(config: RunConfig, iteration: int, report: Log) -> list[Writer]:
     """The writers besides the metrics file, for a run that continues after `iteration`."""
     training = config.training
-    writers: list[Writer] = []
+    makers: dict[str, Callable[[], Writer]] = {}
+    if training.tensorboard_dir is not None:
+        # Absolute: the thread may make it after the process has changed its folder.
+        folder = os.path.abspath(training.tensorboard_dir)
+        makers["TensorBoard"] = lambda: TensorBoardWriter(folder, iteration)
+    if training.wandb_project is not None:
+        makers["Weights & Biases"] = lambda: WandbWriter(config)
     # The other ranks wait while writers close: two writers together must not look like a hang.
     timeout = CLOSE_SECONDS
     if config.parallel.hang_timeout:
         timeout = min(timeout, config.parallel.hang_timeout / 4)
-    if training.tensorboard_dir is not None:
-        # Absolute: the thread may make it after the process has changed its folder.
-        folder = os.path.abspath(training.tensorboard_dir)
-        writers.append(
-            BackgroundWriter(
-                "TensorBoard", lambda: TensorBoardWriter(folder, iteration), report, timeout=timeout
-            )
-        )
-    if training.wandb_project is not None:
-        writers.append(
-            BackgroundWriter(
-                "Weights & Biases", lambda: WandbWriter(config), report, timeout=timeout
-            )
-        )
-    return writers
+    return [BackgroundWriter(name, make, report, timeout) for name, make in makers.items()]

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megalite.parallel.collectives import gather_objects
@@ -36,15 +36,13 @@ def compare_facts(store: Any, rank: int, world_size: int, facts: Mapping[str, An
         expected = first.get(key)
         if own != expected:
             differences.append(f"{key} {own!r} (rank 0: {expected!r})")
-    host = os.uname().nodename
-    store.set(f"facts/{rank}", json.dumps([host, "; ".join(differences)]))
+    problem = f"{os.uname().nodename}: {'; '.join(differences)}" if differences else ""
+    store.set(f"facts/{rank}", problem)
 
     # Rank 0 sums them up for all.
     if rank == 0:
-        reports = []
-        for other in range(world_size):
-            reports.append(json.loads(store.get(f"facts/{other}")))
-        store.set("facts/verdict", _summary(reports))
+        problems = _by_rank(store.get(f"facts/{other}").decode() for other in range(world_size))
+        store.set("facts/verdict", problems and f"ranks were not started alike; {problems}")
     verdict = store.get("facts/verdict").decode()
     readers = store.add("facts/read", 1)
     if not verdict:
@@ -60,18 +58,14 @@ def compare_facts(store: Any, rank: int, world_size: int, facts: Mapping[str, An
     raise RanksDiffer(verdict if rank == 0 else "")
 
 
-def _summary(reports: list[list[str]]) -> str:
-    """Every difference once, with its ranks; "" without any. reports: (host, difference)."""
-    ranks: dict[tuple[str, str], list[str]] = {}
-    for rank, (host, difference) in enumerate(reports):
-        if difference:
-            ranks.setdefault((host, difference), []).append(str(rank))
-    if not ranks:
-        return ""
-    lines = []
-    for (host, difference), numbers in ranks.items():
-        lines.append(f"rank(s) {', '.join(numbers)} on {host}: {difference}")
-    return "ranks were not started alike; " + "; ".join(lines)
+def _by_rank(problems: Iterable[str]) -> str:
+    """`rank(s) 1, 2 on PROBLEM; ...`, each problem once, from those of all ranks in order; "" where
+    all are ""."""
+    ranks: dict[str, list[str]] = {}
+    for rank, problem in enumerate(problems):
+        if problem:
+            ranks.setdefault(problem, []).append(str(rank))
+    return "; ".join(f"rank(s) {', '.join(who)} on {problem}" for problem, who in ranks.items())
 
 
 def require_agreement(agrees: bool, problem: str, context: ParallelContext) -> None:
@@ -79,12 +73,6 @@ def require_agreement(agrees: bool, problem: str, context: ParallelContext) -> N
 
     Rank 0's message is `problem`, followed by the ranks that do not agree and their hosts.
     """
-    ranks_of: dict[str, list[str]] = {}
-    for rank, (host, fine) in enumerate(gather_objects((context.host, agrees), context.control)):
-        if not fine:
-            ranks_of.setdefault(host, []).append(str(rank))
-    if ranks_of:
-        where = []
-        for host, ranks in ranks_of.items():
-            where.append(f"rank(s) {', '.join(ranks)} on {host}")
-        raise RanksDiffer(f"{problem} {'; '.join(where)}" if context.rank == 0 else "")
+    odd = _by_rank(gather_objects("" if agrees else context.host, context.control))
+    if odd:
+        raise RanksDiffer(f"{problem} {odd}" if context.rank == 0 else "")

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from megalite.system.background import in_background
+
 STEP_SECONDS = 0.25
 """Longest wait between two looks at the clock."""
 SUSPENDED_SECONDS = 2.0
@@ -78,22 +80,12 @@ class BoundedStore:
         return self._ask(get)
 
     def _ask(self, action: Callable[[], Answer]) -> Answer:
-        answers: list[Answer | Exception] = []
         answered = threading.Event()
-
-        def act() -> None:
-            try:
-                answers.append(action())
-            except Exception as error:
-                answers.append(error)
-            answered.set()
-
-        threading.Thread(target=act, daemon=True).start()
+        answer = in_background("store", action)
+        answer.add_done_callback(lambda _: answered.set())
         if not self._suspends.wait(answered, self._seconds):
             raise RuntimeError(
                 "the process that holds the store (rank 0, or torchrun on the first node) "
                 f"does not answer within {self._seconds:g} s"
             )
-        if isinstance(answers[0], Exception):
-            raise answers[0]
-        return answers[0]
+        return answer.result()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from megalite.parallel.activity import Activity, Call
+from megalite.parallel.activity import Activity, Call, first_ranks
 
 STACK_LINES = 30
 """Innermost lines of a blocking rank's Python stack that are printed."""
@@ -47,28 +47,16 @@ class Report:
     """Number of earlier reports; it stops growing when a rank no longer reports."""
 
     @classmethod
-    def of(
-        cls, activity: Activity, rank: int, host: str, pid: int, *, blocks: bool, **rest
-    ) -> "Report":
-        """The report of a rank from its activity."""
-        return cls(
-            rank=rank,
-            host=host,
-            pid=pid,
-            step=activity.step,
-            state=activity.state,
-            idle_seconds=activity.idle_seconds,
-            latest=list(activity.latest.values()),
-            waiting=activity.waiting,
-            blocks=blocks,
-            **rest,
-        )
+    def of(cls, activity: Activity, **rest) -> "Report":
+        """The report of a rank from its activity; `rest` gives the other fields, or replaces some
+        of the activity's."""
+        now = {"step": activity.step, "state": activity.state, "waiting": activity.waiting}
+        now |= {"idle_seconds": activity.idle_seconds, "latest": list(activity.latest.values())}
+        return cls(**now | rest)
 
     def to_json(self) -> str:
         """The report as text. Ranges stay ranges: its size does not grow with the job."""
-        return json.dumps(
-            asdict(self), default=lambda ranks: f"{ranks.start}:{ranks.stop}:{ranks.step}"
-        )
+        return json.dumps(asdict(self), default=lambda r: f"{r.start}:{r.stop}:{r.step}")
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Report":
@@ -102,12 +90,8 @@ class Report:
 
 def _call_from_json(values: dict) -> Call:
     ranks = values["ranks"]
-    if isinstance(ranks, str):
-        values["ranks"] = range(*map(int, ranks.split(":")))
-    else:
-        values["ranks"] = tuple(ranks)
-    values["shape"] = tuple(values["shape"])
-    return Call(**values)
+    ranks = range(*map(int, ranks.split(":"))) if isinstance(ranks, str) else tuple(ranks)
+    return Call(**values | {"ranks": ranks, "shape": tuple(values["shape"])})
 
 
 class Missing(NamedTuple):
@@ -119,9 +103,11 @@ class Missing(NamedTuple):
     """A rank that waits there."""
 
 
-def blocking_ranks(
-    reports: Mapping[int, Report], silent_after: float
-) -> tuple[dict[int, Missing], bool]:
+Reports = Mapping[int, Report]
+"""The last report of each rank."""
+
+
+def blocking_ranks(reports: Reports, silent_after: float) -> tuple[dict[int, Missing], bool]:
     """(blocking ranks, whether they form a cycle): others wait for them, they wait for nobody.
 
     A rank of which nothing was heard for `silent_after` seconds blocks, whatever it was in last. If
@@ -151,10 +137,7 @@ def blocking_ranks(
                 waits.add(rank)
 
     # Those that are waited for and wait for nobody, or can no longer say so.
-    silent = set()
-    for rank, report in reports.items():
-        if report.silent_seconds > silent_after:
-            silent.add(rank)
+    silent = [rank for rank, report in reports.items() if report.silent_seconds > silent_after]
     roots = {}
     for rank, how in wanted.items():
         if rank in silent or rank not in waits:
@@ -169,24 +152,17 @@ def blocking_ranks(
         return dict(sorted((roots or wanted).items())), not roots
 
     # Nobody waits for anyone.
-    idle = set()
-    for rank, report in reports.items():
-        if report.idle_seconds and not report.waiting:
-            idle.add(rank)
+    idle = [rank for rank, r in reports.items() if r.idle_seconds and not r.waiting]
     return dict.fromkeys(sorted(silent or idle or reports), Missing()), False
 
 
-def hang_verdict(
-    reports: Mapping[int, Report], seconds: float, silent_after: float, file: str
-) -> str:
+def hang_verdict(reports: Reports, seconds: float, silent_after: float, file: str) -> str:
     """What is printed after `seconds` without progress: which ranks, where, and their stacks.
 
     file: where the stacks of all ranks are written.
     """
     blocking, cycle = blocking_ranks(reports, silent_after)
-    names = ", ".join(map(str, list(blocking)[:RANKS_SHOWN]))
-    if len(blocking) > RANKS_SHOWN:
-        names += ", ..."
+    names = first_ranks(list(blocking), RANKS_SHOWN)
     subject = f"rank {names}" if len(blocking) == 1 else f"ranks {names}"
     head = f"{subject} wait for each other" if cycle else f"waiting for {subject}"
     lines = [f"HANG: no progress for {seconds:.0f} s, {head}"]
@@ -200,9 +176,7 @@ def hang_verdict(
     return "\n".join([*lines, last])
 
 
-def _describe(
-    report: Report, call: Call | None, waiting: Report | None, *, silent: bool
-) -> list[str]:
+def _describe(report: Report, call: Call | None, waiting: Report | None, silent: bool) -> list[str]:
     """Lines about a blocking rank: its state, the call it is missing from, its stack."""
     if silent:
         lines = [
@@ -222,7 +196,7 @@ def _describe(
     return lines
 
 
-def all_stacks(verdict: str, reports: Mapping[int, Report]) -> Iterator[str]:
+def all_stacks(verdict: str, reports: Reports) -> Iterator[str]:
     """The contents of the file, in chunks: the verdict, then all threads' stacks of each rank."""
     yield f"{verdict}\n"
     for _, report in sorted(reports.items()):

@@ -20,8 +20,10 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any, NoReturn
 
+from megalite.parallel.activity import Activity
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.launch import OTHERS_FIRST_SECONDS
 from megalite.system.errors import ReportedError
@@ -81,7 +83,7 @@ class Watchdog:
         # The next rank's latest report, and when it came.
         self._next_heartbeat = -1
         self._heard = time.monotonic()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
         # A signal handler shows the thread that it interrupts. To read the stacks of threads that
@@ -113,12 +115,9 @@ class Watchdog:
             self._thread.join()
             if self._timeout:
                 self._dump_stack_after(0)
-                faulthandler.dump_traceback_later(
-                    self._timeout + ANSWER_SECONDS, exit=True, file=sys.__stderr__
-                )
-                self._thread = threading.Thread(
-                    target=self._watch_the_end, name="watchdog", daemon=True
-                )
+                limit = self._timeout + ANSWER_SECONDS
+                faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+                self._thread = Thread(target=self._watch_the_end, name="watchdog", daemon=True)
                 self._thread.start()
 
     # The thread ---------------------------------------------------------------------------------
@@ -204,16 +203,10 @@ class Watchdog:
 
     def _report(self, **stacks: str) -> None:
         context = self._context
-        report = Report.of(
-            context.activity,
-            rank=context.rank,
-            host=context.host,
-            pid=os.getpid(),
-            blocks=context.device.type == "cpu",
-            beat=self._heartbeats,
-            **stacks,
-        )
-        report = replace(report, idle_seconds=self._idle_seconds)
+        who = {"rank": context.rank, "host": context.host, "pid": os.getpid()}
+        blocks = context.device.type == "cpu"
+        now = {"idle_seconds": self._idle_seconds, "beat": self._heartbeats}
+        report = Report.of(context.activity, **who, blocks=blocks, **now, **stacks)
         self._store.set(f"report/{context.rank}", report.to_json())
         self._heartbeats += 1
 
@@ -240,13 +233,11 @@ class Watchdog:
         idle = max(report.idle_seconds for report in reports.values()) or self._silence
         step = max(report.step for report in reports.values())
         file = self._folder / f"hang-step-{step}.txt"
-        verdict = hang_verdict(
-            reports, idle, silent_after=SILENT_HEARTBEATS * self._seconds, file=str(file)
-        )
+        silent_after = SILENT_HEARTBEATS * self._seconds
+        verdict = hang_verdict(reports, idle, silent_after, file=str(file))
         self._say(verdict)  # before the file: its disk may be what hangs
-        threading.Thread(
-            target=self._write_stacks, args=(file, all_stacks(verdict, reports)), daemon=True
-        ).start()
+        stacks = (file, all_stacks(verdict, reports))
+        Thread(target=self._write_stacks, args=stacks, daemon=True).start()
         self._wait_for_verdict()
 
     def _write_stacks(self, file: Path, chunks: Iterable[str]) -> None:
@@ -311,9 +302,7 @@ class Watchdog:
 
         # Ranks without a complete report are silent.
         waited = time.monotonic() - began
-        unknown = Report(
-            -1, "unknown host", 0, step=0, state="starting", idle_seconds=0.0, latest=[]
-        )
+        unknown = Report.of(Activity(), rank=-1, host="unknown host", pid=0)
         for rank in wanted:
             found[rank] = replace(found.get(rank, unknown), rank=rank, silent_seconds=waited)
         return found
@@ -327,10 +316,9 @@ class Watchdog:
         self._leaving.set()
         with suppress(RuntimeError):  # of torch's store: the job ends anyway
             number = self._store.add("failures", 1)
-            text = json.dumps(
-                [self._context.rank, self._context.host, message or "see what rank 0 says"]
-            )
-            self._store.set(f"failure/{number}", text)
+            text = message or "see what rank 0 says"
+            failure = json.dumps([self._context.rank, self._context.host, text])
+            self._store.set(f"failure/{number}", failure)
             self._store.set("ending", "yes")
             same = number > 1 and json.loads(self._store.get("failure/1"))[2] == message
             self._mark_informed([self._context.rank])
@@ -383,14 +371,12 @@ class Watchdog:
         time.sleep(OTHERS_FIRST_SECONDS)
         if not self._store.add("failures", 0):
             gone = self._find_dead()
-            if gone:
-                self._mark_informed(report.rank for report in gone)
-                names = []
-                for report in gone[:3]:
-                    names.append(
-                        f"{report.where} exited without an error message "
-                        f"(last heard: {report.doing})"
-                    )
+            self._mark_informed(report.rank for report in gone)
+            names = []
+            for report in gone[:3]:
+                doing = f"(last heard: {report.doing})"
+                names.append(f"{report.where} exited without an error message {doing}")
+            if names:
                 return (
                     f"{'; '.join(names)}: killed (SIGKILL), out of memory, or node lost "
                     "(see dmesg and `sacct -j JOB`)"
@@ -403,10 +389,8 @@ class Watchdog:
     def _find_dead(self) -> list[Report]:
         """The last reports of ranks that report no more, without having left or failed."""
         before = self._collect(lambda report: True, 0.5)
-        after = self._collect(
-            lambda report: report.beat > before[report.rank].beat,
-            SILENT_HEARTBEATS * HEARTBEAT_SECONDS,
-        )
+        seconds = SILENT_HEARTBEATS * HEARTBEAT_SECONDS
+        after = self._collect(lambda report: report.beat > before[report.rank].beat, seconds)
         dead = []
         for report in after.values():
             if report.silent_seconds and not self._store.check(f"knows/{report.rank}"):

@@ -2,8 +2,8 @@
 arrays.
 
 `build(...)` compiles the CPU's sources, or the CUDA sources under emulation.h. A `Target` calls the
-kernels of one
-library: it allocates outputs (filled with what no kernel writes) and returns them as float64.
+kernels of one library: it allocates outputs (filled with what no kernel writes) and returns them as
+float64.
 """
 
 import ctypes
@@ -54,18 +54,8 @@ def build(folder: Path, emulated: bool, *flags: str, compiler: str = "g++") -> P
         else []
     )
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-    command = [
-        compiler,
-        "-std=c++17",
-        "-fPIC",
-        "-shared",
-        *warnings,
-        *flags,
-        *language,
-        *sources,
-        "-o",
-        library,
-    ]
+    options = ["-std=c++17", "-fPIC", "-shared", *warnings, *flags, *language]
+    command = [compiler, *options, *sources, "-o", library]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
     return library
@@ -99,98 +89,65 @@ class DropoutStruct(ctypes.Structure):
     ]
 
 
+def pointers(*names: str) -> list[tuple[str, type]]:
+    """The fields that point to arrays."""
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+HEAD = [("shape", Shape), ("type", ctypes.c_int32)]
+"""The first fields of every kernel's struct."""
+
+
 class SoftmaxStruct(ctypes.Structure):
     _fields_ = [
-        ("shape", Shape),
-        ("type", ctypes.c_int32),
+        *HEAD,
         ("causal", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("mask", PerRow),
         ("dropout", DropoutStruct),
-        ("x", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
+        *pointers("x", "grad", "y", "out", "lse"),
     ]
 
 
 class BiasDropoutAddStruct(ctypes.Structure):
-    _fields_ = [
-        ("shape", Shape),
-        ("type", ctypes.c_int32),
-        ("dropout", DropoutStruct),
-        ("x", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-    ]
+    _fields_ = [*HEAD, ("dropout", DropoutStruct), *pointers("x", "bias", "residual", "out")]
 
 
 class BiasGeluStruct(ctypes.Structure):
-    _fields_ = [
-        ("shape", Shape),
-        ("type", ctypes.c_int32),
-        ("x", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-    ]
+    _fields_ = [*HEAD, *pointers("x", "bias", "grad", "out")]
 
 
 class SwiGluStruct(ctypes.Structure):
-    _fields_ = [
-        ("shape", Shape),
-        ("type", ctypes.c_int32),
-        ("x", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-    ]
+    _fields_ = [*HEAD, *pointers("x", "grad", "out")]
 
 
 class RmsNormStruct(ctypes.Structure):
     _fields_ = [
-        ("shape", Shape),
-        ("type", ctypes.c_int32),
+        *HEAD,
         ("rows", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("epsilon", ctypes.c_float),
-        ("x", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
-        ("weight", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p),
-        ("grad_sum", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("sum", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("grad_weight", ctypes.c_void_p),
+        *pointers("x", "residual", "weight", "grad", "grad_sum"),
+        *pointers("out", "sum", "scale", "grad_weight"),
     ]
 
 
 class RotaryStruct(ctypes.Structure):
     _fields_ = [
-        ("shape", Shape),
-        ("type", ctypes.c_int32),
+        *HEAD,
         ("inverse", ctypes.c_int32),
         ("x", PerRow),
         ("cos", PerRow),
         ("sin", PerRow),
-        ("out", ctypes.c_void_p),
+        *pointers("out"),
     ]
 
 
 class CrossEntropyStruct(ctypes.Structure):
     _fields_ = [
-        ("shape", Shape),
-        ("type", ctypes.c_int32),
+        *HEAD,
         ("valid", ctypes.c_int64),
-        ("logits", ctypes.c_void_p),
-        ("labels", ctypes.c_void_p),
-        ("top", ctypes.c_void_p),
-        ("sum", ctypes.c_void_p),
-        ("target", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p),
+        *pointers("logits", "labels", "top", "sum", "target", "lse", "grad"),
     ]
 
 
@@ -215,9 +172,9 @@ def encode(x: np.ndarray, dtype: str) -> np.ndarray:
 def decode(x: np.ndarray) -> np.ndarray:
     """What `encode` made, as float64."""
     with np.errstate(invalid="ignore"):  # a NaN is a NaN
-        return ((x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x).astype(
-            np.float64
-        )
+        if x.dtype == np.uint16:
+            x = (x.astype(np.uint32) << 16).view(np.float32)
+        return x.astype(np.float64)
 
 
 def _per_row(values: np.ndarray | None, leading: tuple[int, ...]) -> PerRow:
@@ -274,20 +231,9 @@ class Target:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(output, lse) of the forward; x is encoded, [i, j, k, columns]."""
         out, lse = np.full_like(x, 77), np.full(x.shape[:3], 77, np.float32)
-        struct = SoftmaxStruct(
-            Shape(x.shape[:3], x.shape[3]),
-            _type(x),
-            causal,
-            scale,
-            _mask(mask, x),
-            _dropout(dropout, x.shape[:3]),
-            _pointer(x),
-            None,
-            None,
-            _pointer(out),
-            _pointer(lse),
-        )
-        self._run("softmax_forward", struct)
+        options = (causal, scale, _mask(mask, x), _dropout(dropout, x.shape[:3]))
+        arrays = map(_pointer, (x, None, None, out, lse))
+        self._run("softmax_forward", SoftmaxStruct(*_head(x), *options, *arrays))
         return decode(out), lse.astype(np.float64)
 
     def softmax_backward(
@@ -295,34 +241,16 @@ class Target:
     ):
         """Gradient of x, from y or from x, lse (float32), mask and dropout."""
         out = np.full_like(grad, 77)
-        struct = SoftmaxStruct(
-            Shape(grad.shape[:3], grad.shape[3]),
-            _type(grad),
-            causal,
-            scale,
-            _mask(mask, grad),
-            _dropout(dropout, grad.shape[:3]),
-            _pointer(x),
-            _pointer(grad),
-            _pointer(y),
-            _pointer(out),
-            _pointer(lse),
-        )
-        self._run("softmax_backward", struct)
+        options = (causal, scale, _mask(mask, grad), _dropout(dropout, grad.shape[:3]))
+        arrays = map(_pointer, (x, grad, y, out, lse))
+        self._run("softmax_backward", SoftmaxStruct(*_head(grad), *options, *arrays))
         return decode(out)
 
     def bias_dropout_add(self, x, bias, residual, dropout) -> np.ndarray:
         """residual + dropout(x + bias), all encoded alike."""
         out = np.full_like(x, 77)
-        struct = BiasDropoutAddStruct(
-            Shape(x.shape[:3], x.shape[3]),
-            _type(x),
-            _dropout(dropout, x.shape[:3]),
-            _pointer(x),
-            _pointer(bias),
-            _pointer(residual),
-            _pointer(out),
-        )
+        arrays = map(_pointer, (x, bias, residual, out))
+        struct = BiasDropoutAddStruct(*_head(x), _dropout(dropout, x.shape[:3]), *arrays)
         self._run("bias_dropout_add", struct)
         return decode(out)
 
@@ -367,45 +295,29 @@ class Target:
         """x [i, j, k, d] of any strides but the last, turned by tables that broadcast to it."""
         out = np.full(x.shape, 77, x.dtype)
         tables = (_per_row(t[..., 0], x.shape[:3]) for t in (x, cos, sin))
-        struct = RotaryStruct(
-            Shape(x.shape[:3], x.shape[3]), _type(x), inverse, *tables, _pointer(out)
-        )
-        self._run("rotary", struct)
+        self._run("rotary", RotaryStruct(*_head(x), inverse, *tables, _pointer(out)))
         return decode(out)
 
     def cross_entropy(self, logits, labels, valid: int) -> np.ndarray:
         """(largest logit, sum of exp, the label's logit), [3, rows]."""
         results = np.full((3, len(logits)), 77, np.float32)
-        struct = CrossEntropyStruct(
-            _rows(logits),
-            _type(logits),
-            valid,
-            _pointer(logits),
-            _pointer(labels),
-            *map(_pointer, results),
-            None,
-            None,
-        )
+        arrays = map(_pointer, (logits, labels, *results))
+        struct = CrossEntropyStruct(_rows(logits), _type(logits), valid, *arrays, None, None)
         self._run("cross_entropy_forward", struct)
         return results.astype(np.float64)
 
     def cross_entropy_backward(self, logits, labels, valid: int, lse, grad) -> np.ndarray:
         """The gradient of the logits."""
         logits = logits.copy()
-        struct = CrossEntropyStruct(
-            _rows(logits),
-            _type(logits),
-            valid,
-            _pointer(logits),
-            _pointer(labels),
-            None,
-            None,
-            None,
-            _pointer(lse),
-            _pointer(grad),
-        )
+        arrays = map(_pointer, (logits, labels, None, None, None, lse, grad))
+        struct = CrossEntropyStruct(_rows(logits), _type(logits), valid, *arrays)
         self._run("cross_entropy_backward", struct)
         return decode(logits)
+
+
+def _head(x: np.ndarray) -> tuple[Shape, int]:
+    """Shape and type of an array [i, j, k, columns]."""
+    return Shape(x.shape[:3], x.shape[3]), _type(x)
 
 
 def _rows(x: np.ndarray) -> Shape:

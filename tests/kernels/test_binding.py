@@ -143,7 +143,7 @@ def test_threads_are_woken_for_work_that_is_worth_it():
 MEMORY = r"""
 x = torch.from_numpy(numpy.ones((1, 1, 1, 1 << 24), numpy.float32))
 y = torch.from_numpy(numpy.ones((1, 1, 1, 1 << 24), numpy.float32))
-Path("/proc/self/clear_refs").write_text("5")  # from now on the largest size is counted anew
+Path("/proc/self/clear_refs").write_text("5")  # from now on the largest size is measured from scratch
 size = lambda name: int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
 before = size("VmRSS")
 own._bias_gelu(x, None, None, y)

@@ -1,4 +1,4 @@
-"""setup.py: why kernels are not built is told on stderr; nvcc is found where it is, and may
+"""setup.py: why kernels are not built is reported on stderr; nvcc is found where it is, and may
 fail."""
 
 import os
@@ -33,21 +33,21 @@ def built(folder: Path, **environment: str) -> str:
     return run.stderr
 
 
-def test_a_compiler_that_fails_is_told(tmp_path):
+def test_a_compiler_that_fails_is_reported(tmp_path):
     (tmp_path / "megalite/kernels").mkdir(parents=True)
     (tmp_path / "megalite/kernels/native_library.so").write_text(
         "of an older build, which must not stay"
     )
-    told = built(tmp_path, CC="false", CXX="false")
-    assert "megalite is built without native kernels: " in told and "false" in told
+    output = built(tmp_path, CC="false", CXX="false")
+    assert "megalite is built without native kernels: " in output and "false" in output
 
 
 @pytest.mark.parametrize("problem", ["ImportError", "OSError"])
-def test_a_missing_or_broken_torch_is_told(tmp_path, problem):
+def test_a_missing_or_broken_torch_is_reported(tmp_path, problem):
     (tmp_path / "none/torch").mkdir(parents=True)
     (tmp_path / "none/torch/__init__.py").write_text(f"raise {problem}")
-    told = built(tmp_path, PYTHONPATH=str(tmp_path / "none"))
-    assert "megalite is built without native kernels: there is no torch" in told
+    output = built(tmp_path, PYTHONPATH=str(tmp_path / "none"))
+    assert "megalite is built without native kernels: there is no torch" in output
 
 
 @pytest.mark.parametrize("home", [None, "empty", "full"])

@@ -73,7 +73,7 @@ print(torch._C._dispatch_has_kernel_for_dispatch_key("megalite::_softmax_forward
 @pytest.mark.skipif(not NVCC or not shutil.which("g++"), reason="needs nvcc and g++")
 @pytest.mark.timeout(900)
 def test_setup_builds_the_cuda_part_for_a_cuda_build_of_torch(tmp_path):
-    """torch is told to be such a build. The one function that only a real one has, the current
+    """torch claims to be such a build. The one function that only a real one has, the current
     stream, is put in its place for loading; nothing is run on a GPU."""
     release = re.search(
         r"release ([\d.]+)",

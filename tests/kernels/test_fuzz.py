@@ -29,7 +29,7 @@ columns = st.one_of(
 limits = st.sampled_from([(0, 2**32), (0, 2**48), (2**32, 2**63 - 1), (-3, 0), (-(2**63), 0)])
 """Of row and sample numbers: also ones that do not fit in their words of the counter, which are
 taken mod 2^32."""
-places = st.one_of(st.integers(0, 2**16 - 1), st.just(2**16 - 1))
+sites = st.one_of(st.integers(0, 2**16 - 1), st.just(2**16 - 1))
 probabilities = st.sampled_from([0.0, 1e-12, 2.0**-32, 0.1, 0.5, 0.97])
 
 
@@ -59,7 +59,7 @@ def scores(draw) -> tuple:
         mask = strided(mask, draw(st.integers(0, 2))) if mask.dim() > 1 else mask
     rows = torch.from_numpy(rng.integers(*draw(limits), (1, *shape[1:3])))
     samples = torch.from_numpy(rng.integers(*draw(limits), (shape[0], 1, 1)))
-    dropout = Dropout(rows, samples, draw(places), KEY, draw(probabilities))
+    dropout = Dropout(rows, samples, draw(sites), KEY, draw(probabilities))
     scale, causal = draw(st.sampled_from([0.125, 1.0, -0.7])), draw(st.booleans())
     return strided(x, draw(st.integers(0, 2))), scale, mask, causal, dropout
 
@@ -91,15 +91,15 @@ def test_bias_dropout_add(body, data):
     for _ in range(2):
         size = [n if data.draw(st.booleans()) else 1 for n in leading]
         numbers.append(torch.from_numpy(np.asarray(rng.integers(*data.draw(limits), size))))
-    place, p = data.draw(places), data.draw(probabilities)
-    y = bias_dropout_add(x, bias, residual, *numbers, place, *KEY, p)
+    site, p = data.draw(sites), data.draw(probabilities)
+    y = bias_dropout_add(x, bias, residual, *numbers, site, *KEY, p)
 
     four = (int(np.prod(leading, dtype=int)), 1, 1, shape[-1])
     flat = (n.expand(leading).reshape(four[:3]).numpy() for n in numbers)
     x, residual = (None if t is None else t.double().numpy().reshape(four) for t in (x, residual))
     bias = None if bias is None else bias.double().numpy()
     expected, bound = reference.bias_dropout_add(
-        x, bias, residual, bare.Dropout(*flat, place, KEY, p)
+        x, bias, residual, bare.Dropout(*flat, site, KEY, p)
     )
     # The composition rounds to the type after each of its operations, the kernel once.
     unit = reference.ROUNDING[TYPES[dtype]] / reference.UNIT

@@ -289,7 +289,7 @@ def test_cross_entropy(target, dtype):
 
 @pytest.mark.skipif(bool(ASAN) or not shutil.which("clang++"), reason="needs clang++")
 def test_clang_builds_every_instruction_set(tmp_path):
-    """It is told of instruction sets in its own words; without them it would take its lanes
+    """It takes flags of its own for instruction sets; without them it would take its lanes
     apart."""
     library = bare.build(tmp_path, False, "-O3", compiler="clang++")
     code = subprocess.run(

@@ -1,5 +1,5 @@
-"""Which kernels there are, told to people: `python -m megalite.kernels` and the line at the start
-of a run."""
+"""Which kernels there are, for people to read: `python -m megalite.kernels` and the line at the
+start of a run."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from megalite.kernels import native
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def told(**environment: str) -> list[str]:
+def report_lines(**environment: str) -> list[str]:
     run = subprocess.run(
         [sys.executable, "-m", "megalite.kernels"],
         cwd=ROOT,
@@ -26,8 +26,8 @@ def told(**environment: str) -> list[str]:
     return run.stdout.splitlines()
 
 
-def test_what_there_is_is_told():
-    lines = told()
+def test_the_report_says_what_there_is():
+    lines = report_lines()
     assert lines == native.report()
     if native.MISSING:
         assert lines[0] == f"native kernels: none, {native.MISSING}"
@@ -39,7 +39,7 @@ def test_what_there_is_is_told():
 
 def test_they_can_be_turned_off():
     assert (
-        told(MEGALITE_KERNELS="off")[0]
+        report_lines(MEGALITE_KERNELS="off")[0]
         == "native kernels: none, MEGALITE_KERNELS=off turns them off"
     )
 
@@ -57,7 +57,7 @@ def test_other_values_are_refused(monkeypatch, value):
         native._load()
 
 
-def test_a_missing_or_broken_library_is_told_and_nothing_fails(monkeypatch, tmp_path):
+def test_a_missing_or_broken_library_is_reported_and_nothing_fails(monkeypatch, tmp_path):
     monkeypatch.delenv(native.SWITCH, raising=False)
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "none.so")
     assert "not built" in native._load()

@@ -162,8 +162,8 @@ def operator_arguments(
     seen = draw(shape[0], 1, *shape[2:], seed=5) > -1 if mask else None
     if p == 0:
         return x, 0.5, seen, causal
-    rows, samples, place, key, p = dropout_of(x, p)
-    return x, 0.5, seen, causal, rows, samples, place, *key, p
+    rows, samples, site, key, p = dropout_of(x, p)
+    return x, 0.5, seen, causal, rows, samples, site, *key, p
 
 
 CASES = pytest.mark.parametrize(

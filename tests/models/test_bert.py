@@ -134,7 +134,7 @@ def load_hugging_face(model: Bert, state: dict) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_what_padding_holds_does_not_matter(shape):
-    model, batch = build(Layout("any", shape=shape)).parts.model, batch_of(shape)
+    model, batch = build(Layout("any", shape=shape)).components.model, batch_of(shape)
     padding = batch.segments == 0
     other = replace(
         batch,
@@ -166,7 +166,7 @@ def test_each_stage_reads_what_it_needs():
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_logits_of_all_tokens_give_the_loss_of_the_masked_ones(shape):
-    model, batch = build(Layout("any", shape=shape)).parts.model, batch_of(shape)
+    model, batch = build(Layout("any", shape=shape)).components.model, batch_of(shape)
     logits = model(None, replace(batch, labels=None))[..., : shape.vocab].transpose(0, 1)
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), batch.labels.flatten(), reduction="none"
@@ -179,12 +179,14 @@ def scores_on_rank(launch, layout: Layout) -> tuple[list[float], float]:
     """Sums of terms and scores of one evaluation on this rank, and the gradient's norm of a step
     that follows."""
     tiny = build(layout, launch)
-    data = build_batches(tiny.config, SomeWithoutMasks(samples_of(layout.shape)), tiny.parts.model)
-    tiny.parts.model.eval()
-    sums = tiny.parts.engine.evaluate(data.read(0), torch.ones(4)).tolist()
-    tiny.parts.model.train()
-    tiny.parts.engine.train_step(*data.at(0))
-    return sums, tiny.parts.optimizer.step(1).gradient_norm
+    data = build_batches(
+        tiny.config, SomeWithoutMasks(samples_of(layout.shape)), tiny.components.model
+    )
+    tiny.components.model.eval()
+    sums = tiny.components.engine.evaluate(data.read(0), torch.ones(4)).tolist()
+    tiny.components.model.train()
+    tiny.components.engine.train_step(*data.at(0))
+    return sums, tiny.components.optimizer.step(1).gradient_norm
 
 
 class SomeWithoutMasks:
@@ -219,7 +221,7 @@ def test_scores_are_the_same_in_every_layout(pool, layout):
 def test_scores_count_the_right_guesses():
     """By the logits of a single process, in the order of terms."""
     tiny = build(Layout("any", shape=PRE))
-    model, batch = tiny.parts.model, batch_of(PRE, 8)
+    model, batch = tiny.components.model, batch_of(PRE, 8)
     assert (model.loss_names, model.score_names) == (
         ("mlm_loss", "pair_loss"),
         ("mlm_accuracy", "pair_accuracy"),
@@ -267,20 +269,20 @@ def test_the_pair_head_learns_64_pairs():
         short_seq_prob=0.0,
         **flags,
     )
-    data = build_batches(tiny.config, TheSame64(samples_at(tiny.config)), tiny.parts.model)
+    data = build_batches(tiny.config, TheSame64(samples_at(tiny.config)), tiny.components.model)
 
     def accuracy() -> float:
         batches = data.read(0)
-        tiny.parts.model.eval()
-        right = tiny.parts.engine.evaluate(batches, torch.ones(4))[3]
-        tiny.parts.model.train()
+        tiny.components.model.eval()
+        right = tiny.components.engine.evaluate(batches, torch.ones(4))[3]
+        tiny.components.model.train()
         return (right / data.counts(batches)[1]).item()
 
     before = accuracy()
     for iteration in range(1, 121):
-        tiny.parts.optimizer.gradients.zero()
-        losses = tiny.parts.engine.train_step(*data.at(0))
-        tiny.parts.optimizer.step(iteration)
+        tiny.components.optimizer.gradients.zero()
+        losses = tiny.components.engine.train_step(*data.at(0))
+        tiny.components.optimizer.step(iteration)
     assert before < 0.7 and accuracy() == 1.0 and losses[1] < 0.1
 
 
@@ -312,7 +314,7 @@ def test_torch_counts_as_many_operations_in_a_forward():
     tiny = build(Layout("any", shape=shape), attention_dropout=0.1)
     batch = replace(tiny.data.at(0)[0][0], labels=None)
     with FlopCounterMode(display=False) as counter:
-        tiny.parts.model(None, batch)
+        tiny.components.model(None, batch)
     assert 3 * counter.get_total_flops() == flops_per_sequence(
         tiny.config.model, HeadCost(dense=True)
     )

@@ -35,7 +35,7 @@ def test_torch_counts_as_many_in_a_forward(shape):
     tiny = build(Layout("any", shape=shape), attention_dropout=0.1)
     batch = tiny.data.at(0)[0][0]
     with FlopCounterMode(display=False) as counter:
-        tiny.parts.model(None, replace(batch, labels=None))
+        tiny.components.model(None, replace(batch, labels=None))
     assert 3 * counter.get_total_flops() == flops_per_sequence(tiny.config.model)
 
 

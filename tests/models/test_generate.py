@@ -17,7 +17,7 @@ PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
 
 @pytest.fixture(scope="module")
 def model():
-    return build(Layout("llama", shape=LLAMA), init_method_std=0.3).parts.model
+    return build(Layout("llama", shape=LLAMA), init_method_std=0.3).components.model
 
 
 def sample(model, prompt=PROMPT, count=8, **options) -> torch.Tensor:
@@ -44,7 +44,7 @@ def test_greedy_takes_the_most_likely_token_again_and_again(model):
 def test_vocabulary_padding_is_never_drawn():
     """Its logits are 0. With equal rows all others are one number, which for one of the two signs
     is below 0."""
-    model = build(Layout("llama", shape=LLAMA)).parts.model
+    model = build(Layout("llama", shape=LLAMA)).components.model
     row = model.output.weight.detach()[0].clone()
     for sign in (1, -1):
         with torch.no_grad():
@@ -98,7 +98,7 @@ def test_a_seed_repeats_its_text_and_another_gives_another(model):
 def test_text_longer_than_the_positions_slides_on():
     """With learned positions nothing else would be possible; the last 16 tokens say how it goes
     on."""
-    model = build(init_method_std=0.3).parts.model
+    model = build(init_method_std=0.3).components.model
     tokens = sample(model, count=20, temperature=0)
     text = torch.cat([PROMPT, tokens], dim=1)
     with torch.no_grad():
@@ -114,8 +114,10 @@ def test_training_goes_on_after_sampling():
     """What sampling leaves in the model, such as its rotary table, must be fit for a backward
     pass."""
     tiny = build(Layout("llama", shape=LLAMA))
-    sample(tiny.parts.model, PROMPT.repeat(1, 5)[:, :13])  # passes by the training length of 16
-    tiny.parts.model.train()
+    sample(
+        tiny.components.model, PROMPT.repeat(1, 5)[:, :13]
+    )  # passes by the training length of 16
+    tiny.components.model.train()
     assert tiny.train(1).gradient_norm > 0
 
 
@@ -135,7 +137,7 @@ def test_what_makes_no_sense_is_refused(model, options, complaint):
 
 
 def test_a_model_in_parts_is_refused():
-    model = build().parts.model
+    model = build().components.model
     model.context = context_of(ParallelLayout(tensor=2))
     with pytest.raises(ValueError, match="spread over 2 ranks"):
         sample(model)

@@ -45,7 +45,7 @@ def test_no_document_changes_the_logits_of_another(shape, dropout):
     has weight 0."""
     model = build(
         Layout("any", shape=shape), attention_dropout=dropout, init_method_std=0.3
-    ).parts.model
+    ).components.model
     tokens, start = rows(), 0
     before = logits(model, tokens)
     for length in LENGTHS:
@@ -63,7 +63,7 @@ def test_no_document_changes_the_logits_of_another(shape, dropout):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_packed_document_is_the_document_alone(shape):
     model, tokens = (
-        build(Layout("any", shape=shape), init_method_std=0.3).parts.model.eval(),
+        build(Layout("any", shape=shape), init_method_std=0.3).components.model.eval(),
         rows(),
     )
     packed, start = logits(model, tokens), 0

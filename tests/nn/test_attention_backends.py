@@ -16,7 +16,9 @@ DROPPED = {**FP32, "attention_dropout": 0.3, "hidden_dropout": 0.3}
 
 
 def block_of(layout: Layout = SINGLE, **flags) -> Block:
-    return next(m for m in build(layout, **flags).parts.model.modules() if isinstance(m, Block))
+    return next(
+        m for m in build(layout, **flags).components.model.modules() if isinstance(m, Block)
+    )
 
 
 def choice(masked: bool = False, **flags) -> tuple[str, str]:

@@ -38,8 +38,8 @@ def gradients(launch, layout: Layout, flags: dict):
     gradients, others = [], []
     for consumed in (0, 8):
         others.append(tiny.gradient(consumed))
-        others += tiny.parts.rng.states().values()
-        gradients.append(tiny.parts.optimizer.gradients.flat.clone())
+        others += tiny.components.rng.states().values()
+        gradients.append(tiny.components.optimizer.gradients.flat.clone())
     return gradients + others
 
 
@@ -87,7 +87,7 @@ def work_and_memory(flags: dict) -> tuple[int, int]:
     """(times that a layer runs, bytes that autograd saves) in the forward and backward of one
     microbatch."""
     tiny = build(Layout("wide", shape=replace(GPT2, seq=64, positions=64)), **DROPOUT, **flags)
-    model, runs, saved = tiny.parts.model, [], {}
+    model, runs, saved = tiny.components.model, [], {}
     for module in model.modules():
         if isinstance(module, Block):
             module.register_forward_pre_hook(lambda module, inputs: runs.append(module))

@@ -28,14 +28,14 @@ def tiny(request):
 def backward_of(tiny):
     """Forward and backward of the first microbatch."""
     batches, loss_weights = tiny.data.at(0)
-    output = tiny.parts.model(None, batches[0])
+    output = tiny.components.model(None, batches[0])
     (output * loss_weights).sum().backward()
 
 
 def test_every_parameter_is_complete_once_in_a_backward(tiny):
     """Also a tied embedding, which is used twice, and layers that are computed twice. Its gradient
     is final then."""
-    gradients = tiny.parts.optimizer.gradients
+    gradients = tiny.components.optimizer.gradients
     completed = Counter()
     at_completion = {}
 
@@ -46,15 +46,15 @@ def test_every_parameter_is_complete_once_in_a_backward(tiny):
     gradients.weight_gradients.on_complete = complete
     gradients.zero()
     backward_of(tiny)
-    assert completed == Counter(dict.fromkeys(tiny.parts.model.parameters_by_name, 1))
-    for name, parameter in tiny.parts.model.parameters_by_name.items():
+    assert completed == Counter(dict.fromkeys(tiny.components.model.parameters_by_name, 1))
+    for name, parameter in tiny.components.model.parameters_by_name.items():
         assert torch.equal(at_completion[name], parameter.main_grad), name
 
 
 def test_deferred_products_give_the_same_gradients_to_the_bit(tiny):
     """While products are deferred no weight of a linear layer or an embedding gets a gradient or is
     complete."""
-    gradients = tiny.parts.optimizer.gradients
+    gradients = tiny.components.optimizer.gradients
     gradients.zero()
     backward_of(tiny)
     expected = gradients.flat.clone()
@@ -71,13 +71,13 @@ def test_deferred_products_give_the_same_gradients_to_the_bit(tiny):
 
     gradients.weight_gradients.run_deferred(products)
     assert torch.equal(gradients.flat, expected)
-    assert sorted(completed) == sorted(tiny.parts.model.parameters_by_name)
+    assert sorted(completed) == sorted(tiny.components.model.parameters_by_name)
 
 
 def test_two_backwards_may_be_deferred_before_their_products_run():
     """As in a zero-bubble schedule, where the products of a microbatch wait for a gap."""
     tiny = build()
-    gradients = tiny.parts.optimizer.gradients
+    gradients = tiny.components.optimizer.gradients
     gradients.zero()
     for _ in range(2):
         backward_of(tiny)

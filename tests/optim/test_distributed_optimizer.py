@@ -16,8 +16,8 @@ ALL = {**ZERO, **OVERLAP, "overlap_param_gather": True}
 def weights_after_steps(launch, layout: Layout, flags: dict) -> tuple[dict, list]:
     tiny = build(layout, launch, **flags)
     results = [tiny.train(iteration) for iteration in range(1, 4)]
-    tiny.parts.optimizer.wait_for_parameters()
-    parameters = tiny.parts.model.parameters_by_name
+    tiny.components.optimizer.wait_for_parameters()
+    parameters = tiny.components.model.parameters_by_name
     return {name: p.detach().clone() for name, p in parameters.items()}, results
 
 
@@ -57,11 +57,11 @@ def memory(launch, flags: dict) -> tuple[int, int, int]:
     before = bytes_alive()
     tiny = build(Layout("dp4", dp=4), launch, precision="bf16", **flags)
     tiny.train(1)
-    optimizer = tiny.parts.optimizer
+    optimizer = tiny.components.optimizer
     optimizer.gradients.zero()
     tiny.data.close()
     total = optimizer.gradients.layout.total
-    return bytes_alive() - before, total, sum(p.numel() for p in tiny.parts.model.parameters())
+    return bytes_alive() - before, total, sum(p.numel() for p in tiny.components.model.parameters())
 
 
 @pytest.mark.parametrize(("flags", "shared"), [({}, 1), (ZERO, 4), (ALL, 4)])
@@ -79,8 +79,8 @@ def order_of_events(launch, flags: dict) -> list[tuple[str, str]]:
     reduced, layers that a forward enters, buckets that it waits for."""
     tiny = build(Layout("dp2", dp=2), launch, **flags)
     events = []
-    gradients = tiny.parts.optimizer.gradients
-    buffer = tiny.parts.optimizer.parameter_buffer
+    gradients = tiny.components.optimizer.gradients
+    buffer = tiny.components.optimizer.parameter_buffer
     complete = gradients.weight_gradients.on_complete
     start = gradients._start_next
 
@@ -95,7 +95,7 @@ def order_of_events(launch, flags: dict) -> list[tuple[str, str]]:
 
     gradients.weight_gradients.on_complete = on_complete
     gradients._start_next = start_next
-    for name, layer in tiny.parts.model.layers.items():
+    for name, layer in tiny.components.model.layers.items():
         layer.register_forward_hook(
             lambda *unused, name=name: events.append(("ran", name, len(buffer._gathering)))
         )
@@ -122,7 +122,7 @@ def test_communication_overlaps_backward_and_forward(pool):
 def weights_with_a_layer_left_out(launch, flags: dict) -> dict:
     """After a step in which every other microbatch, and so the last, passes a layer by."""
     tiny = build(Layout("dp2", dp=2), launch, precision="fp32", clip_grad=0.0, **flags)
-    layer = tiny.parts.model.layers["2"]
+    layer = tiny.components.model.layers["2"]
     forward = layer.forward
     calls = []
 
@@ -132,8 +132,8 @@ def weights_with_a_layer_left_out(launch, flags: dict) -> dict:
 
     layer.forward = every_other
     tiny.train(1)
-    tiny.parts.optimizer.wait_for_parameters()
-    parameters = tiny.parts.model.parameters_by_name
+    tiny.components.optimizer.wait_for_parameters()
+    parameters = tiny.components.model.parameters_by_name
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 

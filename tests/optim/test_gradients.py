@@ -15,13 +15,13 @@ TIED = "embedding.word_embeddings.weight"
 def fill(tiny, value: float) -> None:
     """This gradient for every entry of every parameter; none for vocabulary padding, which never
     gets any."""
-    for parameter in tiny.parts.optimizer.parameters.values():
+    for parameter in tiny.components.optimizer.parameters.values():
         parameter.spec.real(parameter.main_grad).fill_(value)
 
 
 def test_every_gradient_is_a_view_of_one_buffer():
     tiny = build()
-    gradients = tiny.parts.optimizer.gradients
+    gradients = tiny.components.optimizer.gradients
     gradients.flat.copy_(torch.arange(gradients.flat.numel()))
     seen = torch.cat([parameter.main_grad.flatten() for parameter in gradients.parameters.values()])
     assert torch.equal(seen.sort().values, gradients.flat)
@@ -34,24 +34,24 @@ def test_autograds_gradients_are_moved_into_the_buffer():
     `grad`."""
     tiny = build()
     for _ in range(2):
-        tiny.parts.engine.train_step(*tiny.data.at(0))
-    twice = tiny.parts.optimizer.gradients.flat.clone()
+        tiny.components.engine.train_step(*tiny.data.at(0))
+    twice = tiny.components.optimizer.gradients.flat.clone()
     tiny.gradient()
     torch.testing.assert_close(
-        twice, 2 * tiny.parts.optimizer.gradients.flat, rtol=1e-10, atol=1e-14
+        twice, 2 * tiny.components.optimizer.gradients.flat, rtol=1e-10, atol=1e-14
     )
-    assert all(p.grad is None and p.main_grad.any() for p in tiny.parts.model.parameters())
+    assert all(p.grad is None and p.main_grad.any() for p in tiny.components.model.parameters())
 
 
 def test_half_precision_is_accumulated_in_fp32():
-    assert build(precision="bf16").parts.optimizer.gradients.flat.dtype == torch.float32
-    assert build(precision="fp64").parts.optimizer.gradients.flat.dtype == torch.float64
+    assert build(precision="bf16").components.optimizer.gradients.flat.dtype == torch.float32
+    assert build(precision="fp64").components.optimizer.gradients.flat.dtype == torch.float64
 
 
 def norm_of_ones(launch, layout: Layout) -> float:
     tiny = build(layout, launch)
     fill(tiny, 1.0)
-    return tiny.parts.optimizer.gradients.norm()
+    return tiny.components.optimizer.gradients.norm()
 
 
 @pytest.mark.parametrize(
@@ -80,10 +80,10 @@ def reduced(launch, layout: Layout) -> dict[str, set[float]]:
     """The entries of each gradient after the reduction, when rank r's are all 10^r."""
     tiny = build(layout, launch)
     fill(tiny, 10.0**launch.rank)
-    tiny.parts.optimizer.gradients.reduce()
+    tiny.components.optimizer.gradients.reduce()
     return {
         name: set(parameter.spec.real(parameter.main_grad).flatten().tolist())
-        for name, parameter in tiny.parts.optimizer.parameters.items()
+        for name, parameter in tiny.components.optimizer.parameters.items()
     }
 
 
@@ -124,7 +124,7 @@ def test_sums_over_tensor_ranks_what_each_computed_from_its_part_of_the_sequence
     ("norm", "max_norm", "scale"), [(4.0, 1.0, 0.25), (4.0, 8.0, 1.0), (4.0, 0.0, 1.0)]
 )
 def test_clipping(norm, max_norm, scale):
-    gradients = build().parts.optimizer.gradients
+    gradients = build().components.optimizer.gradients
     gradients.flat.fill_(2.0)
     gradients.clip(norm, max_norm)
     torch.testing.assert_close(

@@ -55,8 +55,8 @@ def test_a_restored_scale_continues():
 def overflow_on_rank_1(launch, flags: dict) -> tuple[list, bool, list, int]:
     """Two steps with an overflow in what rank 1 alone updates, then one without."""
     tiny = build(Layout("dp2", dp=2), launch, fp16=True, **SCALES, **flags)
-    optimizer = tiny.parts.optimizer
-    parameters = tiny.parts.model.parameters_by_name
+    optimizer = tiny.components.optimizer
+    parameters = tiny.components.model.parameters_by_name
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     skipped = []
     for iteration in (1, 2):
@@ -85,19 +85,19 @@ def test_the_scale_changes_no_gradient():
     """In fp64 a power of two is exact: norm and weights are those of a run without it."""
     plain = build(lr=1e-2)
     scaled = build(lr=1e-2)
-    scaled.parts.optimizer.loss_scale = LossScale(value=2.0**20)
+    scaled.components.optimizer.loss_scale = LossScale(value=2.0**20)
     for iteration in (1, 2):
         one, other = plain.train(iteration), scaled.train(iteration)
         assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-12)
         assert other.loss_scale == 2**20
-    weights = scaled.parts.model.parameters_by_name
-    for name, parameter in plain.parts.model.parameters_by_name.items():
+    weights = scaled.components.model.parameters_by_name
+    for name, parameter in plain.components.model.parameters_by_name.items():
         torch.testing.assert_close(weights[name], parameter, rtol=0, atol=1e-7)
 
 
 def test_an_overflow_at_the_smallest_scale_ends_the_run():
     tiny = build(fp16=True, **SCALES | {"initial_loss_scale": 8.0})
     tiny.gradient()
-    tiny.parts.optimizer.gradients.flat[0] = float("nan")
+    tiny.components.optimizer.gradients.flat[0] = float("nan")
     with pytest.raises(NonFiniteGradient, match="the gradient norm of iteration 1 is nan"):
-        tiny.parts.optimizer.step(1)
+        tiny.components.optimizer.step(1)

@@ -15,7 +15,6 @@ from megalite.parallel.collectives import (
     all_reduce,
     barrier,
     broadcast,
-    copy_to_tensor_region,
     exchange,
     gather_objects,
     gather_sequence,
@@ -103,8 +102,6 @@ def products(launch):
 
     whole, part = 8, 8 // group.size
     return {
-        # x is the same on all ranks, and so is A^T y; the outputs are one for each rank.
-        "copy": both(copy_to_tensor_region, draw(whole, alike), draw(whole, own)),
         # The output is the same on all ranks, and so is y.
         "reduce": both(reduce_from_tensor_region, draw(whole, own), draw(whole, alike)),
         "gather": both(gather_sequence, draw(part, own), draw(whole, own)),
@@ -127,22 +124,7 @@ def test_backward_is_the_transpose_of_forward(pool, size):
         right = [result[name][1] for result in results]
         if name in ("reduce", "gather, same gradient"):
             left = left[:1]
-        if name == "copy":
-            right = right[:1]
         assert sum(left) == pytest.approx(sum(right), rel=1e-12), name
-
-
-def shared_gradient(launch):
-    """The gradient that arrives at copy_to_tensor_region is used elsewhere too."""
-    group = tensor_group(launch)
-    x = torch.ones(3, requires_grad=True)
-    z = torch.ones(3, requires_grad=True)
-    (copy_to_tensor_region(x, group) + z).sum().backward()
-    return x.grad.tolist(), z.grad.tolist()
-
-
-def test_copy_leaves_the_gradient_of_others_alone(pool):
-    assert pool.run(shared_gradient, 2) == [([2.0] * 3, [1.0] * 3)] * 2
 
 
 def refused(launch):
@@ -207,12 +189,7 @@ def test_a_group_of_one_rank_sends_and_copies_nothing():
         result, handle = collective(x, ALONE, async_op=True)
         handle.wait()
         assert result is x
-    for operator in (
-        copy_to_tensor_region,
-        reduce_from_tensor_region,
-        gather_sequence,
-        reduce_scatter_sequence,
-    ):
+    for operator in (reduce_from_tensor_region, gather_sequence, reduce_scatter_sequence):
         assert operator(x, ALONE) is x
     all_reduce(x, ALONE, async_op=True).wait()
     broadcast(x, ALONE)

@@ -21,10 +21,10 @@ def events_of_a_step(launch, stages: int, flags: dict) -> str:
         if output.requires_grad:
             output.register_hook(lambda gradient: events.append("B"))
 
-    tiny.parts.model.register_forward_hook(seen)
+    tiny.components.model.register_forward_hook(seen)
     tiny.gradient()
     events.append(" ")
-    tiny.parts.engine.evaluate(*tiny.data.at(0))
+    tiny.components.engine.evaluate(*tiny.data.at(0))
     return "".join(events)
 
 
@@ -53,8 +53,8 @@ def outputs_alive(launch) -> list[int]:
     def after(module, inputs, output):
         outputs.append(StorageWeakRef(output.untyped_storage()))
 
-    tiny.parts.model.register_forward_pre_hook(before)
-    tiny.parts.model.register_forward_hook(after)
+    tiny.components.model.register_forward_pre_hook(before)
+    tiny.components.model.register_forward_hook(after)
     tiny.gradient()
     return alive
 
@@ -67,12 +67,12 @@ def test_a_sent_output_is_freed_before_its_backward(pool):
 
 def losses(launch, stages: int, rows: int):
     tiny = build(Layout("pipeline", pp=stages), launch, micro_batch_size=rows)
-    engine, gradients = tiny.parts.engine, tiny.parts.optimizer.gradients
+    engine, gradients = tiny.components.engine, tiny.components.optimizer.gradients
     trained = tiny.gradient()
     gradients.zero()
     evaluated = engine.evaluate(*tiny.data.at(0))
     untouched = not gradients.flat.any() and all(
-        p.grad is None for p in tiny.parts.model.parameters()
+        p.grad is None for p in tiny.components.model.parameters()
     )
     return trained.item(), evaluated.item(), evaluated.requires_grad, untouched
 
@@ -94,9 +94,9 @@ def microbatches_of_a_wrong_shape(launch) -> list[str]:
     """What the first stage says; the second is never asked to receive."""
     tiny = build(Layout("pipeline", pp=2), launch, micro_batch_size=2)
     said = []
-    for shape in ((1, 16), (2, 8)) if tiny.parts.model.is_first else ():
+    for shape in ((1, 16), (2, 8)) if tiny.components.model.is_first else ():
         with pytest.raises(ValueError, match="hidden states") as error:
-            tiny.parts.engine.train_step(
+            tiny.components.engine.train_step(
                 [Microbatch(tokens=torch.zeros(shape, dtype=torch.long))], [1.0]
             )
         said.append(str(error.value))
@@ -115,9 +115,9 @@ def test_microbatches_accumulate_to_the_gradient_of_their_batch():
     tiny = build(micro_batch_size=1), build(micro_batch_size=8)
     whole, parts = (one.gradient() for one in tiny)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
-    flat = [one.parts.optimizer.gradients.flat for one in tiny]
+    flat = [one.components.optimizer.gradients.flat for one in tiny]
     torch.testing.assert_close(flat[0], flat[1], rtol=1e-10, atol=1e-14)
 
 
 def test_no_microbatches_have_no_loss():
-    assert build().parts.engine.train_step([], [1.0]).tolist() == [0]
+    assert build().components.engine.train_step([], [1.0]).tolist() == [0]

@@ -33,9 +33,9 @@ def elements_sent(launch, layout: Layout) -> tuple[Counter, int, int]:
 
     tiny.context.activity.record = counted
     tiny.train(2)
-    buckets = tiny.parts.optimizer.gradients.layout.buckets
+    buckets = tiny.components.optimizer.gradients.layout.buckets
     partial = sum(bucket.stop - bucket.start for bucket in buckets if "tensor" in bucket.sums)
-    return sent, tiny.parts.optimizer.gradients.layout.total, partial
+    return sent, tiny.components.optimizer.gradients.layout.total, partial
 
 
 SUMS_OF_HIDDEN_STATES = MICROBATCHES * (4 * LAYERS + 1)

@@ -13,7 +13,7 @@ from megalite.parallel.launch import LaunchInfo
 from megalite.verify.plan import plan, shrunk
 from megalite.verify.record import END, SyntheticDocuments
 
-ALONE = LaunchInfo(0, 1, 0, 1, init_method="", source="none")
+ALONE = LaunchInfo()
 
 
 SHAPES = {

@@ -17,10 +17,10 @@ def report(
     """A rank that has begun these calls (kind, group, ranks), and waits in the last one."""
     activity = Activity()
     activity.set_state("training", 3)
-    begun = [activity.record(*call, (4,), "float32") for call in calls]
+    begun = [activity.record(*call, shape=(4,), dtype="float32") for call in calls]
     activity.waiting = begun[-1] if begun and waits and blocks else None
-    made = Report.of(activity, rank, f"node{rank // 2}", 100 + rank, blocks=blocks, **rest)
-    return Report(**{**vars(made), "idle_seconds": idle})
+    who = {"rank": rank, "host": f"node{rank // 2}", "pid": 100 + rank}
+    return Report.of(activity, **who, idle_seconds=idle, blocks=blocks, **rest)
 
 
 def blamed(*reports: Report) -> list[int]:
