@@ -89,17 +89,15 @@ def test_blanks_are_filled_with_the_model_s_first_guesses(made, fill):
     )
     given = dict(tokenizer_type="BertWordPieceLowerCase", vocab_file=str(made / "vocab.txt"))
     trained = load_model(made / "bert/saved", "bert", device="cpu", **given)
-    special, (ids,) = (
-        trained.tokenizer.special,
-        trained.tokenizer.encode_batch(["the state of the"]).split(),
-    )
-    mask, (between,) = special["[MASK]"], trained.tokenizer.encode_batch(["is"]).split()
-    row = [special["[CLS]"], *ids, mask, *between, mask, special["[SEP]"]]
+    (ids,) = trained.tokenizer.encode_batch(["the state of the"]).split()
+    (between,) = trained.tokenizer.encode_batch(["is"]).split()
+    cls, sep, mask = trained.tokenizer.ids_of(["[CLS]", "[SEP]", "[MASK]"])
+    row = [cls, *ids, mask, *between, mask, sep]
     with torch.no_grad():
         logits = trained.model(None, Microbatch(torch.tensor([row])))[
             :, 0, : trained.tokenizer.vocab_size
         ]
-    logits[:, [special[name] for name in ("[CLS]", "[SEP]", "[MASK]", "[PAD]")]] = float("-inf")
+    logits[:, trained.tokenizer.ids_of(["[CLS]", "[SEP]", "[MASK]", "[PAD]"])] = float("-inf")
     for line, place in zip(
         lines[1:3], [i for i, token in enumerate(row) if token == mask], strict=True
     ):

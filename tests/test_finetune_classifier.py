@@ -366,7 +366,7 @@ def test_quotes_of_tsv(tmp_path):
         ("a.tsv", "text\tlabel\na\t1\tx\n", "line 2: 3 columns; the header has 2 columns"),
         ("a.tsv", "text\tlabel\na\t1\n\n", "line 3: the line is empty; the header has 2 columns"),
         ("a.tsv", "text\tlabel\na\t\n", "line 2: 'label' is empty"),
-        ("a.tsv", "Text,label\na,1\n", "line 1: no column 'text' in the header; it has Text,label"),
+        ("a.tsv", "Text,label\na,1\n", "line 1: no column 'text', no column 'label' in the header"),
         ("a.tsv", "text\ttext\tlabel\na\tb\t1\n", "line 1: 2 columns 'text' in the header"),
     ],
 )

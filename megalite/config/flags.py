@@ -13,6 +13,16 @@ from megalite.config.problem import Problem
 
 ELSEWHERE = {
     "--group-query-attention": "leave it out: --num-query-groups alone turns grouped queries on",
+    "--accumulate-allreduce-grads-in-fp32": "leave it out: gradients are always summed in fp32",
+    "--ddp-average-in-collective": (
+        "leave it out: the loss is a mean over the global batch, so gradients are summed"
+    ),
+    "--override-opt_param-scheduler": "leave it out: the flags count",
+    "--use-checkpoint-opt_param-scheduler": "--config with the checkpoint's config.yaml",
+    "--lr-decay-samples": "--lr-decay-iters",
+    "--lr-warmup-samples": "--lr-warmup-iters",
+    "--lr-wsd-decay-samples": "--lr-wsd-decay-iters",
+    "--rampup-batch-size": "leave it out: every global batch has the same size",
     "--wandb-save-dir": "leave it out, and set WANDB_DIR",
     "--profile-step-start": "--profile FIRST-LAST",
     "--profile-step-end": "--profile FIRST-LAST",

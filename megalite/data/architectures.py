@@ -1,19 +1,16 @@
 """Data per architecture: datasets of samples, what their order depends on, and batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from megalite.data.bert import BertDataset
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import DataConfig
-from megalite.data.gpt import SPLITS, GPTDataset, split_documents
-from megalite.data.indexed import DatasetError, IndexedDataset
-from megalite.data.masking import special_ids
-from megalite.data.megatron_order import MegatronOrderDataset, epochs_of, split_sequences
+from megalite.data.gpt import GPTDataset, SplitData
+from megalite.data.masking import Masker, special_ids
+from megalite.data.megatron_order import MegatronOrderDataset, epochs_of
 from megalite.data.mock import MockDataset, MockSentences
-from megalite.data.sampler import BatchLoader, BertLoader, Loader
+from megalite.data.sampler import BatchLoader, BertLoader
 from megalite.data.tokenizers import configured_tokenizer
 from megalite.nn.config import ModelConfig
 
@@ -30,170 +27,95 @@ class SampleConfig:
     bert: BertDataConfig
 
 
-@dataclass(frozen=True)
-class SplitData:
-    """The documents of one dataset that belong to one split."""
+class GPTData(SampleConfig):
+    """What a GPT reads."""
 
-    indexed: IndexedDataset
-    split: str
-    """One of SPLITS."""
-    shares: str
-    """Shares of the documents for the splits, as --split has them."""
-
-    @classmethod
-    def of(cls, indexed: IndexedDataset, split: str, data: DataConfig) -> "SplitData":
-        """As configured: all documents when the data is for this split alone, else by --split."""
-        shares = data.split
-        if data.words_of(split)[0] != "--data-path":
-            shares = ",".join("1" if name == split else "0" for name in SPLITS)
-        return cls(indexed, split, shares)
-
-    @property
-    def documents(self) -> tuple[int, int]:
-        """[first, last) document."""
-        return split_documents(self.shares, self.indexed.num_documents)[self.split]
-
-
-@dataclass(frozen=True)
-class ArchitectureData:
-    """What an architecture reads."""
-
-    mock: Callable[[SampleConfig, str], Dataset]
-    """(config, split) -> samples of synthetic data."""
-    dataset: Callable[[SampleConfig, SplitData, int], Dataset]
-    """(config, documents, number of samples that the run takes) -> the samples."""
-    order: Callable[[SampleConfig, Sequence[SplitData], int], dict]
-    """(config, training documents of each source, number of samples that the run takes) -> what
-    the order of the samples depends on, beside seed and sequence length. Checkpoints record it."""
-    loader: Callable[..., Loader]
-    """(config, dataset, data_size, data_rank, eod) -> the batches of one data-parallel rank. eod:
-    id of the token that ends a document; None: the tokenizer's, if the configuration needs it."""
-    pads: bool = False
+    pads = False
     """Whether samples differ in length, so that they are padded, and attention is masked."""
 
+    def mock(self, split: str) -> MockDataset:
+        """Samples of synthetic data."""
+        return MockDataset(self.model.vocab_size, self.model.seq_length, self.seed, split)
 
-def gpt_mock(config: SampleConfig, split: str) -> MockDataset:
-    """Synthetic samples of a GPT."""
-    model = config.model
-    return MockDataset(model.vocab_size, model.seq_length, config.seed, split)
+    def dataset(self, part: SplitData, samples: int) -> Dataset:
+        """The samples of one split of one source. samples: the number that the run takes.
 
+        Raises DatasetError when there are none.
+        """
+        seq_length = self.model.seq_length
+        options = {"seed": self.seed, "vocab_size": self.model.vocab_size}
+        if self.data.sample_order == "megatron":
+            return MegatronOrderDataset(part, seq_length, samples=samples, **options)
+        stream = part.indexed.tokens(*part.documents)
+        return GPTDataset(stream, seq_length, split=part.split, **options)
 
-def gpt_dataset(config: SampleConfig, part: SplitData, samples: int) -> Dataset:
-    """The samples of a GPT in one split of one source. Raises DatasetError when there are none."""
-    model = config.model
-    if config.data.sample_order == "megatron":
-        return MegatronOrderDataset(
-            part.indexed,
-            part.shares,
-            part.split,
-            seq_length=model.seq_length,
-            seed=config.seed,
-            samples=samples,
-            vocab_size=model.vocab_size,
-        )
-    stream = part.indexed.tokens(*_documents(part))
-    return GPTDataset(
-        stream, model.seq_length, config.seed, split_name=part.split, vocab_size=model.vocab_size
-    )
+    def order(self, parts: Sequence[SplitData], samples: int) -> dict:
+        """What the order of the samples depends on, beside seed and sequence length: its kind, and
+        for that of Megatron-core the epochs that it was made for. Checkpoints record it.
 
+        Args:
+            parts: the training documents of each source.
+            samples: number of samples that the run takes.
+        """
+        order = {"sample_order": self.data.sample_order}
+        if self.data.sample_order == "megatron":
+            for part in parts:
+                epochs = epochs_of(part, self.model.seq_length, samples)
+                order["epochs"] = epochs.epochs
+                order["last_epoch_apart"] = epochs.apart
+        return order
 
-def gpt_order(config: SampleConfig, parts: Sequence[SplitData], samples: int) -> dict:
-    """The kind of order, and for that of Megatron-core the epochs that it was made for."""
-    order = {"sample_order": config.data.sample_order}
-    if config.data.sample_order == "megatron":
-        for part in parts:
-            first, last = split_sequences(part.shares, len(part.indexed))[part.split]
-            tokens = int(part.indexed.lengths[first:last].sum(dtype=np.int64))
-            epochs = epochs_of(tokens, config.model.seq_length, samples)
-            order["epochs"] = epochs.epochs
-            order["last_epoch_apart"] = epochs.apart
-    return order
+    def loader(self, dataset, data_size: int, data_rank: int, eod: int | None) -> BatchLoader:
+        """The batches of one data-parallel rank.
 
-
-def gpt_loader(
-    config: SampleConfig, dataset, data_size: int, data_rank: int, eod: int | None = None
-) -> BatchLoader:
-    """Batches of a GPT. Raises TokenizerError when the token that ends a document is not known."""
-    data = config.data
-    if eod is None and data.eod_matters:
-        eod = configured_tokenizer(data, config.model.vocab_size).eod
-    return BatchLoader(
-        dataset,
-        data.micro_batch_size,
-        data_size,
-        data_rank,
-        eod=eod,
-        eod_mask_loss=data.eod_mask_loss,
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-    )
+        eod: id of the token that ends a document; None: the tokenizer's, if the configuration needs
+        it. Raises TokenizerError when that is not known.
+        """
+        options = self.data.eod_options
+        if eod is None and any(options.values()):
+            eod = configured_tokenizer(self.data, self.model.vocab_size).eod
+        rows = self.data.micro_batch_size
+        return BatchLoader(dataset, rows, data_size, data_rank, eod=eod, **options)
 
 
-def bert_mock(config: SampleConfig, split: str) -> BertDataset:
-    """Synthetic samples of a BERT."""
-    sentences = MockSentences(config.model.vocab_size, config.seed, split)
-    return BertDataset(
-        sentences,
-        (0, sentences.num_documents),
-        config.model.seq_length,
-        seed=config.seed,
-        split_name=split,
-        special=sentences.special,
-        vocab_size=sentences.vocab_size,
-        starts_word=sentences.starts_word,
-        config=config.bert,
-    )
+class BertData(SampleConfig):
+    """What a BERT reads."""
+
+    pads = True
+    """Whether samples differ in length, so that they are padded, and attention is masked."""
+
+    def mock(self, split: str) -> BertDataset:
+        """Samples of synthetic data."""
+        sentences = MockSentences(self.model.vocab_size, self.seed, split)
+        documents = (0, sentences.num_documents)
+        special = (sentences.special, sentences.starts_word)
+        return self._dataset(sentences, documents, split, *special)
+
+    def dataset(self, part: SplitData, samples: int) -> BertDataset:
+        """The samples of one split of one source.
+
+        Raises DatasetError when there are none, and TokenizerError when the tokenizer lacks a
+        special token.
+        """
+        documents = part.documents
+        tokenizer = configured_tokenizer(self.data, self.model.vocab_size)
+        special = (special_ids(tokenizer), getattr(tokenizer, "starts_word", None))
+        return self._dataset(part.indexed, documents, part.split, *special)
+
+    def _dataset(self, indexed, documents, split: str, special, starts_word) -> BertDataset:
+        masker = Masker(special, self.model.vocab_size, starts_word, self.bert)
+        options = {"masker": masker, "seed": self.seed, "split": split}
+        return BertDataset(indexed, documents, self.model.seq_length, **options)
+
+    def order(self, parts: Sequence[SplitData], samples: int) -> dict:
+        """What the order of the samples depends on, beside seed and sequence length: how they are
+        cut, paired and masked. Checkpoints record it."""
+        return dict(vars(self.bert))
+
+    def loader(self, dataset, data_size: int, data_rank: int, eod: int | None) -> BertLoader:
+        """The batches of one data-parallel rank."""
+        return BertLoader(dataset, self.data.micro_batch_size, data_size, data_rank)
 
 
-def bert_dataset(config: SampleConfig, part: SplitData, samples: int) -> BertDataset:
-    """The samples of a BERT in one split of one source.
-
-    Raises DatasetError when there are none, and TokenizerError when the tokenizer lacks a special
-    token.
-    """
-    model = config.model
-    documents = _documents(part)
-    tokenizer = configured_tokenizer(config.data, model.vocab_size)
-    return BertDataset(
-        part.indexed,
-        documents,
-        model.seq_length,
-        seed=config.seed,
-        split_name=part.split,
-        special=special_ids(tokenizer),
-        vocab_size=model.vocab_size,
-        starts_word=getattr(tokenizer, "starts_word", None),
-        config=config.bert,
-    )
-
-
-def bert_order(config: SampleConfig, parts: Sequence[SplitData], samples: int) -> dict:
-    """How samples are cut, paired and masked."""
-    return dict(vars(config.bert))
-
-
-def bert_loader(
-    config: SampleConfig, dataset, data_size: int, data_rank: int, eod: int | None = None
-) -> BertLoader:
-    """Batches of a BERT."""
-    return BertLoader(dataset, config.data.micro_batch_size, data_size, data_rank)
-
-
-def _documents(part: SplitData) -> tuple[int, int]:
-    """The documents of a split. Raises DatasetError when there are none."""
-    first, last = part.documents
-    if first == last:
-        raise DatasetError(
-            f"split '{part.split}' is empty: --split {part.shares} gives it none of the "
-            f"{part.indexed.num_documents} documents of {part.indexed.prefix}. Give it a larger "
-            f"share, or request no {part.split} samples"
-        )
-    return first, last
-
-
-GPT_DATA = ArchitectureData(gpt_mock, gpt_dataset, order=gpt_order, loader=gpt_loader)
-BERT_DATA = ArchitectureData(
-    bert_mock, bert_dataset, order=bert_order, loader=bert_loader, pads=True
-)
-DATA_OF = {"gpt": GPT_DATA, "bert": BERT_DATA}
+DATA_OF = {"gpt": GPTData, "bert": BertData}
 """By `ModelConfig.architecture`."""

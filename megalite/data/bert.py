@@ -21,13 +21,13 @@ Without a pair task every token of a split is used in every epoch, except those 
 leave out (short_seq_prob). With pairs every run is used in every epoch, with other tokens trimmed.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from megalite.data.bert_config import BertDataConfig
 from megalite.data.indexed import DatasetError, IndexedDataset, check_ids
-from megalite.data.masking import Masker, SpecialIds
+from megalite.data.masking import Masker, frame
 from megalite.data.runs import Run, SentenceRuns
 from megalite.kernels.philox import counters, key_of, philox4x32
 
@@ -35,65 +35,45 @@ DRAWS = 3
 """Random counters of a sample for the choice of its tokens, before those for their masks."""
 
 
+@dataclass(eq=False)
 class BertDataset:
     """BERT samples: `dataset[i]` for any i >= 0, over any number of epochs.
 
-    Args:
-        indexed: a dataset whose sequences are sentences (preprocess_data.py --split-sentences).
-        documents: [first, last) document of the split.
-        seq_length: s, tokens in a sample, padding included.
-        seed, split_name: the samples depend on these, the above and the configuration alone.
-        special: ids that frame a sample.
-        vocab_size, starts_word: see Masker.
-        config: how samples are cut, paired and masked.
-
-    Raises DatasetError when the split has no tokens, or for nsp fewer than two documents, when s is
-    too small for a frame and two tokens, and for special ids that do not fit the vocabulary.
+    They depend on the fields alone. Raises DatasetError when the split has no tokens, or for nsp
+    fewer than two documents, and when s is too small for a frame and two tokens.
     """
 
-    def __init__(
-        self,
-        indexed: IndexedDataset,
-        documents: tuple[int, int],
-        seq_length: int,
-        *,
-        seed: int,
-        split_name: str,
-        special: SpecialIds,
-        vocab_size: int,
-        starts_word: np.ndarray | None = None,
-        config: BertDataConfig | None = None,
-    ):
-        self.config = config or BertDataConfig()
+    indexed: IndexedDataset
+    """Its sequences are sentences (preprocess_data.py --split-sentences)."""
+    documents: tuple[int, int]
+    """[first, last) document of the split."""
+    seq_length: int
+    """s, tokens in a sample, padding included."""
+    masker: Masker
+    """Masks samples; has the ids that frame them, and the configuration."""
+    seed: int
+    split: str
+
+    def __post_init__(self):
+        self.config = self.masker.config
         pair = self.config.bert_pair
         frame = 2 if pair == "none" else 3
-        if seq_length < frame + 2:
+        if self.seq_length < frame + 2:
             raise DatasetError(
-                f"--seq-length {seq_length} has no room for two tokens beside [CLS] and [SEP]: "
-                f"give {frame + 2} or more"
+                f"--seq-length {self.seq_length} has no room for two tokens beside [CLS] and "
+                f"[SEP]: give {frame + 2} or more"
             )
-        count = documents[1] - documents[0]
+        count = self.documents[1] - self.documents[0]
         if pair == "nsp" and count < 2:
             raise DatasetError(
-                f"split '{split_name}' has {count} documents, but next-sentence prediction takes "
+                f"split '{self.split}' has {count} documents, but next-sentence prediction takes "
                 "sentences from another document. Give it a larger share of --split, use more "
                 "data, or --bert-pair sop"
             )
-        self.seq_length = seq_length
-        self.max_tokens = seq_length - frame
-        self.special = special
-        self.vocab_size = vocab_size
-        self.split_name = split_name
-        self.runs = SentenceRuns(
-            indexed,
-            documents,
-            self.max_tokens,
-            seed=seed,
-            split_name=split_name,
-            across=pair == "none",
-        )
-        self._masker = Masker(special, vocab_size, starts_word, self.config)
-        self._key = key_of(seed, "bert sample", split_name)
+        self.max_tokens = self.seq_length - frame
+        order = {"seed": self.seed, "split": self.split, "across": pair == "none"}
+        self.runs = SentenceRuns(self.indexed, self.documents, self.max_tokens, **order)
+        self._key = key_of(self.seed, "bert sample", self.split)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -119,23 +99,20 @@ class BertDataset:
         numbers = self._numbers(i, DRAWS + self.seq_length)
         parts, label = self._segments(i, _Draws.of(numbers))
         # Frame the text.
-        labels = np.full(self.seq_length, self.special.pad, np.int64)
-        labels[0] = self.special.cls
+        special = self.masker.special
+        row = frame(special, *map(self._read, parts))
+        length = len(row)
+        labels = np.full(self.seq_length, special.pad, np.int64)
+        labels[:length] = row
         token_types = np.zeros_like(labels)
-        length = 1
-        for number, part in enumerate(parts):
-            stop = length + part.size
-            labels[length:stop] = self._read(part)
-            labels[stop] = self.special.sep
-            token_types[length : stop + 1] = number
-            length = stop + 1
+        token_types[parts[0].size + 2 : length] = 1
         segments = np.zeros_like(labels)
         segments[:length] = 1
         # Mask it.
         tokens = labels.copy()
         loss_mask = np.zeros(self.seq_length, np.float32)
         words = numbers[DRAWS : DRAWS + length]
-        tokens[:length], loss_mask[:length] = self._masker(labels[:length], words)
+        tokens[:length], loss_mask[:length] = self.masker(row, words)
         return {
             "tokens": tokens,
             "token_types": token_types,
@@ -241,8 +218,8 @@ class BertDataset:
 
     def _read(self, run: Run) -> np.ndarray:
         tokens = self.runs.stream.read(run.start, run.stop)
-        location = f"split '{self.split_name}', token {run.start} and after"
-        check_ids(tokens, self.vocab_size, location)
+        location = f"split '{self.split}', token {run.start} and after"
+        check_ids(tokens, self.masker.vocab_size, location)
         return tokens
 
     def fingerprint(self) -> str:

@@ -1,8 +1,8 @@
 """Blends of datasets by weight: the source of a sample, and its index there, by computation."""
 
-import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,34 +33,18 @@ class Blend:
         self._last = (0, np.zeros(len(weights), np.int64))
 
     def counts(self, n: int) -> np.ndarray:
-        """Samples of each source among the first n, int64 [k], 0 <= n <= 2^50."""
-        return self._counts(n).copy()
+        """Samples of each source among the first n, int64 [k], 0 <= n <= 2^50.
 
-    def __getitem__(self, i: int) -> tuple[int, int]:
-        """(source, index of the sample within the source) of sample i >= 0."""
-        counts = self._counts(i)
-        source = int((self.shares / (2 * counts + 1)).argmax())
-        after = counts.copy()
-        after[source] += 1
-        self._last = (i + 1, after)
-        return source, int(counts[source])
-
-    def _counts(self, n: int) -> np.ndarray:
+        Computed without those before, unless they follow the last look-up. In the words of
+        apportionment, sample c of a source is a seat of worth w / (2 c + 1), and the blend takes
+        seats from the worthiest down. The counts are w x rounded, for some x. Rounding moves the
+        sum of k numbers by at most k / 2, so x is within k / 2 of n, and a count within 1 / 2 of
+        w (n - k / 2) .. w (n + k / 2); one more on either side allows for float64 rounding. All
+        seats below that range are taken, and the worthiest of those in it; of equal ones the first.
+        """
         last, counts = self._last
         if last == n:
-            return counts
-        return self._search(n)
-
-    def _search(self, n: int) -> np.ndarray:
-        """The counts after n samples, computed without those before.
-
-        In the words of apportionment, sample c of a source is a seat of worth w / (2 c + 1), and
-        the blend takes seats from the worthiest down. The counts are w x rounded, for some x.
-        Rounding moves the sum of k numbers by at most k / 2, so x is within k / 2 of n, and a count
-        within 1 / 2 of w (n - k / 2) .. w (n + k / 2); one more on either side allows for float64
-        rounding. All seats below that range are taken, and the worthiest of those in it; of equal
-        ones the first.
-        """
+            return counts.copy()
         if not 0 <= n <= MOST:
             raise ValueError(f"sample {n} of a blend: needs 0 to {MOST}")
         k = len(self.shares)
@@ -78,36 +62,42 @@ class Blend:
         taken = np.argsort(-worth, kind="stable")[: n - int(fewest.sum())]
         return fewest + np.bincount(sources[taken], minlength=k)
 
+    def __getitem__(self, i: int) -> tuple[int, int]:
+        """(source, index of the sample within the source) of sample i >= 0."""
+        counts = self.counts(i)
+        source = int((self.shares / (2 * counts + 1)).argmax())
+        index = int(counts[source])
+        counts[source] += 1
+        self._last = (i + 1, counts)
+        return source, index
 
+
+@dataclass(eq=False)
 class BlendedDataset:
     """Samples of several datasets by weight: `dataset[i]` for any i >= start.
-
-    Args:
-        datasets: `datasets[j][i]` gives sample i of source j.
-        weights: one for each dataset.
-        start: index in the run of the first sample of this blend; earlier ones came from another.
-        consumed: samples of each source that were used before `start`; each continues from there.
-            None: no samples were used.
 
     Raises ValueError when the numbers of datasets, weights and counts differ.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence,
-        weights: Sequence[float],
-        start: int = 0,
-        consumed: Sequence[int] | None = None,
-    ):
-        self.datasets = list(datasets)
-        self.start = start
-        self.consumed = [0] * len(self.datasets) if consumed is None else list(consumed)
-        if not len(self.datasets) == len(weights) == len(self.consumed):
+    datasets: Sequence
+    """`datasets[j][i]` gives sample i of source j."""
+    weights: Sequence[float]
+    """One for each dataset."""
+    start: int = 0
+    """Index in the run of the first sample of this blend; earlier ones came from another."""
+    consumed: Sequence[int] | None = None
+    """Samples of each source that were used before `start`; each continues from there. None: no
+    samples were used."""
+
+    def __post_init__(self):
+        if self.consumed is None:
+            self.consumed = [0] * len(self.datasets)
+        if not len(self.datasets) == len(self.weights) == len(self.consumed):
             raise ValueError(
-                f"{len(self.datasets)} datasets, {len(weights)} weights and {len(self.consumed)} "
-                "counts do not match"
+                f"{len(self.datasets)} datasets, {len(self.weights)} weights and "
+                f"{len(self.consumed)} counts do not match"
             )
-        self._blend = Blend(weights)
+        self._blend = Blend(self.weights)
 
     def __getitem__(self, i: int):
         """Sample i of the run. Raises IndexError for one before `start`."""
@@ -117,12 +107,3 @@ class BlendedDataset:
         if len(self.datasets) > 1:
             source, index = self._blend[index]
         return self.datasets[source][self.consumed[source] + index]
-
-    def consumed_at(self, i: int) -> list[int]:
-        """Samples of each source used before sample i >= start of the run."""
-        return (np.array(self.consumed) + self._blend.counts(i - self.start)).tolist()
-
-    def fingerprint(self) -> str:
-        """Identifies the contents of the sources."""
-        prints = [dataset.fingerprint() for dataset in self.datasets]
-        return hashlib.sha256("\n".join(prints).encode()).hexdigest()

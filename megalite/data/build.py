@@ -1,11 +1,13 @@
 """From the configuration to datasets."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 
-from megalite.data.architectures import DATA_OF, Dataset, SampleConfig, SplitData
+from megalite.data.architectures import DATA_OF, Dataset
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.blend import BlendedDataset
 from megalite.data.config import DataConfig
+from megalite.data.gpt import SPLITS, SplitData
 from megalite.data.indexed import DatasetError, IndexedDataset
 from megalite.data.sources import DataState, Source, UsedSource, parse_sources
 from megalite.nn.config import ModelConfig
@@ -14,11 +16,7 @@ MOCK = Source(1.0, "--mock-data")
 
 
 def build_sources(
-    data: DataConfig,
-    model: ModelConfig,
-    seed: int,
-    samples: Mapping[str, int],
-    bert: BertDataConfig | None = None,
+    data: DataConfig, model: ModelConfig, seed: int, samples: Mapping[str, int], bert=None
 ) -> dict[str, list[tuple[Source, Dataset]]]:
     """The datasets of each requested split ("train", "valid", "test"), with their weights.
 
@@ -28,40 +26,41 @@ def build_sources(
         data, model, seed: as configured.
         samples: how many samples of each split the run takes; only --sample-order megatron depends
             on it.
-        bert: how the samples of a BERT are made. None: by the defaults.
+        bert: a BertDataConfig: how the samples of a BERT are made. None: by the defaults.
 
     Raises DatasetError when there is no data, a file is unusable, or a requested split is empty or
     shorter than a sample; TokenizerError when a BERT's tokenizer lacks a token that it needs.
     """
-    architecture = DATA_OF[model.architecture]
-    config = SampleConfig(data, model, seed, bert or BertDataConfig())
+    architecture = DATA_OF[model.architecture](data, model, seed, bert or BertDataConfig())
     if data.mock_data:
         if model.vocab_size is None:
             raise DatasetError("--mock-data needs --vocab-size")
-        return {split: [(MOCK, architecture.mock(config, split))] for split in samples}
-    opened: dict[str, IndexedDataset] = {}
+        return {split: [(MOCK, architecture.mock(split))] for split in samples}
+    open_dataset = cache(IndexedDataset)
     built = {}
     for split, number in samples.items():
-        flag, words = data.words_of(split)
-        if words is None:
-            raise DatasetError(
-                f"no data for {split} samples: give {flag} PREFIX, or --mock-data with --vocab-size"
-            )
         built[split] = []
-        for source in parse_sources(words, flag):
-            if source.prefix not in opened:
-                opened[source.prefix] = IndexedDataset(source.prefix)
-            part = SplitData.of(opened[source.prefix], split, data)
-            built[split].append((source, architecture.dataset(config, part, number)))
+        for source, part in _parts(data, split, open_dataset):
+            built[split].append((source, architecture.dataset(part, number)))
     return built
 
 
+def _parts(data: DataConfig, split: str, open_dataset) -> Iterator[tuple[Source, SplitData]]:
+    """The sources of a split: all their documents when they are for it alone, else by --split."""
+    flag, words = data.words_of(split)
+    if words is None:
+        raise DatasetError(
+            f"no data for {split} samples: give {flag} PREFIX, or --mock-data with --vocab-size"
+        )
+    shares = data.split
+    if flag != "--data-path":
+        shares = ",".join("1" if name == split else "0" for name in SPLITS)
+    for source in parse_sources(words, flag):
+        yield source, SplitData(open_dataset(source.prefix), split, shares)
+
+
 def data_state(
-    data: DataConfig,
-    model: ModelConfig,
-    seed: int,
-    samples: int,
-    bert: BertDataConfig | None = None,
+    data: DataConfig, model: ModelConfig, seed: int, samples: int, bert=None
 ) -> DataState:
     """The state of a run that starts with the configured training data.
 
@@ -73,20 +72,18 @@ def data_state(
 
     Raises DatasetError for two sources with equal contents.
     """
-    architecture = DATA_OF[model.architecture]
-    config = SampleConfig(data, model, seed, bert or BertDataConfig())
+    architecture = DATA_OF[model.architecture](data, model, seed, bert or BertDataConfig())
     used = []
     parts = []
     if data.mock_data:
-        fingerprint = architecture.mock(config, "train").fingerprint()
+        fingerprint = architecture.mock("train").fingerprint()
         used.append(UsedSource(MOCK.prefix, MOCK.weight, fingerprint, consumed=0))
     else:
-        flag, words = data.words_of("train")
         prefixes = {}
-        for source in parse_sources(words, flag):
-            part = SplitData.of(IndexedDataset(source.prefix), "train", data)
+        for source, part in _parts(data, "train", IndexedDataset):
             fingerprint = part.indexed.tokens(*part.documents).fingerprint()
             if fingerprint in prefixes:
+                flag, _ = data.words_of("train")
                 raise DatasetError(
                     f"{flag}: {prefixes[fingerprint]} and {source.prefix} have the same contents; "
                     "name one, with the sum of the weights"
@@ -95,7 +92,7 @@ def data_state(
             used.append(UsedSource(source.prefix, source.weight, fingerprint, consumed=0))
             parts.append(part)
     order = {"seed": seed, "seq_length": model.seq_length}
-    order |= architecture.order(config, parts, samples)
+    order |= architecture.order(parts, samples)
     return DataState(order, tuple(used))
 
 
@@ -104,8 +101,8 @@ def blended(sources: list[tuple[Source, object]], state: DataState | None = None
 
     state: None starts each source at its first sample.
     """
-    datasets = [dataset for _, dataset in sources]
-    weights = [source.weight for source, _ in sources]
+    given, datasets = zip(*sources)
+    weights = [source.weight for source in given]
     if state is None:
         return BlendedDataset(datasets, weights)
     consumed = [source.consumed for source in state.sources]

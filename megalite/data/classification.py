@@ -4,15 +4,17 @@ Imports no torch.
 """
 
 import csv
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from megalite.data import masking
 from megalite.data.indexed import DatasetError
+from megalite.data.json_lines import json_object, text_problem
 from megalite.data.masking import SpecialIds
 from megalite.data.permutation import Permutation
 from megalite.data.tokenizers import Tokenizer
@@ -59,162 +61,115 @@ def read_examples(
     read.
     """
     examples = []
+    problems = []
+    rows = None
     with open(path, "rb") as file:
         lines = _Lines(file)
-        if Path(path).suffix == ".tsv":
-            rows = _tsv_rows(lines, columns, quoting)
-        else:
-            rows = _json_rows(lines)
-        for row in rows:
+        while True:
+            first = lines.number + 1
             try:
-                examples.append(_example(row, columns))
-            except ValueError as error:
-                lines.report(str(error))
-    problems = [f"{path}, {problem}" for problem in lines.problems]
+                if rows is not None:
+                    examples.append(_example(next(rows), columns))
+                elif Path(path).suffix == ".tsv":
+                    rows = _tsv_rows(lines, columns, quoting)
+                else:
+                    rows = map(json_object, lines)
+            except StopIteration:
+                break
+            except (ValueError, csv.Error) as error:
+                where = f"line {lines.number}"
+                if first < lines.number:
+                    where = f"lines {first} to {lines.number}"
+                advice = ""
+                if isinstance(error, csv.Error) and quoting == "csv":
+                    advice = "; where quotes are ordinary characters, give --quoting none"
+                problems.append(f"{path}, {where}: {error}{advice}")
+                if rows is None:  # the header is invalid
+                    break
     if not examples and not problems:
         problems.append(f"{path}: no examples in it")
     return examples, problems
 
 
 class _Lines:
-    """The lines of a file as text, and their problems. A line that is not UTF-8 is left out."""
+    """The lines of a file as text. Raises ValueError for one that is not UTF-8, and continues."""
 
-    def __init__(self, file: Iterable[bytes]):
+    def __init__(self, file: Iterator[bytes]):
         self._file = file
-        self.problems: list[str] = []
-        self.first = 0
-        """First line of the row that is being read, from 1."""
         self.number = 0
-        """Last line of the row that is being read."""
+        """Number of the last line, from 1."""
 
-    def __iter__(self) -> Iterator[str]:
-        for line in self._file:
-            self.number += 1
-            try:
-                yield line.decode("utf-8-sig" if self.number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                self.first = self.number
-                byte = line[error.start]
-                self.report(f"not UTF-8: byte {byte:#04x} at column {error.start + 1}")
+    def __iter__(self) -> "_Lines":
+        return self
 
-    def report(self, problem: str) -> None:
-        """Record a problem of the current row."""
-        where = f"line {self.number}"
-        if self.first < self.number:
-            where = f"lines {self.first} to {self.number}"
-        self.problems.append(f"{where}: {problem}")
-
-
-def _json_rows(lines: _Lines) -> Iterator[dict]:
-    for line in lines:
-        lines.first = lines.number
+    def __next__(self) -> str:
+        line = next(self._file)
+        self.number += 1
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if line.strip():
-                lines.report(f"invalid JSON: {error.msg} at column {error.colno}")
-            else:
-                lines.report("the line is empty")
-        except (ValueError, RecursionError) as error:
-            lines.report(f"JSON that cannot be read: {error}")
-        else:
-            if isinstance(row, dict):
-                yield row
-            else:
-                lines.report(f"a JSON object is needed, not {type(row).__name__}")
+            return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            where = f"column {error.start + 1}"
+            raise ValueError(f"not UTF-8: byte {byte:#04x} at {where}") from None
 
 
 def _tsv_rows(lines: _Lines, columns: Columns, quoting: Quoting) -> Iterator[dict]:
-    """The rows after the header, by its names. A file with an invalid header has no rows."""
-    rules = {}
-    if quoting == "none":
-        rules = {"quoting": csv.QUOTE_NONE, "quotechar": None}
-    reader = csv.reader(iter(lines), "excel-tab", strict=True, **rules)
-    header = None
-    while True:
-        # Read a row, which may take several lines.
-        lines.first = lines.number + 1
-        try:
-            fields = next(reader)
-            if any("\n" in field and "\t" in field for field in fields):
-                raise csv.Error(
-                    "a field in quotes that holds a line break and a tab; is a quote not closed?"
-                )
-        except StopIteration:
-            return
-        except csv.Error as error:
-            advice = ""
-            if quoting == "csv":
-                advice = "; where quotes are ordinary characters, give --quoting none"
-            lines.report(f"{error}{advice}")
-            continue
-        # Check it against the header, which comes first.
-        if header is None:
-            header = fields
-            if not _check_header(header, columns, lines):
-                return
-        elif not fields:
-            lines.report(f"the line is empty; the header has {len(header)} columns")
-        elif len(fields) != len(header):
-            lines.report(f"{len(fields)} columns; the header has {len(header)} columns")
-        else:
-            yield dict(zip(header, fields, strict=True))
+    """The rows after the header, by its names; a row that is invalid raises an error in its turn.
 
-
-def _check_header(header: list[str], columns: Columns, lines: _Lines) -> bool:
-    """Whether each column that is read is in the header once; reports those that are not."""
-    sound = True
+    Raises ValueError or csv.Error for an invalid header.
+    """
+    rules = {"quoting": csv.QUOTE_NONE, "quotechar": None} if quoting == "none" else {}
+    reader = csv.reader(lines, "excel-tab", strict=True, **rules)
+    header = next(reader)
+    wrong = []
     for name in columns.names:
-        count = header.count(name)
-        if count != 1:
-            found = f"{count} columns" if count else "no column"
-            lines.report(f"{found} {name!r} in the header; it has {', '.join(header)}")
-            sound = False
-    return sound
+        if name not in header:
+            wrong.append(f"no column {name!r}")
+        elif header.count(name) > 1:
+            wrong.append(f"{header.count(name)} columns {name!r}")
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} in the header; it has {', '.join(header)}")
+
+    def row(fields: list[str]) -> dict:
+        if any("\n" in field and "\t" in field for field in fields):
+            raise csv.Error(
+                "a field in quotes that holds a line break and a tab; is a quote not closed?"
+            )
+        if len(fields) != len(header):
+            found = f"{len(fields)} columns" if fields else "the line is empty"
+            raise ValueError(f"{found}; the header has {len(header)} columns")
+        return dict(zip(header, fields, strict=True))
+
+    return map(row, reader)
 
 
 def _example(row: dict, columns: Columns) -> Example:
     """The values of a row. Raises ValueError with all problems."""
+    if type(row.get(columns.label)) is int:
+        row[columns.label] = str(row[columns.label])
     problems = []
-    values = []
-    for name in (columns.text, columns.pair, columns.label):
-        value = None
-        if name is not None:
-            value = row.get(name)
-            is_label = name == columns.label
-            if is_label and type(value) is int:
-                value = str(value)
-            problem = _value_problem(row, name, value, is_label=is_label)
-            if problem is not None:
-                problems.append(problem)
-        values.append(value)
+    for name in columns.names:
+        wanted = "text or a whole number" if name == columns.label else "text"
+        problem = text_problem(row, name, wanted)
+        if problem is None and not row[name].strip():
+            problem = f"{name!r} is empty"
+        if problem is None and re.search("[\ud800-\udfff]", row[name]):
+            problem = f"{name!r}: half of a surrogate pair, not Unicode text"
+        if problem:
+            problems.append(problem)
     if problems:
         raise ValueError("; ".join(problems))
-    return Example(*values)
+    return Example(row[columns.text], row.get(columns.pair), row.get(columns.label))
 
 
-def _value_problem(row: dict, name: str, value, *, is_label: bool) -> str | None:
-    """What is wrong with the value of a column, if anything."""
-    if name not in row:
-        return f"no key {name!r}; keys here: {', '.join(row) or 'none'}"
-    if not isinstance(value, str):
-        wanted = "text or a whole number" if is_label else "text"
-        return f"{name!r} is {type(value).__name__}, not {wanted}"
-    if not value.strip():
-        return f"{name!r} is empty"
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        return f"{name!r}: half of a surrogate pair, not Unicode text"
-    return None
-
-
-def refuse(problems: Sequence[str]) -> None:
+def refuse(problems: Iterable[str]) -> None:
     """Raise DatasetError with the first 10 problems and the number of the others, if any."""
-    if not problems:
-        return
-    shown = list(problems[:SHOWN_PROBLEMS])
-    if len(problems) > SHOWN_PROBLEMS:
-        shown.append(f"and {len(problems) - SHOWN_PROBLEMS} more")
-    raise DatasetError("\n  ".join(shown))
+    shown = list(problems)
+    more = len(shown) - SHOWN_PROBLEMS
+    if more > 0:
+        shown[SHOWN_PROBLEMS:] = [f"and {more} more"]
+    if shown:
+        raise DatasetError("\n  ".join(shown))
 
 
 def classes_of(examples: Iterable[Example]) -> list[str]:
@@ -231,9 +186,7 @@ def order(n: int, seed: int, *what: str | int) -> np.ndarray:
     return Permutation(n, keys.tolist())(np.arange(n)).astype(np.int64)
 
 
-def hold_out(
-    examples: list[Example], share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+def hold_out(examples: list[Example], share: float, seed: int) -> tuple[list, list]:
     """(training, validation): a share of the examples, chosen at random, becomes validation data.
 
     Raises DatasetError when that leaves one of the two empty.
@@ -252,17 +205,14 @@ def hold_out(
     return training, validation
 
 
-def unseen_labels(examples: Iterable[Example], classes: list[str]) -> list[str]:
+def unseen_labels(examples: Iterable[Example], classes: list[str]) -> Iterator[str]:
     """A problem for each label of these examples that is not one of the classes."""
-    known = ", ".join(classes)
-    problems = []
     for label in classes_of(examples):
         if label not in classes:
-            problems.append(
+            yield (
                 f"label {label!r} is in the validation data but not in the training data, which "
-                f"has {known}"
+                f"has {', '.join(classes)}"
             )
-    return problems
 
 
 @dataclass(frozen=True)
@@ -289,7 +239,7 @@ class Rows:
         tokens; token_types, 1 for B and its [SEP]; segments, 1, and 0 for padding: int64 [b, s].
         """
         rows = [self.tokens[i] for i in chosen]
-        lengths = np.array([len(row) for row in rows])[:, None]
+        lengths = np.array(list(map(len, rows)))[:, None]
         second = np.array([self.second[i] for i in chosen])[:, None]
         column = np.arange(lengths.max())
         tokens = np.full((len(rows), lengths.max()), self.pad, np.int64)
@@ -314,25 +264,21 @@ def frame(
     Tokens are removed from the end of a text; in a pair, from the longer one first. classes: the
     labels of the examples, by class index. None: labels are not read.
     """
-    first = tokenizer.encode_batch([example.text for example in examples]).split()
-    second = None
-    room = seq_length - 2
-    if examples[0].pair is not None:
-        second = tokenizer.encode_batch([example.pair for example in examples]).split()
-        room = seq_length - 3
+    texts, pairs, given_labels = zip(*examples)
+    is_pair = pairs[0] is not None
+    room = seq_length - (3 if is_pair else 2)
+    first = tokenizer.encode_batch(texts).split()
+    second = tokenizer.encode_batch(pairs).split() if is_pair else [()] * len(first)
     tokens = []
     starts = []
     cut = 0
-    for number, a in enumerate(first):
-        b = [] if second is None else second[number]
+    for a, b in zip(first, second):
         kept = min(len(a), max(room - len(b), room - room // 2))
         cut += len(a) + len(b) > room
-        row = [[special.cls], a[:kept], [special.sep]]
         starts.append(kept + 2)
-        if second is not None:
-            row += [b[: room - kept], [special.sep]]
-        tokens.append(np.concatenate(row).astype(np.int64))
+        kept_texts = [a[:kept], b[: room - kept]] if is_pair else [a[:kept]]
+        tokens.append(masking.frame(special, *kept_texts))
     labels = None
     if classes is not None:
-        labels = np.array([classes.index(example.label) for example in examples])
+        labels = np.array(list(map(classes.index, given_labels)))
     return Rows(tokens, starts, labels, special.pad, cut=cut)

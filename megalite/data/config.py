@@ -5,21 +5,6 @@ from typing import Annotated, Literal
 
 from megalite.fields import Field
 
-TokenizerType = Literal[
-    "SentencePieceTokenizer",
-    "GPT2BPETokenizer",
-    "BertWordPieceLowerCase",
-    "BertWordPieceCase",
-    "HuggingFaceTokenizer",
-    "TikTokenizer",
-    "NullTokenizer",
-    "ByteTokenizer",
-]
-"""The kinds of tokenizer, by Megatron's names."""
-MaskingTokenizerType = Literal[
-    "BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer"
-]
-"""Those that may have the tokens that frame and mask a BERT's samples."""
 TOKENIZER_FILES: dict[str, tuple[str, ...]] = {
     "SentencePieceTokenizer": ("tokenizer_model",),
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
@@ -31,6 +16,12 @@ TOKENIZER_FILES: dict[str, tuple[str, ...]] = {
     "ByteTokenizer": (),
 }
 """Fields that name the files of each kind of tokenizer. It needs all of these, and no others."""
+TokenizerType = Literal[tuple(TOKENIZER_FILES)]
+"""The kinds of tokenizer, by Megatron's names."""
+MaskingTokenizerType = Literal[
+    "BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer"
+]
+"""Those that may have the tokens that frame and mask a BERT's samples."""
 NO_SPECIAL_TEXTS: dict[str, str] = {
     "SentencePieceTokenizer": "SentencePiece never reads a control piece from a text. Train the "
     "model with user_defined_symbols, which it always reads",
@@ -38,14 +29,8 @@ NO_SPECIAL_TEXTS: dict[str, str] = {
     "ByteTokenizer": "a ByteTokenizer has no special token that a text could contain",
 }
 """Kinds that --parse-special-tokens cannot be used with: the reason."""
-TOKENIZER_FIELDS = (
-    "tokenizer_type",
-    "tokenizer_model",
-    "vocab_file",
-    "merge_file",
-    "tiktoken_pattern",
-    "parse_special_tokens",
-)
+TOKENIZER_FIELDS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
+TOKENIZER_FIELDS += ("tiktoken_pattern", "parse_special_tokens")
 """Fields that determine the ids of a text."""
 
 
@@ -102,18 +87,16 @@ class DataConfig:
     tokenizer)."""
 
     @property
-    def eod_matters(self) -> bool:
-        """Whether batches depend on which token ends a document."""
-        return self.eod_mask_loss or self.reset_position_ids or self.reset_attention_mask
+    def eod_options(self) -> dict[str, bool]:
+        """The options that need the token that ends a document, by field."""
+        fields = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+        return {field: getattr(self, field) for field in fields}
 
     @property
     def paths(self) -> dict[str, tuple[str, ...] | None]:
         """The values of the fields that name datasets, by field."""
-        return {
-            "data_path": self.data_path,
-            "train_data_path": self.train_data_path,
-            "valid_data_path": self.valid_data_path,
-        }
+        fields = ("data_path", "train_data_path", "valid_data_path")
+        return {field: getattr(self, field) for field in fields}
 
     def words_of(self, split: str) -> tuple[str, tuple[str, ...] | None]:
         """(flag, its value) that says what "train", "valid" or "test" samples are made of."""

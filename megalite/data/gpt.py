@@ -6,41 +6,39 @@ its own. Offset and order are functions of (seed, split, epoch): no index is bui
 memory, and the number of iterations, the batch size and the layout do not matter.
 """
 
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 
-from megalite.data.indexed import DatasetError, check_ids
-from megalite.data.permutation import Permutation
-from megalite.data.streams import Stream
-from megalite.kernels.philox import counters, key_of, philox4x32
+from megalite.data.indexed import DatasetError, IndexedDataset, check_ids
+from megalite.data.permutation import Permutation, random_words
+from megalite.data.streams import TokenStream
 
 SPLITS = ("train", "valid", "test")
 
 
 class WindowDataset:
-    """Samples of s + 1 tokens, each a window of a stream. Subclasses give the position of sample i.
+    """Samples of s + 1 tokens, each a window of a stream.
+
+    Subclasses have `window(i)`, the position in the stream at which sample i starts.
 
     Any number of threads may read at once.
 
     Args:
         stream: the tokens of the split.
         seq_length: s, tokens that the model sees; a sample has one more, for the labels.
-        split_name: for messages.
+        split: its name, for messages.
         vocab_size: when given, ids at or above it are an error.
     """
 
-    def __init__(self, stream: Stream, seq_length: int, split_name: str, vocab_size: int | None):
+    def __init__(self, stream: TokenStream, seq_length: int, split: str, vocab_size: int | None):
         self.stream = stream
         self.seq_length = seq_length
-        self.split_name = split_name
+        self.split = split
         self.vocab_size = vocab_size
-
-    def window(self, i: int) -> int:
-        """Position in the stream at which sample i starts."""
-        raise NotImplementedError
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Sample i, int64 [s + 1].
@@ -52,21 +50,9 @@ class WindowDataset:
         start = self.window(i)
         sample = self.stream.read(start, start + self.seq_length + 1)
         if self.vocab_size is not None:
-            location = f"split '{self.split_name}', token {start} and after"
+            location = f"split '{self.split}', token {start} and after"
             check_ids(sample, self.vocab_size, location)
         return sample.astype(np.int64)
-
-    def fingerprint(self) -> str:
-        """Identifies the tokens that the samples are cut from; see IndexedDataset.fingerprint."""
-        return self.stream.fingerprint()
-
-
-class _Epoch(NamedTuple):
-    number: int
-    offset: int
-    """Position in the stream of the first window."""
-    order: Permutation
-    """Of the windows."""
 
 
 class GPTDataset(WindowDataset):
@@ -74,50 +60,41 @@ class GPTDataset(WindowDataset):
 
     Args:
         stream, seq_length, vocab_size: see WindowDataset.
-        seed, split_name: the order depends on these, s and the length of the stream alone.
+        seed, split: the order depends on these, s and the length of the stream alone.
 
     Raises DatasetError when the stream has fewer than s + 1 tokens. One with fewer than 2s has one
     window an epoch.
     """
 
     def __init__(
-        self,
-        stream: Stream,
-        seq_length: int,
-        seed: int,
-        split_name: str,
-        vocab_size: int | None = None,
+        self, stream: TokenStream, seq_length: int, seed: int, split: str, vocab_size=None
     ):
-        check_tokens(len(stream), seq_length, split_name)
-        super().__init__(stream, seq_length, split_name, vocab_size)
+        check_tokens(len(stream), seq_length, split)
+        super().__init__(stream, seq_length, split, vocab_size)
         self.seed = seed
         self.windows_per_epoch = max(1, (len(stream) - seq_length) // seq_length)
         """W, samples in one epoch."""
         self._offsets = min(seq_length, len(stream) - seq_length)
-        self._epoch: _Epoch | None = None
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def window(self, i: int) -> int:
         """Position in the stream at which sample i starts."""
         number, index = divmod(int(i), self.windows_per_epoch)
-        # The epoch is read once and replaced as a whole: another thread may be in another epoch.
-        epoch = self._epoch
-        if epoch is None or epoch.number != number:
-            epoch = self._make_epoch(number)
-            self._epoch = epoch
-        return epoch.offset + epoch.order(index) * self.seq_length
+        offset, order = self._epoch(number)
+        return offset + order(index) * self.seq_length
 
-    def _make_epoch(self, number: int) -> _Epoch:
-        key = key_of(self.seed, "gpt windows", self.split_name, number)
-        words = philox4x32(counters(0, 5), key).reshape(-1).view("<u8").tolist()
+    def _make_epoch(self, number: int) -> tuple[int, Permutation]:
+        """(position in the stream of the first window, order of the windows) of an epoch."""
+        words = random_words(self.seed, "gpt windows", self.split, number)
         order = Permutation(self.windows_per_epoch, words[1 : 1 + Permutation.ROUNDS])
-        return _Epoch(number, words[0] % self._offsets, order)
+        return words[0] % self._offsets, order
 
 
-def check_tokens(tokens: int, seq_length: int, split_name: str) -> None:
+def check_tokens(tokens: int, seq_length: int, split: str) -> None:
     """Raise DatasetError when a split has too few tokens for a sample."""
     if tokens < seq_length + 1:
         raise DatasetError(
-            f"split '{split_name}' has {tokens} tokens but needs at least seq-length + 1 = "
+            f"split '{split}' has {tokens} tokens but needs at least seq-length + 1 = "
             f"{seq_length + 1}. Give it a larger share of --split, use more data, or a shorter "
             "--seq-length"
         )
@@ -130,7 +107,7 @@ def parse_split(text: str) -> list[Fraction]:
     Raises DatasetError when these are not one to three numbers >= 0 with a sum above 0.
     """
     try:
-        shares = [Fraction(part.strip()) for part in text.split(",")]
+        shares = list(map(Fraction, text.split(",")))
     except (ValueError, ZeroDivisionError):
         shares = []
     if not 1 <= len(shares) <= len(SPLITS) or min(shares) < 0 or sum(shares) == 0:
@@ -154,3 +131,27 @@ def split_documents(text: str, documents: int) -> dict[str, tuple[int, int]]:
         total += share
         bounds.append(int(total * documents + Fraction(1, 2)))
     return dict(zip(SPLITS, pairwise(bounds), strict=True))
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """The documents of one dataset that belong to one split."""
+
+    indexed: IndexedDataset
+    split: str
+    """One of SPLITS."""
+    shares: str
+    """Shares of the documents for the splits, as --split has them."""
+
+    @property
+    def documents(self) -> tuple[int, int]:
+        """[first, last) document. Raises DatasetError when there are none."""
+        number = self.indexed.num_documents
+        first, last = split_documents(self.shares, number)[self.split]
+        if first == last:
+            raise DatasetError(
+                f"split '{self.split}' is empty: --split {self.shares} gives it none of the "
+                f"{number} documents of {self.indexed.prefix}. Give it a larger share, or request "
+                f"no {self.split} samples"
+            )
+        return first, last

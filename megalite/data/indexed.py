@@ -15,17 +15,18 @@ PREFIX.json beside them describes how the dataset was made: see DatasetInfo.
 """
 
 import hashlib
-import json
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
+import msgspec
 import numpy as np
 
 from megalite.data.mapping import map_file
-from megalite.data.streams import GatheredStream, Stream, TokenStream
+from megalite.data.streams import GatheredStream, TokenStream
 from megalite.system.errors import ReportedError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -84,13 +85,8 @@ class DatasetInfo:
         if not path.exists():
             return None
         try:
-            info = cls(**json.loads(path.read_text(encoding="utf-8")))
-            for field in fields(info):
-                value = getattr(info, field.name)
-                if not isinstance(value, field.type):
-                    raise ValueError(f"{field.name} is {value!r}")
-            return info
-        except (ValueError, TypeError) as error:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except msgspec.MsgspecError as error:
             raise DatasetError(f"{path}: not a dataset description ({error}). {REMAKE}") from None
 
 
@@ -134,8 +130,8 @@ class IndexedDataset:
         self.contiguous = self._check()
         """Whether the sequences follow one another in the .bin file without gaps, as far as the
         entries that are checked when opening show."""
-        tokens = self.bin_size // self.dtype.itemsize
-        self.ids = self._bin[: tokens * self.dtype.itemsize].view(self.dtype)
+        whole = self.bin_size - self.bin_size % self.dtype.itemsize
+        self.ids = self._bin[:whole].view(self.dtype)
         """All token ids of the .bin file."""
 
     @property
@@ -161,32 +157,24 @@ class IndexedDataset:
 
     def _read_index(self) -> None:
         """Read the header of the .idx file, and map its arrays."""
-        path = self.index_path
         size = len(self._index)
         if size < HEADER.size:
-            raise DatasetError(
-                f"{path}: {size} bytes, too short for an MMIDIDX header of {HEADER.size}. {REMAKE}"
-            )
+            raise self._error(f"{size} bytes, too short for an MMIDIDX header of {HEADER.size}")
         magic, version, code, sequences, boundaries = HEADER.unpack_from(self._index)
         if magic != MAGIC:
-            raise DatasetError(
-                f"{path}: not an MMIDIDX file: starts with {magic!r}, not {MAGIC!r}. {REMAKE}"
-            )
+            raise self._error(f"not an MMIDIDX file: starts with {magic!r}, not {MAGIC!r}")
         if version != VERSION:
-            raise DatasetError(
-                f"{path}: MMIDIDX version {version}; only version {VERSION} is supported. {REMAKE}"
-            )
-        if code not in DTYPES or np.dtype(DTYPES[code]).kind == "f":
-            raise DatasetError(
-                f"{path}: dtype code {code} is not an integer type; token ids have codes 1 to 5 "
-                f"or 8. {REMAKE}"
+            raise self._error(f"MMIDIDX version {version}; only version {VERSION} is supported")
+        if np.dtype(DTYPES.get(code, "f4")).kind == "f":
+            raise self._error(
+                f"dtype code {code} is not an integer type; token ids have codes 1 to 5 or 8"
             )
         needed = HEADER.size + 12 * sequences + 8 * boundaries
         if size not in (needed, needed + sequences):
-            raise DatasetError(
-                f"{path}: {size} bytes, but {sequences} sequences and {boundaries} document "
-                f"boundaries take {needed} ({needed + sequences} with modes). The file is damaged "
-                f"or was cut short. {REMAKE}"
+            raise self._error(
+                f"{size} bytes, but {sequences} sequences and {boundaries} document boundaries "
+                f"take {needed} ({needed + sequences} with modes). The file is damaged or was cut "
+                "short"
             )
         offsets = HEADER.size + 4 * sequences
         documents = HEADER.size + 12 * sequences
@@ -194,6 +182,9 @@ class IndexedDataset:
         self.lengths = self._index[HEADER.size : offsets].view("<i4")
         self.offsets = self._index[offsets:documents].view("<i8")
         self.document_indices = self._index[documents : documents + 8 * boundaries].view("<i8")
+
+    def _error(self, problem: str) -> DatasetError:
+        return DatasetError(f"{self.index_path}: {problem}. {REMAKE}")
 
     def _check(self) -> bool:
         """Check the ends of the index and evenly spaced entries. Returns `contiguous`.
@@ -205,21 +196,18 @@ class IndexedDataset:
         bounds = self.document_indices
         if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != count:
             found = f"from {bounds[0]} to {bounds[-1]}" if len(bounds) else "empty"
-            raise DatasetError(
-                f"{self.index_path}: document boundaries are {found}; they must run from 0 to "
-                f"{count}, the number of sequences. {REMAKE}"
+            raise self._error(
+                f"document boundaries are {found}; they must run from 0 to {count}, the number of "
+                "sequences"
             )
         sampled = spread(count)
-        for problem in self.boundary_problems(spread(len(bounds))):
-            raise DatasetError(problem)
-        for problem in self.sequence_problems(sampled):
+        boundaries = self.boundary_problems(spread(len(bounds)))
+        for problem in chain(boundaries, self.sequence_problems(sampled)):
             raise DatasetError(problem)
         if count and (self.offsets[0] != 0 or len(self.gaps(sampled))):
             return False
         # Contiguous sequences fill the .bin file.
-        end = 0
-        if count:
-            end = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+        end = int(self.offsets[-1:].sum() + self.lengths[-1:].sum() * self.dtype.itemsize)
         if end != self.bin_size:
             raise DatasetError(
                 f"{self.bin_path}: {self.bin_size} bytes, but {self.index_path} describes {end}. "
@@ -266,7 +254,7 @@ class IndexedDataset:
         start = int(self.offsets[i]) // self.dtype.itemsize
         return self.ids[start : start + int(self.lengths[i])]
 
-    def tokens(self, first_document: int = 0, last_document: int | None = None) -> Stream:
+    def tokens(self, first_document: int = 0, last_document: int | None = None) -> TokenStream:
         """The tokens of documents [first_document, last_document) as one stream.
 
         Takes two look-ups when the sequences are contiguous. Otherwise the result is a
@@ -282,8 +270,7 @@ class IndexedDataset:
                 f"but it has {self.num_documents}"
             )
         name = f"{first_document}:{last_document}"
-        first = int(self.document_indices[first_document])
-        last = int(self.document_indices[last_document])
+        first, last = self.document_indices[[first_document, last_document]].tolist()
         if not self.contiguous:
             return GatheredStream(self, np.arange(first, last), name)
         return TokenStream(self, self._position(first), self._position(last), name)

@@ -46,53 +46,57 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     )
 
 
+def frame(special: SpecialIds, *texts: np.ndarray) -> np.ndarray:
+    """[CLS] A [SEP] or [CLS] A [SEP] B [SEP] of the ids of one or two texts: int64 [length]."""
+    row = [[special.cls]]
+    for text in texts:
+        row += [text, [special.sep]]
+    return np.concatenate(row).astype(np.int64)
+
+
+@dataclass(eq=False)
 class Masker:
     """Masks samples: `masker(tokens, numbers)`.
-
-    Args:
-        special: ids that are not masked.
-        vocab_size: v; random tokens are uniform over 0 .. v - 1 without the special ids.
-        starts_word: bool [v], whether an id starts a word; needed for whole words only.
-        config: mask_prob, whole_word_mask and max_ngrams.
 
     Raises DatasetError when a special id is not in the vocabulary or two are equal, when the
     vocabulary has no other ids, and when whole words are masked and starts_word is missing or has
     another size.
     """
 
-    def __init__(
-        self,
-        special: SpecialIds,
-        vocab_size: int,
-        starts_word: np.ndarray | None,
-        config: BertDataConfig,
-    ):
-        ids = sorted(astuple(special))
+    special: SpecialIds
+    """Ids that are not masked."""
+    vocab_size: int
+    """v; random tokens are uniform over 0 .. v - 1 without the special ids."""
+    starts_word: np.ndarray | None
+    """bool [v], whether an id starts a word; needed for whole words only."""
+    config: BertDataConfig
+    """mask_prob, whole_word_mask and max_ngrams."""
+
+    def __post_init__(self):
+        vocab_size = self.vocab_size
+        ids = sorted(astuple(self.special))
         distinct = len(set(ids)) == len(ids)
         inside = ids[0] >= 0 and ids[-1] < vocab_size
         if not distinct or not inside or vocab_size == len(ids):
             raise DatasetError(
-                f"{special} in a vocabulary of {vocab_size}: these ids must differ, be below the "
-                "size of the vocabulary, and not be all of it"
+                f"{self.special} in a vocabulary of {vocab_size}: these ids must differ, be below "
+                "the size of the vocabulary, and not be all of it"
             )
-        if config.whole_word_mask and (starts_word is None or len(starts_word) != vocab_size):
-            known = 0 if starts_word is None else len(starts_word)
-            raise DatasetError(
-                f"--whole-word-mask needs to know for each of the {vocab_size} tokens whether it "
-                f"starts a word, but that is known for {known}. Use a tokenizer that marks words, "
-                "such as WordPiece"
-            )
-        self.special = special
-        self.vocab_size = vocab_size
-        self.config = config
         self._special_ids = ids
         self._maskable = np.ones(vocab_size, bool)
         self._maskable[ids] = False
         self._starts_word = np.ones(vocab_size, bool)
-        if config.whole_word_mask:
-            self._starts_word = np.asarray(starts_word, bool)
+        if self.config.whole_word_mask:
+            known = 0 if self.starts_word is None else len(self.starts_word)
+            if known != vocab_size:
+                raise DatasetError(
+                    f"--whole-word-mask needs to know for each of the {vocab_size} tokens whether "
+                    f"it starts a word, but that is known for {known}. Use a tokenizer that marks "
+                    "words, such as WordPiece"
+                )
+            self._starts_word = np.asarray(self.starts_word, bool)
         # Cumulative probabilities of runs of 1, 2, ... words.
-        shares = 1 / np.arange(1, config.max_ngrams + 1)
+        shares = 1 / np.arange(1, self.config.max_ngrams + 1)
         self._ngram_bounds = np.cumsum(shares / shares.sum())[:-1]
 
     def __call__(self, tokens: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -128,12 +132,9 @@ class Masker:
         word = np.cumsum(begins) - 1
         lengths = np.bincount(word[maskable])
         sizes = 1 + np.searchsorted(self._ngram_bounds, numbers[first, 3] / 2**32, side="right")
-        stop = first + lengths
-        taken = _take_words(
-            first.tolist(), stop.tolist(), order.tolist(), sizes=sizes.tolist(), budget=budget
-        )
-        if any(taken):
-            return maskable & np.array(taken)[word]
+        taken = _take_words(first, first + lengths, order, sizes=sizes, budget=budget)
+        if taken.any():
+            return maskable & taken[word]
         # No word fits the budget: take a random token of the first word.
         start = first[order[0]]
         chosen[start + numbers[start, 3] % lengths[order[0]]] = True
@@ -150,14 +151,14 @@ class Masker:
         return np.where(kind < MASKED, self.special.mask, changed)
 
 
-def _take_words(
-    first: list[int], stop: list[int], order: list[int], *, sizes: list[int], budget: int
-) -> list[bool]:
-    """Which words to take, at most `budget` tokens in all. Word w is tokens [first[w], stop[w]).
+def _take_words(first, stop, order, *, sizes, budget: int) -> np.ndarray:
+    """Which words to take, bool [w], at most `budget` tokens in all.
 
-    In the given order, each word begins a run of sizes[w] words, if it fits itself. A run ends
-    early before a word already taken, a special token, and a word that exceeds the budget's rest.
+    Word i is tokens [first[i], stop[i]). In the given order, each word begins a run of sizes[i]
+    words, if it fits itself; arrays [w]. A run ends early before a word already taken, a special
+    token, and a word that exceeds the budget's rest.
     """
+    first, stop, order, sizes = (values.tolist() for values in (first, stop, order, sizes))
     taken = [False] * len(first)
     for start in order:
         end = first[start]
@@ -169,4 +170,4 @@ def _take_words(
             budget -= end - first[w]
         if budget == 0:
             break
-    return taken
+    return np.array(taken)

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megalite.data.gpt import SPLITS, WindowDataset, check_tokens, parse_split
-from megalite.data.indexed import DatasetError, IndexedDataset
+from megalite.data.gpt import SPLITS, SplitData, WindowDataset, check_tokens, parse_split
+from megalite.data.indexed import DatasetError
 from megalite.data.streams import GatheredStream
 
 SEPARATE_BELOW = 0.80
@@ -31,8 +31,13 @@ SEPARATE_BELOW = 0.80
 
 
 class Epochs(NamedTuple):
-    """What the order depends on beside the data and the seed."""
+    """What the order depends on beside the seed."""
 
+    first: int
+    last: int
+    """[first, last) sequence of the split."""
+    tokens: int
+    """T."""
     epochs: int
     """E."""
     apart: bool
@@ -41,12 +46,19 @@ class Epochs(NamedTuple):
     """Samples of all epochs but the last."""
 
 
-def epochs_of(tokens: int, seq_length: int, samples: int) -> Epochs:
-    """The epochs of a run that takes `samples` samples of a split of `tokens` tokens."""
+def epochs_of(part: SplitData, seq_length: int, samples: int) -> Epochs:
+    """The epochs of a run that takes `samples` samples of a split.
+
+    Raises DatasetError when the split has fewer than s + 1 tokens.
+    """
+    first, last = split_sequences(part.shares, len(part.indexed))[part.split]
+    tokens = int(part.indexed.lengths[first:last].sum(dtype=np.int64))
+    check_tokens(tokens, seq_length, part.split)
     epochs = -(-(samples * seq_length + 1) // tokens)
     before_last = ((epochs - 1) * tokens - 1) // seq_length
     limit = int(SEPARATE_BELOW * ((tokens - 1) // seq_length))
-    return Epochs(epochs, epochs > 1 and samples - before_last < limit, before_last)
+    apart = epochs > 1 and samples - before_last < limit
+    return Epochs(first, last, tokens, epochs=epochs, apart=apart, before_last=before_last)
 
 
 class MegatronOrderDataset(WindowDataset):
@@ -55,9 +67,7 @@ class MegatronOrderDataset(WindowDataset):
     The last partial sample is dropped in every split, which is Megatron-core's default.
 
     Args:
-        indexed: the dataset.
-        split: shares of its sequences for train, valid and test, such as 969,30,1.
-        split_name: "train", "valid" or "test".
+        part: the split of a dataset, of whose sequences it takes its share.
         seq_length: s.
         seed: of the shuffles, the same for every split; NumPy's, so below 2^32.
         samples: number of samples that the run takes; the order depends on it.
@@ -68,31 +78,21 @@ class MegatronOrderDataset(WindowDataset):
     """
 
     def __init__(
-        self,
-        indexed: IndexedDataset,
-        split: str,
-        split_name: str,
-        *,
-        seq_length: int,
-        seed: int,
-        samples: int,
-        vocab_size: int | None = None,
+        self, part: SplitData, seq_length: int, *, seed: int, samples: int, vocab_size=None
     ):
+        indexed = part.indexed
         if not 0 <= seed < 2**32 or len(indexed) >= 2**31:
             raise DatasetError(
                 "--sample-order megatron: takes a --seed below 2^32 and fewer than 2^31 sequences, "
                 f"not {seed} and the {len(indexed)} of {indexed.prefix}"
             )
-        first, last = split_sequences(split, len(indexed))[split_name]
-        tokens = int(indexed.lengths[first:last].sum(dtype=np.int64))
-        check_tokens(tokens, seq_length, split_name)
-        epochs, apart, before_last = epochs_of(tokens, seq_length, samples)
+        first, last, tokens, epochs, apart, before_last = epochs_of(part, seq_length, samples)
         random = np.random.RandomState(seed)
         # Repeat and shuffle the sequences; the stream lays them end to end.
         order = np.tile(np.arange(first, last, dtype=np.int32), epochs)
         _shuffle(order, (epochs - 1) * (last - first) if apart else len(order), random)
         stream = GatheredStream(indexed, order, f"sequences {first}:{last}")
-        super().__init__(stream, seq_length, split_name, vocab_size)
+        super().__init__(stream, seq_length, part.split, vocab_size)
         # Shuffle the samples.
         count = (epochs * tokens - 1) // seq_length
         self._windows = np.arange(count, dtype=np.uint32 if count < 2**32 - 2 else np.int64)
@@ -108,7 +108,7 @@ class MegatronOrderDataset(WindowDataset):
         """
         if not 0 <= i < len(self):
             raise IndexError(
-                f"sample {i}: split '{self.split_name}' has {len(self)} in the order of megatron"
+                f"sample {i}: split '{self.split}' has {len(self)} in the order of megatron"
             )
         return int(self._windows[i]) * self.seq_length
 
@@ -127,14 +127,14 @@ def split_sequences(text: str, sequences: int) -> dict[str, tuple[int, int]]:
     numbers, such as 1e3 or 1/2.
     """
     parse_split(text)
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch("[.0-9]+", part) for part in parts):
+    if not re.fullmatch(r"\s*[.0-9]+\s*(,\s*[.0-9]+\s*)*", text):
         raise DatasetError(
             f"--split {text}: --sample-order megatron takes plain numbers, such as 969,30,1 or "
             "0.98,0.02"
         )
     # Every rounding to float64 is part of the rule: no sum(), which newer Pythons make more exact.
-    shares = [float(part) for part in parts] + [0.0] * (len(SPLITS) - len(parts))
+    shares = list(map(float, text.split(",")))
+    shares += [0.0] * (len(SPLITS) - len(shares))
     whole = shares[0] + shares[1] + shares[2]
     bounds = {}
     total = 0.0

@@ -4,8 +4,8 @@ from math import gcd
 
 import numpy as np
 
+from megalite.data.indexed import IndexedDataset
 from megalite.data.masking import SpecialIds
-from megalite.data.streams import TokenStream
 from megalite.kernels.philox import counters, key_of, philox4x32
 
 REPEAT_PROBABILITY = 0.75
@@ -67,9 +67,8 @@ class MockDataset:
         return f"mock v={self.vocab_size} split={self.split}"
 
 
-class MockSentences:
-    """A small synthetic dataset of documents and sentences in memory, with what BertDataset reads
-    of an IndexedDataset.
+class MockSentences(IndexedDataset):
+    """A small synthetic dataset of documents and sentences in memory.
 
     256 documents of 1 to 256 tokens, in sentences of about 12, by the rule of MockDataset. Ids
     below 4 are special, and a third of the others continue a word.
@@ -82,7 +81,7 @@ class MockSentences:
     """Ids below this are special; the text has none of them."""
     dtype = np.dtype("<i4")
     contiguous = True
-    num_documents = 256
+    DOCUMENTS = 256
     MOST_TOKENS = 256
     """Of a document."""
 
@@ -92,7 +91,7 @@ class MockSentences:
         self.split = split
         self.starts_word = np.arange(vocab_size) % 3 > 0
         # Random words for each document and token.
-        shape = (self.num_documents, self.MOST_TOKENS)
+        shape = (self.DOCUMENTS, self.MOST_TOKENS)
         numbers = counters(0, shape[0] * shape[1])
         words = philox4x32(numbers, key_of(seed, "mock sentences", split)).reshape(*shape, 4)
         # Document sizes, and the tokens that begin a sentence.
@@ -108,13 +107,6 @@ class MockSentences:
         self.lengths = np.diff(first, append=len(self.ids)).astype(np.int32)
         bounds = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self.document_indices = np.searchsorted(first, bounds)
-
-    def tokens(self, first_document: int, last_document: int) -> TokenStream:
-        """The tokens of documents [first_document, last_document) as one stream."""
-        edges = np.append(self.offsets // self.dtype.itemsize, len(self.ids))
-        start = int(edges[self.document_indices[first_document]])
-        stop = int(edges[self.document_indices[last_document]])
-        return TokenStream(self, start, stop, f"{first_document}:{last_document}")
 
     def fingerprint(self) -> str:
         """Identifies the vocabulary size and the split."""

@@ -4,6 +4,8 @@ from math import isqrt
 
 import numpy as np
 
+from megalite.kernels.philox import counters, key_of, philox4x32
+
 MASK = 0xFFFFFFFFFFFFFFFF
 
 
@@ -54,6 +56,11 @@ class Permutation:
             else:
                 right = (right + _hash(left ^ key)) % self._columns
         return left * self._columns + right
+
+
+def random_words(*what: int | str) -> list[int]:
+    """Ten random numbers of 64 bits, a function of the arguments: enough for a permutation."""
+    return philox4x32(counters(0, 5), key_of(*what)).reshape(-1).view("<u8").tolist()
 
 
 def _hash(x):

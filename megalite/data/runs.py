@@ -15,13 +15,14 @@ after another in the .bin file, their positions are summed first, 8 bytes each.
 """
 
 from bisect import bisect_right
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from megalite.data.indexed import DatasetError, IndexedDataset
-from megalite.data.permutation import Permutation
-from megalite.kernels.philox import counters, key_of, philox4x32
+from megalite.data.permutation import Permutation, random_words
 
 
 class Run(NamedTuple):
@@ -38,7 +39,6 @@ class Run(NamedTuple):
 
 
 class _Epoch(NamedTuple):
-    number: int
     offset: int
     """Of the first slot on the line, in [0, L)."""
     phase: int
@@ -51,39 +51,32 @@ def _ceil(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
 
 
+@dataclass(eq=False)
 class SentenceRuns:
     """The runs of a split of an indexed dataset whose sequences are sentences.
 
-    Args:
-        indexed: the dataset.
-        documents: [first, last) document of the split.
-        max_tokens: L.
-        seed, split_name: the order depends on these and the above alone.
-        across: treat the split as one document, so that runs cross the borders of documents.
-
-    Raises DatasetError when the split has no tokens.
+    The order depends on the fields alone. Raises DatasetError when the split has no tokens.
     """
 
-    def __init__(
-        self,
-        indexed: IndexedDataset,
-        documents: tuple[int, int],
-        max_tokens: int,
-        *,
-        seed: int,
-        split_name: str,
-        across: bool = False,
-    ):
-        first, last = documents
+    indexed: IndexedDataset
+    split_documents: tuple[int, int]
+    """[first, last) document of the split."""
+    max_tokens: int
+    """L."""
+    seed: int
+    split: str
+    across: bool = False
+    """Treat the split as one document, so that runs cross the borders of documents."""
+
+    def __post_init__(self):
+        indexed = self.indexed
+        first, last = self.split_documents
         self.stream = indexed.tokens(first, last)
         if len(self.stream) == 0:
             raise DatasetError(
-                f"split '{split_name}' has no tokens in its {last - first} documents. "
+                f"split '{self.split}' has no tokens in its {last - first} documents. "
                 "Give it a larger share of --split, or use more data"
             )
-        self.max_tokens = max_tokens
-        self.seed = seed
-        self.split_name = split_name
         # Sequence at which each document starts, and byte at which each sequence starts.
         self._edges = indexed.document_indices[first : last + 1]
         self._offsets = indexed.offsets
@@ -94,23 +87,19 @@ class SentenceRuns:
             self._edges = self._edges - self._edges[0]
         self._origin = int(self._offsets[self._edges[0]])
         self._sequences = int(self._edges[-1])
-        if across:
+        if self.across:
             self._edges = self._edges[[0, -1]]
         self.documents = len(self._edges) - 1
-        self.per_epoch = _ceil(len(self.stream), max_tokens) + self.documents
+        self.per_epoch = _ceil(len(self.stream), self.max_tokens) + self.documents
         """S, slots in one epoch."""
-        self._epoch: _Epoch | None = None
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def __call__(self, epoch: int, position: int, spare: int) -> Run:
         """The run at a position of an epoch, 0 <= position < per_epoch.
 
         spare: random in [0, 2^64), selects the token for a spare slot.
         """
-        # The epoch is read once and replaced as a whole: another thread may be in another epoch.
-        current = self._epoch
-        if current is None or current.number != epoch:
-            current = self._make_epoch(epoch)
-            self._epoch = current
+        current = self._epoch(epoch)
         # The document that the slot lies in, and the index of the slot within it.
         slot = current.order(position)
         on_line = slot * self.max_tokens + current.offset
@@ -138,10 +127,8 @@ class SentenceRuns:
         return self._edge(document + 1)
 
     def _make_epoch(self, number: int) -> _Epoch:
-        key = key_of(self.seed, "bert runs", self.split_name, number)
-        words = philox4x32(counters(0, 5), key).reshape(-1).view("<u8").tolist()
-        order = Permutation(self.per_epoch, words[2:])
-        return _Epoch(number, offset=words[0] % self.max_tokens, phase=words[1], order=order)
+        words = random_words(self.seed, "bert runs", self.split, number)
+        return _Epoch(words[0] % self.max_tokens, words[1], Permutation(self.per_epoch, words[2:]))
 
     def _start(self, sequence: int) -> int:
         """First token of a sequence, or the number of tokens after the last sequence."""
@@ -171,10 +158,8 @@ class SentenceRuns:
         start = self._edge(document)
         stop = self._edge(document + 1)
         runs = self._runs(document)
-        if index == 0:
-            return start
-        if index == runs:
-            return stop
+        if index in (0, runs):
+            return stop if index else start
         pace = (_ceil(stop - start, runs) + self.max_tokens) // 2
         shortest = stop - start - (runs - 1) * pace
         first_run = shortest + ((pace - shortest + 1) * phase >> 64)

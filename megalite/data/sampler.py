@@ -1,5 +1,9 @@
 """The samples of each rank, and the batches made of them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 
 
@@ -15,32 +19,30 @@ def first_sample(
     return consumed + (microbatch * data_size + data_rank) * micro_batch_size
 
 
+@dataclass(eq=False)
 class Loader:
     """Reads the samples of one data-parallel rank, one microbatch at a time.
 
-    It keeps no position: the number of consumed samples determines what is read.
-
-    Args:
-        dataset: `dataset[i]` gives sample i >= 0.
-        micro_batch_size: b, rows in a microbatch.
-        data_size, data_rank: the data-parallel size, and this rank's coordinate.
+    It keeps no position: the number of consumed samples determines what is read. Subclasses have
+    `fields`, the names of the arrays in a batch, and `batch(consumed, microbatch)`.
 
     Raises ValueError for sizes that make no batches.
     """
 
-    fields: frozenset[str]
-    """Names of the arrays in a batch."""
+    dataset: Sequence
+    """`dataset[i]` gives sample i >= 0."""
+    micro_batch_size: int
+    """b, rows in a microbatch."""
+    data_size: int
+    data_rank: int
+    """This rank's data-parallel coordinate."""
 
-    def __init__(self, dataset, micro_batch_size: int, data_size: int, data_rank: int):
-        if micro_batch_size < 1 or not 0 <= data_rank < data_size:
+    def __post_init__(self):
+        if self.micro_batch_size < 1 or not 0 <= self.data_rank < self.data_size:
             raise ValueError(
-                f"no batches of {micro_batch_size} samples for data-parallel rank {data_rank} of "
-                f"{data_size}"
+                f"no batches of {self.micro_batch_size} samples for data-parallel rank "
+                f"{self.data_rank} of {self.data_size}"
             )
-        self.dataset = dataset
-        self.micro_batch_size = micro_batch_size
-        self.data_size = data_size
-        self.data_rank = data_rank
 
     def samples(self, consumed: int, microbatch: int) -> list:
         """The b samples of microbatch number `microbatch` of a step.
@@ -51,50 +53,38 @@ class Loader:
         first = first_sample(consumed, microbatch, rows, self.data_size, self.data_rank)
         return [self.dataset[first + row] for row in range(rows)]
 
-    def batch(self, consumed: int, microbatch: int) -> dict[str, np.ndarray]:
-        """The arrays of a microbatch, by the names in `fields`; see `samples` for the arguments."""
-        raise NotImplementedError
 
-
+@dataclass(eq=False)
 class BatchLoader(Loader):
     """Microbatches of samples of s + 1 tokens, int64.
-
-    Args:
-        dataset, micro_batch_size, data_size, data_rank: see Loader.
-        eod: id of the token that ends a document; the following options need it.
-        eod_mask_loss: leave positions whose input is that token out of the loss, since the end of
-            a document does not determine how the next one begins.
-        reset_position_ids: batches have `positions`, which restart at 0 in each document.
-        reset_attention_mask: batches have `segments`, the index of each token's document.
 
     Raises ValueError for sizes that make no batches, and when an option needs `eod`.
     """
 
-    def __init__(
-        self,
-        dataset,
-        micro_batch_size: int,
-        data_size: int,
-        data_rank: int,
-        *,
-        eod: int | None = None,
-        eod_mask_loss: bool = False,
-        reset_position_ids: bool = False,
-        reset_attention_mask: bool = False,
-    ):
-        super().__init__(dataset, micro_batch_size, data_size, data_rank)
-        if eod is None and (eod_mask_loss or reset_position_ids or reset_attention_mask):
+    eod: int | None = None
+    """Id of the token that ends a document; the following options need it."""
+    eod_mask_loss: bool = False
+    """Leave positions whose input is that token out of the loss, since the end of a document does
+    not determine how the next one begins."""
+    reset_position_ids: bool = False
+    """Batches have `positions`, which restart at 0 in each document."""
+    reset_attention_mask: bool = False
+    """Batches have `segments`, the index of each token's document."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eod is None and (self.eod_mask_loss or self.fields & {"positions", "segments"}):
             raise ValueError(
                 "masks and positions of documents need the id of the token that ends one: give eod"
             )
-        self.eod = eod
-        self.eod_mask_loss = eod_mask_loss
-        fields = {"tokens", "labels", "loss_mask"}
-        if reset_position_ids:
-            fields.add("positions")
-        if reset_attention_mask:
-            fields.add("segments")
-        self.fields = frozenset(fields)
+
+    @cached_property
+    def fields(self) -> frozenset[str]:
+        """Names of the arrays in a batch."""
+        fields = ["tokens", "labels", "loss_mask"]
+        fields += ["positions"] * self.reset_position_ids
+        fields += ["segments"] * self.reset_attention_mask
+        return frozenset(fields)
 
     def batch(self, consumed: int, microbatch: int) -> dict[str, np.ndarray]:
         """Microbatch number `microbatch` of the step before which `consumed` samples were used.

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, zip_longest
 
 from megalite.data.blend import Blend
 from megalite.data.indexed import DatasetError
@@ -29,28 +30,25 @@ def parse_sources(words: Sequence[str], flag: str = "--data-path") -> tuple[Sour
         return ()
     if len(words) == 1:
         return (Source(1.0, words[0]),)
-    weights = words[::2]
-    prefixes = words[1::2]
-    problem = None
-    wrong = [text for text in weights if not _is_weight(text)]
-    if wrong:
-        problem = f"{wrong[0]!r} is not a weight above 0"
-    elif len(words) % 2:
-        problem = f"{words[-1]!r} has no prefix after it"
-    if problem:
-        raise DatasetError(
-            f"{flag} {' '.join(words)}: {problem}; give one prefix, or weights and prefixes in "
-            "turn: 0.3 a 0.7 b"
-        )
-    paths = set()
-    for prefix in prefixes:
+    sources = {}
+    for weight, prefix in zip_longest(words[::2], words[1::2]):
+        problem = None
+        if not _is_weight(weight):
+            problem = f"{weight!r} is not a weight above 0"
+        elif prefix is None:
+            problem = f"{weight!r} has no prefix after it"
+        if problem:
+            raise DatasetError(
+                f"{flag} {' '.join(words)}: {problem}; give one prefix, or weights and prefixes in "
+                "turn: 0.3 a 0.7 b"
+            )
         path = os.path.realpath(f"{prefix}.idx")
-        if path in paths:
+        if path in sources:
             raise DatasetError(
                 f"{flag}: {prefix} given twice; name each dataset once, with the sum of its weights"
             )
-        paths.add(path)
-    return tuple(map(Source, map(float, weights), prefixes))
+        sources[path] = Source(float(weight), prefix)
+    return tuple(sources.values())
 
 
 def _is_weight(text: str) -> bool:
@@ -136,10 +134,9 @@ class DataState:
         """How a source differs from the one here that has the same content."""
         recorded = {own.content: own for own in self.sources}.get(source.content)
         if recorded is None:
-            for state in self.before:
-                for earlier in state["sources"]:
-                    if UsedSource(**earlier).content == source.content:
-                        return [f"{source.prefix} is back"]
+            earlier = chain.from_iterable(state["sources"] for state in self.before)
+            if any(UsedSource(**stored).content == source.content for stored in earlier):
+                return [f"{source.prefix} is back"]
             return [f"{source.prefix} is new, or has other contents"]
         found = []
         if recorded.documents != source.documents:

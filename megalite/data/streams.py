@@ -1,35 +1,18 @@
 """Documents of an indexed dataset as one flat sequence of tokens."""
 
-from typing import Protocol
-
 import numpy as np
-
-
-class TokenSource(Protocol):
-    """What a stream needs of a dataset: see megalite.data.indexed.IndexedDataset."""
-
-    dtype: np.dtype
-    ids: np.ndarray
-    """All token ids of the dataset, in `dtype`."""
-    lengths: np.ndarray
-    """Tokens in each sequence."""
-    offsets: np.ndarray
-    """Byte at which each sequence starts in `ids`."""
-
-    def fingerprint(self) -> str:
-        """Identifies the contents of the dataset."""
 
 
 class TokenStream:
     """A contiguous range of a dataset's tokens. `len()` is the number of tokens.
 
     Args:
-        dataset: the dataset, whose sequences are contiguous.
+        dataset: an IndexedDataset or MockSentences, whose sequences are contiguous.
         start, stop: the range [start, stop) of token positions in the dataset.
         name: identifies the range in the fingerprint.
     """
 
-    def __init__(self, dataset: TokenSource, start: int, stop: int, name: str):
+    def __init__(self, dataset, start: int, stop: int, name: str):
         self.dtype = dataset.dtype
         self._dataset = dataset
         self._ids = dataset.ids[start:stop]
@@ -50,22 +33,20 @@ class TokenStream:
         return f"{self._dataset.fingerprint()}[{self._name}]"
 
 
-class GatheredStream:
+class GatheredStream(TokenStream):
     """Sequences of a dataset, in any order, laid end to end. `len()` is the number of tokens.
 
     Memory: the order, and 8 bytes for each of its sequences.
 
     Args:
-        dataset: the dataset, whose sequences may lie anywhere in its .bin file.
+        dataset: an IndexedDataset, whose sequences may lie anywhere in its .bin file.
         order: indices of sequences, integers [n], in any order, repeated or not.
         name: identifies the order in the fingerprint.
     """
 
-    def __init__(self, dataset: TokenSource, order: np.ndarray, name: str):
-        self.dtype = dataset.dtype
-        self._dataset = dataset
+    def __init__(self, dataset, order: np.ndarray, name: str):
+        super().__init__(dataset, 0, len(dataset.ids), name)
         self._order = order
-        self._name = name
         self._starts = np.zeros(len(order) + 1, np.int64)
         np.cumsum(dataset.lengths[order], out=self._starts[1:])
 
@@ -86,14 +67,9 @@ class GatheredStream:
         positions = self._dataset.offsets[self._order[first:last]] // self.dtype.itemsize
         shifts = positions - starts[:-1]
         if last - first == 1:
-            return self._dataset.ids[start + shifts[0] : stop + shifts[0]]
+            return self._ids[start + shifts[0] : stop + shifts[0]]
         edges = starts.clip(start, stop)
-        return self._dataset.ids[np.repeat(shifts, edges[1:] - edges[:-1]) + np.arange(start, stop)]
-
-    def fingerprint(self) -> str:
-        """Identifies the contents: the dataset's fingerprint and the name of the order."""
-        return f"{self._dataset.fingerprint()}[{self._name}]"
+        return self._ids[np.repeat(shifts, edges[1:] - edges[:-1]) + np.arange(start, stop)]
 
 
-Stream = TokenStream | GatheredStream
 """The tokens that samples are cut from."""

@@ -1,15 +1,16 @@
 """The configuration of preprocessing, and every check that can be made before the work starts."""
 
+import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from megalite.data.config import TokenizerType
-from megalite.data.indexed import DatasetError, dataset_path
+from megalite.data.indexed import dataset_path
 from megalite.data.tokenizers import Tokenizer, TokenizerError, build_tokenizer, tokenizer_fields
 from megalite.preprocess.inputs import STDIN, expand, is_text
 from megalite.system.errors import error_message
@@ -83,12 +84,16 @@ class PreprocessConfig:
         return state
 
     @property
+    def shard_is_sound(self) -> bool:
+        """Whether --shard is I/N with I below N, or not given."""
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard or "0/1")
+        return match is not None and int(match[1]) < int(match[2])
+
+    @property
     def shard_position(self) -> tuple[int, int]:
         """(I, N) of --shard I/N; (0, 1) without it."""
-        if self.shard is None:
-            return 0, 1
-        index, count = self.shard.split("/")
-        return int(index), int(count)
+        index, count = map(int, (self.shard or "0/1").split("/"))
+        return index, count
 
     @property
     def stem(self) -> str:
@@ -115,107 +120,69 @@ class PreprocessConfig:
     def existing_outputs(self) -> list[str]:
         """Output files that exist already."""
         outputs = []
-        for key in self.json_keys:
-            for suffix in (".bin", ".idx", ".json"):
-                outputs.append(str(dataset_path(self.prefix(key), suffix)))
-        outputs.append(self.bad_lines)
-        return [path for path in dict.fromkeys(outputs) if os.path.exists(path)]
+        for key in dict.fromkeys(self.json_keys):
+            outputs += [f"{self.prefix(key)}{suffix}" for suffix in (".bin", ".idx", ".json")]
+        return list(filter(os.path.exists, [*outputs, self.bad_lines]))
 
 
 def find_problems(config: PreprocessConfig) -> list[str]:
     """Every problem of the arguments, one line each, with a value that would work. Empty: sound."""
     files, problems = expand(config.input)
-    keys = " ".join(config.json_keys)
-    if config.vocab_size is not None and config.tokenizer_type != "NullTokenizer":
-        problems.append(
-            f"--vocab-size {config.vocab_size}: a {config.tokenizer_type} knows its own; "
-            "leave the flag out"
-        )
-    if config.workers < 1:
-        problems.append(f"--workers {config.workers}: needs at least 1")
-    if config.max_bad_lines < 0:
-        problems.append(f"--max-bad-lines {config.max_bad_lines}: needs at least 0")
-    if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
-        problems.append(f"--json-keys {keys}: needs at least one key, and each once")
-    if len(config.json_keys) > 1 and any(map(is_text, files)):
-        problems.append(f"--json-keys {keys}: .txt files have no keys; give one")
-    problems += _shard_problems(config, files)
+    problems += _problems(config, files)
     problems += _output_problems(config)
-    problems += _tokenizer_problems(config)
-    problems += _language_problems(config)
     return problems
 
 
-def _tokenizer_problems(config: PreprocessConfig) -> list[str]:
+def _problems(config: PreprocessConfig, files: list[str]) -> Iterator[str]:
+    kind = config.tokenizer_type
+    keys = " ".join(config.json_keys)
+    partitions = f"--partitions {config.partitions}"
+    # Numbers and keys.
+    if config.workers < 1:
+        yield f"--workers {config.workers}: needs at least 1"
+    if config.max_bad_lines < 0:
+        yield f"--max-bad-lines {config.max_bad_lines}: needs at least 0"
+    if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
+        yield f"--json-keys {keys}: needs at least one key, and each once"
+    if len(config.json_keys) > 1 and any(map(is_text, files)):
+        yield f"--json-keys {keys}: .txt files have no keys; give one"
+    # Shards.
+    if config.partitions < 1:
+        yield f"{partitions}: needs at least 1"
+    if not config.shard_is_sound:
+        yield f"--shard {config.shard}: needs I/N with I from 0 to N - 1, such as 0/8"
+    if config.partitions > 1 and config.shard is not None:
+        yield f"{partitions} and --shard {config.shard}: give one of them"
+    if (config.partitions > 1 or config.shard is not None) and STDIN in files:
+        yield "--input -: standard input cannot be split; leave out --shard and --partitions"
+    # The tokenizer.
+    if config.vocab_size is not None and kind != "NullTokenizer":
+        yield f"--vocab-size {config.vocab_size}: a {kind} knows its own; leave the flag out"
     try:
-        if config.append_eod:
-            _ = config.tokenizer.eod
-        else:
-            _ = config.tokenizer
+        _ = config.tokenizer.eod if config.append_eod else config.tokenizer
     except (TokenizerError, OSError) as error:
-        return [error_message(error)]
-    return []
-
-
-def _language_problems(config: PreprocessConfig) -> list[str]:
+        yield error_message(error)
+    # Sentences.
     given = f"--language {config.language}"
     if not config.split_sentences:
         if config.language != "en":
-            return [f"{given} has no effect without --split-sentences"]
-        return []
-    problems = []
-    try:
-        sentence_splitter(config.language)
-    except DatasetError as error:
-        problems.append(str(error))
+            yield f"{given} has no effect without --split-sentences"
+        return
+    if importlib.util.find_spec("sentencex") is None:
+        yield "--split-sentences needs the sentencex library: pip install sentencex"
     if not re.fullmatch("[a-z]{2,3}(-[a-z]+)*", config.language):
-        problems.append(f"{given}: needs an ISO 639 code in small letters, such as en or de")
-    return problems
+        yield f"{given}: needs an ISO 639 code in small letters, such as en or de"
 
 
-def _shard_problems(config: PreprocessConfig, files: list[str]) -> list[str]:
-    if config.shard is not None:
-        match = re.fullmatch(r"(\d+)/(\d+)", config.shard)
-        if not match or int(match[1]) >= int(match[2]):
-            return [f"--shard {config.shard}: needs I/N with I from 0 to N - 1, such as 0/8"]
-    problems = []
-    partitions = f"--partitions {config.partitions}"
-    if config.partitions < 1:
-        problems.append(f"{partitions}: needs at least 1")
-    if config.partitions > 1 and config.shard is not None:
-        problems.append(f"{partitions} and --shard {config.shard}: give one of them")
-    if (config.partitions > 1 or config.shard is not None) and STDIN in files:
-        problems.append(
-            "--input -: standard input cannot be split; leave out --shard and --partitions"
-        )
-    return problems
-
-
-def _output_problems(config: PreprocessConfig) -> list[str]:
+def _output_problems(config: PreprocessConfig) -> Iterator[str]:
     given = f"--output-prefix {config.output_prefix}"
-    problems = []
     folder = dataset_path(config.output_prefix, ".idx").parent
     if not folder.is_dir():
-        problems.append(f"{given}: make the folder first: mkdir -p {folder}")
+        yield f"{given}: make the folder first: mkdir -p {folder}"
     elif not os.access(folder, os.W_OK):
-        problems.append(f"{given}: the folder {folder} is not writable")
-    # A malformed --shard gives no output names.
-    if config.shard is not None and not re.fullmatch(r"\d+/\d+", config.shard):
-        return problems
+        yield f"{given}: the folder {folder} is not writable"
     # With a staging directory, outputs may exist because a run was interrupted while it renamed
-    # them: that run resumes.
-    if not config.staging_dir.exists():
+    # them: that run resumes. A shard that is not sound gives no output names.
+    if config.shard_is_sound and not config.staging_dir.exists():
         for path in config.existing_outputs():
-            problems.append(f"{given}: {path} exists; delete it or choose another prefix")
-    return problems
-
-
-def sentence_splitter(language: str) -> Callable[[str], list[str]]:
-    """A function that splits a text into sentences. Raises DatasetError without the library."""
-    try:
-        import sentencex
-    except ImportError:
-        raise DatasetError(
-            "--split-sentences needs the sentencex library: pip install sentencex"
-        ) from None
-    return lambda text: sentencex.segment(language, text)
+            yield f"{given}: {path} exists; delete it or choose another prefix"

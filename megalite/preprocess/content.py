@@ -1,40 +1,43 @@
 """What a file holds by its first bytes, and whether that is what its name says."""
 
+import re
 from pathlib import Path
 
 from megalite.data.indexed import DatasetError
-from megalite.preprocess.unpacked import COMPRESSED, has_library, suffix_of, unpacked
+from megalite.preprocess.unpacked import COMPRESSED, missing_library, suffix_of, unpacked
+
+UNSUPPORTED = (".bz2", ".zip", ".lz4", ".7z", ".br", ".z", ".tar", ".tgz", ".lzma", ".zstd")
+UNSUPPORTED += (".sz", ".rar")
+"""Suffixes of compressed files that are not read."""
 
 HEAD_BYTES = 512
 """Bytes that are enough to recognize every format."""
-SIGNATURES = {
-    b"\x1f\x8b": ".gz",
-    b"\xfd7zXZ\0": ".xz",
-    b"\x28\xb5\x2f\xfd": ".zst",
-    b"PAR1\x15": ".parquet",
-    b"\x04\x22\x4d\x18": ".lz4",
-    b"PK\x03\x04": ".zip",
-    b"7z\xbc\xaf\x27\x1c": ".7z",
-    b"Rar!\x1a\x07": ".rar",
-    b"\x1f\x9d": ".z",
-    b"\x5d\0\0": ".lzma",
+FORMATS = {
+    ".gz": rb"\x1f\x8b",
+    ".xz": rb"\xfd7zXZ\0",
+    ".zst": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",  # or a skippable frame, as of pzstd
+    ".bz2": rb"BZh.1AY&SY",  # the fourth byte is a level
+    ".parquet": rb"PAR1\x15",
+    ".lz4": rb"\x04\x22\x4d\x18",
+    ".zip": rb"PK\x03\x04",
+    ".7z": rb"7z\xbc\xaf\x27\x1c",
+    ".rar": rb"Rar!\x1a\x07",
+    ".z": rb"\x1f\x9d",
+    ".lzma": rb"\x5d\0\0",
+    ".tar": rb".{257}ustar",  # after the name and the times of the first file
 }
-"""First bytes of a file -> the suffix that says so. No text in UTF-8 starts with any of them."""
-BYTE_ORDER_MARKS = {
-    b"\xff\xfe\0\0": "UTF-32",
-    b"\0\0\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-    b"\x84\x31\x95\x33": "GB18030",
+"""Suffix of a packed file -> a pattern of its first bytes, which no text in UTF-8 has."""
+ENCODINGS = {
+    "UTF-32": rb"\xff\xfe\0\0|\0\0\xfe\xff",
+    "UTF-16": rb"\xff\xfe|\xfe\xff",
+    "GB18030": rb"\x84\x31\x95\x33",
+    "UTF-32LE": rb"[^\0]\0\0\0",
+    "UTF-32BE": rb"\0\0\0[^\0]",
+    "UTF-16LE": rb"[^\0]\0[^\0]\0",
+    "UTF-16BE": rb"\0[^\0]\0[^\0]",
 }
-"""First bytes of a text -> its encoding, the longer marks first."""
-ZERO_BYTES = {
-    (False, True, True, True): "UTF-32LE",
-    (True, True, True, False): "UTF-32BE",
-    (False, True, False, True): "UTF-16LE",
-    (True, False, True, False): "UTF-16BE",
-}
-"""Which of a text's first four bytes are zero, when they are ASCII characters without a mark."""
+"""Encoding -> a pattern of the first bytes of a text: a byte order mark, or without one the zeros
+of ASCII characters. The longer marks come first."""
 
 
 def file_problem(path: str) -> str | None:
@@ -43,6 +46,12 @@ def file_problem(path: str) -> str | None:
     Recognizes formats in which text is packed, and encodings other than UTF-8, inside a compressed
     file too. A damaged file is left to its reader.
     """
+    named = suffix_of(path)
+    known = ", ".join(COMPRESSED)
+    if named in UNSUPPORTED:
+        return (
+            f"{named} is no known kind of compression: convert it to one of {known}, or unpack it"
+        )
     try:
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)
@@ -51,13 +60,12 @@ def file_problem(path: str) -> str | None:
     if not head.strip(b"\0"):
         return None
     # The outer format is the one that the suffix names.
-    named = suffix_of(path)
     if named not in (*COMPRESSED, ".parquet"):
         named = ""
-    found = _format_of(head)
+    found = _recognize(FORMATS, head)
     if found != named:
         return _wrong_suffix(path, named, found, head)
-    if named == ".parquet" or not has_library(named):
+    if named == ".parquet" or missing_library(named):
         return None
     if not named:
         return _encoding_problem(head)
@@ -67,8 +75,7 @@ def file_problem(path: str) -> str | None:
             head = file.read(HEAD_BYTES)
     except (DatasetError, OSError):
         return None
-    inner = _format_of(head)
-    if inner:
+    if inner := _recognize(FORMATS, head):
         return f"holds {inner} data inside {named}; unpack it once"
     return _encoding_problem(head)
 
@@ -76,14 +83,14 @@ def file_problem(path: str) -> str | None:
 def stream_problem(head: bytes) -> str | None:
     """What is wrong with a stream that should be text in UTF-8, by its first bytes; None:
     nothing."""
-    found = _format_of(head)
-    if found:
+    if found := _recognize(FORMATS, head):
         return f"holds {found} data, not text; unpack it first, for example with zcat or zstdcat"
     return _encoding_problem(head)
 
 
 def _wrong_suffix(path: str, named: str, found: str, head: bytes) -> str:
-    if not found and _is_text(head):
+    is_text = _encoding_problem(head) or not re.search(rb"[^\t\n\f\r\x20-\xff]", head)
+    if not found and is_text:
         other = Path(path).with_suffix("")
         return f"named {named}, but it holds plain text; rename it, for example to {other}"
     if not found:
@@ -97,36 +104,17 @@ def _wrong_suffix(path: str, named: str, found: str, head: bytes) -> str:
     return f"{problem}; unpack it, or convert it to one of {', '.join(COMPRESSED)}"
 
 
-def _format_of(head: bytes) -> str:
-    """The suffix of the packed format that starts with these bytes, "" if none is known."""
-    for signature, suffix in SIGNATURES.items():
-        if head.startswith(signature):
-            return suffix
-    # The fourth byte of bzip2 is a level; tar has its mark after the first file's name and times.
-    if head[:3] == b"BZh" and head[4:10] == b"1AY&SY":
-        return ".bz2"
-    if head[257:262] == b"ustar":
-        return ".tar"
-    # A zstd file may start with a skippable frame, as pzstd writes them.
-    if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:
-        return ".zst"
+def _recognize(kinds: dict[str, bytes], head: bytes) -> str:
+    """The first of FORMATS or ENCODINGS whose pattern is at the beginning of `head`, "" if none."""
+    for name, pattern in kinds.items():
+        if re.match(pattern, head, re.DOTALL):
+            return name
     return ""
 
 
 def _encoding_problem(head: bytes) -> str | None:
-    encoding = ZERO_BYTES.get(tuple(byte == 0 for byte in head[:4]))
-    for mark, name in BYTE_ORDER_MARKS.items():
-        if head.startswith(mark):
-            encoding = name
-            break
-    if encoding is None:
+    encoding = _recognize(ENCODINGS, head)
+    if not encoding:
         return None
     command = f"iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
     return f"encoded in {encoding}; convert it to UTF-8: {command}"
-
-
-def _is_text(head: bytes) -> bool:
-    """Whether bytes look like text: no control characters but white space, or a known encoding."""
-    return _encoding_problem(head) is not None or all(
-        byte >= 32 or byte in b"\t\n\f\r" for byte in head
-    )

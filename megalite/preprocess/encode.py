@@ -1,13 +1,17 @@
 """From a block of lines to arrays of token ids: the work of one preprocessing worker."""
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
+from msgspec.structs import astuple
 
-from megalite.data.tokenizers import TextError, Tokenizer
+from megalite.data.json_lines import json_object, text_problem
+from megalite.data.tokenizers import TextError
+from megalite.preprocess.config import PreprocessConfig
 from megalite.preprocess.inputs import Block
 
 BOM = b"\xef\xbb\xbf"
@@ -50,15 +54,14 @@ class EncodedDocuments(NamedTuple):
     """[tokens], in the dtype of the dataset."""
     lengths: np.ndarray
     """int32 [sequences]: tokens in each sequence."""
-    sequences: np.ndarray | None
-    """int32 [documents]: sequences in each document; None: one in each."""
+    sequences: np.ndarray
+    """int32 [documents]: sequences in each document."""
 
 
 class EncodedBlock(NamedTuple):
     """The documents and bad lines of a block, and the time that it took."""
 
     lines: int
-    documents: int
     per_key: list[EncodedDocuments]
     bad: list[BadLine]
     empty: int
@@ -76,12 +79,10 @@ class TextReader:
     """Finds the texts in blocks: the values of `keys` in JSON lines, or all of a text file."""
 
     def __init__(self, keys: tuple[str, ...]):
-        import msgspec
-
         self.keys = keys
-        self._fields = [f"key{number}" for number in range(len(keys))]
-        names = dict(zip(self._fields, keys))
-        row = msgspec.defstruct("Row", [(field, str) for field in self._fields], rename=names)
+        fields = [f"key{number}" for number in range(len(keys))]
+        types = zip(fields, [str] * len(keys))
+        row = msgspec.defstruct("Row", types, rename=dict(zip(fields, keys)))
         self._decode = msgspec.json.Decoder(row).decode
         self._decode_errors = (msgspec.MsgspecError, ValueError, RecursionError)
 
@@ -98,8 +99,7 @@ class TextReader:
         try:
             if not data.isascii():
                 data.decode()
-            rows = [*map(self._decode, lines)]
-            texts = [[getattr(row, field) for row in rows] for field in self._fields]
+            texts = _columns(map(astuple, map(self._decode, lines)), len(self.keys))
             if all(map(all, texts)):
                 return ParsedBlock(len(lines), texts, [])
         except self._decode_errors:
@@ -108,11 +108,11 @@ class TextReader:
         return self._parse_one_by_one(lines, is_text)
 
     def _parse_one_by_one(self, lines: list[bytes], is_text: bool) -> ParsedBlock:
-        texts: list[list[str]] = [[] for _ in self.keys]
+        rows = []
         bad = []
         for number, line in enumerate(lines):
             try:
-                row = self._texts_of(line.removeprefix(BOM), is_text)
+                rows.append(self._texts_of(line.removeprefix(BOM), is_text))
             except UnicodeDecodeError as error:
                 byte = line[error.start]
                 reason = f"not UTF-8: byte {byte:#04x} at column {error.start + 1}"
@@ -121,81 +121,50 @@ class TextReader:
                 bad.append(BadLine(number, "half of a surrogate pair, which is not Unicode text"))
             except ValueError as error:
                 bad.append(BadLine(number, str(error), isinstance(error, EmptyTextError)))
-            else:
-                for column, text in zip(texts, row):
-                    column.append(text)
-        return ParsedBlock(len(lines), texts, bad)
+        return ParsedBlock(len(lines), _columns(rows, len(self.keys)), bad)
 
-    def _texts_of(self, line: bytes, is_text: bool) -> list[str]:
+    def _texts_of(self, line: bytes, is_text: bool) -> Sequence[str]:
         """The text of each key in a line, all of them encodable. Raises ValueError."""
         row = [line.decode()] if is_text else self._row(line)
-        for text in row:
-            text.encode()  # raises UnicodeEncodeError for a lone surrogate
+        "".join(row).encode()  # raises UnicodeEncodeError for a lone surrogate
         if not all(row):
             raise EmptyTextError("the text is empty")
         return row
 
-    def _row(self, line: bytes) -> list[str]:
+    def _row(self, line: bytes) -> Sequence[str]:
         """The text of each key in a JSON line. Raises ValueError with the reason."""
         decoded = line.decode()
         try:
-            row = self._decode(line)
-            return [getattr(row, field) for field in self._fields]
+            return astuple(self._decode(line))
         except self._decode_errors:
             pass  # Python's json accepts a little more, and explains the rest better
         if not line.strip():
             raise EmptyTextError("the line is empty")
-        row = _decode_with_python(decoded)
-        if not isinstance(row, dict):
-            raise ValueError(f"a JSON object is needed, not {type(row).__name__}")
+        row = json_object(decoded)
         for key in self.keys:
-            if not isinstance(row.get(key), str):
-                found = f"no key {key!r}"
-                if key in row:
-                    found = f"{key!r} is {type(row[key]).__name__}, not text"
-                raise ValueError(f"{found}; keys here: {', '.join(row) or 'none'}")
-        return [row[key] for key in self.keys]
+            if problem := text_problem(row, key):
+                raise ValueError(problem)
+        return list(map(row.get, self.keys))
 
 
-def _decode_with_python(line: str):
-    """A JSON line as Python's json reads it. Raises ValueError with the reason."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        reason = f"invalid JSON: {error.msg} at column {error.colno}"
-        start = line.strip()
-        if start == "{" or start.startswith("["):
-            reason += "; each line must hold one JSON object"
-        raise ValueError(reason) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"JSON that cannot be read: {error}") from None
+def _columns(rows: Iterable[Sequence[str]], count: int) -> list[list[str]]:
+    """The texts of each of `count` keys, from those of each document."""
+    return list(map(list, zip(*rows))) or [[] for _ in range(count)]
 
 
 class Encoder:
-    """Encodes blocks.
+    """Encodes blocks as configured. Raises TokenizerError."""
 
-    Args:
-        tokenizer: encodes batches of texts.
-        keys: keys of the JSON objects whose values are texts.
-        append_eod: end each document with the tokenizer's end-of-document token.
-        split: splits a text into sentences; None: a document is one sequence.
-        skip_empty: count blank lines and empty texts instead of reporting them as bad lines.
-    """
+    def __init__(self, config: PreprocessConfig):
+        self.config = config
+        self.tokenizer = config.tokenizer
+        self.reader = TextReader(config.json_keys)
+        self.eod = self.tokenizer.eod if config.append_eod else None
+        self.dtype = stored_dtype(self.tokenizer.vocab_size)
+        if config.split_sentences:
+            from sentencex import segment
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        keys: tuple[str, ...],
-        append_eod: bool,
-        split: Callable[[str], list[str]] | None,
-        skip_empty: bool = False,
-    ):
-        self.tokenizer = tokenizer
-        self.reader = TextReader(keys)
-        self.split = split
-        self.skip_empty = skip_empty
-        self.eod = tokenizer.eod if append_eod else None
-        self.dtype = stored_dtype(tokenizer.vocab_size)
+            self.split = partial(segment, config.language)
 
     def __call__(self, block: Block) -> EncodedBlock:
         """Encode a block.
@@ -219,49 +188,36 @@ class Encoder:
             per_key = list(map(self._encode, parsed.texts))
         # Separate what --skip-empty leaves out from bad lines.
         bad = parsed.bad
-        if self.skip_empty:
+        if self.config.skip_empty:
             bad = [line for line in bad if not line.is_empty]
+        empty = len(parsed.bad) - len(bad)
         seconds = (read - start, parsed_at - read, time.perf_counter() - parsed_at)
-        return EncodedBlock(
-            lines=parsed.lines,
-            documents=len(parsed.texts[0]),
-            per_key=per_key,
-            bad=bad,
-            empty=len(parsed.bad) - len(bad),
-            seconds=seconds,
-        )
+        return EncodedBlock(parsed.lines, per_key, bad, empty=empty, seconds=seconds)
 
     def _without_refused(self, parsed: ParsedBlock) -> ParsedBlock:
         """The block with the documents that the tokenizer cannot encode as bad lines."""
         numbers = sorted(set(range(parsed.lines)).difference(line.number for line in parsed.bad))
-        texts: list[list[str]] = [[] for _ in parsed.texts]
+        rows = []
         bad = list(parsed.bad)
         for number, row in zip(numbers, zip(*parsed.texts), strict=True):
             try:
                 for text in row:
                     self._encode([text])
+                rows.append(row)
             except TextError as error:
                 bad.append(BadLine(number, str(error), isinstance(error, EmptyTextError)))
-            else:
-                for column, text in zip(texts, row):
-                    column.append(text)
-        return ParsedBlock(parsed.lines, texts, sorted(bad))
+        return ParsedBlock(parsed.lines, _columns(rows, len(parsed.texts)), sorted(bad))
 
     def _encode(self, texts: list[str]) -> EncodedDocuments:
         """The ids of documents. Raises TextError for a text that the tokenizer has no ids for."""
-        counts = None
-        if self.split is not None:
+        counts = np.ones(len(texts), "<i4")
+        if self.config.split_sentences:
             texts, counts = self._sentences_of(texts)
         ids, lengths = self.tokenizer.encode_batch(texts)
         ids = ids.astype(self.dtype, copy=False)
-        if not texts:
-            return EncodedDocuments(ids, lengths.astype("<i4"), counts)
         # The first and the last sequence of each document.
-        if counts is None:
-            last = first = np.arange(len(lengths))
-        else:
-            last = np.cumsum(counts) - 1
-            first = last - counts + 1
+        last = np.cumsum(counts) - 1
+        first = last - counts + 1
         if not np.add.reduceat(lengths, first).all():
             raise EmptyTextError("the text gives no tokens")
         if self.eod is not None:

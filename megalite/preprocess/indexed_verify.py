@@ -34,36 +34,33 @@ def verify(
         data: the dataset.
         progress: called with the share of the work that is done, up to 1.
     """
-    ids = _IdCheck(data)
-    problems = list(islice(_problems(data, ids, progress), MAX_PROBLEMS))
-    return Verification(problems, ids.largest)
+    largest: list[int] = []
+    problems = list(islice(_problems(data, largest, progress), MAX_PROBLEMS))
+    return Verification(problems, max(largest, default=None))
 
 
-def _problems(
-    data: IndexedDataset, ids: "_IdCheck", progress: Callable[[float], None]
-) -> Iterator[str]:
+def _problems(data: IndexedDataset, largest: list[int], progress: Callable) -> Iterator[str]:
+    """The problems, in the order of the checks. Appends the largest id of each chunk to a list."""
     # Compare with the description.
-    info = None
+    vocab_size = None
     try:
-        info = DatasetInfo.read(data.prefix)
+        if info := DatasetInfo.read(data.prefix):
+            vocab_size = info.vocab_size
+            if (info.documents, info.tokens) != (data.num_documents, data.num_tokens):
+                yield (
+                    f"{data.prefix}.json describes {info.documents:,} documents and "
+                    f"{info.tokens:,} tokens, but the files hold {data.num_documents:,} and "
+                    f"{data.num_tokens:,}. They do not belong together, or are damaged. {REMAKE}"
+                )
     except DatasetError as error:
         yield str(error)
-    if info is not None:
-        ids.vocab_size = info.vocab_size
-        if (info.documents, info.tokens) != (data.num_documents, data.num_tokens):
-            yield (
-                f"{data.prefix}.json describes {info.documents:,} documents and {info.tokens:,} "
-                f"tokens, but the files hold {data.num_documents:,} and {data.num_tokens:,}. They "
-                f"do not belong together, or are damaged. {REMAKE}"
-            )
     # Run each check over all entries that it applies to, in chunks.
     checks = [
         (data.sequence_problems, len(data)),
         (data.boundary_problems, len(data.document_indices)),
-        (ids.problems, len(data.ids)),
+        (lambda sequences: _gaps(data, sequences), len(data) if data.contiguous else 0),
+        (lambda tokens: _wrong_ids(data, tokens, vocab_size, largest), len(data.ids)),
     ]
-    if data.contiguous:
-        checks.insert(2, (lambda sequences: _gaps(data, sequences), len(data)))
     total = sum(count for _, count in checks)
     done = 0
     for check, count in checks:
@@ -83,33 +80,22 @@ def _gaps(data: IndexedDataset, sequences: np.ndarray) -> Iterator[str]:
         )
 
 
-class _IdCheck:
-    """Checks the ids of a dataset, and keeps the largest one that it has read."""
-
-    def __init__(self, data: IndexedDataset):
-        self._data = data
-        self.vocab_size: int | None = None
-        """Every id must be below this. None: any id of at least 0 is sound."""
-        self.largest: int | None = None
-
-    def problems(self, positions: np.ndarray) -> Iterator[str]:
-        """At most one message for the ids at these consecutive positions."""
-        first = int(positions[0])
-        last = int(positions[-1])
-        ids = self._data.ids[first : last + 1]
-        largest = int(ids.max())
-        if self.largest is None or largest > self.largest:
-            self.largest = largest
-        bad = ids < 0
-        allowed = "ids are at least 0"
-        if self.vocab_size is not None:
-            bad |= ids >= self.vocab_size
-            allowed = (
-                f"{self._data.prefix}.json describes a vocabulary of {self.vocab_size} entries"
-            )
-        bad = np.flatnonzero(bad)
-        if len(bad):
-            yield (
-                f"{self._data.bin_path}: id {ids[bad[0]]} at token {first + bad[0]}, but {allowed} "
-                f"({len(bad)} such ids in tokens {first} to {last}). {REMAKE}"
-            )
+def _wrong_ids(
+    data: IndexedDataset, tokens: np.ndarray, vocab_size: int | None, largest: list[int]
+) -> Iterator[str]:
+    """At most one message for the ids at these consecutive positions."""
+    first = int(tokens[0])
+    last = int(tokens[-1])
+    ids = data.ids[first : last + 1]
+    largest.append(int(ids.max()))
+    wrong = ids < 0
+    allowed = "ids are at least 0"
+    if vocab_size is not None:
+        wrong |= ids >= vocab_size
+        allowed = f"{data.prefix}.json describes a vocabulary of {vocab_size} entries"
+    wrong = np.flatnonzero(wrong)
+    if len(wrong):
+        yield (
+            f"{data.bin_path}: id {ids[wrong[0]]} at token {first + wrong[0]}, but {allowed} "
+            f"({len(wrong)} such ids in tokens {first} to {last}). {REMAKE}"
+        )

@@ -8,27 +8,23 @@ import fnmatch
 import glob
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import filterfalse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from megalite.data.indexed import DatasetError
 from megalite.preprocess.content import HEAD_BYTES, file_problem, stream_problem
-from megalite.preprocess.unpacked import (
-    COMPRESSED,
-    LIBRARIES,
-    UNSUPPORTED,
-    has_library,
-    suffix_of,
-    unpacked,
-)
+from megalite.preprocess.unpacked import COMPRESSED, missing_library, suffix_of, unpacked
 
 BLOCK_BYTES = 1 << 20
 """Approximate size of a block, which ends at the end of a line."""
 STDIN = "-"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 """Suffixes of the files that are taken from a folder, compressed or not."""
+Ranges = list[tuple[int, int, int]]
+"""(index of the file in the list of inputs, first byte, byte after the last) of each range."""
 
 
 class Block(NamedTuple):
@@ -72,12 +68,13 @@ def kind_of(path: str) -> str:
 
 def is_text(path: str) -> bool:
     """Whether a file is one document as it stands."""
-    return suffix_of(_uncompressed(path)) == ".txt"
+    return _inner_suffix(path) == ".txt"
 
 
-def _uncompressed(path: str) -> str:
-    """The name of a file without the suffix of its compression."""
-    return str(Path(path).with_suffix("")) if suffix_of(path) in COMPRESSED else path
+def _inner_suffix(path: str) -> str:
+    """The suffix of a file's name without that of its compression."""
+    name = Path(path)
+    return suffix_of(name.with_suffix("") if suffix_of(name) in COMPRESSED else name)
 
 
 def input_files(inputs: tuple[str, ...]) -> list[str]:
@@ -106,13 +103,12 @@ def expand(inputs: tuple[str, ...]) -> tuple[list[str], list[str]]:
             problems.append(f"--input {name}: {problem}")
     # Check each file: readable, and holding what its name says.
     for path in files:
-        if path != STDIN and (problem := _file_problem(path)):
+        if path != STDIN and (problem := file_problem(path)):
             problems.append(f"--input {path}: {problem}")
     # Check them together: each once, and all libraries installed.
     problems += [f"--input {path}: given twice" for path in _repeated(files)]
-    for suffix in sorted({suffix_of(path) for path in files}):
-        if not has_library(suffix):
-            library = LIBRARIES[suffix]
+    for suffix in sorted(set(map(suffix_of, files))):
+        if library := missing_library(suffix):
             problems.append(
                 f"--input: {suffix} files need the {library} library: pip install {library}"
             )
@@ -124,7 +120,7 @@ def _find_files(name: str) -> tuple[list[str], str]:
     if name == STDIN or os.path.isfile(name):
         return [name], ""
     if os.path.isdir(name):
-        found = list(filter(_has_known_suffix, _files_in(name)))
+        found = [path for path in _files_in(name) if _inner_suffix(path) in SUFFIXES]
         return found, "" if found else f"a folder without {', '.join(SUFFIXES)} files"
     if glob.has_magic(name):
         found = _files_matching(name)
@@ -134,37 +130,19 @@ def _find_files(name: str) -> tuple[list[str], str]:
     return [], "no such file"
 
 
-def _file_problem(path: str) -> str | None:
-    """What is wrong with one input file, None if nothing."""
-    if not os.access(path, os.R_OK):
-        return "not readable"
-    if suffix_of(path) in UNSUPPORTED:
-        known = ", ".join(COMPRESSED)
-        return (
-            f"{suffix_of(path)} is no known kind of compression: convert it to one of {known}, "
-            "or unpack it"
-        )
-    return file_problem(path)
-
-
 def ignored_files(inputs: Iterable[str]) -> list[str]:
     """Files in the input folders that are of no known kind, and so are not read."""
     ignored = []
     for folder in filter(os.path.isdir, inputs):
-        ignored += filterfalse(_has_known_suffix, _files_in(folder))
+        ignored += [path for path in _files_in(folder) if _inner_suffix(path) not in SUFFIXES]
     return ignored
 
 
 def _repeated(files: list[str]) -> list[str]:
     """The first name of each file that is there several times, under any names."""
     first: dict[str, str] = {}
-    repeated = set()
-    for path in files:
-        real = os.path.realpath(path)
-        if real in first:
-            repeated.add(first[real])
-        first.setdefault(real, path)
-    return sorted(repeated)
+    counts = Counter(first.setdefault(os.path.realpath(path), path) for path in files)
+    return sorted(path for path, count in counts.items() if count > 1)
 
 
 def _files_in(folder: str) -> list[str]:
@@ -182,11 +160,8 @@ def _files_in(folder: str) -> list[str]:
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            path = os.path.join(parent, name)
-            if not name.startswith(".") and os.path.isfile(path):
-                found.append(path)
-    return sorted(found)
+        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    return sorted(filter(os.path.isfile, found))
 
 
 def _files_matching(pattern: str) -> list[str]:
@@ -196,9 +171,7 @@ def _files_matching(pattern: str) -> list[str]:
         return sorted(filter(os.path.isfile, glob.glob(pattern)))
     # glob would follow a link to a folder around it again and again: `_files_in` does not.
     first = names.index("**")
-    root = os.sep.join(names[:first])
-    if pattern.startswith(os.sep):
-        root = root or os.sep
+    root = os.sep.join([*names[:first], ""])
     found = []
     for folder in glob.glob(root) if root else [""]:
         for path in _files_in(folder or "."):
@@ -210,17 +183,11 @@ def _files_matching(pattern: str) -> list[str]:
 
 def _matches(names: list[str], patterns: list[str]) -> bool:
     """Whether the names of a path match a pattern's, of which ** matches any number."""
-    if not patterns:
-        return not names
+    if not names or not patterns:
+        return not names and set(patterns) <= {"**"}
     if patterns[0] == "**":
-        rest = bool(names) and _matches(names[1:], patterns)
-        return rest or _matches(names, patterns[1:])
-    matches_first = bool(names) and fnmatch.fnmatchcase(names[0], patterns[0])
-    return matches_first and _matches(names[1:], patterns[1:])
-
-
-def _has_known_suffix(path: str) -> bool:
-    return suffix_of(_uncompressed(path)) in SUFFIXES
+        return _matches(names[1:], patterns) or _matches(names, patterns[1:])
+    return fnmatch.fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
 
 
 def sizes_of(files: list[str]) -> list[int]:
@@ -228,8 +195,8 @@ def sizes_of(files: list[str]) -> list[int]:
     return [0 if path == STDIN else os.path.getsize(path) for path in files]
 
 
-def shard_ranges(files: list[str], shard: int, shards: int) -> list[tuple[int, int, int]]:
-    """(file, start, stop) of the byte ranges of shard number `shard` of `shards`.
+def shard_ranges(files: list[str], shard: int = 0, shards: int = 1) -> Ranges:
+    """The byte ranges of shard number `shard` of `shards`.
 
     All files together are divided into shards of equal size. Plain files are cut at line ends;
     any other file belongs whole to the shard that its first byte is in.
@@ -242,13 +209,10 @@ def shard_ranges(files: list[str], shard: int, shards: int) -> list[tuple[int, i
     ranges = []
     for number, (path, size) in enumerate(zip(files, sizes)):
         if kind_of(path) == "plain":
-            first = max(low - base, 0)
-            last = min(high - base, size)
-            if first < last:
-                start = _line_start(path, first, size)
-                stop = _line_start(path, last, size)
-                if start < stop:
-                    ranges.append((number, start, stop))
+            start = _line_start(path, low - base, size)
+            stop = _line_start(path, high - base, size)
+            if start < stop:
+                ranges.append((number, start, stop))
         elif low <= base < high or (size == 0 and shard == 0):
             ranges.append((number, 0, sys.maxsize))
         base += size
@@ -256,9 +220,9 @@ def shard_ranges(files: list[str], shard: int, shards: int) -> list[tuple[int, i
 
 
 def _line_start(path: str, target: int, size: int) -> int:
-    """The first byte >= target at which a line starts, or the size."""
-    if target in (0, size):
-        return target
+    """The first byte >= target at which a line starts, between 0 and the size."""
+    if not 0 < target < size:
+        return min(max(target, 0), size)
     with open(path, "rb") as file:
         file.seek(target - 1)
         file.readline()
@@ -276,10 +240,7 @@ def count_lines(path: str, stop: int) -> int:
 
 
 def read_blocks(
-    files: list[str],
-    ranges: list[tuple[int, int, int]],
-    keys: tuple[str, ...],
-    position: tuple[int, int] = (0, 0),
+    files: list[str], ranges: Ranges, keys: tuple[str, ...], position=(0, 0)
 ) -> Iterator[Block]:
     """The blocks of these ranges, from a position (file, byte) on, where a block ended before.
 
@@ -297,10 +258,8 @@ def read_blocks(
             size = os.path.getsize(path)
             if start < max(size, 1):
                 yield Block(number, path, 0, max(size, 1), None, is_text=True)
-        elif kind == "stdin":
-            yield from _stdin_blocks(number)
         else:
-            with unpacked(path, keys) as file:
+            with nullcontext(sys.stdin.buffer) if kind == "stdin" else unpacked(path, keys) as file:
                 if not is_text(path):
                     yield from _streamed_blocks(number, path, file, start)
                 elif start == 0:
@@ -320,20 +279,15 @@ def _plain_blocks(number: int, path: str, start: int, last: int) -> Iterator[Blo
             start = stop
 
 
-def _stdin_blocks(number: int) -> Iterator[Block]:
-    name = display_name(STDIN)
-    for block in _streamed_blocks(number, name, sys.stdin.buffer, 0):
-        if block.start == 0 and (problem := stream_problem(block.data[:HEAD_BYTES])):
-            raise DatasetError(f"{name}: {problem}")
-        yield block
-
-
 def _streamed_blocks(number: int, path: str, file: BinaryIO, position: int) -> Iterator[Block]:
+    path = display_name(path)
     start = 0
     while start < position and (skipped := file.read(min(BLOCK_BYTES, position - start))):
         start += len(skipped)
     while data := file.read(BLOCK_BYTES):
         if not data.endswith(b"\n"):
             data += file.readline()
+        if start == 0 and (problem := stream_problem(data[:HEAD_BYTES])):
+            raise DatasetError(f"{path}: {problem}")
         yield Block(number, path, start, start + len(data), data, is_text=False)
         start += len(data)

@@ -75,16 +75,14 @@ class Journal:
             raise StagingError(f"standard input cannot be resumed: {remedy}")
         try:
             stored = json.loads(path.read_text())
-            before = stored["job"]
-            state = stored["state"]
+            before = dict(stored["job"])
+            state = dict(stored["state"])
         except (ValueError, KeyError, TypeError):
             raise StagingError(f"{path} is damaged: {remedy}") from None
         changes = []
         for key in {**before, **self._job}:
-            then = before.get(key)
-            now = self._job.get(key)
-            if then != now:
-                changes.append(f"{key} was {_short(then)}, is {_short(now)}")
+            if before.get(key) != self._job.get(key):
+                changes.append(f"{key} was {_short(before, key)}, is {_short(self._job, key)}")
         if changes:
             raise StagingError(
                 f"{self.staging_dir} is what an interrupted run left, which was another job: "
@@ -93,14 +91,26 @@ class Journal:
         return state
 
     def commit(self, state: dict) -> None:
-        """Store the state; all data that it counts must be on the disk already."""
-        write_json(self.staging_dir / JOURNAL, {"job": self._job, "state": state})
+        """Store the state; all data that it counts must be on the disk already.
+
+        After a crash, the journal holds either the new state or the one before.
+        """
+        draft = self.staging_dir / f"{JOURNAL}.draft"
+        with open_named(draft, "w+") as file:
+            file.write(json.dumps({"job": self._job, "state": state}).encode())
+            sync_file(file)
+        draft.rename(self.staging_dir / JOURNAL)
         self.state = state
 
-    def publish(self, renames: list[tuple[str, str]]) -> None:
+    @property
+    def is_complete(self) -> bool:
+        """Whether all files are complete, and only their final names are missing."""
+        return bool(self.state and self.state.get("renames"))
+
+    def publish(self) -> None:
         """Rename complete files to their final names, except those renamed before an interruption,
         and remove the directory."""
-        for source, final in renames:
+        for source, final in self.state["renames"]:
             if os.path.exists(source):
                 os.rename(source, final)
         shutil.rmtree(self.staging_dir)
@@ -109,7 +119,9 @@ class Journal:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is not None and (self.state is None or not self._resumable):
+        # Journals of partitions are in directories of their own in this one.
+        resumes = self._resumable and (self.state or any(self.staging_dir.glob(f"*/{JOURNAL}")))
+        if kind is not None and not resumes:
             shutil.rmtree(self.staging_dir, ignore_errors=True)
         self._lock.close()  # another process may use the directory now
 
@@ -139,15 +151,6 @@ def sync_file(file: BinaryIO) -> None:
         raise OSError(error.errno, error.strerror, str(file.raw.name)) from None
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file so that, after a crash, it holds either the new value or the old one."""
-    draft = path.with_name(path.name + ".draft")
-    with open_named(draft, "w+") as file:
-        file.write(json.dumps(value).encode())
-        sync_file(file)
-    draft.rename(path)
-
-
-def _short(value) -> str:
-    text = json.dumps(value)
+def _short(job: dict, key: str) -> str:
+    text = json.dumps(job.get(key))
     return text if len(text) <= 80 else text[:77] + "..."

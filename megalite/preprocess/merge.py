@@ -5,8 +5,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
 
 from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset, dataset_path
 from megalite.preprocess.indexed_writer import IndexedWriter
@@ -23,14 +23,6 @@ FLAG_OF = {
 have one must agree, and the merged description has it if all do."""
 
 
-class Shard(NamedTuple):
-    """A dataset whose name says that it is one shard of several."""
-
-    prefix: str
-    index: int
-    count: int
-
-
 def find_prefixes(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
     """(prefixes, problems) of the arguments of --input.
 
@@ -43,14 +35,12 @@ def find_prefixes(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
     # Find the datasets of each argument.
     for name in inputs:
         if Path(name).is_dir():
-            found = sorted(str(path)[: -len(".idx")] for path in Path(name).glob("*.idx"))
-        elif glob.has_magic(name):
-            found = sorted({_without_suffix(path) for path in glob.glob(name)})
+            paths = glob.glob(os.path.join(glob.escape(name), "*.idx"))
         else:
-            found = [_without_suffix(name)]
-        if not found:
+            paths = glob.glob(name) if glob.has_magic(name) else [name]
+        if not paths:
             problems.append(f"--input {name}: no dataset has such a name")
-        prefixes += found
+        prefixes += sorted({re.sub(r"\.(idx|bin|json)$", "", path) for path in paths})
     # Each dataset may be given once, under any name.
     files = [os.path.realpath(f"{prefix}.idx") for prefix in prefixes]
     for prefix, file in sorted(set(zip(prefixes, files))):
@@ -60,25 +50,16 @@ def find_prefixes(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
     return prefixes, problems
 
 
-def _without_suffix(name: str) -> str:
-    return re.sub(r"\.(idx|bin|json)$", "", name)
-
-
-def _sets_of_shards(prefixes: Sequence[str]) -> dict[str, list[Shard]]:
-    """The shards of each whole, in the order given, by the prefix of the whole."""
-    sets: dict[str, list[Shard]] = {}
-    for prefix in map(str, prefixes):
-        if match := SHARD_NAME.search(Path(prefix).name):
-            shard = Shard(prefix, index=int(match[1]), count=int(match[2]))
-            sets.setdefault(SHARD_NAME.sub("", prefix), []).append(shard)
-    return sets
-
-
 def _shard_problems(prefixes: list[str]) -> Iterator[str]:
     """Sets of shards that are incomplete, out of order, mixed, or given beside their whole."""
-    for whole, shards in _sets_of_shards(prefixes).items():
-        indices = [shard.index for shard in shards]
-        counts = sorted({shard.count for shard in shards})
+    sets: dict[str, list[tuple[int, int]]] = {}
+    for prefix in prefixes:
+        if match := SHARD_NAME.search(Path(prefix).name):
+            shard = (int(match[1]), int(match[2]))
+            sets.setdefault(SHARD_NAME.sub("", prefix), []).append(shard)
+    for whole, shards in sets.items():
+        indices, counts = map(list, zip(*shards))
+        counts = sorted(set(counts))
         missing = sorted(set(range(counts[-1])) - set(indices))
         if whole in prefixes:
             yield f"--input: {whole} is given beside its shards; name the one or the others"
@@ -114,9 +95,8 @@ def merge(prefixes: Sequence[str], output_prefix: str | Path) -> DatasetInfo | N
         )
     with Journal(staging_dir, {"merge": list(map(str, prefixes))}) as journal:
         if journal.state is None:
-            renames = merge_into(staging_dir, prefixes, output_prefix)
-            journal.commit({"renames": renames})
-        journal.publish(journal.state["renames"])
+            journal.commit({"renames": merge_into(staging_dir, prefixes, output_prefix)})
+        journal.publish()
     return DatasetInfo.read(output_prefix)
 
 
@@ -144,22 +124,19 @@ def merge_into(
                 f"{dataset.prefix} holds {dataset.dtype.name}, {first.prefix} {first.dtype.name}"
             )
     problems += _differences(infos)
-    problems += _changed_inputs(infos)
     if problems:
         raise DatasetError("\n".join(problems))
     # Copy them one after another.
     with IndexedWriter(output_prefix, datasets[0].dtype, staging_dir) as writer:
         for dataset in datasets:
             writer.append(dataset)
-        info = _merged_info(list(infos.values()), writer.documents, writer.tokens)
-        return [(str(source), str(final)) for source, final in writer.seal(info)]
+        return writer.seal(_merged_info(list(infos.values()), writer))
 
 
 def _differences(infos: dict[str, DatasetInfo | None]) -> Iterator[str]:
     """How the datasets were made differently from the first one."""
-    if not infos:
-        return
-    first_prefix, first = next(iter(infos.items()))
+    first_prefix, first = next(iter(infos.items()), (None, None))
+    first_of: dict[str, tuple[str, str]] = {}
     for prefix, info in infos.items():
         # Either all datasets have a description, or none has.
         if (info is None) != (first is None):
@@ -180,34 +157,24 @@ def _differences(infos: dict[str, DatasetInfo | None]) -> Iterator[str]:
                 how = "with" if found else "without"
                 other = "with" if expected else "without"
                 yield f"{prefix} was made {how} {flag}, {first_prefix} {other}"
-
-
-def _changed_inputs(infos: dict[str, DatasetInfo | None]) -> Iterator[str]:
-    """Shards cut from other inputs than the first of their set: the whole would lack or repeat
-    lines."""
-    for shards in _sets_of_shards(list(infos)).values():
-        first = None
-        for shard in shards:
-            info = infos[shard.prefix]
-            if info is None or not info.inputs:
-                continue
-            first = first or shard
-            if info.inputs != infos[first.prefix].inputs:
+        # Of shards cut from different inputs, the whole would lack or repeat lines.
+        if info.inputs:
+            whole = SHARD_NAME.sub("", prefix)
+            other, inputs = first_of.setdefault(whole, (prefix, info.inputs))
+            if info.inputs != inputs:
                 yield (
-                    f"{shard.prefix} was made from other inputs than {first.prefix}: a file was "
-                    "added, removed or changed between them. Make all shards again, or those that "
-                    "are older than the change"
+                    f"{prefix} was made from other inputs than {other}: a file was added, removed "
+                    "or changed between them. Make all shards again, or those that are older than "
+                    "the change"
                 )
 
 
-def _merged_info(
-    infos: list[DatasetInfo | None], documents: int, tokens: int
-) -> DatasetInfo | None:
+def _merged_info(infos: list[DatasetInfo | None], writer: IndexedWriter) -> DatasetInfo | None:
     """The description of datasets that agree, with the sizes of the merged one."""
     if infos[0] is None:
         return None
-    merged = replace(infos[0], documents=documents, tokens=tokens, inputs=None)
+    changes = {"documents": writer.documents, "tokens": writer.tokens, "inputs": None}
     for name in FLAG_OF:
-        if any(getattr(info, name) is None for info in infos):
-            merged = replace(merged, **{name: None})
-    return merged
+        if None in map(attrgetter(name), infos):
+            changes[name] = None
+    return replace(infos[0], **changes)

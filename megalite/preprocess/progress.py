@@ -3,20 +3,19 @@
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 SPENT_ON = ("read", "parse", "encode", "write")
-SUMMED = ("bytes_total", "bytes_done", "documents", "tokens", "bytes_now", "tokens_now")
-SUMMED += ("bad_lines", "empty")
-"""Fields of Progress of which the total of several runs is the sum."""
+KEPT = ("bytes_total", "bytes_done", "documents", "tokens", "bad_lines", "empty")
+"""Counts that are stored, to resume from. The total of several runs is the sum of each."""
 
 
 @dataclass
 class Progress:
     """How much of a run is done, and where its time went."""
 
-    bytes_total: int
+    bytes_total: int = 0
     """Bytes of all input; 0: not known before it is read, as of compressed files."""
     bytes_done: int = 0
     documents: int = 0
@@ -33,25 +32,19 @@ class Progress:
     """The last bad line that this run left out: file, line number and reason."""
     empty: int = 0
     """Blank lines and documents with an empty text that were left out (--skip-empty)."""
-    finished: bool = False
-    """Whether everything is written, and only the files' final names are missing."""
 
     @classmethod
-    def of_earlier_run(cls, stored: dict) -> "Progress":
+    def restored(cls, stored: dict) -> "Progress":
         """The progress that an earlier run stored as JSON: nothing of it was done in this run."""
-        progress = cls(**{"bytes_total": 0, **stored})
-        progress.seconds = 0.0
-        progress.bytes_now = 0
-        progress.tokens_now = 0
-        progress.spent = dict.fromkeys(SPENT_ON, 0.0)
-        return progress
+        kept = (*KEPT, "last_bad_line")
+        return cls(**{name: stored[name] for name in kept if name in stored})
 
     @classmethod
     def total(cls, shards: Iterable["Progress"]) -> "Progress":
         """The progress of several runs at the same time, summed."""
-        total = cls(bytes_total=0)
+        total = cls()
         for shard in shards:
-            for name in SUMMED:
+            for name in (*KEPT, "bytes_now", "tokens_now"):
                 setattr(total, name, getattr(total, name) + getattr(shard, name))
             for name, seconds in shard.spent.items():
                 total.spent[name] += seconds
@@ -87,30 +80,28 @@ def show_progress(seconds_between_lines: float = 5.0):
     On a terminal it draws a bar, otherwise it prints plain lines.
     """
     if sys.stderr.isatty():
+        from rich import progress as rich
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
 
-        columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        with Bar(*columns, console=Console(stderr=True)) as bar:
+        columns = (rich.BarColumn(), rich.TextColumn("{task.description}"))
+        columns += (rich.TimeRemainingColumn(),)
+        with rich.Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("starting")
 
             def update_bar(progress: Progress) -> None:
-                total = progress.bytes_total or None
-                done = progress.bytes_done
-                bar.update(task, description=str(progress), completed=done, total=total)
+                sizes = {"completed": progress.bytes_done, "total": progress.bytes_total or None}
+                bar.update(task, description=str(progress), **sizes)
 
             yield update_bar
         return
-    next_line = seconds_between_lines
-    shown = None
+    printed = Progress()
 
     def print_line(progress: Progress) -> None:
-        nonlocal next_line, shown
-        done = progress.bytes_done == progress.bytes_total
-        if progress.bytes_done != shown and (done or progress.seconds >= next_line):
-            next_line = progress.seconds + seconds_between_lines
-            shown = progress.bytes_done
+        nonlocal printed
+        is_due = progress.seconds >= printed.seconds + seconds_between_lines
+        is_last = progress.bytes_done == progress.bytes_total
+        if progress.bytes_done != printed.bytes_done and (is_due or is_last):
+            printed = replace(progress)
             print(progress, file=sys.stderr, flush=True)
 
     yield print_line

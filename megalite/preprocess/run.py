@@ -6,9 +6,9 @@ from megalite.data.indexed import DatasetInfo
 from megalite.preprocess.config import PreprocessConfig
 from megalite.preprocess.encode import TextReader
 from megalite.preprocess.inputs import display_name, input_files, read_blocks, shard_ranges
-from megalite.preprocess.partitions import make_in_partitions
+from megalite.preprocess.partitions import write_partitions
 from megalite.preprocess.progress import Progress
-from megalite.preprocess.shard import BadLineError, make_shard
+from megalite.preprocess.shard import BadLineError, open_journal, write_shard
 
 
 def preprocess(
@@ -34,8 +34,13 @@ def preprocess(
         TokenizerError: the fast tokenizer backend gives wrong ids.
     """
     files = input_files(config.input)
-    make = make_in_partitions if config.partitions > 1 else make_shard
-    make(config, files, report)
+    write = write_partitions if config.partitions > 1 else write_shard
+    with open_journal(config, files) as journal:
+        if journal.is_complete:
+            report(Progress.restored(journal.state.get("progress", {})))
+        else:
+            write(config, files, journal, report)
+        journal.publish()
     return [DatasetInfo.read(config.prefix(key)) for key in config.json_keys]
 
 
@@ -53,10 +58,9 @@ def read_texts(inputs: tuple[str, ...], key: str, skip_empty: bool = False) -> I
     """
     files = input_files(inputs)
     reader = TextReader((key,))
-    file = -1
     line = 1
-    for block in read_blocks(files, shard_ranges(files, 0, 1), (key,)):
-        if block.file != file:
+    for block in read_blocks(files, shard_ranges(files), (key,)):
+        if block.start == 0:
             line = 1
         parsed = reader.parse(block.read(), block.is_text)
         for bad in parsed.bad:
@@ -64,5 +68,4 @@ def read_texts(inputs: tuple[str, ...], key: str, skip_empty: bool = False) -> I
                 name = display_name(block.path)
                 raise BadLineError(f"{name}, line {line + bad.number}: {bad.reason}")
         yield from parsed.texts[0]
-        file = block.file
         line += parsed.lines

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -12,7 +12,8 @@ from threading import Thread
 
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import TokenizerError
-from megalite.preprocess.encode import EncodedBlock
+from megalite.preprocess.config import PreprocessConfig
+from megalite.preprocess.encode import EncodedBlock, Encoder
 from megalite.preprocess.inputs import Block
 
 BLOCKS_AHEAD = 4
@@ -22,54 +23,48 @@ BLOCKS_PER_WORKER = 2
 
 
 @contextmanager
-def encoded_blocks(workers: int, build_encoder: Callable, config, blocks: Iterator[Block]):
+def encoded_blocks(config: PreprocessConfig, blocks: Iterator[Block]):
     """Yields an iterator of (block, encoded block), in the order of the blocks.
 
-    Args:
-        workers: processes that encode; 1 encodes in this process.
-        build_encoder: `build_encoder(config)` makes the encoder of a process.
-        config: its argument.
-        blocks: the blocks.
+    With --workers 1 this process encodes.
     """
-    if workers == 1:
-        encoder = build_encoder(config)
+    if config.workers == 1:
+        encoder = Encoder(config)
         yield ((block, encoder(block)) for block in blocks)
-        return
+    else:
+        with running(_work, [(config,)] * config.workers) as processes:
+            yield _in_order(processes, blocks)
+
+
+@contextmanager
+def running(target: Callable, arguments: Iterable[tuple]):
+    """Yields new processes, each by its connection: `target(connection, *arguments)` runs in it.
+
+    They never receive Ctrl-C. Only this process does, and ends them when it leaves the block.
+    """
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, multiprocessing.Process] = {}
+    # Started while the signal is blocked, the resource tracker would unblock it.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        for _ in range(workers):
+        for own in arguments:
             ours, theirs = context.Pipe()
-            arguments = (theirs, build_encoder, config)
-            process = context.Process(target=_work, args=arguments, daemon=True)
+            process = context.Process(target=target, args=(theirs, *own))
+            process.start()
             processes[ours] = process
-            with sigint_blocked():
-                process.start()
             theirs.close()
-        yield _in_order(processes, blocks)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield processes
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for connection, process in processes.items():
             connection.close()
             process.terminate()
             process.join()
 
 
-@contextmanager
-def sigint_blocked():
-    """Processes that are started in this block never receive Ctrl-C, from their first instruction.
-
-    Only this process does, after the block, and it ends them.
-    """
-    # Started in the block, the resource tracker would unblock the signal.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _work(connection: Connection, build_encoder: Callable, config) -> None:
+def _work(connection: Connection, config: PreprocessConfig) -> None:
     """A worker process: encode blocks until the connection is closed.
 
     The operating system closes it when the main process is killed.
@@ -80,7 +75,7 @@ def _work(connection: Connection, build_encoder: Callable, config) -> None:
     # A thread receives blocks, so that the main process can send one of any size at any time, and
     # never waits for a worker that waits for it to receive a result.
     Thread(target=_receive, args=(connection, jobs), daemon=True).start()
-    encoder = build_encoder(config)
+    encoder = Encoder(config)
     while job := jobs.get():
         number, block = job
         try:
@@ -115,7 +110,7 @@ def _in_order(
         while free and len(sent) < BLOCKS_AHEAD * len(processes) and (job := next(numbered, None)):
             number, block = job
             connection = free.pop(0)
-            with _reporting_exit(processes[connection]):
+            with reporting_exit(processes[connection]):
                 connection.send(job)
             sent[number] = block._replace(data=None)
         if not sent:
@@ -130,14 +125,14 @@ def _in_order(
             continue
         # Otherwise wait for any result.
         for connection in wait(processes):
-            with _reporting_exit(processes[connection]):
+            with reporting_exit(processes[connection]):
                 number, finished[number] = connection.recv()
             free.append(connection)
 
 
 @contextmanager
-def _reporting_exit(worker: multiprocessing.Process):
-    """Turn the broken connection of a worker that exited into a DatasetError with its status."""
+def reporting_exit(worker: multiprocessing.Process):
+    """Turn the broken connection of a process that exited into a DatasetError with its status."""
     try:
         yield
     except (EOFError, OSError):

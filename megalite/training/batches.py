@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from megalite.config.run import RunConfig
-from megalite.data.architectures import DATA_OF, SampleConfig
+from megalite.data.architectures import DATA_OF
 from megalite.data.indexed import DatasetError
 from megalite.data.sampler import Loader, first_sample
 from megalite.models.batch import Microbatch
@@ -105,7 +105,7 @@ def build_batches(config: RunConfig, dataset, model, eod: int | None = None) -> 
     Raises TokenizerError when there is none.
     """
     data_group = model.context.data
-    samples = SampleConfig(config.data, config.model, config.training.seed, config.bert)
-    build_loader = DATA_OF[config.model.architecture].loader
-    loader = build_loader(samples, dataset, data_group.size, data_rank=data_group.rank, eod=eod)
+    architecture = DATA_OF[config.model.architecture]
+    data = architecture(config.data, config.model, config.training.seed, config.bert)
+    loader = data.loader(dataset, data_group.size, data_group.rank, eod=eod)
     return GlobalBatches(loader, model, config.data.global_batch_size)

@@ -10,7 +10,7 @@ import numpy as np
 from megalite.data.bert import BertDataset
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.indexed import IndexedDataset
-from megalite.data.masking import SpecialIds
+from megalite.data.masking import Masker, SpecialIds
 from megalite.preprocess.indexed_writer import IndexedWriter
 
 SPECIAL = SpecialIds(cls=2, sep=3, mask=4, pad=0)
@@ -42,17 +42,9 @@ def bert(
     starts_word=None,
     **config,
 ):
-    return BertDataset(
-        data,
-        documents or (0, data.num_documents),
-        s,
-        seed=seed,
-        split_name=split,
-        special=special,
-        vocab_size=vocab_size,
-        starts_word=starts_word,
-        config=BertDataConfig(**config),
-    )
+    documents = documents or (0, data.num_documents)
+    masker = Masker(special, vocab_size, starts_word, BertDataConfig(**config))
+    return BertDataset(data, documents, s, masker, seed=seed, split=split)
 
 
 def text(sample):

@@ -43,7 +43,8 @@ def test_every_token_is_used_in_every_epoch(corpus, s):
     """Without pairs: every run once, and only spare slots repeat one. Runs do not overlap and leave
     no gap."""
     dataset = bert(corpus, s, bert_pair="none", short_seq_prob=0.0)
-    limit, per_epoch = s - 2, dataset.samples_per_epoch
+    limit = s - 2
+    per_epoch = dataset.samples_per_epoch
     assert per_epoch == -(-corpus.num_tokens // limit) + 1
     for epoch in range(3):
         runs = Counter()
@@ -64,7 +65,8 @@ def test_pairs_use_all_documents_and_in_time_all_tokens(corpus, pair):
     each."""
     if corpus.num_documents < 2 and pair == "nsp":
         return
-    dataset, edges = bert(corpus, 32, bert_pair=pair, short_seq_prob=0.0), edges_of(corpus)
+    dataset = bert(corpus, 32, bert_pair=pair, short_seq_prob=0.0)
+    edges = edges_of(corpus)
     assert dataset.samples_per_epoch == -(-corpus.num_tokens // 29) + len(edges) - 1
     seen = set()
     for epoch in range(40):
@@ -146,11 +148,12 @@ def test_the_frame_of_a_sample(corpus):
             assert np.array_equal(sample["tokens"][~masked], sample["labels"][~masked])
 
 
-def test_samples_are_short_as_often_as_asked(tmp_path):
+def test_samples_are_short_as_often_as_configured(tmp_path):
     """Runs have 29 tokens, all of them, and a target of 2 to 29: 28 targets, one of which shortens
     nothing."""
     data = dataset_of(tmp_path / "a", [[3, 4, 5, 6, 11] * 20])
-    dataset, draws = bert(data, short_seq_prob=0.3), 4000
+    dataset = bert(data, short_seq_prob=0.3)
+    draws = 4000
     lengths = Counter(len(positions(dataset[i])) for i in range(draws))
     assert near(draws - lengths[29], draws, 0.3 * 27 / 28)
     assert (
@@ -159,7 +162,8 @@ def test_samples_are_short_as_often_as_asked(tmp_path):
     )
     dataset = bert(data, short_seq_prob=0.0)
     assert {len(positions(dataset[i])) for i in range(100)} == {29}
-    dataset, draws = bert(dataset_of(tmp_path / "b", [[1] * 300]), 6, short_seq_prob=1.0), 1000
+    dataset = bert(dataset_of(tmp_path / "b", [[1] * 300]), 6, short_seq_prob=1.0)
+    draws = 1000
     lengths = Counter(len(positions(dataset[i])) for i in range(draws))
     assert set(lengths) == {2, 3} and near(lengths[2], draws, 1 / 2), (
         "targets of 2 and 3 for runs of 3"
@@ -170,8 +174,10 @@ def test_short_samples_leave_out_little_and_something_else_in_every_epoch(tmp_pa
     """A short sample of a run of L tokens leaves out 0 to L - 2, each as likely: less than L / 2 on
     average. Without a pair, which would lose what is trimmed as well."""
     data = dataset_of(tmp_path / "a", CORPORA["articles"])
-    probability, dataset = 0.2, bert(data, 32, bert_pair="none", short_seq_prob=0.2)
-    seen, runs = set(), dataset.samples_per_epoch
+    probability = 0.2
+    dataset = bert(data, 32, bert_pair="none", short_seq_prob=0.2)
+    seen = set()
+    runs = dataset.samples_per_epoch
     for epoch in range(8):
         first = epoch * dataset.samples_per_epoch
         now = set(chain(*(positions(dataset[first + i]) for i in range(dataset.samples_per_epoch))))
@@ -239,7 +245,7 @@ def test_masks_differ_from_epoch_to_epoch(tmp_path):
     assert len(samples) == 50 and len(masks) > 40
 
 
-def test_a_split_uses_its_documents_alone(tmp_path):
+def test_a_split_uses_only_its_documents(tmp_path):
     data = dataset_of(tmp_path / "a", CORPORA["articles"])
     edges = edges_of(data)
     for pair in ("sop", "nsp", "none"):
@@ -276,7 +282,8 @@ def test_words_are_masked_whole(tmp_path):
     both = 0
     for i in range(200):
         sample = dataset[i]
-        labels, masked = sample["labels"], sample["loss_mask"] == 1
+        labels = sample["labels"]
+        masked = sample["loss_mask"] == 1
         assert masked.any()
         if masked.sum() > 1:
             inside = (labels[1:] > BASE) & (labels[1:] % 2 == 1) & (labels[:-1] >= BASE)

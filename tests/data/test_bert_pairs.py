@@ -61,7 +61,8 @@ LEAKS = {
 def outward(parts, starts, room: int):
     """What can be seen of a pair without reading it: which of its ends are sentence borders, how
     full it is, and which of its segments is longer."""
-    (a, b), sizes = parts, [len(part) for part in parts]
+    (a, b) = parts
+    sizes = [len(part) for part in parts]
     ends = (a[0] in starts, a[-1] + 1 in starts, b[0] in starts, b[-1] + 1 in starts)
     return {
         **dict(enumerate(ends)),
@@ -74,7 +75,7 @@ def outward(parts, starts, room: int):
 @pytest.mark.parametrize("pair", ["sop", "nsp"])
 @pytest.mark.parametrize("s", [64, 256])
 @pytest.mark.parametrize("kind", LEAKS)
-def test_how_a_pair_looks_does_not_tell_its_label(tmp_path, kind, s, pair):
+def test_the_form_of_a_pair_does_not_reveal_its_label(tmp_path, kind, s, pair):
     """The best guess from each look, learned on one half of the samples, is right for half of the
     others. (Labels of next sentences come in pairs: twice the variance.)"""
     data = dataset_of(tmp_path / "a", LEAKS[kind])
@@ -104,7 +105,8 @@ def test_the_border_is_anywhere_in_the_sample(tmp_path):
 
 def test_half_of_the_orders_are_swapped(tmp_path):
     dataset = bert(dataset_of(tmp_path / "a", CORPORA["articles"]))
-    labels, draws = 0, 2000
+    labels = 0
+    draws = 2000
     for i in range(draws):
         sample = dataset[i]
         if sample["pair_mask"] == 0:
@@ -120,9 +122,12 @@ def test_half_of_the_next_sentences_are_of_another_document(tmp_path):
     """Labels come in pairs, half an epoch apart, so their number has twice the variance of
     independent ones; partners of one document (every 60th) are not exchanged."""
     data = dataset_of(tmp_path / "a", [[5] * 12] * 60)
-    dataset, edges = bert(data, 63, bert_pair="nsp"), edges_of(data)
+    dataset = bert(data, 63, bert_pair="nsp")
+    edges = edges_of(data)
     per_epoch = dataset.samples_per_epoch
-    labels, seconds, epochs = 0, Counter(), 20
+    labels = 0
+    seconds = Counter()
+    epochs = 20
     for i in range(epochs * per_epoch):
         sample = dataset[i]
         a, b = text(sample)
@@ -144,7 +149,7 @@ def test_half_of_the_next_sentences_are_of_another_document(tmp_path):
     )
 
 
-def test_parts_too_long_together_are_trimmed_to_fit(tmp_path):
+def test_segments_too_long_together_are_trimmed_to_fit(tmp_path):
     """Both documents are cut near their middle at their one border, so an exchange makes a pair of
     9 + 9 tokens and one of 20 + 20, which must become 15 + 14."""
     data = dataset_of(tmp_path / "a", [[20, 9], [9, 20]] * 30)

@@ -179,7 +179,7 @@ def test_scattered_sequences_are_gathered(tmp_path):
     assert data.tokens(1, 3).read(1, 3).tolist() == [15, 16] and len(data.tokens(1, 2)) == 0
 
 
-def test_the_fingerprint_tells_data_apart(tmp_path):
+def test_the_fingerprint_distinguishes_data(tmp_path):
     first = IndexedDataset(put(tmp_path / "a")).tokens(0, 2).fingerprint()
     assert IndexedDataset(put(tmp_path / "b")).tokens(0, 2).fingerprint() == first
     others = {
@@ -207,9 +207,12 @@ def large(prefix, *damage, info=None):
 
 
 def test_opening_a_large_file_looks_at_a_sample_and_verify_at_everything(tmp_path):
-    between, looked_at, bound = 5, int(spread(LARGE)[100]), int(spread(LARGE + 1)[100])
+    between = 5
+    looked_at = int(spread(LARGE)[100])
+    bound = int(spread(LARGE + 1)[100])
     assert between not in spread(LARGE) and len(spread(LARGE)) == SAMPLED
-    offset, boundary = 4 * LARGE + 8 * between, 12 * LARGE + 8 * between
+    offset = 4 * LARGE + 8 * between
+    boundary = 12 * LARGE + 8 * between
     assert verify(IndexedDataset(large(tmp_path / "sound"))) == ([], LARGE - 1)
     for name, at, form, value, message in [
         ("length", 4 * between, "<i", -1, "sequence 5 of -1 tokens"),
@@ -278,7 +281,7 @@ def test_the_fingerprint_of_a_large_file_reads_blocks_of_it(tmp_path):
         writer.finish()
     base = fingerprint([])
     assert base.startswith("2:") and fingerprint([0]) != base != fingerprint([-1])
-    assert fingerprint([9000]) == base  # what is not told apart: between the first two blocks
+    assert fingerprint([9000]) == base  # not noticed: it lies between the first two blocks
 
 
 def test_sequences_gathered_in_any_order(tmp_path):

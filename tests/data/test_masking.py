@@ -1,4 +1,4 @@
-"""Masking: how many tokens, which ones, and what stands in their place. Bounds on counts are 5
+"""Masking: how many tokens, which ones, and what replaces them. Bounds on counts are 5
 standard deviations."""
 
 from collections import Counter
@@ -47,14 +47,17 @@ def test_number_of_masked_tokens(n, expected):
 
 
 def test_replacements_are_80_10_10_and_random_ids_are_uniform():
-    tokens, draws = sentence(400), 600
-    kinds, random = Counter(), Counter()
+    tokens = sentence(400)
+    draws = 600
+    kinds = Counter()
+    random = Counter()
     for which in range(draws):
         seen, chosen = masker()(tokens, numbers(403, which))
         for before, after in zip(tokens[chosen].tolist(), seen[chosen].tolist(), strict=True):
             kinds["mask" if after == SPECIAL.mask else "kept" if after == before else "random"] += 1
             random[after] += after not in (SPECIAL.mask, before)
-    total, ids = 60 * draws, V - 4
+    total = 60 * draws
+    ids = V - 4
     assert sum(kinds.values()) == total
     assert near(kinds["mask"], total, 0.8)
     assert near(kinds["random"], total, 0.1 * (1 - 1 / ids)), (
@@ -66,10 +69,11 @@ def test_replacements_are_80_10_10_and_random_ids_are_uniform():
 
 
 @pytest.mark.parametrize("max_ngrams", [1, 3])
-def test_every_place_is_chosen_about_as_often(max_ngrams):
+def test_every_position_is_chosen_about_as_often(max_ngrams):
     """With n-grams the two first and the two last words of a segment are chosen less and more
     often: not looked at."""
-    n, draws = 80, 3000
+    n = 80
+    draws = 3000
     where = np.zeros(n + 3)
     for which in range(draws):
         where += masker(max_ngrams=max_ngrams)(sentence(n), numbers(n + 3, which))[1]
@@ -86,7 +90,8 @@ def pieces():
 
 def words_of(tokens, starts_word):
     """Positions of each word of a sample."""
-    words, inside = [], False
+    words = []
+    inside = False
     for position, token in enumerate(tokens.tolist()):
         special = token in (0, 2, 3, 4)
         if not special and (starts_word[token] or not inside):
@@ -134,7 +139,9 @@ def test_a_word_longer_than_the_budget_gives_one_token():
 def test_ngrams_are_as_long_as_one_over_n_says(pieces_per_word):
     """A budget of three words of 1000: the first n-gram always fits, and hardly ever meets the next
     one."""
-    words, draws, sizes = 1000, 600, Counter()
+    words = 1000
+    draws = 600
+    sizes = Counter()
     tokens = np.concatenate([[2], np.tile([7, 8][:pieces_per_word], words), [3]])
     mask = masker(
         np.arange(V) == 7, whole_word_mask=pieces_per_word > 1, max_ngrams=3, mask_prob=3 / words

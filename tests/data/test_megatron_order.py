@@ -17,6 +17,7 @@ import pytest
 
 from megalite.data.build import build_sources, data_state
 from megalite.data.config import DataConfig
+from megalite.data.gpt import SplitData
 from megalite.data.indexed import DatasetError, IndexedDataset
 from megalite.data.megatron_order import MegatronOrderDataset, split_sequences
 from megalite.nn.config import ModelConfig
@@ -54,11 +55,11 @@ def prefix(tmp_path_factory) -> str:
     random = np.random.default_rng(5)
     with IndexedWriter(path, np.uint16) as writer:
         while writer.tokens < 10_000:
-            pieces = [
+            sequences_of_document = [
                 random.integers(0, 50000, random.integers(0, 120))
                 for _ in range(random.integers(1, 3))
             ]
-            writer.add_document(*pieces)
+            writer.add_document(*sequences_of_document)
         writer.finish()
     return path
 
@@ -131,34 +132,33 @@ def test_files_are_megatrons_to_the_byte(tmp_path):
 
 def test_every_token_is_seen_once_an_epoch(tmp_path):
     """Each token has an id of its own, so that one which comes again is noticed."""
-    s, tokens = 16, 10_000
+    s = 16
+    tokens = 10_000
     with IndexedWriter(tmp_path / "data", np.uint16) as writer:
         for part in np.split(np.arange(tokens), range(37, tokens, 37)):
             writer.add_document(part)
         writer.finish()
     epoch = (tokens - 1) // s
-    dataset = MegatronOrderDataset(
-        IndexedDataset(tmp_path / "data"), "1", "train", seq_length=s, seed=1, samples=epoch
-    )
+    part = SplitData(IndexedDataset(tmp_path / "data"), "train", "1")
+    dataset = MegatronOrderDataset(part, s, seed=1, samples=epoch)
     assert len(dataset) == epoch
     seen = np.concatenate([dataset[i][:-1] for i in range(epoch)])
     assert len(seen) == epoch * s > tokens - 1 - s
     assert len(np.unique(seen)) == len(seen)
 
 
-def test_what_cannot_be_had_is_refused(prefix):
+def test_unsupported_splits_seeds_and_samples_are_refused(prefix):
     indexed = IndexedDataset(prefix)
     with pytest.raises(DatasetError, match="split 'test' has .* tokens but needs at least"):
-        MegatronOrderDataset(indexed, "969,30,1", "test", seq_length=512, seed=1, samples=5)
-    dataset = MegatronOrderDataset(
-        indexed, "1", "train", seq_length=16, seed=1, samples=5, vocab_size=100
-    )
+        MegatronOrderDataset(SplitData(indexed, "test", "969,30,1"), 512, seed=1, samples=5)
+    train = SplitData(indexed, "train", "1")
+    dataset = MegatronOrderDataset(train, 16, seed=1, samples=5, vocab_size=100)
     with pytest.raises(DatasetError, match="the vocabulary has 100 entries"):
         dataset[0]
     with pytest.raises(IndexError, match="has 62"):
         dataset[len(dataset)]
     with pytest.raises(DatasetError, match="--seed below 2.32"):
-        MegatronOrderDataset(indexed, "1", "train", seq_length=16, seed=2**32, samples=5)
+        MegatronOrderDataset(train, 16, seed=2**32, samples=5)
     for text in ("1e3,1", "1/2,1/2"):  # Megatron-core reads the numbers 1, 3, 1 and 1, 2, 1, 2
         with pytest.raises(DatasetError, match="plain numbers"):
             split_sequences(text, 5)
@@ -182,18 +182,14 @@ def test_a_checkpoint_knows_how_many_epochs_its_order_was_made_for(prefix):
     ]
     assert state(5, "counted").differences(state(5000, "counted")) == []
     assert state(5, "counted").order == {"seed": 1, "seq_length": s, "sample_order": "counted"}
-    untold = replace(state(5), order=state(5).order | {})
+    unrecorded = replace(state(5), order=state(5).order | {})
     for key in ("epochs", "last_epoch_apart"):
-        del untold.order[key]
-    assert untold.differences(state(epoch * 3)) == []  # older checkpoints do not tell
-    assert untold.with_prefixes_of(state(5)).order["epochs"] == 1  # from here on they do
-    samples = [
-        [d[i].tolist() for i in range(epoch // 2)]
-        for d in (
-            MegatronOrderDataset(
-                IndexedDataset(prefix), "1", "train", seq_length=s, seed=1, samples=n
-            )
-            for n in (epoch // 2, epoch, epoch * 3)
-        )
-    ]
+        del unrecorded.order[key]
+    assert unrecorded.differences(state(epoch * 3)) == []  # older checkpoints do not record it
+    assert unrecorded.with_prefixes_of(state(5)).order["epochs"] == 1  # from here on they do
+    samples = []
+    for count in (epoch // 2, epoch, epoch * 3):
+        part = SplitData(IndexedDataset(prefix), "train", "1")
+        dataset = MegatronOrderDataset(part, s, seed=1, samples=count)
+        samples.append([dataset[i].tolist() for i in range(epoch // 2)])
     assert samples[0] == samples[1] != samples[2]

@@ -14,7 +14,8 @@ def test_shape_and_range(vocab_size):
 
 
 def test_samples_depend_on_seed_split_and_index_alone():
-    one, two = MockDataset(1000, 32, 1, "train"), MockDataset(1000, 32, 1, "train")
+    one = MockDataset(1000, 32, 1, "train")
+    two = MockDataset(1000, 32, 1, "train")
     backward = {i: two[i].tolist() for i in reversed(range(20))}
     assert all(one[i].tolist() == backward[i] for i in range(20))
     assert len({tuple(sample) for sample in backward.values()}) == 20

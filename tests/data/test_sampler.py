@@ -71,7 +71,7 @@ ROWS = {
 }
 
 
-def test_positions_start_anew_after_the_end_of_a_document():
+def test_positions_restart_after_the_end_of_a_document():
     """The token that ends a document belongs to it; the first document of a row may have begun
     before the row."""
     positions, segments = documents(np.array(list(ROWS)), END)
@@ -80,8 +80,10 @@ def test_positions_start_anew_after_the_end_of_a_document():
     assert positions.dtype == segments.dtype == np.int64
 
 
-@pytest.mark.parametrize("asked", [(), ("positions",), ("segments",), ("positions", "segments")])
-def test_what_is_asked_for_comes_with_the_batch(asked):
+@pytest.mark.parametrize(
+    "requested", [(), ("positions",), ("segments",), ("positions", "segments")]
+)
+def test_requested_arrays_are_in_the_batch(requested):
     rows = np.array([(*row, 1) for row in ROWS])
     loader = BatchLoader(
         rows,
@@ -89,16 +91,16 @@ def test_what_is_asked_for_comes_with_the_batch(asked):
         1,
         0,
         eod=END,
-        reset_position_ids="positions" in asked,
-        reset_attention_mask="segments" in asked,
+        reset_position_ids="positions" in requested,
+        reset_attention_mask="segments" in requested,
     )
     batch = loader.batch(0, 1)
-    assert set(batch) == loader.fields == {"tokens", "labels", "loss_mask", *asked}
+    assert set(batch) == loader.fields == {"tokens", "labels", "loss_mask", *requested}
     for place, name in enumerate(("positions", "segments")):
-        assert name not in asked or batch[name].tolist() == [
+        assert name not in requested or batch[name].tolist() == [
             row[place] for row in list(ROWS.values())[2:]
         ]
-    assert batch["loss_mask"].all(), "nothing is masked unless that is asked for"
+    assert batch["loss_mask"].all(), "nothing is masked unless that is requested"
 
 
 @pytest.mark.parametrize("flag", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])

@@ -1,4 +1,4 @@
-"""What a blend is asked for, and how far each source was used when the blend changes."""
+"""The sources of a blend, and how far each source was used when the blend changes."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_same_data_elsewhere_is_no_difference():
     ]
 
 
-def test_every_difference_is_told():
+def test_every_difference_is_reported():
     found = state(("a", 1), ("b", 2)).differences(
         state(("a", 3), ("c", 2), order={**ORDER, "seed": 2})
     )
@@ -65,7 +65,7 @@ def test_every_difference_is_told():
     ]
 
 
-def test_sources_go_on_where_they_were():
+def test_sources_continue_after_their_last_samples():
     first = state(("a", 3), ("b", 1))
     assert first.consumed_at(0) == [0, 0] and first.consumed_at(400) == [300, 100]
     second = first.followed_by(state(("b", 1), ("c", 1)), 400)

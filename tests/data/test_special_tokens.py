@@ -33,7 +33,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", END)
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_the_text_of_a_special_token_is_the_token_if_asked_for(kind, backend, files):
+def test_the_text_of_a_special_token_is_the_token_with_the_flag(kind, backend, files):
     plain = build_tokenizer(kind, **files[kind], backend=backend)
     parsing = build_tokenizer(kind, **files[kind], backend=backend, parse_special_tokens=True)
     assert (plain.sha256, plain.backend) == (parsing.sha256, parsing.backend)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -35,12 +36,22 @@ def blocks_of(*files):
 
 def content(tmp_path, name, kind="document"):
     """The bytes of a dataset."""
-    return [
-        (tmp_path / f"{name}_text_{kind}{suffix}").read_bytes()
-        for suffix in (".bin", ".idx", ".json")
-    ]
+    prefix = tmp_path / f"{name}_text_{kind}"
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")]
 
 
-def run_tool(tool, *arguments):
+def flags(tmp_path, *inputs, name="out"):
+    """Flags of preprocess_data.py."""
+    prefix = ["--output-prefix", tmp_path / name]
+    return ["--input", *inputs, *prefix, "--tokenizer-type", "ByteTokenizer"]
+
+
+def run_tool(tool, *arguments, **settings):
     command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    settings = {"env": ENVIRONMENT, "text": True, "timeout": 60, **settings}
+    return subprocess.run(command, capture_output=True, **settings)
+
+
+def limit_file_size():
+    """Let every write beyond 50 kB fail: a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))

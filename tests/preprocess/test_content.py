@@ -16,7 +16,7 @@ from megalite.preprocess.config import find_problems
 from megalite.preprocess.content import file_problem
 from megalite.preprocess.inputs import expand
 from megalite.preprocess.run import preprocess
-from tests.preprocess.preprocess_runs import config, run_tool, write_jsonl
+from tests.preprocess.preprocess_runs import config, flags, run_tool, write_jsonl
 
 LINE = b'{"text": "some text"}\n'
 
@@ -134,8 +134,7 @@ def test_skip_empty_resumes_a_run_that_an_empty_line_stopped(tmp_path):
     """The tool names the remedy, and says how many lines it left out."""
     source = tmp_path / "a.jsonl"
     source.write_text(json.dumps({"text": "a"}) + "\n\n")
-    arguments = ["--input", source, "--output-prefix", tmp_path / "out"]
-    arguments += ["--tokenizer-type", "ByteTokenizer"]
+    arguments = flags(tmp_path, source)
     done = run_tool("preprocess_data.py", *arguments)
     assert done.returncode == 1
     assert f"{source}, line 2: the line is empty (--skip-empty leaves it out)" in done.stderr

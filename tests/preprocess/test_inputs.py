@@ -1,5 +1,5 @@
-"""Every kind of input: the same documents, taken up anywhere, judged line by line, and noticed when
-damaged."""
+"""Every kind of input: the same documents, resumed anywhere, judged line by line, and
+reported when damaged."""
 
 import gzip
 import importlib.util
@@ -8,7 +8,6 @@ import json
 import lzma
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 
 from megalite.data.indexed import DatasetError
 from megalite.data.tokenizers import ByteTokenizer
+from megalite.data.tokenizers.build import KINDS
 from megalite.preprocess import inputs as module
 from megalite.preprocess.config import find_problems
 from megalite.preprocess.encode import Encoder, TextReader
@@ -24,11 +24,10 @@ from megalite.preprocess.run import preprocess, read_texts
 from megalite.preprocess.shard import BadLineError
 from tests.preprocess.preprocess_runs import (
     DOCUMENTS,
-    ENVIRONMENT,
-    ROOT,
     blocks_of,
     config,
     content,
+    flags,
     run_tool,
     write_jsonl,
 )
@@ -36,12 +35,10 @@ from tests.preprocess.preprocess_runs import (
 
 @pytest.mark.parametrize("size", [1, 7, 100, 10_000])
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_blocks_are_whole_lines_from_any_place_on(tmp_path, monkeypatch, size, suffix):
+def test_blocks_are_whole_lines_from_any_position_on(tmp_path, monkeypatch, size, suffix):
     monkeypatch.setattr(module, "BLOCK_BYTES", size)
-    data, path = (
-        b"one\ntwo\n\nfour, a long one\r\nlast without an end",
-        str(tmp_path / f"a{suffix}"),
-    )
+    data = b"one\ntwo\n\nfour, a long one\r\nlast without an end"
+    path = str(tmp_path / f"a{suffix}")
     (gzip.open if suffix else open)(path, "wb").write(data)
     blocks = list(blocks_of(path))
     assert b"".join(block.read() for block in blocks) == data
@@ -85,10 +82,11 @@ AWKWARD_LINES = [
 ]
 
 
-def test_a_line_is_judged_whatever_stands_beside_it():
+def test_a_line_is_judged_independent_of_its_neighbours():
     """Two objects on a line beside one on two, bytes that are not UTF-8 where nobody reads them,
     and more."""
-    reader, draw = TextReader(("text",)), random.Random(1)
+    reader = TextReader(("text",))
+    draw = random.Random(1)
     alone = {line: reader.parse(line + b"\n", False) for line in AWKWARD_LINES}
     assert [line for line, (_, _, bad) in alone.items() if bad] == [
         line
@@ -146,22 +144,9 @@ def test_every_kind_of_input_gives_the_same_dataset(tmp_path):
     for name, source in kinds.items():
         preprocess(config(tmp_path, source, name=name))
         assert content(tmp_path, name) == content(tmp_path, "plain"), name
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "tools/preprocess_data.py",
-            "--input",
-            "-",
-            "--output-prefix",
-            tmp_path / "stdin",
-            "--tokenizer-type",
-            "ByteTokenizer",
-            "--append-eod",
-        ],
-        input=Path(kinds["plain"]).read_bytes(),
-        env=ENVIRONMENT,
-        capture_output=True,
-    )
+    arguments = [*flags(tmp_path, "-", name="stdin"), "--append-eod"]
+    text = Path(kinds["plain"]).read_text(encoding="utf-8")
+    done = run_tool("preprocess_data.py", *arguments, input=text, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert content(tmp_path, "stdin") == content(tmp_path, "plain")
     assert list(read_texts((kinds["texts"],), "text")) == [
@@ -169,7 +154,7 @@ def test_every_kind_of_input_gives_the_same_dataset(tmp_path):
     ]
 
 
-def test_every_kind_of_input_is_taken_up_after_any_block(tmp_path, monkeypatch):
+def test_every_kind_of_input_is_resumed_after_any_block(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_BYTES", 1500)
     for name, source in write_every_kind(tmp_path).items():
         files, _ = expand((source,))
@@ -184,9 +169,10 @@ def test_every_kind_of_input_is_taken_up_after_any_block(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", compressors())
-def test_a_compressed_file_that_is_cut_short_is_noticed_wherever(tmp_path, suffix):
+def test_a_truncated_compressed_file_is_reported(tmp_path, suffix):
     """Two frames; cut between them it is a whole file of one."""
-    path, compress = str(tmp_path / f"a.jsonl{suffix}"), compressors()[suffix]
+    path = str(tmp_path / f"a.jsonl{suffix}")
+    compress = compressors()[suffix]
     line = json.dumps({"text": random.Random(1).randbytes(200).hex()}).encode() + b"\n"
     frames = compress(line), compress(line * 2)
     for cut in range(len(frames[0]) + len(frames[1])):
@@ -215,7 +201,7 @@ def test_a_missing_column_is_an_error(tmp_path):
         preprocess(config(tmp_path, str(tmp_path / "a.parquet")))
 
 
-def test_what_is_given_twice_or_comes_from_nowhere(tmp_path, monkeypatch):
+def test_inputs_given_twice_and_bad_lines_of_standard_input_are_reported(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl")
     (tmp_path / "b").symlink_to(tmp_path)
     again = str(tmp_path / "b" / "a.jsonl")
@@ -226,7 +212,7 @@ def test_what_is_given_twice_or_comes_from_nowhere(tmp_path, monkeypatch):
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_the_reference_encodes_a_sample_of_every_file(tmp_path):
+def test_the_reference_encodes_a_sample_of_every_file(tmp_path, monkeypatch):
     """Little of small files, so that many of them are not as slow as the reference."""
     checked = []
 
@@ -234,7 +220,8 @@ def test_the_reference_encodes_a_sample_of_every_file(tmp_path):
         def check(self, texts):
             checked.extend(texts)
 
-    encoder = Encoder(Checked(), ("text",), False, None)
+    monkeypatch.setitem(KINDS, "ByteTokenizer", Checked)
+    encoder = Encoder(config(tmp_path))
     for number, size in enumerate((10, 5000, 500_000)):
         (tmp_path / f"{number}.txt").write_text(str(number) * size)
     for block in blocks_of(*(str(tmp_path / f"{number}.txt") for number in range(3))):
@@ -281,7 +268,7 @@ def test_columns_of_text_may_be_dictionaries_and_others_are_refused(tmp_path):
             list(read_texts((source,), "text"))
 
 
-def test_a_folder_is_read_whole_and_what_is_left_out_is_told(tmp_path):
+def test_a_folder_is_read_recursively_and_ignored_files_are_reported(tmp_path):
     for name in (
         "a.txt",
         "sub/deep/b.txt",
@@ -301,22 +288,13 @@ def test_a_folder_is_read_whole_and_what_is_left_out_is_told(tmp_path):
     read = ["C.JSONL", "a.txt", "d.JSONL.GZ", "e.ndjson", "sub/deep/b.txt"]
     assert list(read_texts((str(tmp_path / "raw"),), "text")) == read
     assert list(read_texts((str(tmp_path / "raw" / "d.JSONL.GZ"),), "text")) == ["d.JSONL.GZ"]
-    done = run_tool(
-        "preprocess_data.py",
-        "--input",
-        tmp_path / "raw",
-        "--output-prefix",
-        tmp_path / "out",
-        "--tokenizer-type",
-        "ByteTokenizer",
-    )
-    assert (
-        done.returncode == 0
-        and f"ignored, not a known kind of file: {tmp_path / 'raw' / 'f.md'}\n" in done.stderr
-    )
+    done = run_tool("preprocess_data.py", *flags(tmp_path, tmp_path / "raw"))
+    assert done.returncode == 0
+    ignored = tmp_path / "raw" / "f.md"
+    assert f"ignored, not a known kind of file: {ignored}\n" in done.stderr
 
 
-def test_what_cannot_be_unpacked_or_read_in_parts_is_refused_by_name(tmp_path):
+def test_unsupported_compression_and_pipes_are_refused(tmp_path):
     for name in ("a.jsonl.bz2", "b.ZIP"):
         (tmp_path / name).write_bytes(b"BZh")
         (problem,) = find_problems(config(tmp_path, str(tmp_path / name)))

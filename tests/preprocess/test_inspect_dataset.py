@@ -101,7 +101,7 @@ def test_what_is_wrong_with_the_arguments_is_status_2(prefix):
     )
 
 
-def test_what_the_description_tells_is_checked_and_shown(tmp_path, prefix):
+def test_the_description_is_checked_and_shown(tmp_path, prefix):
     assert "documents end with it not recorded" in inspect(f"{prefix}.json")
     description = tmp_path / "data.json"
     sound = description.read_text()
@@ -116,7 +116,7 @@ def test_what_the_description_tells_is_checked_and_shown(tmp_path, prefix):
         found = inspect(prefix, status=1)
         assert (
             "data.json: not a dataset description" in found
-            and f"{key} is" in found
+            and f"$.{key}" in found
             and "Traceback" not in found
         )
 

@@ -1,10 +1,9 @@
-"""Merging: only what belongs together, and whole or not at all, whatever stops it; also that of
-partitions."""
+"""Merging: only what belongs together, and complete or not at all; also the merge of partitions."""
 
 import gzip
 import json
 import os
-import resource
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +22,8 @@ from tests.preprocess.preprocess_runs import (
     ROOT,
     config,
     content,
+    flags,
+    limit_file_size,
     run_tool,
     write_jsonl,
 )
@@ -30,9 +31,9 @@ from tests.preprocess.preprocess_runs import (
 KILLED = """
 import importlib, os, signal, sys
 from megalite.preprocess import indexed_writer, journal
-place, number = sys.argv[1], int(sys.argv[2])
+call, number = sys.argv[1], int(sys.argv[2])
 holders = {"copying": (indexed_writer.IndexedWriter, "append"), "renaming": (os, "rename")}
-holder, name = holders[place]
+holder, name = holders[call]
 real, calls = getattr(holder, name), 0
 def counted(*arguments):
     global calls
@@ -62,31 +63,22 @@ STOPPED = "os.kill(os.getpid(), signal.SIGKILL)"
 def test_a_stopped_merge_is_one_line_and_leaves_nothing(tmp_path, error, said):
     shards = make_shards(tmp_path)
     before = set(os.listdir(tmp_path))
-    arguments = ["merge_datasets", "--input", *shards, "--output-prefix", str(tmp_path / "m")]
-    command = [
-        sys.executable,
-        "-c",
-        KILLED.replace(STOPPED, f"raise {error}"),
-        "copying",
-        "2",
-        *arguments,
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
-    )
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("error: ")
-        and done.stderr.endswith(f"{said}\n")
-    ), done.stderr
-    assert done.stderr.count("\n") == 1 and set(os.listdir(tmp_path)) == before
+    arguments = ["--input", *shards, "--output-prefix", tmp_path / "m"]
+    code = KILLED.replace(STOPPED, f"raise {error}")
+    done = run_stopped(code, "copying", 2, "merge_datasets", *arguments)
+    assert done.returncode == 1
+    assert re.fullmatch(f"error: .*{said}\n", done.stderr), done.stderr
+    assert set(os.listdir(tmp_path)) == before
 
 
-def run_killed(place, number, tool, *arguments):
-    command = [sys.executable, "-c", KILLED, place, str(number), tool, *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
-    )
+def run_stopped(code, *arguments):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    settings = {"cwd": ROOT, "env": ENVIRONMENT, "timeout": 60}
+    return subprocess.run(command, capture_output=True, text=True, **settings)
+
+
+def run_killed(*arguments):
+    done = run_stopped(KILLED, *arguments)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
@@ -101,14 +93,14 @@ def make_shards(tmp_path, count=3, source=None, **settings) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("place", "number"), [("copying", 2), ("renaming", 1), ("renaming", 2), ("renaming", 3)]
+    ("call", "number"), [("copying", 2), ("renaming", 1), ("renaming", 2), ("renaming", 3)]
 )
-def test_a_killed_merge_leaves_nothing_when_it_is_run_again(tmp_path, place, number):
+def test_a_killed_merge_leaves_nothing_when_it_is_run_again(tmp_path, call, number):
     shards = make_shards(tmp_path)
     preprocess(config(tmp_path, str(tmp_path / "a.jsonl"), name="whole"))
     arguments = ["--input", *shards, "--output-prefix", tmp_path / "m_text_document"]
     before = set(os.listdir(tmp_path))
-    run_killed(place, number, "merge_datasets", *arguments)
+    run_killed(call, number, "merge_datasets", *arguments)
     assert not (tmp_path / "m_text_document.idx").exists()
     done = run_tool("merge_datasets.py", *arguments)
     assert done.returncode == 0, done.stderr
@@ -119,21 +111,14 @@ def test_a_killed_merge_leaves_nothing_when_it_is_run_again(tmp_path, place, num
 
 
 @pytest.mark.parametrize(
-    ("place", "number"), [("copying", 2), ("renaming", 2), ("renaming", 4), ("renaming", 6)]
+    ("call", "number"), [("copying", 2), ("renaming", 2), ("renaming", 4), ("renaming", 6)]
 )
-def test_partitions_killed_while_they_are_merged_go_on(tmp_path, place, number):
+def test_partitions_killed_during_the_merge_resume(tmp_path, call, number):
     source = write_jsonl(tmp_path / "a.jsonl")
     Path(source).write_text("bad\n" + Path(source).read_text())
-    arguments = [
-        "--input",
-        source,
-        "--output-prefix",
-        tmp_path / "out",
-        "--tokenizer-type",
-        "ByteTokenizer",
-    ]
-    arguments += ["--append-eod", "--partitions", 2, "--workers", 1, "--max-bad-lines", 1]
-    run_killed(place, number, "preprocess_data", *arguments)
+    arguments = [*flags(tmp_path, source), "--append-eod", "--partitions", 2, "--workers", 1]
+    arguments += ["--max-bad-lines", 1]
+    run_killed(call, number, "preprocess_data", *arguments)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
     assert not (tmp_path / "out_text_document.idx").exists()
     done = run_tool("preprocess_data.py", *arguments)
@@ -155,29 +140,15 @@ def test_partitions_killed_while_they_are_merged_go_on(tmp_path, place, number):
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
     shards = make_shards(tmp_path, source=write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 20))
     before = set(os.listdir(tmp_path))
-    command = [
-        sys.executable,
-        str(ROOT / "tools/merge_datasets.py"),
-        "--input",
-        *shards,
-        "--output-prefix",
-    ]
-    done = subprocess.run(
-        [*command, str(tmp_path / "m")],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )
+    arguments = ["--input", *shards, "--output-prefix", tmp_path / "m"]
+    done = run_tool("merge_datasets.py", *arguments, preexec_fn=limit_file_size)
     assert done.returncode == 1
-    assert (
-        done.stderr == f"error: [Errno 27] File too large: '{tmp_path / 'm.partial' / 'm.bin'}'\n"
-    )
+    path = tmp_path / "m.partial" / "m.bin"
+    assert done.stderr == f"error: [Errno 27] File too large: '{path}'\n"
     assert set(os.listdir(tmp_path)) == before
 
 
-def test_a_full_disk_leaves_no_files_of_a_writer_without_a_folder(tmp_path):
+def test_a_full_disk_leaves_no_files_of_a_writer_without_a_staging_directory(tmp_path):
     code = (
         "import sys, numpy as np; from megalite.preprocess.indexed_writer import IndexedWriter\n"
         "with IndexedWriter(sys.argv[1], 'u2') as writer:\n"
@@ -189,9 +160,9 @@ def test_a_full_disk_leaves_no_files_of_a_writer_without_a_folder(tmp_path):
         capture_output=True,
         text=True,
         timeout=60,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+        preexec_fn=limit_file_size,
     )
-    assert done.returncode == 1 and "File too large: " in done.stderr and ".m.bin." in done.stderr
+    assert done.returncode == 1 and "File too large: " in done.stderr and "/m.bin'" in done.stderr
     assert os.listdir(tmp_path) == []
 
 
@@ -211,7 +182,7 @@ def test_shards_of_inputs_that_changed_between_them_are_refused(tmp_path):
     assert not list(tmp_path.glob("m*"))
 
 
-def test_shards_stand_in_their_order_alone_and_once(tmp_path):
+def test_shards_must_be_in_order_and_given_once(tmp_path):
     shards = make_shards(tmp_path)
     assert find_prefixes(shards) == (shards, [])
     (problem,) = find_prefixes([shards[2], shards[0], shards[1]])[1]
@@ -229,50 +200,39 @@ def change(prefix: str, **changes) -> None:
     Path(f"{prefix}.json").write_text(json.dumps(vars(info)))
 
 
-def test_only_what_was_made_in_one_way_is_merged(tmp_path):
+def test_datasets_made_with_other_options_are_refused(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl")
     preprocess(config(tmp_path, source, name="with"))
     preprocess(config(tmp_path, source, name="without", append_eod=False))
-    one, other = str(tmp_path / "with_text_document"), str(tmp_path / "without_text_document")
+    one = str(tmp_path / "with_text_document")
+    other = str(tmp_path / "without_text_document")
     with pytest.raises(
         DatasetError, match="without_text_document was made without --append-eod, .*/with_.* with$"
     ):
         merge([one, other], tmp_path / "m")
-    change(other, append_eod=None)  # an older file does not tell
-    assert merge([one, other], tmp_path / "untold").append_eod is None
+    change(other, append_eod=None)  # an older file does not record it
+    assert merge([one, other], tmp_path / "unrecorded").append_eod is None
     change(other, append_eod=True)
-    assert merge([one, other], tmp_path / "told").append_eod is True
+    assert merge([one, other], tmp_path / "recorded").append_eod is True
     Path(f"{other}.json").unlink()
-    with pytest.raises(
-        DatasetError, match="without_text_document has no .json that tells its tokenizer"
-    ):
-        merge([one, other], tmp_path / "m")
-    with pytest.raises(
-        DatasetError, match="without_text_document has no .json that tells its tokenizer"
-    ):
-        merge([other, one], tmp_path / "m")
+    for prefixes in ([one, other], [other, one]):
+        with pytest.raises(DatasetError, match="without_text_document has no .json that tells its"):
+            merge(prefixes, tmp_path / "m")
     assert not list(tmp_path.glob("m*"))
 
 
 @pytest.mark.parametrize("shards", [1, 3, 7])
 def test_shards_and_partitions_make_the_whole(tmp_path, shards):
-    first, second = (
-        write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:150]),
-        write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[150:]),
-    )
+    first = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:150])
+    second = write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[150:])
     gzip.open(tmp_path / "c.jsonl.gz", "wb").write(Path(first).read_bytes())
     files = (first, second, str(tmp_path / "c.jsonl.gz"))
     preprocess(config(tmp_path, *files, name="whole"))
     for number in range(shards):
         preprocess(config(tmp_path, *files, name="part", shard=f"{number}/{shards}"))
     pattern = str(tmp_path / f"part_*-of-{shards:04d}_text_document.idx")
-    done = run_tool(
-        "merge_datasets.py",
-        "--input",
-        pattern,
-        "--output-prefix",
-        tmp_path / "merged_text_document",
-    )
+    merged = ["--output-prefix", tmp_path / "merged_text_document"]
+    done = run_tool("merge_datasets.py", "--input", pattern, *merged)
     assert done.returncode == 0, done.stderr
     assert content(tmp_path, "merged") == content(tmp_path, "whole")
     if shards == 3:
@@ -293,7 +253,7 @@ def test_shards_and_partitions_make_the_whole(tmp_path, shards):
 
 
 def test_shards_name_the_lines_of_the_file(tmp_path):
-    """A part begins in the middle of a file, but its bad lines are counted from the file's
+    """A shard begins in the middle of a file, but its bad lines are counted from the file's
     beginning."""
     source = write_jsonl(tmp_path / "a.jsonl")
     lines = Path(source).read_text().splitlines()
@@ -307,7 +267,7 @@ def test_shards_name_the_lines_of_the_file(tmp_path):
     assert (tmp_path / "parts.bad_lines.tsv").read_text() == listed
 
 
-def test_merging_what_does_not_belong_together_is_refused(tmp_path):
+def test_datasets_of_other_tokenizers_are_refused(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl")
     (tmp_path / "t.model").write_bytes(train_sentencepiece((d["text"] for d in DOCUMENTS), 300))
     spm = dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "t.model"))

@@ -22,6 +22,7 @@ from tests.preprocess.preprocess_runs import (
     ENVIRONMENT,
     blocks_of,
     config,
+    flags,
     run_tool,
     write_jsonl,
 )
@@ -30,12 +31,10 @@ from tests.preprocess.preprocess_runs import (
 @pytest.mark.parametrize("append_eod", [True, False])
 def test_documents_come_back(tmp_path, monkeypatch, append_eod):
     monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
-    inputs = (
-        write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:150]),
-        write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[150:]),
-    )
+    first = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:150])
+    second = write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[150:])
     reports = []
-    settings = config(tmp_path, *inputs, json_keys=("title", "text"), append_eod=append_eod)
+    settings = config(tmp_path, first, second, json_keys=("title", "text"), append_eod=append_eod)
     infos = preprocess(settings, reports.append)
     for key, info in zip(("title", "text"), infos, strict=True):
         data = IndexedDataset(tmp_path / f"out_{key}_document")
@@ -51,7 +50,7 @@ def test_documents_come_back(tmp_path, monkeypatch, append_eod):
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
-    """Blocks are as large as they are in earnest: 5 MB make 5 of them."""
+    """Blocks have their usual size: 5 MB make 5 of them."""
     source = write_jsonl(
         tmp_path / "a.jsonl", [{"text": f"{i} " * (1 + i % 1000)} for i in range(3500)]
     )
@@ -161,19 +160,12 @@ def test_all_problems_are_reported_at_once_with_status_2(tmp_path):
     ]
 
 
-def test_the_tools_by_hand(tmp_path):
+def test_the_tools_from_text_to_dataset(tmp_path):
     """JSONL to tokenizer to dataset, as a user does it; no torch on the way."""
     source = write_jsonl(tmp_path / "a.jsonl")
     for name in ("t", "u"):
-        result = run_tool(
-            "train_tokenizer.py",
-            "--input",
-            source,
-            "--vocab-size",
-            300,
-            "--output-prefix",
-            tmp_path / name,
-        )
+        arguments = ["--input", source, "--vocab-size", 300, "--output-prefix", tmp_path / name]
+        result = run_tool("train_tokenizer.py", *arguments)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "t.model").read_bytes() == (tmp_path / "u.model").read_bytes()
     assert (tmp_path / "t.model").read_bytes() == train_sentencepiece(
@@ -200,15 +192,8 @@ def test_the_tools_by_hand(tmp_path):
     assert DatasetInfo.read(tmp_path / "c_text_document").vocab_size == 300
 
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nx\n')
-    result = run_tool(
-        "preprocess_data.py",
-        "--input",
-        tmp_path / "bad.jsonl",
-        "--output-prefix",
-        tmp_path / "d",
-        "--tokenizer-type",
-        "ByteTokenizer",
-    )
+    arguments = flags(tmp_path, tmp_path / "bad.jsonl", name="d")
+    result = run_tool("preprocess_data.py", *arguments)
     assert result.returncode == 1 and "bad.jsonl, line 2: invalid JSON" in result.stderr
     assert "Traceback" not in result.stderr
     code = (
@@ -330,7 +315,7 @@ def test_a_look_into_a_dataset(tmp_path):
     assert run_tool("inspect_dataset.py", prefix, "--tokenizer-model", "x").returncode == 2
 
 
-def test_flags_that_do_not_fit_are_told_at_once(tmp_path):
+def test_flags_that_do_not_fit_are_reported_at_once(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl")
     settings = config(
         tmp_path,

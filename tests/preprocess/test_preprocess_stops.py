@@ -1,4 +1,4 @@
-"""What stops a preprocessing: what it leaves, what it says, and that it goes on from there."""
+"""Interrupted preprocessing: what remains, what is reported, and that it resumes."""
 
 import errno
 import fcntl
@@ -26,6 +26,7 @@ from tests.preprocess.preprocess_runs import (
     ROOT,
     config,
     content,
+    flags,
     run_tool,
     write_jsonl,
 )
@@ -58,11 +59,9 @@ def start_slowly(tmp_path, **settings):
 
 
 @pytest.mark.parametrize(("suffix", "workers", "blocks"), [("", 1, 3), ("", 2, 40), (".gz", 1, 20)])
-def test_a_killed_run_goes_on_where_it_was(tmp_path, suffix, workers, blocks):
-    first, second = (
-        write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:150]),
-        write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[150:]),
-    )
+def test_a_killed_run_resumes_where_it_stopped(tmp_path, suffix, workers, blocks):
+    first = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:150])
+    second = write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[150:])
     (tmp_path / "b.jsonl").write_text((tmp_path / "b.jsonl").read_text() + "bad\n")
     if suffix:
         for path in (first, second):
@@ -92,7 +91,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, suffix, workers, blocks):
     settings = config(tmp_path, *files, max_bad_lines=2)
     assert find_problems(settings) == []
     preprocess(settings, lambda progress: reports.append((progress.bytes_now, progress.bytes_done)))
-    assert 0 < reports[-1][0] < reports[-1][1]  # the first part was kept
+    assert 0 < reports[-1][0] < reports[-1][1]  # the first blocks were kept
     preprocess(config(tmp_path, *files, name="undisturbed", max_bad_lines=2))
     assert content(tmp_path, "out") == content(tmp_path, "undisturbed")
     assert (
@@ -115,22 +114,15 @@ def test_two_at_once_and_changed_input_are_refused(tmp_path):
 
 
 def test_what_a_failure_leaves_and_says(tmp_path):
-    """A folder from which the same command goes on, and a line that says so; no folder where there
-    is nothing in it."""
+    """A staging directory from which the same command resumes, and a line that says so; none where
+    there is nothing to resume from."""
     source = write_jsonl(tmp_path / "a.jsonl")
     Path(source).write_text(Path(source).read_text() + "bad\n")
-    arguments = [
-        "--input",
-        source,
-        "--output-prefix",
-        tmp_path / "out",
-        "--tokenizer-type",
-        "ByteTokenizer",
-    ]
+    arguments = flags(tmp_path, source)
     done = run_tool("preprocess_data.py", *arguments)
     assert done.returncode == 1 and "line 401" in done.stderr and "keeps" not in done.stderr
     assert os.listdir(tmp_path) == ["a.jsonl"]
-    # Its parts have a bad line each; together they have more than --max-bad-lines.
+    # Its shards have a bad line each; together they have more than --max-bad-lines.
     Path(source).write_text("bad\n" + Path(source).read_text())
     arguments += ["--partitions", 2, "--workers", 1, "--max-bad-lines"]
     done = run_tool("preprocess_data.py", *arguments, 1)
@@ -159,7 +151,7 @@ def is_running(pid):
         return False
 
 
-def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
+def test_a_worker_that_exits_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
 
     def kill_workers(_):
@@ -189,16 +181,13 @@ def test_a_list_of_bad_lines_is_not_overwritten(tmp_path):
 def test_the_index_gets_its_name_last(tmp_path, monkeypatch):
     """Who finds it finds everything, also the list of bad lines."""
     named = []
-    monkeypatch.setattr(
-        Journal,
-        "publish",
-        lambda journal, renames: named.extend(Path(final).name for _, final in renames),
-    )
+    monkeypatch.setattr(Journal, "publish", lambda journal: named.extend(journal.state["renames"]))
     monkeypatch.setattr(DatasetInfo, "read", lambda prefix: None)
     preprocess(
         config(tmp_path, write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {}]), max_bad_lines=1)
     )
-    assert "out.bad_lines.tsv" in named and named[-1] == "out_text_document.idx"
+    finals = [Path(final).name for _, final in named]
+    assert "out.bad_lines.tsv" in finals and finals[-1] == "out_text_document.idx"
 
 
 @pytest.mark.parametrize(
@@ -213,15 +202,8 @@ def test_a_damaged_staging_directory_says_how_to_start_again(tmp_path, damaged):
     process.communicate()
     path = tmp_path / "out.partial" / damaged
     path.unlink() if damaged.endswith("lengths") else path.write_bytes(b"x")
-    arguments = [
-        "--input",
-        source,
-        "--output-prefix",
-        tmp_path / "out",
-        "--tokenizer-type",
-        "ByteTokenizer",
-    ]
-    done = run_tool("preprocess_data.py", *arguments, "--append-eod", "--max-bad-lines", 1)
+    arguments = [*flags(tmp_path, source), "--append-eod", "--max-bad-lines", 1]
+    done = run_tool("preprocess_data.py", *arguments)
     assert done.returncode == 1 and "keeps what is done" not in done.stderr, done.stderr
     assert (
         damaged in done.stderr
@@ -229,26 +211,15 @@ def test_a_damaged_staging_directory_says_how_to_start_again(tmp_path, damaged):
     )
 
 
-def test_a_file_in_the_way_is_not_called_progress(tmp_path):
+def test_a_file_in_place_of_the_staging_directory_is_refused(tmp_path):
     (tmp_path / "out.partial").touch()
     source = write_jsonl(tmp_path / "a.jsonl")
-    done = run_tool(
-        "preprocess_data.py",
-        "--input",
-        source,
-        "--output-prefix",
-        tmp_path / "out",
-        "--tokenizer-type",
-        "ByteTokenizer",
-    )
-    assert (
-        done.returncode == 1
-        and "out.partial is not a folder" in done.stderr
-        and "keeps" not in done.stderr
-    )
+    done = run_tool("preprocess_data.py", *flags(tmp_path, source))
+    assert done.returncode == 1
+    assert "out.partial is not a folder" in done.stderr and "keeps" not in done.stderr
 
 
-def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -260,18 +231,8 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
 
 def test_an_interrupt_while_workers_start_is_one_line(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 20)
-    command = [
-        sys.executable,
-        ROOT / "tools/preprocess_data.py",
-        "--input",
-        source,
-        "--output-prefix",
-        tmp_path / "out",
-        "--tokenizer-type",
-        "ByteTokenizer",
-        "--workers",
-        "3",
-    ]
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", *flags(tmp_path, source)]
+    command += ["--workers", "3"]
     process = subprocess.Popen(
         command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -291,7 +252,7 @@ def test_an_interrupt_while_workers_start_is_one_line(tmp_path):
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
-def test_a_bad_line_is_one_row_whatever_it_quotes(tmp_path):
+def test_a_bad_line_is_one_row_also_with_line_ends_in_it(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"a\nb\u2028c\td": 1}])
     for name, partitions in (("one", 1), ("two", 2)):
         preprocess(config(tmp_path, source, name=name, partitions=partitions, max_bad_lines=1))

@@ -1,9 +1,9 @@
+# ruff: noqa: F401
 """Tokenizers behind one small interface, and their training."""
 
 from megalite.data.config import TOKENIZER_FILES, TokenizerType
-from megalite.data.tokenizers.base import Encoded, TextError, Tokenizer, TokenizerError
+from megalite.data.tokenizers.base import TextError, Tokenizer, TokenizerError
 from megalite.data.tokenizers.build import (
-    TokenizerBackend,
     build_tokenizer,
     checkpoint_data_config,
     configured_tokenizer,
@@ -11,26 +11,5 @@ from megalite.data.tokenizers.build import (
     trained_tokenizer,
 )
 from megalite.data.tokenizers.fast import CheckedTokenizer
-from megalite.data.tokenizers.plain import ByteTokenizer, NullTokenizer
+from megalite.data.tokenizers.plain import ByteTokenizer
 from megalite.data.tokenizers.train import train_bpe, train_sentencepiece, train_wordpiece
-
-__all__ = [
-    "TOKENIZER_FILES",
-    "ByteTokenizer",
-    "CheckedTokenizer",
-    "Encoded",
-    "NullTokenizer",
-    "TextError",
-    "Tokenizer",
-    "TokenizerBackend",
-    "TokenizerError",
-    "TokenizerType",
-    "build_tokenizer",
-    "checkpoint_data_config",
-    "configured_tokenizer",
-    "tokenizer_fields",
-    "train_bpe",
-    "train_sentencepiece",
-    "train_wordpiece",
-    "trained_tokenizer",
-]

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,25 +38,26 @@ class Encoded(NamedTuple):
 def pack_ids(ids: Iterable[Sequence[int] | np.ndarray], dtype=np.int32) -> Encoded:
     """Pack the ids of each text into one `Encoded`."""
     arrays = [np.asarray(text, dtype) for text in ids]
-    lengths = np.array([len(text) for text in arrays], np.int64)
+    lengths = np.array(list(map(len, arrays)), np.int64)
     return Encoded(np.concatenate([np.empty(0, dtype), *arrays]), lengths)
 
 
-class Tokenizer(Protocol):
-    """What megalite asks of a tokenizer."""
+class Tokenizer:
+    """What megalite asks of a tokenizer; it encodes with the library that defines its ids."""
 
     vocab_size: int
     """Every id is below this."""
     sha256: str
     """Digest of the files and settings that determine the ids, whatever the backend."""
-    backend: str
+    eod: int
+    """Id of the end-of-document token. A property may raise TokenizerError if there is none."""
+    backend = "reference"
     """Who encodes: reference or fast."""
-    why: str
+    why = ""
     """Why --tokenizer-backend auto did not choose the fast backend; else empty."""
-
-    @property
-    def eod(self) -> int:
-        """Id of the end-of-document token. Raises TokenizerError if there is none."""
+    reserved_texts: tuple[str, ...] = ()
+    """The fast backend leaves texts that contain one of these strings to the reference library:
+    gigatoken would take them for special tokens, or would not when it should."""
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Encode texts, without an end-of-document token.
@@ -75,18 +76,13 @@ class Tokenizer(Protocol):
         Raises TokenizerError with the first text for which they differ.
         """
 
-
-class ReferenceTokenizer:
-    """A tokenizer that encodes with the library that defines its ids."""
-
-    backend = "reference"
-    why = ""
-    reserved_texts: tuple[str, ...] = ()
-    """The fast backend leaves texts that contain one of these strings to the reference library:
-    gigatoken would take them for special tokens, or would not when it should."""
-
-    def check(self, texts: Sequence[str]) -> None:
-        """Do nothing: the ids of this backend are the reference."""
+    @property
+    def eod_or_none(self) -> int | None:
+        """Id of the end-of-document token; None if there is none."""
+        try:
+            return self.eod
+        except TokenizerError:
+            return None
 
     def sections(self, text: str) -> list[str]:
         """Return the strings that are encoded in place of `text`; their ids are concatenated."""

@@ -5,40 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megalite.data.config import (
-    NO_SPECIAL_TEXTS,
-    TOKENIZER_FIELDS,
-    TOKENIZER_FILES,
-    DataConfig,
-    TokenizerType,
-)
-from megalite.data.tokenizers.base import (
-    ReferenceTokenizer,
-    Tokenizer,
-    TokenizerError,
-    missing_file,
-)
+from megalite.data import config
+from megalite.data.config import TOKENIZER_FILES, DataConfig, TokenizerType
+from megalite.data.tokenizers import huggingface, plain, sentencepiece, tiktoken
+from megalite.data.tokenizers.base import Tokenizer, TokenizerError, missing_file
 from megalite.data.tokenizers.fast import CheckedTokenizer
-from megalite.data.tokenizers.huggingface import (
-    BertWordPieceCase,
-    BertWordPieceLowerCase,
-    GPT2BPETokenizer,
-    HuggingFaceTokenizer,
-)
-from megalite.data.tokenizers.plain import ByteTokenizer, NullTokenizer
-from megalite.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from megalite.data.tokenizers.tiktoken import TikTokenizer
 from megalite.data.tokenizers.tiktoken_patterns import ENCODINGS
 
-KINDS: dict[str, Callable[..., ReferenceTokenizer]] = {
-    "SentencePieceTokenizer": SentencePieceTokenizer,
-    "GPT2BPETokenizer": GPT2BPETokenizer,
-    "BertWordPieceLowerCase": BertWordPieceLowerCase,
-    "BertWordPieceCase": BertWordPieceCase,
-    "HuggingFaceTokenizer": HuggingFaceTokenizer,
-    "TikTokenizer": TikTokenizer,
-    "NullTokenizer": NullTokenizer,
-    "ByteTokenizer": ByteTokenizer,
+KINDS: dict[str, Callable[..., Tokenizer]] = {
+    "SentencePieceTokenizer": sentencepiece.SentencePieceTokenizer,
+    "GPT2BPETokenizer": huggingface.GPT2BPETokenizer,
+    "BertWordPieceLowerCase": huggingface.BertWordPieceLowerCase,
+    "BertWordPieceCase": huggingface.BertWordPieceCase,
+    "HuggingFaceTokenizer": huggingface.HuggingFaceTokenizer,
+    "TikTokenizer": tiktoken.TikTokenizer,
+    "NullTokenizer": plain.NullTokenizer,
+    "ByteTokenizer": plain.ByteTokenizer,
 }
 TokenizerBackend = Literal["auto", "reference", "fast"]
 """Who encodes: the library that defines the ids, gigatoken, or gigatoken where it can."""
@@ -47,41 +29,36 @@ TokenizerBackend = Literal["auto", "reference", "fast"]
 def build_tokenizer(
     tokenizer_type: TokenizerType,
     tokenizer_model: str | None = None,
-    vocab_file: str | None = None,
-    merge_file: str | None = None,
+    *,
     vocab_size: int | None = None,
     backend: TokenizerBackend = "reference",
-    tiktoken_pattern: str | None = None,
     parse_special_tokens: bool = False,
+    **given: str | None,
 ) -> Tokenizer:
     """Build the tokenizer of --tokenizer-type and the flags that belong to it.
 
     Args:
         tokenizer_type: a key of KINDS.
-        tokenizer_model, vocab_file, merge_file: its files, as TOKENIZER_FILES lists them.
+        tokenizer_model: its file, if TOKENIZER_FILES says that the kind has one.
         vocab_size: number of ids of a NullTokenizer; not read for other kinds.
         backend: who encodes.
-        tiktoken_pattern: a key of ENCODINGS, for TikTokenizer.
         parse_special_tokens: take the text of a special token for that token.
+        given: vocab_file and merge_file, as TOKENIZER_FILES lists them; tiktoken_pattern, a key of
+            ENCODINGS, for TikTokenizer.
 
     Raises TokenizerError with every flag that is missing or too many, with what is wrong in a file,
     or, for the fast backend, with the reason why gigatoken cannot be used.
     """
-    given = {
-        "tokenizer_model": tokenizer_model,
-        "vocab_file": vocab_file,
-        "merge_file": merge_file,
-        "tiktoken_pattern": tiktoken_pattern,
-    }
+    given["tokenizer_model"] = tokenizer_model
     problems = find_flag_problems(tokenizer_type, given, vocab_size, parse_special_tokens)
     if problems:
         raise TokenizerError("; ".join(problems))
 
-    arguments = [given[field] for field in TOKENIZER_FILES[tokenizer_type]]
+    arguments = list(map(given.get, TOKENIZER_FILES[tokenizer_type]))
     if tokenizer_type == "NullTokenizer":
         arguments.append(vocab_size)
     if tokenizer_type == "TikTokenizer":
-        arguments.append(tiktoken_pattern)
+        arguments.append(given.get("tiktoken_pattern"))
     tokenizer = KINDS[tokenizer_type](*arguments)
     if parse_special_tokens:
         tokenizer.parse_special_tokens()
@@ -107,7 +84,7 @@ def find_flag_problems(
     if kind not in KINDS:
         return [f"--tokenizer-type {kind}: known are {', '.join(KINDS)}"]
     problems = []
-    for field, value in given.items():
+    for field, value in (dict.fromkeys(TOKENIZER_FILES[kind]) | given).items():
         flag = "--" + field.replace("_", "-")
         if field in TOKENIZER_FILES[kind]:
             if value is None:
@@ -121,14 +98,15 @@ def find_flag_problems(
             problems.append(f"{flag} {value}: {kind} does not read it; leave the flag out")
     if kind == "NullTokenizer" and vocab_size is None:
         problems.append(f"--tokenizer-type {kind} needs --vocab-size")
-    if parse_special_tokens and kind in NO_SPECIAL_TEXTS:
-        problems.append(f"--parse-special-tokens: {NO_SPECIAL_TEXTS[kind]}; leave the flag out")
+    if parse_special_tokens and (reason := config.NO_SPECIAL_TEXTS.get(kind)):
+        problems.append(f"--parse-special-tokens: {reason}; leave the flag out")
     return problems
 
 
 def tokenizer_fields(source: Any) -> dict[str, Any]:
     """Those of TOKENIZER_FIELDS that `source` has, as keyword arguments of `build_tokenizer`."""
-    return {name: getattr(source, name) for name in TOKENIZER_FIELDS if hasattr(source, name)}
+    fields = config.TOKENIZER_FIELDS
+    return {name: getattr(source, name) for name in fields if hasattr(source, name)}
 
 
 def configured_tokenizer(data: DataConfig, vocab_size: int | None) -> Tokenizer:
@@ -152,9 +130,8 @@ def checkpoint_data_config(data: DataConfig, given: dict[str, Any], folder: Path
     if kind != data.tokenizer_type:
         no_files = dict.fromkeys(("tokenizer_model", "vocab_file", "merge_file"))
         return replace(data, **no_files | {"tiktoken_pattern": None} | given)
-    for field in TOKENIZER_FILES.get(kind, ()):
-        recorded = getattr(data, field)
-        if field not in given and recorded is not None:
+    for field in set(TOKENIZER_FILES.get(kind, ())).difference(given):
+        if recorded := getattr(data, field):
             given[field] = find_file(recorded, "--" + field.replace("_", "-"), folder)
     return replace(data, **given)
 
@@ -169,9 +146,8 @@ def find_file(recorded: str, flag: str, folder: Path) -> str:
     path = Path(recorded)
     moved = path.name if path.is_absolute() else path
     beside = [parent / moved for parent in folder.absolute().parents[:2]]
-    for candidate in (path, *beside):
-        if candidate.exists():
-            return str(candidate)
+    for candidate in filter(Path.exists, (path, *beside)):
+        return str(candidate)
     origin = "" if path.is_absolute() else ", relative to the folder that its run was started in"
     raise TokenizerError(
         f"the configuration in {folder} names the tokenizer's file {recorded}{origin}, and there "

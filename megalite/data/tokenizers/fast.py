@@ -2,19 +2,13 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from megalite.data.tokenizers.base import (
-    Encoded,
-    ReferenceTokenizer,
-    TokenizerError,
-    import_library,
-    pack_ids,
-    shortened,
-)
+from megalite.data.tokenizers import base
+from megalite.data.tokenizers.base import Encoded, TokenizerError
 
 PROBE = (
     "The quick  brown fox's 12345 jumps,\r\n\r\n\tover  the lazy dog!!  ",
@@ -32,7 +26,7 @@ SHOWN_IDS = 5
 """Ids shown before and after the first that differs."""
 
 
-class CheckedTokenizer:
+class CheckedTokenizer(base.Tokenizer):
     """A tokenizer that encodes with gigatoken, and uses the reference for everything else.
 
     gigatoken takes the text of a special token for the token: texts that contain such a text are
@@ -41,23 +35,21 @@ class CheckedTokenizer:
     """
 
     backend = "fast"
-    why = ""
 
-    def __init__(self, reference: ReferenceTokenizer):
+    def __init__(self, reference: base.Tokenizer):
         self.reference = reference
         self.vocab_size = reference.vocab_size
         self.sha256 = reference.sha256
         try:
-            self._library = import_library("gigatoken", "the fast backend")
+            self._library = base.import_library("gigatoken", "the fast backend")
             self._load()
         except BaseException as error:  # gigatoken has no error type; a panic is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = str(error).strip() or repr(error)
             raise TokenizerError(reason.splitlines()[0]) from None
-        self._reserved = None
-        if reference.reserved_texts:
-            self._reserved = re.compile("|".join(map(re.escape, reference.reserved_texts)))
+        reserved = "|".join(map(re.escape, reference.reserved_texts))
+        self._has_reserved_text = re.compile(reserved or "(?!)").search
         self.check(PROBE)
 
     def _load(self) -> None:
@@ -72,39 +64,19 @@ class CheckedTokenizer:
         return self.reference.eod
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """Encode texts: uint32 ids, unless the reference had to encode some of them."""
-        for_reference = []
-        if self._reserved is not None:
-            for number, text in enumerate(texts):
-                if self._reserved.search(text):
-                    for_reference.append(number)
-        if not for_reference:
-            return self._encode(texts)
-
-        # Encode each text with its backend, then put the results back into the order of the texts.
-        ids = [np.empty(0, np.uint32)] * len(texts)
-        for_fast = sorted(set(range(len(texts))).difference(for_reference))
-        for encode, numbers in (
-            (self._encode, for_fast),
-            (self.reference.encode_batch, for_reference),
-        ):
-            encoded = encode([texts[number] for number in numbers])
-            for number, text_ids in zip(numbers, encoded.split(), strict=True):
-                ids[number] = text_ids
-        return Encoded(np.concatenate(ids), np.array([len(text) for text in ids], np.int64))
-
-    def _encode(self, texts: Sequence[str]) -> Encoded:
+        """Encode texts: uint32 ids."""
         # One by one: gigatoken then keeps what it learned of words, which its SentencePiece batches
         # do not, and does not import awkward, which takes longer to load than a tokenizer. But it
         # never forgets a word.
         if resident_bytes() > self._most_bytes:
             self._load()
-        return pack_ids(self._ids_of_texts(texts), np.uint32)
+        return base.pack_ids(map(self._ids_of_text, texts), np.uint32)
 
-    def _ids_of_texts(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
-        for text in texts:
-            ids = [self._fast.encode(str.encode(part)) for part in self.reference.sections(text)]
-            yield ids[0] if len(ids) == 1 else np.concatenate(ids)
+    def _ids_of_text(self, text: str) -> np.ndarray:
+        if self._has_reserved_text(text):
+            return self.reference.encode_batch([text]).ids
+        sections = self.reference.sections(text)
+        return np.concatenate([self._fast.encode(section.encode()) for section in sections])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of these ids. The end-of-document token has no text."""
@@ -132,7 +104,7 @@ class CheckedTokenizer:
         before = len(self.reference.decode(expected[:at])) if at else 0
         return (
             "gigatoken and the reference library encode a text differently, from id "
-            f"{at} (near character {before}) on: {shortened(text[max(0, before - 20) :])} of "
+            f"{at} (near character {before}) on: {base.shortened(text[max(0, before - 20) :])} of "
             f"{len(text)} characters. gigatoken: {fast[around].tolist()}, reference: "
             f"{expected[around].tolist()}. Use --tokenizer-backend reference"
         )

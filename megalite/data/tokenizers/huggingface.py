@@ -6,16 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.data.tokenizers.base import (
-    Encoded,
-    ReferenceTokenizer,
-    TokenizerError,
-    digest,
-    import_library,
-    pack_ids,
-    read_file,
-    refuse_surrogates,
-)
+from megalite.data.tokenizers import base
+from megalite.data.tokenizers.base import Encoded, TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
@@ -23,39 +15,53 @@ USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-class LibraryTokenizer(ReferenceTokenizer):
+class LibraryTokenizer(base.Tokenizer):
     """A tokenizers.Tokenizer. Subclasses build it and say which token ends documents."""
 
-    kind = ""
+    special_texts: tuple[str, ...] = ()
+    """Tokens of the vocabulary that a text can contain with `parse_special_tokens`."""
 
     def __init__(self, tokenizer, *contents: bytes):
         self._tokenizer = tokenizer
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
-        self.sha256 = digest(self.kind, *contents)
+        self.sha256 = base.digest(type(self).__name__, *contents)
+
+    @classmethod
+    def library(cls):
+        """The tokenizers library. Raises TokenizerError if it is not installed."""
+        return base.import_library("tokenizers", cls.__name__)
 
     def ids_of(self, tokens: Sequence[str]) -> list[int | None]:
         """Ids of tokens; None for a token that is not in the vocabulary."""
-        return [self._vocabulary.get(token) for token in tokens]
+        return list(map(self._vocabulary.get, tokens))
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Encode texts, without special tokens around them."""
-        refuse_surrogates(texts)
+        base.refuse_surrogates(texts)
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return pack_ids(encoding.ids for encoding in encodings)
+        return base.pack_ids(encoding.ids for encoding in encodings)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of these ids. Special tokens have no text."""
-        return self._decode_without(ids, self.eod)
-
-    def _decode_without(self, ids: Sequence[int], left_out: int | None) -> str:
-        kept = [int(i) for i in ids if i != left_out]
+        kept = [int(i) for i in ids if i != self.eod_or_none]
         return self._tokenizer.decode(kept, skip_special_tokens=True)
 
-    def _add_special_tokens(self, *tokens: str) -> None:
-        """From now on, take the text of these tokens of the vocabulary for the tokens."""
-        self._tokenizer.add_special_tokens(list(tokens))
-        self.reserved_texts = tokens
+    def parse_special_tokens(self) -> None:
+        """From now on, take the text of `special_texts` for the tokens."""
+        self._tokenizer.add_special_tokens(list(self.special_texts))
+        self.reserved_texts = self.special_texts
+
+    def load_fast(self, gigatoken):
+        """Load the tokenizer.json into gigatoken: byte-level BPE, and BPE with byte fallback."""
+        return gigatoken.Tokenizer.from_json(self._tokenizer.to_str())
+
+    def _word_starts(self, continuing: str) -> np.ndarray:
+        """bool [v]: whether a token begins a word, that is, does not start with `continuing`."""
+        starts = np.zeros(self.vocab_size, bool)
+        for token, i in self._vocabulary.items():
+            starts[i] = not token.startswith(continuing)
+        return starts
 
 
 class GPT2BPETokenizer(LibraryTokenizer):
@@ -65,45 +71,35 @@ class GPT2BPETokenizer(LibraryTokenizer):
     is missing, or the files are not such a vocabulary.
     """
 
-    kind = "GPT2BPETokenizer"
+    special_texts = (END_OF_TEXT,)
 
     def __init__(self, vocab_file: str | Path, merge_file: str | Path):
-        tokenizers = import_library("tokenizers", self.kind)
-        contents = [read_file(vocab_file, "--vocab-file"), read_file(merge_file, "--merge-file")]
+        library = self.library()
+        vocab = base.read_file(vocab_file, "--vocab-file")
+        merges = base.read_file(merge_file, "--merge-file")
+        given = f"--vocab-file {vocab_file}"
         try:
-            model = tokenizers.models.BPE.from_file(str(vocab_file), str(merge_file))
+            model = library.models.BPE.from_file(str(vocab_file), str(merge_file))
         except Exception as error:  # the library has no error type of its own
             raise TokenizerError(
-                f"--vocab-file {vocab_file} --merge-file {merge_file}: no byte-level BPE "
-                f"vocabulary: {error}"
+                f"{given} --merge-file {merge_file}: no byte-level BPE vocabulary: {error}"
             ) from None
-        tokenizer = tokenizers.Tokenizer(model)
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        super().__init__(tokenizer, *contents)
-        missing = set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) - self._vocabulary.keys()
+        tokenizer = library.Tokenizer(model)
+        tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = library.decoders.ByteLevel()
+        super().__init__(tokenizer, vocab, merges)
+        missing = set(library.pre_tokenizers.ByteLevel.alphabet()) - self._vocabulary.keys()
         if missing:  # the library would drop these bytes from texts without an error
             raise TokenizerError(
-                f"--vocab-file {vocab_file}: no byte-level vocabulary, {len(missing)} of the 256 "
-                "bytes are not in it"
+                f"{given}: no byte-level vocabulary, {len(missing)} of the 256 bytes are not in it"
             )
         if END_OF_TEXT not in self._vocabulary:
-            raise TokenizerError(
-                f"--vocab-file {vocab_file}: has no {END_OF_TEXT} to end documents with"
-            )
+            raise TokenizerError(f"{given}: has no {END_OF_TEXT} to end documents with")
         self.eod = self._vocabulary[END_OF_TEXT]
 
-    def parse_special_tokens(self) -> None:
-        """From now on, take the text <|endoftext|> for the token."""
-        self._add_special_tokens(END_OF_TEXT)
 
-    def load_fast(self, gigatoken):
-        """Load the vocabulary into gigatoken, as a tokenizer.json."""
-        return gigatoken.Tokenizer.from_json(self._tokenizer.to_str())
-
-
-class BertWordPieceTokenizer(LibraryTokenizer):
-    """BERT's WordPiece, from its vocab.txt; [SEP] ends documents.
+class BertWordPieceLowerCase(LibraryTokenizer):
+    """BERT's WordPiece of lower-cased text, from its vocab.txt; [SEP] ends documents.
 
     Encoding removes control characters, changes white space and, in lower case, strips accents:
     decoding gives back the words but not the text. Raises TokenizerError if the library or the file
@@ -111,56 +107,33 @@ class BertWordPieceTokenizer(LibraryTokenizer):
     """
 
     lowercase = True
+    special_texts = BERT_SPECIAL
 
     def __init__(self, vocab_file: str | Path):
-        self.kind = "BertWordPieceLowerCase" if self.lowercase else "BertWordPieceCase"
-        tokenizers = import_library("tokenizers", self.kind)
-        content = read_file(vocab_file, "--vocab-file")
+        library = self.library()
+        content = base.read_file(vocab_file, "--vocab-file")
         vocabulary = _read_vocabulary(content, vocab_file)
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
-        tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=self.lowercase)
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = tokenizers.decoders.WordPiece()
+        tokenizer = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token="[UNK]"))
+        tokenizer.normalizer = library.normalizers.BertNormalizer(lowercase=self.lowercase)
+        tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = library.decoders.WordPiece()
         super().__init__(tokenizer, content)
-        self._refuse_capitals(vocab_file)
-        self.special: dict[str, int] = {token: vocabulary[token] for token in BERT_SPECIAL}
-        """Ids of [PAD], [UNK], [CLS], [SEP] and [MASK]."""
-        self.starts_word = _word_starts(self._vocabulary, self.vocab_size)
-        self.eod = self.special["[SEP]"]
-
-    def _refuse_capitals(self, path: str | Path) -> None:
-        """Refuse a cased vocabulary for lower-cased text: much of it would become [UNK]."""
-        capitals = []
-        for token in self._vocabulary:
-            if token != token.lower() and token not in BERT_SPECIAL:
-                capitals.append(token)
+        self.starts_word = self._word_starts("##")
+        self.eod = vocabulary["[SEP]"]
+        # Refuse a cased vocabulary for lower-cased text: much of it would become [UNK].
+        words = vocabulary.keys() - set(BERT_SPECIAL)
+        capitals = sorted(word for word in words if word != word.lower())
         if self.lowercase and 100 * len(capitals) > self.vocab_size:
             raise TokenizerError(
-                f"--vocab-file {path}: {len(capitals)} of {self.vocab_size} pieces have capital "
-                f"letters, such as {capitals[0]!r}, but {self.kind} lowers the text: use "
-                "BertWordPieceCase, or a vocabulary of lower-cased text "
+                f"--vocab-file {vocab_file}: {len(capitals)} of {self.vocab_size} pieces have "
+                f"capital letters, such as {capitals[0]!r}, but {type(self).__name__} lowers the "
+                "text: use BertWordPieceCase, or a vocabulary of lower-cased text "
                 "(tools/train_tokenizer.py --kind wordpiece --lowercase)"
             )
 
-    def parse_special_tokens(self) -> None:
-        """From now on, take the text of [PAD], [UNK], [CLS], [SEP] and [MASK] for the token."""
-        self._add_special_tokens(*BERT_SPECIAL)
 
-
-def _word_starts(vocabulary: dict[str, int], size: int, continuing: str = "##") -> np.ndarray:
-    """bool [size]: whether a token begins a word, that is, does not start with `continuing`."""
-    starts = np.zeros(size, bool)
-    for token, i in vocabulary.items():
-        starts[i] = not token.startswith(continuing)
-    return starts
-
-
-class BertWordPieceLowerCase(BertWordPieceTokenizer):
-    """WordPiece of lower-cased text."""
-
-
-class BertWordPieceCase(BertWordPieceTokenizer):
-    """WordPiece of text as it is."""
+class BertWordPieceCase(BertWordPieceLowerCase):
+    """BERT's WordPiece of text as it is."""
 
     lowercase = False
 
@@ -168,11 +141,9 @@ class BertWordPieceCase(BertWordPieceTokenizer):
 def _read_vocabulary(content: bytes, path: str | Path) -> dict[str, int]:
     """The ids of a vocab.txt: the line numbers, from 0. Raises TokenizerError."""
     try:
-        lines = content.decode().split("\n")
+        lines = content.decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise TokenizerError(f"--vocab-file {path}: not UTF-8 text ({error.reason})") from None
-    if lines[-1] == "":
-        lines.pop()
     vocabulary = {line.removesuffix("\r"): number for number, line in enumerate(lines)}
     missing = [token for token in BERT_SPECIAL if token not in vocabulary]
     if missing:
@@ -192,20 +163,17 @@ class HuggingFaceTokenizer(LibraryTokenizer):
     file is not a tokenizer.
     """
 
-    kind = "HuggingFaceTokenizer"
-
     def __init__(self, path: str | Path):
-        tokenizers = import_library("tokenizers", self.kind)
+        library = self.library()
         self._path = Path(path)
         if self._path.is_dir():
             self._path /= "tokenizer.json"
-        content = read_file(self._path, "--tokenizer-model")
+        content = base.read_file(self._path, "--tokenizer-model")
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+            tokenizer = library.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library has no error type of its own
-            raise TokenizerError(
-                f"--tokenizer-model {self._path}: no tokenizer.json: {error}"
-            ) from None
+            given = f"--tokenizer-model {self._path}"
+            raise TokenizerError(f"{given}: no tokenizer.json: {error}") from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
@@ -223,7 +191,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         model = json.loads(self._tokenizer.to_str())["model"]
         if model.get("type") != "WordPiece":
             return None
-        return _word_starts(self._vocabulary, self.vocab_size, model["continuing_subword_prefix"])
+        return self._word_starts(model["continuing_subword_prefix"])
 
     @property
     def eod(self) -> int:
@@ -247,18 +215,4 @@ class HuggingFaceTokenizer(LibraryTokenizer):
             token = json.loads(path.read_bytes()).get("eos_token")
         except (ValueError, AttributeError):
             raise TokenizerError(f"{path}: not a JSON object") from None
-        if isinstance(token, dict):
-            return token.get("content")
-        return token
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of these ids. Special tokens have no text."""
-        try:
-            end = self.eod
-        except TokenizerError:
-            end = None
-        return self._decode_without(ids, end)
-
-    def load_fast(self, gigatoken):
-        """Load the file into gigatoken, which takes byte-level BPE and BPE with byte fallback."""
-        return gigatoken.Tokenizer.from_json(self._tokenizer.to_str())
+        return token.get("content") if isinstance(token, dict) else token

@@ -5,18 +5,11 @@ from hashlib import sha256
 
 import numpy as np
 
-from megalite.data.tokenizers.base import (
-    Encoded,
-    ReferenceTokenizer,
-    TextError,
-    TokenizerError,
-    digest,
-    pack_ids,
-    shortened,
-)
+from megalite.data.tokenizers import base
+from megalite.data.tokenizers.base import Encoded, TextError, TokenizerError, shortened
 
 
-class ByteTokenizer(ReferenceTokenizer):
+class ByteTokenizer(base.Tokenizer):
     """UTF-8 bytes as ids 0 to 255; id 256 ends documents."""
 
     vocab_size = 257
@@ -25,8 +18,8 @@ class ByteTokenizer(ReferenceTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Return the bytes of each text."""
-        data = [text.encode() for text in texts]
-        lengths = np.array([len(text) for text in data], np.int64)
+        data = list(map(str.encode, texts))
+        lengths = np.array(list(map(len, data)), np.int64)
         return Encoded(np.frombuffer(b"".join(data), np.uint8).astype(np.int32), lengths)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -34,7 +27,7 @@ class ByteTokenizer(ReferenceTokenizer):
         return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
 
 
-class NullTokenizer(ReferenceTokenizer):
+class NullTokenizer(base.Tokenizer):
     """Text is ids in decimal, separated by white space; the last of `vocab_size` ends documents.
 
     Raises TokenizerError if there is no id for that.
@@ -47,11 +40,11 @@ class NullTokenizer(ReferenceTokenizer):
             )
         self.vocab_size = vocab_size
         self.eod = vocab_size - 1
-        self.sha256 = digest(f"NullTokenizer {vocab_size}")
+        self.sha256 = base.digest(f"NullTokenizer {vocab_size}")
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Return the ids in each text. Raises TextError for a word that is not an id."""
-        return pack_ids(map(self._encode, texts))
+        return base.pack_ids(map(self._encode, texts))
 
     def _encode(self, text: str) -> np.ndarray:
         text.encode()  # raises UnicodeEncodeError for lone surrogates
@@ -65,7 +58,7 @@ class NullTokenizer(ReferenceTokenizer):
                     f"{self.vocab_size - 1}: NullTokenizer takes text that is ids below "
                     "--vocab-size, separated by spaces"
                 )
-        return np.array([int(word) for word in words], np.int32)
+        return np.array(list(map(int, words)), np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the ids, separated by spaces."""

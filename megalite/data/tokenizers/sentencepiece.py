@@ -4,17 +4,11 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from megalite.data.tokenizers.base import (
-    Encoded,
-    ReferenceTokenizer,
-    TokenizerError,
-    import_library,
-    pack_ids,
-    read_file,
-)
+from megalite.data.tokenizers import base
+from megalite.data.tokenizers.base import Encoded, TokenizerError
 
 
-class SentencePieceTokenizer(ReferenceTokenizer):
+class SentencePieceTokenizer(base.Tokenizer):
     """A SentencePiece model; its end-of-sentence piece ends documents.
 
     The text of a control piece is ordinary text; that of a user-defined piece is always the piece.
@@ -22,8 +16,8 @@ class SentencePieceTokenizer(ReferenceTokenizer):
     """
 
     def __init__(self, path: str | Path):
-        sentencepiece = import_library("sentencepiece", "SentencePieceTokenizer")
-        self._data = read_file(path, "--tokenizer-model")
+        sentencepiece = base.import_library("sentencepiece", "SentencePieceTokenizer")
+        self._data = base.read_file(path, "--tokenizer-model")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._data)
         except RuntimeError:
@@ -31,16 +25,12 @@ class SentencePieceTokenizer(ReferenceTokenizer):
         self._path = path
         self.vocab_size = self._processor.get_piece_size()
         self.sha256 = hashlib.sha256(self._data).hexdigest()
-        self.reserved_texts = self._unreachable_pieces()
-
-    def _unreachable_pieces(self) -> tuple[str, ...]:
-        """Pieces that no text becomes: unknown and control pieces, and bytes (<0x..)."""
-        processor = self._processor
-        pieces = ["<0x"]
+        # No text becomes a byte (<0x..), an unknown or a control piece.
+        pieces = {"<0x"}
         for i in range(self.vocab_size):
-            if processor.is_control(i) or processor.is_unknown(i):
-                pieces.append(processor.id_to_piece(i))
-        return tuple(piece for piece in pieces if piece)
+            if self._processor.is_control(i) or self._processor.is_unknown(i):
+                pieces.add(self._processor.id_to_piece(i))
+        self.reserved_texts = tuple(pieces - {""})
 
     @property
     def eod(self) -> int:
@@ -55,11 +45,11 @@ class SentencePieceTokenizer(ReferenceTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Encode texts."""
-        return pack_ids(self._processor.encode([text.encode() for text in texts], num_threads=1))
+        return base.pack_ids(self._processor.encode(list(map(str.encode, texts)), num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of these ids. Control pieces have no text."""
-        return self._processor.decode([int(i) for i in ids])
+        return self._processor.decode(list(map(int, ids)))
 
     def load_fast(self, gigatoken):
         """Load the model into gigatoken, which takes BPE with byte fallback."""

@@ -5,22 +5,15 @@ import binascii
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
-from megalite.data.tokenizers.base import (
-    Encoded,
-    ReferenceTokenizer,
-    TokenizerError,
-    digest,
-    import_library,
-    pack_ids,
-    read_file,
-    refuse_surrogates,
-)
+from megalite.data.tokenizers import base
+from megalite.data.tokenizers.base import Encoded, TokenizerError
 from megalite.data.tokenizers.tiktoken_patterns import ENCODINGS, IN_FILE_NAMES, PUBLISHED
 
 
-class TikTokenizer(ReferenceTokenizer):
+class TikTokenizer(base.Tokenizer):
     """A file of BPE ranks: .tiktoken, tokenizer.model of Llama 3 and 4, or Megatron-LM's JSON.
 
     The file does not say how text is split into words, nor which special tokens there are. These
@@ -32,15 +25,16 @@ class TikTokenizer(ReferenceTokenizer):
     """
 
     def __init__(self, path: str | Path, encoding: str | None = None):
-        tiktoken = import_library("tiktoken", "TikTokenizer")
-        content = read_file(path, "--tokenizer-model")
+        tiktoken = base.import_library("tiktoken", "TikTokenizer")
+        content = base.read_file(path, "--tokenizer-model")
         name = encoding or _find_encoding(content, path)
         self._path = path
         self._known = ENCODINGS[name]
+        self.sections = self._known.sections
 
         ids = {}
         for token, rank in _read_ranks(content, path).items():
-            if self._known.most_ranks is None or rank < self._known.most_ranks:
+            if rank < self._known.most_ranks:
                 ids[token] = rank + self._known.first_id
         special = self._known.special
         taken = set(ids.values()).intersection(special.values())
@@ -56,27 +50,20 @@ class TikTokenizer(ReferenceTokenizer):
         self._encode = self._encoding.encode_ordinary
         self.vocab_size = max(*ids.values(), *special.values()) + 1
         self.eod = special[self._known.eod]
-        self.sha256 = digest(f"TikTokenizer {name}", content)
+        self.sha256 = base.digest(f"TikTokenizer {name}", content)
 
     def parse_special_tokens(self) -> None:
         """From now on, take the text of a special token for that token."""
         self._encode = lambda text: self._encoding.encode(text, allowed_special="all")
         self.reserved_texts = tuple(self._known.special)
 
-    def sections(self, text: str) -> list[str]:
-        """Return the strings that are encoded in place of `text`: normalized, or cut."""
-        return self._known.sections(text)
-
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Encode texts."""
-        refuse_surrogates(texts)  # tiktoken would replace them
-        return pack_ids(self._ids_of_text(text) for text in texts)
+        base.refuse_surrogates(texts)  # tiktoken would replace them
+        return base.pack_ids(map(self._ids_of_text, texts))
 
     def _ids_of_text(self, text: str) -> list[int]:
-        ids = []
-        for section in self.sections(text):
-            ids.extend(self._encode(section))
-        return ids
+        return list(chain.from_iterable(map(self._encode, self.sections(text))))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of these ids. Broken UTF-8 becomes the replacement character."""

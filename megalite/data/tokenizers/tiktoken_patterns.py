@@ -59,8 +59,8 @@ class TikTokenEncoding(NamedTuple):
     """What is encoded in place of a text."""
     first_id: int = 0
     """Id of rank 0."""
-    most_ranks: int | None = None
-    """Ranks that are used, the lowest; None: all of the file."""
+    most_ranks: int = 1 << 32
+    """Number of ranks that are used, the lowest."""
 
 
 def number(first: int, tokens: list[str]) -> dict[str, int]:
@@ -68,14 +68,21 @@ def number(first: int, tokens: list[str]) -> dict[str, int]:
     return {token: first + index for index, token in enumerate(tokens)}
 
 
-def reserved(name: str, first: int, last: int) -> list[str]:
-    """<|NAME_FIRST|> to <|NAME_LAST|>."""
-    return [f"<|{name}_{index}|>" for index in range(first, last + 1)]
+def special_tokens(names: str) -> list[str]:
+    """<|NAME|> for each name in a string, and <NAME> for one in angle brackets.
 
-
-def in_bars(names: str) -> list[str]:
-    """<|NAME|> for each of the names in a string."""
-    return [f"<|{name}|>" for name in names.split()]
+    NAME_2..5 stands for NAME_2 to NAME_5.
+    """
+    tokens = []
+    for name in names.split():
+        form = "{}" if name.startswith("<") else "<|{}|>"
+        match = re.fullmatch(r"(.*_)(\d+)\.\.(\d+)(.*)", name)
+        if match is None:
+            tokens.append(form.format(name))
+        else:
+            for index in range(int(match[2]), int(match[3]) + 1):
+                tokens.append(form.format(f"{match[1]}{index}{match[4]}"))
+    return tokens
 
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -114,51 +121,30 @@ QWEN35 = (
 MEGATRON_V1 = r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 MEGATRON_V2 = cased_words("", r"\p{N}")
 
-LLAMA3_TOKENS = [
-    *in_bars("begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1"),
-    *in_bars("finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id"),
-    *in_bars("python_tag image"),
-    *reserved("reserved_special_token", 2, 245),
-]
-LLAMA4_TOKENS = [
-    *in_bars("begin_of_text end_of_text fim_prefix fim_middle fim_suffix"),
-    *in_bars("header_start header_end eom eot step"),
-    *reserved("text_post_train_reserved_special_token", 0, 5),
-    *in_bars("python_start python_end finetune_right_pad"),
-    *reserved("text_post_train_reserved_special_token", 8, 68),
-    *in_bars("image_start image_end"),
-    *reserved("vision_reserved_special_token", 0, 1),
-    *in_bars("tile_x_separator tile_y_separator"),
-    *reserved("vision_reserved_special_token", 2, 5),
-    "<|image|>",
-    "<|vision_reserved_special_token_6|>",
-    "<|patch|>",
-    *reserved("vision_reserved_special_token", 7, 1047),
-    *reserved("reasoning_reserved_special_token", 0, 7),
-    *in_bars("reasoning_thinking_start reasoning_thinking_end"),
-    *reserved("reserved_special_token", 0, 903),
-]
-QWEN_TOKENS = [*in_bars("endoftext im_start im_end"), *reserved("extra", 0, 204)]
-QWEN35_TOKENS = [
-    *in_bars("endoftext im_start im_end object_ref_start object_ref_end box_start box_end"),
-    *in_bars("quad_start quad_end vision_start vision_end vision_pad image_pad video_pad"),
-    *("<tool_call>", "</tool_call>"),
-    *in_bars("fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep"),
-    *("<tool_response>", "</tool_response>", "<think>", "</think>"),
-    *in_bars("audio_start audio_end"),
-    *("<tts_pad>", "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>", "<|audio_pad|>"),
-]
-MEGATRON_TOKENS = [
-    *"<unk> <s> </s> <mask> <pad> <cls> <sep>".split(),
-    *(f"<SPECIAL_{index}>" for index in range(7, 1000)),
-]
-CL100K_SPECIAL = {
-    "<|endoftext|>": 100257,
-    "<|fim_prefix|>": 100258,
-    "<|fim_middle|>": 100259,
-    "<|fim_suffix|>": 100260,
-    "<|endofprompt|>": 100276,
-}
+LLAMA3_TOKENS = special_tokens(
+    "begin_of_text end_of_text reserved_special_token_0..1 finetune_right_pad_id step_id "
+    "start_header_id end_header_id eom_id eot_id python_tag image reserved_special_token_2..245"
+)
+LLAMA4_TOKENS = special_tokens(
+    "begin_of_text end_of_text fim_prefix fim_middle fim_suffix header_start header_end eom eot "
+    "step text_post_train_reserved_special_token_0..5 python_start python_end finetune_right_pad "
+    "text_post_train_reserved_special_token_8..68 image_start image_end "
+    "vision_reserved_special_token_0..1 tile_x_separator tile_y_separator "
+    "vision_reserved_special_token_2..5 image vision_reserved_special_token_6..6 patch "
+    "vision_reserved_special_token_7..1047 reasoning_reserved_special_token_0..7 "
+    "reasoning_thinking_start reasoning_thinking_end reserved_special_token_0..903"
+)
+QWEN_TOKENS = special_tokens("endoftext im_start im_end extra_0..204")
+QWEN35_TOKENS = special_tokens(
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start "
+    "quad_end vision_start vision_end vision_pad image_pad video_pad <tool_call> </tool_call> "
+    "fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep <tool_response> </tool_response> "
+    "<think> </think> audio_start audio_end <tts_pad> <tts_text_bos> <tts_text_eod> "
+    "<tts_text_bos_single> audio_pad"
+)
+MEGATRON_TOKENS = special_tokens("<unk> <s> </s> <mask> <pad> <cls> <sep> <SPECIAL_7..999>")
+CL100K_SPECIAL = number(100257, special_tokens("endoftext fim_prefix fim_middle fim_suffix"))
+CL100K_SPECIAL["<|endofprompt|>"] = 100276
 O200K_SPECIAL = {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}
 
 

@@ -22,11 +22,15 @@ def train_sentencepiece(
     not give this many pieces, or are empty, and whatever error reading them raises.
     """
     sentencepiece = import_library("sentencepiece", "SentencePieceTokenizer")
-    lines = _Lines(texts)
+    errors = []
+    lines = _lines(texts, errors)
+    first = next(lines, None)
+    if first is None:
+        raise TokenizerError("no text to train a tokenizer on: the input is empty")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=itertools.chain([first], lines),
             model_writer=model,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -44,14 +48,12 @@ def train_sentencepiece(
             minloglevel=3,
         )
     except RuntimeError as error:
-        lines.reraise()
-        if lines.count == 0:
-            raise TokenizerError("no text to train a tokenizer on: the input is empty") from None
-        reason = str(error).rsplit("] ", 1)[-1].strip()
-        raise TokenizerError(
-            f"--vocab-size {vocab_size} does not fit this text: {reason or error}"
-        ) from None
-    lines.reraise()
+        if not errors:
+            reason = str(error).rsplit("] ", 1)[-1].strip() or error
+            given = f"--vocab-size {vocab_size}"
+            raise TokenizerError(f"{given} does not fit this text: {reason}") from None
+    if errors:
+        raise errors[0]
     return model.getvalue()
 
 
@@ -73,11 +75,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tuple[bytes, bytes]:
     tokenizer.train_from_iterator(texts, trainer)
     vocabulary = _in_order(tokenizer, vocab_size)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    lines = ["#version: 0.2"]
-    for merge in merges:  # a pair, or in older versions of the library its text
-        lines.append(merge if isinstance(merge, str) else " ".join(merge))
     vocab_json = json.dumps(vocabulary, ensure_ascii=False)
-    merges_txt = "\n".join(lines) + "\n"
+    merges_txt = "\n".join(["#version: 0.2", *map(" ".join, merges), ""])
     return vocab_json.encode(), merges_txt.encode()
 
 
@@ -136,25 +135,11 @@ def _in_order(tokenizer, vocab_size: int) -> dict[str, int]:
     return vocabulary
 
 
-class _Lines:
-    """The lines of texts. Keeps an error of the texts, which SentencePiece would drop."""
-
-    def __init__(self, texts: Iterable[str]):
-        self._texts = texts
-        self._error: Exception | None = None
-        self.count = 0
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            for text in self._texts:
-                for line in filter(None, text.split("\n")):
-                    self.count += 1
-                    yield line
-        except Exception as error:
-            self._error = error
-            raise
-
-    def reraise(self) -> None:
-        """Raise the error that ended the texts early, if there was one."""
-        if self._error is not None:
-            raise self._error
+def _lines(texts: Iterable[str], errors: list[Exception]) -> Iterator[str]:
+    """The lines of texts. Appends an error of the texts to a list: SentencePiece would drop it."""
+    try:
+        for text in texts:
+            yield from filter(None, text.split("\n"))
+    except Exception as error:
+        errors.append(error)
+        raise
