@@ -169,6 +169,19 @@ def test_an_encoding_without_the_characters_is_no_error(path, encoding, prefix, 
         assert "\\u20ac" in printed and "verified: all 40 sequences" in printed
 
 
+@pytest.mark.parametrize("buffered", [True, False])
+def test_an_output_that_is_full_is_one_line(buffered, tmp_path):
+    flags = {} if buffered else {"PYTHONUNBUFFERED": "1"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "pretrain_gpt.py", "--help"],
+            env=environment() | flags, stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the output cannot be written: No space left on device: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_a_reader_that_ends_is_no_traceback(path, prefix, tmp_path):
     """The reader of stdout closes its end before anything is written, as `head` may."""

@@ -179,4 +179,6 @@ def _option(section: str, entry: dataclasses.Field, hint: Any) -> Option:
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The most similar of `names`, or None when none is similar."""
-    return next(iter(difflib.get_close_matches(name, names, 1)), None)
+    by_lower_case = {known.lower(): known for known in names}
+    found = difflib.get_close_matches(name.lower(), by_lower_case, 1)
+    return by_lower_case[found[0]] if found else None

@@ -1,6 +1,7 @@
 """What a run is, in some twenty lines. Imports no torch."""
 
 from pathlib import Path
+from typing import Any
 
 from megalite.config.estimate import estimate_stages, microbatches, model_parameters
 from megalite.config.help import wrapped
@@ -12,6 +13,10 @@ from megalite.system.errors import explain_os_error, scaled
 
 LABEL_COLUMNS = 16
 """Columns before the text of a line."""
+MOST_WORDS = 8
+"""Words of a list that is shown whole."""
+SHOWN_WORDS = 4
+"""Words that are shown of a longer list."""
 MOST_CONFIGS = 99
 """Configurations kept in one folder."""
 
@@ -42,7 +47,7 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
     iterations = config.training.train_iters
     samples = batch * iterations
     # The command line that makes the configuration.
-    flags = [options()[key].setting(value) for key, value in chosen(config, world_size).items()]
+    flags = [_setting(key, value) for key, value in chosen(config, world_size).items()]
     rows = {
         "model": _model(config),
         "ranks": layout,
@@ -124,12 +129,20 @@ def _learning_rate(config: RunConfig) -> str:
     return f"{text} ({o.optimizer})"
 
 
+def _setting(key: str, value: Any) -> str:
+    """A field and its value as a flag; of a long list, such as many datasets, the beginning."""
+    if not isinstance(value, tuple) or len(value) <= MOST_WORDS:
+        return options()[key].setting(value)
+    beginning = options()[key].setting(value[:SHOWN_WORDS])
+    return f"{beginning} ... ({len(value)} words)"
+
+
 def _data(config: RunConfig) -> str:
     """Where the tokens come from."""
     d = config.data
     if d.mock_data:
         return "mock data"
-    words = [options()[key].setting(given) for key, given in d.paths.items() if given is not None]
+    words = [_setting(key, given) for key, given in d.paths.items() if given is not None]
     if d.tokenizer_type:
         words.append(f"({d.tokenizer_type})")
     return " ".join(words)

@@ -62,13 +62,15 @@ class LossScale:
             self.value *= 2
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint stores."""
+        """What a checkpoint stores: nothing of a constant scale."""
+        if not self.window:
+            return {}
         stored = asdict(self)
         return {key: stored[key] for key in ("value", "steps_without_overflow", "overflows_left")}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Continue from `state`, unless the flags say that the scale is constant."""
-        if self.window:
+        """Continue from what `state` gave. A scale that is or was constant starts by its flags."""
+        if self.window and state:
             self.value = max(state["value"], self.smallest)
             self.steps_without_overflow = int(state["steps_without_overflow"])
             self.overflows_left = int(state["overflows_left"])

@@ -94,15 +94,17 @@ class Optimizer:
         rate = learning_rate(iteration, self.config, self.train_iters)
         overflowed = not norm < float("inf")  # NaN compares as False
         if overflowed and self.loss_scale.can_fall:
-            self.loss_scale.update(overflowed)
+            self.loss_scale.update(overflowed=True)
             return StepResult(norm, learning_rate=rate, skipped=True, loss_scale=scale)
         if overflowed:
+            scaled = f" at a loss scale of {scale:g}" if scale != 1 else ""
+            smaller = "a smaller --loss-scale or --min-loss-scale, " if scale != 1 else ""
             raise NonFiniteGradient(
-                f"the gradient norm of iteration {iteration} is {norm}; the weights are unchanged. "
-                "Resume from the last checkpoint with a lower --lr, a longer --lr-warmup-iters, "
-                "or --precision fp32."
+                f"the gradient norm of iteration {iteration} is {norm}{scaled}; the weights are "
+                f"unchanged. Resume from the last checkpoint, or start again, with {smaller}"
+                "a lower --lr, a longer --lr-warmup-iters, or --precision fp32."
             )
-        self.loss_scale.update(overflowed)
+        self.loss_scale.update(overflowed=False)
         self.gradients.clip(norm, self.config.clip_grad, scale)
         decay = weight_decay(iteration, self.config, self.train_iters)
         for group in self.torch.param_groups:

@@ -109,6 +109,8 @@ def _from_torchrun(environ: Mapping[str, str]) -> LaunchInfo:
     address = ""
     if world > 1:
         address = f"tcp://{environ['MASTER_ADDR']}:{_port(environ)}"
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK={rank} with WORLD_SIZE={world}; ranks are 0 to {world - 1}")
     return LaunchInfo(
         rank=rank,
         world_size=world,

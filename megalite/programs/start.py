@@ -35,9 +35,30 @@ def start(name="main"):
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes both streams again when it exits, which would fail once more.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in (1, 2):
-            os.dup2(nowhere, descriptor)
+        _close_output()
+        status = 1
+    except OSError as error:
+        if error.filename is not None or not _output_fails():
+            raise
+        problem = importlib.import_module("megalite.system.errors").explain_os_error(error)
+        sys.stderr.write("error: the output cannot be written: %s\n" % problem)
+        _close_output()
         status = 1
     sys.exit(status)
+
+
+def _output_fails():
+    """Whether stdout cannot be written."""
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _close_output():
+    """Let what Python flushes when it exits go nowhere: it would fail once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)

@@ -10,6 +10,9 @@ import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+ALMOST_FULL_BYTES = 1 << 20
+"""With less than this free, a file system is full; with more, something else is the limit."""
+
 
 class ReportedError(Exception):
     """An error whose message says what is wrong and what helps, so that a program prints the
@@ -71,13 +74,17 @@ def _existing_parent(path: str) -> Path:
 
 
 def _no_space(path: str) -> str:
-    place = _existing_parent(path)
-    usage = shutil.disk_usage(place)
-    return (
-        f"{_size(usage.free)} of {_size(usage.total)} are free on the file system of {place}; "
-        "delete files there, "
-        "raise your quota (quota -s), or write to another disk"
-    )
+    if not path:
+        return "what the output goes to is full; send it to another disk"
+    found = _existing_parent(path)
+    usage = shutil.disk_usage(found)
+    free = f"{_size(usage.free)} of {_size(usage.total)} are free on the file system of {found}"
+    if usage.free > ALMOST_FULL_BYTES:
+        return (
+            f"{free}, so the limit is a quota (quota -s), the number of files (df -i) or the "
+            "device itself; write to another disk"
+        )
+    return f"{free}; delete files there, raise your quota (quota -s), or write to another disk"
 
 
 def _too_many_files(path: str) -> str:

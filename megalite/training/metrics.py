@@ -85,9 +85,9 @@ def training_line(
     if "grad_norm" in metrics:
         update = f"grad norm {metrics['grad_norm']:.3f}"
     else:
-        update = "skipped: the gradient overflowed"
+        update = "the gradient overflowed"
     if "loss_scale" in metrics:
-        update += f" | loss scale {metrics['loss_scale']:g}"
+        update += f" | loss scale {metrics['loss_scale']:g}, {metrics['skipped_steps']} skipped"
     return (
         f"iteration {iteration:>{len(str(total))}}/{total} | {format_losses(losses)} | "
         f"lr {metrics['learning_rate']:.3e} | {update} | "

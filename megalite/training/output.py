@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from megalite.parallel.context import ParallelContext
+from megalite.system.errors import explain_os_error
 
 Log = Callable[[str], None]
 """Prints a line."""
@@ -52,7 +53,8 @@ class FailSafeStream:
                 return
             self._failed = True  # before the report: the other stream may fail too, and report here
             other = getattr(sys, "stderr" if self._name == "stdout" else "stdout")
-            text = f"rank {self._rank}: {self._name} cannot be written: {error}; training continues"
+            problem = f"{self._name} cannot be written, training continues"
+            text = f"rank {self._rank}: {problem}: {explain_os_error(error)}"
             print(text, file=other, flush=True)
 
     def close(self) -> None:

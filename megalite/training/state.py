@@ -144,9 +144,8 @@ def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: R
             shards += _optimizer_shards(parts.optimizer, stored_name, name, tensor)
     _read(checkpoint, shards)
     parts.optimizer.set_steps(checkpoint.state["optimizer_steps"])
-    # Checkpoints of runs in other precisions have a scale of 1, older ones none.
-    if checkpoint.state.get("loss_scale", {}).get("value", 1.0) != 1.0:
-        parts.optimizer.loss_scale.restore(checkpoint.state["loss_scale"])
+    # Older checkpoints have none.
+    parts.optimizer.loss_scale.restore(checkpoint.state.get("loss_scale", {}))
 
 
 def _load_master(checkpoint: Checkpoint, parts: TrainingComponents) -> None:

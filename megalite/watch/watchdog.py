@@ -63,6 +63,8 @@ class Watchdog:
         self._timeout = timeout
         self._folder = Path(folder)
         self._say = say
+        # A process may have been started without stderr.
+        self._stacks_go_to = sys.__stderr__ or open(os.devnull, "w")
         self._suspends = SuspendDetector()
         # A connection of its own: another one may be blocked in a wait.
         self._store = BoundedStore(context.store.clone(), self._suspends)
@@ -89,7 +91,7 @@ class Watchdog:
         # A signal handler shows the thread that it interrupts. To read the stacks of threads that
         # run, as faulthandler's timer does, can crash a process that was only suspended.
         if self._timeout:
-            faulthandler.register(signal.SIGALRM, file=sys.__stderr__, all_threads=False)
+            faulthandler.register(signal.SIGALRM, file=self._stacks_go_to, all_threads=False)
         self._thread.start()
         return self
 
@@ -116,7 +118,7 @@ class Watchdog:
             if self._timeout:
                 self._dump_stack_after(0)
                 limit = self._timeout + ANSWER_SECONDS
-                faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+                faulthandler.dump_traceback_later(limit, exit=True, file=self._stacks_go_to)
                 self._thread = Thread(target=self._watch_the_end, name="watchdog", daemon=True)
                 self._thread.start()
 

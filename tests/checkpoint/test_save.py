@@ -92,7 +92,7 @@ def test_a_full_disk_is_named_and_the_previous_checkpoint_stays(tmp_path):
         write(tmp_path, 2, shards(), {}, {}, "", ALONE)
     text = str(caught.value)
     assert "iter_0000002/weights-00000.safetensors: No space left on device: " in text
-    assert "are free on the file system of" in text and "delete files" in text
+    assert "are free on the file system of" in text and "write to another disk" in text
     assert names_in(tmp_path) == ["iter_0000001", LATEST]
     assert value_at(tmp_path) == 1
 

@@ -52,6 +52,21 @@ def test_a_restored_scale_continues():
     assert scales_after(first, "+++--") == scales_after(second, "+++--")
 
 
+def test_a_scale_that_was_constant_starts_by_its_flags():
+    constant = LossScale.from_config(OptimizerConfig(precision="fp16", loss_scale=1024.0))
+    adapting = LossScale.from_config(OptimizerConfig(precision="fp16", **SCALES))
+    adapting.restore(constant.state())
+    assert scales_after(adapting, "--") == [64, 32]
+
+
+def test_a_restored_scale_of_one_goes_on_counting():
+    config = OptimizerConfig(precision="fp16", initial_loss_scale=1.0, loss_scale_window=4)
+    first, second = LossScale.from_config(config), LossScale.from_config(config)
+    scales_after(first, "++")
+    second.restore(first.state())
+    assert scales_after(second, "++") == [1, 2]
+
+
 def overflow_on_rank_1(launch, flags: dict) -> tuple[list, bool, list, int]:
     """Two steps with an overflow in what rank 1 alone updates, then one without."""
     tiny = build(Layout("dp2", dp=2), launch, fp16=True, **SCALES, **flags)

@@ -147,6 +147,8 @@ def test_an_empty_address_is_missing():
 def test_a_variable_that_is_no_number_is_shown():
     with pytest.raises(ValueError, match="WORLD_SIZE='many'"):
         detect(TORCHRUN | {"WORLD_SIZE": "many"})
+    with pytest.raises(ValueError, match="RANK=8 with WORLD_SIZE=8; ranks are 0 to 7"):
+        detect(TORCHRUN | {"RANK": "8"})
 
 
 def test_one_rank_needs_no_meeting_point():

@@ -1,8 +1,11 @@
 """Errors of the operating system, met for real: the message names file, limit and remedy."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
+from collections import namedtuple
 
 import pytest
 
@@ -42,7 +45,16 @@ def test_a_full_disk_names_file_and_free_space():
 
         text = met(write)
     assert text.startswith("/dev/full: No space left on device: ") and "are free on" in text
-    assert "delete files" in text
+    assert "the device itself; write to another disk" in text  # its file system has space
+
+
+def test_a_disk_without_space_asks_for_less(monkeypatch, tmp_path):
+    error = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "file"))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(8 << 30, 8 << 30, 4096))
+    assert f"4 KiB of 8 GiB are free on the file system of {tmp_path}; delete files there" in (
+        explain_os_error(error)
+    )
 
 
 def test_too_many_open_files_name_the_limit_which_can_be_raised(tmp_path):

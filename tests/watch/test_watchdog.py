@@ -485,3 +485,13 @@ def test_ranks_that_were_not_started_alike_are_named():
         r"rank\(s\) 1 on \S+: lr 0\.2 \(rank 0: 0\.1\); min_lr 0\.02 \(rank 0: 0\.01\)\n"
     )
     assert re.fullmatch(said, ended[0][1]) and ended[1][1] == "", ended
+
+
+def test_a_run_without_stderr_is_watched_too(tmp_path):
+    """As a shell starts it with 2>&-."""
+    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *MODEL, "--save", str(tmp_path / "c")]
+    done = subprocess.run(
+        ["sh", "-c", '"$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 0 and "all 4 iterations are done" in done.stdout
+    assert (tmp_path / "c" / "iter_0000004").is_dir()
