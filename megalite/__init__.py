@@ -17,7 +17,7 @@ _HOMES = {
     "build_context": ("megalite.training.build", "build_context"),
     "build_components": ("megalite.training.build", "build_components"),
     "build_batches": ("megalite.training.batches", "build_batches"),
-    "load_model": ("megalite.training.trained", "load_model"),
+    "load_model": ("megalite.training.load_model", "load_model"),
     "pretrain": ("megalite.training.pretrain", "pretrain"),
 }
 """Public names: module and name there."""

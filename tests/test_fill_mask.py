@@ -14,7 +14,7 @@ from megalite.data.tokenizers import TokenizerError, checkpoint_data_config, tra
 from megalite.models.batch import Microbatch
 from megalite.parallel.launch import LaunchInfo
 from megalite.programs import fill_mask
-from megalite.training.trained import load_model
+from megalite.training.load_model import load_model
 from tests.runs import console_of, sound
 
 ALONE = LaunchInfo()

@@ -86,7 +86,7 @@ class Bert(BertEncoder):
 
     def build_heads(self) -> None:
         """The masked-language-model head, and for pairs the pooler and their head."""
-        hidden = self.config.hidden_size
+        hidden = self.model_config.hidden_size
         self.mlm_head = MaskedLanguageHead(self.settings)
         if self.has_pair:
             self.pooler = ReplicatedLinear(self.settings, hidden, hidden)

@@ -51,9 +51,9 @@ class Classifier(BertEncoder):
 
     def build_heads(self) -> None:
         """Pooler, dropout at a site that no layer uses, and the linear layer."""
-        hidden = self.config.hidden_size
+        hidden = self.model_config.hidden_size
         self.pooler = ReplicatedLinear(self.settings, hidden, hidden)
-        site = (self.config.num_layers, EMBEDDING)
+        site = (self.model_config.num_layers, EMBEDDING)
         self.head_dropout = HiddenDropout(self.settings, *site, self.head_dropout_probability)
         self.classifier = ReplicatedLinear(self.settings, hidden, self.classes, bias=True)
 

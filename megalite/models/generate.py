@@ -77,9 +77,9 @@ def generate(
     generator = torch.Generator(prompt.device).manual_seed(seed)
     text = prompt
     for _ in range(max_new_tokens):
-        logits = model(None, Microbatch(text[:, -model.config.positions :]))
+        logits = model(None, Microbatch(text[:, -model.model_config.positions :]))
         # [s, b, v_padded] -> [b, v].
-        last = logits[-1, :, : model.config.vocab_size]
+        last = logits[-1, :, : model.model_config.vocab_size]
         token = choose(last, temperature, top_k, top_p=top_p, generator=generator)
         yield token
         text = torch.cat([text, token.unsqueeze(1)], dim=1)

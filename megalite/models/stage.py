@@ -69,7 +69,7 @@ class Stage(nn.Module):
         if layers is None:
             layers = range(model.num_layers)
         self.settings = settings
-        self.config = model
+        self.model_config = model
         self.context = settings.context
         self.is_first = 0 in layers
         self.is_last = model.num_layers - 1 in layers
@@ -106,15 +106,15 @@ class Stage(nn.Module):
     def hidden_shape(self, microbatch: int) -> tuple[int, int, int]:
         """Shape of what passes between stages: [s, b, h], or [s/t, b, h] under sequence
         parallelism."""
-        length = self.config.seq_length
+        length = self.model_config.seq_length
         if self.settings.sequence_parallel:
             length //= self.settings.tensor.size
-        return length, microbatch, self.config.hidden_size
+        return length, microbatch, self.model_config.hidden_size
 
     @property
     def inputs(self) -> set[str]:
         """Fields of a microbatch that this stage reads from the data, where the data has them."""
-        kind = self.config.position_embedding_type
+        kind = self.model_config.position_embedding_type
         fields = {"segments"}
         if kind == "rope" or (kind == "learned_absolute" and self.is_first):
             fields |= {"positions"}
@@ -127,7 +127,9 @@ class Stage(nn.Module):
     @property
     def output_weight(self) -> nn.Parameter:
         """[v/t, h] of the output layer, on the last stage."""
-        return self.embedding.word_embeddings.weight if self.config.tied else self.output.weight
+        return (
+            self.embedding.word_embeddings.weight if self.model_config.tied else self.output.weight
+        )
 
     def hidden(self, x: Tensor | None, batch: Microbatch, mask: Tensor | None) -> Tensor:
         """This stage's share of the transformer: hidden states, after the final norm on the last
@@ -152,7 +154,7 @@ class Stage(nn.Module):
     def _rotary(self, length: int, positions: Tensor | None) -> RotaryTable | None:
         """The rotary table of the whole sequence, made at its first use for a length, or its rows
         for each token's position; None with other kinds of positions."""
-        model = self.config
+        model = self.model_config
         if model.position_embedding_type != "rope":
             return None
         if self._rotary_table is None or self._rotary_table[0].shape[0] != length:
@@ -164,16 +166,16 @@ class Stage(nn.Module):
     def _run_layers(self, x: Tensor, rotary, mask, samples) -> Tensor:
         """This stage's layers, in groups that are recomputed as a whole where the configuration
         says so."""
-        config = self.settings.recompute
+        recompute_config = self.settings.recompute
         layers = list(self.layers.values())
-        full = config.granularity == "full" and torch.is_grad_enabled()
+        full = recompute_config.granularity == "full" and torch.is_grad_enabled()
         # By the uniform method every group of n layers is recomputed together; by the block method
         # the first n layers are, each on its own.
-        uniform = full and config.recompute_method == "uniform"
-        group_size = config.recompute_num_layers if uniform else 1
+        uniform = full and recompute_config.recompute_method == "uniform"
+        group_size = recompute_config.recompute_num_layers if uniform else 1
         recomputed = 0
         if full:
-            recomputed = len(layers) if uniform else config.recompute_num_layers
+            recomputed = len(layers) if uniform else recompute_config.recompute_num_layers
         for first in range(0, len(layers), group_size):
             # The group is bound now: the backward calls this again, after the loop has gone on.
             def run(x, group=tuple(layers[first : first + group_size])):

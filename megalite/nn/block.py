@@ -28,10 +28,10 @@ class Block(nn.Module):
         self.post_norm = settings.model.post_norm
         self.attention_norm = Norm(settings)
         self.attention = Attention(settings, layer, causal)
-        self.attention_dropout = HiddenDropout(settings, layer, AFTER_ATTENTION)
+        self.attention_residual = HiddenDropout(settings, layer, AFTER_ATTENTION)
         self.mlp_norm = Norm(settings)
         self.mlp = MLP(settings)
-        self.mlp_dropout = HiddenDropout(settings, layer, AFTER_MLP)
+        self.mlp_residual = HiddenDropout(settings, layer, AFTER_MLP)
 
     def forward(
         self, x: Tensor, rotary: RotaryTable | None, mask: Tensor | None, samples: Tensor | None
@@ -40,8 +40,8 @@ class Block(nn.Module):
         sample numbers."""
         y = self.attention(x if self.post_norm else self.attention_norm(x), rotary, mask, samples)
         # The bias of the output projection, dropout and the residual sum are one pass over memory.
-        x = self.attention_dropout(y, samples, self.attention.output.bias, x)
+        x = self.attention_residual(y, samples, self.attention.output.bias, x)
         x = self.attention_norm(x) if self.post_norm else x
         y = self.mlp(x if self.post_norm else self.mlp_norm(x))
-        x = self.mlp_dropout(y, samples, self.mlp.down.bias, x)
+        x = self.mlp_residual(y, samples, self.mlp.down.bias, x)
         return self.mlp_norm(x) if self.post_norm else x

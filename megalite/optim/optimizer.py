@@ -72,12 +72,12 @@ class Optimizer:
             # One fused pass over the weights: 3 to 4 times faster than the other implementations,
             # also on the CPU.
             betas = (config.adam_beta1, config.adam_beta2)
-            self.torch = torch.optim.AdamW(
+            self.inner = torch.optim.AdamW(
                 groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True
             )
         else:
             momentum = config.sgd_momentum
-            self.torch = torch.optim.SGD(groups, lr=config.lr, momentum=momentum, fused=True)
+            self.inner = torch.optim.SGD(groups, lr=config.lr, momentum=momentum, fused=True)
 
     @torch.no_grad()
     def step(self, iteration: int) -> StepResult:
@@ -107,7 +107,7 @@ class Optimizer:
         self.loss_scale.update(overflowed=False)
         self.gradients.clip(norm, self.config.clip_grad, scale)
         decay = weight_decay(iteration, self.config, self.train_iters)
-        for group in self.torch.param_groups:
+        for group in self.inner.param_groups:
             group["lr"] = rate
             group["weight_decay"] = decay if group["decays"] else 0.0
         # Update the master weights with the gradients where they lie, then round the working
@@ -115,7 +115,7 @@ class Optimizer:
         self.wait_for_parameters()
         for name, master in self.master.items():
             master.grad = self.gradients.owned(name)
-        self.torch.step()
+        self.inner.step()
         for name, master in self.master.items():
             master.grad = None
             if self.keeps_master:
@@ -151,7 +151,7 @@ class Optimizer:
         for name, master in self.master.items():
             if self.keeps_master:
                 yield "master", name, master
-            state = self.torch.state[master]
+            state = self.inner.state[master]
             for kind in self.moments:
                 if state.get(kind) is None:
                     state[kind] = torch.zeros_like(master)
@@ -170,7 +170,7 @@ class Optimizer:
     @property
     def steps(self) -> int:
         """Steps taken, as Adam's bias correction counts them."""
-        for state in self.torch.state.values():
+        for state in self.inner.state.values():
             if "step" in state:
                 return int(state["step"])
         return 0
@@ -179,7 +179,7 @@ class Optimizer:
         """Set the count of steps taken, for every parameter."""
         if self.config.optimizer == "adam":
             for master in self.master.values():
-                self.torch.state[master]["step"] = _step_count(steps, master)
+                self.inner.state[master]["step"] = _step_count(steps, master)
 
     @torch.no_grad()
     def refresh_master(self) -> None:

@@ -91,7 +91,7 @@ def read(options: Options, about: ClassifierDescription) -> tuple[list[Example],
 def classify(options: Options, about: ClassifierDescription, rows: Rows) -> list[str]:
     """Write label and probability of each row to the output file; returns the labels."""
     from megalite.training.finetune import load_classifier, scores
-    from megalite.training.trained import single_process_device
+    from megalite.training.load_model import single_process_device
 
     device = single_process_device(options.device)
     model = load_classifier(options.classifier, about, device)

@@ -19,7 +19,7 @@ from megalite.programs.reporting import failures_reported
 if TYPE_CHECKING:
     import torch
 
-    from megalite.training.trained import LoadedModel
+    from megalite.training.load_model import LoadedModel
 
 MASK = "[MASK]"
 
@@ -68,7 +68,7 @@ def encode(text: str, loaded: "LoadedModel", special: SpecialIds) -> "torch.Tens
             row.append(special.mask)
         row += ids.tolist()
     row.append(special.sep)
-    positions = loaded.model.config.positions
+    positions = loaded.model.model_config.positions
     if len(row) > positions:
         size = f"{len(row)} tokens, the model has {positions} positions"
         raise DatasetError(f"--text {text[:40]}...: {size}")

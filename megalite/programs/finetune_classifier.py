@@ -168,7 +168,7 @@ def train(options: Options, about: ClassifierDescription, training: Rows, valid:
     """Train, report each epoch, and save."""
     from megalite.checkpoint.load import Checkpoint
     from megalite.training.finetune import finetune, pretrained_classifier, save_classifier
-    from megalite.training.trained import single_process_device
+    from megalite.training.load_model import single_process_device
 
     device = single_process_device(options.device)
     count = len(about.classes)

@@ -11,7 +11,7 @@ from megalite.data.tokenizers import tokenizer_fields
 from megalite.fields import Field
 
 if TYPE_CHECKING:
-    from megalite.training.trained import LoadedModel
+    from megalite.training.load_model import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class ModelOptions:
 
     def load_model(self, architecture: str) -> "LoadedModel":
         """The model, which must be of this architecture; says on stderr what was loaded."""
-        from megalite.training.trained import load_model
+        from megalite.training.load_model import load_model
 
         fields = tokenizer_fields(self)
         loaded = load_model(self.load, architecture, self.ckpt_step, device=self.device, **fields)

@@ -8,7 +8,7 @@ from megalite.data.indexed import DatasetError
 from megalite.training.batches import GlobalBatches
 from megalite.training.build import TrainingComponents
 from megalite.training.metrics import with_total
-from megalite.training.sums import last_stage_values, sum_over_ranks
+from megalite.training.sum_over_ranks import last_stage_values, sum_over_ranks
 
 
 def evaluate(

@@ -22,7 +22,7 @@ from megalite.training.profile import Profiler
 from megalite.training.replicas import check_replicas
 from megalite.training.signals import Stop, StopSignals
 from megalite.training.state import Progress, save_state
-from megalite.training.sums import last_stage_values, sum_over_ranks
+from megalite.training.sum_over_ranks import last_stage_values, sum_over_ranks
 from megalite.training.writers import Writers
 
 PHASES = ("data", "forward", "backward", "communication", "optimizer")

@@ -17,14 +17,14 @@ from megalite.parallel.context import ParallelContext, tell_torchrun
 from megalite.parallel.launch import LaunchInfo
 from megalite.training.batches import build_batches, samples_to_read
 from megalite.training.build import TrainingComponents, build_components, build_context, build_model
-from megalite.training.describe import dry_run, kernels_line, model_line
 from megalite.training.failures import as_lost_contact, explain
 from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
 from megalite.training.output import Log, failsafe_output, rank_0_printer
 from megalite.training.signals import Stop, StopSignals
-from megalite.training.startup import check_data, take_lease
-from megalite.training.state import Progress, load_state, settle_data
+from megalite.training.startup_checks import check_data, take_lease
+from megalite.training.startup_report import dry_run, kernels_line, model_line
+from megalite.training.state import Progress, load_state, compare_data_with_checkpoint
 from megalite.training.writers import Writers, tracking_writers
 from megalite.watch.stragglers import check_stragglers
 from megalite.watch.watchdog import Watchdog
@@ -121,7 +121,7 @@ def _run(
     # Continue in the data, which must be the checkpoint's and the same on all nodes.
     data_now = data_state(config.data, config.model, seed, samples["train"], config.bert)
     check_data(data_now.to_json(), context)
-    settle_data(progress, data_now, config.checkpoint.allow_data_change)
+    compare_data_with_checkpoint(progress, data_now, config.checkpoint.allow_data_change)
     for note in progress.notes:
         log(note)
     batches = {}

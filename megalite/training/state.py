@@ -206,7 +206,7 @@ def _refuse_part_iterations(checkpoint: Checkpoint, progress: Progress, config: 
         )
 
 
-def settle_data(progress: Progress, now: DataState, allow_change: bool) -> None:
+def compare_data_with_checkpoint(progress: Progress, now: DataState, allow_change: bool) -> None:
     """Continue with the data `now` from the position in `progress`, where a change is recorded.
 
     Raises CheckpointError when the data is not the checkpoint's and `allow_change` is False.

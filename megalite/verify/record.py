@@ -147,7 +147,7 @@ class Recorder:
             offset = spec.box.offset[:-1]
             values = values.unflatten(-1, spec.box.shape[:-1])
         # The box along the sequence: a part of it under sequence parallelism.
-        length = self.model.config.seq_length
+        length = self.model.model_config.seq_length
         start = 0
         if values.shape[1] != length:
             start = values.shape[1] * self.model.context.tensor.rank

@@ -110,7 +110,7 @@ def load_hugging_face(model: Bert, state: dict) -> None:
                 f"layers.{i}.{ours}.{kind}": f"encoder.layer.{i}.{x}.{kind}"
                 for ours, x in parts.items()
             }
-    heads, h = model.config.num_attention_heads, model.config.hidden_size
+    heads, h = model.model_config.num_attention_heads, model.model_config.hidden_size
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in names:

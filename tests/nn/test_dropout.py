@@ -74,7 +74,7 @@ def test_bias_and_residual_are_added_around_it(scheme):
 def test_each_place_of_a_model_has_its_own_number():
     model = build(hidden_dropout=0.1, attention_dropout=0.1).components.model
     places = [m.site_id for m in model.modules() if isinstance(m, HiddenDropout | AttentionDropout)]
-    assert len(set(places)) == len(places) == 1 + 3 * model.config.num_layers
+    assert len(set(places)) == len(places) == 1 + 3 * model.model_config.num_layers
 
 
 @pytest.mark.parametrize(("data", "micro_batch_size"), [(1, 1), (1, 4), (2, 2), (4, 1)])

@@ -10,7 +10,7 @@ from megalite.parallel.config import ParallelConfig
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.layout import ParallelLayout
 from megalite.training.build import build_context
-from megalite.training.startup import check_data, take_lease
+from megalite.training.startup_checks import check_data, take_lease
 from megalite.watch.agreement import RanksDiffer
 
 
