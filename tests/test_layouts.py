@@ -96,14 +96,16 @@ def batch_for_oracle(shape: oracle.Shape, step: int, packing: tuple[str, ...] = 
 
 
 def set_parameters(parts, params) -> None:
-    """Give every rank its box of the same global weights."""
+    """Give every rank its box of the same global weights, and the optimizer its master weights."""
+    parameters = parts.model.parameters_by_name
     with torch.no_grad():
-        for name, parameter in parts.model.parameters_by_name.items():
+        for name, parameter in parameters.items():
             spec = parameter.spec
             spec.real(parameter).copy_(
                 params[name][spec.box.slices_in(spec.box.whole(spec.global_shape))]
             )
-    parts.optimizer.refresh_master()
+        for name, master in parts.optimizer.master.items():
+            master.copy_(parts.optimizer.gradients.owned_view(name, parameters[name]))
 
 
 def boxes(parts, tensor_of) -> list:

@@ -44,14 +44,21 @@ class Loader:
                 f"{self.data_rank} of {self.data_size}"
             )
 
+    def first_sample(self, consumed: int, microbatch: int) -> int:
+        """Index of the sample in row 0 of microbatch number `microbatch` of a step.
+
+        consumed: samples used before the step.
+        """
+        rows = self.micro_batch_size
+        return first_sample(consumed, microbatch, rows, self.data_size, self.data_rank)
+
     def samples(self, consumed: int, microbatch: int) -> list:
         """The b samples of microbatch number `microbatch` of a step.
 
         consumed: samples used before the step.
         """
-        rows = self.micro_batch_size
-        first = first_sample(consumed, microbatch, rows, self.data_size, self.data_rank)
-        return [self.dataset[first + row] for row in range(rows)]
+        first = self.first_sample(consumed, microbatch)
+        return [self.dataset[first + row] for row in range(self.micro_batch_size)]
 
 
 @dataclass(eq=False)

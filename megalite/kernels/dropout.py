@@ -123,7 +123,7 @@ def keep_mask(
     x0 = torch.arange(counters, device=rows.device)
     x1 = rows & MASK
     x2 = samples & MASK
-    x3 = (samples >> 32) + (site_id << 16) & MASK
+    x3 = ((samples >> 32) + (site_id << 16)) & MASK
     threshold = round(p * 2**32)
     count = rows.shape[0]
     keep = torch.empty((count, counters // 64, 4, 64), dtype=torch.bool, device=rows.device)

@@ -22,8 +22,9 @@ class Microbatch:
     """[b, s] int64, position of each token in its document, below s. None: in its row, 0 to s -
     1."""
     segments: Tensor | None = None
-    """[b, s] int64, which document of its row a token belongs to: it attends to tokens of that one
-    only. None: a row is one document. For BERT: 1, and 0 for padding."""
+    """[b, s] int64: a token attends only to tokens of its row with the same number. GPT: the index
+    of the token's document in its row; None: a row is one document. BERT: 1, and 0 for padding (the
+    segments of a pair are `token_types`)."""
     token_types: Tensor | None = None
     """[b, s] int64, 0 for the first segment of a pair, 1 for the second."""
     pair_label: Tensor | None = None

@@ -121,20 +121,26 @@ def activation_bytes(
     tensor: int,
     sequence_parallel: bool,
 ) -> float:
-    """Activations that `layers` layers of one rank keep for `in_flight` microbatches (Korthikanti
-    et al. 2022).
+    """Bytes of activations that `layers` layers of one rank keep for `in_flight` microbatches.
 
-    Their formulas count 2 bytes an element.
+    After Korthikanti et al. 2022, section 4, in units of s b h, with 2 bytes an element and 1 of a
+    dropout mask. A layer keeps 34 + 5 n s / h (their equation 1):
+
+        norms       4 = two inputs
+        attention  11 = input of qkv 2, query 2, key 2, value 2, input of the output projection 2,
+                        dropout mask 1
+        MLP        19 = input 2, input of GELU 8, input of the down projection 8, dropout mask 1
+        scores      5 n s / h = output of the softmax 2, its dropout mask 1, what dropout gives 2
     """
     grain = recompute.granularity
-    # s b h bytes: their formulas hold 2 bytes an element.
+    # s b h, scaled from the formulas' 2 bytes an element.
     unit = model.seq_length * micro_batch_size * model.hidden_size * element_bytes / 2
-    # 5 n s / h for softmax, its dropout and the mask of that, [b, n, s, s] (equation 1).
+    # Tensors [b, n, s, s]. Selective recomputation keeps none of them (equation 6).
     scores = 0.0
     if model.attention_dropout > 0 and grain != "selective":
         scores = 5 * model.num_attention_heads * model.seq_length / model.hidden_size
-    # Tensor parallelism alone leaves 10 of the 34 whole on every rank: inputs of norms, dropout and
-    # residuals (equation 2); with sequence parallelism everything is divided (equation 4).
+    # Tensor parallelism alone leaves 10 of the 34 whole on every rank: inputs of norms 4, of qkv
+    # and MLP 4, dropout masks 2 (equation 2). Sequence parallelism divides all (equation 4).
     layer = (34 + scores) / tensor if sequence_parallel else 10 + (24 + scores) / tensor
     if grain != "full":
         return unit * layer * layers * in_flight

@@ -127,9 +127,8 @@ class Stage(nn.Module):
     @property
     def output_weight(self) -> nn.Parameter:
         """[v/t, h] of the output layer, on the last stage."""
-        return (
-            self.embedding.word_embeddings.weight if self.model_config.tied else self.output.weight
-        )
+        holder = self.embedding.word_embeddings if self.model_config.tied else self.output
+        return holder.weight
 
     def hidden(self, x: Tensor | None, batch: Microbatch, mask: Tensor | None) -> Tensor:
         """This stage's share of the transformer: hidden states, after the final norm on the last
@@ -144,10 +143,9 @@ class Stage(nn.Module):
             x = self.embedding(batch.tokens, batch.positions, batch.token_types)
             x = self.embedding_dropout(self.embedding_norm(x), batch.samples)
         else:
-            # Rotary angles are those of whole sequences: attention gathers the parts.
-            length = x.shape[0]
-            if self.settings.sequence_parallel:
-                length *= self.settings.tensor.size
+            # Rotary angles are those of whole sequences, as `hidden_shape` has them: attention
+            # gathers the shards of sequence parallelism.
+            length = self.model_config.seq_length
         x = self._run_layers(x, self._rotary(length, batch.positions), mask, batch.samples)
         return self.final_norm(x) if self.is_last else x
 

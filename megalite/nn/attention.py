@@ -99,8 +99,8 @@ def _torch_kernel(*arguments) -> str | None:
 class Attention(nn.Module):
     """qkv projection, attention core, output projection.
 
-    The weight of a key/value group is one row block [q + 2, d, h] of qkv: its q query heads, then
-    its key, then its value; so a rank's shard is one box.
+    The qkv weight [g, q + 2, d, h] has a block for each of the g key/value groups: its q query
+    heads, then its key, then its value. A rank holds whole groups, so its shard is one box.
 
     Args:
         settings: what all layers share.
@@ -127,11 +127,12 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: RotaryTable | None, mask: Tensor | None, samples: Tensor | None
     ) -> Tensor:
-        """[s, b, h] -> [s, b, h] without the output bias.
+        """[s, b, h] -> [s, b, h], both [s/t, b, h] under sequence parallelism. The output bias is
+        not added.
 
-        rotary: the table of `nn.rope`, or None. mask: of `attention_mask`, or None where a row is
-        one segment.
-        samples: [b] global numbers of the rows, for dropout.
+        rotary: the table of `nn.rope`, or None.
+        mask: bool [b, 1, s, s] of `attention_mask`; None: a row is one segment.
+        samples: [b] global numbers of the rows, for counter-based dropout.
         """
         # Project, and take the heads of each group apart: [s, b, heads held here, d].
         qkv = self.qkv(x).unflatten(-1, (-1, self.queries_per_group + 2, self.head_size))

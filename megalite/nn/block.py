@@ -36,8 +36,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotary: RotaryTable | None, mask: Tensor | None, samples: Tensor | None
     ) -> Tensor:
-        """One layer. `rotary` and `mask` are for the attention; `samples` [b] are the rows' global
-        sample numbers."""
+        """[s, b, h] -> [s, b, h], both [s/t, b, h] under sequence parallelism.
+
+        `rotary` and `mask` are for the attention; `samples` [b] are the rows' global sample
+        numbers, for counter-based dropout.
+        """
         y = self.attention(x if self.post_norm else self.attention_norm(x), rotary, mask, samples)
         # The bias of the output projection, dropout and the residual sum are one pass over memory.
         x = self.attention_residual(y, samples, self.attention.output.bias, x)

@@ -1,4 +1,4 @@
-"""Dropout at its sites in a block, under either scheme of random numbers."""
+"""Dropout at its sites in a block, with counter-based random numbers or per-rank streams."""
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,15 @@ ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP, EMBEDDING = range(4)
 def _required(samples: Tensor | None) -> Tensor:
     if samples is None:
         raise ValueError(
-            "dropout that no layout changes depends on the samples: give the model the rows' "
-            "numbers, samples=[b], "
-            "or use RngTracker's streams, evaluation mode, or a dropout of 0"
+            "counter-based dropout depends on the samples: give the model the rows' numbers, "
+            "samples=[b], or use RngTracker's streams, evaluation mode, or a dropout of 0"
         )
     return samples
 
 
 class HiddenDropout(nn.Module):
-    """residual + dropout(x + bias) on hidden states [s, b, h], or on this rank's part [s/t, b, h]
-    of the sequence.
+    """residual + dropout(x + bias) on hidden states [s, b, h], or [s/t, b, h] under sequence
+    parallelism.
 
     Args:
         settings: what all layers share.
@@ -38,8 +37,8 @@ class HiddenDropout(nn.Module):
         self.rng = settings.rng
         self.site_id = site_id(layer, site)
         self.shard_index = settings.tensor.rank if settings.sequence_parallel else 0
-        # Streams: tensor ranks that hold the same values must draw the same numbers, others each
-        # their own.
+        # Of per-rank streams: tensor ranks that hold the same values must draw the same numbers,
+        # ranks with different values different ones.
         self.stream = TENSOR if settings.sequence_parallel else REPLICATED
 
     def forward(
@@ -49,8 +48,8 @@ class HiddenDropout(nn.Module):
         bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """`samples` [b]: global numbers of the rows, for the layout-independent scheme. No dropout
-        in evaluation."""
+        """`samples` [b]: global numbers of the rows, which counter-based dropout needs. Nothing is
+        dropped in evaluation mode."""
         drops = self.training and self.p > 0
         if drops and not isinstance(self.rng, RngTracker):
             samples = _required(samples)
@@ -88,8 +87,8 @@ class AttentionDropout(nn.Module):
         return bias_dropout_add(weights, None, None, rows, samples, site_id, *key, p)
 
     def counter_based(self, heads: int, queries: int, samples: Tensor | None) -> Dropout:
-        """The same dropout for a fused softmax of scores [b, heads, queries, keys], under the
-        scheme of counters."""
+        """Counter-based dropout of this site, for a fused softmax of scores [b, heads, queries,
+        keys]. `samples` [b]: global numbers of the rows."""
         samples = _required(samples)
         first = self.shard_index * heads * queries
         # Heads are numbered in the whole model: this rank's follow those of the ranks before it.

@@ -77,8 +77,8 @@ class SmallEmbedding(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token ids [b, s] -> hidden states [s, b, h], or this rank's part [s/t, b, h] under sequence
-    parallelism.
+    """Token ids [b, s] -> hidden states [s, b, h], or this rank's shard of them, [s/t, b, h], under
+    sequence parallelism.
 
     Args:
         settings: what all layers share.
@@ -101,10 +101,10 @@ class Embedding(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, token_types: Tensor | None = None
     ) -> Tensor:
-        """The sum of the embeddings of tokens [b, s].
+        """The sum of the embeddings of tokens [b, s]: [s, b, h], or [s/t, b, h].
 
-        positions: [b, s] rows of the learned table; None: 0 to s - 1. token_types: [b, s] rows of
-        the other table; None: all of type 0.
+        positions: [b, s] rows of the learned position table; None: 0 to s - 1.
+        token_types: [b, s] rows of the token-type table; None: all of type 0.
         """
         tokens = tokens.t()
         x = self._words(tokens)  # [s, b, h] or [s/t, b, h]

@@ -68,7 +68,8 @@ def normal(seed: int, name: str, shape: tuple[int, ...], box: Box) -> np.ndarray
     step = max(1, _BLOCK * 4 // length)
     for row in range(0, starts.size, step):
         for column in range(0, length, _BLOCK * 4):
-            # The counters that cover the next `size` elements of each of these runs.
+            # The counters that cover the next `size` elements of each of these runs. A run may
+            # begin and end inside a counter: `size` elements touch at most size // 4 + 2.
             begin = starts[row : row + step] + np.uint64(column)
             size = min(length - column, _BLOCK * 4)
             counters = (begin // np.uint64(4))[:, None] + np.arange(size // 4 + 2, dtype=np.uint64)

@@ -153,14 +153,14 @@ class ColumnParallelLinear(nn.Module):
 
 
 class ReplicatedLinear(nn.Module):
-    """A linear layer that every tensor-parallel rank holds whole, and computes alike, for whole
-    rows.
+    """A linear layer with the whole weight on every tensor-parallel rank. All compute the same
+    result from the same input [..., h].
 
     Args:
         settings: what all layers share.
         in_features: h.
         out_features: f.
-        bias: None: as the model's other layers have it.
+        bias: whether it has a bias; None: as the model's other layers.
     """
 
     def __init__(
@@ -168,7 +168,8 @@ class ReplicatedLinear(nn.Module):
     ):
         super().__init__()
         std = settings.model.init_method_std
-        # A group of this rank alone: the collectives of the shared code then do nothing.
+        # The column-parallel product also adds the weight's gradient to main_grad, which F.linear
+        # would not. In a group of this rank alone its collectives do nothing.
         self.alone = Group((settings.context.rank,), 0)
         self.weight = settings.parameter((out_features, in_features), "normal", std)
         self.bias = None

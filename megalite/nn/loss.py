@@ -9,11 +9,16 @@ from megalite.parallel.collectives import Group, all_reduce
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Logits [..., v/t] and labels [...] -> losses [...]: log sum_j exp(x_j) - x_label, with the
+    global maximum `top` subtracted from all logits (Shoeybi et al. 2019, section 3)."""
+
     @staticmethod
     def forward(ctx, logits, labels, start, valid, group):
-        # Statistics of this rank's logits, then of all ranks' relative to the global maximum.
+        # Of this rank's logits, [...] each: the maximum, the sum of exp(logit - maximum), and the
+        # label's logit, which is 0 on the ranks that do not hold the label.
         local = labels - start
         own_top, total, target = cross_entropy_statistics(logits, local, valid)
+        # Of all ranks' logits: sums over ranks, with exponentials relative to the global maximum.
         top = own_top.clone()
         all_reduce(top, group, op="max")
         sums = torch.stack([target, total * (own_top - top).exp()])

@@ -29,7 +29,8 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(settings, model.ffn, model.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[s, b, h] -> [s, b, h], without the bias of the down projection."""
+        """[s, b, h] -> [s, b, h], both [s/t, b, h] under sequence parallelism. The bias of the
+        down projection is not added."""
         x = self.up(x)
         if self.swiglu:
             return self.down(swiglu(x))

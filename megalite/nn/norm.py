@@ -28,7 +28,7 @@ class Norm(nn.Module):
             self.bias = settings.parameter(shape, "zeros", on_part=on_part)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[s, b, h] -> [s, b, h]."""
+        """[s, b, h] -> [s, b, h], both [s/t, b, h] under sequence parallelism."""
         if self.bias is None:
             return rms_norm(x, self.weight, self.epsilon)[0]
         weight = self.weight

@@ -1,4 +1,4 @@
-"""How weight gradients reach `main_grad`: at once, or when a pipeline schedule asks for them.
+"""How weight gradients reach `main_grad`: during the backward, or deferred until after it.
 
 Every gradient of a parameter passes through here, so this is also where its completion is known.
 """
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor | None], Tensor | None]
-"""Adds a weight gradient to the tensor it is given, of the weight's shape, or returns it where it
-is given None."""
+"""Computes the gradient of one use of a weight. Called with a tensor of the weight's shape
+(`main_grad`), it adds to that in place, which saves a pass over memory, and its result is not used.
+Called with None, where no optimizer collects gradients, it returns the gradient as a new tensor."""
 
 
 class WeightGradients:
@@ -50,8 +51,8 @@ class WeightGradients:
     def deferring(self) -> Iterator[dict[torch.nn.Parameter, list[Product]]]:
         """Run a backward without its weight-gradient products; yields them, for `run_deferred`.
 
-        A zero-bubble schedule (Qi et al. 2023) sends the gradient of the hidden states on before it
-        computes those of the weights.
+        For zero-bubble schedules (Qi et al. 2023), which send the gradient of the hidden states on
+        before they compute those of the weights. No schedule here uses it yet.
         """
         self._deferred = {}
         try:
@@ -61,7 +62,8 @@ class WeightGradients:
 
     @torch.no_grad()
     def run_deferred(self, products: dict[torch.nn.Parameter, list[Product]]) -> None:
-        """Add the products that `deferring` kept, in the order of that backward."""
+        """Add the products that `deferring` kept, in the order of that backward. Not used by a
+        schedule yet."""
         for weight, kept in products.items():
             for product in kept:
                 product(weight.main_grad)

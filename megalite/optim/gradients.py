@@ -149,8 +149,11 @@ class GradientBuffer:
 
     def norm(self) -> float:
         """Global L2 norm of the whole model's gradient, each parameter counted once; the same on
-        every rank."""
-        # Data replicas hold the same sums, or shards of them that are summed below.
+        every rank. Rows of vocabulary padding add nothing: no token reads them and their logits
+        are left out of the loss, so their gradients are 0."""
+        # Of the copies on tensor and pipeline ranks, only the primary one counts, by this rank's
+        # coordinates. The data coordinate does not decide: each data rank sums its own replica,
+        # which gives all the same result, or its own shards, which are summed below.
         position = self.context.coordinates | {"data": 0}
         squares = torch.zeros((), dtype=torch.float64, device=self.flat.device)
         for name in self.ranges:

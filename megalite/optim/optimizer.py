@@ -30,9 +30,9 @@ class StepResult:
     """Global norm, before clipping."""
     learning_rate: float
     skipped: bool = False
-    """Whether the weights were left as they are, because the scaled gradients overflowed."""
+    """Whether the weights were left as they are, because the scaled gradients overflowed (fp16)."""
     loss_scale: float = 1.0
-    """What the loss was multiplied by before the backward."""
+    """What the loss was multiplied by before the backward; 1 unless the precision is fp16."""
 
 
 class Optimizer:
@@ -146,16 +146,26 @@ class Optimizer:
 
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(kind, parameter name, tensor like `master[name]`) of all that a bit-exact resume needs:
-        "master" weights where they differ from the parameters, and the optimizer's moments. Made if
+        "master" weights where they differ from the parameters, and the moments, allocated if
         absent."""
+        self.allocate_state()
         for name, master in self.master.items():
             if self.keeps_master:
                 yield "master", name, master
+            for kind in self.moments:
+                yield kind, name, self.inner.state[master][kind]
+
+    def allocate_state(self) -> None:
+        """Allocate the moments of what this rank updates, zero, as the first step would.
+
+        Zero is also what torch's first step starts SGD's momentum from, since dampening is 0: it
+        sets the buffer to the gradient, which is momentum * 0 + gradient.
+        """
+        for master in self.master.values():
             state = self.inner.state[master]
             for kind in self.moments:
                 if state.get(kind) is None:
                     state[kind] = torch.zeros_like(master)
-                yield kind, name, state[kind]
             # torch makes its state at the first step only if there is none at all.
             if self.config.optimizer == "adam":
                 state.setdefault("step", _step_count(0, master))
@@ -180,13 +190,6 @@ class Optimizer:
         if self.config.optimizer == "adam":
             for master in self.master.values():
                 self.inner.state[master]["step"] = _step_count(steps, master)
-
-    @torch.no_grad()
-    def refresh_master(self) -> None:
-        """Take the master weights from the parameters (after loading weights without the
-        optimizer's state)."""
-        for name, master in self.master.items():
-            master.copy_(self._owned_weight(name))
 
 
 def decay_groups(weights: Iterable[tuple[Parameter, torch.Tensor]], decay: float) -> list[dict]:

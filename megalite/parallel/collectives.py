@@ -99,7 +99,7 @@ def _post(kind: str, group: Group, collective: Callable, *tensors: torch.Tensor,
 def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum", async_op: bool = False):
     """Reduce in place over the group; `op` is "sum", "max" or "min".
 
-    Returns a handle. With `async_op`, the result may be used after its `wait()`.
+    Returns a handle in either case. With `async_op`, the result may be used after its `wait()`.
     """
     if group.size == 1:
         return DONE
@@ -109,7 +109,8 @@ def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum", async_op: bo
 def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
     """Concatenate the ranks' equal-shaped tensors along dim 0: [s/t, ...] -> [s, ...].
 
-    With `async_op` returns (result, handle); the result may be used after the handle's `wait()`.
+    Returns the result, a tensor; with `async_op` the pair (result, handle), of which the result may
+    be used after the handle's `wait()`.
     """
     if group.size == 1:
         return (tensor, DONE) if async_op else tensor
@@ -121,7 +122,8 @@ def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
 def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):
     """Sum over the ranks and keep this rank's shard of dim 0: [s, ...] -> [s/t, ...].
 
-    With `async_op` returns (result, handle); the result may be used after the handle's `wait()`.
+    Returns the result, a tensor; with `async_op` the pair (result, handle), of which the result may
+    be used after the handle's `wait()`.
     Raises ValueError if dim 0 is not divisible by the group's size.
     """
     if group.size == 1:
@@ -220,6 +222,9 @@ class Transfer:
 def exchange(transfers: Sequence[Transfer], group: Group) -> list:
     """Start all transfers together and return their handles.
 
+    There is one handle for each transfer, in order, or, where the backend merges them (NCCL), a
+    single one for all: then len(handles) != len(transfers), or there is one transfer.
+
     Started together, a send and a receive between the same two ranks cannot block each other. Do
     not change a sent tensor or read a received one before the handle's `wait()`.
     """
@@ -238,7 +243,6 @@ def exchange(transfers: Sequence[Transfer], group: Group) -> list:
         calls.append(group.activity.record("transfer", group.name, ends, **_content(tensor)))
     with group.activity.waits(calls[0]):
         works = dist.batch_isend_irecv(operations)
-    # One handle for each transfer, or one for all if the backend merges them.
     return [_Pending(work, call, group.activity) for work, call in zip(works, calls)]
 
 

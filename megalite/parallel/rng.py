@@ -1,7 +1,7 @@
 """Random numbers of a rank's dropout.
 
-Either counter-based (Salmon et al. 2011), the same in every layout, or drawn from named streams
-as in Megatron-LM.
+Either counter-based (--rng-scheme global; Salmon et al. 2011), the same in every layout, or drawn
+from per-rank streams as in Megatron-LM (--rng-scheme megatron).
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ TENSOR = "tensor"
 
 
 class RngTracker:
-    """Named random streams of one rank, as torch generators on its device.
+    """The per-rank streams: torch generators on the rank's device, by name.
 
     torch's default generator is not used, so that other code in the process cannot change a run.
     """
@@ -80,9 +80,10 @@ def dropout(x: torch.Tensor, p: float, generator: torch.Generator) -> torch.Tens
 
 @dataclass(frozen=True)
 class CounterBasedRng:
-    """The layout-independent scheme, without streams or state (Salmon et al. 2011).
+    """Counter-based random numbers (Salmon et al. 2011), without streams or state.
 
-    A number depends only on the key and on the global index of the element it is used for.
+    A number depends only on the key and on the global index of the element it is used for, so every
+    layout draws the same.
     """
 
     key: tuple[int, int]
@@ -90,7 +91,7 @@ class CounterBasedRng:
 
     @classmethod
     def for_seed(cls, seed: int) -> "CounterBasedRng":
-        """The scheme of a run, the same on every rank."""
+        """The random numbers of a run, the same on every rank."""
         return cls(key_of(seed, "dropout"))
 
     def states(self) -> dict[str, torch.Tensor]:

@@ -31,9 +31,9 @@ class _Run:
     previous stage, whose gradient goes back there; and where the backward starts, the loss or the
     gradient edge of hidden states that are no longer held."""
     outgoing: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    """Computed, not yet posted."""
+    """Computed, not yet posted, by (kind, microbatch): the Action that computed it."""
     incoming: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    """Arrived, not yet used."""
+    """Arrived, not yet used, by (kind, microbatch): the Action that needs it."""
     sending: list = field(default_factory=list)
     """(handles, tensors) of messages on their way; the tensors must live until the handles are
     done."""
@@ -73,7 +73,12 @@ class PipelineEngine:
 
     @torch.no_grad()
     def evaluate(self, microbatches: list[Microbatch], loss_weights: LossWeights) -> Tensor:
-        """The same terms without gradients."""
+        """Forward of all microbatches, without gradients.
+
+        Returns what the last stage computes, summed over microbatches and weighted: the k terms of
+        the loss, [k], or from a stage in evaluation mode the k terms and then its scores,
+        [k + scores]. `loss_weights` has that length. Zeros on all but the last stage.
+        """
         return self._run(forward_only, microbatches, loss_weights)
 
     def _run(self, schedule: Callable, microbatches: list[Microbatch], loss_weights) -> Tensor:
@@ -131,7 +136,7 @@ class PipelineEngine:
                     run.sending.append((handle, transfer.tensor))
                 else:
                     handle.wait()
-        else:  # the backend merged the messages under one handle
+        else:  # `exchange` returned one handle for all transfers, since the backend merged them
             for handle in handles:
                 handle.wait()
         run.incoming.update(arriving)
@@ -142,11 +147,10 @@ class PipelineEngine:
         run.sending = []
 
     def _forward(self, run: _Run, action: Action) -> None:
-        key = tuple(action)
         trains = torch.is_grad_enabled()
         received = None
         if not self.stage.is_first:
-            received = run.incoming.pop(key).requires_grad_(trains)  # [s, b, h] or [s/t, b, h]
+            received = run.incoming.pop(action).requires_grad_(trains)  # [s, b, h] or [s/t, b, h]
         output = self.stage(received, run.microbatches[action.microbatch])
         if self.stage.is_last:
             if output.shape != run.loss_weights.shape:
@@ -169,7 +173,7 @@ class PipelineEngine:
                     f"a stage made hidden states {shape}, the next expects {expected}: "
                     f"every microbatch needs {self.micro_batch_size} rows of --seq-length tokens"
                 )
-            run.outgoing[key] = output.detach()
+            run.outgoing[action] = output.detach()
             # The edge is enough for the backward: the hidden states are freed once they are sent.
             output = get_gradient_edge(output) if trains else None
         if trains:
@@ -181,6 +185,6 @@ class PipelineEngine:
             torch.autograd.backward(output)
         else:
             # The gradient of the hidden states has come from the next stage.
-            torch.autograd.backward((output,), (run.incoming.pop(tuple(action)),))
+            torch.autograd.backward((output,), (run.incoming.pop(action),))
         if received is not None:
-            run.outgoing[tuple(action)] = received.grad.contiguous()
+            run.outgoing[action] = received.grad.contiguous()

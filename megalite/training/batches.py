@@ -6,7 +6,7 @@ import torch
 from megalite.config.run import RunConfig
 from megalite.data.architectures import DATA_OF
 from megalite.data.indexed import DatasetError
-from megalite.data.sampler import Loader, first_sample
+from megalite.data.sampler import Loader
 from megalite.models.batch import Microbatch
 from megalite.parallel.collectives import all_reduce
 from megalite.training.prefetch import Prefetcher
@@ -77,9 +77,7 @@ class GlobalBatches:
         rows = self.loader.micro_batch_size
         batches = []
         for i, read in enumerate(arrays):
-            first = first_sample(
-                consumed, i, rows, data_size=self.loader.data_size, data_rank=self.loader.data_rank
-            )
+            first = self.loader.first_sample(consumed, i)
             batch = Microbatch(samples=torch.arange(first, first + rows, device=device))
             for name in self.fields:
                 setattr(batch, name, torch.from_numpy(read[name]).to(device))

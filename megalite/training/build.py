@@ -29,6 +29,9 @@ from megalite.watch.agreement import compare_facts
 def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContext, str]:
     """Meet the other ranks. Returns the context, and a line that names device, backend and layout.
 
+    Where several ranks of a node compute on the CPU, this also divides its cores among them, with
+    `torch.set_num_threads`, unless OMP_NUM_THREADS is set.
+
     Collective. Raises DeviceError when the configured device or backend is not available here,
     RanksDiffer when ranks were started with different versions or configurations.
     """
@@ -40,17 +43,7 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
         pipeline=parallel.pipeline_model_parallel_size,
     )
     device, why = choose_device(parallel.device, launch)
-    backend = parallel.distributed_backend
-    if backend == "auto":
-        backend = "nccl" if device.type == "cuda" else "gloo"
-    if backend == "nccl" and device.type != "cuda":
-        raise DeviceError(
-            f"--distributed-backend nccl works between GPUs: {why}; use --distributed-backend gloo"
-        )
-    if backend == "gloo" and device.type == "cuda" and launch.world_size > 1:
-        raise DeviceError(
-            "--distributed-backend gloo cannot send tensors of GPUs between stages; use nccl"
-        )
+    backend = _backend_for(device, why, parallel.distributed_backend, launch.world_size)
     if device.type == "cpu" and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Otherwise every rank would start as many threads as the node has cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
@@ -76,6 +69,23 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
     if launch.world_size > 1:
         via = f"{backend}, launched by {launch.source}"
     return context, f"{launch.world_size} rank(s) on {device.type} ({why}); {via}; layout {layout}"
+
+
+def _backend_for(device: torch.device, why: str, wanted: str, world_size: int) -> str:
+    """The backend of --distributed-backend `wanted`: nccl or gloo. Raises DeviceError when it
+    cannot communicate tensors of `device`, which was chosen because of `why`."""
+    on_gpu = device.type == "cuda"
+    if wanted == "auto":
+        return "nccl" if on_gpu else "gloo"
+    if wanted == "nccl" and not on_gpu:
+        raise DeviceError(
+            f"--distributed-backend nccl works between GPUs: {why}; use --distributed-backend gloo"
+        )
+    if wanted == "gloo" and on_gpu and world_size > 1:
+        raise DeviceError(
+            "--distributed-backend gloo cannot send tensors of GPUs between stages; use nccl"
+        )
+    return wanted
 
 
 @dataclass

@@ -8,17 +8,18 @@ from megalite.data.indexed import DatasetError
 from megalite.training.batches import GlobalBatches
 from megalite.training.build import TrainingComponents
 from megalite.training.metrics import with_total
+from megalite.training.signals import Stop
 from megalite.training.sum_over_ranks import last_stage_values, sum_over_ranks
 
 
 def evaluate(
     components: TrainingComponents, data: GlobalBatches, iterations: int, interrupted: Callable
-) -> dict[str, float] | None:
+) -> dict[str, float] | Stop:
     """Evaluate the first `iterations` global batches: the same ones each time, to be comparable.
 
     Returns the mean of each term of the loss and of each score over the items that it counts, by
-    name, after the sum of the terms under `loss`. `interrupted` is asked before each batch: when it
-    says so, on all ranks alike, the evaluation is given up and returns None.
+    name, after the sum of the terms under `loss`. `interrupted` is called before each batch and
+    returns a Stop or None: at a Stop, the same on all ranks, the evaluation ends and returns it.
 
     Collective over the world. Raises DatasetError when no term counts anything.
     """
@@ -32,15 +33,16 @@ def evaluate(
     model.eval()
     try:
         for iteration in range(iterations):
-            if interrupted():
-                return None
+            if stop := interrupted():
+                return stop
             batches = data.read(iteration * data.global_batch_size)
             sums += components.engine.evaluate(batches, torch.ones_like(sums))
             counts += data.counts(batches)
     finally:
         model.train()
 
-    # Sums over all ranks.
+    # Sums over all ranks, in one all-reduce. `items` are the keys of the terms' numbers of items,
+    # beside the names of terms and scores; no metric has such a name.
     items = [f"items of {name}" for name in model.loss_names]
     values = last_stage_values(names, sums, model) | last_stage_values(items, counts, model)
     totals = sum_over_ranks(values, context)

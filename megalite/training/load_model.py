@@ -1,6 +1,6 @@
 """Load a trained model into one process, for programs that use it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,7 @@ def load_model(
 
         # The model of one rank, in evaluation mode, with the weights of all.
         context = ParallelContext.single(single_process_device(device))
-        alone = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
-        model = build_model(alone, context, CounterBasedRng.for_seed(0)).eval()
+        model = build_model(config, context, CounterBasedRng.for_seed(0)).eval()
         load_weights(checkpoint, model.parameters_by_name)
         return LoadedModel(config, model, built_tokenizer, checkpoint.iteration)
 

@@ -254,7 +254,7 @@ class Trainer:
     # Between steps ----------------------------------------------------------------------------
 
     def _evaluate(self) -> Stop | None:
-        """Evaluate and report. Given up when any rank catches a signal: returns that stop."""
+        """Evaluate and report. Ends early when any rank catches a signal: returns that stop."""
         data = self.validation_data
         if data is None:
             return None
@@ -263,8 +263,8 @@ class Trainer:
         iterations = self.config.training.eval_iters
         losses = evaluate(self.components, data, iterations, interrupted=self._stop_by_signal)
         self.context.activity.set_state("training")
-        if losses is None:
-            return self._stop_by_signal()
+        if isinstance(losses, Stop):
+            return losses
         losses = {f"validation_{name}": value for name, value in losses.items()}
         self.metrics.write(iteration=iteration, **losses)
         self.log(f"iteration {iteration} | {format_losses(losses)}")

@@ -24,7 +24,7 @@ from megalite.training.output import Log, failsafe_output, rank_0_printer
 from megalite.training.signals import Stop, StopSignals
 from megalite.training.startup_checks import check_data, take_lease
 from megalite.training.startup_report import dry_run, kernels_line, model_line
-from megalite.training.state import Progress, load_state, compare_data_with_checkpoint
+from megalite.training.state import Progress, compare_data_with_checkpoint, load_state
 from megalite.training.writers import Writers, tracking_writers
 from megalite.watch.stragglers import check_stragglers
 from megalite.watch.watchdog import Watchdog

@@ -207,8 +207,9 @@ def _refuse_part_iterations(checkpoint: Checkpoint, progress: Progress, config: 
 
 
 def compare_data_with_checkpoint(progress: Progress, now: DataState, allow_change: bool) -> None:
-    """Continue with the data `now` from the position in `progress`, where a change is recorded.
+    """Compare the data `now` with the checkpoint's, and continue in it from the position there.
 
+    Changes `progress`: sets its `data`, with a change recorded in it, and adds to its `notes`.
     Raises CheckpointError when the data is not the checkpoint's and `allow_change` is False.
     """
     if progress.data is None:
