@@ -70,15 +70,15 @@ class Journal:
         path = self.staging_dir / JOURNAL
         if not path.exists():
             return None
-        remedy = f"delete {self.staging_dir} to start again"
+        fix = f"delete {self.staging_dir} to start again"
         if not self._resumable:
-            raise StagingError(f"standard input cannot be resumed: {remedy}")
+            raise StagingError(f"standard input cannot be resumed: {fix}")
         try:
             stored = json.loads(path.read_text())
             before = dict(stored["job"])
             state = dict(stored["state"])
         except (ValueError, KeyError, TypeError):
-            raise StagingError(f"{path} is damaged: {remedy}") from None
+            raise StagingError(f"{path} is damaged: {fix}") from None
         changes = []
         for key in {**before, **self._job}:
             if before.get(key) != self._job.get(key):
@@ -86,7 +86,7 @@ class Journal:
         if changes:
             raise StagingError(
                 f"{self.staging_dir} is what an interrupted run left, which was another job: "
-                f"{'; '.join(changes)}. Run that one again to finish it, or {remedy}"
+                f"{'; '.join(changes)}. Run that one again to finish it, or {fix}"
             )
         return state
 

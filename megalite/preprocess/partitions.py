@@ -11,7 +11,7 @@ from megalite.data.indexed import DatasetError
 from megalite.preprocess.config import PreprocessConfig
 from megalite.preprocess.journal import Journal
 from megalite.preprocess.merge import merge_into
-from megalite.preprocess.progress import Progress
+from megalite.preprocess.progress import PreprocessProgress
 from megalite.preprocess.shard import BAD_LINES, open_journal, too_many_bad_lines, write_shard
 from megalite.preprocess.workers import reporting_exit, running
 
@@ -59,12 +59,12 @@ def _shard_config(config: PreprocessConfig, index: int) -> PreprocessConfig:
 
 def _run_processes(
     config: PreprocessConfig, shards: list[PreprocessConfig], files: list[str], report: Callable
-) -> Progress:
+) -> PreprocessProgress:
     """Write each of the shards in a process of its own. Returns the progress of all together.
 
     Raises the first error of any, and BadLineError when all together have too many bad lines.
     """
-    latest: dict[Connection, Progress] = {}
+    latest: dict[Connection, PreprocessProgress] = {}
     with running(_write, [(shard, files) for shard in shards]) as processes:
         waiting = set(processes)
         while waiting:
@@ -78,7 +78,7 @@ def _run_processes(
                     raise message
                 # The new report comes first: its bad line is the one that an error names.
                 latest.pop(connection, None)
-                total = Progress.total([message, *latest.values()])
+                total = PreprocessProgress.total([message, *latest.values()])
                 latest[connection] = message
                 if total.bad_lines > config.max_bad_lines:
                     raise too_many_bad_lines(total.last_bad_line, total.bad_lines, config)
@@ -92,7 +92,7 @@ def _write(connection: Connection, shard: PreprocessConfig, files: list[str]) ->
     try:
         with open_journal(shard, files) as journal:
             if journal.is_complete:
-                connection.send(Progress.restored(journal.state["progress"]))
+                connection.send(PreprocessProgress.restored(journal.state["progress"]))
             else:
                 write_shard(shard, files, journal, connection.send)
         connection.send(None)

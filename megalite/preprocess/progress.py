@@ -12,7 +12,7 @@ KEPT = ("bytes_total", "bytes_done", "documents", "tokens", "bad_lines", "empty"
 
 
 @dataclass
-class Progress:
+class PreprocessProgress:
     """How much of a run is done, and where its time went."""
 
     bytes_total: int = 0
@@ -34,13 +34,13 @@ class Progress:
     """Blank lines and documents with an empty text that were left out (--skip-empty)."""
 
     @classmethod
-    def restored(cls, stored: dict) -> "Progress":
+    def restored(cls, stored: dict) -> "PreprocessProgress":
         """The progress that an earlier run stored as JSON: nothing of it was done in this run."""
         kept = (*KEPT, "last_bad_line")
         return cls(**{name: stored[name] for name in kept if name in stored})
 
     @classmethod
-    def total(cls, shards: Iterable["Progress"]) -> "Progress":
+    def total(cls, shards: Iterable["PreprocessProgress"]) -> "PreprocessProgress":
         """The progress of several runs at the same time, summed."""
         total = cls()
         for shard in shards:
@@ -88,15 +88,15 @@ def show_progress(seconds_between_lines: float = 5.0):
         with rich.Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("starting")
 
-            def update_bar(progress: Progress) -> None:
+            def update_bar(progress: PreprocessProgress) -> None:
                 sizes = {"completed": progress.bytes_done, "total": progress.bytes_total or None}
                 bar.update(task, description=str(progress), **sizes)
 
             yield update_bar
         return
-    printed = Progress()
+    printed = PreprocessProgress()
 
-    def print_line(progress: Progress) -> None:
+    def print_line(progress: PreprocessProgress) -> None:
         nonlocal printed
         is_due = progress.seconds >= printed.seconds + seconds_between_lines
         is_last = progress.bytes_done == progress.bytes_total

@@ -7,12 +7,12 @@ from megalite.preprocess.config import PreprocessConfig
 from megalite.preprocess.encode import TextReader
 from megalite.preprocess.inputs import display_name, input_files, read_blocks, shard_ranges
 from megalite.preprocess.partitions import write_partitions
-from megalite.preprocess.progress import Progress
+from megalite.preprocess.progress import PreprocessProgress
 from megalite.preprocess.shard import BadLineError, open_journal, write_shard
 
 
 def preprocess(
-    config: PreprocessConfig, report: Callable[[Progress], None] = lambda progress: None
+    config: PreprocessConfig, report: Callable[[PreprocessProgress], None] = lambda progress: None
 ) -> list[DatasetInfo]:
     """Write the datasets of every key.
 
@@ -37,7 +37,7 @@ def preprocess(
     write = write_partitions if config.partitions > 1 else write_shard
     with open_journal(config, files) as journal:
         if journal.is_complete:
-            report(Progress.restored(journal.state.get("progress", {})))
+            report(PreprocessProgress.restored(journal.state.get("progress", {})))
         else:
             write(config, files, journal, report)
         journal.publish()

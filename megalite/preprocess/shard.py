@@ -1,4 +1,5 @@
-"""One output of preprocessing: workers encode blocks, this process writes them in order."""
+"""Writes the datasets of one shard, or of all files when the run has no --shard: workers encode
+blocks, this process writes them in order."""
 
 import hashlib
 import json
@@ -17,7 +18,7 @@ from megalite.preprocess.encode import EncodedBlock, stored_dtype
 from megalite.preprocess.indexed_writer import IndexedWriter, refuse_existing, truncate
 from megalite.preprocess.inputs import STDIN, Block
 from megalite.preprocess.journal import Journal, open_named, sync_file
-from megalite.preprocess.progress import Progress
+from megalite.preprocess.progress import PreprocessProgress
 from megalite.preprocess.workers import encoded_blocks
 
 COMMIT_SECONDS = 5.0
@@ -112,30 +113,32 @@ class _ShardRun:
         self.journal = journal
         self.stack = stack
         start = {"after": [0, 0], "line": 1, "bad": 0, "bad_bytes": 0, "empty": 0}
-        start["writers"] = [None] * len(config.json_keys)
-        state = start | (journal.state or {})
+        state = start | {"writers": [None] * len(config.json_keys)} | (journal.state or {})
         # Position: the file and the offset where the last written block ended, and the number of
         # the next line of that file, counted from the start of the shard.
         self.position: tuple[int, int] = tuple(state["after"])
         self.line: int = state["line"]
-        # Open the datasets and the list of bad lines, and truncate them to the journal's state.
-        dtype = stored_dtype(config.tokenizer.vocab_size)
-        self.writers = []
-        for key, writer_state in zip(config.json_keys, state["writers"], strict=True):
-            writer = IndexedWriter(config.prefix(key), dtype, journal.staging_dir, writer_state)
-            self.writers.append(stack.enter_context(writer))
-        mode = "w+" if journal.state is None else "a+"
-        bad_file = open_named(journal.staging_dir / BAD_LINES, mode)
-        self.bad_file = stack.enter_context(bad_file)
-        truncate(self.bad_file, state["bad_bytes"])
+        self._open_outputs(state)
         # Count what is done.
         self.ranges = inputs.shard_ranges(files, *config.shard_position)
-        self.progress = Progress(bad_lines=state["bad"], empty=state["empty"])
+        self.progress = PreprocessProgress(bad_lines=state["bad"], empty=state["empty"])
         self._count_bytes()
         self._count_documents()
         self._committed_at = time.monotonic()
         self._committed_tokens = 0
         self._lines_skipped: dict[int, int] = {}
+
+    def _open_outputs(self, state: dict) -> None:
+        """Open the datasets and the list of bad lines, truncated to the journal's state."""
+        dtype = stored_dtype(self.config.tokenizer.vocab_size)
+        folder = self.journal.staging_dir
+        self.writers = []
+        for key, writer_state in zip(self.config.json_keys, state["writers"], strict=True):
+            writer = IndexedWriter(self.config.prefix(key), dtype, folder, writer_state)
+            self.writers.append(self.stack.enter_context(writer))
+        mode = "w+" if self.journal.state is None else "a+"
+        self.bad_file = self.stack.enter_context(open_named(folder / BAD_LINES, mode))
+        truncate(self.bad_file, state["bad_bytes"])
 
     def _count_bytes(self) -> None:
         """Count the bytes of the shard, and those before the position.
@@ -158,7 +161,7 @@ class _ShardRun:
         self.progress.documents = self.writers[0].documents
         self.progress.tokens = sum(writer.tokens for writer in self.writers)
 
-    def write_rest(self, report: Callable[[Progress], None]) -> None:
+    def write_rest(self, report: Callable[[PreprocessProgress], None]) -> None:
         """Encode and write what is left, complete the files, and commit their renames."""
         start = time.perf_counter()
         config = self.config
@@ -275,7 +278,5 @@ def _inputs_digest(files: list[str]) -> str:
 
     Folders and times are not in it: each machine of an array job may have copies of its own.
     """
-    known = []
-    for path, size in zip(files, inputs.sizes_of(files)):
-        known.append((Path(path).name, size))
+    known = [(Path(path).name, size) for path, size in zip(files, inputs.sizes_of(files))]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
