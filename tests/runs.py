@@ -25,7 +25,7 @@ from megalite.config.run import RunConfig, from_flat, to_flat
 from megalite.config.summary import summary_lines
 from megalite.config.yaml_file import to_yaml
 from megalite.data.indexed import DatasetInfo
-from megalite.data.sampler import BatchLoader
+from megalite.data.loader import GPTLoader
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece
 from megalite.optim.loss_scale import LossScale
 from megalite.parallel.collectives import all_reduce
@@ -231,7 +231,7 @@ def kept_for_backward(bench: Bench, flags: dict, ranks: int) -> dict:
     rows = (
         torch.arange(config.model.seq_length + 1).expand(config.data.global_batch_size, -1).numpy()
     )
-    batches, weights = GlobalBatches(BatchLoader(rows, 1, 1, 0), parts.model, 1).at(0)
+    batches, weights = GlobalBatches(GPTLoader(rows, 1, 1, 0), parts.model, 1).at(0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         parts.engine.train_step(batches, weights)
     return {"bytes": sum(kept.values()), "gradient": parts.optimizer.gradients.flat.clone()}

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from examples.quickstart import phases, speeches
 from examples.quickstart.run import QUICKSTARTS, best_constant_guess
-from megalite.config.cli import read
+from megalite.config.cli import read_config
 from megalite.config.run import from_flat
 from megalite.config.validate import resolve
 from megalite.data.build import build_sources
@@ -27,7 +27,7 @@ def empty_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", QUICKSTARTS)
 def test_config_is_read_and_is_a_2x2x2_layout(name):
     chosen = QUICKSTARTS[name]
-    config = read(["--config", str(ROOT / chosen.config)])
+    config = read_config(["--config", str(ROOT / chosen.config)])
     assert config.model.architecture == name
     p = config.parallel
     assert (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.sequence_parallel) == (

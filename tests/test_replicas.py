@@ -101,7 +101,9 @@ def run_with_fault(launch, folder: str) -> str:
             hook = model.register_forward_pre_hook(flip_once)
         return model
 
-    config = cli.read([*RUN, "--save", folder, "--save-interval", "2"])  # the check is due at 3
+    config = cli.read_config(
+        [*RUN, "--save", folder, "--save-interval", "2"]
+    )  # the check is due at 3
     assert validate.check(config, launch.world_size) == []
     with pytest.raises((ReplicasDiffer, LostContact)) as caught:
         pretrain(validate.resolve(config, launch.world_size), launch, faulty)

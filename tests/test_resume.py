@@ -37,7 +37,7 @@ FP16 = "--fp16 --initial-loss-scale 1e9 --loss-scale-window 2".split()
 
 def pretrain_on_rank(launch, flags: list[str]) -> str:
     """What pretrain_gpt.py does, on a rank of the pool; what it printed."""
-    config = cli.read([*MODEL, *flags])
+    config = cli.read_config([*MODEL, *flags])
     assert validate.check(config, launch.world_size) == []
     with redirect_stdout(io.StringIO()) as printed:
         pretrain(validate.resolve(config, launch.world_size), launch)
@@ -125,7 +125,8 @@ def signalled_early(launch, flags: list[str], which: signal.Signals, meeting: bo
         threading.Timer(0.2, os.kill, (os.getpid(), which)).start()
     time.sleep(1 if meeting and launch.rank == 0 else 0)
     with redirect_stdout(io.StringIO()) as printed:
-        pretrain(validate.resolve(cli.read([*MODEL, *flags]), launch.world_size), launch, building)
+        config = cli.read_config([*MODEL, *flags])
+        pretrain(validate.resolve(config, launch.world_size), launch, building)
     return printed.getvalue()
 
 
@@ -233,7 +234,7 @@ def test_one_checkpoints_folder_is_resumed(pool, tmp_path, undisturbed):
     assert f"resumed from {folder}/iter_0000006 at iteration 6" in said
     wanted = [line for line in curve(undisturbed) if line["iteration"] > 6]
     assert curve(tmp_path / "m.jsonl") == wanted
-    config = cli.read([*MODEL, *map(str, load), "--ckpt-step", "3"])
+    config = cli.read_config([*MODEL, *map(str, load), "--ckpt-step", "3"])
     (problem,) = validate.check(config, 1)
     assert "--ckpt-step 3" in problem.message and "holds iterations 6" in problem.message
 

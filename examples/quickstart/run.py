@@ -33,7 +33,7 @@ from examples.quickstart.phases import (
     read_metrics,
     time_table,
 )
-from megalite.config.cli import read
+from megalite.config.cli import read_config
 from megalite.config.run import RunConfig
 from megalite.config.validate import resolve
 from megalite.data.build import build_sources
@@ -147,7 +147,7 @@ def main(name: str) -> None:
         )
     console.print(loss_table(read_metrics(run), settings["seq_length"], chosen.scores))
     if name == "bert":
-        config = resolve(read(["--config", chosen.config], "bert"), RANKS)
+        config = resolve(read_config(["--config", chosen.config], "bert"), RANKS)
         guess = best_constant_guess(config)
         console.print(f"Held-out text, guessing always the most frequent token: {guess:.1%} right.")
     phases.run(chosen.use, chosen.use_command.format(run=run))

@@ -42,28 +42,27 @@ class CommandLine(ConfigFile):
 
 
 def parse_and_check(
-    argv: list[str] | None = None,
+    argv: list[str],
     description: str = "",
     launch: LaunchInfo | None = None,
     architecture: str | None = None,
 ) -> RunConfig:
     """The configuration of this run: read, checked for its world size, every default filled in.
 
-    argv: without the program's name; None: sys.argv[1:]. description: what --help prints first.
+    argv: without the program's name. description: what --help prints first.
     launch: None: found in the environment. architecture: the only one that the program trains.
 
     --help, --print-config and --world-size (which checks for that size and prints a summary) end
     the program with status 0. Problems are all printed, by rank 0, and end every rank with status
     2. Otherwise, sets TORCH_CPP_LOG_LEVEL for torch, which is still to be loaded.
     """
-    argv = sys.argv[1:] if argv is None else argv
     if launch is None:
-        launch = detect_launch()
+        launch = detect_launch_or_exit()
     quiet = launch.rank != 0
     show_help(argv, description, run_groups(architecture), quiet, architecture=architecture)
     # Read.
     try:
-        command, config = _read_command(argv, architecture)
+        command, config = _read_command_line(argv, architecture)
     except ConfigError as error:
         refuse(error.problems, quiet)
     # Check.
@@ -87,7 +86,7 @@ def parse_and_check(
     raise SystemExit(0)
 
 
-def detect_launch() -> LaunchInfo:
+def detect_launch_or_exit() -> LaunchInfo:
     """What the launcher says of this process. A launcher's variables that do not fit together are
     printed, and end the process with status 2."""
     try:
@@ -97,20 +96,20 @@ def detect_launch() -> LaunchInfo:
         refuse([Problem(str(error), fix)])
 
 
-def read(argv: list[str], architecture: str | None = None) -> RunConfig:
+def read_config(argv: list[str], architecture: str | None = None) -> RunConfig:
     """The configuration that a command line asks for. Raises ConfigError with every problem of it
     and of its file, and when it is not of the given architecture."""
-    return _read_command(argv, architecture)[1]
+    return _read_command_line(argv, architecture)[1]
 
 
-def _read_command(argv: list[str], architecture: str | None) -> tuple[CommandLine, RunConfig]:
-    """What a command line asks for. Raises ConfigError, as `read`."""
+def _read_command_line(argv: list[str], architecture: str | None) -> tuple[CommandLine, RunConfig]:
+    """What a command line asks for. Raises ConfigError, as `read_config`."""
     own, flags, problems = read_own_flags(CommandLine, argv, options().values())
     command = CommandLine(**own)
-    return command, build(command.config, flags, problems, architecture)
+    return command, build_config(command.config, flags, problems, architecture)
 
 
-def build(
+def build_config(
     file: str | None,
     flags: dict[str, Any],
     problems: list[Problem],

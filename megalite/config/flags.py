@@ -119,7 +119,7 @@ def read_own_flags(
     """
     own = options_of(kind)
     values, problems = read_flags(argv, [*others, *own.values()])
-    refused = {key for problem in problems for key in problem.flags}
+    refused = {key for problem in problems for key in problem.keys}
     taken = dict(given or {})
     for key, option in own.items():
         if key in values:

@@ -11,7 +11,7 @@ class Problem:
     """What is wrong, with the values involved."""
     fix: str
     """What would work. Empty: the message says it."""
-    flags: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
     """Names of the fields involved."""
     of_node: bool = False
     """Whether it may come from the files of one node, so that other nodes need not have it."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from megalite.checkpoint.folder import CONFIG_FILE
 from megalite.config.estimate import estimate_stages, microbatches, model_parameters
 from megalite.config.help import wrapped
 from megalite.config.rules.finding import data_parallel_size
@@ -89,7 +90,7 @@ def keep_config(config: RunConfig, folder: str) -> str:
     it could not be written, which ends no training."""
     text = to_yaml(config)
     for number in range(1, MOST_CONFIGS + 1):
-        path = Path(folder) / ("config.yaml" if number == 1 else f"config-{number}.yaml")
+        path = Path(folder) / (CONFIG_FILE if number == 1 else f"config-{number}.yaml")
         try:
             if not path.exists():
                 with open(path, "x", encoding="utf-8") as file:

@@ -1,9 +1,9 @@
 """Checks of a whole configuration, before anything is started. Imports no torch.
 
 A rule is a small function of (config, world_size) that yields a Finding for each thing wrong, with
-candidates for a fix. Every candidate is tried against all the rules before it is offered, so what
-is printed as a fix works. Values that make no sense on their own are reported first and replaced by
-their defaults, so that no rule sees them. Whatever would be silently ignored is a problem.
+possible fixes. Each is tried against all the rules before it is printed, so what is printed as a
+fix works. Values that make no sense on their own are reported first and replaced by their defaults,
+so that no rule sees them. Whatever would be silently ignored is a problem.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 from megalite.config.problem import Problem
 from megalite.config.rules.bert import BERT_FILE_RULES, BERT_RULES
-from megalite.config.rules.effects import nothing_is_ignored
+from megalite.config.rules.effects import nothing_is_ignored, replicas_exist
 from megalite.config.rules.files import FILE_RULES
 from megalite.config.rules.finding import Finding, Rule, global_batch, iterations
 from megalite.config.rules.gpt import GPT_FILE_RULES, GPT_RULES
@@ -22,17 +22,17 @@ from megalite.config.rules.tokenizer import build_tokenizer, files_of
 from megalite.config.run import RunConfig, options, to_flat, with_values
 from megalite.models.presets import preset
 
-PURE_RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *RUN_RULES, nothing_is_ignored)
+PURE_RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *RUN_RULES, nothing_is_ignored, replicas_exist)
 """Rules of every architecture that read no file."""
 RULES_OF = {"gpt": (*PURE_RULES, *GPT_RULES), "bert": (*PURE_RULES, *BERT_RULES)}
 """Rules that read no file, by architecture."""
 FILE_RULES_OF = {"gpt": (*FILE_RULES, *GPT_FILE_RULES), "bert": (*FILE_RULES, *BERT_FILE_RULES)}
 """Rules that read files, by architecture."""
-OFFERED_PER_FLAG = 2
-"""Values offered for one flag in a fix, the nearest first."""
+FIXES_PER_FLAG = 2
+"""Values shown for one flag in a fix, the nearest first."""
 
 Failures = set[tuple[str, tuple[str, ...]]]
-"""(rule, flags) of findings."""
+"""(rule, keys) of findings."""
 
 
 def check(config: RunConfig, world_size: int) -> list[Problem]:
@@ -40,7 +40,7 @@ def check(config: RunConfig, world_size: int) -> list[Problem]:
     little of them."""
     # Single values.
     problems = out_of_range(config)
-    senseless = {flag for problem in problems for flag in problem.flags}
+    senseless = {key for problem in problems for key in problem.keys}
     sane = with_values(config, {key: options()[key].default for key in senseless})
     # Values together, and with files.
     before = failures(sane, world_size)
@@ -48,10 +48,9 @@ def check(config: RunConfig, world_size: int) -> list[Problem]:
     file_rules = FILE_RULES_OF[architecture]
     for rule in (*RULES_OF[architecture], *file_rules):
         for finding in rule(sane, world_size):
-            if senseless.isdisjoint(finding.flags):
-                offers = _offers(sane, world_size, rule, finding=finding, before=before)
-                fix = ", or ".join(offers)
-                problem = Problem(finding.message, fix, finding.flags, of_node=rule in file_rules)
+            if senseless.isdisjoint(finding.keys):
+                fix = _working_fixes(sane, world_size, rule, finding=finding, before=before)
+                problem = Problem(finding.message, fix, finding.keys, of_node=rule in file_rules)
                 problems.append(problem)
     return problems
 
@@ -63,48 +62,49 @@ def out_of_range(config: RunConfig) -> list[Problem]:
 
 
 def failures(config: RunConfig, world_size: int) -> Failures:
-    """(rule, flags) of every finding of the rules that read no file."""
+    """(rule, keys) of every finding of the rules that read no file."""
     found = set()
     for rule in RULES_OF[config.model.architecture]:
         for finding in rule(config, world_size):
-            found.add((rule.__name__, finding.flags))
+            found.add((rule.__name__, finding.keys))
     return found
 
 
-def _offers(
+def _working_fixes(
     config: RunConfig, world_size: int, rule: Rule, finding: Finding, before: Failures
-) -> list[str]:
-    """The candidates that fix the finding and break nothing that was sound, as flags to type."""
-    others = before - {(rule.__name__, finding.flags)}
-    offers = []
-    offered = {}
-    for candidate in finding.candidates:
-        if isinstance(candidate, str):
-            offers.append(candidate)
+) -> str:
+    """The possible fixes that work and break nothing that was sound, as flags to type: `--tp 2, or
+    --tp 1`. When none does: the first, to try once the other problems are fixed."""
+    others = before - {(rule.__name__, finding.keys)}
+    fixes = []
+    shown = {}
+    for fix in finding.fixes:
+        if isinstance(fix, str):
+            fixes.append(fix)
             continue
-        keys = tuple(candidate)
-        if offered.get(keys, 0) == OFFERED_PER_FLAG:
+        keys = tuple(fix)
+        if shown.get(keys, 0) == FIXES_PER_FLAG:
             continue
         # Try it.
-        values = {key: value for key, value in candidate.items() if key != "world_size"}
+        values = {key: value for key, value in fix.items() if key != "world_size"}
         changed = with_values(config, values)
-        if failures(changed, candidate.get("world_size", world_size)) <= others:
-            offered[keys] = offered.get(keys, 0) + 1
-            offers.append(_typed(candidate))
-    if not offers and finding.candidates:
-        offers = [_typed(finding.candidates[0]) + " (once the other problems are fixed)"]
-    return offers
+        if failures(changed, fix.get("world_size", world_size)) <= others:
+            shown[keys] = shown.get(keys, 0) + 1
+            fixes.append(_typed(fix))
+    if not fixes and finding.fixes:
+        fixes = [_typed(finding.fixes[0]) + " (once the other problems are fixed)"]
+    return ", or ".join(fixes)
 
 
-def _typed(candidate: dict[str, Any]) -> str:
+def _typed(change: dict[str, Any]) -> str:
     """A change as one would type it: `start 8 ranks --tp 2`, or `leave out --split` where that does
     it. A switch is always typed, since a YAML file may have set it."""
     typed = []
-    for key, value in candidate.items():
+    for key, value in change.items():
         option = options()[key]
         if key == "world_size":
             typed.append(f"start {value} ranks")
-        elif value == option.default and option.kind is not bool and len(candidate) == 1:
+        elif value == option.default and option.kind is not bool and len(change) == 1:
             typed.append(f"leave out {option.flag}")
         else:
             typed.append(option.setting(value))

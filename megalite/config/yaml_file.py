@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from megalite.checkpoint.folder import CONFIG_FILE
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.run import RunConfig, read_flat, to_flat, with_preset, with_values
 from megalite.system.errors import explain_os_error
@@ -41,7 +42,7 @@ def config_of_checkpoint(text: str) -> RunConfig:
     Fields that the file does not have take their defaults. Raises ConfigError, a ValueError, when
     it cannot be read.
     """
-    values, problems = parse_yaml(text, "config.yaml")
+    values, problems = parse_yaml(text, CONFIG_FILE)
     if problems:
         raise ConfigError(problems)
     return with_values(RunConfig(), with_preset(values))
@@ -86,7 +87,7 @@ def parse_yaml(text: str, file: str) -> tuple[dict[str, Any], list[Problem]]:
     values, found = read_flat(flat, written)
     problems = [Problem(f"{name!r} is given twice", "keep one of them") for name in repeated]
     problems += found
-    return values, [Problem(f"{file}: {p.message}", p.fix, p.flags) for p in problems]
+    return values, [Problem(f"{file}: {p.message}", p.fix, p.keys) for p in problems]
 
 
 def _malformed(message: str) -> Problem:

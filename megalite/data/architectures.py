@@ -8,10 +8,10 @@ from megalite.data.bert import BertDataset
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import DataConfig
 from megalite.data.gpt import GPTDataset, SplitData
+from megalite.data.loader import BertLoader, GPTLoader
 from megalite.data.masking import Masker, special_ids
 from megalite.data.megatron_order import MegatronOrderDataset, epochs_of
 from megalite.data.mock import MockDataset, MockSentences
-from megalite.data.sampler import BatchLoader, BertLoader
 from megalite.data.tokenizers import configured_tokenizer
 from megalite.nn.config import ModelConfig
 
@@ -38,35 +38,35 @@ class GPTData(SampleConfig):
         """Samples of synthetic data."""
         return MockDataset(self.model.vocab_size, self.model.seq_length, self.seed, split)
 
-    def dataset(self, part: SplitData, samples: int) -> Dataset:
-        """The samples of one split of one source. samples: the number that the run takes.
+    def dataset(self, split_data: SplitData, num_samples: int) -> Dataset:
+        """The samples of one split of one source. num_samples: the number that the run takes.
 
         Raises DatasetError when there are none.
         """
         seq_length = self.model.seq_length
         options = {"seed": self.seed, "vocab_size": self.model.vocab_size}
         if self.data.sample_order == "megatron":
-            return MegatronOrderDataset(part, seq_length, samples=samples, **options)
-        stream = part.indexed.tokens(*part.documents)
-        return GPTDataset(stream, seq_length, split=part.split, **options)
+            return MegatronOrderDataset(split_data, seq_length, num_samples=num_samples, **options)
+        stream = split_data.indexed.tokens(*split_data.documents)
+        return GPTDataset(stream, seq_length, split=split_data.split, **options)
 
-    def order(self, parts: Sequence[SplitData], samples: int) -> dict:
+    def order(self, train_splits: Sequence[SplitData], num_samples: int) -> dict:
         """What the order of the samples depends on, beside seed and sequence length: its kind, and
         for that of Megatron-core the epochs that it was made for. Checkpoints record it.
 
         Args:
-            parts: the training documents of each source.
-            samples: number of samples that the run takes.
+            train_splits: the training documents of each source.
+            num_samples: number of samples that the run takes.
         """
         order = {"sample_order": self.data.sample_order}
         if self.data.sample_order == "megatron":
-            for part in parts:
-                epochs = epochs_of(part, self.model.seq_length, samples)
+            for split_data in train_splits:
+                epochs = epochs_of(split_data, self.model.seq_length, num_samples)
                 order["epochs"] = epochs.epochs
                 order["last_epoch_apart"] = epochs.apart
         return order
 
-    def loader(self, dataset, data_size: int, data_rank: int, eod: int | None) -> BatchLoader:
+    def loader(self, dataset, data_size: int, data_rank: int, eod: int | None) -> GPTLoader:
         """The batches of one data-parallel rank.
 
         eod: id of the token that ends a document; None: the tokenizer's, if the configuration needs
@@ -76,7 +76,7 @@ class GPTData(SampleConfig):
         if eod is None and any(options.values()):
             eod = configured_tokenizer(self.data, self.model.vocab_size).eod
         rows = self.data.micro_batch_size
-        return BatchLoader(dataset, rows, data_size, data_rank, eod=eod, **options)
+        return GPTLoader(dataset, rows, data_size, data_rank, eod=eod, **options)
 
 
 class BertData(SampleConfig):
@@ -91,23 +91,23 @@ class BertData(SampleConfig):
         special = (sentences.special, sentences.starts_word)
         return self._dataset(sentences, documents, split, *special)
 
-    def dataset(self, part: SplitData, samples: int) -> BertDataset:
+    def dataset(self, split_data: SplitData, num_samples: int) -> BertDataset:
         """The samples of one split of one source.
 
         Raises DatasetError when there are none, and TokenizerError when the tokenizer lacks a
         special token.
         """
-        documents = part.documents
+        documents = split_data.documents
         tokenizer = configured_tokenizer(self.data, self.model.vocab_size)
         special = (special_ids(tokenizer), getattr(tokenizer, "starts_word", None))
-        return self._dataset(part.indexed, documents, part.split, *special)
+        return self._dataset(split_data.indexed, documents, split_data.split, *special)
 
     def _dataset(self, indexed, documents, split: str, special, starts_word) -> BertDataset:
         masker = Masker(special, self.model.vocab_size, starts_word, self.bert)
         options = {"masker": masker, "seed": self.seed, "split": split}
         return BertDataset(indexed, documents, self.model.seq_length, **options)
 
-    def order(self, parts: Sequence[SplitData], samples: int) -> dict:
+    def order(self, train_splits: Sequence[SplitData], num_samples: int) -> dict:
         """What the order of the samples depends on, beside seed and sequence length: how they are
         cut, paired and masked. Checkpoints record it."""
         return dict(vars(self.bert))

@@ -16,7 +16,7 @@ MOCK = Source(1.0, "--mock-data")
 
 
 def build_sources(
-    data: DataConfig, model: ModelConfig, seed: int, samples: Mapping[str, int], bert=None
+    data: DataConfig, model: ModelConfig, seed: int, sample_counts: Mapping[str, int], bert=None
 ) -> dict[str, list[tuple[Source, Dataset]]]:
     """The datasets of each requested split ("train", "valid", "test"), with their weights.
 
@@ -24,28 +24,28 @@ def build_sources(
 
     Args:
         data, model, seed: as configured.
-        samples: how many samples of each split the run takes; only --sample-order megatron depends
-            on it.
+        sample_counts: how many samples of each split the run takes; only --sample-order megatron
+            depends on it.
         bert: a BertDataConfig: how the samples of a BERT are made. None: by the defaults.
 
     Raises DatasetError when there is no data, a file is unusable, or a requested split is empty or
     shorter than a sample; TokenizerError when a BERT's tokenizer lacks a token that it needs.
     """
-    architecture = DATA_OF[model.architecture](data, model, seed, bert or BertDataConfig())
+    sample_config = DATA_OF[model.architecture](data, model, seed, bert or BertDataConfig())
     if data.mock_data:
         if model.vocab_size is None:
             raise DatasetError("--mock-data needs --vocab-size")
-        return {split: [(MOCK, architecture.mock(split))] for split in samples}
+        return {split: [(MOCK, sample_config.mock(split))] for split in sample_counts}
     open_dataset = cache(IndexedDataset)
     built = {}
-    for split, number in samples.items():
+    for split, count in sample_counts.items():
         built[split] = []
-        for source, part in _parts(data, split, open_dataset):
-            built[split].append((source, architecture.dataset(part, number)))
+        for source, split_data in _sources_of(data, split, open_dataset):
+            built[split].append((source, sample_config.dataset(split_data, count)))
     return built
 
 
-def _parts(data: DataConfig, split: str, open_dataset) -> Iterator[tuple[Source, SplitData]]:
+def _sources_of(data: DataConfig, split: str, open_dataset) -> Iterator[tuple[Source, SplitData]]:
     """The sources of a split: all their documents when they are for it alone, else by --split."""
     flag, words = data.words_of(split)
     if words is None:
@@ -60,7 +60,7 @@ def _parts(data: DataConfig, split: str, open_dataset) -> Iterator[tuple[Source,
 
 
 def data_state(
-    data: DataConfig, model: ModelConfig, seed: int, samples: int, bert=None
+    data: DataConfig, model: ModelConfig, seed: int, num_samples: int, bert=None
 ) -> DataState:
     """The state of a run that starts with the configured training data.
 
@@ -68,20 +68,20 @@ def data_state(
 
     Args:
         data, model, seed, bert: see build_sources.
-        samples: how many training samples the run takes in all.
+        num_samples: how many training samples the run takes in all.
 
     Raises DatasetError for two sources with equal contents.
     """
-    architecture = DATA_OF[model.architecture](data, model, seed, bert or BertDataConfig())
+    sample_config = DATA_OF[model.architecture](data, model, seed, bert or BertDataConfig())
     used = []
-    parts = []
+    train_splits = []
     if data.mock_data:
-        fingerprint = architecture.mock("train").fingerprint()
+        fingerprint = sample_config.mock("train").fingerprint()
         used.append(UsedSource(MOCK.prefix, MOCK.weight, fingerprint, consumed=0))
     else:
         prefixes = {}
-        for source, part in _parts(data, "train", IndexedDataset):
-            fingerprint = part.indexed.tokens(*part.documents).fingerprint()
+        for source, split_data in _sources_of(data, "train", IndexedDataset):
+            fingerprint = split_data.indexed.tokens(*split_data.documents).fingerprint()
             if fingerprint in prefixes:
                 flag, _ = data.words_of("train")
                 raise DatasetError(
@@ -90,9 +90,9 @@ def data_state(
                 )
             prefixes[fingerprint] = source.prefix
             used.append(UsedSource(source.prefix, source.weight, fingerprint, consumed=0))
-            parts.append(part)
+            train_splits.append(split_data)
     order = {"seed": seed, "seq_length": model.seq_length}
-    order |= architecture.order(parts, samples)
+    order |= sample_config.order(train_splits, num_samples)
     return DataState(order, tuple(used))
 
 

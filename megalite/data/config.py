@@ -47,9 +47,9 @@ class DataConfig:
     valid_data_path: tuple[str, ...] | None = None
     """Prefixes and weights, as --data-path takes them, for validation alone."""
     sample_order: Literal["counted", "megatron"] = "counted"
-    """counted: windows over all tokens, in an order that only the seed decides. megatron: the
-    samples and the order of Megatron-core's GPTDataset, which depend on the number of iterations
-    too."""
+    """counted: windows over all tokens, shuffled by counter-based random numbers, so that the order
+    depends on the seed alone. megatron: the samples and the order of Megatron-core's GPTDataset,
+    which depend on the number of iterations too."""
     mock_data: bool = False
     """Generate tokens with structure that can be learned, in place of --data-path. Needs
     --vocab-size."""

@@ -1,7 +1,7 @@
 """The samples of Megatron-core's GPTDataset (0.19), in its order, to repeat the data of its runs.
 
 Its rules for one split, whose epoch has T tokens, with E the smallest number of epochs for which
-E * T >= samples * s + 1:
+E * T >= num_samples * s + 1:
 
     split      sequences of the .idx file, which it calls documents, rounded as by `split_sequences`
     sequences  repeated E times and shuffled as one list. When the run uses less than 80% of the
@@ -46,18 +46,18 @@ class Epochs(NamedTuple):
     """Samples of all epochs but the last."""
 
 
-def epochs_of(part: SplitData, seq_length: int, samples: int) -> Epochs:
-    """The epochs of a run that takes `samples` samples of a split.
+def epochs_of(data: SplitData, seq_length: int, num_samples: int) -> Epochs:
+    """The epochs of a run that takes `num_samples` samples of a split.
 
     Raises DatasetError when the split has fewer than s + 1 tokens.
     """
-    first, last = split_sequences(part.shares, len(part.indexed))[part.split]
-    tokens = int(part.indexed.lengths[first:last].sum(dtype=np.int64))
-    check_tokens(tokens, seq_length, part.split)
-    epochs = -(-(samples * seq_length + 1) // tokens)
+    first, last = split_sequences(data.shares, len(data.indexed))[data.split]
+    tokens = int(data.indexed.lengths[first:last].sum(dtype=np.int64))
+    check_tokens(tokens, seq_length, data.split)
+    epochs = -(-(num_samples * seq_length + 1) // tokens)
     before_last = ((epochs - 1) * tokens - 1) // seq_length
     limit = int(SEPARATE_BELOW * ((tokens - 1) // seq_length))
-    apart = epochs > 1 and samples - before_last < limit
+    apart = epochs > 1 and num_samples - before_last < limit
     return Epochs(first, last, tokens, epochs=epochs, apart=apart, before_last=before_last)
 
 
@@ -67,10 +67,10 @@ class MegatronOrderDataset(WindowDataset):
     The last partial sample is dropped in every split, which is Megatron-core's default.
 
     Args:
-        part: the split of a dataset, of whose sequences it takes its share.
+        data: the split of a dataset, of whose sequences it takes its share.
         seq_length: s.
         seed: of the shuffles, the same for every split; NumPy's, so below 2^32.
-        samples: number of samples that the run takes; the order depends on it.
+        num_samples: number of samples that the run takes; the order depends on it.
         vocab_size: when given, ids at or above it are an error.
 
     Raises DatasetError when the split has fewer than s + 1 tokens, and for a seed or a number of
@@ -78,21 +78,21 @@ class MegatronOrderDataset(WindowDataset):
     """
 
     def __init__(
-        self, part: SplitData, seq_length: int, *, seed: int, samples: int, vocab_size=None
+        self, data: SplitData, seq_length: int, *, seed: int, num_samples: int, vocab_size=None
     ):
-        indexed = part.indexed
+        indexed = data.indexed
         if not 0 <= seed < 2**32 or len(indexed) >= 2**31:
             raise DatasetError(
                 "--sample-order megatron: takes a --seed below 2^32 and fewer than 2^31 sequences, "
                 f"not {seed} and the {len(indexed)} of {indexed.prefix}"
             )
-        first, last, tokens, epochs, apart, before_last = epochs_of(part, seq_length, samples)
+        first, last, tokens, epochs, apart, before_last = epochs_of(data, seq_length, num_samples)
         random = np.random.RandomState(seed)
         # Repeat and shuffle the sequences; the stream lays them end to end.
         order = np.tile(np.arange(first, last, dtype=np.int32), epochs)
         _shuffle(order, (epochs - 1) * (last - first) if apart else len(order), random)
         stream = GatheredStream(indexed, order, f"sequences {first}:{last}")
-        super().__init__(stream, seq_length, part.split, vocab_size)
+        super().__init__(stream, seq_length, data.split, vocab_size)
         # Shuffle the samples.
         count = (epochs * tokens - 1) // seq_length
         self._windows = np.arange(count, dtype=np.uint32 if count < 2**32 - 2 else np.int64)

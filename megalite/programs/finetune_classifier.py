@@ -17,7 +17,7 @@ import numpy as np
 
 from megalite.checkpoint.folder import CheckpointError
 from megalite.config.cli import parse_options
-from megalite.config.rules.files import folder_to_load, read_config
+from megalite.config.rules.files import folder_to_load, read_stored_config
 from megalite.config.run import RunConfig
 from megalite.data.classification import (
     Columns,
@@ -153,7 +153,7 @@ def configuration(options: Options) -> RunConfig:
         what = "a checkpoint" if step is None else f"the checkpoint of iteration {step}"
         raise CheckpointError(f"--load {options.load}: {what} is not there")
     try:
-        run = read_config(folder)
+        run = read_stored_config(folder)
     except (OSError, ValueError) as error:
         reason = error_message(error)
         raise CheckpointError(f"{folder}: its configuration cannot be read: {reason}") from None

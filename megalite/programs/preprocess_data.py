@@ -16,7 +16,7 @@ from megalite.config.cli import parse_options
 from megalite.preprocess.config import PreprocessConfig, find_problems
 from megalite.preprocess.inputs import ignored_files
 from megalite.preprocess.journal import StagingError
-from megalite.preprocess.progress import Progress, show_progress
+from megalite.preprocess.progress import PreprocessProgress, show_progress
 from megalite.preprocess.run import preprocess
 from megalite.programs.reporting import describe, print_errors, refuse
 from megalite.system.errors import ReportedError
@@ -34,9 +34,9 @@ def main() -> None:
     config = parse_options(PreprocessConfig, __doc__)
     refuse(find_problems(config))
     print_plan(config)
-    last = Progress(0)
+    last = PreprocessProgress(0)
 
-    def remember(progress: Progress) -> None:
+    def remember(progress: PreprocessProgress) -> None:
         nonlocal last
         last = progress
         show(progress)

@@ -9,11 +9,9 @@ Every flag can stand in a YAML file instead (--config FILE).
 All problems of a configuration are reported before anything starts.
 """
 
-import os
 import sys
 
-from megalite.config.cli import parse_and_check
-from megalite.parallel.launch import detect
+from megalite.config.cli import detect_launch_or_exit, parse_and_check
 
 
 def main() -> None:
@@ -23,8 +21,9 @@ def main() -> None:
 
 def pretrain_program(description: str, architecture: str) -> None:
     """The program that pretrains one architecture. description: what --help prints first."""
-    config = parse_and_check(sys.argv[1:], description, architecture=architecture)
+    launch = detect_launch_or_exit()
+    config = parse_and_check(sys.argv[1:], description, launch, architecture)
 
     from megalite.training.pretrain import pretrain_or_exit
 
-    pretrain_or_exit(config, detect(os.environ))
+    pretrain_or_exit(config, launch)

@@ -44,5 +44,5 @@ def failures_reported(status: int = 1) -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """The message of an exception; for an error of the operating system the file and a remedy."""
+    """The message of an exception; for an error of the operating system the file and a fix."""
     return "interrupted" if isinstance(error, KeyboardInterrupt) else error_message(error)

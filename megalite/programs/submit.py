@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from megalite.checkpoint.folder import CONFIG_FILE
 from megalite.config import cli, validate
 from megalite.config.flags import read_flags, read_own_flags
 from megalite.config.options import options_of
@@ -198,7 +199,7 @@ def script(job: JobConfig, snapshot: Path) -> str:
     code = snapshot / "code"
     supervise = shlex.quote(str(code / "megalite/programs/supervise.sh"))
     program = shlex.quote(str(code / job.program))
-    config = shlex.quote(str(snapshot / "config.yaml"))
+    config = shlex.quote(str(snapshot / CONFIG_FILE))
     paths = []
     for key, path in job.paths.items():
         paths += [f"--{key.replace('_', '-')}", shlex.quote(path)]
@@ -248,7 +249,7 @@ def keep(job: JobConfig, config: RunConfig, snapshot: Path) -> Path:
     shutil.copytree(PACKAGE, snapshot / "code/megalite", ignore=unwanted)
     program = SCRIPT.format(name=job.program.removesuffix(".py"))
     (snapshot / "code" / job.program).write_text(program)
-    (snapshot / "config.yaml").write_text(to_yaml(config))
+    (snapshot / CONFIG_FILE).write_text(to_yaml(config))
     file = snapshot / "job.sbatch"
     file.write_text(script(job, snapshot))
     return file
@@ -291,7 +292,7 @@ def read(argv: list[str]) -> tuple[JobConfig, RunConfig]:
         message = f"{owned}: follows from --run-dir and --nodes"
         problems.append(Problem(message, "leave it out"))
     architecture = job.program.removeprefix("pretrain_").removesuffix(".py")
-    config = cli.build(recipe, flags, problems, architecture)
+    config = cli.build_config(recipe, flags, problems, architecture)
     problems = validate.check(with_values(config, job.paths), job.nodes * job.ranks)
     if problems:
         raise ConfigError(problems)

@@ -33,7 +33,7 @@ from megalite.verify.plan import Plan, VerifyOptions, plan
 def main() -> int:
     """Read and check the configuration, and only then load torch and compare."""
     cli.show_help(sys.argv, __doc__, {"comparison": VerifyOptions} | cli.run_groups())
-    launch = cli.detect_launch()
+    launch = cli.detect_launch_or_exit()
     try:
         planned = plan(sys.argv[1:], launch)
     except ConfigError as error:

@@ -6,7 +6,7 @@ import torch
 from megalite.config.run import RunConfig
 from megalite.data.architectures import DATA_OF
 from megalite.data.indexed import DatasetError
-from megalite.data.sampler import Loader
+from megalite.data.loader import Loader
 from megalite.models.batch import Microbatch
 from megalite.parallel.collectives import all_reduce
 from megalite.training.prefetch import Prefetcher

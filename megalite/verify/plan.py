@@ -62,7 +62,7 @@ def plan(argv: list[str], launch: LaunchInfo) -> Plan:
         fix = "--work-folder FOLDER, one that every rank can write to"
         problems.append(Problem(message, fix))
     # The chosen layout.
-    asked = cli.build(own.config, flags, problems)
+    asked = cli.build_config(own.config, flags, problems)
     real_data = "data_path" in flags or "train_data_path" in flags
     config = _one_step(asked, real_data=real_data, shrinks=own.shrink)
     if config.data.mock_data and config.model.vocab_size is None:

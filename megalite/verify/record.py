@@ -217,7 +217,7 @@ def _batches(config: RunConfig, model) -> GlobalBatches:
     data = config.data
     samples = {"train": data.global_batch_size}
     seed = config.training.seed
-    sources = build_sources(data, config.model, seed, samples=samples, bert=config.bert)
+    sources = build_sources(data, config.model, seed, sample_counts=samples, bert=config.bert)
     dataset = blended(sources["train"])
     # Samples that are padded differ in length already.
     if not data.mock_data or DATA_OF[config.model.architecture].pads:

@@ -23,7 +23,7 @@ NORMS = [0.8987106051144641, 1.0676984899391448, 0.8472981549960408, 0.841583697
 
 def continue_on_rank(launch, load: str, metrics_file: str, layout: list[str]) -> None:
     flags = [*FLAGS, *layout, "--load", load, "--metrics-file", metrics_file]
-    config = cli.read(flags)
+    config = cli.read_config(flags)
     assert validate.check(config, launch.world_size) == []
     pretrain(validate.resolve(config, launch.world_size), launch)
 

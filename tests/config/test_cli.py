@@ -25,7 +25,7 @@ SOUND = ["--mock-data", "--vocab-size", "512", "--train-iters", "10"]
 
 
 def test_no_flags_give_the_defaults():
-    assert cli.read([]) == RunConfig()
+    assert cli.read_config([]) == RunConfig()
 
 
 @pytest.mark.parametrize("key", list(options()))
@@ -44,7 +44,7 @@ def test_each_flag_sets_its_field_and_no_other(key):
         else:
             argvs = [[spelling, str(value)], [f"{spelling}={value}"]]
         for argv in argvs:
-            assert to_flat(cli.read(argv)) == to_flat(RunConfig()) | {key: value}, argv
+            assert to_flat(cli.read_config(argv)) == to_flat(RunConfig()) | {key: value}, argv
 
 
 def test_every_field_of_every_dataclass_is_an_option():
@@ -58,7 +58,7 @@ def test_every_field_of_every_dataclass_is_an_option():
 
 def test_the_last_of_several_wins():
     argv = "--tp 2 --tensor-model-parallel-size=4 --sp --no-sequence-parallel --lr 1 --lr 2e-4"
-    config = cli.read(argv.split())
+    config = cli.read_config(argv.split())
     assert (config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel) == (
         4,
         False,
@@ -68,14 +68,14 @@ def test_the_last_of_several_wins():
 
 def test_switches_have_one_natural_opposite():
     for argv, value in (("--no-load-optim", True), ("--no-load-optim --load-optim", False)):
-        assert cli.read(argv.split()).checkpoint.no_load_optim is value
-    assert cli.read(["--exit-signal-handler"]) == RunConfig()
-    assert not cli.read(["--no-exit-signal-handler"]).training.exit_signal_handler
+        assert cli.read_config(argv.split()).checkpoint.no_load_optim is value
+    assert cli.read_config(["--exit-signal-handler"]) == RunConfig()
+    assert not cli.read_config(["--no-exit-signal-handler"]).training.exit_signal_handler
     assert "--no-load-optim" in problems_of("--no-no-load-optim")[0]
 
 
 def test_values_may_begin_with_a_dash_or_be_joined():
-    config = cli.read(["--lr", "-1", "--save=--odd", "--seed=-3"])
+    config = cli.read_config(["--lr", "-1", "--save=--odd", "--seed=-3"])
     assert (config.optimizer.lr, config.checkpoint.save, config.training.seed) == (
         -1.0,
         "--odd",
@@ -221,14 +221,14 @@ def test_world_size_checks_a_layout_and_exits(capsys):
 def test_a_preset_stands_between_the_defaults_and_what_is_given(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("preset: bert-large\nnum_layers: 3\n")
-    model = cli.read(["--config", str(file), "--hidden-size", "512"]).model
+    model = cli.read_config(["--config", str(file), "--hidden-size", "512"]).model
     assert (model.num_layers, model.hidden_size, model.num_attention_heads, model.gelu) == (
         3,
         512,
         16,
         "erf",
     )
-    assert cli.read(["--preset", "gpt2-xl"]).model.hidden_size == 1600
+    assert cli.read_config(["--preset", "gpt2-xl"]).model.hidden_size == 1600
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_a_preset_stands_between_the_defaults_and_what_is_given(tmp_path):
 )
 def test_a_program_trains_its_own_model_only(argv, program, message, fix):
     with pytest.raises(ConfigError) as error:
-        cli.read(argv.split(), program)
+        cli.read_config(argv.split(), program)
     (problem,) = error.value.problems
     assert message in problem.message and fix in problem.fix
 
@@ -299,7 +299,7 @@ def test_print_config_prints_a_file_for_config(capsys, tmp_path):
         assert end.value.code == 0
         text = capsys.readouterr().out
         resolved = cli.parse_and_check(argv[:-1], launch=launch(0, 8))
-        assert cli.read(["--config", write(tmp_path, text)]) == resolved
+        assert cli.read_config(["--config", write(tmp_path, text)]) == resolved
     with pytest.raises(SystemExit):
         cli.parse_and_check(argv, launch=launch(1, 8))
     assert capsys.readouterr().out == ""

@@ -233,7 +233,7 @@ def test_a_number_below_its_range(key):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_none(key, value):
     problems = validate.check(from_flat(SOUND | {key: value}), 1)
-    assert [p.flags for p in problems] == [(key,)]
+    assert [p.keys for p in problems] == [(key,)]
 
 
 @pytest.mark.parametrize(
@@ -247,11 +247,11 @@ def test_a_fraction_must_be_below_one(key):
 def test_no_combination_of_senseless_numbers_crashes():
     for pair in itertools.combinations(NUMBERS, 2):
         problems = validate.check(from_flat(SOUND | dict.fromkeys(pair, 0)), 3)
-        reported = {flag for p in problems for flag in p.flags}
+        reported = {flag for p in problems for flag in p.keys}
         must = {
             key
             for key in pair
-            if any(p.flags == (key,) for p in validate.out_of_range(from_flat({key: 0})))
+            if any(p.keys == (key,) for p in validate.out_of_range(from_flat({key: 0})))
         }
         assert must <= reported
 

@@ -16,7 +16,7 @@ def test_a_file_with_either_spelling(tmp_path):
         tmp_path,
         "num-layers: 3\nhidden_size: 64\ntp: 2\nsp: true\nlr: 1e-4\nmin-lr: 0\nsave: null\n",
     )
-    config = cli.read(["--config", file])
+    config = cli.read_config(["--config", file])
     changed = dict(
         num_layers=3,
         hidden_size=64,
@@ -35,14 +35,14 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
     )
     argv = f"--num-layers 4 --no-swiglu --config={file} --load-optim"
     argv += " --save unset --save-interval unset"
-    assert to_flat(cli.read(argv.split())) == to_flat(RunConfig()) | {"num_layers": 4}
+    assert to_flat(cli.read_config(argv.split())) == to_flat(RunConfig()) | {"num_layers": 4}
 
 
 def test_the_whole_configuration_survives_a_file(tmp_path):
     odd = {key: another_value(option) for key, option in options().items()}
     odd = from_flat(odd | {"lr": 1 / 3, "save": "null", "preset": "bert-base"})
     for config in (RunConfig(), odd):
-        assert cli.read(["--config", write(tmp_path, to_yaml(config))]) == config
+        assert cli.read_config(["--config", write(tmp_path, to_yaml(config))]) == config
         assert from_flat(to_flat(config)) == config
         assert list(yaml.safe_load(to_yaml(config))) == list(options())
 
@@ -88,7 +88,7 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "directory" in problems_of("--config", str(tmp_path))[0]
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
     assert "not UTF-8" in problems_of("--config", str(tmp_path / "binary"))[0]
-    assert cli.read(["--config", write(tmp_path, "# nothing\n")]) == RunConfig()
+    assert cli.read_config(["--config", write(tmp_path, "# nothing\n")]) == RunConfig()
 
 
 def test_from_flat_raises_with_every_problem():
@@ -153,7 +153,7 @@ def test_what_yaml_reads_otherwise_than_it_looks_is_a_mistake(tmp_path, text, wo
     ],
 )
 def test_what_is_clear_is_read(tmp_path, text, value):
-    config = cli.read(["--config", write(tmp_path, text)])
+    config = cli.read_config(["--config", write(tmp_path, text)])
     assert to_flat(config)[text.partition(":")[0]] == value
 
 
@@ -172,7 +172,7 @@ def test_texts_that_look_like_something_else_survive_a_file(tmp_path):
         "#x",
     ):
         config = from_flat({"save": text, "profile_ranks": [text, text]})
-        assert cli.read(["--config", write(tmp_path, to_yaml(config))]) == config
+        assert cli.read_config(["--config", write(tmp_path, to_yaml(config))]) == config
 
 
 def test_the_configuration_of_a_checkpoint():

@@ -80,7 +80,7 @@ def real(**changes) -> RunConfig:
 def problems_of(*argv: str) -> list[str]:
     """The problems of a command line."""
     with pytest.raises(ConfigError) as caught:
-        cli.read(list(argv))
+        cli.read_config(list(argv))
     return [f"{p.message} | {p.fix}" for p in caught.value.problems]
 
 

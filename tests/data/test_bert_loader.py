@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megalite.data.indexed import DatasetError, IndexedDataset
-from megalite.data.sampler import BertLoader, first_sample
+from megalite.data.loader import BertLoader, first_sample
 from megalite.preprocess.indexed_writer import IndexedWriter
 from tests.data.bert_samples import CORPORA, SPECIAL, bert, dataset_of, digest
 

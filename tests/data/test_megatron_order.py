@@ -140,7 +140,7 @@ def test_every_token_is_seen_once_an_epoch(tmp_path):
         writer.finish()
     epoch = (tokens - 1) // s
     part = SplitData(IndexedDataset(tmp_path / "data"), "train", "1")
-    dataset = MegatronOrderDataset(part, s, seed=1, samples=epoch)
+    dataset = MegatronOrderDataset(part, s, seed=1, num_samples=epoch)
     assert len(dataset) == epoch
     seen = np.concatenate([dataset[i][:-1] for i in range(epoch)])
     assert len(seen) == epoch * s > tokens - 1 - s
@@ -150,15 +150,15 @@ def test_every_token_is_seen_once_an_epoch(tmp_path):
 def test_unsupported_splits_seeds_and_samples_are_refused(prefix):
     indexed = IndexedDataset(prefix)
     with pytest.raises(DatasetError, match="split 'test' has .* tokens but needs at least"):
-        MegatronOrderDataset(SplitData(indexed, "test", "969,30,1"), 512, seed=1, samples=5)
+        MegatronOrderDataset(SplitData(indexed, "test", "969,30,1"), 512, seed=1, num_samples=5)
     train = SplitData(indexed, "train", "1")
-    dataset = MegatronOrderDataset(train, 16, seed=1, samples=5, vocab_size=100)
+    dataset = MegatronOrderDataset(train, 16, seed=1, num_samples=5, vocab_size=100)
     with pytest.raises(DatasetError, match="the vocabulary has 100 entries"):
         dataset[0]
     with pytest.raises(IndexError, match="has 62"):
         dataset[len(dataset)]
     with pytest.raises(DatasetError, match="--seed below 2.32"):
-        MegatronOrderDataset(train, 16, seed=2**32, samples=5)
+        MegatronOrderDataset(train, 16, seed=2**32, num_samples=5)
     for text in ("1e3,1", "1/2,1/2"):  # Megatron-core reads the numbers 1, 3, 1 and 1, 2, 1, 2
         with pytest.raises(DatasetError, match="plain numbers"):
             split_sequences(text, 5)
@@ -190,6 +190,6 @@ def test_a_checkpoint_knows_how_many_epochs_its_order_was_made_for(prefix):
     samples = []
     for count in (epoch // 2, epoch, epoch * 3):
         part = SplitData(IndexedDataset(prefix), "train", "1")
-        dataset = MegatronOrderDataset(part, s, seed=1, samples=count)
+        dataset = MegatronOrderDataset(part, s, seed=1, num_samples=count)
         samples.append([dataset[i].tolist() for i in range(epoch // 2)])
     assert samples[0] == samples[1] != samples[2]

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megalite.config.estimate import estimate_stages, model_parameters
 from megalite.config.validate import resolve
 from megalite.data.build import blended, build_sources
-from megalite.data.sampler import BertLoader
+from megalite.data.loader import BertLoader
 from megalite.data.tokenizers import build_tokenizer
 from megalite.models.batch import Microbatch
 from megalite.models.bert import Bert

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megalite.data.sampler import documents
+from megalite.data.loader import documents
 from megalite.models.batch import Microbatch
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rng import CounterBasedRng

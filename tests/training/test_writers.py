@@ -284,7 +284,7 @@ def test_a_run_that_was_replaced_ends_soon(tmp_path, monkeypatch):
         model.register_forward_pre_hook(replace_at_step_3)
         return model
 
-    config = validate.resolve(cli.read([*MODEL, *map(str, resumable(tmp_path))]), 1)
+    config = validate.resolve(cli.read_config([*MODEL, *map(str, resumable(tmp_path))]), 1)
     with pytest.raises(CheckpointError, match="c now belongs to another run"):
         pretrain(config, ALONE, build_replaced)
     assert [iteration for iteration, _ in logged(tmp_path, "loss")] == [1, 2]

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from megalite.data.sampler import BatchLoader
+from megalite.data.loader import GPTLoader
 from megalite.models.gpt import GPT
 from megalite.nn import linear
 from megalite.parallel.boxes import Box
@@ -138,23 +138,23 @@ def record_with_tied_copies_apart(launch, config, folder):
 
 def record_with_swapped_microbatches(launch, config, folder):
     """Data rank 1 takes its microbatches 0 and 1 in swapped order."""
-    sound = BatchLoader.batch
+    sound = GPTLoader.batch
 
     def swapped(self, consumed, i):
         return sound(self, consumed, {0: 1, 1: 0}.get(i, i) if self.data_rank == 1 else i)
 
-    with patched(BatchLoader, "batch", swapped):
+    with patched(GPTLoader, "batch", swapped):
         record(launch, config, folder)
 
 
 def record_without_loss_mask(launch, config, folder):
-    sound = BatchLoader.batch
+    sound = GPTLoader.batch
 
     def unmasked(self, consumed, i):
         batch = sound(self, consumed, i)
         return batch | {"loss_mask": np.ones_like(batch["loss_mask"])}
 
-    with patched(BatchLoader, "batch", unmasked):
+    with patched(GPTLoader, "batch", unmasked):
         record(launch, config, folder)
 
 
@@ -347,11 +347,11 @@ def test_the_tool_ends_with_status_1_where_numbers_differ(tmp_path):
     program.write_text(
         "import sys\n"
         "from megalite.programs import verify_layouts\n"
-        "from megalite.data.sampler import BatchLoader\n"
-        "sound = BatchLoader.batch\n"
+        "from megalite.data.loader import GPTLoader\n"
+        "sound = GPTLoader.batch\n"
         "def shifted(self, consumed, i):\n"
         "    return sound(self, consumed + self.data_rank, i)\n"
-        "BatchLoader.batch = shifted\n"
+        "GPTLoader.batch = shifted\n"
         "if __name__ == '__main__':\n"
         "    sys.exit(verify_layouts.main())\n"
     )

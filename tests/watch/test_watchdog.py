@@ -37,7 +37,7 @@ MODEL = """
 def train_in_trouble(launch, trouble: str, flags: list[str], folder: str = ".") -> str:
     """A training on a rank of the pool."""
     os.chdir(folder)
-    config = validate.resolve(cli.read([*MODEL, *flags]), launch.world_size)
+    config = validate.resolve(cli.read_config([*MODEL, *flags]), launch.world_size)
     pretrain(config, launch, troubled(trouble))
     return "trained"
 

@@ -82,10 +82,10 @@ def data_has_sentences(config: RunConfig, world_size: int) -> Iterator[Finding]:
 
     for key, prefix, indexed in datasets_of(config):
         short = short_splits(config, key, indexed, count_documents, least=least)
-        for split, count, offers in short:
+        for split, count, fixes in short:
             yield Finding(
                 f"documents of {prefix} for {split}: {count}, but {why}",
-                *offers,
+                *fixes,
                 "more data",
                 also=("split",),
             )

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megalite.config.rules.disk import MAKE_DATA, neighbours, without_remedy
+from megalite.config.rules.disk import MAKE_DATA, neighbours, without_fix
 from megalite.config.rules.finding import Finding, Rule, flag_of, wanted_splits, without_evaluation
 from megalite.config.run import RunConfig
 from megalite.data.gpt import SPLITS, split_documents
@@ -12,7 +12,7 @@ from megalite.data.indexed import DatasetError, DatasetInfo, IndexedDataset
 from megalite.data.sources import parse_sources
 from megalite.system.errors import broken_link
 
-SPLIT_OFFERS = ("90,10,0", "80,20,0", "50,50,0")
+SUGGESTED_SPLITS = ("90,10,0", "80,20,0", "50,50,0")
 """Values of --split that are offered where a split is too small."""
 
 
@@ -62,7 +62,7 @@ def data_files_are_sound(config: RunConfig, world_size: int) -> Iterator[Finding
             try:
                 read(prefix)
             except (DatasetError, OSError) as error:
-                yield Finding(f"{flag_of(key)} {prefix}: {without_remedy(error)}", MAKE_DATA)
+                yield Finding(f"{flag_of(key)} {prefix}: {without_fix(error)}", MAKE_DATA)
 
 
 def _similar(config: RunConfig, key: str, prefix: str) -> Iterator[dict[str, tuple[str, ...]]]:
@@ -100,7 +100,7 @@ def short_splits(
     measure: Callable[[IndexedDataset, int, int], int],
     least: int,
 ) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
-    """(split, its size, what may help) for each split that the run reads from the dataset of field
+    """(split, its size, possible fixes) for each split that the run reads from the dataset of field
     `key` and that is smaller than `least`.
 
     `measure(indexed, first, end)` is the size of some documents.
@@ -122,13 +122,13 @@ def short_splits(
         given = config.data.words_of(split)[1]
         if given is not getattr(config.data, key) or found[split] >= least:
             continue
-        offers = []
-        for shares in SPLIT_OFFERS:
-            if divided and not offers and min(map(sizes(shares).get, wanted)) >= least:
-                offers = [{"split": shares}]
+        fixes = []
+        for shares in SUGGESTED_SPLITS:
+            if divided and not fixes and min(map(sizes(shares).get, wanted)) >= least:
+                fixes = [{"split": shares}]
         if split == "valid":
-            offers.append(without_evaluation())
-        yield split, found[split], offers
+            fixes.append(without_evaluation())
+        yield split, found[split], fixes
 
 
 DATA_RULES: tuple[Rule, ...] = (data_files_are_sound, splits_are_apart)

@@ -1,4 +1,5 @@
-"""What rules on files share: paths, folder listings, wording. Imports no torch."""
+"""Helpers of the rules that read files (files.py, data.py, bert.py, gpt.py, tokenizer.py): paths,
+folder listings, wording. No rule is here. Imports no torch."""
 
 import difflib
 import os
@@ -12,8 +13,8 @@ SHOWN_NAMES = 5
 """Names listed when a file is not there."""
 
 
-def without_remedy(error: Exception) -> str:
-    """The message of a dataset's error without the remedy that MAKE_DATA offers as the fix."""
+def without_fix(error: Exception) -> str:
+    """The message of a dataset's error without the fix that MAKE_DATA names in its place."""
     return error_message(error).removesuffix(f". {REMAKE}")
 
 

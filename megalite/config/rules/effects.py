@@ -43,16 +43,16 @@ def nothing_is_ignored(config: RunConfig, world_size: int) -> Iterator[Finding]:
     foreign, why = IDLE_FOR[config.model.architecture]
     found = [(foreign, why, None)]
     for section in (_other_values, _layout_and_model, _training, _checkpoint, _data):
-        for keys, why, remedy in section(config):
-            found.append(([key for key in keys if key not in foreign], why, remedy))
-    for keys, why, remedy in found:
+        for keys, why, fix in section(config):
+            found.append(([key for key in keys if key not in foreign], why, fix))
+    for keys, why, fix in found:
         for key in keys:
             option = options()[key]
             if flat[key] != option.default:
                 message = f"{option.setting(flat[key])} has no effect {why}"
-                remedies = [remedy] if remedy else []
-                others = remedy if isinstance(remedy, dict) else ()
-                yield Finding(message, *remedies, {key: option.default}, also=tuple(others))
+                fixes = [fix] if fix else []
+                others = fix if isinstance(fix, dict) else ()
+                yield Finding(message, *fixes, {key: option.default}, also=tuple(others))
 
 
 def _other_values(config: RunConfig) -> Iterator[Idle]:
@@ -61,17 +61,17 @@ def _other_values(config: RunConfig) -> Iterator[Idle]:
     for keys, other, value in NEEDS_VALUE:
         if flat[other] != value:
             yield keys, f"without {options()[other].setting(value)}", {other: value}
-    for keys, other, remedy in NEEDS_ANY:
+    for keys, other, fix in NEEDS_ANY:
         if flat[other] is None:
-            yield keys, f"without {options()[other].flag}", remedy
+            yield keys, f"without {options()[other].flag}", fix
 
 
 def _layout_and_model(config: RunConfig) -> Iterator[Idle]:
     p = config.parallel
     m = config.model
     if p.pipeline_model_parallel_size == 1:
-        remedy = {"pipeline_model_parallel_size": 2}
-        yield ("pipeline_schedule",), "with one pipeline stage", remedy
+        fix = {"pipeline_model_parallel_size": 2}
+        yield ("pipeline_schedule",), "with one pipeline stage", fix
     if p.hang_timeout >= 60 * p.distributed_timeout_minutes:
         why = "since --distributed-timeout-minutes ends the run earlier"
         yield ("hang_timeout",), why, {"distributed_timeout_minutes": 60.0}
@@ -84,29 +84,29 @@ def _layout_and_model(config: RunConfig) -> Iterator[Idle]:
     if m.swiglu and not config.head_cost.dense:  # a dense layer in the head has its own GELU
         yield ("gelu",), "with --swiglu", {"swiglu": False}
     if m.position_embedding_type == "none":
-        remedy = {"position_embedding_type": "learned_absolute"}
-        yield ("reset_position_ids",), "with --position-embedding-type none", remedy
+        fix = {"position_embedding_type": "learned_absolute"}
+        yield ("reset_position_ids",), "with --position-embedding-type none", fix
     if "full" not in (config.recompute.granularity, config.recompute.recompute_granularity):
         keys = ("recompute_method", "recompute_num_layers")
-        remedy = {"recompute_granularity": "full"}
-        yield keys, "without --recompute-granularity full", remedy
+        fix = {"recompute_granularity": "full"}
+        yield keys, "without --recompute-granularity full", fix
 
 
 def _training(config: RunConfig) -> Iterator[Idle]:
     t = config.training
     o = config.optimizer
-    remedy = {"lr_decay_style": "cosine"}
+    fix = {"lr_decay_style": "cosine"}
     if o.lr_decay_style == "constant":
-        yield ("min_lr", "lr_decay_iters"), "with --lr-decay-style constant", remedy
+        yield ("min_lr", "lr_decay_iters"), "with --lr-decay-style constant", fix
     if o.lr_decay_style == "inverse-square-root":
         why = "with --lr-decay-style inverse-square-root, which has no end"
-        yield ("lr_decay_iters",), why, remedy
+        yield ("lr_decay_iters",), why, fix
     if not o.lr_warmup_iters and not o.lr_warmup_fraction:
         yield ("lr_warmup_init",), "without a warm-up", {"lr_warmup_iters": 10}
     if o.weight_decay_incr_style == "constant":
         keys = ("start_weight_decay", "end_weight_decay")
-        remedy = {"weight_decay_incr_style": "linear"}
-        yield keys, "with --weight-decay-incr-style constant", remedy
+        fix = {"weight_decay_incr_style": "linear"}
+        yield keys, "with --weight-decay-incr-style constant", fix
     else:
         why = "with --weight-decay-incr-style linear or cosine"
         yield ("weight_decay",), why, {"weight_decay_incr_style": "constant"}
@@ -135,7 +135,7 @@ def _checkpoint(config: RunConfig) -> Iterator[Idle]:
 def _data(config: RunConfig) -> Iterator[Idle]:
     d = config.data
     kind = d.tokenizer_type
-    remedy = "--tokenizer-type of the data, and its files"
+    fix = "--tokenizer-type of the data, and its files"
     # The tokenizer. Its files work with the kinds that are made of them.
     for key in ("tokenizer_model", "vocab_file", "merge_file"):
         kinds = [other for other, files in TOKENIZER_FILES.items() if key in files]
@@ -148,10 +148,10 @@ def _data(config: RunConfig) -> Iterator[Idle]:
         yield ("tiktoken_pattern",), why, "--tokenizer-type TikTokenizer and its file"
     if kind in (None, *NO_SPECIAL_TEXTS):
         why = "without a --tokenizer-type whose special tokens a text can contain"
-        yield ("parse_special_tokens",), why, remedy
+        yield ("parse_special_tokens",), why, fix
     if kind is None:
         why = "without a tokenizer that defines which token ends a document"
-        yield NEEDS_EOD, why, remedy
+        yield NEEDS_EOD, why, fix
     # The datasets.
     if d.mock_data:
         yield ("split",), "with --mock-data, which is generated for each split", None
@@ -162,5 +162,13 @@ def _data(config: RunConfig) -> Iterator[Idle]:
         why = "with --train-data-path and --valid-data-path, which name all that is read"
         yield ("data_path", "split"), why, None
     if "valid" not in wanted_splits(config):
-        remedy = example_of("eval_interval") | example_of("eval_iters")
-        yield ("valid_data_path",), "without evaluation", remedy
+        fix = example_of("eval_interval") | example_of("eval_iters")
+        yield ("valid_data_path",), "without evaluation", fix
+
+
+def replicas_exist(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """--check-replicas compares ranks: the one effect that depends on the number of ranks."""
+    interval = config.training.check_replicas
+    if interval is not None and world_size == 1:
+        message = f"--check-replicas {interval} has no effect with one rank"
+        yield Finding(message, {"check_replicas": None}, {"world_size": 2})

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megalite.checkpoint.folder import (
+    CONFIG_FILE,
     STATE_FILE,
     CheckpointError,
     checkpoint_folder,
@@ -62,8 +63,8 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
         yield Finding(message, *each("ckpt_step", steps))
     elif c.ckpt_step is None and latest not in stored:
         why = unreadable or f"the latest iteration, {latest}, is not there"
-        offer = {"ckpt_step": stored[-1]} if stored else "--load another folder"
-        yield Finding(f"--load {c.load}: {why}", offer, also=("ckpt_step",))
+        fix = {"ckpt_step": stored[-1]} if stored else "--load another folder"
+        yield Finding(f"--load {c.load}: {why}", fix, also=("ckpt_step",))
 
 
 def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -120,7 +121,7 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
             return
         samples = iterations(config, world_size) * global_batch(config, world_size)
         seed = config.training.seed
-        now = data_state(config.data, config.model, seed, samples=samples, bert=config.bert)
+        now = data_state(config.data, config.model, seed, num_samples=samples, bert=config.bert)
         differences = DataState.from_json(stored).differences(now)
     except (DatasetError, OSError, ValueError, KeyError, TypeError):
         return  # other rules, or loading, say what is wrong
@@ -140,7 +141,7 @@ def _checkpoint_to_load(config: RunConfig) -> tuple[Path | None, RunConfig | Non
     try:
         folder = None if c.load is None else folder_to_load(c.load, c.ckpt_step)
         if folder is not None:
-            return folder, read_config(folder)
+            return folder, read_stored_config(folder)
     except (CheckpointError, OSError, ValueError):
         pass
     return None, None
@@ -153,9 +154,9 @@ def folder_to_load(load: str, step: int | None) -> Path | None:
     return None if iteration is None else checkpoint_folder(load, iteration)
 
 
-def read_config(folder: Path) -> RunConfig:
+def read_stored_config(folder: Path) -> RunConfig:
     """The configuration that a checkpoint was made with. Raises OSError or ValueError."""
-    return config_of_checkpoint((folder / "config.yaml").read_text())
+    return config_of_checkpoint((folder / CONFIG_FILE).read_text())
 
 
 def checkpoints_stay_apart(config: RunConfig, world_size: int) -> Iterator[Finding]:

@@ -11,21 +11,21 @@ from megalite.config.run import RunConfig, options
 
 
 class Finding:
-    """What a rule found: a Problem whose fix is still to be chosen.
+    """What a rule found: a Problem whose fixes are still to be tried.
 
     Args:
         message: what is wrong.
-        candidates: changes of fields that may help, best first (world_size: the number of ranks),
-            or advice in words.
+        fixes: possible fixes, best first: changes of fields (world_size: the number of ranks), or
+            advice in words.
         also: fields that the rule looked at and that may have a senseless value, beside those whose
             flags are in the message.
     """
 
-    def __init__(self, message: str, *candidates: dict[str, Any] | str, also: tuple[str, ...] = ()):
+    def __init__(self, message: str, *fixes: dict[str, Any] | str, also: tuple[str, ...] = ()):
         self.message = message
-        self.candidates = candidates
+        self.fixes = fixes
         flags = re.findall("--[a-z0-9-]+", message)
-        self.flags = (*filter(None, map(_keys_by_flag().get, flags)), *also)
+        self.keys = (*filter(None, map(_keys_by_flag().get, flags)), *also)
 
 
 Rule = Callable[[RunConfig, int], Iterable[Finding]]
@@ -57,7 +57,7 @@ def without_evaluation() -> dict[str, Any]:
 
 
 def each(key: str, values: Iterable[Any]) -> list[dict[str, Any]]:
-    """A candidate for each value of one field."""
+    """A possible fix for each value of one field."""
     return [{key: value} for value in values]
 
 

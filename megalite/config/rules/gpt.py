@@ -30,14 +30,14 @@ def data_fills_splits(config: RunConfig, world_size: int) -> Iterator[Finding]:
     for key, prefix, indexed in datasets_of(config):
         if not indexed.contiguous:
             continue  # only reading all of the index would tell, as building it does
-        for split, tokens, offers in short_splits(config, key, indexed, count_tokens, least=needed):
+        for split, tokens, fixes in short_splits(config, key, indexed, count_tokens, least=needed):
             share = f"all {split} samples have"
             if key == "data_path":
                 share = f"--split {config.data.split} gives {split}"
             yield Finding(
                 f"{share} {tokens} tokens of {prefix} ({indexed.num_documents} documents), "
                 f"but a sample needs --seq-length + 1 = {needed}",
-                *offers,
+                *fixes,
                 *each("seq_length", [length for length in LENGTHS if length < tokens]),
                 "more data",
             )

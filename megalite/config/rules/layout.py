@@ -149,16 +149,8 @@ def backend_fits_device(config: RunConfig, world_size: int) -> Iterator[Finding]
         )
 
 
-def replicas_exist(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """--check-replicas compares ranks."""
-    interval = config.training.check_replicas
-    if interval is not None and world_size == 1:
-        message = f"--check-replicas {interval} has no effect with one rank"
-        yield Finding(message, {"check_replicas": None}, {"world_size": 2})
-
-
 def _tensor_sizes(config: RunConfig, shared: int) -> list[dict[str, int]]:
-    """Candidates for the tensor-parallel size that divide `shared`, no larger than now."""
+    """Possible fixes: tensor-parallel sizes that divide `shared`, no larger than now."""
     sizes = divisors(shared, config.parallel.tensor_model_parallel_size)
     return each("tensor_model_parallel_size", sizes)
 
@@ -173,5 +165,4 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     stages_hold_layers,
     ranks_fill_layout,
     backend_fits_device,
-    replicas_exist,
 )

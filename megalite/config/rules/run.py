@@ -198,13 +198,13 @@ def batch_divides(config: RunConfig, world_size: int) -> Iterator[Finding]:
     unit = micro * dp
     if batch is None or batch % unit == 0:
         return
-    offers = each("global_batch_size", multiples(unit, batch))
+    fixes = each("global_batch_size", multiples(unit, batch))
     if batch % dp == 0:
-        offers += each("micro_batch_size", divisors(batch // dp, micro))
+        fixes += each("micro_batch_size", divisors(batch // dp, micro))
     yield Finding(
         f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro} "
         f"x data-parallel size {dp} = {unit}",
-        *offers,
+        *fixes,
     )
 
 
@@ -225,13 +225,13 @@ def data_has_one_source(config: RunConfig, world_size: int) -> Iterator[Finding]
         if d.words_of(split)[1] is None:
             flag = f"--{split}-data-path"
             message = f"no data for {split} samples: neither {flag} nor --data-path is given"
-            offers = [without_evaluation()] if split == "valid" else []
-            yield Finding(message, f"{flag} PREFIX", *offers)
+            fixes = [without_evaluation()] if split == "valid" else []
+            yield Finding(message, f"{flag} PREFIX", *fixes)
     for key, words in given.items():
         if d.mock_data:
-            offers = [{"mock_data": False}] if len(given) == 1 else []
+            fixes = [{"mock_data": False}] if len(given) == 1 else []
             message = f"{flag_of(key)} {' '.join(words)} and --mock-data are both given"
-            yield Finding(message, *offers, {key: None})
+            yield Finding(message, *fixes, {key: None})
         try:
             parse_sources(words, flag_of(key))
         except DatasetError as error:

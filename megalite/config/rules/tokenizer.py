@@ -55,11 +55,11 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
     try:
         tokenizer = build_tokenizer(config)
     except (TokenizerError, OSError) as error:
-        offers = [f"{flag_of(field)} FILE" for field in files]
+        fixes = [f"{flag_of(field)} FILE" for field in files]
         if config.data.tokenizer_type == "TikTokenizer":
-            offers.append("--tiktoken-pattern NAME")
-        offers.append("another --tokenizer-type")
-        yield Finding(error_message(error), *offers, also=("tiktoken_pattern",))
+            fixes.append("--tiktoken-pattern NAME")
+        fixes.append("another --tokenizer-type")
+        yield Finding(error_message(error), *fixes, also=("tiktoken_pattern",))
         return
     if tokenizer is None:
         return

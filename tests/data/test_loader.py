@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from megalite.data.loader import GPTLoader, documents, first_sample
 from megalite.data.mock import MockDataset
-from megalite.data.sampler import BatchLoader, documents, first_sample
 
 
 class Numbered:
@@ -18,7 +18,7 @@ def rows(dataset, micro_batch_size, data_size, consumed, global_batch):
     """A global batch by sample index, read by all data-parallel ranks."""
     found = {}
     for rank in range(data_size):
-        loader = BatchLoader(dataset, micro_batch_size, data_size, rank)
+        loader = GPTLoader(dataset, micro_batch_size, data_size, rank)
         for microbatch in range(global_batch // (micro_batch_size * data_size)):
             batch = loader.batch(consumed, microbatch)
             first = first_sample(consumed, microbatch, micro_batch_size, data_size, rank)
@@ -50,14 +50,14 @@ def test_the_map_of_samples_to_ranks():
 
 
 def test_types_and_masks():
-    batch = BatchLoader(MockDataset(50, 16, 0, "train"), 3, 1, 0).batch(0, 0)
+    batch = GPTLoader(MockDataset(50, 16, 0, "train"), 3, 1, 0).batch(0, 0)
     assert {key: (value.dtype.name, value.shape) for key, value in batch.items()} == {
         "tokens": ("int64", (3, 16)),
         "labels": ("int64", (3, 16)),
         "loss_mask": ("float32", (3, 16)),
     }
     assert all(value.flags.c_contiguous for value in batch.values()) and batch["loss_mask"].all()
-    batch = BatchLoader(Numbered(), 2, 1, 0, eod=2, eod_mask_loss=True).batch(0, 0)
+    batch = GPTLoader(Numbered(), 2, 1, 0, eod=2, eod_mask_loss=True).batch(0, 0)
     assert batch["loss_mask"].tolist() == [[1, 1, 0, 1], [1, 0, 1, 1]]
 
 
@@ -85,7 +85,7 @@ def test_positions_restart_after_the_end_of_a_document():
 )
 def test_requested_arrays_are_in_the_batch(requested):
     rows = np.array([(*row, 1) for row in ROWS])
-    loader = BatchLoader(
+    loader = GPTLoader(
         rows,
         2,
         1,
@@ -106,7 +106,7 @@ def test_requested_arrays_are_in_the_batch(requested):
 @pytest.mark.parametrize("flag", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])
 def test_documents_without_an_end_are_refused(flag):
     with pytest.raises(ValueError, match="give eod"):
-        BatchLoader(Numbered(), 1, 1, 0, **{flag: True})
+        GPTLoader(Numbered(), 1, 1, 0, **{flag: True})
 
 
 @pytest.mark.parametrize(
@@ -114,4 +114,4 @@ def test_documents_without_an_end_are_refused(flag):
 )
 def test_impossible_ranks_are_refused(micro_batch_size, data_size, data_rank):
     with pytest.raises(ValueError, match=f"rank {data_rank} of {data_size}"):
-        BatchLoader(Numbered(), micro_batch_size, data_size, data_rank)
+        GPTLoader(Numbered(), micro_batch_size, data_size, data_rank)

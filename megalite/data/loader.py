@@ -62,7 +62,7 @@ class Loader:
 
 
 @dataclass(eq=False)
-class BatchLoader(Loader):
+class GPTLoader(Loader):
     """Microbatches of samples of s + 1 tokens, int64.
 
     Raises ValueError for sizes that make no batches, and when an option needs `eod`.
