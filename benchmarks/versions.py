@@ -51,14 +51,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12, help="iterations of a run, at least 3")
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("flags", nargs="*", help="flags of both runs, after --")
-    options = parser.parse_args()
+    arguments = sys.argv[1:]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_args(arguments[:end])
+    flags = arguments[end + 1 :]
     ratios = []
     for index in range(options.rounds):
         checkouts = [HERE, options.other.resolve()]
         seconds = {}
         for checkout in checkouts if index % 2 == 0 else reversed(checkouts):
-            seconds[checkout] = median_step(checkout, options.steps, options.ranks, options.flags)
+            seconds[checkout] = median_step(checkout, options.steps, options.ranks, flags)
         here, other = (seconds[checkout] for checkout in checkouts)
         ratios.append(other / here)
         print(f"round {index + 1}: here {here:.3f} s, other {other:.3f} s a step", flush=True)
