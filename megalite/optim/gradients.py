@@ -1,6 +1,7 @@
 """The gradient buffer: one flat tensor that gradients accumulate in, are summed over ranks in, and
 are clipped in."""
 
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -48,7 +49,12 @@ class GradientBuffer:
         dtypes = {parameter.dtype for parameter in parameters.values()}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.flat = torch.zeros(self.layout.total, dtype=dtype, device=context.device)
-        self.weight_gradients = WeightGradients(self._complete if self.overlap else None)
+        # The hooks of parameters must not keep the buffer alive, and with it the groups: torch
+        # holds them where Python's collector of reference cycles does not look.
+        complete = weakref.WeakMethod(self._complete)
+        self.weight_gradients = WeightGradients(
+            (lambda parameter: complete()(parameter)) if self.overlap else None
+        )
         for name, parameter in parameters.items():
             self.weight_gradients.attach(parameter, self.view(name, self.flat))
 
