@@ -24,6 +24,8 @@ class LossScale:
     steps_without_overflow: int = 0
     overflows_left: int = 1
     """Overflows until it is halved."""
+    overflows: int = 0
+    """Steps that overflowed, in all."""
 
     @classmethod
     def from_config(cls, config: OptimizerConfig) -> "LossScale":
@@ -50,6 +52,7 @@ class LossScale:
         if not self.window:
             return
         if overflowed:
+            self.overflows += 1
             self.steps_without_overflow = 0
             self.overflows_left -= 1
             if self.overflows_left <= 0:
@@ -66,7 +69,8 @@ class LossScale:
         if not self.window:
             return {}
         stored = asdict(self)
-        return {key: stored[key] for key in ("value", "steps_without_overflow", "overflows_left")}
+        keys = ("value", "steps_without_overflow", "overflows_left", "overflows")
+        return {key: stored[key] for key in keys}
 
     def restore(self, state: dict[str, float]) -> None:
         """Continue from what `state` gave. A scale that is or was constant starts by its flags."""
@@ -74,3 +78,4 @@ class LossScale:
             self.value = max(state["value"], self.smallest)
             self.steps_without_overflow = int(state["steps_without_overflow"])
             self.overflows_left = int(state["overflows_left"])
+            self.overflows = int(state["overflows"])

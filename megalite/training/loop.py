@@ -74,8 +74,6 @@ class Trainer:
     """When rank 0 last checked its lease."""
     replicas_equal_at: int | None = None
     """The iteration after which replicas were last found equal."""
-    skipped_steps: int = 0
-    """Steps of this run in which the gradient overflowed."""
     saved_at: int = 0
     """The iteration of the last checkpoint."""
 
@@ -236,8 +234,8 @@ class Trainer:
         no number in JSON."""
         numbers = {} if update.skipped else {"grad_norm": update.gradient_norm}
         if self.config.optimizer.chosen_precision == "fp16":
-            self.skipped_steps += int(update.skipped)
-            numbers |= {"loss_scale": update.loss_scale, "skipped_steps": self.skipped_steps}
+            skipped = self.components.optimizer.loss_scale.overflows
+            numbers |= {"loss_scale": update.loss_scale, "skipped_steps": skipped}
         return numbers
 
     def _check_lease(self) -> None:
