@@ -21,6 +21,7 @@ from megalite.config.rules.run import RUN_RULES
 from megalite.config.rules.tokenizer import build_tokenizer, files_of
 from megalite.config.run import RunConfig, options, to_flat, with_values
 from megalite.models.presets import preset
+from megalite.optim.schedule import warmup_iterations
 
 PURE_RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *RUN_RULES, nothing_is_ignored, replicas_exist)
 """Rules of every architecture that read no file."""
@@ -148,7 +149,7 @@ def fill_in(config: RunConfig, world_size: int) -> RunConfig:
         if o.lr_decay_style != "inverse-square-root":
             values["lr_decay_iters"] = decay
     if o.lr_warmup_fraction is not None:
-        values["lr_warmup_iters"] = round(o.lr_warmup_fraction * decay)
+        values["lr_warmup_iters"] = warmup_iterations(o, decay)
         values["lr_warmup_fraction"] = None
     filled = with_values(config, values)
     return replace(filled, model=config.model.filled())

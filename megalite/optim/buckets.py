@@ -53,6 +53,8 @@ class BucketLayout:
         self.offsets: dict[str, int] = {}
         """Where each parameter begins in the flat buffer."""
         self.buckets: list[Bucket] = []
+        self.bucket_of: dict[str, int] = {}
+        """The index of each parameter's bucket."""
         self.total = 0
         """Elements of the flat buffer, padding included."""
         open_buckets: dict[tuple[str, ...], list[str]] = {}
@@ -76,6 +78,7 @@ class BucketLayout:
             self.offsets[name] = self.total
             self.total += _round_up(sizes[name], alignment)
         self.total = start + _round_up(self.total - start, self.shards * alignment)
+        self.bucket_of |= dict.fromkeys(names, len(self.buckets))
         self.buckets.append(Bucket(tuple(names), start, self.total, sums))
 
     def owned(self, parameters: Mapping[str, torch.nn.Parameter], index: int) -> dict:

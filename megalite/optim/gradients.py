@@ -107,8 +107,8 @@ class GradientBuffer:
     def _complete(self, parameter: Parameter) -> None:
         if not self._is_last_backward:
             return
-        for incomplete in self._incomplete:
-            incomplete.discard(parameter.spec.name)
+        name = parameter.spec.name
+        self._incomplete[self.layout.bucket_of[name]].discard(name)
         while len(self._reducing) < len(self._incomplete):
             if self._incomplete[len(self._reducing)]:
                 break
@@ -132,8 +132,9 @@ class GradientBuffer:
         though the data ranks of the two stages sum different buffers.
         """
         self._is_last_backward = False
-        if not self.sharded and not self._reducing:
-            all_reduce(self.flat, self.context.data)  # in one call: nothing can overlap any more
+        # By the flags alone: all data ranks must call the same, whatever their backwards reached.
+        if not self.sharded and not self.overlap:
+            all_reduce(self.flat, self.context.data)
         else:
             while len(self._reducing) < len(self.layout.buckets):
                 self._start_next()
@@ -141,9 +142,13 @@ class GradientBuffer:
                 handle.wait()
             self._reducing = []
         for bucket in self.layout.buckets:
-            first, last = bucket.shard(self.shard_index, self.layout.shards)
             for group in self._groups(bucket):
-                all_reduce(self.flat[first:last], group)
+                all_reduce(self._own_shard(bucket), group)
+
+    def _own_shard(self, bucket: Bucket) -> torch.Tensor:
+        """What this rank has the sums of in a bucket: all of it, or its shard."""
+        first, last = bucket.shard(self.shard_index, self.layout.shards)
+        return self.flat[first:last]
 
     def _groups(self, bucket: Bucket) -> list[Group]:
         """Whom a bucket is summed with, beside the data ranks."""
@@ -180,5 +185,4 @@ class GradientBuffer:
         factor /= loss_scale
         if factor != 1:
             for bucket in self.layout.buckets:
-                first, last = bucket.shard(self.shard_index, self.layout.shards)
-                self.flat[first:last].mul_(factor)
+                self._own_shard(bucket).mul_(factor)

@@ -1,9 +1,12 @@
 """The factor that the loss is multiplied by before the backward, so that small gradients do not
 vanish in fp16 (Micikevicius et al. 2018). Pure arithmetic, no torch."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from megalite.optim.config import OptimizerConfig
+
+STORED = ("value", "steps_without_overflow", "overflows_left", "overflows")
+"""Attributes of an adapting loss scale that a checkpoint stores."""
 
 
 @dataclass
@@ -66,16 +69,11 @@ class LossScale:
 
     def state(self) -> dict[str, float]:
         """What a checkpoint stores: nothing of a constant scale."""
-        if not self.window:
-            return {}
-        stored = asdict(self)
-        keys = ("value", "steps_without_overflow", "overflows_left", "overflows")
-        return {key: stored[key] for key in keys}
+        return {key: getattr(self, key) for key in STORED} if self.window else {}
 
     def restore(self, state: dict[str, float]) -> None:
         """Continue from what `state` gave. A scale that is or was constant starts by its flags."""
         if self.window and state:
-            self.value = max(state["value"], self.smallest)
-            self.steps_without_overflow = int(state["steps_without_overflow"])
-            self.overflows_left = int(state["overflows_left"])
-            self.overflows = int(state["overflows"])
+            for key in STORED:
+                setattr(self, key, state[key])
+            self.value = max(self.value, self.smallest)

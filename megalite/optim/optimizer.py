@@ -50,9 +50,8 @@ class Optimizer:
         context: ParallelContext,
         config: OptimizerConfig,
         train_iters: int,
-        parallel: ParallelConfig | None = None,
+        parallel: ParallelConfig,
     ):
-        parallel = parallel or ParallelConfig()
         self.config = config
         self.train_iters = train_iters
         self.parameters = parameters

@@ -22,9 +22,6 @@ class ParameterBuffer:
         parameters = gradients.parameters
         (dtype,) = {parameter.dtype for parameter in parameters.values()}
         self.flat = torch.zeros(self._layout.total, dtype=dtype, device=gradients.flat.device)
-        self._bucket_of = {}
-        for index, bucket in enumerate(self._layout.buckets):
-            self._bucket_of |= dict.fromkeys(bucket.names, index)
         for name, parameter in parameters.items():
             view = gradients.view(name, self.flat)
             view.copy_(parameter.detach())
@@ -46,6 +43,7 @@ class ParameterBuffer:
         """Block until these parameters have arrived; None: all."""
         buckets = list(self._gathering)
         if names is not None:
-            buckets = sorted({self._bucket_of[name] for name in names} & self._gathering.keys())
+            wanted = {self._layout.bucket_of[name] for name in names}
+            buckets = sorted(wanted & self._gathering.keys())
         for index in buckets:
             self._gathering.pop(index).wait()

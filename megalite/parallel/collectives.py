@@ -159,9 +159,8 @@ def reduce_to_shard(tensor: torch.Tensor, group: Group):
     """Sum a flat tensor [n] over the ranks, in place and for this rank's shard of it only.
 
     The rest of the tensor is left undefined. Returns a handle: do not touch the tensor before its
-    `wait()`. n must be divisible by the group's size.
-
-    gloo's own reduce-scatter takes several times as long as an all-to-all and a sum from 4 MiB on.
+    `wait()`. n must be divisible by the group's size. On gloo it is an all-to-all and a sum in the
+    order of the ranks.
     """
     if group.size == 1:
         return DONE
