@@ -103,6 +103,15 @@ def column(name: str, *values: float) -> Check:
     return check
 
 
+def reported(name: str) -> Check:
+    """The metrics have this quantity for every iteration, and had not."""
+
+    def check(before: Run, after: Run):
+        assert len(after.column(name)) == len(after.iterations) and not before.column(name)
+
+    return check
+
+
 def same_losses(before: Run, after: Run) -> None:
     assert after.losses == near(before.losses)
 

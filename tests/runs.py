@@ -27,6 +27,7 @@ from megalite.config.yaml_file import to_yaml
 from megalite.data.indexed import DatasetInfo
 from megalite.data.loader import GPTLoader
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece
+from megalite.optim.bad_steps import BadSteps
 from megalite.optim.loss_scale import LossScale
 from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import DeviceError
@@ -299,6 +300,26 @@ def loss_scales(bench: Bench, flags: dict, ranks: int) -> list[float]:
         scale.update(overflowed=step < 4)
         scales.append(scale.value)
     return scales
+
+
+def bad_steps(bench: Bench, flags: dict, ranks: int) -> str:
+    """What happens to a good step, and to those after it without a finite gradient, until the run
+    stops."""
+    judge = BadSteps(sound(flags, ranks, bench.new_folder()).optimizer)
+    happened = ["skip" if judge.judge(1.0) else "go"]
+    while not judge.are_too_many:
+        assert judge.judge(float("nan"))
+        happened.append("stop" if judge.are_too_many else "skip")
+    return " ".join(happened)
+
+
+def outlying_steps(bench: Bench, flags: dict, ranks: int) -> str:
+    """What happens to steps with 2 and 3 times the usual gradient norm, and to one with none that
+    is finite."""
+    judge = BadSteps(sound(flags, ranks, bench.new_folder()).optimizer)
+    for _ in range(10):
+        judge.judge(1.0)
+    return " ".join("skip" if judge.judge(norm) else "go" for norm in (2.0, 3.0, float("inf")))
 
 
 def order_of_passes(bench: Bench, flags: dict, ranks: int) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megalite.data.build import blended, build_sources
-from megalite.optim.schedule import learning_rate
+from megalite.optim.schedule import Schedule
 from megalite.training.batches import build_batches
 from megalite.training.build import build_components, build_context
 from megalite.verify.compare import Rounding
@@ -155,7 +155,8 @@ def expected(
         params, shape, *batch_for_oracle(shape, 0, packing), dropout=dropout
     )
     config = configuration(Layout("any", shape=shape))
-    rates = [learning_rate(i + 1, config.optimizer, STEPS) for i in range(STEPS)]
+    schedule = Schedule(config.optimizer, STEPS)
+    rates = [schedule.learning_rate(i + 1) for i in range(STEPS)]
     batches = [batch_for_oracle(shape, step, packing) for step in range(STEPS)]
     trained = oracle.train(
         params, shape, batches, rates, weight_decay=0.1, max_norm=0.5, dropout=dropout

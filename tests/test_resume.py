@@ -19,6 +19,7 @@ from megalite.data.blend import Blend
 from megalite.preprocess.indexed_writer import IndexedWriter
 from megalite.training.build import build_model
 from megalite.training.pretrain import pretrain
+from tests.pool import RanksFailed
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = """
@@ -33,6 +34,8 @@ SHARDED = """
 
 FP16 = "--fp16 --initial-loss-scale 1e9 --loss-scale-window 2".split()
 """The scale falls at first, and rises again."""
+RAMP = "--rampup-batch-size 4 2 40".split()
+"""Batches of 4 for 5 iterations, then of 6 for 4, then of 8."""
 
 
 def pretrain_on_rank(launch, flags: list[str]) -> str:
@@ -42,6 +45,24 @@ def pretrain_on_rank(launch, flags: list[str]) -> str:
     with redirect_stdout(io.StringIO()) as printed:
         pretrain(validate.resolve(config, launch.world_size), launch)
     return printed.getvalue()
+
+
+def pretrain_until_killed(launch, flags: list[str]) -> None:
+    """A run whose rank 3 is killed in the middle of the step with sample 44."""
+
+    def building(*arguments):
+        model = build_model(*arguments)
+        if launch.rank == 3:
+            model.register_forward_pre_hook(kill_at_sample_44)
+        return model
+
+    config = cli.read_config([*MODEL, *flags])
+    pretrain(validate.resolve(config, launch.world_size), launch, building)
+
+
+def kill_at_sample_44(module, inputs) -> None:
+    if inputs[1].samples[0] >= 44:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def train(pool, ranks: int, *flags) -> str:
@@ -187,32 +208,36 @@ def kill_after_first_line(flags: list, metrics: Path, delay: float) -> None:
     run.communicate()
 
 
-@pytest.mark.parametrize(
-    ("scheme", "precision"),
-    [("global", [*SHARDED, *FP16]), ("megatron", ["--bf16"])],
-    ids=["global", "megatron"],
-)
-def test_eight_ranks_stop_and_resume_bit_exactly(pool, tmp_path, scheme, precision):
-    """dp=2 x tp=2 x pp=2 with sequence parallelism and dropout, in bf16, and in fp16 with a sharded
-    optimizer: undisturbed, and stopped in the middle."""
-    layout = [
-        *EIGHT_RANKS,
-        "--recompute-granularity",
-        "selective",
-        "--rng-scheme",
-        scheme,
-        *precision,
-    ]
+def test_eight_ranks_stop_and_resume_bit_exactly(pool, tmp_path):
+    """dp=2 x tp=2 x pp=2 with sequence parallelism, recompute and dropout in bf16: undisturbed, and
+    stopped in the middle."""
+    layout = [*EIGHT_RANKS, "--recompute-granularity", "selective", "--bf16"]
+    layout += ["--rng-scheme", "megatron"]
     train(pool, 8, *layout, "--metrics-file", tmp_path / "whole.jsonl")
     train(pool, 8, *layout, *resumable(tmp_path), "--exit-interval", "7")
     train(pool, 8, *layout, *resumable(tmp_path))
     assert curve(tmp_path / "m.jsonl") == curve(tmp_path / "whole.jsonl")
 
 
+def test_eight_ranks_are_killed_and_resume_bit_exactly(pool, tmp_path):
+    """A sharded optimizer with overlap, in fp16, while the batch size grows: undisturbed, and
+    resumed after rank 3 was killed in iteration 10, from what was saved at iteration 8."""
+    layout = [*EIGHT_RANKS, *SHARDED, *FP16, *RAMP]
+    train(pool, 8, *layout, "--metrics-file", tmp_path / "whole.jsonl")
+    whole = curve(tmp_path / "whole.jsonl")
+    sizes = [row["global_batch_size"] for row in whole if "loss" in row]
+    assert sizes == 5 * [4] + 4 * [6] + 3 * [8]
+    flags = [*layout, *resumable(tmp_path), "--save-interval", "4"]
+    with pytest.raises(RanksFailed, match="rank 3 was killed by SIGKILL"):
+        pool.run(pretrain_until_killed, 8, list(map(str, flags)), timeout=120)
+    train(pool, 8, *flags)
+    assert curve(tmp_path / "m.jsonl") == whole
+
+
 def test_resuming_in_another_layout_continues_the_same_curve(pool, tmp_path):
     """Weights, optimizer and data position are read into any layout, and dropout drops the same: 8
     ranks, one process and pp=2 make one run."""
-    exact = ["--precision", "fp64"]
+    exact = ["--precision", "fp64", *RAMP]
     train(pool, 1, *exact, "--metrics-file", tmp_path / "whole.jsonl")
     train(pool, 8, *EIGHT_RANKS, *SHARDED, *exact, *resumable(tmp_path), "--exit-interval", "4")
     said = train(pool, 1, *exact, *resumable(tmp_path), "--exit-interval", "8")

@@ -14,6 +14,7 @@ from megalite.checkpoint.config import CheckpointConfig
 from megalite.config.options import Option, nearest, options_of
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.training import TrainingConfig
+from megalite.data.batch_sizes import BatchSizes
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import DataConfig
 from megalite.fields import Field
@@ -21,6 +22,7 @@ from megalite.models.cost import HeadCost
 from megalite.models.presets import preset
 from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.optim.config import OptimizerConfig
+from megalite.optim.schedule import Schedule
 from megalite.parallel.config import ParallelConfig
 
 
@@ -51,6 +53,18 @@ class RunConfig:
     def predicted(self) -> float:
         """Share of a sequence's tokens that the output layer is computed for."""
         return self.head_cost.predicted
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Sizes of the global batches of a resolved configuration."""
+        return BatchSizes.from_words(self.data.global_batch_size, self.data.rampup_batch_size)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Schedules of learning rate and weight decay of a resolved configuration."""
+        iterations = self.training.train_iters
+        samples = self.batch_sizes.consumed_after(iterations)
+        return Schedule.of_run(self.optimizer, iterations=iterations, samples=samples)
 
 
 def _gpt_head(bert: BertDataConfig) -> HeadCost:

@@ -46,7 +46,11 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
     batch = config.data.global_batch_size
     count = microbatches(config, world_size)
     iterations = config.training.train_iters
-    samples = batch * iterations
+    sizes = config.batch_sizes
+    samples = sizes.consumed_after(iterations)
+    ramp = ""
+    if sizes.start is not None:
+        ramp = f", from {sizes.start} in steps of {sizes.increment} over {sizes.samples} sequences"
     # The command line that makes the configuration.
     flags = [_setting(key, value) for key, value in chosen(config, world_size).items()]
     rows = {
@@ -63,7 +67,7 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
             f"{_short(most.activation_bytes)}B of activations"
         ),
         "global batch": (
-            f"{batch} sequences of {m.seq_length} tokens, "
+            f"{batch} sequences of {m.seq_length} tokens{ramp}; "
             f"{config.data.micro_batch_size} a microbatch"
         ),
         "microbatches": (
@@ -119,14 +123,16 @@ def _model(config: RunConfig) -> str:
 def _learning_rate(config: RunConfig) -> str:
     o = config.optimizer
     text = f"{o.lr:g}"
-    if o.lr_warmup_iters:
-        text += f" after {o.lr_warmup_iters} iterations of warm-up"
+    plan = config.schedule
+    unit = "sequence" if o.counts_samples else "iteration"
+    if plan.warmup:
+        text += f" after {plan.warmup} {unit}s of warm-up"
     if o.lr_decay_style == "constant":
         text += ", constant"
     elif o.lr_decay_style == "inverse-square-root":
         text += f", inverse-square-root, at least {o.lowest_lr:g}"
     else:
-        text += f", {o.lr_decay_style} to {o.lowest_lr:g} at iteration {o.lr_decay_iters}"
+        text += f", {o.lr_decay_style} to {o.lowest_lr:g} at {unit} {plan.decay}"
     return f"{text} ({o.optimizer})"
 
 

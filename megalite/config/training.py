@@ -14,7 +14,9 @@ class TrainingConfig:
     train_iters: Annotated[int | None, Field(minimum=1, example=1000)] = None
     """Optimizer steps to train for."""
     train_samples: Annotated[int | None, Field(minimum=1)] = None
-    """Sequences to train on, in place of --train-iters; a multiple of the global batch size."""
+    """Sequences to train on, in place of --train-iters; whole global batches."""
+    train_tokens: Annotated[int | None, Field(minimum=1)] = None
+    """Tokens to train on, in place of --train-iters; rounded up to whole global batches."""
     eval_interval: Annotated[int, Field(minimum=0)] = 1000
     """Iterations between evaluations on the validation split, 0 = off."""
     eval_iters: Annotated[int, Field(minimum=0)] = 100

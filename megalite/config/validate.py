@@ -14,14 +14,13 @@ from megalite.config.problem import Problem
 from megalite.config.rules.bert import BERT_FILE_RULES, BERT_RULES
 from megalite.config.rules.effects import nothing_is_ignored, replicas_exist
 from megalite.config.rules.files import FILE_RULES
-from megalite.config.rules.finding import Finding, Rule, global_batch, iterations
+from megalite.config.rules.finding import Finding, Rule, global_batch, iterations, schedule
 from megalite.config.rules.gpt import GPT_FILE_RULES, GPT_RULES
 from megalite.config.rules.layout import LAYOUT_RULES
 from megalite.config.rules.run import RUN_RULES
 from megalite.config.rules.tokenizer import build_tokenizer, files_of
 from megalite.config.run import RunConfig, options, to_flat, with_values
 from megalite.models.presets import preset
-from megalite.optim.schedule import warmup_iterations
 
 PURE_RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *RUN_RULES, nothing_is_ignored, replicas_exist)
 """Rules of every architecture that read no file."""
@@ -117,8 +116,8 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     tokenizer. Paths of the tokenizer's files become absolute. Resolving it again changes nothing.
 
     Short forms are replaced by what they stand for (bf16 and fp16 -> precision,
-    recompute_activations -> recompute_granularity, lr_warmup_fraction -> lr_warmup_iters,
-    train_samples -> train_iters, kept beside it).
+    recompute_activations -> recompute_granularity, lr_warmup_fraction -> lr_warmup_iters or
+    lr_warmup_samples; train_samples and train_tokens -> train_iters, kept beside them).
     """
     size = config.model.vocab_size
     if size is None:
@@ -133,7 +132,8 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
 def fill_in(config: RunConfig, world_size: int) -> RunConfig:
     """`resolve`, without the tokenizer."""
     o = config.optimizer
-    steps = iterations(config, world_size)
+    unit = "samples" if o.counts_samples else "iters"
+    plan = schedule(config, world_size)
     values = {
         "recompute_granularity": config.recompute.granularity,
         "recompute_activations": False,
@@ -141,15 +141,14 @@ def fill_in(config: RunConfig, world_size: int) -> RunConfig:
         "bf16": False,
         "fp16": False,
         "global_batch_size": global_batch(config, world_size),
-        "train_iters": steps,
+        "train_iters": iterations(config, world_size),
     }
-    decay = o.lr_decay_iters or steps
     if o.lr_decay_style != "constant":
         values["min_lr"] = o.lowest_lr
         if o.lr_decay_style != "inverse-square-root":
-            values["lr_decay_iters"] = decay
+            values[f"lr_decay_{unit}"] = plan.decay
     if o.lr_warmup_fraction is not None:
-        values["lr_warmup_iters"] = warmup_iterations(o, decay)
+        values[f"lr_warmup_{unit}"] = plan.warmup
         values["lr_warmup_fraction"] = None
     filled = with_values(config, values)
     return replace(filled, model=config.model.filled())

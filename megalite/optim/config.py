@@ -37,16 +37,22 @@ class OptimizerConfig:
     """Shape of the decay from --lr to --min-lr. WSD: --lr, and a decay at the end."""
     lr_decay_iters: Annotated[int | None, Field(minimum=1)] = None
     """Iteration at which --min-lr is reached, warm-up included. Unset: --train-iters."""
+    lr_decay_samples: Annotated[int | None, Field(minimum=1)] = None
+    """Consumed sequences at which --min-lr is reached, in place of --lr-decay-iters."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """Shape of the decay of WSD."""
     lr_wsd_decay_iters: Annotated[int | None, Field(minimum=1)] = None
     """Iterations of the decay of WSD, the last ones before --lr-decay-iters."""
+    lr_wsd_decay_samples: Annotated[int | None, Field(minimum=1)] = None
+    """Sequences of the decay of WSD, the last ones before --lr-decay-samples."""
     lr_warmup_init: Annotated[float, Field(minimum=0)] = 0.0
     """Learning rate that the warm-up starts from."""
     lr_warmup_iters: Annotated[int, Field(minimum=0)] = 0
     """Iterations of linear warm-up from --lr-warmup-init to --lr."""
+    lr_warmup_samples: Annotated[int | None, Field(minimum=0)] = None
+    """Sequences of linear warm-up, in place of --lr-warmup-iters."""
     lr_warmup_fraction: Annotated[float | None, Field(minimum=0, below=1)] = None
-    """Warm-up as a fraction of the decay iterations, in place of --lr-warmup-iters."""
+    """Warm-up as a fraction of the decay's iterations or samples, in place of --lr-warmup-iters."""
     weight_decay: Annotated[float, Field(minimum=0)] = 0.01
     """Weight decay; biases and norms are left out. Decoupled in adam (AdamW), added to the gradient
     in sgd."""
@@ -67,6 +73,24 @@ class OptimizerConfig:
     """Momentum of SGD."""
     clip_grad: Annotated[float, Field(minimum=0)] = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0 = off."""
+    max_bad_steps: Annotated[int, Field(minimum=0)] = 0
+    """Bad steps in a row that are skipped before the run stops. A step is bad if its loss or
+    gradient is not finite."""
+    skip_grad_norm_above: Annotated[float | None, Field(above=1)] = None
+    """A step is also bad if its gradient norm is above this many times the median of the last 100
+    good steps; from the 11th good step on."""
+    log_params_norm: Annotated[bool, Field(changes_numbers=False)] = False
+    """Report the L2 norm of all weights after each step."""
+    log_num_zeros_in_grad: Annotated[bool, Field(changes_numbers=False)] = False
+    """Report how many elements of each step's gradient are 0."""
+    log_norms_per_layer: Annotated[bool, Field(changes_numbers=False)] = False
+    """Report the L2 norms of gradient and weights of each layer, but not on the console."""
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether the schedules count samples, not iterations."""
+        samples = (self.lr_decay_samples, self.lr_warmup_samples, self.lr_wsd_decay_samples)
+        return any(count is not None for count in samples)
 
     @property
     def lowest_lr(self) -> float:

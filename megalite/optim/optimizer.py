@@ -2,24 +2,21 @@
 model is in half precision."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import Parameter
 
 from megalite.nn.parameter import HALF_PRECISIONS
+from megalite.optim.bad_steps import BadSteps
 from megalite.optim.config import OptimizerConfig
 from megalite.optim.gradients import GradientBuffer
 from megalite.optim.loss_scale import LossScale
 from megalite.optim.parameters import ParameterBuffer
-from megalite.optim.schedule import learning_rate, weight_decay
+from megalite.optim.schedule import Schedule
+from megalite.optim.statistics import Statistics
 from megalite.parallel.config import ParallelConfig
 from megalite.parallel.context import ParallelContext
-from megalite.system.errors import ReportedError
-
-
-class NonFiniteGradient(ReportedError, RuntimeError):
-    """The gradient is inf or NaN; the weights were left as they are."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +27,14 @@ class StepResult:
     """Global norm, before clipping."""
     learning_rate: float
     skipped: bool = False
-    """Whether the weights were left as they are, because the scaled gradients overflowed (fp16)."""
+    """Whether the weights were left as they are, because the scaled gradients overflowed (fp16) or
+    the step is bad."""
+    bad: str = ""
+    """Why the step is bad; "" if it is not."""
     loss_scale: float = 1.0
     """What the loss was multiplied by before the backward; 1 unless the precision is fp16."""
+    statistics: dict[str, float] = field(default_factory=dict)
+    """What --log-params-norm and the like ask for, by the names of the metrics file."""
 
 
 class Optimizer:
@@ -49,14 +51,16 @@ class Optimizer:
         parameters: dict[str, Parameter],
         context: ParallelContext,
         config: OptimizerConfig,
-        train_iters: int,
+        schedule: Schedule,
         parallel: ParallelConfig,
     ):
         self.config = config
-        self.train_iters = train_iters
+        self.schedule = schedule
         self.parameters = parameters
         self.loss_scale = LossScale.from_config(config)
+        self.bad_steps = BadSteps(config)
         self.gradients = GradientBuffer(parameters, context, parallel)
+        self.statistics = Statistics(self.gradients, config)
         self.ranges = self.gradients.ranges
         self.overlaps_gather = parallel.overlap_param_gather
         self.parameter_buffer = ParameterBuffer(self.gradients) if self.gradients.sharded else None
@@ -79,33 +83,29 @@ class Optimizer:
             self.inner = torch.optim.SGD(groups, lr=config.lr, momentum=momentum, fused=True)
 
     @torch.no_grad()
-    def step(self, iteration: int) -> StepResult:
-        """Reduce and clip the gradients of iteration `iteration`, counted from 1, and update the
-        weights.
+    def step(self, position: int) -> StepResult:
+        """Reduce and clip the gradients of the step that ends at a position of the schedule, and
+        update the weights.
 
-        Collective over all ranks. A gradient that is not finite is skipped while the loss scale can
-        fall; otherwise raises NonFiniteGradient, on every rank and before any weight is changed.
+        Collective over all ranks. The weights stay as they are, on every rank alike, if the
+        gradient overflowed and the loss scale can fall, or if the step is bad.
         """
         # Sum the gradients over ranks, and look at them before anything changes.
         scale = self.loss_scale.value
         self.gradients.reduce()
         norm = self.gradients.norm() / scale
-        rate = learning_rate(iteration, self.config, self.train_iters)
+        rate = self.schedule.learning_rate(position)
         overflowed = not norm < float("inf")  # NaN compares as False
         if overflowed and self.loss_scale.can_fall:
             self.loss_scale.update(overflowed=True)
             return StepResult(norm, learning_rate=rate, skipped=True, loss_scale=scale)
-        if overflowed:
-            scaled = f" at a loss scale of {scale:g}" if scale != 1 else ""
-            smaller = "a smaller --loss-scale or --min-loss-scale, " if scale != 1 else ""
-            raise NonFiniteGradient(
-                f"the gradient norm of iteration {iteration} is {norm}{scaled}; the weights are "
-                f"unchanged. Resume from the last checkpoint, or start again, with {smaller}"
-                "a lower --lr, a longer --lr-warmup-iters, or --precision fp32."
-            )
+        bad = self.bad_steps.judge(norm)
+        if bad:
+            return StepResult(norm, learning_rate=rate, skipped=True, bad=bad, loss_scale=scale)
         self.loss_scale.update(overflowed=False)
+        statistics = self.statistics.of_gradients(scale)
         self.gradients.clip(norm, self.config.clip_grad, scale)
-        decay = weight_decay(iteration, self.config, self.train_iters)
+        decay = self.schedule.weight_decay(position)
         for group in self.inner.param_groups:
             group["lr"] = rate
             group["weight_decay"] = decay if group["decays"] else 0.0
@@ -124,7 +124,8 @@ class Optimizer:
             self.parameter_buffer.start_gathering()
             if not self.overlaps_gather:
                 self.parameter_buffer.wait()
-        return StepResult(gradient_norm=norm, learning_rate=rate, loss_scale=scale)
+        statistics |= self.statistics.of_parameters()
+        return StepResult(norm, learning_rate=rate, loss_scale=scale, statistics=statistics)
 
     @property
     def is_sharded(self) -> bool:

@@ -26,6 +26,8 @@ class _Run:
     """[k], of the terms of the loss."""
     losses: Tensor
     """[k], weighted, of the microbatches so far; zeros before the last stage."""
+    losses_of: dict[int, Tensor] = field(default_factory=dict)
+    """[k], weighted, by microbatch; on the last stage."""
     in_flight: dict[int, tuple[Tensor | None, Tensor | GradientEdge]] = field(default_factory=dict)
     """What is kept of a microbatch between its forward and its backward: the input from the
     previous stage, whose gradient goes back there; and where the backward starts, the loss or the
@@ -60,6 +62,9 @@ class PipelineEngine:
         large, the returned losses do not."""
         self.before_last_backward: Callable[[], None] = lambda: None
         """Called before the last backward of a step: it completes the gradients."""
+        self.losses_of: dict[int, Tensor] = {}
+        """The k weighted terms of the loss of each microbatch in the last pass, [k], by its number;
+        empty on all but the last stage."""
 
     def train_step(self, microbatches: list[Microbatch], loss_weights: LossWeights) -> Tensor:
         """Forward and backward of all microbatches; gradients of `(sums * loss_weights).sum()` are
@@ -103,6 +108,7 @@ class PipelineEngine:
                 with activity.timed("backward"):
                     self._backward(run, step.action)
         self._finish_sending(run)
+        self.losses_of = run.losses_of
         return run.losses
 
     def _post(self, run: _Run, step: Step) -> None:
@@ -162,7 +168,11 @@ class PipelineEngine:
             # Weighted before the backward: gradients of microbatches add up to a global mean.
             losses = output * run.loss_weights.to(output.dtype)
             run.losses = run.losses + losses.detach()
-            output = losses.sum() * self.loss_scale()
+            run.losses_of[action.microbatch] = losses.detach()
+            # A loss that is not finite makes every gradient NaN, so that all ranks see it in the
+            # gradient norm: on its own, a loss of inf may have finite gradients.
+            loss = losses.sum()
+            output = loss * (self.loss_scale() + 0 * loss.detach())
         else:
             # The next stage receives into a tensor of this shape; gloo accepts a smaller message
             # without an error.

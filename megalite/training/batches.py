@@ -5,6 +5,7 @@ import torch
 
 from megalite.config.run import RunConfig
 from megalite.data.architectures import DATA_OF
+from megalite.data.batch_sizes import BatchSizes
 from megalite.data.indexed import DatasetError
 from megalite.data.loader import Loader
 from megalite.models.batch import Microbatch
@@ -18,12 +19,11 @@ class GlobalBatches:
     A stage reads the fields that the model's `inputs` name, where the loader has them.
     """
 
-    def __init__(self, loader: Loader, model, global_batch_size: int):
+    def __init__(self, loader: Loader, model, sizes: BatchSizes):
         self.loader = loader
         self.model = model
         self.context = model.context
-        self.global_batch_size = global_batch_size
-        self.microbatches = global_batch_size // (loader.micro_batch_size * loader.data_size)
+        self.sizes = sizes
         self.fields = model.inputs & loader.fields
         self._arrays = Prefetcher(self._read_arrays)
 
@@ -67,9 +67,11 @@ class GlobalBatches:
 
     def _read_arrays(self, consumed: int) -> list[dict[str, np.ndarray]]:
         """The loader's arrays of each microbatch; a stage without inputs reads nothing."""
+        loader = self.loader
+        count = self.sizes.at(consumed) // (loader.micro_batch_size * loader.data_size)
         if not self.fields:
-            return [{}] * self.microbatches
-        return [self.loader.batch(consumed, i) for i in range(self.microbatches)]
+            return [{}] * count
+        return [loader.batch(consumed, i) for i in range(count)]
 
     def _microbatches(self, consumed: int, arrays: list[dict[str, np.ndarray]]) -> list[Microbatch]:
         """Tensors on the device: of the fields that the stage reads, and the samples' numbers."""
@@ -88,11 +90,10 @@ class GlobalBatches:
 def samples_to_read(config: RunConfig) -> dict[str, int]:
     """How many samples a run reads of each split; for validation, as many as Megatron-LM counts."""
     training = config.training
-    batch_size = config.data.global_batch_size
-    samples = {"train": training.train_iters * batch_size}
+    samples = {"train": config.batch_sizes.consumed_after(training.train_iters)}
     if training.eval_interval and training.eval_iters:
         evaluations = training.train_iters // training.eval_interval + 1
-        samples["valid"] = evaluations * training.eval_iters * batch_size
+        samples["valid"] = evaluations * training.eval_iters * config.data.global_batch_size
     return samples
 
 
@@ -106,4 +107,4 @@ def build_batches(config: RunConfig, dataset, model, eod: int | None = None) -> 
     architecture = DATA_OF[config.model.architecture]
     data = architecture(config.data, config.model, config.training.seed, config.bert)
     loader = data.loader(dataset, data_group.size, data_group.rank, eod=eod)
-    return GlobalBatches(loader, model, config.data.global_batch_size)
+    return GlobalBatches(loader, model, config.batch_sizes)

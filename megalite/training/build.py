@@ -141,7 +141,7 @@ def build_components(
         model.parameters_by_name,
         context,
         config.optimizer,
-        train_iters=config.training.train_iters,
+        schedule=config.schedule,
         parallel=config.parallel,
     )
     engine.before_last_backward = optimizer.gradients.begin_last_backward

@@ -35,7 +35,7 @@ def evaluate(
         for iteration in range(iterations):
             if stop := interrupted():
                 return stop
-            batches = data.read(iteration * data.global_batch_size)
+            batches = data.read(iteration * data.sizes.final)
             sums += components.engine.evaluate(batches, torch.ones_like(sums))
             counts += data.counts(batches)
     finally:

@@ -19,10 +19,11 @@ from megalite.data.classification import Rows, order
 from megalite.models.batch import Microbatch
 from megalite.models.classifier import Classifier
 from megalite.optim.config import OptimizerConfig
-from megalite.optim.optimizer import NonFiniteGradient, decay_groups
-from megalite.optim.schedule import learning_rate
+from megalite.optim.optimizer import decay_groups
+from megalite.optim.schedule import Schedule
 from megalite.parallel.context import ParallelContext
 from megalite.system.errors import error_message
+from megalite.training.bad_steps import BadStepError
 from megalite.training.finetune_config import WEIGHTS_FILE, ClassifierDescription, FinetuneConfig
 from megalite.training.state import load_weights
 
@@ -80,15 +81,16 @@ def finetune(
     """Train, and yield the results of each epoch.
 
     Every epoch has its own random order; its last step may have fewer examples. Raises
-    NonFiniteGradient before such a gradient changes a weight.
+    BadStepError before such a gradient changes a weight.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = decay_groups(zip(trained, trained), config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
     steps = config.epochs * -(-len(train) // config.batch_size)
-    schedule = OptimizerConfig(
+    rates = OptimizerConfig(
         lr=config.lr, lr_decay_style="linear", lr_warmup_fraction=config.warmup_fraction
     )
+    schedule = Schedule(rates, steps + 1)  # 0 only after the last step
     step = 0
     for epoch in range(config.epochs):
         model.train()
@@ -97,7 +99,7 @@ def finetune(
         for first in range(0, len(train), config.batch_size):
             step += 1
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, schedule, steps + 1)  # 0 only after the last step
+                group["lr"] = schedule.learning_rate(step)
 
             # Forward. The sample numbers decide what dropout drops.
             chosen = positions[first : first + config.batch_size]
@@ -111,7 +113,7 @@ def finetune(
             norm = torch.nn.utils.clip_grad_norm_(trained, CLIP_GRAD)
             if not norm.isfinite():
                 reason = f"the gradient norm of step {step} is {norm}; use a lower --lr"
-                raise NonFiniteGradient(reason)
+                raise BadStepError(reason)
             optimizer.step()
             total += loss.item() * len(chosen)
         validation_loss, accuracy = evaluate(model, valid, config.batch_size)

@@ -4,15 +4,18 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 
 import torch
 
 from megalite.checkpoint.fence import Lease
 from megalite.config.run import RunConfig
+from megalite.models.batch import Microbatch
 from megalite.models.cost import flops_per_sequence
 from megalite.optim.optimizer import StepResult
 from megalite.parallel.activity import Activity
 from megalite.parallel.context import ParallelContext
+from megalite.training.bad_steps import describe_bad_step, stop_at_bad_step
 from megalite.training.batches import GlobalBatches
 from megalite.training.build import TrainingComponents
 from megalite.training.evaluate import evaluate
@@ -37,6 +40,8 @@ class TrainStepResult:
     """What one training step gave: the same on every rank, except `seconds`."""
 
     iteration: int
+    batch_size: int
+    """Samples in the global batch."""
     losses: dict[str, float]
     """Mean of each term of the loss over the global batch by name, after their sum under `loss`."""
     update: StepResult
@@ -104,7 +109,6 @@ class Trainer:
     def _step(self, iteration: int) -> TrainStepResult:
         """One optimizer step. Collective over all ranks."""
         training = self.config.training
-        batch_size = self.config.data.global_batch_size
         model = self.components.model
         optimizer = self.components.optimizer
         began = time.perf_counter()
@@ -113,16 +117,20 @@ class Trainer:
 
         # Take this step's microbatches; those of the next one are read while this one computes.
         first = self.progress.consumed_samples
-        next_first = first + batch_size if iteration < training.train_iters else None
+        batch_size = self.train_data.sizes.at(first)
+        end = first + batch_size
         with activity.timed("data"):
-            microbatches, weights = self.train_data.at(first, next_first)
+            then = end if iteration < training.train_iters else None
+            microbatches, weights = self.train_data.at(first, then)
 
         # Accumulate the gradients of all microbatches: the engine runs the pipeline's schedule.
         losses = self.components.engine.train_step(microbatches, weights)
 
         # Sum the gradients over replicas, clip them, and update the weights.
         with activity.timed("optimizer"):
-            update = optimizer.step(iteration)
+            update = optimizer.step(optimizer.schedule.position(iteration, end))
+        if update.bad:
+            self._report_bad_step(iteration, update, microbatches)
 
         # One small all-reduce: time of each phase, terms of the loss, whether any rank has to stop.
         seconds = activity.take_seconds()
@@ -137,11 +145,28 @@ class Trainer:
             phase_seconds[name] = sums[name] / self.context.world_size
 
         self.progress.iteration = iteration
-        self.progress.consumed_samples += batch_size
+        self.progress.consumed_samples = end
         losses = with_total({name: sums[name] for name in model.loss_names})
         stop = self._stop_after(iteration, sums)
         seconds = time.perf_counter() - began
-        return TrainStepResult(iteration, losses, update, seconds, phase_seconds, stop)
+        return TrainStepResult(
+            iteration,
+            batch_size,
+            losses,
+            update=update,
+            seconds=seconds,
+            phase_seconds=phase_seconds,
+            stop=stop,
+        )
+
+    def _report_bad_step(
+        self, iteration: int, update: StepResult, microbatches: list[Microbatch]
+    ) -> None:
+        """Log what is known of a bad step. Raises BadStepError after too many in a row."""
+        where = describe_bad_step(self.components, microbatches)
+        self.log(f"iteration {iteration} | bad step, not applied: {update.bad}; {where}")
+        if self.components.optimizer.bad_steps.are_too_many:
+            stop_at_bad_step(self.config, iteration, update)
 
     def _finish_iteration(self, result: TrainStepResult) -> Stop | None:
         """Check replicas, save and evaluate where it is time. Returns why the run has to stop."""
@@ -204,16 +229,19 @@ class Trainer:
         return _is_due(training.log_interval, iteration) or iteration == training.train_iters
 
     def _report(self, result: TrainStepResult) -> None:
-        """Pass a step's numbers to the writers, and print a line at each --log-interval."""
+        """Pass a step's numbers to the writers, and print a line at each --log-interval. The losses
+        of a bad step may be no numbers in JSON."""
         self._check_lease()
         config = self.config
-        batch_size = config.data.global_batch_size
+        batch_size = result.batch_size
         line = {
             "iteration": result.iteration,
-            **result.losses,
+            **{name: loss for name, loss in result.losses.items() if isfinite(loss)},
             **self._update_numbers(result.update),
+            **result.update.statistics,
             "learning_rate": result.update.learning_rate,
             "consumed_samples": self.progress.consumed_samples,
+            **({"global_batch_size": batch_size} if config.data.rampup_batch_size else {}),
             "step_seconds": result.seconds,
             **result.phase_seconds,
             "tokens_per_second": batch_size * config.model.seq_length / result.seconds,
@@ -230,12 +258,15 @@ class Trainer:
             self.log(training_line(line, result.losses, total, flops=flops, average=average))
 
     def _update_numbers(self, update: StepResult) -> dict[str, float]:
-        """What there is to report of an optimizer step: a skipped one has no norm, which would be
-        no number in JSON."""
+        """What there is to report of an optimizer step: a skipped one has no norm, which may be no
+        number in JSON."""
         numbers = {} if update.skipped else {"grad_norm": update.gradient_norm}
-        if self.config.optimizer.chosen_precision == "fp16":
-            skipped = self.components.optimizer.loss_scale.overflows
-            numbers |= {"loss_scale": update.loss_scale, "skipped_steps": skipped}
+        config = self.config.optimizer
+        if config.chosen_precision == "fp16":
+            numbers["loss_scale"] = update.loss_scale
+        if config.chosen_precision == "fp16" or config.max_bad_steps:
+            optimizer = self.components.optimizer
+            numbers["skipped_steps"] = optimizer.loss_scale.overflows + optimizer.bad_steps.total
         return numbers
 
     def _check_lease(self) -> None:

@@ -85,9 +85,17 @@ def training_line(
     if "grad_norm" in metrics:
         update = f"grad norm {metrics['grad_norm']:.3f}"
     else:
-        update = "the gradient overflowed"
+        update = "skipped"
+    if "params_norm" in metrics:
+        update += f" | params norm {metrics['params_norm']:.3f}"
+    if "zeros_in_grad" in metrics:
+        update += f" | zeros in grad {metrics['zeros_in_grad']}"
     if "loss_scale" in metrics:
-        update += f" | loss scale {metrics['loss_scale']:g}, {metrics['skipped_steps']} skipped"
+        update += f" | loss scale {metrics['loss_scale']:g}"
+    if "skipped_steps" in metrics:
+        update += f" | {metrics['skipped_steps']} steps skipped"
+    if "global_batch_size" in metrics:
+        update += f" | batch {metrics['global_batch_size']}"
     return (
         f"iteration {iteration:>{len(str(total))}}/{total} | {format_losses(losses)} | "
         f"lr {metrics['learning_rate']:.3e} | {update} | "

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from megalite.checkpoint.folder import latest_iteration
-from megalite.config.run import RunConfig
+from megalite.config.run import RunConfig, with_values
 from megalite.config.summary import keep_config, summary_lines
 from megalite.data.build import blended, build_sources, data_state
 from megalite.parallel.collectives import barrier, gather_objects
@@ -127,7 +127,10 @@ def _run(
     batches = {}
     for split, source in sources.items():
         dataset = blended(source, progress.data if split == "train" else None)
-        batches[split] = build_batches(config, dataset, components.model)
+        # Batches of the evaluation have the same size all the time, to be comparable.
+        ramp = config.data.rampup_batch_size if split == "train" else None
+        config_of_split = with_values(config, {"rampup_batch_size": ramp})
+        batches[split] = build_batches(config_of_split, dataset, components.model)
 
     if is_dry_run:
         dry_run(components, batches["train"], progress.consumed_samples, log)

@@ -87,6 +87,7 @@ def save_state(
         "optimizer": config.optimizer.optimizer,
         "optimizer_steps": parts.optimizer.steps,
         "loss_scale": parts.optimizer.loss_scale.state(),
+        "bad_steps": parts.optimizer.bad_steps.state(),
         "data": progress.data.to_json() if progress.data else None,
         "seed": config.training.seed,
         "rng_scheme": config.training.rng_scheme,
@@ -146,6 +147,7 @@ def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: R
     parts.optimizer.set_steps(checkpoint.state["optimizer_steps"])
     # Older checkpoints have none.
     parts.optimizer.loss_scale.restore(checkpoint.state.get("loss_scale", {}))
+    parts.optimizer.bad_steps.restore(checkpoint.state.get("bad_steps", {}))
 
 
 def _load_master(checkpoint: Checkpoint, parts: TrainingComponents) -> None:
@@ -192,17 +194,22 @@ def load_state(parts: TrainingComponents, config: RunConfig) -> Progress:
 
 
 def _refuse_part_iterations(checkpoint: Checkpoint, progress: Progress, config: RunConfig) -> None:
-    """Raise CheckpointError when --train-samples are not whole iterations, since the batch size has
-    changed on the way."""
-    samples = config.training.train_samples
-    batch = config.data.global_batch_size
+    """Raise CheckpointError when --train-samples or --train-tokens are not the iterations that were
+    computed from them, since the batch size has changed on the way."""
+    training = config.training
+    samples = training.train_samples
+    given = f"--train-samples {samples}"
+    if samples is None and training.train_tokens is not None:
+        samples = -(-training.train_tokens // config.model.seq_length)
+        given = f"--train-tokens {training.train_tokens}"
+    sizes = config.batch_sizes
     consumed = progress.consumed_samples
-    if samples and consumed != progress.iteration * batch:
-        iterations = progress.iteration + (samples - consumed) // batch
+    if samples and consumed != sizes.consumed_after(progress.iteration):
+        iterations = progress.iteration + max(0, samples - consumed) // sizes.final
         raise CheckpointError(
             f"{checkpoint.folder} has used {consumed} samples in {progress.iteration} iterations, "
-            f"not --global-batch-size {batch} in each, so --train-samples {samples} is no whole "
-            f"number of iterations: use --train-iters {iterations} in its place"
+            f"not the global batches of this run, so {given} is not known as a number of "
+            f"iterations: use --train-iters {iterations} in its place"
         )
 
 

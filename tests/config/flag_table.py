@@ -20,6 +20,7 @@ from tests.checks import (
     other_validation,
     prints,
     rates,
+    reported,
     reports,
     same_dry_loss,
     same_first_norm,
@@ -198,6 +199,13 @@ FLAGS: dict[str, list[Effect]] = {
         effect("minus_sqrt", rates(0.05, 0.05, 0.005 + 0.045 * (1 - 0.5**0.5), 0.005), base=WSD),
     ],
     "lr_wsd_decay_iters": [effect(1, rates(0.05, 0.05, 0.05, 0.005), base=WSD)],
+    "lr_wsd_decay_samples": [
+        effect(
+            8,
+            rates(0.05, 0.05, 0.005 + 0.045 * (2**0.5 - 1), 0.005),
+            base={"lr_decay_style": "WSD", "lr_wsd_decay_samples": 4},
+        )
+    ],
     "lr_warmup_init": [effect(0.01, rates(0.03, *WARMED_UP[1:]), base={"lr_warmup_iters": 2})],
     "weight_decay_incr_style": [
         effect("linear", losses_from(2), also=GROWING),
@@ -210,7 +218,9 @@ FLAGS: dict[str, list[Effect]] = {
         effect(2.0, losses_from(2), base={**GROWING, "weight_decay_incr_style": "linear"})
     ],
     "lr_decay_iters": [effect(2, rates(0.0275, 0.005, 0.005, 0.005))],
+    "lr_decay_samples": [effect(8, rates(0.0275, 0.005, 0.005, 0.005))],
     "lr_warmup_iters": [effect(2, rates(*WARMED_UP))],
+    "lr_warmup_samples": [effect(8, rates(*WARMED_UP))],
     "lr_warmup_fraction": [effect(0.5, rates(*WARMED_UP))],
     "weight_decay": [effect(1.0, losses_from(2))],
     # Adam's first step does not depend on the betas: they cancel in its bias correction.
@@ -219,6 +229,20 @@ FLAGS: dict[str, list[Effect]] = {
     "adam_eps": [effect(0.1, losses_from(2))],
     "sgd_momentum": [effect(0.0, losses_from(3), base=SGD)],
     "clip_grad": [effect(0.1, same_first_norm, losses_from(2), base=SGD)],
+    "max_bad_steps": [effect(2, from_to("go stop", "go skip skip stop"), observe=runs.bad_steps)],
+    "skip_grad_norm_above": [
+        effect(
+            2.5,
+            from_to("go go skip", "go skip skip"),
+            base={"max_bad_steps": 2},
+            observe=runs.outlying_steps,
+        )
+    ],
+    "log_params_norm": [effect(True, reported("params_norm"), same_losses)],
+    "log_num_zeros_in_grad": [effect(True, reported("zeros_in_grad"), same_losses)],
+    "log_norms_per_layer": [
+        effect(True, reported("grad_norm/layers.1"), reported("params_norm/embedding"), same_losses)
+    ],
     # data
     "data_path": [
         effect("../other_text_document", losses_from(1), base=REAL),
@@ -308,6 +332,7 @@ FLAGS: dict[str, list[Effect]] = {
         dry(2, prints("dry run: 2 microbatches"), same_dry_loss),
         dry(2, says("sends [16, 2, 16] to the next stage"), base=STAGES, ranks=2),
     ],
+    "rampup_batch_size": [effect(("2", "1", "6"), column("consumed_samples", 2, 4, 7, 11))],
     "global_batch_size": [effect(8, column("consumed_samples", 8, 16, 24, 32), losses_from(1))],
     "eod_mask_loss": [effect(True, losses_from(1), base=REAL)],
     "reset_position_ids": [
@@ -449,6 +474,9 @@ FLAGS: dict[str, list[Effect]] = {
     "train_iters": [effect(5, becomes("iterations", [1, 2, 3, 4, 5]))],
     "train_samples": [
         effect(24, column("consumed_samples", 4, 8, 12, 16, 20, 24), also={"train_iters": None})
+    ],
+    "train_tokens": [
+        effect(300, column("consumed_samples", 4, 8, 12, 16, 20), also={"train_iters": None})
     ],
     "eval_interval": [
         effect(1, becomes("validated", [1, 2, 3, 4])),

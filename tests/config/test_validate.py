@@ -12,9 +12,10 @@ from megalite.config import cli, validate
 from megalite.config.run import from_flat, keys_where, options, to_flat
 from megalite.config.summary import keep_config, summary_lines
 from megalite.config.yaml_file import to_yaml
-from megalite.optim.schedule import learning_rate
+from megalite.optim.schedule import Schedule
 from tests.config.validation import BERT, REAL, SOUND, assert_one_problem, fixed, real
 
+RAMP = {"global_batch_size": 16, "rampup_batch_size": ("4", "4", "60")}
 CASES = {
     # what is wrong: (changes of SOUND, ranks, words that the problem must have)
     "heads of hidden": (dict(hidden_size=770), 1, "--hidden-size 770 --num-attention-heads 12"),
@@ -110,6 +111,48 @@ CASES = {
     ),
     "no length": (dict(train_iters=None), 1, "--train-iters --train-samples"),
     "two lengths": (dict(train_samples=20), 1, "20 10"),
+    "samples and tokens": (
+        dict(train_iters=None, train_samples=20, train_tokens=20480),
+        1,
+        "--train-samples 20 --train-tokens 20480",
+    ),
+    "tokens of iterations": (dict(train_tokens=20480), 1, "--train-tokens 20480 20 10"),
+    "samples of a ramp": (
+        dict(train_iters=None, train_samples=22, **RAMP),
+        1,
+        "--train-samples 22 --rampup-batch-size",
+    ),
+    "words of a ramp": (RAMP | {"rampup_batch_size": ("4", "x")}, 1, "4 x three whole numbers"),
+    "a ramp past its end": (
+        RAMP | {"rampup_batch_size": ("4", "5", "60")},
+        1,
+        "--rampup-batch-size 4 5 60 --global-batch-size 16 16 - 4",
+    ),
+    "a ramp that ranks do not divide": (
+        RAMP | {"rampup_batch_size": ("2", "2", "60")},
+        4,
+        "--rampup-batch-size 2 2 60 --micro-batch-size 1 data-parallel size 4",
+    ),
+    "two units of a schedule": (
+        dict(lr_decay_samples=10, lr_warmup_iters=2),
+        1,
+        "--lr-warmup-iters 2",
+    ),
+    "warm-up past the samples": (
+        dict(lr_warmup_samples=12, lr_decay_samples=12),
+        1,
+        "--lr-warmup-samples 12 sample 12",
+    ),
+    "samples of a decay": (
+        dict(lr_decay_style="WSD", lr_wsd_decay_samples=12),
+        1,
+        "--lr-wsd-decay-samples 12 10 samples",
+    ),
+    "idle comparison of norms": (
+        dict(skip_grad_norm_above=3.0),
+        1,
+        "--skip-grad-norm-above 3 --max-bad-steps 0",
+    ),
     "samples of batch": (dict(train_iters=None, train_samples=99, global_batch_size=8), 1, "99 8"),
     "no data": (dict(mock_data=False), 1, "--data-path --mock-data"),
     "mock vocabulary": (dict(vocab_size=None), 1, "--vocab-size"),
@@ -274,7 +317,7 @@ def test_what_changes_no_number_is_no_part_of_the_model_or_the_data():
     free = set(keys_where(lambda field: not field.changes_numbers))
     assert free.isdisjoint(keys_where(lambda field: field.defines_model))
     sections = {options()[key].section for key in free}
-    assert sections == {"model", "parallel", "checkpoint", "training"}
+    assert sections == {"model", "parallel", "optimizer", "checkpoint", "training"}
     assert {"seed", "rng_scheme", "train_iters", "finetune", "sequence_parallel"}.isdisjoint(free)
 
 
@@ -417,8 +460,9 @@ def test_the_decay_ends_at_a_tenth_unless_it_is_said_otherwise():
     for given, lowest in (({}, 3e-5), ({"lr": 0.02}, 0.002), ({"min_lr": 0.0}, 0.0)):
         resolved = validate.resolve(from_flat(SOUND | given), 1)
         assert resolved.optimizer.min_lr == lowest == resolved.optimizer.lowest_lr
-        last = learning_rate(10, resolved.optimizer, 10)
-        assert last == lowest == learning_rate(10, from_flat(SOUND | given).optimizer, 10)
+        assert resolved.schedule.learning_rate(10) == lowest
+        unresolved = Schedule(from_flat(SOUND | given).optimizer, 10)
+        assert unresolved.learning_rate(10) == lowest
     constant = validate.resolve(from_flat(SOUND | {"lr_decay_style": "constant"}), 1)
     assert constant.optimizer.min_lr is None
 
@@ -429,6 +473,9 @@ def test_what_was_chosen_makes_the_configuration_again():
         {"hidden_size": 96, "lr_warmup_fraction": 0.2, "bf16": True, "global_batch_size": 16},
         {"preset": "gpt2-xl", "recompute_activations": True, "min_lr": 0.0},
         {"train_iters": None, "train_samples": 80},
+        {"train_iters": None, "train_tokens": 10**5, "lr_warmup_samples": 20},
+        {"lr_warmup_samples": 0, "lr_warmup_fraction": 0.25, "lr_decay_style": "constant"},
+        {"rampup_batch_size": ("4", "4", "20"), "global_batch_size": 16},
     ):
         resolved = validate.resolve(from_flat(SOUND | given), 4)
         values = validate.chosen(resolved, 4)

@@ -5,12 +5,13 @@ import math
 import pytest
 
 from megalite.optim.config import OptimizerConfig
-from megalite.optim.schedule import learning_rate, warmup_iterations, weight_decay
+from megalite.optim.schedule import Schedule
 
 
 def rates(iterations, train_iters: int = 100, **options) -> list[float]:
     config = OptimizerConfig(**{"lr": 1.0, "min_lr": 0.1, **options})
-    return [learning_rate(iteration, config, train_iters) for iteration in iterations]
+    schedule = Schedule(config, train_iters)
+    return [schedule.learning_rate(iteration) for iteration in iterations]
 
 
 def test_warm_up_is_a_line_from_zero_that_ends_at_lr():
@@ -57,7 +58,7 @@ def test_no_warm_up():
 
 def test_warm_up_as_a_fraction_of_the_decay():
     config = OptimizerConfig(lr_warmup_fraction=0.05, lr_decay_iters=300)
-    assert warmup_iterations(config, 300) == 15
+    assert Schedule(config, 1000).warmup == 15
     assert rates(
         [15, 16], lr_warmup_fraction=0.05, lr_decay_iters=300, lr_decay_style="constant"
     ) == [1.0, 1.0]
@@ -114,5 +115,29 @@ def test_weight_decay_goes_from_start_to_end(style, golden):
     config = OptimizerConfig(
         weight_decay_incr_style=style, start_weight_decay=0.1, end_weight_decay=0.3
     )
-    got = [weight_decay(iteration, config, 100) for iteration in (12.5, 50, 100, 130)]
+    schedule = Schedule(config, 100)
+    got = [schedule.weight_decay(iteration) for iteration in (12.5, 50, 100, 130)]
     assert got == pytest.approx(golden)
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine", "WSD", "inverse-square-root"])
+def test_a_schedule_in_samples_is_that_in_iterations_where_batches_have_one_size(style):
+    wsd = style == "WSD"
+    common = {"lr_decay_style": style, "lr": 1e-3, "min_lr": 1e-5}
+    by_iterations = OptimizerConfig(
+        **common, lr_decay_iters=90, lr_warmup_iters=10, lr_wsd_decay_iters=20 if wsd else None
+    )
+    by_samples = OptimizerConfig(
+        **common,
+        lr_decay_samples=90 * 24,
+        lr_warmup_samples=10 * 24,
+        lr_wsd_decay_samples=20 * 24 if wsd else None,
+    )
+    one = Schedule.of_run(by_iterations, iterations=100, samples=2400)
+    other = Schedule.of_run(by_samples, iterations=100, samples=2400)
+    for iteration in range(1, 101):
+        at_one = one.position(iteration, 24 * iteration)
+        at_other = other.position(iteration, 24 * iteration)
+        assert (at_one, at_other) == (iteration, 24 * iteration)
+        rate = one.learning_rate(at_one)
+        assert rate == pytest.approx(other.learning_rate(at_other), rel=1e-15)

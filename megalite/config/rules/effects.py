@@ -20,7 +20,7 @@ NEEDS_VALUE = (
     (("rotary_base",), "position_embedding_type", "rope"),
     (("sgd_momentum",), "optimizer", "sgd"),
     (("adam_beta1", "adam_beta2", "adam_eps"), "optimizer", "adam"),
-    (("lr_wsd_decay_style", "lr_wsd_decay_iters"), "lr_decay_style", "WSD"),
+    (("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"), "lr_decay_style", "WSD"),
 )
 """(fields, another field, the value of it without which they do nothing)."""
 NEEDS_ANY = (
@@ -97,11 +97,12 @@ def _training(config: RunConfig) -> Iterator[Idle]:
     o = config.optimizer
     fix = {"lr_decay_style": "cosine"}
     if o.lr_decay_style == "constant":
-        yield ("min_lr", "lr_decay_iters"), "with --lr-decay-style constant", fix
+        keys = ("min_lr", "lr_decay_iters", "lr_decay_samples")
+        yield keys, "with --lr-decay-style constant", fix
     if o.lr_decay_style == "inverse-square-root":
         why = "with --lr-decay-style inverse-square-root, which has no end"
-        yield ("lr_decay_iters",), why, fix
-    if not o.lr_warmup_iters and not o.lr_warmup_fraction:
+        yield ("lr_decay_iters", "lr_decay_samples"), why, fix
+    if not (o.lr_warmup_iters or o.lr_warmup_samples or o.lr_warmup_fraction):
         yield ("lr_warmup_init",), "without a warm-up", {"lr_warmup_iters": 10}
     if o.weight_decay_incr_style == "constant":
         keys = ("start_weight_decay", "end_weight_decay")
@@ -112,6 +113,9 @@ def _training(config: RunConfig) -> Iterator[Idle]:
         yield ("weight_decay",), why, {"weight_decay_incr_style": "constant"}
     if o.chosen_precision != "fp16":
         yield ("loss_scale", *ADAPTS_LOSS_SCALE), "without --fp16", {"fp16": True}
+    if o.max_bad_steps == 0:
+        why = "with --max-bad-steps 0, which skips no step"
+        yield ("skip_grad_norm_above",), why, {"max_bad_steps": 10}
     if o.loss_scale is not None:
         yield ADAPTS_LOSS_SCALE, "with a constant --loss-scale", {"loss_scale": None}
     if config.model.attention_dropout <= 0 and config.model.hidden_dropout <= 0:

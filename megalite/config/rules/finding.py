@@ -4,10 +4,13 @@ torch."""
 import math
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 from megalite.config.run import RunConfig, options
+from megalite.data.batch_sizes import BatchSizes
+from megalite.optim.schedule import Schedule
 
 
 class Finding:
@@ -86,12 +89,36 @@ def global_batch(config: RunConfig, world_size: int) -> int:
     return d.global_batch_size or d.micro_batch_size * data_parallel_size(config, world_size)
 
 
+def batch_sizes(config: RunConfig, world_size: int) -> BatchSizes:
+    """Sizes of the global batches, with defaults filled in; without a ramp that makes no sense."""
+    final = global_batch(config, world_size)
+    with suppress(ValueError):
+        return BatchSizes.from_words(final, config.data.rampup_batch_size)
+    return BatchSizes(final)
+
+
 def iterations(config: RunConfig, world_size: int) -> int | None:
-    """Iterations to train for, from samples if need be; None when neither is given."""
+    """Iterations to train for, from samples or tokens if need be; None when no length is given."""
+    return config.training.train_iters or iterations_of_samples(config, world_size)
+
+
+def iterations_of_samples(config: RunConfig, world_size: int) -> int | None:
+    """Iterations that --train-samples or --train-tokens make; None when neither is given."""
     t = config.training
-    if t.train_iters or not t.train_samples:
-        return t.train_iters
-    return t.train_samples // global_batch(config, world_size)
+    sizes = batch_sizes(config, world_size)
+    if t.train_samples is not None:
+        return sizes.iterations_within(t.train_samples)
+    if t.train_tokens is not None:
+        samples = -(-t.train_tokens // config.model.seq_length)
+        return sizes.iterations_within(samples - 1) + 1
+    return None
+
+
+def schedule(config: RunConfig, world_size: int) -> Schedule:
+    """Schedules of learning rate and weight decay; of length 0 when it is not known."""
+    steps = iterations(config, world_size) or 0
+    samples = batch_sizes(config, world_size).consumed_after(steps)
+    return Schedule.of_run(config.optimizer, iterations=steps, samples=samples)
 
 
 def wanted_splits(config: RunConfig) -> tuple[str, ...]:

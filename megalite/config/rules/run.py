@@ -7,23 +7,25 @@ from importlib.util import find_spec
 from megalite.config.rules.finding import (
     Finding,
     Rule,
+    batch_sizes,
     data_parallel_size,
     divisors,
     each,
     example_of,
     flag_of,
     global_batch,
-    iterations,
+    iterations_of_samples,
     multiples,
+    schedule,
     wanted_splits,
     without_evaluation,
 )
 from megalite.config.rules.tokenizer import tokenizer_is_whole
 from megalite.config.run import RunConfig, options, to_flat
+from megalite.data.batch_sizes import BatchSizes
 from megalite.data.gpt import parse_split
 from megalite.data.indexed import DatasetError
 from megalite.data.sources import parse_sources
-from megalite.optim.schedule import warmup_iterations
 from megalite.pipeline.partition import layers_of_stages
 
 SHORT_FORMS = (
@@ -81,55 +83,89 @@ def loss_scale_starts_above_its_minimum(config: RunConfig, world_size: int) -> I
         yield Finding(message, {"initial_loss_scale": least}, {"min_loss_scale": min(1.0, first)})
 
 
+def schedule_has_one_unit(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """Decay and warm-up are given in iterations or in samples."""
+    o = config.optimizer
+    if not o.counts_samples:
+        return
+    for name in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
+        iterations_given = getattr(o, f"{name}_iters")
+        if iterations_given:
+            samples = global_batch(config, world_size) * iterations_given
+            yield Finding(
+                f"{flag_of(f'{name}_iters')} {iterations_given} counts iterations, but another "
+                "flag of the schedule counts samples",
+                {f"{name}_iters": 0 if name == "lr_warmup" else None, f"{name}_samples": samples},
+                also=("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples"),
+            )
+
+
 def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """min_lr <= lr; a warm-up given once, that ends before the decay does."""
     o = config.optimizer
     if o.lowest_lr > o.lr:
         message = f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}"
         yield Finding(message, {"min_lr": o.lr}, {"lr": o.min_lr})
-    if o.lr_warmup_fraction is not None and o.lr_warmup_iters:
+    unit = "samples" if o.counts_samples else "iters"
+    warmup = getattr(o, f"lr_warmup_{unit}")
+    flag = flag_of(f"lr_warmup_{unit}")
+    if o.lr_warmup_fraction is not None and warmup:
         yield Finding(
-            f"--lr-warmup-fraction {o.lr_warmup_fraction:g} and --lr-warmup-iters "
-            f"{o.lr_warmup_iters} both set the warm-up",
+            f"--lr-warmup-fraction {o.lr_warmup_fraction:g} and {flag} {warmup} both set the "
+            "warm-up",
             {"lr_warmup_fraction": None},
-            {"lr_warmup_iters": 0},
+            {f"lr_warmup_{unit}": 0},
         )
     # The end of the schedule.
-    end = o.lr_decay_iters
-    end_key = "lr_decay_iters"
-    if end is None or o.lr_decay_style == "constant":
-        end = iterations(config, world_size)
-        end_key = "train_iters"
-    if end and o.lr_warmup_iters >= end:
+    plan = schedule(config, world_size)
+    end = plan.decay
+    end_key = f"lr_decay_{unit}"
+    if o.lr_decay_style == "constant" or getattr(o, end_key) is None:
+        end = plan.length
+        end_key = f"train_{unit}"
+    if end and warmup and warmup >= end:
         yield Finding(
-            f"--lr-warmup-iters {o.lr_warmup_iters} does not end before the schedule does, at "
-            f"iteration {end}",
-            {"lr_warmup_iters": end // 10},
-            {end_key: 10 * o.lr_warmup_iters},
-            also=(end_key, "train_samples"),
+            f"{flag} {warmup} does not end before the schedule does, at {_place(config, end)}",
+            {f"lr_warmup_{unit}": end // 10},
+            {end_key: 10 * warmup},
+            also=(end_key, "train_iters", "train_samples", "train_tokens"),
+        )
+
+
+def _place(config: RunConfig, position: int) -> str:
+    """A position in the schedule in words: `iteration 100`, or `sample 1600`."""
+    unit = "sample" if config.optimizer.counts_samples else "iteration"
+    return f"{unit} {position}"
+
+
+def wsd_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """The decay of WSD has a length, which fits after the warm-up."""
+    o = config.optimizer
+    if o.lr_decay_style != "WSD":
+        return
+    plan = schedule(config, world_size)
+    key = "lr_wsd_decay_samples" if o.counts_samples else "lr_wsd_decay_iters"
+    room = plan.decay - plan.warmup
+    if plan.wsd_decay is None:
+        yield Finding(
+            f"--lr-decay-style WSD needs {flag_of(key)}",
+            {key: max(1, plan.decay // 10)},
+            {"lr_decay_style": "cosine"},
+        )
+    elif plan.decay and plan.wsd_decay > room:
+        unit = "samples" if o.counts_samples else "iterations"
+        yield Finding(
+            f"{flag_of(key)} {plan.wsd_decay} are more than the {room} {unit} between the warm-up "
+            f"and the end of the schedule, at {_place(config, plan.decay)}",
+            {key: max(1, room // 10)},
+            also=("lr_warmup_iters", "lr_warmup_samples", "lr_decay_iters", "lr_decay_samples")
+            + ("train_iters", "train_samples", "train_tokens"),
         )
 
 
 def schedules_are_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """A length for the decay of WSD, that fits after the warm-up; both ends of a weight decay that
-    changes; a warm-up that rises."""
+    """Both ends of a weight decay that changes; a warm-up that rises."""
     o = config.optimizer
-    end = o.lr_decay_iters or iterations(config, world_size) or 0
-    if o.lr_decay_style == "WSD" and o.lr_wsd_decay_iters is None:
-        yield Finding(
-            "--lr-decay-style WSD needs --lr-wsd-decay-iters",
-            {"lr_wsd_decay_iters": max(1, end // 10)},
-            {"lr_decay_style": "cosine"},
-        )
-    elif o.lr_decay_style == "WSD" and end:
-        room = end - warmup_iterations(o, end)
-        if o.lr_wsd_decay_iters > room:
-            yield Finding(
-                f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters} are more than the {room} iterations "
-                f"between the warm-up and the end of the schedule, at iteration {end}",
-                {"lr_wsd_decay_iters": max(1, room // 10)},
-                also=("lr_warmup_iters", "lr_decay_iters", "train_iters"),
-            )
     if o.lr_warmup_init > o.lr:
         message = f"--lr-warmup-init {o.lr_warmup_init:g} is above --lr {o.lr:g}"
         yield Finding(message, {"lr_warmup_init": 0.0}, {"lr": o.lr_warmup_init})
@@ -160,52 +196,81 @@ def attention_can_drop(config: RunConfig, world_size: int) -> Iterator[Finding]:
 
 
 def length_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """train_iters or train_samples, in agreement when both are given; samples in whole batches."""
+    """One length of the training, or several that agree; samples in whole batches."""
     t = config.training
-    batch = global_batch(config, world_size)
-    if t.train_samples is None:
-        if t.train_iters is None:
-            example = example_of("train_iters")
-            yield Finding(
-                "the length of the training is not known: neither --train-iters nor "
-                "--train-samples is given",
-                example,
-                {"train_samples": example["train_iters"] * batch},
-            )
-        return
-    steps = t.train_samples // batch
-    if t.train_samples % batch:
+    sizes = batch_sizes(config, world_size)
+    if t.train_iters is None and t.train_samples is None and t.train_tokens is None:
+        example = example_of("train_iters")
         yield Finding(
-            f"--train-samples {t.train_samples} is not a multiple of the global batch size {batch}",
-            *each("train_samples", multiples(batch, t.train_samples)),
-            also=("global_batch_size", "micro_batch_size"),
+            "the length of the training is not known: neither --train-iters nor "
+            "--train-samples is given",
+            example,
+            {"train_samples": sizes.consumed_after(example["train_iters"])},
+        )
+        return
+    if t.train_samples is not None and t.train_tokens is not None:
+        yield Finding(
+            f"--train-samples {t.train_samples} and --train-tokens {t.train_tokens} both set the "
+            "length of the training",
+            {"train_tokens": None},
+            {"train_samples": None},
+        )
+        return
+    steps = iterations_of_samples(config, world_size)
+    if steps is None:
+        return
+    key = "train_tokens" if t.train_samples is None else "train_samples"
+    given = f"{flag_of(key)} {getattr(t, key)}"
+    if t.train_samples is not None and sizes.consumed_after(steps) != t.train_samples:
+        around = [sizes.consumed_after(steps), sizes.consumed_after(steps + 1)]
+        around.sort(key=lambda samples: abs(samples - t.train_samples))
+        batches = f"a multiple of the global batch size {sizes.final}"
+        if sizes.start is not None:
+            batches = "a whole number of the global batches of --rampup-batch-size"
+        yield Finding(
+            f"{given} is not {batches}",
+            *each("train_samples", filter(None, around)),
+            also=("global_batch_size", "micro_batch_size", "rampup_batch_size"),
         )
     elif t.train_iters not in (None, steps):
         yield Finding(
-            f"--train-samples {t.train_samples} are {steps} iterations of {batch}, but "
-            f"--train-iters is {t.train_iters}",
-            {"train_samples": None},
+            f"{given} are {steps} iterations, but --train-iters is {t.train_iters}",
+            {key: None},
             {"train_iters": None},
-            also=("global_batch_size",),
+            also=("global_batch_size", "rampup_batch_size"),
         )
 
 
 def batch_divides(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """global batch % (micro batch * dp)."""
+    """global batch % (micro batch * dp), at each size of a ramp."""
     batch = config.data.global_batch_size
     micro = config.data.micro_batch_size
     dp = data_parallel_size(config, world_size)
     unit = micro * dp
-    if batch is None or batch % unit == 0:
+    product = f"--micro-batch-size {micro} x data-parallel size {dp} = {unit}"
+    if batch is not None and batch % unit:
+        fixes = each("global_batch_size", multiples(unit, batch))
+        if batch % dp == 0:
+            fixes += each("micro_batch_size", divisors(batch // dp, micro))
+        yield Finding(f"--global-batch-size {batch} is not a multiple of {product}", *fixes)
         return
-    fixes = each("global_batch_size", multiples(unit, batch))
-    if batch % dp == 0:
-        fixes += each("micro_batch_size", divisors(batch // dp, micro))
-    yield Finding(
-        f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro} "
-        f"x data-parallel size {dp} = {unit}",
-        *fixes,
-    )
+    # The ramp.
+    words = config.data.rampup_batch_size
+    if words is None:
+        return
+    flag = f"--rampup-batch-size {' '.join(words)}"
+    also = ("global_batch_size",)
+    final = global_batch(config, world_size)
+    samples = words[2] if len(words) == 3 and words[2].isdecimal() else "1000"
+    fix = {"rampup_batch_size": (str(unit), str(unit), samples)}
+    try:
+        sizes = BatchSizes.from_words(final, words)
+    except ValueError as error:
+        yield Finding(f"{flag} {error}", fix, {"rampup_batch_size": None}, also=also)
+        return
+    if sizes.start % unit or sizes.increment % unit:
+        message = f"{flag}: START and INCREMENT are not multiples of {product}"
+        yield Finding(message, fix, {"rampup_batch_size": None}, also=also)
 
 
 def data_has_one_source(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -311,7 +376,9 @@ RUN_RULES: tuple[Rule, ...] = (
     short_forms_agree,
     stages_hold_recomputed_layers,
     loss_scale_starts_above_its_minimum,
+    schedule_has_one_unit,
     learning_rate_falls,
+    wsd_fits,
     schedules_are_whole,
     length_is_known,
     attention_can_drop,

@@ -1,0 +1,88 @@
+"""What is known about a bad step: on which rank, in which samples."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megalite.config.run import RunConfig
+from megalite.models.batch import Microbatch
+from megalite.optim.optimizer import StepResult
+from megalite.parallel.collectives import gather_objects
+from megalite.system.errors import ReportedError
+from megalite.training.build import TrainingComponents
+
+SHOWN = 4
+"""Microbatches, or ranks, that a message names."""
+
+
+class BadStepError(ReportedError, RuntimeError):
+    """More steps in a row were bad than allowed; the weights are those of the last good step."""
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What one rank sees of a bad step."""
+
+    losses: list[str]
+    """Microbatches whose loss is not finite."""
+    gradients: list[str]
+    """Parameters whose gradient is not finite."""
+    highest: tuple[float, str]
+    """The highest loss of a microbatch, and which one it is."""
+
+
+def describe_bad_step(components: TrainingComponents, microbatches: list[Microbatch]) -> str:
+    """Where a bad step comes from, the same text on every rank.
+
+    Names the microbatches whose loss is not finite, by rank and sample numbers. Without such losses
+    it names the parameters whose gradient is not finite, or else the microbatch with the highest
+    loss. Collective.
+    """
+    found = gather_objects(_findings(components, microbatches), components.model.context.control)
+    losses = [text for findings in found for text in findings.losses]
+    gradients = [text for findings in found for text in findings.gradients]
+    texts = losses or gradients
+    if not texts:
+        _, text = max((findings.highest for findings in found), key=lambda highest: highest[0])
+        return f"the highest loss is that of {text}"
+    more = f"; and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return "; ".join(texts[:SHOWN]) + more
+
+
+def _findings(components: TrainingComponents, microbatches: list[Microbatch]) -> _Findings:
+    """What this rank sees. Tensor-parallel ranks see the same losses: the first one reports."""
+    context = components.model.context
+    losses = []
+    highest = (float("-inf"), "")
+    for index, terms in components.engine.losses_of.items() if context.tensor.rank == 0 else ():
+        samples = microbatches[index].samples
+        rows = f"samples {samples[0].item()} to {samples[-1].item()} on rank {context.rank}"
+        loss = terms.sum().item()
+        if not torch.isfinite(terms).all():
+            losses.append(f"the loss of {rows} is {loss}")
+        highest = max(highest, (loss, rows))
+    names = []
+    optimizer = components.optimizer
+    for name in optimizer.ranges:
+        if not torch.isfinite(optimizer.gradients.owned(name)).all():
+            names.append(name)
+    gradients = []
+    if names:
+        others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        gradients.append(f"on rank {context.rank} the gradient of {names[0]}{others} is not finite")
+    return _Findings(losses, gradients, highest)
+
+
+def stop_at_bad_step(config: RunConfig, iteration: int, update: StepResult) -> None:
+    """Raise BadStepError for a bad step that may not be skipped, with what may help."""
+    o = config.optimizer
+    scaled = ""
+    remedies = "a lower --lr, a longer --lr-warmup-iters, or --precision fp32"
+    if update.loss_scale != 1:
+        scaled = f" at a loss scale of {update.loss_scale:g}"
+        remedies = f"a smaller --loss-scale or --min-loss-scale, {remedies}"
+    raise BadStepError(
+        f"iteration {iteration}: {update.bad}{scaled}; --max-bad-steps {o.max_bad_steps} are "
+        "skipped in a row. The weights are those of the last good step. Resume from the last "
+        f"checkpoint, or start again, with {remedies}."
+    )
