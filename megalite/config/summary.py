@@ -67,7 +67,7 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
             f"{_short(most.activation_bytes)}B of activations"
         ),
         "global batch": (
-            f"{batch} sequences of {m.seq_length} tokens{ramp}; "
+            f"{batch} sequences of {m.seq_length} tokens{ramp}, "
             f"{config.data.micro_batch_size} a microbatch"
         ),
         "microbatches": (
