@@ -5,13 +5,22 @@ from typing import Annotated, Literal
 
 from megalite.fields import Field
 
+MOMENTS = {
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+    "lion": ("exp_avg",),
+    "muon": ("momentum_buffer",),
+}
+"""What each update rule keeps of a parameter from step to step: names of tensors of its shape."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Optimizer, precision and learning-rate schedule."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """adam: AdamW (decoupled weight decay); sgd: SGD with momentum."""
+    optimizer: Literal["adam", "sgd", "lion", "muon"] = "adam"
+    """adam: AdamW (decoupled weight decay); sgd: SGD with momentum; lion: Lion; muon: Muon for the
+    matrices of the layers, AdamW for all else."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16 and fp16 keep fp32 master weights and accumulate gradients in fp32; fp16 scales the
     loss; fp64 is for proofs."""
@@ -48,8 +57,7 @@ class OptimizerConfig:
     lr_warmup_fraction: Annotated[float | None, Field(minimum=0, below=1)] = None
     """Warm-up as a fraction of the decay iterations, in place of --lr-warmup-iters."""
     weight_decay: Annotated[float, Field(minimum=0)] = 0.01
-    """Weight decay; biases and norms are left out. Decoupled in adam (AdamW), added to the gradient
-    in sgd."""
+    """Weight decay; biases and norms are left out. Decoupled, but added to the gradient in sgd."""
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
     """constant: --weight-decay; linear, cosine: from --start-weight-decay to --end-weight-decay at
     the last iteration."""
@@ -65,8 +73,31 @@ class OptimizerConfig:
     """Added to the denominator of Adam's update."""
     sgd_momentum: Annotated[float, Field(minimum=0, below=1)] = 0.9
     """Momentum of SGD."""
+    lion_beta1: Annotated[float, Field(minimum=0, below=1)] = 0.95
+    """Weight of the running mean of gradients in Lion's update, against the gradient."""
+    lion_beta2: Annotated[float, Field(minimum=0, below=1)] = 0.98
+    """Decay of Lion's running mean of gradients."""
+    muon_momentum: Annotated[float, Field(minimum=0, below=1)] = 0.95
+    """Momentum of Muon."""
+    muon_nesterov: bool = False
+    """Add the gradient to Muon's momentum once more before it is orthogonalized."""
+    muon_num_ns_steps: Annotated[int, Field(minimum=1)] = 5
+    """Newton-Schulz iterations that orthogonalize a matrix."""
+    muon_coefficient_type: Literal["quintic", "simple"] = "quintic"
+    """Their coefficients. quintic: those of Megatron-LM's default, other ones in each of the first
+    five; simple: those of Jordan et al. 2024."""
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    """What an orthogonalized matrix of m outputs and n inputs is multiplied by: sqrt(max(m, n)),
+    sqrt(m / n), or sqrt(max(1, m / n))."""
+    muon_extra_scale_factor: Annotated[float, Field(above=0)] = 1.0
+    """Another factor of it. With spectral, 0.2 makes updates as large as AdamW's (Liu et al.
+    2025)."""
     clip_grad: Annotated[float, Field(minimum=0)] = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0 = off."""
+
+    def moments(self, rule: str) -> tuple[str, ...]:
+        """Names of the tensors that an update rule keeps for each parameter."""
+        return () if rule == "sgd" and not self.sgd_momentum else MOMENTS[rule]
 
     @property
     def lowest_lr(self) -> float:

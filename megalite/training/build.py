@@ -62,8 +62,16 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
     if launch.world_size > 1:
         store = meet(launch, timedelta(minutes=minutes))
         compare_facts(store, launch.rank, launch.world_size, facts)
+    # Muon gathers matrices from all ranks that update parts of them.
+    gathers = config.optimizer.optimizer == "muon" and parallel.use_distributed_optimizer
     context = ParallelContext.create(
-        layout, launch, device=device, backend=backend, timeout_minutes=minutes, store=store
+        layout,
+        launch,
+        device=device,
+        backend=backend,
+        timeout_minutes=minutes,
+        store=store,
+        more_groups=[("tensor", "data")] if gathers else [],
     )
     via = "one process, no launcher"
     if launch.world_size > 1:

@@ -8,6 +8,7 @@ from megalite.config.rules.finding import Finding, example_of, wanted_splits
 from megalite.config.run import RunConfig, keys_where, options, to_flat
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
+from megalite.optim.config import OptimizerConfig
 
 NEEDS_EOD = keys_where(lambda field: field.needs_eod)
 IDLE_FOR = {
@@ -16,13 +17,16 @@ IDLE_FOR = {
 }
 """Fields that do nothing for an architecture, and what is said of them."""
 ADAPTS_LOSS_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+MUON = tuple(key for key in options_of(OptimizerConfig) if key.startswith("muon_"))
 NEEDS_VALUE = (
-    (("rotary_base",), "position_embedding_type", "rope"),
-    (("sgd_momentum",), "optimizer", "sgd"),
-    (("adam_beta1", "adam_beta2", "adam_eps"), "optimizer", "adam"),
-    (("lr_wsd_decay_style", "lr_wsd_decay_iters"), "lr_decay_style", "WSD"),
+    (("rotary_base",), "position_embedding_type", ("rope",)),
+    (("sgd_momentum",), "optimizer", ("sgd",)),
+    (("adam_beta1", "adam_beta2", "adam_eps"), "optimizer", ("adam", "muon")),
+    (("lion_beta1", "lion_beta2"), "optimizer", ("lion",)),
+    (MUON, "optimizer", ("muon",)),
+    (("lr_wsd_decay_style", "lr_wsd_decay_iters"), "lr_decay_style", ("WSD",)),
 )
-"""(fields, another field, the value of it without which they do nothing)."""
+"""(fields, another field, the values of it without which they do nothing)."""
 NEEDS_ANY = (
     (("wandb_exp_name",), "wandb_project", "--wandb-project PROJECT"),
     (("profile_dir", "profile_ranks"), "profile", {"profile": "10-12"}),
@@ -58,9 +62,10 @@ def nothing_is_ignored(config: RunConfig, world_size: int) -> Iterator[Finding]:
 def _other_values(config: RunConfig) -> Iterator[Idle]:
     """Fields that need one other field."""
     flat = to_flat(config)
-    for keys, other, value in NEEDS_VALUE:
-        if flat[other] != value:
-            yield keys, f"without {options()[other].setting(value)}", {other: value}
+    for keys, other, values in NEEDS_VALUE:
+        if flat[other] not in values:
+            why = f"without {options()[other].setting(' or '.join(values))}"
+            yield keys, why, {other: values[0]}
     for keys, other, fix in NEEDS_ANY:
         if flat[other] is None:
             yield keys, f"without {options()[other].flag}", fix
