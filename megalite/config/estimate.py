@@ -98,5 +98,8 @@ def _state_bytes(config: RunConfig, shapes: Shapes, world_size: int) -> float:
     for name, shape in shapes.items():
         treatment = treatment_of(name, len(shape), decays=True, config=o)
         kept = len(o.moments(treatment.rule)) + int(size == 2)
-        total += prod(shape) * (size + max(4, size) * (1 + kept / shards))
+        bytes_each = size
+        if not treatment.frozen:
+            bytes_each += max(4, size) * (1 + kept / shards)
+        total += prod(shape) * bytes_each
     return total

@@ -1,6 +1,6 @@
 """Optimizer, precision and learning rate. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from megalite.fields import Field
@@ -12,6 +12,7 @@ MOMENTS = {
     "muon": ("momentum_buffer",),
 }
 """What each update rule keeps of a parameter from step to step: names of tensors of its shape."""
+EXAMPLE_GROUPS = ("embedding.* lr_factor=0.1 weight_decay=0", "layers.[0-3].* freeze")
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,28 @@ class OptimizerConfig:
     muon_extra_scale_factor: Annotated[float, Field(above=0)] = 1.0
     """Another factor of it. With spectral, 0.2 makes updates as large as AdamW's (Liu et al.
     2025)."""
+    decoupled_lr: Annotated[float | None, Field(above=0, example=1e-4)] = None
+    """Learning rate of the word embedding and of an untied output weight, in place of --lr, with
+    the same schedule."""
+    decoupled_min_lr: Annotated[float | None, Field(minimum=0)] = None
+    """What theirs falls to, in place of --min-lr. Unset: a tenth of --decoupled-lr."""
+    parameter_groups: Annotated[
+        tuple[str, ...] | None, Field(metavar="'PATTERN SETTING ...'", example=EXAMPLE_GROUPS)
+    ] = None
+    """Settings of the parameters whose names match a pattern, a quoted text (in YAML an item of a
+    list) for each: lr_factor=NUMBER, weight_decay=NUMBER, freeze, train. Of several settings of a
+    parameter, the last one counts."""
     clip_grad: Annotated[float, Field(minimum=0)] = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0 = off."""
 
     def moments(self, rule: str) -> tuple[str, ...]:
         """Names of the tensors that an update rule keeps for each parameter."""
         return () if rule == "sgd" and not self.sgd_momentum else MOMENTS[rule]
+
+    @property
+    def decoupled(self) -> "OptimizerConfig":
+        """The schedule of --decoupled-lr."""
+        return replace(self, lr=self.decoupled_lr, min_lr=self.decoupled_min_lr)
 
     @property
     def lowest_lr(self) -> float:

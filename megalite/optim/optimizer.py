@@ -44,6 +44,9 @@ class Optimizer:
     copy that the parameter is rounded from after each step. With `use_distributed_optimizer` (ZeRO
     stage 1, Rajbhandari et al. 2020) it is the flat range `ranges[name]` of the parameter, and
     parameters of which this rank updates nothing have no entry.
+
+    Frozen parameters (`parameter_groups`) get `requires_grad` False, and the optimizer has nothing
+    of them.
     """
 
     def __init__(
@@ -56,13 +59,24 @@ class Optimizer:
     ):
         self.config = config
         self.train_iters = train_iters
-        self.parameters = parameters
+        self.treatments: dict[str, Treatment] = {}
+        self.parameters: dict[str, Parameter] = {}
+        """Those that are trained, by name."""
+        for name, parameter in parameters.items():
+            spec = parameter.spec
+            treatment = treatment_of(name, len(spec.global_shape), spec.weight_decay, config)
+            parameter.requires_grad_(not treatment.frozen)
+            if not treatment.frozen:
+                self.parameters[name] = parameter
+                self.treatments[name] = treatment
         self.loss_scale = LossScale.from_config(config)
-        self.gradients = GradientBuffer(parameters, context, parallel)
+        self.gradients = GradientBuffer(self.parameters, context, parallel)
         self.ranges = self.gradients.ranges
         self.overlaps_gather = parallel.overlap_param_gather
-        self.parameter_buffer = ParameterBuffer(self.gradients) if self.gradients.sharded else None
-        self.keeps_master = any(p.dtype in HALF_PRECISIONS for p in parameters.values())
+        self.parameter_buffer = None
+        if self.gradients.sharded and self.parameters:
+            self.parameter_buffer = ParameterBuffer(self.gradients)
+        self.keeps_master = any(p.dtype in HALF_PRECISIONS for p in self.parameters.values())
         self.master = {}
         for name in self.ranges:
             weight = self._owned_weight(name)
@@ -77,10 +91,7 @@ class Optimizer:
     def _groups(self) -> dict[str, list[dict]]:
         """torch's parameter groups by update rule. Every rank of a stage has the same ones."""
         names: dict[Treatment, list[str]] = {}
-        for name, parameter in self.parameters.items():
-            spec = parameter.spec
-            dims = len(spec.global_shape)
-            treatment = treatment_of(name, dims, spec.weight_decay, self.config)
+        for name, treatment in self.treatments.items():
             names.setdefault(treatment, []).append(name)
         groups: dict[str, list[dict]] = {}
         for treatment, alike in names.items():
@@ -118,7 +129,7 @@ class Optimizer:
             )
         self.loss_scale.update(overflowed=False)
         self.gradients.clip(norm, self.config.clip_grad, scale)
-        self._set_rates(rate, weight_decay(iteration, self.config, self.train_iters))
+        self._set_rates(iteration, rate)
         # Update the master weights with the gradients where they lie, then round the working
         # weights from them.
         self.wait_for_parameters()
@@ -138,12 +149,20 @@ class Optimizer:
                 self.parameter_buffer.wait()
         return StepResult(gradient_norm=norm, learning_rate=rate, loss_scale=scale)
 
-    def _set_rates(self, rate: float, decay: float) -> None:
-        """Give every parameter group its learning rate and its weight decay."""
+    def _set_rates(self, iteration: int, rate: float) -> None:
+        """Give every parameter group its learning rate, of which `rate` is the usual one, and its
+        weight decay."""
+        decay = weight_decay(iteration, self.config, self.train_iters)
+        rates = {False: rate}
+        if self.config.decoupled_lr is not None:
+            rates[True] = learning_rate(iteration, self.config.decoupled, self.train_iters)
         for inner in self.inner.values():
             for group in inner.param_groups:
-                group["lr"] = rate
-                group["weight_decay"] = decay if group["treatment"].decays else 0.0
+                treatment = group["treatment"]
+                group["lr"] = rates[treatment.is_decoupled] * treatment.lr_factor
+                group["weight_decay"] = treatment.weight_decay
+                if treatment.weight_decay is None:
+                    group["weight_decay"] = decay if treatment.decays else 0.0
 
     @property
     def is_sharded(self) -> bool:

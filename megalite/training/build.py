@@ -165,7 +165,8 @@ def _wait_in_forward(model: Stage, optimizer: Optimizer) -> None:
     for module in [*model.layers.values(), *model.children()]:
         names = None
         if module is not getattr(model, "final_norm", None):
-            names = tuple(parameter.spec.name for parameter in module.parameters())
+            trained = [p for p in module.parameters() if p.requires_grad]
+            names = tuple(parameter.spec.name for parameter in trained)
         module.register_forward_pre_hook(partial(_wait, optimizer, names))
 
 

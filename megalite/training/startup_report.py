@@ -23,20 +23,26 @@ def model_line(components: TrainingComponents) -> str:
     position = context.coordinates
     within_stage = position | {"pipeline": 0}
     counted = 0
+    trained = 0
     held = 0
     for parameter in components.model.parameters():
         spec = parameter.spec
         counted += spec.box.numel * spec.is_primary(position)
+        trained += spec.box.numel * spec.is_primary(position) * parameter.requires_grad
         held += spec.box.numel * spec.is_primary(within_stage)
 
     # Sum over the ranks.
     stages = [0] * context.pipeline.size
     total = 0
-    ranks = gather_objects((position["pipeline"], counted, held), context.control)
-    for stage, counted_there, held_there in ranks:
+    total_trained = 0
+    ranks = gather_objects((position["pipeline"], counted, trained, held), context.control)
+    for stage, counted_there, trained_there, held_there in ranks:
         stages[stage] += held_there
         total += counted_there
+        total_trained += trained_there
     line = f"{total:,} parameters"
+    if total_trained < total:
+        line += f", of which {total - total_trained:,} are frozen"
     if context.pipeline.size > 1:
         line += f"; by stage {', '.join(f'{count:,}' for count in stages)}"
     return line

@@ -29,6 +29,7 @@ NEEDS_VALUE = (
 """(fields, another field, the values of it without which they do nothing)."""
 NEEDS_ANY = (
     (("wandb_exp_name",), "wandb_project", "--wandb-project PROJECT"),
+    (("decoupled_min_lr",), "decoupled_lr", {"decoupled_lr": 1e-4}),
     (("profile_dir", "profile_ranks"), "profile", {"profile": "10-12"}),
     (("save_interval", "keep_last"), "save", "--save FOLDER"),
     (("ckpt_step", "finetune", "no_load_optim", "no_load_rng"), "load", "--load FOLDER"),
@@ -102,7 +103,8 @@ def _training(config: RunConfig) -> Iterator[Idle]:
     o = config.optimizer
     fix = {"lr_decay_style": "cosine"}
     if o.lr_decay_style == "constant":
-        yield ("min_lr", "lr_decay_iters"), "with --lr-decay-style constant", fix
+        keys = ("min_lr", "decoupled_min_lr", "lr_decay_iters")
+        yield keys, "with --lr-decay-style constant", fix
     if o.lr_decay_style == "inverse-square-root":
         why = "with --lr-decay-style inverse-square-root, which has no end"
         yield ("lr_decay_iters",), why, fix
