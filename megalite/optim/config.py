@@ -22,6 +22,11 @@ class OptimizerConfig:
     optimizer: Literal["adam", "sgd", "lion", "muon"] = "adam"
     """adam: AdamW (decoupled weight decay); sgd: SGD with momentum; lion: Lion; muon: Muon for the
     matrices of the layers, AdamW for all else."""
+    optimizer_backend: Annotated[Literal["auto", "torch", "apex"], Field(changes_numbers=False)] = (
+        "auto"
+    )
+    """What computes AdamW: torch's fused kernel, or FusedAdam of NVIDIA apex. auto: apex where it
+    is installed and the device is a GPU."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16 and fp16 keep fp32 master weights and accumulate gradients in fp32; fp16 scales the
     loss; fp64 is for proofs."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from megalite.optim.apex_adam import adam_backend, apex_adam
 from megalite.optim.config import OptimizerConfig
 from megalite.optim.gradients import GradientBuffer
 from megalite.optim.lion import Lion
@@ -18,6 +19,9 @@ group may be empty. The optimizer keeps the tensors that
 
 
 def _adam(groups: list[dict], config: OptimizerConfig, gradients: GradientBuffer):
+    backend, _ = adam_backend(config, gradients.context.device)
+    if backend == "apex" and any(group["params"] for group in groups):
+        return apex_adam(groups, config)
     # One fused pass over the weights: 3 to 4 times faster than the other implementations, also on
     # the CPU.
     betas = (config.adam_beta1, config.adam_beta2)
@@ -74,3 +78,7 @@ def set_step_count(optimizer: torch.optim.Optimizer, steps: int) -> None:
                 # As torch's fused implementation keeps it.
                 count = torch.tensor(steps, dtype=torch.float32, device=weight.device)
                 optimizer.state[weight]["step"] = count
+        return
+    # As apex keeps it; the others do not count.
+    for group in optimizer.param_groups:
+        group["step"] = steps

@@ -43,6 +43,10 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
         pipeline=parallel.pipeline_model_parallel_size,
     )
     device, why = choose_device(parallel.device, launch)
+    for key in ("optimizer_backend", "norm_backend"):
+        if to_flat(config)[key] == "apex" and device.type != "cuda":
+            flag = key.replace("_", "-")
+            raise DeviceError(f"--{flag} apex needs a GPU, but this runs on {device.type}: {why}")
     backend = _backend_for(device, why, parallel.distributed_backend, launch.world_size)
     if device.type == "cpu" and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Otherwise every rank would start as many threads as the node has cores.

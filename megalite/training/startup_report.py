@@ -9,6 +9,7 @@ from megalite.config.run import RunConfig
 from megalite.data.architectures import DATA_OF
 from megalite.kernels import native
 from megalite.nn.attention import Attention
+from megalite.optim.apex_adam import adam_backend
 from megalite.parallel.collectives import gather_objects
 from megalite.training.batches import GlobalBatches
 from megalite.training.build import TrainingComponents
@@ -57,6 +58,10 @@ def kernels_line(components: TrainingComponents, config: RunConfig) -> str:
     line = f"attention: {backend} ({reason}); {native.status()}"
     if config.optimizer.precision == "fp64":
         line += "; fp64 takes PyTorch's operations"
+    device = components.model.context.device
+    if device.type == "cuda" and "adam" in components.optimizer.inner:
+        adam, reason = adam_backend(config.optimizer, device)
+        line += f"; AdamW: {adam} ({reason})"
     return line
 
 

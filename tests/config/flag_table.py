@@ -116,6 +116,14 @@ FLAGS: dict[str, list[Effect]] = {
     "normalization": [
         effect("RMSNorm", losses_from(1), more_parameters(-(2 * LAYERS + 1) * HIDDEN))
     ],
+    "norm_backend": [
+        effect("torch", same_losses, base={"normalization": "RMSNorm"}),
+        effect(
+            "apex",
+            says("--norm-backend apex needs a GPU, but there is --device cpu"),
+            observe=runs.complaints,
+        ),
+    ],
     "norm_placement": [
         dry(
             "post", prints("embedding_norm.weight [16]"), leaves_out("final_norm.weight"), base=BERT
@@ -157,6 +165,14 @@ FLAGS: dict[str, list[Effect]] = {
         effect("muon", same_first_norm, losses_from(2)),
         # Adam's first step is a sign, too.
         effect("lion", same_first_norm, losses_from(3)),
+    ],
+    "optimizer_backend": [
+        effect("torch", same_losses),
+        effect(
+            "apex",
+            says("--optimizer-backend apex needs a GPU, but there is --device cpu"),
+            observe=runs.complaints,
+        ),
     ],
     "precision": [
         effect("bf16", becomes("dtype", torch.bfloat16), other_rounding, base=SAVES),

@@ -64,6 +64,7 @@ CASES = {
         "7 6 layers",
     ),
     "precisions": (dict(bf16=True, precision="fp64"), 1, "--bf16 fp64"),
+    "apex of lion": (dict(optimizer="lion", optimizer_backend="torch"), 1, "adam or muon"),
     "adam of lion": (dict(optimizer="lion", adam_beta1=0.8), 1, "--adam-beta1 adam or muon"),
     "lion of adam": (dict(lion_beta1=0.8), 1, "--lion-beta1 --optimizer lion"),
     "muon of adam": (dict(muon_nesterov=True), 1, "--muon-nesterov --optimizer muon"),

@@ -17,11 +17,12 @@ IDLE_FOR = {
 }
 """Fields that do nothing for an architecture, and what is said of them."""
 ADAPTS_LOSS_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+ADAM = ("adam_beta1", "adam_beta2", "adam_eps", "optimizer_backend")
 MUON = tuple(key for key in options_of(OptimizerConfig) if key.startswith("muon_"))
 NEEDS_VALUE = (
     (("rotary_base",), "position_embedding_type", ("rope",)),
     (("sgd_momentum",), "optimizer", ("sgd",)),
-    (("adam_beta1", "adam_beta2", "adam_eps"), "optimizer", ("adam", "muon")),
+    (ADAM, "optimizer", ("adam", "muon")),
     (("lion_beta1", "lion_beta2"), "optimizer", ("lion",)),
     (MUON, "optimizer", ("muon",)),
     (("lr_wsd_decay_style", "lr_wsd_decay_iters"), "lr_decay_style", ("WSD",)),

@@ -29,6 +29,7 @@ from megalite.optim.config import EXAMPLE_GROUPS
 from megalite.optim.schedule import warmup_iterations
 from megalite.optim.treatment import parse_group, treatment_of
 from megalite.pipeline.partition import layers_of_stages
+from megalite.system.apex import ADAM, INSTALL, NORMS, why_no_apex
 
 SHORT_FORMS = (
     ("bf16", "precision", "bf16", ("fp16", "fp64")),
@@ -356,6 +357,24 @@ def libraries_are_installed(config: RunConfig, world_size: int) -> Iterator[Find
             yield Finding(message, "pip install 'megalite[tracking]'", {key: None})
 
 
+def apex_can_be_used(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """NVIDIA's apex is installed, and has a GPU and a precision that it knows, where it is asked
+    for."""
+    uses = {"optimizer_backend": ADAM, "norm_backend": NORMS}
+    for key, kernels in uses.items():
+        if to_flat(config)[key] != "apex":
+            continue
+        problem = why_no_apex(kernels)
+        if problem:
+            yield Finding(f"{flag_of(key)} apex: {problem}", {key: "auto"}, INSTALL)
+        if config.parallel.device == "cpu":
+            message = f"{flag_of(key)} apex needs a GPU, but there is --device cpu"
+            yield Finding(message, {"device": "auto"}, {key: "auto"})
+        if config.optimizer.chosen_precision == "fp64":
+            message = f"{flag_of(key)} apex has no fp64, which --precision asks for"
+            yield Finding(message, {"precision": "fp32"}, {key: "auto"})
+
+
 RUN_RULES: tuple[Rule, ...] = (
     batch_divides,
     short_forms_agree,
@@ -373,4 +392,5 @@ RUN_RULES: tuple[Rule, ...] = (
     split_is_readable,
     profile_is_ranges,
     libraries_are_installed,
+    apex_can_be_used,
 )
