@@ -7,10 +7,13 @@ allocator, kernels and communication add.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from megalite.config.rules.finding import data_parallel_size
 from megalite.config.run import RunConfig
 from megalite.models import cost
+from megalite.models.shapes import Shapes, elements, stage_shapes
+from megalite.optim.treatment import treatment_of
 from megalite.pipeline.partition import layers_of_stages
 from megalite.pipeline.schedules import peak_in_flight, schedule_named
 
@@ -36,7 +39,8 @@ class StageEstimate:
 def model_parameters(config: RunConfig) -> int:
     """Parameters of the whole model, without vocabulary padding."""
     layers = range(config.model.num_layers)
-    return _stage_parameters(config, layers, tensor=1, rows=config.model.vocab_size or 0)
+    rows = config.model.vocab_size or 0
+    return elements(stage_shapes(config.model, config.head_cost, layers, rows=rows))
 
 
 def estimate_stages(config: RunConfig, world_size: int) -> list[StageEstimate]:
@@ -47,10 +51,10 @@ def estimate_stages(config: RunConfig, world_size: int) -> list[StageEstimate]:
     stage_count = parallel.pipeline_model_parallel_size
     rows = model.padded_vocabulary(tensor) // tensor
     schedule = schedule_named(parallel.pipeline_schedule)
-    element_bytes, parameter_bytes = _bytes_of(config, world_size)
+    element_bytes = _element_bytes(config)
     stages = []
     for stage, layers in enumerate(layers_of_stages(model, stage_count, config.predicted)):
-        parameters = _stage_parameters(config, layers, tensor, rows)
+        shapes = stage_shapes(model, config.head_cost, layers, rows=rows, tensor=tensor)
         actions = schedule(stage_count, stage, microbatches(config, world_size))
         activations = cost.activation_bytes(
             model,
@@ -65,8 +69,8 @@ def estimate_stages(config: RunConfig, world_size: int) -> list[StageEstimate]:
         if stage == stage_count - 1:
             logits = config.predicted * model.seq_length * config.data.micro_batch_size * rows
             activations += 2 * max(4, element_bytes) * logits
-        state = parameters * parameter_bytes
-        stages.append(StageEstimate(layers, parameters, state, activations))
+        state = _state_bytes(config, shapes, world_size)
+        stages.append(StageEstimate(layers, elements(shapes), state, activations))
     return stages
 
 
@@ -76,27 +80,26 @@ def microbatches(config: RunConfig, world_size: int) -> int:
     return d.global_batch_size // (d.micro_batch_size * data_parallel_size(config, world_size))
 
 
-def _stage_parameters(config: RunConfig, layers: range, tensor: int, rows: int) -> int:
-    """Parameters of one of `tensor` ranks of the stage that holds these layers and `rows` rows of
-    the vocabulary."""
-    model = config.model
-    total = len(layers) * cost.layer_parameters(model, tensor)
-    if 0 in layers:
-        total += cost.embedding_parameters(model, rows, config.head_cost)
-    if model.num_layers - 1 in layers:
-        shares_embedding = model.tied and 0 in layers
-        total += cost.head_parameters(model, rows, config.head_cost, shares_embedding)
-    return total
+def _element_bytes(config: RunConfig) -> int:
+    """Bytes of a weight and of an element of an activation."""
+    return {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[config.optimizer.precision]
 
 
-def _bytes_of(config: RunConfig, world_size: int) -> tuple[int, float]:
-    """Bytes of an element of an activation; of a parameter with its gradient, its optimizer states
-    and, in half precision, its fp32 master weight. A sharded optimizer divides the last two by the
+def _state_bytes(config: RunConfig, shapes: Shapes, world_size: int) -> float:
+    """Bytes of a rank's parameters with their gradients, what the optimizer keeps of them, and in
+    half precision their fp32 master weights. A sharded optimizer divides the last two by the
     data-parallel size."""
     o = config.optimizer
-    size = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[o.precision]
-    states = 2 if o.optimizer == "adam" else int(o.sgd_momentum > 0)
-    states += int(size == 2)
+    size = _element_bytes(config)
+    shards = 1
     if config.parallel.use_distributed_optimizer:
-        states /= data_parallel_size(config, world_size)
-    return size, size + max(4, size) * (1 + states)
+        shards = data_parallel_size(config, world_size)
+    total = 0.0
+    for name, shape in shapes.items():
+        treatment = treatment_of(name, len(shape), decays=True, config=o)
+        kept = len(o.moments(treatment.rule)) + int(size == 2)
+        bytes_each = size
+        if not treatment.frozen:
+            bytes_each += max(4, size) * (1 + kept / shards)
+        total += prod(shape) * bytes_each
+    return total

@@ -19,6 +19,13 @@ ELSEWHERE = {
     ),
     "--override-opt_param-scheduler": "leave it out: the flags count",
     "--use-checkpoint-opt_param-scheduler": "--config with the checkpoint's config.yaml",
+    "--muon-no-split-qkv": (
+        "leave it out: queries, keys and values are always matrices of their own"
+    ),
+    "--muon-tp-mode": "leave it out: a matrix is always orthogonalized as a whole",
+    "--muon-fp32-matmul-prec": "leave it out: the products are in fp32",
+    "--muon-scalar-optimizer": "leave it out: what Muon does not update, AdamW does",
+    "--muon-use-nesterov": "--muon-nesterov",
     "--wandb-save-dir": "leave it out, and set WANDB_DIR",
     "--profile-step-start": "--profile FIRST-LAST",
     "--profile-step-end": "--profile FIRST-LAST",

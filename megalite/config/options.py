@@ -7,6 +7,7 @@ annotation are read from them here.
 import dataclasses
 import difflib
 import re
+import shlex
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Option:
         if value is None:
             return f"leave out {shortest}"
         if self.kind is tuple:
-            value = " ".join(value)
+            value = shlex.join(value)
         elif isinstance(value, float) and float(f"{value:g}") == value:
             value = f"{value:g}"
         return f"{shortest} {value}"

@@ -1,5 +1,5 @@
-"""What a layer, an embedding and a head cost: parameters, floating-point operations and bytes.
-Imports no torch.
+"""What a layer and a head cost: floating-point operations and bytes of activations. Imports no
+torch.
 
 Partition, estimate and throughput figures all come from here.
 
@@ -59,55 +59,6 @@ def flops_per_sequence(model: ModelConfig, head: HeadCost | None = None) -> floa
     weights = model.num_layers * layer_weights(model) + head.predicted * output * model.hidden_size
     scores = 4 * model.num_layers * s**2 * model.num_attention_heads * model.head_size
     return 3.0 * (2 * s * weights + scores)
-
-
-def norm_parameters(model: ModelConfig) -> int:
-    """Parameters of one norm: a weight [h] and, in LayerNorm, a bias [h]."""
-    return model.hidden_size if model.normalization == "RMSNorm" else 2 * model.hidden_size
-
-
-def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
-    """Parameters of one layer on one of `tensor` ranks."""
-    sharded = layer_weights(model)
-    replicated = 2 * norm_parameters(model)
-    if not model.disable_bias_linear:
-        qkv = (model.num_attention_heads + 2 * model.query_groups) * model.head_size
-        sharded += qkv + (2 * model.ffn if model.swiglu else model.ffn)
-        replicated += 2 * model.hidden_size
-    return sharded // tensor + replicated
-
-
-def embedding_parameters(model: ModelConfig, rows: int, head: HeadCost) -> int:
-    """Parameters of the embedding on the first stage, of which this rank holds `rows` rows of the
-    words'."""
-    total = (rows + head.token_types) * model.hidden_size
-    if model.position_embedding_type == "learned_absolute":
-        total += model.positions * model.hidden_size
-    if model.post_norm:
-        total += norm_parameters(model)
-    return total
-
-
-def head_parameters(model: ModelConfig, rows: int, head: HeadCost, shares_embedding: bool) -> int:
-    """Parameters after the layers on the last stage, with `rows` rows of the output weight on this
-    rank.
-
-    shares_embedding: whether the output weight is the embedding's, on the same stage.
-    """
-    h = model.hidden_size
-    biased = not model.disable_bias_linear
-    total = 0 if model.post_norm else norm_parameters(model)
-    if not shares_embedding:
-        total += rows * h
-    if head.dense:
-        total += h * h + norm_parameters(model)
-        if biased:
-            total += h + rows
-    if head.pair_classes:
-        total += h * h + head.pair_classes * h
-        if biased:
-            total += h + head.pair_classes
-    return total
 
 
 def activation_bytes(

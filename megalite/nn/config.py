@@ -62,6 +62,9 @@ class ModelConfig:
     """Normalisation before attention, before the MLP and before the output layer."""
     norm_epsilon: Annotated[float, Field(above=0, defines_model=True)] = 1e-5
     """Added to the variance before the square root in the normalisation."""
+    norm_backend: Annotated[Literal["auto", "torch", "apex"], Field(changes_numbers=False)] = "auto"
+    """How norms are computed. torch: by its own operators; apex: by the fused kernels of NVIDIA
+    apex, on a GPU. auto: RMSNorm by megalite's kernel, LayerNorm by torch."""
     norm_placement: Annotated[Literal["pre", "post"], Field(defines_model=True)] = "pre"
     """pre: normalise what goes into attention and MLP, and what leaves the last layer (as GPT-2 and
     Megatron-LM). post: normalise the sum after each of them, and the embedding (as in BERT's paper;

@@ -22,6 +22,7 @@ class Norm(nn.Module):
         super().__init__()
         shape = (settings.model.hidden_size,)
         self.epsilon = settings.model.norm_epsilon
+        self.backend = settings.model.norm_backend
         self.weight = settings.parameter(shape, "ones", on_part=on_part)
         self.bias = None
         if settings.model.normalization == "LayerNorm":
@@ -29,7 +30,9 @@ class Norm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, h] -> [s, b, h], both [s/t, b, h] under sequence parallelism."""
-        if self.bias is None:
+        if self.backend == "apex" and x.is_cuda:
+            return apex_norm(x, self.weight, self.bias, self.epsilon)
+        if self.bias is None and self.backend == "auto":
             return rms_norm(x, self.weight, self.epsilon)[0]
         weight = self.weight
         bias = self.bias
@@ -38,6 +41,22 @@ class Norm(nn.Module):
             # torch's CPU kernel sums the gradients of weight and bias over the tokens in half
             # precision, and so loses most of them.
             weight = weight.float()
-            bias = bias.float()
+            bias = None if bias is None else bias.float()
             wide = x.float()
-        return nn.functional.layer_norm(wide, weight.shape, weight, bias, self.epsilon).to(x.dtype)
+        if bias is None:
+            y = nn.functional.rms_norm(wide, weight.shape, weight, self.epsilon)
+        else:
+            y = nn.functional.layer_norm(wide, weight.shape, weight, bias, self.epsilon)
+        return y.to(x.dtype)
+
+
+def apex_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, epsilon: float
+) -> torch.Tensor:
+    """LayerNorm of x [..., h] with weight and bias [h], or RMSNorm without a bias, by the functions
+    that NVIDIA apex's FusedLayerNorm and FusedRMSNorm call. Imports apex."""
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
+
+    if bias is None:
+        return fused_rms_norm_affine(x, weight, weight.shape, epsilon)
+    return fused_layer_norm_affine(x, weight, bias, weight.shape, epsilon)

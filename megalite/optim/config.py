@@ -1,17 +1,32 @@
 """Optimizer, precision and learning rate. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from megalite.fields import Field
+
+MOMENTS = {
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+    "lion": ("exp_avg",),
+    "muon": ("momentum_buffer",),
+}
+"""What each update rule keeps of a parameter from step to step: names of tensors of its shape."""
+EXAMPLE_GROUPS = ("embedding.* lr_factor=0.1 weight_decay=0", "layers.[0-3].* freeze")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Optimizer, precision and learning-rate schedule."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """adam: AdamW (decoupled weight decay); sgd: SGD with momentum."""
+    optimizer: Literal["adam", "sgd", "lion", "muon"] = "adam"
+    """adam: AdamW (decoupled weight decay); sgd: SGD with momentum; lion: Lion; muon: Muon for the
+    matrices of the layers, AdamW for all else."""
+    optimizer_backend: Annotated[Literal["auto", "torch", "apex"], Field(changes_numbers=False)] = (
+        "auto"
+    )
+    """What computes AdamW: torch's fused kernel, or FusedAdam of NVIDIA apex. auto: apex where it
+    is installed and the device is a GPU."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16 and fp16 keep fp32 master weights and accumulate gradients in fp32; fp16 scales the
     loss; fp64 is for proofs."""
@@ -54,8 +69,7 @@ class OptimizerConfig:
     lr_warmup_fraction: Annotated[float | None, Field(minimum=0, below=1)] = None
     """Warm-up as a fraction of the decay's iterations or samples, in place of --lr-warmup-iters."""
     weight_decay: Annotated[float, Field(minimum=0)] = 0.01
-    """Weight decay; biases and norms are left out. Decoupled in adam (AdamW), added to the gradient
-    in sgd."""
+    """Weight decay; biases and norms are left out. Decoupled, but added to the gradient in sgd."""
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
     """constant: --weight-decay; linear, cosine: from --start-weight-decay to --end-weight-decay at
     the last iteration."""
@@ -71,6 +85,36 @@ class OptimizerConfig:
     """Added to the denominator of Adam's update."""
     sgd_momentum: Annotated[float, Field(minimum=0, below=1)] = 0.9
     """Momentum of SGD."""
+    lion_beta1: Annotated[float, Field(minimum=0, below=1)] = 0.95
+    """Weight of the running mean of gradients in Lion's update, against the gradient."""
+    lion_beta2: Annotated[float, Field(minimum=0, below=1)] = 0.98
+    """Decay of Lion's running mean of gradients."""
+    muon_momentum: Annotated[float, Field(minimum=0, below=1)] = 0.95
+    """Momentum of Muon."""
+    muon_nesterov: bool = False
+    """Add the gradient to Muon's momentum once more before it is orthogonalized."""
+    muon_num_ns_steps: Annotated[int, Field(minimum=1)] = 5
+    """Newton-Schulz iterations that orthogonalize a matrix."""
+    muon_coefficient_type: Literal["quintic", "simple"] = "quintic"
+    """Their coefficients. quintic: those of Megatron-LM's default, other ones in each of the first
+    five; simple: those of Jordan et al. 2024."""
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    """What an orthogonalized matrix of m outputs and n inputs is multiplied by: sqrt(max(m, n)),
+    sqrt(m / n), or sqrt(max(1, m / n))."""
+    muon_extra_scale_factor: Annotated[float, Field(above=0)] = 1.0
+    """Another factor of it. With spectral, 0.2 makes updates as large as AdamW's (Liu et al.
+    2025)."""
+    decoupled_lr: Annotated[float | None, Field(above=0, example=1e-4)] = None
+    """Learning rate of the word embedding and of an untied output weight, in place of --lr, with
+    the same schedule."""
+    decoupled_min_lr: Annotated[float | None, Field(minimum=0)] = None
+    """What theirs falls to, in place of --min-lr. Unset: a tenth of --decoupled-lr."""
+    parameter_groups: Annotated[
+        tuple[str, ...] | None, Field(metavar="'PATTERN SETTING ...'", example=EXAMPLE_GROUPS)
+    ] = None
+    """Settings of the parameters whose names match a pattern, a quoted text (in YAML an item of a
+    list) for each: lr_factor=NUMBER, weight_decay=NUMBER, freeze, train. Of several settings of a
+    parameter, the last one counts."""
     clip_grad: Annotated[float, Field(minimum=0)] = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0 = off."""
     max_bad_steps: Annotated[int, Field(minimum=0)] = 0
@@ -80,7 +124,7 @@ class OptimizerConfig:
     """A step is also bad if its gradient norm is above this many times the median of the last 100
     good steps; from the 11th good step on."""
     log_params_norm: Annotated[bool, Field(changes_numbers=False)] = False
-    """Report the L2 norm of all weights after each step."""
+    """Report the L2 norm of all trained weights after each step."""
     log_num_zeros_in_grad: Annotated[bool, Field(changes_numbers=False)] = False
     """Report how many elements of each step's gradient are 0."""
     log_norms_per_layer: Annotated[bool, Field(changes_numbers=False)] = False
@@ -91,6 +135,15 @@ class OptimizerConfig:
         """Whether the schedules count samples, not iterations."""
         samples = (self.lr_decay_samples, self.lr_warmup_samples, self.lr_wsd_decay_samples)
         return any(count is not None for count in samples)
+
+    def moments(self, rule: str) -> tuple[str, ...]:
+        """Names of the tensors that an update rule keeps for each parameter."""
+        return () if rule == "sgd" and not self.sgd_momentum else MOMENTS[rule]
+
+    @property
+    def decoupled(self) -> "OptimizerConfig":
+        """The schedule of --decoupled-lr."""
+        return replace(self, lr=self.decoupled_lr, min_lr=self.decoupled_min_lr)
 
     @property
     def lowest_lr(self) -> float:

@@ -1,8 +1,8 @@
-"""The optimizer step: torch's AdamW or SGD on fp32 (fp64) weights, with master copies where the
-model is in half precision."""
+"""The optimizer step: update rules on fp32 (fp64) weights, with master copies where the model is in
+half precision."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import Parameter
@@ -15,6 +15,8 @@ from megalite.optim.loss_scale import LossScale
 from megalite.optim.parameters import ParameterBuffer
 from megalite.optim.schedule import Schedule
 from megalite.optim.statistics import Statistics
+from megalite.optim.treatment import Treatment, treatment_of
+from megalite.optim.update_rules import UPDATE_RULES, allocate_moments, set_step_count
 from megalite.parallel.config import ParallelConfig
 from megalite.parallel.context import ParallelContext
 
@@ -44,6 +46,9 @@ class Optimizer:
     copy that the parameter is rounded from after each step. With `use_distributed_optimizer` (ZeRO
     stage 1, Rajbhandari et al. 2020) it is the flat range `ranges[name]` of the parameter, and
     parameters of which this rank updates nothing have no entry.
+
+    Frozen parameters (`parameter_groups`) get `requires_grad` False, and the optimizer has nothing
+    of them.
     """
 
     def __init__(
@@ -56,31 +61,50 @@ class Optimizer:
     ):
         self.config = config
         self.schedule = schedule
-        self.parameters = parameters
+        self.treatments: dict[str, Treatment] = {}
+        self.parameters: dict[str, Parameter] = {}
+        """Those that are trained, by name."""
+        for name, parameter in parameters.items():
+            spec = parameter.spec
+            treatment = treatment_of(name, len(spec.global_shape), spec.weight_decay, config)
+            parameter.requires_grad_(not treatment.frozen)
+            if not treatment.frozen:
+                self.parameters[name] = parameter
+                self.treatments[name] = treatment
         self.loss_scale = LossScale.from_config(config)
         self.bad_steps = BadSteps(config)
-        self.gradients = GradientBuffer(parameters, context, parallel)
+        self.gradients = GradientBuffer(self.parameters, context, parallel)
         self.statistics = Statistics(self.gradients, config)
         self.ranges = self.gradients.ranges
         self.overlaps_gather = parallel.overlap_param_gather
-        self.parameter_buffer = ParameterBuffer(self.gradients) if self.gradients.sharded else None
-        self.keeps_master = any(p.dtype in HALF_PRECISIONS for p in parameters.values())
+        self.parameter_buffer = None
+        if self.gradients.sharded and self.parameters:
+            self.parameter_buffer = ParameterBuffer(self.gradients)
+        self.keeps_master = any(p.dtype in HALF_PRECISIONS for p in self.parameters.values())
         self.master = {}
         for name in self.ranges:
             weight = self._owned_weight(name)
             self.master[name] = weight.float() if self.keeps_master else weight
-        owners = map(parameters.__getitem__, self.master)
-        groups = decay_groups(zip(owners, self.master.values()), config.weight_decay)
-        if config.optimizer == "adam":
-            # One fused pass over the weights: 3 to 4 times faster than the other implementations,
-            # also on the CPU.
-            betas = (config.adam_beta1, config.adam_beta2)
-            self.inner = torch.optim.AdamW(
-                groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True
-            )
-        else:
-            momentum = config.sgd_momentum
-            self.inner = torch.optim.SGD(groups, lr=config.lr, momentum=momentum, fused=True)
+        self.inner: dict[str, torch.optim.Optimizer] = {}
+        """torch's optimizers by update rule."""
+        for rule, groups in self._groups().items():
+            self.inner[rule] = UPDATE_RULES[rule](groups, config, self.gradients)
+        self.steps = 0
+        """Updates done, skipped steps not counted."""
+
+    def _groups(self) -> dict[str, list[dict]]:
+        """torch's parameter groups by update rule. Every rank of a stage has the same ones."""
+        names: dict[Treatment, list[str]] = {}
+        for name, treatment in self.treatments.items():
+            names.setdefault(treatment, []).append(name)
+        groups: dict[str, list[dict]] = {}
+        for treatment, alike in names.items():
+            owned = [name for name in alike if name in self.master]
+            weights = [self.master[name] for name in owned]
+            group = {"params": weights, "names": owned, "all_names": alike}
+            group["treatment"] = treatment
+            groups.setdefault(treatment.rule, []).append(group)
+        return groups
 
     @torch.no_grad()
     def step(self, position: int) -> StepResult:
@@ -105,16 +129,15 @@ class Optimizer:
         self.loss_scale.update(overflowed=False)
         statistics = self.statistics.of_gradients(scale)
         self.gradients.clip(norm, self.config.clip_grad, scale)
-        decay = self.schedule.weight_decay(position)
-        for group in self.inner.param_groups:
-            group["lr"] = rate
-            group["weight_decay"] = decay if group["decays"] else 0.0
+        self._set_rates(position, rate)
         # Update the master weights with the gradients where they lie, then round the working
         # weights from them.
         self.wait_for_parameters()
         for name, master in self.master.items():
             master.grad = self.gradients.owned(name)
-        self.inner.step()
+        for inner in self.inner.values():
+            inner.step()
+        self.steps += 1
         for name, master in self.master.items():
             master.grad = None
             if self.keeps_master:
@@ -126,6 +149,22 @@ class Optimizer:
                 self.parameter_buffer.wait()
         statistics |= self.statistics.of_parameters()
         return StepResult(norm, learning_rate=rate, loss_scale=scale, statistics=statistics)
+
+    def _set_rates(self, position: int, rate: float) -> None:
+        """Give every parameter group its learning rate, of which `rate` is the usual one, and its
+        weight decay."""
+        decay = self.schedule.weight_decay(position)
+        rates = {False: rate}
+        if self.config.decoupled_lr is not None:
+            decoupled = replace(self.schedule, config=self.config.decoupled)
+            rates[True] = decoupled.learning_rate(position)
+        for inner in self.inner.values():
+            for group in inner.param_groups:
+                treatment = group["treatment"]
+                group["lr"] = rates[treatment.is_decoupled] * treatment.lr_factor
+                group["weight_decay"] = treatment.weight_decay
+                if treatment.weight_decay is None:
+                    group["weight_decay"] = decay if treatment.decays else 0.0
 
     @property
     def is_sharded(self) -> bool:
@@ -149,63 +188,24 @@ class Optimizer:
         "master" weights where they differ from the parameters, and the moments, allocated if
         absent."""
         self.allocate_state()
-        for name, master in self.master.items():
-            if self.keeps_master:
+        if self.keeps_master:
+            for name, master in self.master.items():
                 yield "master", name, master
-            for kind in self.moments:
-                yield kind, name, self.inner.state[master][kind]
+        for rule, inner in self.inner.items():
+            for group in inner.param_groups:
+                for name, weight in zip(group["names"], group["params"]):
+                    for kind in self.config.moments(rule):
+                        yield kind, name, inner.state[weight][kind]
 
     def allocate_state(self) -> None:
-        """Allocate the moments of what this rank updates, zero, as the first step would.
-
-        Zero is also what torch's first step starts SGD's momentum from, since dampening is 0: it
-        sets the buffer to the gradient, which is momentum * 0 + gradient.
-        """
-        for master in self.master.values():
-            state = self.inner.state[master]
-            for kind in self.moments:
-                if state.get(kind) is None:
-                    state[kind] = torch.zeros_like(master)
-            # torch makes its state at the first step only if there is none at all.
-            if self.config.optimizer == "adam":
-                state.setdefault("step", _step_count(0, master))
-
-    @property
-    def moments(self) -> tuple[str, ...]:
-        """Names of the tensors torch's optimizer keeps for each parameter."""
-        if self.config.optimizer == "adam":
-            return ("exp_avg", "exp_avg_sq")
-        return ("momentum_buffer",) if self.config.sgd_momentum else ()
-
-    @property
-    def steps(self) -> int:
-        """Steps taken, as Adam's bias correction counts them."""
-        for state in self.inner.state.values():
-            if "step" in state:
-                return int(state["step"])
-        return 0
+        """Allocate the moments of what this rank updates, zero, as the first step would."""
+        for rule, inner in self.inner.items():
+            allocate_moments(inner, self.config.moments(rule))
+        # torch makes its state at the first step only if there is none at all.
+        self.set_steps(self.steps)
 
     def set_steps(self, steps: int) -> None:
-        """Set the count of steps taken, for every parameter."""
-        if self.config.optimizer == "adam":
-            for master in self.master.values():
-                self.inner.state[master]["step"] = _step_count(steps, master)
-
-
-def decay_groups(weights: Iterable[tuple[Parameter, torch.Tensor]], decay: float) -> list[dict]:
-    """torch's parameter groups of tensors to update, each given after its parameter, which says
-    whether it gets weight decay: `decays` of its group."""
-    decayed = []
-    others = []
-    for parameter, weight in weights:
-        group = decayed if parameter.spec.weight_decay else others
-        group.append(weight)
-    return [
-        {"params": decayed, "decays": True, "weight_decay": decay},
-        {"params": others, "decays": False, "weight_decay": 0.0},
-    ]
-
-
-def _step_count(steps: int, like: torch.Tensor) -> torch.Tensor:
-    """Adam's count of steps for a parameter, as torch's fused implementation keeps it."""
-    return torch.tensor(steps, dtype=torch.float32, device=like.device)
+        """Set the count of updates done, which Adam's bias correction needs."""
+        self.steps = steps
+        for inner in self.inner.values():
+            set_step_count(inner, steps)

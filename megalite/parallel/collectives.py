@@ -186,6 +186,26 @@ def gather_shards(tensor: torch.Tensor, group: Group):
     return _post("all_gather", group, _ALL_GATHER, tensor, own, async_op=True)
 
 
+def all_to_all(
+    parts: Sequence[torch.Tensor], sizes: Sequence[int], group: Group
+) -> list[torch.Tensor]:
+    """Send `parts[i]`, flat, to the group's rank i. Returns what each rank sent to this one.
+
+    parts: one for each rank, of one dtype; they may be empty.
+    sizes: numbers of elements that the ranks send to this one.
+    """
+    if group.size == 1:
+        return list(parts)
+    sent = torch.cat(list(parts))
+    received = sent.new_empty(sum(sizes))
+    splits = {
+        "output_split_sizes": list(sizes),
+        "input_split_sizes": [part.numel() for part in parts],
+    }
+    _post("all_to_all", group, dist.all_to_all_single, received, sent, **splits)
+    return list(received.split(list(sizes)))
+
+
 def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> None:
     """Copy the tensor of the group's rank `source` into that of every other rank, in place."""
     if group.size > 1:

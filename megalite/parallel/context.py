@@ -48,8 +48,9 @@ def choose_device(wanted: str, launch: LaunchInfo) -> tuple[torch.device, str]:
 
 
 NEEDED_GROUPS = (("tensor",), ("data",), ("pipeline",))
-"""The sets of axes that something communicates over. Only their groups are made: a group costs
-memory, connections and, on GPUs, a communicator."""
+"""The sets of axes that every run communicates over. Only their groups are made, and what
+`ParallelContext.create` is asked for beside them: a group costs memory, connections and, on GPUs, a
+communicator."""
 
 
 class _GroupFactory:
@@ -133,11 +134,13 @@ class ParallelContext:
         backend: str = "gloo",
         timeout_minutes: float = 10.0,
         store: Any = None,
+        more_groups: Sequence[tuple[str, ...]] = (),
     ) -> "ParallelContext":
         """Meet the other ranks and make the groups. Collective over the world; every rank passes
         the same layout.
 
-        store: what `meet` returned, if it was called before. Raises ValueError when the layout's
+        store: what `meet` returned, if it was called before. more_groups: sets of axes beside
+        NEEDED_GROUPS. Raises ValueError when the layout's
         world size is not the launcher's, RendezvousError when ranks do not meet.
         """
         if layout.world_size != launch.world_size:
@@ -166,7 +169,7 @@ class ParallelContext:
         )
         factory = _GroupFactory(layout, launch.rank, device, timeout)
         groups = {}
-        for axes in map(layout.canonical, NEEDED_GROUPS):
+        for axes in map(layout.canonical, (*NEEDED_GROUPS, *more_groups)):
             if axes:
                 own = layout.group_of(launch.rank, *axes)
                 groups[axes] = factory.make(" x ".join(axes), own, partial(layout.groups, *axes))

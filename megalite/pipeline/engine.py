@@ -16,6 +16,9 @@ from megalite.pipeline.schedules import FORWARD, Action, Step, forward_only, pro
 LossWeights = Tensor | Sequence[float]
 """What each of the k terms of the loss is multiplied by, [k]."""
 
+Start = Tensor | GradientEdge | None
+"""Where a backward starts."""
+
 
 @dataclass
 class _Run:
@@ -28,10 +31,10 @@ class _Run:
     """[k], weighted, of the microbatches so far; zeros before the last stage."""
     losses_of: dict[int, Tensor] = field(default_factory=dict)
     """[k], weighted, by microbatch; on the last stage."""
-    in_flight: dict[int, tuple[Tensor | None, Tensor | GradientEdge]] = field(default_factory=dict)
+    in_flight: dict[int, tuple[Tensor | None, Start]] = field(default_factory=dict)
     """What is kept of a microbatch between its forward and its backward: the input from the
     previous stage, whose gradient goes back there; and where the backward starts, the loss or the
-    gradient edge of hidden states that are no longer held."""
+    gradient edge of hidden states that are no longer held, None where they need no gradient."""
     outgoing: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """Computed, not yet posted, by (kind, microbatch): the Action that computed it."""
     incoming: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -185,7 +188,8 @@ class PipelineEngine:
                 )
             run.outgoing[action] = output.detach()
             # The edge is enough for the backward: the hidden states are freed once they are sent.
-            output = get_gradient_edge(output) if trains else None
+            # A first stage whose parameters are all frozen has none.
+            output = get_gradient_edge(output) if output.requires_grad else None
         if trains:
             run.in_flight[action.microbatch] = (received, output)
 
@@ -195,6 +199,8 @@ class PipelineEngine:
             torch.autograd.backward(output)
         else:
             # The gradient of the hidden states has come from the next stage.
-            torch.autograd.backward((output,), (run.incoming.pop(action),))
+            gradient = run.incoming.pop(action)
+            if output is not None:
+                torch.autograd.backward((output,), (gradient,))
         if received is not None:
             run.outgoing[action] = received.grad.contiguous()

@@ -43,6 +43,10 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
         pipeline=parallel.pipeline_model_parallel_size,
     )
     device, why = choose_device(parallel.device, launch)
+    for key in ("optimizer_backend", "norm_backend"):
+        if to_flat(config)[key] == "apex" and device.type != "cuda":
+            flag = key.replace("_", "-")
+            raise DeviceError(f"--{flag} apex needs a GPU, but this runs on {device.type}: {why}")
     backend = _backend_for(device, why, parallel.distributed_backend, launch.world_size)
     if device.type == "cpu" and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Otherwise every rank would start as many threads as the node has cores.
@@ -62,8 +66,16 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
     if launch.world_size > 1:
         store = meet(launch, timedelta(minutes=minutes))
         compare_facts(store, launch.rank, launch.world_size, facts)
+    # Muon gathers matrices from all ranks that update parts of them.
+    gathers = config.optimizer.optimizer == "muon" and parallel.use_distributed_optimizer
     context = ParallelContext.create(
-        layout, launch, device=device, backend=backend, timeout_minutes=minutes, store=store
+        layout,
+        launch,
+        device=device,
+        backend=backend,
+        timeout_minutes=minutes,
+        store=store,
+        more_groups=[("tensor", "data")] if gathers else [],
     )
     via = "one process, no launcher"
     if launch.world_size > 1:
@@ -157,7 +169,8 @@ def _wait_in_forward(model: Stage, optimizer: Optimizer) -> None:
     for module in [*model.layers.values(), *model.children()]:
         names = None
         if module is not getattr(model, "final_norm", None):
-            names = tuple(parameter.spec.name for parameter in module.parameters())
+            trained = [p for p in module.parameters() if p.requires_grad]
+            names = tuple(parameter.spec.name for parameter in trained)
         module.register_forward_pre_hook(partial(_wait, optimizer, names))
 
 

@@ -19,7 +19,6 @@ from megalite.data.classification import Rows, order
 from megalite.models.batch import Microbatch
 from megalite.models.classifier import Classifier
 from megalite.optim.config import OptimizerConfig
-from megalite.optim.optimizer import decay_groups
 from megalite.optim.schedule import Schedule
 from megalite.parallel.context import ParallelContext
 from megalite.system.errors import error_message
@@ -84,8 +83,12 @@ def finetune(
     BadStepError before such a gradient changes a weight.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = decay_groups(zip(trained, trained), config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    groups = {True: [], False: []}
+    for parameter in trained:
+        groups[parameter.spec.weight_decay].append(parameter)
+    decayed = {"params": groups[True], "weight_decay": config.weight_decay}
+    others = {"params": groups[False], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([decayed, others], lr=config.lr, fused=True)
     steps = config.epochs * -(-len(train) // config.batch_size)
     rates = OptimizerConfig(
         lr=config.lr, lr_decay_style="linear", lr_warmup_fraction=config.warmup_fraction

@@ -8,7 +8,7 @@ import torch
 
 from megalite.checkpoint.folder import CheckpointError
 from megalite.checkpoint.load import Checkpoint
-from megalite.config.run import RunConfig
+from megalite.config.run import RunConfig, with_values
 from megalite.config.yaml_file import config_of_checkpoint
 from megalite.data.tokenizers import Tokenizer, checkpoint_data_config, trained_tokenizer
 from megalite.models.stage import Stage
@@ -63,6 +63,8 @@ def load_model(
 
         # The model of one rank, in evaluation mode, with the weights of all.
         context = ParallelContext.single(single_process_device(device))
+        # The libraries of the machine that trained it may be missing here.
+        config = with_values(config, {"norm_backend": "auto"})
         model = build_model(config, context, CounterBasedRng.for_seed(0)).eval()
         load_weights(checkpoint, model.parameters_by_name)
         return LoadedModel(config, model, built_tokenizer, checkpoint.iteration)

@@ -9,6 +9,7 @@ from megalite.config.run import RunConfig
 from megalite.data.architectures import DATA_OF
 from megalite.kernels import native
 from megalite.nn.attention import Attention
+from megalite.optim.apex_adam import adam_backend
 from megalite.parallel.collectives import gather_objects
 from megalite.training.batches import GlobalBatches
 from megalite.training.build import TrainingComponents
@@ -23,20 +24,26 @@ def model_line(components: TrainingComponents) -> str:
     position = context.coordinates
     within_stage = position | {"pipeline": 0}
     counted = 0
+    trained = 0
     held = 0
     for parameter in components.model.parameters():
         spec = parameter.spec
         counted += spec.box.numel * spec.is_primary(position)
+        trained += spec.box.numel * spec.is_primary(position) * parameter.requires_grad
         held += spec.box.numel * spec.is_primary(within_stage)
 
     # Sum over the ranks.
     stages = [0] * context.pipeline.size
     total = 0
-    ranks = gather_objects((position["pipeline"], counted, held), context.control)
-    for stage, counted_there, held_there in ranks:
+    total_trained = 0
+    ranks = gather_objects((position["pipeline"], counted, trained, held), context.control)
+    for stage, counted_there, trained_there, held_there in ranks:
         stages[stage] += held_there
         total += counted_there
+        total_trained += trained_there
     line = f"{total:,} parameters"
+    if total_trained < total:
+        line += f", of which {total - total_trained:,} are frozen"
     if context.pipeline.size > 1:
         line += f"; by stage {', '.join(f'{count:,}' for count in stages)}"
     return line
@@ -51,6 +58,10 @@ def kernels_line(components: TrainingComponents, config: RunConfig) -> str:
     line = f"attention: {backend} ({reason}); {native.status()}"
     if config.optimizer.precision == "fp64":
         line += "; fp64 takes PyTorch's operations"
+    device = components.model.context.device
+    if device.type == "cuda" and "adam" in components.optimizer.inner:
+        adam, reason = adam_backend(config.optimizer, device)
+        line += f"; AdamW: {adam} ({reason})"
     return line
 
 

@@ -60,6 +60,8 @@ from tests.config.flag_effects import (
     half_cosine,
 )
 
+LION = {"optimizer": "lion"}
+MUON = {"optimizer": "muon"}
 WSD_OF_TWO = {"lr_wsd_decay_iters": 2}
 WSD = {"lr_decay_style": "WSD", **WSD_OF_TWO}
 GROWING = {"start_weight_decay": 0.0, "end_weight_decay": 0.5}
@@ -115,6 +117,14 @@ FLAGS: dict[str, list[Effect]] = {
     "normalization": [
         effect("RMSNorm", losses_from(1), more_parameters(-(2 * LAYERS + 1) * HIDDEN))
     ],
+    "norm_backend": [
+        effect("torch", same_losses, base={"normalization": "RMSNorm"}),
+        effect(
+            "apex",
+            says("--norm-backend apex needs a GPU, but there is --device cpu"),
+            observe=runs.complaints,
+        ),
+    ],
     "norm_placement": [
         dry(
             "post", prints("embedding_norm.weight [16]"), leaves_out("final_norm.weight"), base=BERT
@@ -151,7 +161,20 @@ FLAGS: dict[str, list[Effect]] = {
     "recompute_method": [effect("block", more_is_kept, base=FULL, observe=runs.kept_for_backward)],
     "recompute_num_layers": [effect(2, less_is_kept, base=FULL, observe=runs.kept_for_backward)],
     # optimizer
-    "optimizer": [effect("sgd", same_first_norm, losses_from(2))],
+    "optimizer": [
+        effect("sgd", same_first_norm, losses_from(2)),
+        effect("muon", same_first_norm, losses_from(2)),
+        # Adam's first step is a sign, too.
+        effect("lion", same_first_norm, losses_from(3)),
+    ],
+    "optimizer_backend": [
+        effect("torch", same_losses),
+        effect(
+            "apex",
+            says("--optimizer-backend apex needs a GPU, but there is --device cpu"),
+            observe=runs.complaints,
+        ),
+    ],
     "precision": [
         effect("bf16", becomes("dtype", torch.bfloat16), other_rounding, base=SAVES),
         effect(
@@ -228,6 +251,26 @@ FLAGS: dict[str, list[Effect]] = {
     "adam_beta2": [effect(0.5, losses_from(3))],
     "adam_eps": [effect(0.1, losses_from(2))],
     "sgd_momentum": [effect(0.0, losses_from(3), base=SGD)],
+    # Nor does the first step of Lion and Muon.
+    "lion_beta1": [effect(0.5, losses_from(3), base=LION)],
+    "lion_beta2": [effect(0.5, losses_from(3), base=LION)],
+    "muon_momentum": [effect(0.5, losses_from(3), base=MUON)],
+    "muon_nesterov": [effect(True, losses_from(3), base=MUON)],
+    "muon_num_ns_steps": [effect(2, losses_from(2), base=MUON)],
+    "muon_coefficient_type": [effect("simple", losses_from(2), base=MUON)],
+    "muon_scale_mode": [
+        effect(mode, losses_from(2), base=MUON) for mode in ("unit_rms_norm", "shape_scaling")
+    ],
+    "muon_extra_scale_factor": [effect(0.2, losses_from(2), base=MUON)],
+    "decoupled_lr": [effect(0.5, losses_from(2))],
+    "decoupled_min_lr": [effect(0.4, losses_from(2), base={"decoupled_lr": 0.5})],
+    "parameter_groups": [
+        effect(
+            ("layers.0.* lr_factor=0.5", "*.qkv.weight freeze"),
+            losses_from(2),
+            says(f"of which {LAYERS * 3 * HIDDEN**2:,} are frozen"),
+        )
+    ],
     "clip_grad": [effect(0.1, same_first_norm, losses_from(2), base=SGD)],
     "max_bad_steps": [effect(2, from_to("go stop", "go skip skip stop"), observe=runs.bad_steps)],
     "skip_grad_norm_above": [

@@ -65,6 +65,17 @@ CASES = {
         "7 6 layers",
     ),
     "precisions": (dict(bf16=True, precision="fp64"), 1, "--bf16 fp64"),
+    "apex of lion": (dict(optimizer="lion", optimizer_backend="torch"), 1, "adam or muon"),
+    "adam of lion": (dict(optimizer="lion", adam_beta1=0.8), 1, "--adam-beta1 adam or muon"),
+    "lion of adam": (dict(lion_beta1=0.8), 1, "--lion-beta1 --optimizer lion"),
+    "muon of adam": (dict(muon_nesterov=True), 1, "--muon-nesterov --optimizer muon"),
+    "decoupled minimum alone": (dict(decoupled_min_lr=1e-5), 1, "--decoupled-lr"),
+    "decoupled rates": (
+        dict(decoupled_lr=1e-4, decoupled_min_lr=1e-3),
+        1,
+        "--decoupled-min-lr 0.001 --decoupled-lr 0.0001",
+    ),
+    "everything frozen": (dict(parameter_groups=("* freeze",)), 1, "freezes every parameter"),
     "half precisions": (dict(bf16=True, fp16=True), 1, "--bf16 --fp16"),
     "a decay of no length": (
         dict(lr_decay_style="WSD"),

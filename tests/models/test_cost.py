@@ -7,9 +7,14 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalite.models.cost import flops_per_sequence, layer_weights, output_cost
+from megalite.models.shapes import stage_shapes
 from megalite.nn.config import ModelConfig
-from tests.layouts import GPT2, LLAMA, Layout
-from tests.tiny import build
+from megalite.parallel.layout import ParallelLayout
+from megalite.parallel.rng import CounterBasedRng
+from megalite.pipeline.partition import layers_of_stages
+from megalite.training.build import build_model
+from tests.layouts import GPT2, LAYOUTS, LLAMA, Layout, configuration
+from tests.tiny import build, context_of
 
 
 @pytest.mark.parametrize(
@@ -23,6 +28,24 @@ def test_gpt_equals_the_closed_form(layers, h, s, v):
     )
     expected = 72 * layers * s * h**2 * (1 + s / (6 * h) + v / (12 * h * layers))
     assert flops_per_sequence(model) == pytest.approx(expected, rel=1e-14)
+
+
+NAMED = [x for x in LAYOUTS if x.dp == 1 and not x.packing]
+
+
+@pytest.mark.parametrize("layout", NAMED, ids=lambda layout: layout.name)
+def test_shapes_are_those_of_the_model(layout):
+    """Names and shapes of every parameter on the first rank of every stage."""
+    config = configuration(layout)
+    sizes = ParallelLayout(tensor=layout.tp, pipeline=layout.pp)
+    model = config.model
+    stages = layers_of_stages(model, layout.pp, config.predicted)
+    for stage, rank in zip(stages, sizes.group_of(0, "pipeline")):
+        context = context_of(sizes, rank)
+        built = build_model(config, context, CounterBasedRng.for_seed(0))
+        rows = model.padded_vocabulary(layout.tp) // layout.tp
+        found = stage_shapes(model, config.head_cost, stage, rows=rows, tensor=layout.tp)
+        assert found == {name: p.shape for name, p in built.parameters_by_name.items()}
 
 
 @pytest.mark.parametrize(

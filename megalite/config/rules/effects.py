@@ -8,6 +8,7 @@ from megalite.config.rules.finding import Finding, example_of, wanted_splits
 from megalite.config.run import RunConfig, keys_where, options, to_flat
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
+from megalite.optim.config import OptimizerConfig
 
 NEEDS_EOD = keys_where(lambda field: field.needs_eod)
 IDLE_FOR = {
@@ -16,15 +17,24 @@ IDLE_FOR = {
 }
 """Fields that do nothing for an architecture, and what is said of them."""
 ADAPTS_LOSS_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+ADAM = ("adam_beta1", "adam_beta2", "adam_eps", "optimizer_backend")
+MUON = tuple(key for key in options_of(OptimizerConfig) if key.startswith("muon_"))
 NEEDS_VALUE = (
-    (("rotary_base",), "position_embedding_type", "rope"),
-    (("sgd_momentum",), "optimizer", "sgd"),
-    (("adam_beta1", "adam_beta2", "adam_eps"), "optimizer", "adam"),
-    (("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"), "lr_decay_style", "WSD"),
+    (("rotary_base",), "position_embedding_type", ("rope",)),
+    (("sgd_momentum",), "optimizer", ("sgd",)),
+    (ADAM, "optimizer", ("adam", "muon")),
+    (("lion_beta1", "lion_beta2"), "optimizer", ("lion",)),
+    (MUON, "optimizer", ("muon",)),
+    (
+        ("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+        "lr_decay_style",
+        ("WSD",),
+    ),
 )
-"""(fields, another field, the value of it without which they do nothing)."""
+"""(fields, another field, the values of it without which they do nothing)."""
 NEEDS_ANY = (
     (("wandb_exp_name",), "wandb_project", "--wandb-project PROJECT"),
+    (("decoupled_min_lr",), "decoupled_lr", {"decoupled_lr": 1e-4}),
     (("profile_dir", "profile_ranks"), "profile", {"profile": "10-12"}),
     (("save_interval", "keep_last"), "save", "--save FOLDER"),
     (("ckpt_step", "finetune", "no_load_optim", "no_load_rng"), "load", "--load FOLDER"),
@@ -58,9 +68,10 @@ def nothing_is_ignored(config: RunConfig, world_size: int) -> Iterator[Finding]:
 def _other_values(config: RunConfig) -> Iterator[Idle]:
     """Fields that need one other field."""
     flat = to_flat(config)
-    for keys, other, value in NEEDS_VALUE:
-        if flat[other] != value:
-            yield keys, f"without {options()[other].setting(value)}", {other: value}
+    for keys, other, values in NEEDS_VALUE:
+        if flat[other] not in values:
+            why = f"without {options()[other].setting(' or '.join(values))}"
+            yield keys, why, {other: values[0]}
     for keys, other, fix in NEEDS_ANY:
         if flat[other] is None:
             yield keys, f"without {options()[other].flag}", fix
@@ -97,7 +108,7 @@ def _training(config: RunConfig) -> Iterator[Idle]:
     o = config.optimizer
     fix = {"lr_decay_style": "cosine"}
     if o.lr_decay_style == "constant":
-        keys = ("min_lr", "lr_decay_iters", "lr_decay_samples")
+        keys = ("min_lr", "decoupled_min_lr", "lr_decay_iters", "lr_decay_samples")
         yield keys, "with --lr-decay-style constant", fix
     if o.lr_decay_style == "inverse-square-root":
         why = "with --lr-decay-style inverse-square-root, which has no end"

@@ -4,6 +4,7 @@ torch."""
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from megalite.config.options import nearest
 from megalite.config.rules.finding import (
     Finding,
     Rule,
@@ -26,7 +27,11 @@ from megalite.data.batch_sizes import BatchSizes
 from megalite.data.gpt import parse_split
 from megalite.data.indexed import DatasetError
 from megalite.data.sources import parse_sources
+from megalite.models.shapes import stage_shapes
+from megalite.optim.config import EXAMPLE_GROUPS
+from megalite.optim.treatment import parse_group, treatment_of
 from megalite.pipeline.partition import layers_of_stages
+from megalite.system.apex import ADAM, INSTALL, NORMS, why_no_apex
 
 SHORT_FORMS = (
     ("bf16", "precision", "bf16", ("fp16", "fp64")),
@@ -103,9 +108,13 @@ def schedule_has_one_unit(config: RunConfig, world_size: int) -> Iterator[Findin
 def learning_rate_falls(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """min_lr <= lr; a warm-up given once, that ends before the decay does."""
     o = config.optimizer
-    if o.lowest_lr > o.lr:
-        message = f"--min-lr {o.min_lr:g} is above --lr {o.lr:g}"
-        yield Finding(message, {"min_lr": o.lr}, {"lr": o.min_lr})
+    for prefix in ("", "decoupled_"):
+        high = getattr(o, f"{prefix}lr")
+        low = getattr(o, f"{prefix}min_lr")
+        if None not in (high, low) and low > high:
+            message = f"{flag_of(f'{prefix}min_lr')} {low:g} is above {flag_of(f'{prefix}lr')} "
+            message += f"{high:g}"
+            yield Finding(message, {f"{prefix}min_lr": high}, {f"{prefix}lr": low})
     unit = "samples" if o.counts_samples else "iters"
     warmup = getattr(o, f"lr_warmup_{unit}")
     flag = flag_of(f"lr_warmup_{unit}")
@@ -178,6 +187,48 @@ def schedules_are_whole(config: RunConfig, world_size: int) -> Iterator[Finding]
             dict.fromkeys(missing, o.weight_decay),
             {"weight_decay_incr_style": "constant"},
         )
+
+
+def parameter_groups_match(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """Each of --parameter-groups can be read, and its pattern matches a parameter; some parameter
+    is trained."""
+    model = config.model
+    texts = config.optimizer.parameter_groups or ()
+    names = []
+    if texts:
+        shapes = stage_shapes(model, config.head_cost, range(model.num_layers), rows=1)
+        names = list(shapes)
+    groups = []
+    for text in texts:
+        where = f"--parameter-groups {text!r}"
+        try:
+            groups.append(parse_group(text))
+        except ValueError as error:
+            fix = f"for example --parameter-groups {EXAMPLE_GROUPS[0]!r}"
+            yield Finding(f"{where}: {error}", fix)
+            continue
+        pattern = groups[-1].pattern
+        if not any(map(groups[-1].matches, names)):
+            fix = f"a pattern such as {_similar_pattern(pattern, names)}"
+            message = f"{where}: the model has no parameter whose name matches {pattern}"
+            yield Finding(message, fix, also=("num_layers",))
+    if len(groups) == len(texts) > 0:
+        treatments = [treatment_of(name, 1, decays=True, config=config.optimizer) for name in names]
+        if all(treatment.frozen for treatment in treatments):
+            message = "--parameter-groups freezes every parameter: nothing is left to train"
+            yield Finding(message, {"parameter_groups": None})
+
+
+def _similar_pattern(pattern: str, names: list[str]) -> str:
+    """A pattern that matches some of these names, like one that matches none."""
+    beginnings = {}
+    for name in names:
+        parts = name.split(".")
+        beginnings[name] = name
+        for count in range(1, len(parts)):
+            beginning = ".".join(parts[:count])
+            beginnings[beginning] = f"{beginning}.*"
+    return beginnings[nearest(pattern.strip(".*"), beginnings) or names[0]]
 
 
 def attention_can_drop(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -371,6 +422,24 @@ def libraries_are_installed(config: RunConfig, world_size: int) -> Iterator[Find
             yield Finding(message, "pip install 'megalite[tracking]'", {key: None})
 
 
+def apex_can_be_used(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """NVIDIA's apex is installed, and has a GPU and a precision that it knows, where it is asked
+    for."""
+    uses = {"optimizer_backend": ADAM, "norm_backend": NORMS}
+    for key, kernels in uses.items():
+        if to_flat(config)[key] != "apex":
+            continue
+        problem = why_no_apex(kernels)
+        if problem:
+            yield Finding(f"{flag_of(key)} apex: {problem}", {key: "auto"}, INSTALL)
+        if config.parallel.device == "cpu":
+            message = f"{flag_of(key)} apex needs a GPU, but there is --device cpu"
+            yield Finding(message, {"device": "auto"}, {key: "auto"})
+        if config.optimizer.chosen_precision == "fp64":
+            message = f"{flag_of(key)} apex has no fp64, which --precision asks for"
+            yield Finding(message, {"precision": "fp32"}, {key: "auto"})
+
+
 RUN_RULES: tuple[Rule, ...] = (
     batch_divides,
     short_forms_agree,
@@ -380,6 +449,7 @@ RUN_RULES: tuple[Rule, ...] = (
     learning_rate_falls,
     wsd_fits,
     schedules_are_whole,
+    parameter_groups_match,
     length_is_known,
     attention_can_drop,
     data_has_one_source,
@@ -389,4 +459,5 @@ RUN_RULES: tuple[Rule, ...] = (
     split_is_readable,
     profile_is_ranges,
     libraries_are_installed,
+    apex_can_be_used,
 )

@@ -1,0 +1,1 @@
+"""What the package apex of PyPI looks like from outside: another project of the same name."""
