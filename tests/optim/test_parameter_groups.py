@@ -10,7 +10,6 @@ from megalite.config.estimate import estimate_stages
 from megalite.config.run import from_flat
 from megalite.config.yaml_file import to_yaml
 from megalite.optim.config import EXAMPLE_GROUPS, OptimizerConfig
-from megalite.optim.schedule import Schedule
 from megalite.optim.treatment import ParameterGroup, Treatment, parse_group, treatment_of
 from tests.config.validation import SOUND, assert_one_problem, problems_of, write
 from tests.layouts import GPT2, LLAMA, OVERLAP, ZERO, Layout, as_bert, configuration, sp
@@ -123,12 +122,10 @@ def test_rates_decays_and_frozen_weights_by_hand():
             if name in frozen:
                 continue
             copies[name].grad = parameters[name].main_grad.clone()
-            schedule = options
+            schedule = tiny.config.schedule
             if name == "output.weight":
-                schedule = replace(options, lr=0.05, min_lr=0.02)
-            group["lr"] = Schedule(schedule, tiny.config.training.train_iters).learning_rate(
-                iteration
-            )
+                schedule = replace(schedule, config=replace(options, lr=0.05, min_lr=0.02))
+            group["lr"] = schedule.learning_rate(iteration)
             group["weight_decay"] = 0.0 if name.endswith(("bias", "norm.weight")) else 0.1
             if name.startswith("layers."):
                 group["lr"] *= 0.5
