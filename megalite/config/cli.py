@@ -69,7 +69,7 @@ def parse_and_check(
     world_size = config.parallel.world_size or launch.world_size
     problems = validate.check(config, world_size)
     if problems:
-        # Rank 0 speaks for all; but it cannot see a file that is missing on another node only.
+        # Rank 0 reports for all ranks, but it cannot see that a file is missing on another node.
         of_this_node = launch.local_rank == 0 and all(p.of_node for p in problems)
         refuse(problems, quiet and not of_this_node, launch.rank)
     resolved = validate.resolve(config, world_size)

@@ -107,7 +107,10 @@ def _unknown(token: str, flag: str, known: Iterable[str]) -> Problem:
     if not flag.startswith("-"):
         message = f"unexpected {token!r}: values follow a flag, and switches take none"
         return Problem(message, "remove it")
-    fix = ELSEWHERE.get(flag) or nearest(flag, known)
+    fix = ELSEWHERE.get(flag)
+    if fix is None and flag.replace("--no-", "--", 1) in known:
+        fix = f"leave out {flag.replace('--no-', '--', 1)}, which is no switch"
+    fix = fix or nearest(flag, known)
     return Problem(f"unknown flag {flag}", fix or "remove it (--help lists the flags)")
 
 

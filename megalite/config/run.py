@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from megalite.checkpoint.config import CheckpointConfig
-from megalite.config.options import Option, nearest, options_of
+from megalite.config.options import DECIMAL, Option, nearest, options_of
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.training import TrainingConfig
 from megalite.data.batch_sizes import BatchSizes
@@ -149,7 +149,8 @@ def read_flat(
             message = f"{name}: {shown} is not {option.expected}"
             fix = f"for example {name}: {option.example}"
             if option.kind in (int, float) and isinstance(value, str):
-                fix = "decimal digits, " + fix
+                quoted = DECIMAL.fullmatch(value) and shown[:1] in "\"'"
+                fix = f"{name}: {value}, without quotes" if quoted else "decimal digits, " + fix
             elif option.kind is str and not option.choices and isinstance(value, (int, float)):
                 fix += f", or quote it: {name}: '...'"
             problems.append(Problem(message, fix, (option.key,)))

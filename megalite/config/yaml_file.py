@@ -7,6 +7,7 @@ wants a number refuses the text and says what YAML 1.1 would have read.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -68,7 +69,10 @@ def parse_yaml(text: str, file: str) -> tuple[dict[str, Any], list[Problem]]:
         node = yaml.compose(text, Loader=yaml.BaseLoader)  # which makes no guess about scalars
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
-        return {}, [_malformed(f"--config {file} is not YAML: {where}")]
+        problem = _malformed(f"--config {file} is not YAML: {where}")
+        if r"'\t'" in where:
+            problem = replace(problem, fix="indent and separate with spaces, not tabs")
+        return {}, [problem]
     if node is None:
         return {}, []
     if not isinstance(node, yaml.MappingNode):
@@ -87,7 +91,16 @@ def parse_yaml(text: str, file: str) -> tuple[dict[str, Any], list[Problem]]:
     values, found = read_flat(flat, written)
     problems = [Problem(f"{name!r} is given twice", "keep one of them") for name in repeated]
     problems += found
-    return values, [Problem(f"{file}: {p.message}", p.fix, p.keys) for p in problems]
+    # Keys are flat; a section of keys is an unknown key whose value is a mapping.
+    sections = [str(name) for name, value in flat.items() if isinstance(value, yaml.MappingNode)]
+    advice = {
+        f"unknown key {name!r}": "write its keys without it, on the outermost level"
+        for name in sections
+    }
+    found = []
+    for p in problems:
+        found.append(Problem(f"{file}: {p.message}", advice.get(p.message, p.fix), p.keys))
+    return values, found
 
 
 def _malformed(message: str) -> Problem:

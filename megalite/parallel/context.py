@@ -36,7 +36,7 @@ def choose_device(wanted: str, launch: LaunchInfo) -> tuple[torch.device, str]:
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu":
-        return torch.device("cpu"), "asked for with --device cpu"
+        return torch.device("cpu"), "as --device cpu says"
     enough = gpus >= launch.local_world_size
     found = f"{gpus} GPU(s) on this node for {launch.local_world_size} local rank(s)"
     if wanted == "cuda" and not enough:

@@ -453,7 +453,7 @@ FLAGS: dict[str, list[Effect]] = {
     ],
     "device": [
         effect("auto", says("on cpu (0 GPU(s) on this node", "on cuda")),
-        effect("cpu", says("on cpu (asked for with --device cpu)"), base={"device": "auto"}),
+        effect("cpu", says("on cpu (as --device cpu says)"), base={"device": "auto"}),
         effect(
             "cuda",
             says("--device cuda: 0 GPU(s) on this node", "on cuda"),

@@ -92,6 +92,7 @@ def test_values_may_begin_with_a_dash_or_be_joined():
         ),
         ("--tensor-model 8", "unknown --tensor-model"),  # no abbreviations
         ("--no-swigluu", "--no-swiglu"),
+        ("--no-tp", "leave out --tp"),
         ("--num-layers 1e3", "--num-layers '1e3' whole number"),
         ("--num-layers 2.0", "'2.0' whole number"),
         ("--lr fast", "--lr 'fast' number"),

@@ -186,3 +186,16 @@ def test_an_alias_that_would_grow_without_end_is_not_followed():
     lines = ["a: &a [x, x]"] + [f"{n}: &{n} [*{m}, *{m}]" for m, n in zip("abcdefgh", "bcdefghi")]
     _, problems = parse_yaml("\n".join(lines), "run.yaml")
     assert all("unknown key" in problem.message for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ('tp: "2"', "tp: 2, without quotes"),
+        ("model:\n  num_layers: 2", "write its keys without it"),
+        ("num_layers:\t2\n\tlr: 3", "spaces, not tabs"),
+    ],
+)
+def test_a_file_of_another_form_hears_how_to_write_it(tmp_path, text, fix):
+    (message,) = problems_of("--config", write(tmp_path, text))
+    assert fix in message

@@ -61,7 +61,7 @@ def test_a_layout_of_another_size_is_refused():
 
 
 def test_devices():
-    assert choose_device("cpu", LAUNCH) == (torch.device("cpu"), "asked for with --device cpu")
+    assert choose_device("cpu", LAUNCH) == (torch.device("cpu"), "as --device cpu says")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     crowded = replace(LAUNCH, local_world_size=gpus + 1, local_rank=gpus)
     device, why = choose_device("auto", crowded)

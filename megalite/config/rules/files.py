@@ -45,7 +45,7 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
         # A folder without checkpoints is right for the first run of a job.
         if same_place(c.load, c.save) and c.ckpt_step is None and not c.finetune:
             return
-        what = "holds no checkpoints" if os.path.isdir(c.load) else "is no folder"
+        what = "holds no checkpoints" if os.path.isdir(c.load) else "is not a folder"
         beside = neighbours(c.load.rstrip("/"), "")
         yield Finding(
             f"--load {c.load} {what}",
