@@ -12,7 +12,7 @@ from math import prod
 from megalite.config.rules.finding import data_parallel_size
 from megalite.config.run import RunConfig
 from megalite.models import cost
-from megalite.models.shapes import Shapes, elements, stage_shapes
+from megalite.models.shapes import Shapes, decays, elements, stage_shapes
 from megalite.optim.treatment import treatment_of
 from megalite.pipeline.partition import layers_of_stages
 from megalite.pipeline.schedules import peak_in_flight, schedule_named
@@ -96,7 +96,7 @@ def _state_bytes(config: RunConfig, shapes: Shapes, world_size: int) -> float:
         shards = data_parallel_size(config, world_size)
     total = 0.0
     for name, shape in shapes.items():
-        treatment = treatment_of(name, len(shape), decays=True, config=o)
+        treatment = treatment_of(name, decays(name), o)
         kept = len(o.moments(treatment.rule)) + int(size == 2)
         bytes_each = size
         if not treatment.frozen:

@@ -18,6 +18,11 @@ def elements(shapes: Shapes) -> int:
     return sum(map(prod, shapes.values()))
 
 
+def decays(name: str) -> bool:
+    """Whether the parameter of this name has weight decay: biases and norms have none."""
+    return not name.endswith((".bias", "norm.weight"))
+
+
 def layer_shapes(model: ModelConfig, layer: int, tensor: int = 1) -> Shapes:
     """Parameters of a transformer layer."""
     h = model.hidden_size

@@ -65,8 +65,7 @@ class Optimizer:
         self.parameters: dict[str, Parameter] = {}
         """Those that are trained, by name."""
         for name, parameter in parameters.items():
-            spec = parameter.spec
-            treatment = treatment_of(name, len(spec.global_shape), spec.weight_decay, config)
+            treatment = treatment_of(name, parameter.spec.weight_decay, config)
             parameter.requires_grad_(not treatment.frozen)
             if not treatment.frozen:
                 self.parameters[name] = parameter

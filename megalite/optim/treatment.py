@@ -88,17 +88,16 @@ class Treatment:
     """Whether it keeps its value: it has no gradient, and the optimizer keeps nothing of it."""
 
 
-def treatment_of(name: str, dims: int, decays: bool, config: OptimizerConfig) -> Treatment:
+def treatment_of(name: str, decays: bool, config: OptimizerConfig) -> Treatment:
     """The treatment of one parameter.
 
     Args:
         name: global name.
-        dims: number of dims of its global shape.
-        decays: False for biases and norms.
+        decays: False for biases and norms: all else is a matrix, or several.
         config: the flags.
     """
     rule = config.optimizer
-    if rule == "muon" and not (dims > 1 and name.startswith("layers.")):
+    if rule == "muon" and not (decays and name.startswith("layers.")):
         rule = "adam"
     is_decoupled = config.decoupled_lr is not None and name in DECOUPLED
     settings = {}

@@ -84,6 +84,18 @@ class _GroupFactory:
             return None
         return Group(own, own.index(self.rank), self._handles[tuple(own)], name, self.activity)
 
+    def make_along(
+        self, layout: ParallelLayout, sets: Sequence[tuple[str, ...]]
+    ) -> dict[tuple[str, ...], Group]:
+        """The groups along sets of axes, by their axes of more than one rank. Collective over the
+        world."""
+        groups = {}
+        for axes in map(layout.canonical, sets):
+            if axes:
+                own = layout.group_of(self.rank, *axes)
+                groups[axes] = self.make(" x ".join(axes), own, partial(layout.groups, *axes))
+        return groups
+
     def make_control(self) -> Group:
         """The group of all ranks for small objects: on gloo, and with a timeout for the slowest of
         disks."""
@@ -168,11 +180,7 @@ class ParallelContext:
             device_id=device if device.type == "cuda" else None,
         )
         factory = _GroupFactory(layout, launch.rank, device, timeout)
-        groups = {}
-        for axes in map(layout.canonical, (*NEEDED_GROUPS, *more_groups)):
-            if axes:
-                own = layout.group_of(launch.rank, *axes)
-                groups[axes] = factory.make(" x ".join(axes), own, partial(layout.groups, *axes))
+        groups = factory.make_along(layout, (*NEEDED_GROUPS, *more_groups))
         control = factory.make_control()
         # Last, since only some ranks have one: torch names groups by how many a rank has made
         # before.

@@ -7,7 +7,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalite.models.cost import flops_per_sequence, layer_weights, output_cost
-from megalite.models.shapes import stage_shapes
+from megalite.models.shapes import decays, stage_shapes
 from megalite.nn.config import ModelConfig
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rng import CounterBasedRng
@@ -45,7 +45,9 @@ def test_shapes_are_those_of_the_model(layout):
         built = build_model(config, context, CounterBasedRng.for_seed(0))
         rows = model.padded_vocabulary(layout.tp) // layout.tp
         found = stage_shapes(model, config.head_cost, stage, rows=rows, tensor=layout.tp)
-        assert found == {name: p.shape for name, p in built.parameters_by_name.items()}
+        parameters = built.parameters_by_name
+        assert found == {name: p.shape for name, p in parameters.items()}
+        assert all(decays(name) == p.spec.weight_decay for name, p in parameters.items())
 
 
 @pytest.mark.parametrize(

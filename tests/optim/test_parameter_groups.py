@@ -32,6 +32,7 @@ FLAGS = {
 }
 FIRST_STAGE = {**FLAGS, "parameter_groups": ("embedding.* freeze", "layers.[01].* freeze")}
 """All that the first of two stages holds; a tied embedding is on the last one as well."""
+BIASED = replace(LLAMA, bias=True)
 ALL = ZERO | OVERLAP | {"overlap_param_gather": True}
 
 
@@ -92,17 +93,17 @@ def test_groups_in_a_file_and_on_the_command_line(tmp_path):
 
 def test_the_last_of_several_settings_counts():
     config = OptimizerConfig(**FLAGS)
-    assert treatment_of("layers.1.mlp.up.weight", 2, True, config) == Treatment(
+    assert treatment_of("layers.1.mlp.up.weight", True, config) == Treatment(
         "adam", True, lr_factor=2.0, weight_decay=0.7
     )
-    assert treatment_of("layers.3.mlp.up.weight", 2, True, config).lr_factor == 0.5
-    assert treatment_of("layers.0.mlp.up.weight", 2, True, config).frozen
-    assert not treatment_of("layers.0.mlp.up.bias", 1, False, config).frozen
+    assert treatment_of("layers.3.mlp.up.weight", True, config).lr_factor == 0.5
+    assert treatment_of("layers.0.mlp.up.weight", True, config).frozen
+    assert not treatment_of("layers.0.mlp.up.bias", False, config).frozen
 
 
 def test_rates_decays_and_frozen_weights_by_hand():
     """Against torch's AdamW with a group for each parameter."""
-    tiny = build(Layout("llama", shape=replace(LLAMA, bias=True)), **FLAGS, clip_grad=0.0)
+    tiny = build(Layout("llama", shape=BIASED), **FLAGS, clip_grad=0.0)
     options = tiny.config.optimizer
     parameters = tiny.components.model.parameters_by_name
     copies = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
@@ -139,7 +140,7 @@ def test_rates_decays_and_frozen_weights_by_hand():
         torch.testing.assert_close(
             parameter.detach(), copies[name].detach(), rtol=1e-10, atol=1e-12, msg=name
         )
-    start = build(Layout("llama", shape=replace(LLAMA, bias=True))).components.model
+    start = build(Layout("llama", shape=BIASED)).components.model
     kept = {name for _, name, _ in tiny.components.optimizer.state()}
     for name, first in start.parameters_by_name.items():
         assert torch.equal(first, parameters[name]) == (name in frozen) == (name not in kept), name
@@ -167,12 +168,14 @@ def test_weights_are_the_same_in_every_layout(pool, layout, flags):
 
 def test_the_estimate_knows_what_is_frozen_and_what_a_rule_keeps():
     def state_bytes(**flags) -> float:
-        config = configuration(Layout("single", shape=LLAMA), precision="bf16", **flags)
+        config = configuration(Layout("single", shape=BIASED), precision="bf16", **flags)
         return estimate_stages(config, 1)[0].state_bytes
 
-    tiny = build(Layout("single", shape=LLAMA)).components.model.parameters_by_name
+    tiny = build(Layout("single", shape=BIASED)).components.model.parameters_by_name
     embedding = tiny["embedding.word_embeddings.weight"].numel()
-    matrices = sum(p.numel() for n, p in tiny.items() if n.startswith("layers.") and p.dim() > 1)
+    matrices = sum(
+        p.numel() for n, p in tiny.items() if n.startswith("layers.") and p.spec.weight_decay
+    )
     everything = state_bytes()
     assert state_bytes(parameter_groups=("embedding.* freeze",)) == everything - 16 * embedding
     assert state_bytes(optimizer="muon") == everything - 4 * matrices

@@ -109,6 +109,10 @@ SCALES = {
 }
 
 
+def is_matrix(name: str) -> bool:
+    return name.startswith("layers.") and not name.endswith((".bias", "norm.weight"))
+
+
 def muon_update(name: str, direction: torch.Tensor, scale) -> torch.Tensor:
     """Of one weight, matrix by matrix: of qkv the rows of all queries, of all keys, of all
     values."""
@@ -131,7 +135,8 @@ def muon_update(name: str, direction: torch.Tensor, scale) -> torch.Tensor:
 @pytest.mark.parametrize("scale", SCALES)
 def test_muon_by_hand(nesterov, scale):
     flags = RULES["muon"] | {"muon_nesterov": nesterov, "muon_scale_mode": scale, "clip_grad": 0.0}
-    tiny = build(Layout("llama", shape=replace(LLAMA, groups=2)), **flags, weight_decay=0.3)
+    shape = replace(LLAMA, groups=2, bias=True)
+    tiny = build(Layout("llama", shape=shape), **flags, weight_decay=0.3)
     parameters = tiny.components.model.parameters_by_name
     momentum = dict.fromkeys(parameters, 0.0)
     for iteration in range(1, 4):
@@ -142,7 +147,7 @@ def test_muon_by_hand(nesterov, scale):
         rate = tiny.config.schedule.learning_rate(iteration)
         for name, g in gradients.items():
             momentum[name] = 0.95 * momentum[name] + g
-            if not name.startswith("layers.") or g.dim() == 1:
+            if not is_matrix(name):
                 continue
             direction = g + 0.95 * momentum[name] if nesterov else momentum[name]
             update = 0.2 * muon_update(name, direction, SCALES[scale])
@@ -152,8 +157,8 @@ def test_muon_by_hand(nesterov, scale):
     for kind, name, _ in tiny.components.optimizer.state():
         kinds[name].add(kind)
     for name, found in kinds.items():
-        matrix = name.startswith("layers.") and parameters[name].dim() > 1
-        assert found == ({"momentum_buffer"} if matrix else {"exp_avg", "exp_avg_sq"}), name
+        wanted = {"momentum_buffer"} if is_matrix(name) else {"exp_avg", "exp_avg_sq"}
+        assert found == wanted, name
 
 
 def test_lion_by_hand():

@@ -92,3 +92,18 @@ def test_a_sharded_optimizer_under_sequence_parallelism_sends_shards(pool):
             ("tensor", "reduce_scatter"): SUMS_OF_HIDDEN_STATES * HIDDEN_STATES,
             ("tensor", "all_reduce"): 1 + partial // 2 + of_the_loss(is_last),
         }
+
+
+@pytest.mark.parametrize(
+    ("flags", "group", "replicas"),
+    [({}, "tensor", 2), ({"use_distributed_optimizer": True}, "tensor x data", 1)],
+)
+def test_muon_sends_each_element_to_one_rank_and_back(pool, flags, group, replicas):
+    """Without a sharded optimizer, in each replica."""
+    layout = Layout("muon", **SIZES, flags={"optimizer": "muon", **flags})
+    plain = Layout("adam", **SIZES, flags=flags)
+    matrices = 12 * GPT2.hidden**2 * GPT2.layers
+    found = pool.run(elements_sent, layout.world_size, layout)
+    usual = pool.run(elements_sent, layout.world_size, plain)
+    assert sum(sent.pop((group, "all_to_all")) for sent, *_ in found) == 2 * matrices * replicas
+    assert [sent for sent, *_ in found] == [sent for sent, *_ in usual]

@@ -27,7 +27,7 @@ from megalite.data.batch_sizes import BatchSizes
 from megalite.data.gpt import parse_split
 from megalite.data.indexed import DatasetError
 from megalite.data.sources import parse_sources
-from megalite.models.shapes import stage_shapes
+from megalite.models.shapes import decays, stage_shapes
 from megalite.optim.config import EXAMPLE_GROUPS
 from megalite.optim.treatment import parse_group, treatment_of
 from megalite.pipeline.partition import layers_of_stages
@@ -213,7 +213,7 @@ def parameter_groups_match(config: RunConfig, world_size: int) -> Iterator[Findi
             message = f"{where}: the model has no parameter whose name matches {pattern}"
             yield Finding(message, fix, also=("num_layers",))
     if len(groups) == len(texts) > 0:
-        treatments = [treatment_of(name, 1, decays=True, config=config.optimizer) for name in names]
+        treatments = [treatment_of(name, decays(name), config.optimizer) for name in names]
         if all(treatment.frozen for treatment in treatments):
             message = "--parameter-groups freezes every parameter: nothing is left to train"
             yield Finding(message, {"parameter_groups": None})
