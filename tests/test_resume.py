@@ -32,6 +32,7 @@ SHARDED = """
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 3000
 """.split()
 
+MUON = ["--optimizer", "muon", "--parameter-groups", "layers.0.* freeze", "*.bias lr_factor=0.5"]
 FP16 = "--fp16 --initial-loss-scale 1e9 --loss-scale-window 2".split()
 """The scale falls at first, and rises again."""
 RAMP = "--rampup-batch-size 4 2 40".split()
@@ -234,10 +235,11 @@ def test_eight_ranks_are_killed_and_resume_bit_exactly(pool, tmp_path):
     assert curve(tmp_path / "m.jsonl") == whole
 
 
-def test_resuming_in_another_layout_continues_the_same_curve(pool, tmp_path):
+@pytest.mark.parametrize("rule", [[], MUON], ids=["adam", "muon"])
+def test_resuming_in_another_layout_continues_the_same_curve(pool, tmp_path, rule):
     """Weights, optimizer and data position are read into any layout, and dropout drops the same: 8
     ranks, one process and pp=2 make one run."""
-    exact = ["--precision", "fp64", *RAMP]
+    exact = ["--precision", "fp64", *RAMP, *rule]
     train(pool, 1, *exact, "--metrics-file", tmp_path / "whole.jsonl")
     train(pool, 8, *EIGHT_RANKS, *SHARDED, *exact, *resumable(tmp_path), "--exit-interval", "4")
     said = train(pool, 1, *exact, *resumable(tmp_path), "--exit-interval", "8")
