@@ -143,7 +143,11 @@ def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: R
         if kind != "master":
             stored_name = f"{OPTIMIZER}{kind}.{name}"
             shards += _optimizer_shards(parts.optimizer, stored_name, name, tensor)
-    _read(checkpoint, shards)
+    try:
+        _read(checkpoint, shards)
+    except CheckpointError as error:
+        advice = "--no-load-optim starts the optimizer from scratch, for example where parameters"
+        raise CheckpointError(f"{error}\n{advice} are trained that were frozen before") from None
     parts.optimizer.set_steps(checkpoint.state["optimizer_steps"])
     # Older checkpoints have none.
     parts.optimizer.loss_scale.restore(checkpoint.state.get("loss_scale", {}))
