@@ -89,6 +89,6 @@ def test_a_sharded_optimizer_under_sequence_parallelism_sends_shards(pool):
             ("pipeline", "all_reduce"): 1,
             ("pipeline", "transfer"): transfers(GPT2.seq // 2),
             ("tensor", "all_gather"): gathers * HIDDEN_STATES // 2,
-            ("tensor", "reduce_scatter"): SUMS_OF_HIDDEN_STATES * HIDDEN_STATES,
+            ("tensor", "all_to_all"): SUMS_OF_HIDDEN_STATES * HIDDEN_STATES,
             ("tensor", "all_reduce"): 1 + partial // 2 + of_the_loss(is_last),
         }
