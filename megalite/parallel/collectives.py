@@ -81,8 +81,9 @@ def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _content(tensor: torch.Tensor) -> dict:
-    """Shape and dtype of a call's tensor, as they are recorded."""
-    return {"shape": tuple(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    """Shape, dtype and bytes of a call's tensor, as they are recorded."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"shape": tuple(tensor.shape), "dtype": dtype, "bytes": tensor.nbytes}
 
 
 def _post(kind: str, group: Group, collective: Callable, *tensors: torch.Tensor, **options):
