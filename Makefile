@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.megalite-installed
 
-.PHONY: help install quickstart quickstart-bert test test-all test-slurm lint clean
+.PHONY: help install quickstart quickstart-bert test test-all test-slurm lint benchmark-peers clean
 
 help:
 	@echo "make quickstart   from raw text to a trained, resumed and sampled GPT, on 8 CPU ranks; results in runs/"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-all     the tests, also the slow ones"
 	@echo "make test-slurm   the tests on a real SLURM, brought up on this machine (root; tests/slurm/cluster.sh install)"
 	@echo "make lint         style (ruff) and the borders between packages (import-linter)"
+	@echo "make benchmark-peers  an environment of its own with what benchmarks/training.py --peers compares with"
 	@echo "make install      create $(VENV) and install megalite there, editable, with all extras"
 	@echo "make clean        delete $(VENV), caches and build folders; runs/ stays"
 
@@ -56,6 +57,16 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
+
+# megatron-core asks for Python 3.12 and more than it needs here, and has a file for 3.11.
+# DeepSpeed compiles its all-reduce at the first start: here, in place of in a measurement.
+PEERS := benchmarks/peers/.venv
+benchmark-peers:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -c constraints.txt torch numpy 'setuptools>=77' ninja transformers==5.23.0 deepspeed==0.19.8
+	$(PEERS)/bin/python -m pip install --no-deps --ignore-requires-python megatron-core==0.19.2
+	PATH=$(CURDIR)/$(PEERS)/bin:$$PATH DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/$(PEERS)/torch_extensions $(PEERS)/bin/python -c \
+		"from deepspeed.accelerator import get_accelerator as cpu; cpu().create_op_builder('ShareMemCommBuilder').load()"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache megalite/kernels/*.so

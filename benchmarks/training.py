@@ -1,19 +1,26 @@
 #!/usr/bin/env python
-"""Tokens per second of megalite and of a plain PyTorch model of the same shape, in one process, in
-turn.
+"""Tokens per second of megalite and of others that train a model of the same shape, in turn.
 
-    OMP_NUM_THREADS=1 python benchmarks/training.py             # the paired comparison
-    python benchmarks/training.py --profile tp2                 # profile two ranks (tp2, pp2)
+    OMP_NUM_THREADS=1 python benchmarks/training.py         # plain PyTorch, in one process
+    python benchmarks/training.py --peers                   # every peer, in every layout
+    python benchmarks/training.py --profile tp2             # profile ranks of a layout
 
 Shape: GPT of 8 layers, hidden 512, 8 heads, sequence 256, vocabulary 8192, untied, microbatch 4,
-fp32, AdamW. Both sides start from the same weights and see the same tokens; their losses are
+fp32, AdamW.
+
+In one process, both sides start from the same weights and see the same tokens; their losses are
 compared before their times are. A step is one microbatch forward and backward, gradient clipping
 (both or, with --no-clip, neither) and the optimizer.
+
+--peers compares with plain PyTorch, Hugging Face's GPT-2, torch DDP, DTensor, torch's pipelining,
+DeepSpeed and Megatron-core, without clipping, one thread a rank; `make benchmark-peers` installs
+them. It prints a table in Markdown: medians, and ratios within a round (least .. most).
 """
 
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import megalite.programs.start  # noqa: F401  first: says which Python is needed
@@ -23,132 +30,54 @@ import argparse
 import os
 import statistics
 import time
+from dataclasses import replace
 
 import torch
+from compare import PEER_PYTHON, ROWS
+from compare import compare as compare_with_peers
+from plain_gpt import cross_entropy, plain_gpt
+from rank import Shape
 from torch import nn
+from train_megalite import layout_config, our_step
 
-from megalite.config.run import RunConfig, from_flat
+from megalite.config.run import RunConfig
 from megalite.data.mock import MockDataset
+from megalite.models.cost import flops_per_sequence
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.launch import detect
-from megalite.training.batches import build_batches
-from megalite.training.build import build_components, build_context
-
-SHAPE = dict(
-    num_layers=8,
-    hidden_size=512,
-    num_attention_heads=8,
-    seq_length=256,
-    vocab_size=8192,
-    untie_embeddings_and_output_weights=True,
-    attention_dropout=0.0,
-    hidden_dropout=0.0,
-    micro_batch_size=4,
-    mock_data=True,
-    train_iters=1000,
-    lr=1e-4,
-    lr_decay_style="constant",
-    device="cpu",
-)
+from megalite.training.build import build_context
 
 
-class PlainBlock(nn.Module):
-    """A GPT-2 layer as one would write it without any parallelism."""
-
-    def __init__(self, hidden: int, heads: int, dropout: float):
-        super().__init__()
-        self.heads = heads
-        self.dropout = dropout
-        self.norm1 = nn.LayerNorm(hidden)
-        self.norm2 = nn.LayerNorm(hidden)
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.output = nn.Linear(hidden, hidden)
-        self.up = nn.Linear(hidden, 4 * hidden)
-        self.down = nn.Linear(4 * hidden, hidden)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, s, h] -> [b, s, h]. Heads are laid out [n, 3, d], as megalite's qkv weight has
-        them."""
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        y = nn.functional.scaled_dot_product_attention(*qkv, is_causal=True, dropout_p=self.dropout)
-        x = x + nn.functional.dropout(self.output(y.transpose(1, 2).flatten(2)), self.dropout)
-        y = self.down(nn.functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
-        return x + nn.functional.dropout(y, self.dropout)
-
-
-class PlainGPT(nn.Module):
-    """The same GPT in plain PyTorch."""
-
-    def __init__(self, config, dropout: float):
-        super().__init__()
-        self.dropout = dropout
-        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        self.blocks = nn.Sequential(
-            *(
-                PlainBlock(config.hidden_size, config.num_attention_heads, dropout)
-                for _ in range(config.num_layers)
-            )
-        )
-        self.norm = nn.LayerNorm(config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of labels [b, s]."""
-        x = nn.functional.dropout(
-            self.words(tokens) + self.positions.weight[: tokens.shape[1]], self.dropout
-        )
-        logits = self.output(self.norm(self.blocks(x)))
-        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
-
-def copy_weights(plain: PlainGPT, ours: dict[str, torch.Tensor]) -> None:
+def copy_weights(plain: nn.Module, ours: dict[str, torch.Tensor]) -> None:
     """Give the plain model our weights."""
     names = {
-        "words": "embedding.word_embeddings",
-        "positions": "embedding.position_embeddings",
-        "norm": "final_norm",
+        "embedding.words": "embedding.word_embeddings",
+        "embedding.positions": "embedding.position_embeddings",
+        "head.norm": "final_norm",
+        "head.output": "output",
     }
     parts = {
         "norm1": "attention_norm",
         "norm2": "mlp_norm",
-        "qkv": "attention.qkv",
-        "output": "attention.output",
+        "attention.qkv": "attention.qkv",
+        "attention.output": "attention.output",
         "up": "mlp.up",
         "down": "mlp.down",
     }
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             module, kind = name.rsplit(".", 1)
-            if module.startswith("blocks."):
-                _, layer, part = module.split(".")
-                source = f"layers.{layer}.{parts[part]}"
+            if module in names:
+                source = names[module]
             else:
-                source = names.get(module, module)
+                block, part = module.split(".", 1)
+                source = f"layers.{block.removeprefix('block')}.{parts[part]}"
             parameter.copy_(ours[f"{source}.{kind}"].view(parameter.shape))
 
 
-def our_step(config: RunConfig, context: ParallelContext):
-    """(step function that returns the loss, the model) of megalite."""
-    parts = build_components(config, context)
-    dataset = MockDataset(config.model.vocab_size, config.model.seq_length, 1, "train")
-    data = build_batches(config, dataset, parts.model)
-    taken = 0
-
-    def step() -> float:
-        nonlocal taken
-        parts.optimizer.gradients.zero()
-        loss = parts.engine.train_step(*data.at(taken * config.data.global_batch_size))
-        taken += 1
-        parts.optimizer.step(taken)
-        return loss.item()
-
-    return step, parts.model
-
-
-def plain_step(config: RunConfig, weights: dict[str, torch.Tensor], fused: bool):
+def plain_step(config: RunConfig, shape: Shape, weights: dict[str, torch.Tensor], fused: bool):
     """Step function of the plain model, with torch's default AdamW or its fused one."""
-    model = PlainGPT(config.model, config.model.hidden_dropout)
+    model = plain_gpt(shape, dropout=config.model.hidden_dropout)
     copy_weights(model, weights)
     o = config.optimizer
     optimizer = torch.optim.AdamW(
@@ -163,7 +92,7 @@ def plain_step(config: RunConfig, weights: dict[str, torch.Tensor], fused: bool)
         rows = torch.stack([torch.from_numpy(dataset[taken * b + j]) for j in range(b)])
         taken += 1
         optimizer.zero_grad()
-        loss = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+        loss = cross_entropy(model(rows[:, :-1].contiguous()), rows[:, 1:].contiguous())
         loss.backward()
         if o.clip_grad:
             torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_grad)
@@ -173,7 +102,7 @@ def plain_step(config: RunConfig, weights: dict[str, torch.Tensor], fused: bool)
     return step
 
 
-def compare(config: RunConfig, rounds: int, steps: int) -> None:
+def compare(config: RunConfig, shape: Shape, rounds: int, steps: int) -> None:
     """Time the sides in turn, `rounds` times `steps` steps each; print medians and ratios (above 1:
     ours is faster).
 
@@ -184,8 +113,8 @@ def compare(config: RunConfig, rounds: int, steps: int) -> None:
     weights = {name: p.detach().clone() for name, p in model.parameters_by_name.items()}
     sides = {
         "megalite": ours,
-        "plain, AdamW": plain_step(config, weights, fused=False),
-        "plain, fused AdamW": plain_step(config, weights, fused=True),
+        "plain, AdamW": plain_step(config, shape, weights, fused=False),
+        "plain, fused AdamW": plain_step(config, shape, weights, fused=True),
     }
     first = {name: step() for name, step in sides.items()}
     allowed = 1e-4 if config.model.hidden_dropout == 0 else 0.1  # each side drops other elements
@@ -221,15 +150,12 @@ def compare(config: RunConfig, rounds: int, steps: int) -> None:
         print(line)
 
 
-def profile(layout: str) -> None:
+def profile(layout: str, shape: Shape) -> None:
     """Run a few steps of a layout under torch's profiler in this rank and print where the time goes
     (rank 0)."""
     launch = detect(os.environ)
-    sizes = {
-        "tp2": {"tensor_model_parallel_size": 2},
-        "pp2": {"pipeline_model_parallel_size": 2, "global_batch_size": 32},
-    }
-    config = from_flat({**SHAPE, "global_batch_size": 4, **sizes[layout]})
+    shape = replace(shape, microbatches=ROWS[layout].microbatches)
+    config = layout_config(layout, shape, launch.world_size)
     context, _ = build_context(config, launch)
     step, _ = our_step(config, context)
     step()
@@ -256,43 +182,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=7, help="times that each side is measured")
-    parser.add_argument("--steps", type=int, default=2, help="steps in a measurement")
-    parser.add_argument("--no-clip", action="store_true", help="no gradient clipping on any side")
-    parser.add_argument(
-        "--profile", choices=["tp2", "pp2"], help="profile two ranks of this layout"
-    )
+    parser.add_argument("--rounds", type=int, help="measurements of each side (7; with --peers 5)")
     parser.add_argument("--layers", type=int, default=8, help="a smaller model, to try the script")
-    parser.add_argument(
-        "--dropout",
-        type=float,
-        default=0.0,
-        help="dropout of weights and hidden states, on all sides",
-    )
+    alone = parser.add_argument_group("with plain PyTorch, in one process")
+    alone.add_argument("--steps", type=int, default=2, help="steps in a measurement")
+    alone.add_argument("--no-clip", action="store_true", help="no gradient clipping on any side")
+    alone.add_argument("--dropout", type=float, default=0.0, help="on all sides")
+    peers = parser.add_argument_group("with every peer")
+    peers.add_argument("--peers", action="store_true", help="compare with every peer")
+    peers.add_argument("--rows", default=",".join(ROWS), help=f"default: {','.join(ROWS)}")
+    peers.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="has their packages")
+    parser.add_argument("--profile", choices=ROWS, help="profile the ranks of this layout")
     args = parser.parse_args()
-    if args.profile and "RANK" not in os.environ:
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-        ]
-        os.execvpe(sys.executable, [*launcher, *sys.argv], {**os.environ, "OMP_NUM_THREADS": "1"})
+    shape = Shape(layers=args.layers)
     if args.profile:
-        profile(args.profile)
+        ranks = ROWS[args.profile].ranks
+        if ranks > 1 and "RANK" not in os.environ:
+            run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            os.execvpe(sys.executable, [sys.executable, *run, *sys.argv], environment)
+        torch.set_num_threads(1)
+        profile(args.profile, shape)
+        return
+    clip = 0.0 if args.no_clip or args.peers else 1.0
+    config = layout_config("single", shape, world_size=1, clip_grad=clip, dropout=args.dropout)
+    if args.peers:
+        rows = args.rows.split(",")
+        if unknown := set(rows) - set(ROWS):
+            parser.error(f"--rows: no {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+        flops = flops_per_sequence(config.model)
+        compare_with_peers(rows, args.rounds or 5, args.peer_python, shape, flops)
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    clip = 0.0 if args.no_clip else 1.0
-    compare(
-        from_flat(
-            {**SHAPE, "num_layers": args.layers, "global_batch_size": 4, "clip_grad": clip}
-            | {"attention_dropout": args.dropout, "hidden_dropout": args.dropout}
-        ),
-        args.rounds,
-        args.steps,
-    )
+    compare(config, shape, args.rounds or 7, args.steps)
 
 
 if __name__ == "__main__":

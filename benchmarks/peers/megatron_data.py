@@ -11,41 +11,13 @@ that parse and encode a line at a time, Python lists of ids sent back, one Index
 `dataset` builds GPTDataset from a warm cache.
 """
 
-import builtins
 import json
 import multiprocessing
 import resource
 import sys
 import time
-import types
 
-
-class _Inert(types.ModuleType):
-    """Stands for triton, which megatron-core imports without need on a machine that has no GPU: any
-    attribute is there, and as a decorator it gives the function back."""
-
-    __version__ = "3.4.0"
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Inert(name)
-
-    def __call__(self, *args, **kwargs):
-        return args[0] if len(args) == 1 and callable(args[0]) else _Inert("result")
-
-
-def _without_triton() -> None:
-    """Give megatron-core's modules, and no others, an inert triton."""
-    find = builtins.__import__
-
-    def give(name, globals=None, locals=None, fromlist=(), level=0):
-        asker = (globals or {}).get("__name__", "")
-        if name.split(".")[0] == "triton" and asker.startswith("megatron"):
-            return _Inert("triton")
-        return find(name, globals, locals, fromlist, level)
-
-    builtins.__import__ = give
+from no_triton import without_triton
 
 
 class Encoder:
@@ -151,5 +123,5 @@ def _resident() -> float:
 
 
 if __name__ == "__main__":
-    _without_triton()
+    without_triton()
     print(json.dumps({"preprocess": preprocess, "dataset": dataset}[sys.argv[1]](*sys.argv[2:])))

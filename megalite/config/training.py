@@ -23,6 +23,9 @@ class TrainingConfig:
     """Global batches in one evaluation, 0 = off."""
     log_interval: Annotated[int, Field(minimum=1, changes_numbers=False)] = 10
     """Iterations between lines on the console."""
+    log_communication: Annotated[bool, Field(changes_numbers=False)] = False
+    """With each line on the console, print calls, bytes, time and bandwidth of the step's
+    communication by group and kind."""
     metrics_file: Annotated[str | None, Field(changes_numbers=False)] = None
     """Append one JSON object a line to this file: each training iteration and each evaluation."""
     tensorboard_dir: Annotated[

@@ -12,7 +12,7 @@ from typing import Any
 
 from megalite.config.problem import Problem
 from megalite.config.rules.bert import BERT_FILE_RULES, BERT_RULES
-from megalite.config.rules.effects import nothing_is_ignored, replicas_exist
+from megalite.config.rules.effects import nothing_is_ignored, other_ranks_exist
 from megalite.config.rules.files import FILE_RULES
 from megalite.config.rules.finding import Finding, Rule, global_batch, iterations, schedule
 from megalite.config.rules.gpt import GPT_FILE_RULES, GPT_RULES
@@ -22,7 +22,7 @@ from megalite.config.rules.tokenizer import build_tokenizer, files_of
 from megalite.config.run import RunConfig, options, to_flat, with_values
 from megalite.models.presets import preset
 
-PURE_RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *RUN_RULES, nothing_is_ignored, replicas_exist)
+PURE_RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *RUN_RULES, nothing_is_ignored, other_ranks_exist)
 """Rules of every architecture that read no file."""
 RULES_OF = {"gpt": (*PURE_RULES, *GPT_RULES), "bert": (*PURE_RULES, *BERT_RULES)}
 """Rules that read no file, by architecture."""

@@ -27,6 +27,8 @@ class Call:
     """Sequence number within its group (of a transfer: between its two ranks), from 1."""
     shape: tuple[int, ...] = ()
     dtype: str = ""
+    bytes: int = 0
+    """Of the tensor."""
     untimed: bool = False
     """Whether it may take longer than --hang-timeout."""
 
@@ -42,6 +44,18 @@ class Call:
             return f"transfer {self.number} from rank {source} to rank {target}{content}"
         shown = first_ranks(self.ranks, RANKS_SHOWN)
         return f"{self.kind}{content}, call {self.number} of the {self.group} group (ranks {shown})"
+
+
+@dataclass
+class Traffic:
+    """The calls of one kind in one group, as one rank sees them."""
+
+    calls: int = 0
+    bytes: int = 0
+    """Of the tensors that this rank gave to collectives, and of those it sent or received."""
+    seconds: float = 0.0
+    """That this rank was in the calls, or waited for them. What overlaps with computation does not
+    count."""
 
 
 def first_ranks(ranks: Sequence[int], most: int) -> str:
@@ -73,6 +87,8 @@ class Activity:
         """The call that the rank is in."""
         self.synchronize: Callable[[], None] | None = None
         """Waits for the device, so that a phase's time includes its work there."""
+        self.traffic: dict[tuple[str, str], Traffic] | None = None
+        """By group and kind of call; None: not counted."""
         self._phase = ""
         self._seconds = defaultdict(float)
         self._phase_began = self._changed = clock()
@@ -87,13 +103,17 @@ class Activity:
     def record(self, kind: str, group: str, ranks: Sequence[int], **content) -> Call:
         """Record a collective or transfer that is about to be posted; gives it its number.
 
-        content: `shape`, `dtype` and `untimed` of the Call.
+        content: `shape`, `dtype`, `bytes` and `untimed` of the Call.
         """
         key = call_key(kind, group, ranks)
         number = 1
         if key in self.latest:
             number += self.latest[key].number
         call = self.latest[key] = Call(kind, group, ranks, number, **content)
+        if self.traffic is not None:
+            counted = self.traffic[group, kind]
+            counted.calls += 1
+            counted.bytes += call.bytes
         return call
 
     @contextmanager
@@ -101,12 +121,15 @@ class Activity:
         """While the block runs, the rank is in this call."""
         before = self.waiting
         phase = self._switch("communication")
+        began = self._phase_began
         self.waiting = call
         try:
             yield call
         finally:
             self.waiting = before
             self._switch(phase)
+            if self.traffic is not None:
+                self.traffic[call.group, call.kind].seconds += self._phase_began - began
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -126,6 +149,16 @@ class Activity:
         self._phase = phase
         self._phase_began = now
         return before
+
+    def count_traffic(self) -> None:
+        """From here on count calls, bytes and seconds."""
+        self.traffic = defaultdict(Traffic)
+
+    def take_traffic(self) -> dict[tuple[str, str], Traffic]:
+        """What was counted by (group, kind), if anything; end counting."""
+        taken = dict(self.traffic or {})
+        self.traffic = None
+        return taken
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds of each phase since this was last called; time of no phase is left out."""

@@ -81,8 +81,9 @@ def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _content(tensor: torch.Tensor) -> dict:
-    """Shape and dtype of a call's tensor, as they are recorded."""
-    return {"shape": tuple(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    """Shape, dtype and bytes of a call's tensor, as they are recorded."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"shape": tuple(tensor.shape), "dtype": dtype, "bytes": tensor.nbytes}
 
 
 def _post(kind: str, group: Group, collective: Callable, *tensors: torch.Tensor, **options):
@@ -119,26 +120,8 @@ def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
     return (out, handle) if async_op else out
 
 
-def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):
-    """Sum over the ranks and keep this rank's shard of dim 0: [s, ...] -> [s/t, ...].
-
-    Returns the result, a tensor; with `async_op` the pair (result, handle), of which the result may
-    be used after the handle's `wait()`.
-    Raises ValueError if dim 0 is not divisible by the group's size.
-    """
-    if group.size == 1:
-        return (tensor, DONE) if async_op else tensor
-    if tensor.shape[0] % group.size:
-        raise ValueError(
-            f"cannot scatter dim 0 of shape {tuple(tensor.shape)} over {group.size} ranks"
-        )
-    out = tensor.new_empty((tensor.shape[0] // group.size, *tensor.shape[1:]))
-    handle = _post("reduce_scatter", group, _REDUCE_SCATTER, out, tensor, async_op=async_op)
-    return (out, handle) if async_op else out
-
-
-class _ReducingToShard:
-    """The handle of a `reduce_to_shard` by all-to-all: the sum is computed when it has arrived."""
+class _Summing:
+    """The handle of a reduce-scatter by all-to-all: the sum is computed when all have arrived."""
 
     def __init__(self, arriving: _Pending, received: torch.Tensor, shard: torch.Tensor):
         self._arriving = arriving
@@ -148,30 +131,57 @@ class _ReducingToShard:
     def wait(self) -> None:
         """Block until the shard holds the sum."""
         self._arriving.wait()
-        first, *others = self._received
-        self._shard.copy_(first)
+        first, second, *others = self._received
+        torch.add(first, second, out=self._shard)
         for other in others:
             self._shard.add_(other)
         self._received = None
+
+
+def _sum_shards(tensor: torch.Tensor, shard: torch.Tensor, group: Group):
+    """Sum a tensor over the ranks into `shard`, as this rank's part of dim 0. Returns a handle.
+
+    gloo's own reduce-scatter takes 1.5 to 3 times as long as an all-to-all and a sum, which is also
+    in the order of the ranks.
+    """
+    if not group.on_gloo:
+        return _post("reduce_scatter", group, _REDUCE_SCATTER, shard, tensor, async_op=True)
+    received = torch.empty_like(tensor)
+    post = partial(_post, "all_to_all", group, dist.all_to_all_single, async_op=True)
+    return _Summing(post(received, tensor), received.view(group.size, *shard.shape), shard)
+
+
+def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):
+    """Sum over the ranks and keep this rank's shard of dim 0: [s, ...] -> [s/t, ...].
+
+    Returns the result, a tensor; with `async_op` the pair (result, handle), of which the result may
+    be used after the handle's `wait()`. On gloo it is an all-to-all and a sum.
+    Raises ValueError if dim 0 is not divisible by the group's size.
+    """
+    if group.size == 1:
+        return (tensor, DONE) if async_op else tensor
+    if tensor.shape[0] % group.size:
+        raise ValueError(
+            f"cannot scatter dim 0 of shape {tuple(tensor.shape)} over {group.size} ranks"
+        )
+    out = tensor.new_empty((tensor.shape[0] // group.size, *tensor.shape[1:]))
+    handle = _sum_shards(tensor, out, group)
+    if async_op:
+        return out, handle
+    handle.wait()
+    return out
 
 
 def reduce_to_shard(tensor: torch.Tensor, group: Group):
     """Sum a flat tensor [n] over the ranks, in place and for this rank's shard of it only.
 
     The rest of the tensor is left undefined. Returns a handle: do not touch the tensor before its
-    `wait()`. n must be divisible by the group's size. On gloo it is an all-to-all and a sum in the
-    order of the ranks.
+    `wait()`. n must be divisible by the group's size. On gloo it is an all-to-all and a sum.
     """
     if group.size == 1:
         return DONE
-    shards = _contiguous(tensor).view(group.size, -1)
-    own = shards[group.rank]
-    if not group.on_gloo:
-        return _post("reduce_scatter", group, _REDUCE_SCATTER, own, tensor, async_op=True)
-    received = torch.empty_like(shards)
-    flat = received.view(-1)
-    arriving = _post("all_to_all", group, dist.all_to_all_single, flat, tensor, async_op=True)
-    return _ReducingToShard(arriving, received, own)
+    own = _contiguous(tensor).view(group.size, -1)[group.rank]
+    return _sum_shards(tensor, own, group)
 
 
 def gather_shards(tensor: torch.Tensor, group: Group):

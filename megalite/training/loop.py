@@ -13,11 +13,12 @@ from megalite.config.run import RunConfig
 from megalite.models.batch import Microbatch
 from megalite.models.cost import flops_per_sequence
 from megalite.optim.optimizer import StepResult
-from megalite.parallel.activity import Activity
+from megalite.parallel.activity import Activity, Traffic
 from megalite.parallel.context import ParallelContext
 from megalite.training.bad_steps import describe_bad_step, stop_at_bad_step
 from megalite.training.batches import GlobalBatches
 from megalite.training.build import TrainingComponents
+from megalite.training.communication import communication_table
 from megalite.training.evaluate import evaluate
 from megalite.training.metrics import format_losses, training_line, with_total
 from megalite.training.output import Log
@@ -37,7 +38,7 @@ replaced ends, and stops adding to the metrics file, which its successor writes 
 
 @dataclass(frozen=True)
 class TrainStepResult:
-    """What one training step gave: the same on every rank, except `seconds`."""
+    """What one training step gave: the same on every rank, except `seconds` and `traffic`."""
 
     iteration: int
     batch_size: int
@@ -50,6 +51,8 @@ class TrainStepResult:
     """Duration of the step on this rank."""
     phase_seconds: dict[str, float]
     """NAME_seconds of each phase, mean over ranks; empty where phases are not timed."""
+    traffic: dict[tuple[str, str], Traffic]
+    """What this rank communicated by (group, kind), if --log-communication shows it."""
     stop: Stop | None
     """Why the run has to stop after this step."""
 
@@ -133,6 +136,7 @@ class Trainer:
             self._report_bad_step(iteration, update, microbatches)
 
         # One small all-reduce: time of each phase, terms of the loss, whether any rank has to stop.
+        traffic = activity.take_traffic()
         seconds = activity.take_seconds()
         values = {f"{phase}_seconds": seconds.get(phase, 0.0) for phase in PHASES}
         values |= last_stage_values(model.loss_names, losses, model)
@@ -156,6 +160,7 @@ class Trainer:
             update=update,
             seconds=seconds,
             phase_seconds=phase_seconds,
+            traffic=traffic,
             stop=stop,
         )
 
@@ -217,6 +222,8 @@ class Trainer:
         if self.context.device.type == "cuda" and self.times_phases(iteration):
             activity.synchronize = partial(torch.cuda.synchronize, self.context.device)
         activity.take_seconds()
+        if self.config.training.log_communication and self._is_logged(iteration):
+            activity.count_traffic()
         return activity
 
     def times_phases(self, iteration: int) -> bool:
@@ -256,6 +263,8 @@ class Trainer:
             flops = batch_size * flops_per_sequence(config.model, config.head_cost)
             average = self.step_seconds
             self.log(training_line(line, result.losses, total, flops=flops, average=average))
+            if config.training.log_communication:
+                self.log(communication_table(result.traffic, self.context))
 
     def _update_numbers(self, update: StepResult) -> dict[str, float]:
         """What there is to report of an optimizer step: a skipped one has no norm, which may be no

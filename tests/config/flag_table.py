@@ -530,6 +530,7 @@ FLAGS: dict[str, list[Effect]] = {
         effect(0, becomes("validated", []), also={"eval_interval": 1000}),
     ],
     "log_interval": [effect(3, reports(3, 4))],
+    "log_communication": [effect(True, says("  data   all_reduce"), same_losses, ranks=2)],
     "metrics_file": [
         effect("metrics.jsonl", becomes("files", {"metrics.jsonl"}), base={"metrics_file": None})
     ],

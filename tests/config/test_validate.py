@@ -52,6 +52,7 @@ CASES = {
     ),
     "one rank": (dict(tensor_model_parallel_size=4), 1, "1 rank cannot"),
     "replicas": (dict(check_replicas=5), 1, "--check-replicas 5 one rank"),
+    "one rank sends nothing": (dict(log_communication=True), 1, "--log-communication one rank"),
     "backend": (dict(device="cpu", distributed_backend="nccl"), 1, "nccl cpu"),
     "batch": (dict(global_batch_size=18, micro_batch_size=4), 3, "18 4 3 12"),
     "recompute forms": (

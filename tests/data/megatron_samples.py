@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "peers"))
 
 import numpy as np
-from megatron_data import _Tokenizer, _without_triton
+from megatron_data import _Tokenizer
+from no_triton import without_triton
 
 DOCUMENTS = [[[1, 2, 3]], [[4], [5, 6]], [[7]], [[65535, 0, 9, 9]]]
 
@@ -61,7 +62,7 @@ def samples(case: dict) -> list[str]:
 
 def main() -> None:
     """As the module says."""
-    _without_triton()
+    without_triton()
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     if sys.argv[1:2] == ["write"]:

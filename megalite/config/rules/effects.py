@@ -181,9 +181,14 @@ def _data(config: RunConfig) -> Iterator[Idle]:
         yield ("valid_data_path",), "without evaluation", fix
 
 
-def replicas_exist(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """--check-replicas compares ranks: the one effect that depends on the number of ranks."""
-    interval = config.training.check_replicas
-    if interval is not None and world_size == 1:
-        message = f"--check-replicas {interval} has no effect with one rank"
+def other_ranks_exist(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """What compares ranks, or reports what they send: the effects that depend on their number."""
+    training = config.training
+    if world_size > 1:
+        return
+    if training.check_replicas is not None:
+        message = f"--check-replicas {training.check_replicas} has no effect with one rank"
         yield Finding(message, {"check_replicas": None}, {"world_size": 2})
+    if training.log_communication:
+        message = "--log-communication has no effect with one rank"
+        yield Finding(message, {"log_communication": False}, {"world_size": 2})

@@ -1,0 +1,123 @@
+"""PyTorch's own kinds of parallelism and Hugging Face's GPT-2, as contenders in `training.py
+--peers`.
+
+single: the plain model. transformers: Hugging Face's. dp2: DistributedDataParallel. tp2, tp2-sp:
+DTensor (`parallelize_module`). pp2: torch.distributed.pipelining's Schedule1F1B.
+"""
+
+import torch
+import torch.distributed as dist
+from plain_gpt import cross_entropy, plain_gpt
+from rank import Shape, random_batches, serve
+from torch import nn
+
+
+def hugging_face(shape: Shape) -> nn.Module:
+    """Hugging Face's GPT-2 of this shape; returns logits."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=shape.vocab,
+        n_positions=shape.seq,
+        n_embd=shape.hidden,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def tensor_parallel(model: nn.Module, sequence_parallel: bool) -> nn.Module:
+    """Megatron's layout of the plain model, in DTensor's words."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleOutput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    between = Shard(1) if sequence_parallel else Replicate()
+    plan = {}
+    for name, _ in model.named_children():
+        if name.startswith("block"):
+            plan[f"{name}.attention.qkv"] = ColwiseParallel(input_layouts=between)
+            plan[f"{name}.attention.output"] = RowwiseParallel(output_layouts=between)
+            plan[f"{name}.up"] = ColwiseParallel(input_layouts=between)
+            plan[f"{name}.down"] = RowwiseParallel(output_layouts=between)
+            if sequence_parallel:
+                plan[f"{name}.norm1"] = plan[f"{name}.norm2"] = SequenceParallel()
+    if sequence_parallel:
+        plan["embedding"] = PrepareModuleOutput(
+            output_layouts=(Replicate(),), desired_output_layouts=(Shard(1),)
+        )
+        plan["head.norm"] = SequenceParallel()
+    plan["head.output"] = ColwiseParallel(input_layouts=between, output_layouts=Replicate())
+    return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+
+
+def pipeline_step(shape: Shape, batches):
+    """A step of two stages under 1F1B."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+    rank = dist.get_rank()
+    half = shape.layers // 2
+    model = plain_gpt(shape, range(half) if rank == 0 else range(half, shape.layers))
+    stage = PipelineStage(model, rank, 2, torch.device("cpu"))
+    schedule = Schedule1F1B(stage, shape.microbatches, loss_fn=cross_entropy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+
+    def step() -> float | None:
+        optimizer.zero_grad()
+        microbatches = [next(batches) for _ in range(shape.microbatches)]
+        tokens, labels = map(torch.cat, zip(*microbatches))
+        losses = []
+        if rank == 0:
+            schedule.step(tokens)
+        else:
+            schedule.step(target=labels, losses=losses)
+        optimizer.step()
+        return sum(loss.item() for loss in losses) / len(losses) if losses else None
+
+    return step
+
+
+def prepare(variant: str, shape: Shape):
+    """The training step of a variant."""
+    dist.init_process_group("gloo")
+    batches = random_batches(shape, seed=dist.get_rank() if variant == "dp2" else 0)
+    if variant == "pp2":
+        return pipeline_step(shape, batches)
+    model = hugging_face(shape) if variant == "transformers" else plain_gpt(shape)
+    if variant.startswith("tp2"):
+        tensor_parallel(model, sequence_parallel=variant == "tp2-sp")
+    # The fused AdamW is the fastest on a CPU; it does not take DTensors there.
+    fused = not variant.startswith("tp2")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=fused)
+    if variant == "dp2":
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        tokens, labels = next(batches)
+        output = model(tokens)
+        loss = cross_entropy(output.logits if variant == "transformers" else output, labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+if __name__ == "__main__":
+    serve(prepare)

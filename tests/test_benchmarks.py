@@ -1,0 +1,49 @@
+"""The benchmark of training against peers: its processes, its table, and what it says of a peer
+that is missing or fails."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS / "peers"))
+
+import compare  # noqa: E402
+from rank import Shape  # noqa: E402
+
+
+def test_a_row_of_what_is_installed(capsys):
+    shape = Shape(layers=1, hidden=64, heads=4, seq=32, vocab=512)
+    results = compare.run_row("single", Path(sys.executable), {"torch": "2"}, shape, rounds=2)
+    rounds = {who: len(measured) for who, measured in results.items()}
+    assert rounds == {
+        "megalite": 2,
+        "plain PyTorch": 2,
+        "Hugging Face GPT-2": 0,
+        "Megatron-core": 0,
+        "matrix products": 2,
+    }
+    lines = compare.lines_of("single", shape, results, sequence_flops=1e9)
+    ours, plain, hugging_face, megatron = [line.strip("| ").split(" | ") for line in lines]
+    tokens = 4 * 4 * 32
+    rates = sorted(tokens / m.seconds for m in results["plain PyTorch"])
+    assert plain[:3] == ["single", "plain PyTorch", f"{sum(rates) / 2:.0f}"]
+    assert ours[0] == "single" and all(float(number) > 0 for number in ours[2:5])
+    assert hugging_face[2] == megatron[2] == "not installed"
+    said = capsys.readouterr().err
+    assert "Megatron-core: no megatron-core; `make benchmark-peers` installs it" in said
+
+
+def test_a_python_that_is_not_there_names_the_command():
+    command = [BENCHMARKS / "training.py", "--peers", "--peer-python", "/nowhere"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "/nowhere" in done.stderr and "`make benchmark-peers`" in done.stderr
+
+
+def test_a_rank_that_fails_is_reported_with_its_last_words():
+    with compare.Contender("a peer", [sys.executable, "-c", "raise SystemExit('why')"], 2) as peer:
+        with pytest.raises(compare.ContenderFailed, match=r"a peer failed:\nwhy"):
+            peer.measure(1)
