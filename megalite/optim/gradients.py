@@ -84,6 +84,15 @@ class GradientBuffer:
         start, stop = self.ranges[name]
         return tensor.view(-1)[start:stop]
 
+    def is_counted(self, name: str) -> bool:
+        """Whether what this rank updates of a parameter is the one copy that sums over the model
+        count, and that checkpoints store. Data ranks of a sharded buffer have no copies, but
+        different shards."""
+        position = self.context.coordinates
+        if self.sharded:
+            position = position | {"data": 0}
+        return self.parameters[name].spec.is_primary(position)
+
     def held(self) -> Iterator[tuple[str, Box, torch.Tensor]]:
         """(parameter, box of its global tensor, view of its gradient) for all that this rank has
         the sums of after `reduce`, vocabulary padding left out."""
@@ -162,18 +171,11 @@ class GradientBuffer:
         """Global L2 norm of the whole model's gradient, each parameter counted once; the same on
         every rank. Rows of vocabulary padding add nothing: no token reads them and their logits
         are left out of the loss, so their gradients are 0."""
-        # Of the copies on tensor and pipeline ranks, only the primary one counts, by this rank's
-        # coordinates. The data coordinate does not decide: each data rank sums its own replica,
-        # which gives all the same result, or its own shards, which are summed below.
-        position = self.context.coordinates | {"data": 0}
         squares = torch.zeros((), dtype=torch.float64, device=self.flat.device)
         for name in self.ranges:
-            if self.parameters[name].spec.is_primary(position):
+            if self.is_counted(name):
                 squares += torch.linalg.vector_norm(self.owned(name)).double() ** 2
-        all_reduce(squares, self.context.tensor)
-        all_reduce(squares, self.context.pipeline)
-        if self.sharded:
-            all_reduce(squares, self.context.data)
+        all_reduce(squares, self.context.world)
         return squares.sqrt().item()
 
     def clip(self, norm: float, max_norm: float, loss_scale: float = 1.0) -> None:

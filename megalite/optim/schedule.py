@@ -31,7 +31,7 @@ class Schedule:
     def decay(self) -> int:
         """Position at which the decay of the learning rate ends."""
         o = self.config
-        return (o.lr_decay_samples if o.counts_samples else o.lr_decay_iters) or self.length
+        return o.lr_decay_samples or o.lr_decay_iters or self.length  # a rule allows one of them
 
     @property
     def warmup(self) -> int:
@@ -39,13 +39,13 @@ class Schedule:
         o = self.config
         if o.lr_warmup_fraction is not None:
             return round(o.lr_warmup_fraction * self.decay)
-        return (o.lr_warmup_samples or 0) if o.counts_samples else o.lr_warmup_iters
+        return o.lr_warmup_samples or o.lr_warmup_iters
 
     @property
     def wsd_decay(self) -> int | None:
         """Iterations or samples of the decay of WSD."""
         o = self.config
-        return o.lr_wsd_decay_samples if o.counts_samples else o.lr_wsd_decay_iters
+        return o.lr_wsd_decay_samples or o.lr_wsd_decay_iters
 
     def learning_rate(self, position: int) -> float:
         """The learning rate of the step that ends at a position.

@@ -80,14 +80,11 @@ class Statistics:
     def _sums(self, held: Held, measure: Callable) -> dict[str, float]:
         """The sum of `measure(values)` over the whole model, by layer."""
         gradients = self.gradients
-        position = gradients.context.coordinates
-        if gradients.sharded:  # data ranks hold different shards
-            position = position | {"data": 0}
         index = {layer: i for i, layer in enumerate(self.layers)}
         device = gradients.flat.device
         totals = torch.zeros(len(index), dtype=torch.float64, device=device)
         for name, values in held:
-            if gradients.parameters[name].spec.is_primary(position):
+            if gradients.is_counted(name):
                 totals[index[_layer(name)]] += measure(values)
         all_reduce(totals, gradients.context.world)
         return dict(zip(self.layers, totals.tolist()))

@@ -248,11 +248,12 @@ class Trainer:
             **result.update.statistics,
             "learning_rate": result.update.learning_rate,
             "consumed_samples": self.progress.consumed_samples,
-            **({"global_batch_size": batch_size} if config.data.rampup_batch_size else {}),
             "step_seconds": result.seconds,
             **result.phase_seconds,
             "tokens_per_second": batch_size * config.model.seq_length / result.seconds,
         }
+        if config.data.rampup_batch_size:
+            line["global_batch_size"] = batch_size
         self.metrics.write(**line)
         if self.step_seconds is None:
             self.step_seconds = result.seconds
