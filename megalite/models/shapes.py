@@ -52,21 +52,28 @@ def embedding_shapes(model: ModelConfig, rows: int, head: HeadCost) -> Shapes:
         found["embedding.position_embeddings.weight"] = (model.positions, h)
     if head.token_types:
         found["embedding.token_type_embeddings.weight"] = (head.token_types, h)
-    return found | (_norm(model, "embedding_norm") if model.post_norm else {})
+    if model.post_norm:
+        found |= _norm(model, "embedding_norm")
+    return found
 
 
 def head_shapes(model: ModelConfig, rows: int, head: HeadCost) -> Shapes:
     """Parameters after the layers, with `rows` rows of the output weight, a tied one under the name
     of the word embedding."""
     h = model.hidden_size
-    found = {} if model.post_norm else _norm(model, "final_norm")
+    found = {}
+    if not model.post_norm:
+        found |= _norm(model, "final_norm")
     if head.dense:
         found |= _linear(model, "mlm_head.dense", (h,), h) | _norm(model, "mlm_head.norm")
-        found |= {} if model.disable_bias_linear else {"mlm_head.bias": (rows,)}
+    if head.dense and not model.disable_bias_linear:
+        found["mlm_head.bias"] = (rows,)
     if head.pair_classes:
         found |= _linear(model, "pooler", (h,), h)
         found |= _linear(model, "pair_head", (head.pair_classes,), h)
-    output = "embedding.word_embeddings.weight" if model.tied else "output.weight"
+    output = "output.weight"
+    if model.tied:
+        output = "embedding.word_embeddings.weight"
     return found | {output: (rows, h)}
 
 
@@ -74,7 +81,9 @@ def stage_shapes(
     model: ModelConfig, head: HeadCost, layers: range, *, rows: int, tensor: int = 1
 ) -> Shapes:
     """Parameters of the stage that holds these layers, with `rows` rows of the vocabulary."""
-    found = embedding_shapes(model, rows, head) if 0 in layers else {}
+    found = {}
+    if 0 in layers:
+        found |= embedding_shapes(model, rows, head)
     for layer in layers:
         found |= layer_shapes(model, layer, tensor)
     if model.num_layers - 1 in layers:

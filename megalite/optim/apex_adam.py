@@ -15,7 +15,9 @@ def adam_backend(config: OptimizerConfig, device: torch.device) -> tuple[str, st
     if config.dtype == "float64":
         return "torch", "apex has no fp64"
     problem = why_no_apex(ADAM)
-    return ("torch", problem) if problem else ("apex", "it is installed")
+    if problem:
+        return "torch", problem
+    return "apex", "it is installed"
 
 
 def apex_adam(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:

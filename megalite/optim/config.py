@@ -138,7 +138,9 @@ class OptimizerConfig:
 
     def moments(self, rule: str) -> tuple[str, ...]:
         """Names of the tensors that an update rule keeps for each parameter."""
-        return () if rule == "sgd" and not self.sgd_momentum else MOMENTS[rule]
+        if rule == "sgd" and not self.sgd_momentum:
+            return ()
+        return MOMENTS[rule]
 
     @property
     def decoupled(self) -> "OptimizerConfig":

@@ -62,7 +62,9 @@ def matrices_in(weight: Tensor) -> list[Tensor]:
     """
     if weight.dim() == 4:
         return [weight[:, :-2], weight[:, -2], weight[:, -1]]
-    return list(weight) if weight.dim() == 3 else [weight]
+    if weight.dim() == 3:
+        return list(weight)
+    return [weight]
 
 
 class WholeMatrices:
@@ -118,7 +120,7 @@ class WholeMatrices:
 
     def _numel(self, rank: int, name: str | None) -> int:
         """Elements that a rank holds of a parameter; 0 of None."""
-        return sum(box.numel for box in self.boxes[rank][name]) if name is not None else 0
+        return sum(box.numel for box in self.boxes[rank].get(name, ()))
 
     def _changed(self, name: str, parts: list[Tensor], change: Callable) -> list[Tensor]:
         """The ranks' parts of a parameter after its change."""

@@ -59,7 +59,10 @@ def kernels_line(components: TrainingComponents, config: RunConfig) -> str:
     if config.optimizer.precision == "fp64":
         line += "; fp64 takes PyTorch's operations"
     device = components.model.context.device
-    if device.type == "cuda" and "adam" in components.optimizer.inner:
+    if config.model.norm_backend != "auto":
+        line += f"; norms: {config.model.norm_backend} (--norm-backend)"
+    chosen = device.type == "cuda" or config.optimizer.optimizer_backend != "auto"
+    if chosen and "adam" in components.optimizer.inner:
         adam, reason = adam_backend(config.optimizer, device)
         line += f"; AdamW: {adam} ({reason})"
     return line

@@ -118,7 +118,12 @@ FLAGS: dict[str, list[Effect]] = {
         effect("RMSNorm", losses_from(1), more_parameters(-(2 * LAYERS + 1) * HIDDEN))
     ],
     "norm_backend": [
-        effect("torch", same_losses, base={"normalization": "RMSNorm"}),
+        effect(
+            "torch",
+            same_losses,
+            says("norms: torch (--norm-backend)"),
+            base={"normalization": "RMSNorm"},
+        ),
         effect(
             "apex",
             says("--norm-backend apex needs a GPU, but there is --device cpu"),
@@ -168,7 +173,7 @@ FLAGS: dict[str, list[Effect]] = {
         effect("lion", same_first_norm, losses_from(3)),
     ],
     "optimizer_backend": [
-        effect("torch", same_losses),
+        effect("torch", same_losses, says("AdamW: torch (--optimizer-backend torch)")),
         effect(
             "apex",
             says("--optimizer-backend apex needs a GPU, but there is --device cpu"),

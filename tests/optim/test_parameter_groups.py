@@ -1,6 +1,9 @@
 """--parameter-groups and --decoupled-lr: which parameters they change, and how, in every layout."""
 
+import re
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +35,7 @@ FLAGS = {
 }
 FIRST_STAGE = {**FLAGS, "parameter_groups": ("embedding.* freeze", "layers.[01].* freeze")}
 """All that the first of two stages holds; a tied embedding is on the last one as well."""
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "optimizer.md"
 BIASED = replace(LLAMA, bias=True)
 ALL = ZERO | OVERLAP | {"overlap_param_gather": True}
 
@@ -87,6 +91,10 @@ def test_groups_in_a_file_and_on_the_command_line(tmp_path):
     assert cli.read_config(["--config", write(tmp_path, text)]) == expected
     assert cli.read_config(["--parameter-groups", *EXAMPLE_GROUPS]) == expected
     assert cli.read_config(["--config", write(tmp_path, to_yaml(expected))]) == expected
+    (shown,) = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert cli.read_config(["--config", write(tmp_path, shown)]) == expected
+    (line,) = re.findall(r"^or `(--parameter-groups .*)`\.$", DOCS.read_text(), re.MULTILINE)
+    assert cli.read_config(shlex.split(line)) == expected
     nested = "parameter_groups:\n  - pattern: embedding.*\n    lr_factor: 0.1\n"
     assert "parameter_groups" in problems_of("--config", write(tmp_path, nested))[0]
 
