@@ -74,7 +74,8 @@ def dry_run(parts: TrainingComponents, batches: GlobalBatches, consumed: int, lo
     `consumed` is the sample that the batch starts at. Changes no weight. Collective over the world.
     """
     began = time.perf_counter()
-    loss = parts.engine.train_step(*batches.at(consumed)).sum().item()
+    microbatches, weights = batches.at(consumed)
+    loss = parts.engine.train_step(microbatches, weights).sum().item()
     parts.optimizer.allocate_state()  # as the first step would: it is part of the peak memory
     seconds = time.perf_counter() - began
 
@@ -85,7 +86,7 @@ def dry_run(parts: TrainingComponents, batches: GlobalBatches, consumed: int, lo
     reports = gather_objects((_rank_line(parts), shapes, loss), context.control)
 
     # Print a line for each rank, then the parameters on the first rank of each stage.
-    log(f"dry run: {batches.microbatches} microbatches in {seconds:.2f} s")
+    log(f"dry run: {len(microbatches)} microbatches in {seconds:.2f} s")
     for line, _, _ in reports:
         log(line)
     for stage, rank in enumerate(context.layout.group_of(0, "pipeline")):
