@@ -27,7 +27,7 @@ def test_a_row_of_what_is_installed(capsys):
     }
     lines = compare.lines_of("single", shape, results, sequence_flops=1e9)
     ours, plain, hugging_face, megatron = [line.strip("| ").split(" | ") for line in lines]
-    tokens = 4 * 4 * 32
+    tokens = compare.ROWS["single"].steps * 4 * 32
     rates = sorted(tokens / m.seconds for m in results["plain PyTorch"])
     assert plain[:3] == ["single", "plain PyTorch", f"{sum(rates) / 2:.0f}"]
     assert ours[0] == "single" and all(float(number) > 0 for number in ours[2:5])

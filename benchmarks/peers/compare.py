@@ -61,7 +61,7 @@ class Row:
     """By name."""
     data_parallel: int = 1
     microbatches: int = 1
-    steps: int = 4
+    steps: int = 3
     """In a measurement."""
 
 
@@ -85,9 +85,9 @@ ROWS = {
         },
         data_parallel=2,
     ),
-    "tp2": Row(2, {"DTensor": torch_peer("tp2"), "Megatron-core": megatron("tp2")}, steps=6),
+    "tp2": Row(2, {"DTensor": torch_peer("tp2"), "Megatron-core": megatron("tp2")}, steps=4),
     "tp2-sp": Row(
-        2, {"DTensor": torch_peer("tp2-sp"), "Megatron-core": megatron("tp2-sp")}, steps=6
+        2, {"DTensor": torch_peer("tp2-sp"), "Megatron-core": megatron("tp2-sp")}, steps=4
     ),
     "pp2": Row(
         2,

@@ -29,7 +29,7 @@ def communication_table(
                 most[key] = (rank, theirs)
     lines = [TITLES]
     for (group, kind), (rank, of_rank) in sorted(most.items()):
-        bandwidth = of_rank.bytes / of_rank.seconds / 1e9 if of_rank.seconds else 0.0
+        bandwidth = of_rank.bytes / max(of_rank.seconds, 1e-9) / 1e9
         megabytes = f"{of_rank.bytes / 1e6:.3f}"
         times = (f"{1000 * of_rank.seconds:.2f}", f"{bandwidth:.2f}")
         lines.append((group, kind, str(rank), str(of_rank.calls), megabytes, *times))

@@ -9,6 +9,7 @@ import torch
 import megalite
 from megalite.parallel import collectives
 from megalite.parallel.collectives import (
+    EXCHANGED_BYTES,
     Group,
     Transfer,
     all_gather,
@@ -44,6 +45,8 @@ def plain_collectives(launch):
         all_reduce(results[op], group, op)
     later = mine.clone()
     all_reduce(later, group, async_op=True).wait()
+    large = torch.full((EXCHANGED_BYTES // 4 + 1,), 10.0 + launch.rank)
+    all_reduce(large, group)
     gathered, gathering = all_gather(mine, group, async_op=True)
     scattered, scattering = reduce_scatter(mine, group, async_op=True)
     gathering.wait()
@@ -53,6 +56,7 @@ def plain_collectives(launch):
     barrier(group)
     return results | {
         "later": later,
+        "large": large.unique(),
         "gather": all_gather(mine, group),
         "gather later": gathered,
         "scatter": reduce_scatter(mine, group),
@@ -70,6 +74,7 @@ def test_values(pool, size):
         expected = {
             "sum": total,
             "later": total,
+            "large": torch.tensor([10.0 * size + sum(range(size))]),
             "max": everyone[-1],
             "min": everyone[0],
             "broadcast": everyone[1],
