@@ -212,6 +212,18 @@ def training(bench: Bench, flags: dict, ranks: int) -> Run:
     return Run(bench.pool.run(console_of, ranks, config, folder)[0], folder)
 
 
+def deepspeed_summary(bench: Bench, flags: dict, ranks: int) -> str:
+    """What a run says of DeepSpeed before it starts; tests/test_deepspeed.py is about the rest."""
+    for stage in (2, 3):
+        text = json.dumps({"zero_optimization": {"stage": stage}})
+        (bench.folder / f"stage{stage}.json").write_text(text)
+    folder = bench.new_folder()
+    config = sound(flags, ranks, folder)
+    with working_in(folder):
+        lines = summary_lines(config, ranks)
+    return "".join(line.split(maxsplit=1)[1] for line in lines if "DeepSpeed" in line)
+
+
 def wandb_name(bench: Bench, flags: dict, ranks: int) -> str:
     """The name of a run as its offline records have it."""
     (record,) = training(bench, flags, ranks).folder.glob("wandb/offline-run-*/*.wandb")

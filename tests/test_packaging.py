@@ -56,7 +56,7 @@ def test_what_loading_megalite_needs_is_required():
 def test_whatever_else_is_imported_has_an_extra():
     used = set().union(*(third_party_imports(path, everywhere=True) for path in SOURCES))
     assert used <= set().union(
-        *map(requirements, ("dependencies", "tokenizers", "data", "plot", "tracking"))
+        *map(requirements, ("dependencies", "tokenizers", "data", "deepspeed", "plot", "tracking"))
     )
 
 

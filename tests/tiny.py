@@ -38,7 +38,7 @@ class Tiny:
     def gradient(self, consumed: int = 0) -> torch.Tensor:
         """Forward and backward of the global batch at this sample; the loss. The gradients are in
         `main_grad`."""
-        self.components.optimizer.gradients.zero()
+        self.components.optimizer.zero_gradients()
         return self.components.engine.train_step(*self.data.at(consumed))
 
     def train(self, iteration: int) -> StepResult:

@@ -11,6 +11,7 @@ from math import prod
 
 from megalite.config.rules.finding import data_parallel_size
 from megalite.config.run import RunConfig
+from megalite.deepspeed import settings
 from megalite.models import cost
 from megalite.models.shapes import Shapes, decays, elements, stage_shapes
 from megalite.optim.treatment import treatment_of
@@ -91,6 +92,8 @@ def _state_bytes(config: RunConfig, shapes: Shapes, world_size: int) -> float:
     data-parallel size."""
     o = config.optimizer
     size = _element_bytes(config)
+    if config.deepspeed.deepspeed:
+        return elements(shapes) * _deepspeed_bytes(config, size, world_size)
     shards = 1
     if config.parallel.use_distributed_optimizer:
         shards = data_parallel_size(config, world_size)
@@ -103,3 +106,24 @@ def _state_bytes(config: RunConfig, shapes: Shapes, world_size: int) -> float:
             bytes_each += max(4, size) * (1 + kept / shards)
         total += prod(shape) * bytes_each
     return total
+
+
+def _deepspeed_bytes(config: RunConfig, weight: int, world_size: int) -> float:
+    """Bytes of a parameter with all that DeepSpeed keeps of it on the device: fp32 gradients, an
+    fp32 copy and its moments. Stage 1 divides the last two over the data ranks, stage 2 gradients
+    too, stage 3 all."""
+    given = settings.read(config.deepspeed.deepspeed_config)
+    stage = settings.stage_of(given)
+    ranks = data_parallel_size(config, world_size)
+    gradient = 4
+    moments = config.optimizer.moments(config.optimizer.optimizer)
+    states = 4 * (1 + len(moments)) / ranks
+    if stage >= 2:
+        gradient /= ranks
+    if stage == 3:
+        weight /= ranks
+    if settings.offloads(given):
+        states = 0
+    if settings.offloads(given, "offload_param"):
+        weight = 0
+    return weight + gradient + states

@@ -17,6 +17,7 @@ from megalite.config.training import TrainingConfig
 from megalite.data.batch_sizes import BatchSizes
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import DataConfig
+from megalite.deepspeed.config import DeepSpeedConfig
 from megalite.fields import Field
 from megalite.models.cost import HeadCost
 from megalite.models.presets import preset
@@ -34,6 +35,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     data: DataConfig = field(default_factory=DataConfig)
     bert: BertDataConfig = field(default_factory=BertDataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

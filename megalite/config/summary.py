@@ -10,6 +10,7 @@ from megalite.config.rules.finding import data_parallel_size
 from megalite.config.run import RunConfig, options
 from megalite.config.validate import chosen
 from megalite.config.yaml_file import to_yaml
+from megalite.deepspeed import settings
 from megalite.system.errors import explain_os_error, scaled
 
 LABEL_COLUMNS = 16
@@ -78,6 +79,7 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
             f"{iterations} iterations, {samples} sequences, {_short(samples * m.seq_length)} tokens"
         ),
         "learning rate": _learning_rate(config),
+        **_deepspeed(config),
         "data": _data(config),
         "checkpoints": _checkpoints(config),
         "flags": " ".join(flags) or "defaults",
@@ -134,6 +136,20 @@ def _learning_rate(config: RunConfig) -> str:
     else:
         text += f", {o.lr_decay_style} to {o.lowest_lr:g} at {unit} {plan.decay}"
     return f"{text} ({o.optimizer})"
+
+
+def _deepspeed(config: RunConfig) -> dict[str, str]:
+    """What DeepSpeed does, if it is used."""
+    path = config.deepspeed.deepspeed_config
+    if path is None:
+        return {}
+    given = settings.read(path)
+    text = f"ZeRO stage {settings.stage_of(given)}, as {path} says"
+    if settings.offloads(given):
+        text += "; optimizer on the CPU"
+    if settings.offloads(given, "offload_param"):
+        text += "; weights on the CPU"
+    return {"DeepSpeed": text}
 
 
 def _setting(key: str, value: Any) -> str:

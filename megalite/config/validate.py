@@ -12,6 +12,7 @@ from typing import Any
 
 from megalite.config.problem import Problem
 from megalite.config.rules.bert import BERT_FILE_RULES, BERT_RULES
+from megalite.config.rules.deepspeed import DEEPSPEED_FILE_RULES, DEEPSPEED_RULES
 from megalite.config.rules.effects import nothing_is_ignored, other_ranks_exist
 from megalite.config.rules.files import FILE_RULES
 from megalite.config.rules.finding import Finding, Rule, global_batch, iterations, schedule
@@ -22,11 +23,21 @@ from megalite.config.rules.tokenizer import build_tokenizer, files_of
 from megalite.config.run import RunConfig, options, to_flat, with_values
 from megalite.models.presets import preset
 
-PURE_RULES: tuple[Rule, ...] = (*LAYOUT_RULES, *RUN_RULES, nothing_is_ignored, other_ranks_exist)
+PURE_RULES: tuple[Rule, ...] = (
+    *LAYOUT_RULES,
+    *RUN_RULES,
+    *DEEPSPEED_RULES,
+    nothing_is_ignored,
+    other_ranks_exist,
+)
 """Rules of every architecture that read no file."""
 RULES_OF = {"gpt": (*PURE_RULES, *GPT_RULES), "bert": (*PURE_RULES, *BERT_RULES)}
 """Rules that read no file, by architecture."""
-FILE_RULES_OF = {"gpt": (*FILE_RULES, *GPT_FILE_RULES), "bert": (*FILE_RULES, *BERT_FILE_RULES)}
+COMMON_FILE_RULES: tuple[Rule, ...] = (*FILE_RULES, *DEEPSPEED_FILE_RULES)
+FILE_RULES_OF = {
+    "gpt": (*COMMON_FILE_RULES, *GPT_FILE_RULES),
+    "bert": (*COMMON_FILE_RULES, *BERT_FILE_RULES),
+}
 """Rules that read files, by architecture."""
 FIXES_PER_FLAG = 2
 """Values shown for one flag in a fix, the nearest first."""

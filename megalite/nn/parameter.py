@@ -1,5 +1,6 @@
 """Parameters that know which box of which global tensor they are, and who else holds it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import add
@@ -38,6 +39,8 @@ class ParameterSpec:
     """Standard deviation for "normal"."""
     weight_decay: bool = True
     """False for biases and norms."""
+    local_shape: tuple[int, ...] = ()
+    """Shape of the tensor on this rank, padding included: set by `make_parameter`."""
     name: str = ""
     """Global name, `layers.17.attention.qkv.weight`: set by `name_parameters`."""
 
@@ -70,7 +73,8 @@ def held_boxes(
     flat = tensor.view(-1)
     held = []
     first = 0
-    for local in boxes_of_range(tuple(parameter.shape), *(elements or (0, parameter.numel()))):
+    shape = spec.local_shape
+    for local in boxes_of_range(shape, *(elements or (0, math.prod(shape)))):
         values = flat[first : first + local.numel].view(local.shape)
         first += local.numel
         box = local.intersect(real)
@@ -86,7 +90,7 @@ def make_parameter(
     """A zero-filled parameter with its spec attached; `init.initialize` fills it once it has its
     name."""
     parameter = torch.nn.Parameter(torch.zeros(local_shape, dtype=dtype, device=device))
-    parameter.spec = spec
+    parameter.spec = replace(spec, local_shape=tuple(local_shape))
     return parameter
 
 

@@ -16,9 +16,12 @@ from megalite.optim.parameters import ParameterBuffer
 from megalite.optim.schedule import Schedule
 from megalite.optim.statistics import Statistics
 from megalite.optim.treatment import Treatment, treatment_of
-from megalite.optim.update_rules import UPDATE_RULES, allocate_moments, set_step_count
+from megalite.optim.update_rules import UPDATE_RULES, allocate_moments, set_step_count, weights_of
 from megalite.parallel.config import ParallelConfig
 from megalite.parallel.context import ParallelContext
+
+Elements = tuple[int, int]
+"""(start, stop) of a flattened parameter's elements."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Optimizer:
     ):
         self.config = config
         self.schedule = schedule
+        self._of_model = parameters
         self.treatments: dict[str, Treatment] = {}
         self.parameters: dict[str, Parameter] = {}
         """Those that are trained, by name."""
@@ -86,24 +90,23 @@ class Optimizer:
             self.master[name] = weight.float() if self.keeps_master else weight
         self.inner: dict[str, torch.optim.Optimizer] = {}
         """torch's optimizers by update rule."""
-        for rule, groups in self._groups().items():
+        for rule, groups in groups_by_rule(self.treatments, self.master).items():
             self.inner[rule] = UPDATE_RULES[rule](groups, config, self.gradients)
         self.steps = 0
         """Updates done, skipped steps not counted."""
 
-    def _groups(self) -> dict[str, list[dict]]:
-        """torch's parameter groups by update rule. Every rank of a stage has the same ones."""
-        names: dict[Treatment, list[str]] = {}
-        for name, treatment in self.treatments.items():
-            names.setdefault(treatment, []).append(name)
-        groups: dict[str, list[dict]] = {}
-        for treatment, alike in names.items():
-            owned = [name for name in alike if name in self.master]
-            weights = [self.master[name] for name in owned]
-            group = {"params": weights, "names": owned, "all_names": alike}
-            group["treatment"] = treatment
-            groups.setdefault(treatment.rule, []).append(group)
-        return groups
+    @property
+    def loss_factor(self) -> float:
+        """What the loss is to be multiplied by before its backward."""
+        return self.loss_scale.value
+
+    def zero_gradients(self) -> None:
+        """Forget all gradients, before the first backward of a step."""
+        self.gradients.zero()
+
+    def begin_last_backward(self) -> None:
+        """The coming backward completes the gradients: they may be reduced."""
+        self.gradients.begin_last_backward()
 
     @torch.no_grad()
     def step(self, position: int) -> StepResult:
@@ -128,7 +131,7 @@ class Optimizer:
         self.loss_scale.update(overflowed=False)
         statistics = self.statistics.of_gradients(scale)
         self.gradients.clip(norm, self.config.clip_grad, scale)
-        self._set_rates(position, rate)
+        set_rates(self.inner.values(), self.schedule, position)
         # Update the master weights with the gradients where they lie, then round the working
         # weights from them.
         self.wait_for_parameters()
@@ -149,21 +152,8 @@ class Optimizer:
         statistics |= self.statistics.of_parameters()
         return StepResult(norm, learning_rate=rate, loss_scale=scale, statistics=statistics)
 
-    def _set_rates(self, position: int, rate: float) -> None:
-        """Give every parameter group its learning rate, of which `rate` is the usual one, and its
-        weight decay."""
-        decay = self.schedule.weight_decay(position)
-        rates = {False: rate}
-        if self.config.decoupled_lr is not None:
-            decoupled = replace(self.schedule, config=self.config.decoupled)
-            rates[True] = decoupled.learning_rate(position)
-        for inner in self.inner.values():
-            for group in inner.param_groups:
-                treatment = group["treatment"]
-                group["lr"] = rates[treatment.is_decoupled] * treatment.lr_factor
-                group["weight_decay"] = treatment.weight_decay
-                if treatment.weight_decay is None:
-                    group["weight_decay"] = decay if treatment.decays else 0.0
+    shards_weights = False
+    """Whether data ranks hold different shards of the model's weights."""
 
     @property
     def is_sharded(self) -> bool:
@@ -182,6 +172,23 @@ class Optimizer:
         if self.parameter_buffer:
             self.parameter_buffer.wait(names)
 
+    def bad_gradients(self) -> list[str]:
+        """Parameters of whose summed gradient this rank holds an element that is not finite."""
+        names = []
+        for name in self.ranges:
+            if not torch.isfinite(self.gradients.owned(name)).all():
+                names.append(name)
+        return names
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor, Elements | None]]:
+        """(name, tensor, elements) of what this rank holds of the model's weights: each whole
+        parameter, as None says, or a flat range of its elements."""
+        for name, parameter in self._of_model.items():
+            yield name, parameter, None
+
+    def weights_were_set(self) -> None:
+        """Called when what `weights` gives has been overwritten, as from a checkpoint."""
+
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(kind, parameter name, tensor like `master[name]`) of all that a bit-exact resume needs:
         "master" weights where they differ from the parameters, and the moments, allocated if
@@ -199,7 +206,7 @@ class Optimizer:
     def allocate_state(self) -> None:
         """Allocate the moments of what this rank updates, zero, as the first step would."""
         for rule, inner in self.inner.items():
-            allocate_moments(inner, self.config.moments(rule))
+            allocate_moments(inner, weights_of(inner), self.config.moments(rule))
         # torch makes its state at the first step only if there is none at all.
         self.set_steps(self.steps)
 
@@ -207,4 +214,42 @@ class Optimizer:
         """Set the count of updates done, which Adam's bias correction needs."""
         self.steps = steps
         for inner in self.inner.values():
-            set_step_count(inner, steps)
+            set_step_count(inner, weights_of(inner), steps)
+
+
+def groups_by_rule(
+    treatments: dict[str, Treatment], weights: dict[str, torch.Tensor]
+) -> dict[str, list[dict]]:
+    """torch's parameter groups by update rule. Every rank of a stage has the same ones.
+
+    treatments: of the trained parameters. weights: what this rank updates of some of them.
+    """
+    names: dict[Treatment, list[str]] = {}
+    for name, treatment in treatments.items():
+        names.setdefault(treatment, []).append(name)
+    groups: dict[str, list[dict]] = {}
+    for treatment, alike in names.items():
+        owned = [name for name in alike if name in weights]
+        group = {"params": [weights[name] for name in owned], "names": owned, "all_names": alike}
+        group["treatment"] = treatment
+        groups.setdefault(treatment.rule, []).append(group)
+    return groups
+
+
+def set_rates(
+    optimizers: Iterable[torch.optim.Optimizer], schedule: Schedule, position: int
+) -> None:
+    """Give every parameter group its learning rate and weight decay at a position."""
+    config = schedule.config
+    decay = schedule.weight_decay(position)
+    rates = {False: schedule.learning_rate(position)}
+    if config.decoupled_lr is not None:
+        decoupled = replace(schedule, config=config.decoupled)
+        rates[True] = decoupled.learning_rate(position)
+    for inner in optimizers:
+        for group in inner.param_groups:
+            treatment = group["treatment"]
+            group["lr"] = rates[treatment.is_decoupled] * treatment.lr_factor
+            group["weight_decay"] = treatment.weight_decay
+            if treatment.weight_decay is None:
+                group["weight_decay"] = decay if treatment.decays else 0.0

@@ -22,8 +22,12 @@ def _adam(groups: list[dict], config: OptimizerConfig, gradients: GradientBuffer
     backend, _ = adam_backend(config, gradients.context.device)
     if backend == "apex" and any(group["params"] for group in groups):
         return apex_adam(groups, config)
-    # One fused pass over the weights: 3 to 4 times faster than the other implementations, also on
-    # the CPU.
+    return torch_adam(groups, config)
+
+
+def torch_adam(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """torch's AdamW, in one fused pass over the weights: 3 to 4 times faster than its other
+    implementations, also on the CPU."""
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=True)
 
@@ -55,29 +59,36 @@ def _muon(groups: list[dict], config: OptimizerConfig, gradients: GradientBuffer
 UPDATE_RULES: dict[str, Rule] = {"adam": _adam, "sgd": _sgd, "lion": _lion, "muon": _muon}
 
 
-def allocate_moments(optimizer: torch.optim.Optimizer, moments: tuple[str, ...]) -> None:
-    """Allocate what an optimizer keeps for each parameter, zero, unless it is there.
+def weights_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """What an optimizer updates."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def allocate_moments(
+    optimizer: torch.optim.Optimizer, weights: list[torch.Tensor], moments: tuple[str, ...]
+) -> None:
+    """Allocate what an optimizer keeps for each of its weights, zero, unless it is there.
 
     Zero is also what torch's first step starts SGD's momentum from, since dampening is 0: it sets
     the buffer to the gradient, which is momentum * 0 + gradient.
     """
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            state = optimizer.state[weight]
-            for kind in moments:
-                if state.get(kind) is None:
-                    state[kind] = torch.zeros_like(weight)
+    for weight in weights:
+        state = optimizer.state[weight]
+        for kind in moments:
+            if state.get(kind) is None:
+                state[kind] = torch.zeros_like(weight)
 
 
-def set_step_count(optimizer: torch.optim.Optimizer, steps: int) -> None:
+def set_step_count(
+    optimizer: torch.optim.Optimizer, weights: list[torch.Tensor], steps: int
+) -> None:
     """Tell an optimizer that counts its steps, as Adam does for its bias correction, how many it
-    has taken."""
+    has taken with its weights."""
     if isinstance(optimizer, torch.optim.AdamW):
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                # As torch's fused implementation keeps it.
-                count = torch.tensor(steps, dtype=torch.float32, device=weight.device)
-                optimizer.state[weight]["step"] = count
+        for weight in weights:
+            # As torch's fused implementation keeps it.
+            count = torch.tensor(steps, dtype=torch.float32, device=weight.device)
+            optimizer.state[weight]["step"] = count
         return
     # As apex keeps it; the others do not count.
     for group in optimizer.param_groups:

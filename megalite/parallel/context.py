@@ -102,6 +102,10 @@ class _GroupFactory:
         handle = self._new(self.world.ranks, "control", timedelta(hours=PATIENCE_HOURS), "gloo")
         return replace(self.world, handle=handle, name="control", untimed=True)
 
+    def make_alone(self) -> dist.ProcessGroup:
+        """torch's group of this rank only. Collective over the world."""
+        return self.make("alone", (self.rank,), lambda: [(r,) for r in self.world.ranks]).handle
+
     def _new(
         self, ranks: Sequence[int], name: str, timeout: timedelta, backend: str | None = None
     ) -> dist.ProcessGroup:
@@ -123,6 +127,8 @@ class ParallelContext:
     timeout."""
     groups: Mapping[tuple[str, ...], Group] = field(default_factory=dict)
     """The groups of more than one rank, by the axes they span; `group` looks them up."""
+    alone: dist.ProcessGroup | None = None
+    """torch's group of this rank only, where a library needs one."""
     embedding: Group | None = None
     """First and last stage of this pipeline, on those two only; None elsewhere and with one
     stage."""
@@ -147,12 +153,15 @@ class ParallelContext:
         timeout_minutes: float = 10.0,
         store: Any = None,
         more_groups: Sequence[tuple[str, ...]] = (),
+        groups_of_one: bool = False,
     ) -> "ParallelContext":
         """Meet the other ranks and make the groups. Collective over the world; every rank passes
         the same layout.
 
         store: what `meet` returned, if it was called before. more_groups: sets of axes beside
-        NEEDED_GROUPS. Raises ValueError when the layout's
+        NEEDED_GROUPS. groups_of_one: whether a library needs torch's groups also where one rank is
+        alone: `alone`, and the default group of a world of one rank. Raises ValueError when the
+        layout's
         world size is not the launcher's, RendezvousError when ranks do not meet.
         """
         if layout.world_size != launch.world_size:
@@ -162,7 +171,7 @@ class ParallelContext:
             )
         device = torch.device(device)
         if layout.world_size == 1:
-            return cls.single(device)
+            return cls._of_one_rank(device, backend) if groups_of_one else cls.single(device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
 
@@ -182,6 +191,7 @@ class ParallelContext:
         factory = _GroupFactory(layout, launch.rank, device, timeout)
         groups = factory.make_along(layout, (*NEEDED_GROUPS, *more_groups))
         control = factory.make_control()
+        alone = factory.make_alone() if groups_of_one else None
         # Last, since only some ranks have one: torch names groups by how many a rank has made
         # before.
         own = layout.embedding_group(launch.rank)
@@ -192,10 +202,19 @@ class ParallelContext:
             world=factory.world,
             control=control,
             groups=groups,
+            alone=alone,
             embedding=embedding,
             activity=factory.activity,
             store=dist.PrefixStore("megalite", store),
         )
+
+    @classmethod
+    def _of_one_rank(cls, device: torch.device, backend: str) -> "ParallelContext":
+        """A context of one rank in a world of one, with torch's default group."""
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        handle = dist.group.WORLD
+        alone = Group((0,), 0, handle)
+        return cls(ParallelLayout(), device, world=alone, control=alone, alone=handle)
 
     @property
     def rank(self) -> int:
@@ -248,7 +267,7 @@ class ParallelContext:
 
     def destroy(self) -> None:
         """Leave all groups. The context is of no use afterwards."""
-        if self.world.size > 1 and dist.is_initialized():
+        if self.world.handle is not None and dist.is_initialized():
             dist.destroy_process_group()
 
 

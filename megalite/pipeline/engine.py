@@ -60,6 +60,10 @@ class PipelineEngine:
         self.context = context
         self.micro_batch_size = micro_batch_size
         self.schedule: Callable = schedule_named(schedule)
+        self.run_stage: Callable[[Tensor | None, Microbatch], Tensor] = stage
+        """Called for a forward: the stage, or what wraps it."""
+        self.backward_of_loss: Callable[[Tensor], None] = torch.autograd.backward
+        """Called for the backward of a microbatch on the last stage."""
         self.loss_scale: Callable[[], float] = lambda: 1.0
         """What the loss is multiplied by before its backward: gradients come out that many times as
         large, the returned losses do not."""
@@ -160,7 +164,7 @@ class PipelineEngine:
         received = None
         if not self.stage.is_first:
             received = run.incoming.pop(action).requires_grad_(trains)  # [s, b, h] or [s/t, b, h]
-        output = self.stage(received, run.microbatches[action.microbatch])
+        output = self.run_stage(received, run.microbatches[action.microbatch])
         if self.stage.is_last:
             if output.shape != run.loss_weights.shape:
                 shapes = f"{tuple(output.shape)}, the weights {tuple(run.loss_weights.shape)}"
@@ -196,7 +200,7 @@ class PipelineEngine:
     def _backward(self, run: _Run, action: Action) -> None:
         received, output = run.in_flight.pop(action.microbatch)
         if self.stage.is_last:
-            torch.autograd.backward(output)
+            self.backward_of_loss(output)
         else:
             # The gradient of the hidden states has come from the next stage.
             gradient = run.incoming.pop(action)

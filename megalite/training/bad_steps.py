@@ -61,11 +61,7 @@ def _findings(components: TrainingComponents, microbatches: list[Microbatch]) ->
         if not torch.isfinite(terms).all():
             losses.append(f"the loss of {rows} is {loss}")
         highest = max(highest, (loss, rows))
-    names = []
-    optimizer = components.optimizer
-    for name in optimizer.ranges:
-        if not torch.isfinite(optimizer.gradients.owned(name)).all():
-            names.append(name)
+    names = components.optimizer.bad_gradients()
     gradients = []
     if names:
         others = f" and {len(names) - 1} others" if len(names) > 1 else ""

@@ -5,11 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 
 from megalite import __version__
+from megalite.config.rules.finding import data_parallel_size
 from megalite.config.run import RunConfig, to_flat
+from megalite.deepspeed import settings as deepspeed_settings
+from megalite.deepspeed.optimizer import DeepSpeedOptimizer
 from megalite.kernels import native
 from megalite.models.bert import Bert
 from megalite.models.gpt import GPT
@@ -47,6 +51,10 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
         if to_flat(config)[key] == "apex" and device.type != "cuda":
             flag = key.replace("_", "-")
             raise DeviceError(f"--{flag} apex needs a GPU, but this runs on {device.type}: {why}")
+    fp16 = config.optimizer.chosen_precision == "fp16"
+    if config.deepspeed.deepspeed and fp16 and device.type == "cpu":
+        reason = "--precision fp16 with --deepspeed works on GPUs only"
+        raise DeviceError(f"{reason}: {why}; use --precision bf16")
     backend = _backend_for(device, why, parallel.distributed_backend, launch.world_size)
     if device.type == "cpu" and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Otherwise every rank would start as many threads as the node has cores.
@@ -61,6 +69,8 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
         "world size": launch.world_size,
         **to_flat(config),
     }
+    if config.deepspeed.deepspeed:
+        facts["DeepSpeed's settings"] = str(_deepspeed_settings(config, launch.world_size))
     minutes = parallel.distributed_timeout_minutes
     store = None
     if launch.world_size > 1:
@@ -76,6 +86,7 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
         timeout_minutes=minutes,
         store=store,
         more_groups=[("tensor", "data")] if gathers else [],
+        groups_of_one=config.deepspeed.deepspeed,
     )
     via = "one process, no launcher"
     if launch.world_size > 1:
@@ -107,7 +118,7 @@ class TrainingComponents:
     model: Stage
     rng: Rng
     engine: PipelineEngine
-    optimizer: Optimizer
+    optimizer: Optimizer | DeepSpeedOptimizer
 
 
 def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stage:
@@ -149,18 +160,41 @@ def build_components(
     model = build_model(config, context, rng)
     schedule = config.parallel.pipeline_schedule
     engine = PipelineEngine(model, context, config.data.micro_batch_size, schedule)
-    optimizer = Optimizer(
-        model.parameters_by_name,
-        context,
-        config.optimizer,
-        schedule=config.schedule,
-        parallel=config.parallel,
-    )
-    engine.before_last_backward = optimizer.gradients.begin_last_backward
-    engine.loss_scale = lambda: optimizer.loss_scale.value
+    if config.deepspeed.deepspeed:
+        optimizer = DeepSpeedOptimizer(
+            model,
+            context,
+            config.optimizer,
+            schedule=config.schedule,
+            settings=_deepspeed_settings(config, context.world_size),
+        )
+        engine.run_stage = optimizer.engine
+        engine.backward_of_loss = optimizer.backward
+    else:
+        optimizer = Optimizer(
+            model.parameters_by_name,
+            context,
+            config.optimizer,
+            schedule=config.schedule,
+            parallel=config.parallel,
+        )
+    engine.before_last_backward = optimizer.begin_last_backward
+    engine.loss_scale = lambda: optimizer.loss_factor
     if config.parallel.overlap_param_gather:
         _wait_in_forward(model, optimizer)
     return TrainingComponents(model, rng, engine, optimizer)
+
+
+def _deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """What DeepSpeed is given, of a resolved configuration."""
+    ours = deepspeed_settings.owned(
+        config.optimizer,
+        config.data.micro_batch_size,
+        config.data.global_batch_size,
+        data_parallel_size(config, world_size),
+    )
+    settings = deepspeed_settings.read(config.deepspeed.deepspeed_config)
+    return deepspeed_settings.for_engine(settings, ours)
 
 
 def _wait_in_forward(model: Stage, optimizer: Optimizer) -> None:

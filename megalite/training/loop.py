@@ -116,7 +116,7 @@ class Trainer:
         optimizer = self.components.optimizer
         began = time.perf_counter()
         activity = self._begin_timing(iteration)
-        optimizer.gradients.zero()
+        optimizer.zero_gradients()
 
         # Take this step's microbatches; those of the next one are read while this one computes.
         first = self.progress.consumed_samples

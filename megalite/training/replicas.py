@@ -57,8 +57,8 @@ def _digests(parts: TrainingComponents) -> dict[tuple[str, tuple[int, ...]], str
     parameters = parts.model.parameters_by_name
     parts.optimizer.wait_for_parameters()
     tensors = []
-    for name, parameter in parameters.items():
-        tensors.append((name, held_boxes(parameter, parameter.detach())))
+    for name, tensor, elements in parts.optimizer.weights():
+        tensors.append((name, held_boxes(parameters[name], tensor.detach(), elements)))
     for kind, name, tensor in parts.optimizer.state():
         held = held_boxes(parameters[name], tensor, parts.optimizer.ranges[name])
         tensors.append((f"optimizer.{kind}.{name}", held))

@@ -62,7 +62,8 @@ def kernels_line(components: TrainingComponents, config: RunConfig) -> str:
     if config.model.norm_backend != "auto":
         line += f"; norms: {config.model.norm_backend} (--norm-backend)"
     chosen = device.type == "cuda" or config.optimizer.optimizer_backend != "auto"
-    if chosen and "adam" in components.optimizer.inner:
+    own = not config.deepspeed.deepspeed
+    if own and chosen and "adam" in components.optimizer.inner:
         adam, reason = adam_backend(config.optimizer, device)
         line += f"; AdamW: {adam} ({reason})"
     return line

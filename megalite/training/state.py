@@ -53,14 +53,15 @@ def _owned(parts: TrainingComponents) -> Iterator[Shard]:
     owner."""
     parameters = parts.model.parameters_by_name
     position = parts.model.context.coordinates
-    for name, parameter in parameters.items():
-        if parameter.spec.is_primary(position):
-            yield from _shards(parameter, name, parameter)
-    # Data ranks hold different shards of a sharded optimizer.
-    if parts.optimizer.is_sharded:
-        position = position | {"data": 0}
+    # Data ranks hold different shards of what is sharded.
+    of_shards = position | {"data": 0}
+    of_weights = of_shards if parts.optimizer.shards_weights else position
+    for name, tensor, elements in parts.optimizer.weights():
+        if parameters[name].spec.is_primary(of_weights):
+            yield from _shards(parameters[name], name, tensor, elements)
+    of_state = of_shards if parts.optimizer.is_sharded else position
     for kind, name, tensor in parts.optimizer.state():
-        if parameters[name].spec.is_primary(position):
+        if parameters[name].spec.is_primary(of_state):
             stored_name = f"{OPTIMIZER}{kind}.{name}"
             yield from _optimizer_shards(parts.optimizer, stored_name, name, tensor)
 
@@ -120,9 +121,23 @@ def load_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Paramete
     """
     shards = []
     for name, parameter in parameters.items():
-        stored = _best_source(checkpoint, name) if parameter.dtype not in HALF_PRECISIONS else name
-        shards += _shards(parameter, stored, parameter)
+        shards += _shards(parameter, _source(checkpoint, name, parameter), parameter)
     _read(checkpoint, shards)
+
+
+def _load_model(checkpoint: Checkpoint, parts: TrainingComponents) -> None:
+    """`load_weights` of what this rank holds of the model in training. Collective."""
+    shards = []
+    for name, tensor, elements in parts.optimizer.weights():
+        parameter = parts.model.parameters_by_name[name]
+        shards += _shards(parameter, _source(checkpoint, name, parameter), tensor, elements)
+    _read(checkpoint, shards)
+    parts.optimizer.weights_were_set()
+
+
+def _source(checkpoint: Checkpoint, name: str, parameter: torch.nn.Parameter) -> str:
+    """The stored tensor that a parameter is read from."""
+    return name if parameter.dtype in HALF_PRECISIONS else _best_source(checkpoint, name)
 
 
 def _best_source(checkpoint: Checkpoint, name: str) -> str:
@@ -179,7 +194,7 @@ def load_state(parts: TrainingComponents, config: RunConfig) -> Progress:
     """
     options = config.checkpoint
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
-        load_weights(checkpoint, parts.model.parameters_by_name)
+        _load_model(checkpoint, parts)
         _load_master(checkpoint, parts)
         if not (options.finetune or options.no_load_optim):
             _load_optimizer(checkpoint, parts, config)

@@ -447,6 +447,22 @@ FLAGS: dict[str, list[Effect]] = {
             observe=runs.data_calls,
         )
     ],
+    "deepspeed": [
+        effect(
+            True,
+            from_to("", "ZeRO stage 2, as ../stage2.json says"),
+            also={"deepspeed_config": "../stage2.json"},
+            observe=runs.deepspeed_summary,
+        )
+    ],
+    "deepspeed_config": [
+        effect(
+            "../stage3.json",
+            from_to("ZeRO stage 2, as ../stage2.json says", "ZeRO stage 3, as ../stage3.json says"),
+            base={"deepspeed": True, "deepspeed_config": "../stage2.json"},
+            observe=runs.deepspeed_summary,
+        )
+    ],
     "world_size": [
         effect(
             8,

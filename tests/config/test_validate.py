@@ -268,7 +268,11 @@ def test_every_rule_has_a_case():
         "tokens_can_be_masked",
         "libraries_are_installed",
         "apex_can_be_used",
-    }  # they need files, below, or that libraries are absent
+        "deepspeed_is_there",
+        "deepspeed_is_alone",
+        "deepspeed_has_precision",
+        "deepspeed_has_gradients",
+    }  # they need files, below and in test_deepspeed_rules.py, or that libraries are absent
     rules = itertools.chain(*validate.RULES_OF.values())
     assert {rule.__name__ for rule in rules} <= seen | elsewhere
 
@@ -330,7 +334,7 @@ def test_what_changes_no_number_is_no_part_of_the_model_or_the_data():
     free = set(keys_where(lambda field: not field.changes_numbers))
     assert free.isdisjoint(keys_where(lambda field: field.defines_model))
     sections = {options()[key].section for key in free}
-    assert sections == {"model", "parallel", "optimizer", "checkpoint", "training"}
+    assert sections == {"model", "parallel", "optimizer", "deepspeed", "checkpoint", "training"}
     assert {"seed", "rng_scheme", "train_iters", "finetune", "sequence_parallel"}.isdisjoint(free)
 
 

@@ -12,6 +12,7 @@ from megalite.config.run import from_flat
 from megalite.nn.norm import Norm, apex_norm
 from megalite.optim.apex_adam import adam_backend, apex_adam
 from megalite.optim.config import OptimizerConfig
+from megalite.optim.optimizer import groups_by_rule
 from megalite.parallel.context import DeviceError
 from megalite.system.apex import ADAM, NORMS, why_no_apex
 from tests.config.validation import SOUND
@@ -78,7 +79,10 @@ def with_apex(**flags):
     """A tiny run whose AdamW is apex's."""
     tiny = build(**flags)
     optimizer = tiny.components.optimizer
-    groups = [*optimizer._groups()["adam"], {"params": [], "names": [], "all_names": []}]
+    groups = [
+        *groups_by_rule(optimizer.treatments, optimizer.master)["adam"],
+        {"params": [], "names": [], "all_names": []},
+    ]
     optimizer.inner["adam"] = apex_adam(groups, tiny.config.optimizer)
     return tiny
 

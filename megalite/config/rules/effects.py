@@ -86,6 +86,8 @@ def _layout_and_model(config: RunConfig) -> Iterator[Idle]:
     if p.hang_timeout >= 60 * p.distributed_timeout_minutes:
         why = "since --distributed-timeout-minutes ends the run earlier"
         yield ("hang_timeout",), why, {"distributed_timeout_minutes": 60.0}
+    if not config.deepspeed.deepspeed:
+        yield ("deepspeed_config",), "without --deepspeed", {"deepspeed": True}
     if not p.use_distributed_optimizer:
         why = "without --use-distributed-optimizer"
         yield ("overlap_param_gather",), why, {"use_distributed_optimizer": True}
