@@ -136,15 +136,15 @@ def _exchange_sum(tensor: torch.Tensor, group: Group):
     That is as many bytes as gloo's ring sends, in one step in place of two. a + b = b + a: both
     ranks compute the same sum.
     """
-    flat = _contiguous(tensor).view(-1)
-    received = torch.empty_like(flat)
-    lengths = [flat.numel(), flat.numel()]
+    tensor = torch.atleast_1d(tensor)
+    received = torch.empty_like(tensor)
+    lengths = [len(tensor), len(tensor)]
     lengths[group.rank] = 0
     exchange = partial(
         dist.all_to_all_single, input_split_sizes=lengths, output_split_sizes=lengths
     )
-    arriving = _post("all_reduce", group, exchange, received, flat, async_op=True)
-    return _Adding(arriving, received, flat)
+    arriving = _post("all_reduce", group, exchange, received, tensor, async_op=True)
+    return _Adding(arriving, received, tensor)
 
 
 def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
