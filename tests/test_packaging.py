@@ -55,6 +55,7 @@ def test_what_loading_megalite_needs_is_required():
 
 def test_whatever_else_is_imported_has_an_extra():
     used = set().union(*(third_party_imports(path, everywhere=True) for path in SOURCES))
+    used.discard("apex")  # NVIDIA's is built from source; the package of this name is another one
     assert used <= set().union(
         *map(requirements, ("dependencies", "tokenizers", "data", "deepspeed", "plot", "tracking"))
     )
