@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megalite.config import cli, validate
 from megalite.config.run import RunConfig, from_flat, to_flat
 from megalite.config.summary import summary_lines
 from megalite.config.yaml_file import to_yaml
+from megalite.data.batch_sizes import BatchSizes
 from megalite.data.indexed import DatasetInfo
 from megalite.data.loader import GPTLoader
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece
@@ -244,7 +246,7 @@ def kept_for_backward(bench: Bench, flags: dict, ranks: int) -> dict:
     rows = (
         torch.arange(config.model.seq_length + 1).expand(config.data.global_batch_size, -1).numpy()
     )
-    batches, weights = GlobalBatches(GPTLoader(rows, 1, 1, 0), parts.model, 1).at(0)
+    batches, weights = GlobalBatches(GPTLoader(rows, 1, 1, 0), parts.model, BatchSizes(1)).at(0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         parts.engine.train_step(batches, weights)
     return {"bytes": sum(kept.values()), "gradient": parts.optimizer.gradients.flat.clone()}
@@ -278,7 +280,7 @@ def data_calls_of_rank(launch: LaunchInfo, config: RunConfig) -> str:
     waits = context.activity.waits
 
     def logged(call):
-        if call.group == "data" and len(call.shape) == 1:  # not the norm's, which is a scalar
+        if call.group == "data" and prod(call.shape) > 1:  # not the norm's, which is one number
             events.append(letters[call.kind])
         return waits(call)
 

@@ -175,7 +175,7 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks(tmp_path):
     errors = "".join(errors for _, _, errors in ends)
     assert [status for status, _, _ in ends] == [1, 1], errors
     assert re.fullmatch(
-        r"pretrain_gpt\.py: rank [01]: iteration 2: the gradient norm is nan; [^\n]+\n", errors
+        r"pretrain_gpt\.py: rank [01]: iteration 2: the gradient norm is nan\. [^\n]+\n", errors
     ), errors
     assert latest_iteration(tmp_path / "saved") == 1
     with Checkpoint.open(tmp_path / "saved") as checkpoint:

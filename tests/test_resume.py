@@ -367,3 +367,20 @@ def test_megatrons_order_asks_before_it_becomes_another(tmp_path):
     assert "changes here: epochs 1 -> 3" in say(
         *again, "--train-iters", "45", "--allow-data-change"
     )
+
+
+def test_schedules_that_count_samples_end_where_other_batches_end(pool, tmp_path):
+    """4 iterations of 8 samples, then 4 of 4: 48 samples, where 8 of 4 would be 32. The schedule of
+    the second run reaches its end with its last sample; a number of samples is refused by the right
+    number of iterations."""
+    counted = "--lr-warmup-iters 0 --lr-warmup-samples 4 --lr-decay-style linear --min-lr 0".split()
+    flags = [*counted, "--eval-interval", "0", "--eval-iters", "0"]
+    train(pool, 1, *flags, *resumable(tmp_path), "--exit-interval", "4")
+    flags += [*resumable(tmp_path), "--global-batch-size", "4"]
+    with pytest.raises(RanksFailed, match="use --train-iters 8 in its place"):
+        train(pool, 1, *flags, "--train-iters", "unset", "--train-samples", "48")
+    said = train(pool, 1, *flags, "--train-iters", "8")
+    assert "the training and its schedules end at sample 48\n" in said
+    rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    rates = [row["learning_rate"] for row in rows[-4:]]
+    assert rates == pytest.approx([1e-2 * (48 - sample) / 44 for sample in (36, 40, 44, 48)])

@@ -14,7 +14,7 @@ from megalite.checkpoint.config import CheckpointConfig
 from megalite.config.options import DECIMAL, Option, nearest, options_of
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.training import TrainingConfig
-from megalite.data.batch_sizes import BatchSizes
+from megalite.data.batch_sizes import START, BatchSizes, Point
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import DataConfig
 from megalite.deepspeed.config import DeepSpeedConfig
@@ -61,11 +61,11 @@ class RunConfig:
         """Sizes of the global batches of a resolved configuration."""
         return BatchSizes.from_words(self.data.global_batch_size, self.data.rampup_batch_size)
 
-    @property
-    def schedule(self) -> Schedule:
-        """Schedules of learning rate and weight decay of a resolved configuration."""
+    def schedule(self, since: Point = START) -> Schedule:
+        """Schedules of learning rate and weight decay of a resolved configuration. since:
+        iterations and samples that were done before, maybe in batches of other sizes."""
         iterations = self.training.train_iters
-        samples = self.batch_sizes.consumed_after(iterations)
+        samples = self.batch_sizes.consumed_after(iterations, since)
         return Schedule.of_run(self.optimizer, iterations=iterations, samples=samples)
 
 

@@ -125,7 +125,7 @@ def _model(config: RunConfig) -> str:
 def _learning_rate(config: RunConfig) -> str:
     o = config.optimizer
     text = f"{o.lr:g}"
-    plan = config.schedule
+    plan = config.schedule()
     unit = "sequence" if o.counts_samples else "iteration"
     if plan.warmup:
         text += f" after {plan.warmup} {unit}s of warm-up"

@@ -127,8 +127,8 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     tokenizer. Paths of the tokenizer's files become absolute. Resolving it again changes nothing.
 
     Short forms are replaced by what they stand for (bf16 and fp16 -> precision,
-    recompute_activations -> recompute_granularity, lr_warmup_fraction -> lr_warmup_iters or
-    lr_warmup_samples; train_samples and train_tokens -> train_iters, kept beside them).
+    recompute_activations -> recompute_granularity, lr_warmup_fraction -> lr_warmup_iters
+    unless samples are counted; train_samples and train_tokens -> train_iters, kept beside them).
     """
     size = config.model.vocab_size
     if size is None:
@@ -143,7 +143,6 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
 def fill_in(config: RunConfig, world_size: int) -> RunConfig:
     """`resolve`, without the tokenizer."""
     o = config.optimizer
-    unit = "samples" if o.counts_samples else "iters"
     plan = schedule(config, world_size)
     values = {
         "recompute_granularity": config.recompute.granularity,
@@ -156,10 +155,11 @@ def fill_in(config: RunConfig, world_size: int) -> RunConfig:
     }
     if o.lr_decay_style != "constant":
         values["min_lr"] = o.lowest_lr
-        if o.lr_decay_style != "inverse-square-root":
-            values[f"lr_decay_{unit}"] = plan.decay
-    if o.lr_warmup_fraction is not None:
-        values[f"lr_warmup_{unit}"] = plan.warmup
+        if o.lr_decay_style != "inverse-square-root" and not o.counts_samples:
+            values["lr_decay_iters"] = plan.decay
+    # The end in samples is not known before a checkpoint says how many are consumed.
+    if o.lr_warmup_fraction is not None and not o.counts_samples:
+        values["lr_warmup_iters"] = plan.warmup
         values["lr_warmup_fraction"] = None
     filled = with_values(config, values)
     return replace(filled, model=config.model.filled())

@@ -2,7 +2,10 @@
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import cached_property
+
+Point = tuple[int, int]
+"""(iterations done, samples consumed)."""
+START = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,20 @@ class BatchSizes:
             return self.final
         return self.start + consumed * self._steps // self.samples * self.increment
 
-    def consumed_after(self, iterations: int) -> int:
-        """Samples consumed by this many iterations from the start of the training."""
-        index = bisect_right(self._phases, iterations, key=lambda phase: phase[0]) - 1
-        first, consumed, size = self._phases[index]
+    def consumed_after(self, iterations: int, since: Point = START) -> int:
+        """Samples consumed after this many iterations, if batches have these sizes from the point
+        `since` on."""
+        phases = self._phases(since)
+        index = bisect_right(phases, iterations, key=lambda phase: phase[0]) - 1
+        first, consumed, size = phases[index]
         return consumed + (iterations - first) * size
 
-    def iterations_within(self, samples: int) -> int:
-        """The most iterations that consume no more than this many samples."""
-        index = bisect_right(self._phases, samples, key=lambda phase: phase[1]) - 1
-        first, consumed, size = self._phases[index]
+    def iterations_within(self, samples: int, since: Point = START) -> int:
+        """The most iterations that consume no more than this many samples, if batches have these
+        sizes from the point `since` on."""
+        phases = self._phases(since)
+        index = bisect_right(phases, samples, key=lambda phase: phase[1]) - 1
+        first, consumed, size = phases[index]
         return first + (samples - consumed) // size
 
     @property
@@ -61,12 +68,10 @@ class BatchSizes:
         """Increments of the ramp."""
         return (self.final - self.start) // self.increment
 
-    @cached_property
-    def _phases(self) -> list[tuple[int, int, int]]:
+    def _phases(self, since: Point) -> list[tuple[int, int, int]]:
         """(iterations before it, samples consumed before it, batch size) of each time of one
         size."""
-        iterations = 0
-        consumed = 0
+        iterations, consumed = since
         phases = []
         for step in range(self._steps if self.start is not None else 0):
             # A batch that starts before the end of its phase is not cut short.

@@ -191,7 +191,9 @@ class DeepSpeedOptimizer:
             self.loss_scale.update(overflowed=True)
             return StepResult(norm, learning_rate=rate, skipped=True, loss_scale=scale)
         bad = self.bad_steps.judge(norm)
-        if not bad:
+        if bad:
+            self.loss_scale.restart_window()
+        else:
             self.loss_scale.update(overflowed=False)
         return StepResult(norm, rate, skipped=bool(bad), bad=bad, loss_scale=scale)
 

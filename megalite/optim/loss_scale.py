@@ -67,6 +67,11 @@ class LossScale:
             self.overflows_left = self.hysteresis
             self.value *= 2
 
+    def restart_window(self) -> None:
+        """Count steps without overflow from 0 again, after a bad step that leaves the scale as it
+        is."""
+        self.steps_without_overflow = 0
+
     def state(self) -> dict[str, float]:
         """What a checkpoint stores: nothing of a constant scale."""
         return {key: getattr(self, key) for key in STORED} if self.window else {}

@@ -127,6 +127,7 @@ class Optimizer:
             return StepResult(norm, learning_rate=rate, skipped=True, loss_scale=scale)
         bad = self.bad_steps.judge(norm)
         if bad:
+            self.loss_scale.restart_window()
             return StepResult(norm, learning_rate=rate, skipped=True, bad=bad, loss_scale=scale)
         self.loss_scale.update(overflowed=False)
         statistics = self.statistics.of_gradients(scale)

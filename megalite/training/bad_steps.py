@@ -77,8 +77,11 @@ def stop_at_bad_step(config: RunConfig, iteration: int, update: StepResult) -> N
     if update.loss_scale != 1:
         scaled = f" at a loss scale of {update.loss_scale:g}"
         remedies = f"a smaller --loss-scale or --min-loss-scale, {remedies}"
+    allowed = f"only {o.max_bad_steps} bad steps in a row are skipped (--max-bad-steps)"
+    if o.max_bad_steps == 0:
+        allowed = "no bad step is skipped (--max-bad-steps 0)"
     raise BadStepError(
-        f"iteration {iteration}: {update.bad}{scaled}; --max-bad-steps {o.max_bad_steps} are "
-        "skipped in a row. The weights are those of the last good step. Resume from the last "
-        f"checkpoint, or start again, with {remedies}."
+        f"iteration {iteration}: {update.bad}{scaled}. The run ends, since {allowed}. The weights "
+        "are those of the last good step. Resume from the last checkpoint, or start again, with "
+        f"{remedies}."
     )

@@ -165,7 +165,7 @@ def build_components(
             model,
             context,
             config.optimizer,
-            schedule=config.schedule,
+            schedule=config.schedule(),
             settings=_deepspeed_settings(config, context.world_size),
         )
         engine.run_stage = optimizer.engine
@@ -175,7 +175,7 @@ def build_components(
             model.parameters_by_name,
             context,
             config.optimizer,
-            schedule=config.schedule,
+            schedule=config.schedule(),
             parallel=config.parallel,
         )
     engine.before_last_backward = optimizer.begin_last_backward

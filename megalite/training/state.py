@@ -206,29 +206,45 @@ def load_state(parts: TrainingComponents, config: RunConfig) -> Progress:
         if state.get("data"):  # older checkpoints do not have it
             progress.data = DataState.from_json(state["data"])
         progress.notes.append(f"resumed from {checkpoint.folder} at iteration {progress.iteration}")
-        _refuse_part_iterations(checkpoint, progress, config)
+        _continue_batches(checkpoint, progress, parts, config)
         progress.notes += _changes(checkpoint, config)
         progress.notes += _restore_rng(checkpoint, parts, config)
     return progress
 
 
-def _refuse_part_iterations(checkpoint: Checkpoint, progress: Progress, config: RunConfig) -> None:
-    """Raise CheckpointError when --train-samples or --train-tokens are not the iterations that were
-    computed from them, since the batch size has changed on the way."""
-    training = config.training
-    samples = training.train_samples
-    given = f"--train-samples {samples}"
-    if samples is None and training.train_tokens is not None:
-        samples = -(-training.train_tokens // config.model.seq_length)
-        given = f"--train-tokens {training.train_tokens}"
+def _continue_batches(
+    checkpoint: Checkpoint, progress: Progress, parts: TrainingComponents, config: RunConfig
+) -> None:
+    """Continue after batches that had other sizes than this run would have used.
+
+    Schedules that count samples then end elsewhere. Raises CheckpointError when --train-samples or
+    --train-tokens are not the iterations that were computed from them.
+    """
+    done = (progress.iteration, progress.consumed_samples)
     sizes = config.batch_sizes
-    consumed = progress.consumed_samples
-    if samples and consumed != sizes.consumed_after(progress.iteration):
-        iterations = progress.iteration + max(0, samples - consumed) // sizes.final
+    if progress.consumed_samples == sizes.consumed_after(progress.iteration):
+        return
+    training = config.training
+    iterations = None
+    if training.train_samples is not None:
+        given = f"--train-samples {training.train_samples}"
+        iterations = sizes.iterations_within(training.train_samples, done)
+    elif training.train_tokens is not None:
+        given = f"--train-tokens {training.train_tokens}"
+        samples = -(-training.train_tokens // config.model.seq_length)
+        iterations = sizes.iterations_within(samples - 1, done) + 1
+    if iterations is not None:
         raise CheckpointError(
-            f"{checkpoint.folder} has used {consumed} samples in {progress.iteration} iterations, "
-            f"not the global batches of this run, so {given} is not known as a number of "
-            f"iterations: use --train-iters {iterations} in its place"
+            f"{checkpoint.folder} has used {progress.consumed_samples} samples in "
+            f"{progress.iteration} iterations, not in the global batches of this run, so {given} "
+            "are not the iterations that were computed from them: use --train-iters "
+            f"{max(iterations, progress.iteration)} in its place"
+        )
+    parts.optimizer.schedule = config.schedule(since=done)
+    if config.optimizer.counts_samples:
+        progress.notes.append(
+            "the sizes of batches have changed: the training and its schedules end at sample "
+            f"{parts.optimizer.schedule.length}"
         )
 
 

@@ -422,10 +422,10 @@ FLAGS: dict[str, list[Effect]] = {
         )
     ],
     "use_distributed_optimizer": [
-        effect(True, from_to("FBFBRFBFB", "FBFBRRGGFBFB"), ranks=2, observe=runs.data_calls)
+        effect(True, from_to("FBFBRRFBFB", "FBFBRRGGFBFB"), ranks=2, observe=runs.data_calls)
     ],
     "overlap_grad_reduce": [
-        effect(True, from_to("FBFBRFBFB", "FBFBRRFBFBR"), ranks=2, observe=runs.data_calls)
+        effect(True, from_to("FBFBRRFBFB", "FBFBRRFBFBR"), ranks=2, observe=runs.data_calls)
     ],
     "overlap_param_gather": [
         effect(

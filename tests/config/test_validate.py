@@ -478,7 +478,7 @@ def test_the_decay_ends_at_a_tenth_unless_it_is_said_otherwise():
     for given, lowest in (({}, 3e-5), ({"lr": 0.02}, 0.002), ({"min_lr": 0.0}, 0.0)):
         resolved = validate.resolve(from_flat(SOUND | given), 1)
         assert resolved.optimizer.min_lr == lowest == resolved.optimizer.lowest_lr
-        assert resolved.schedule.learning_rate(10) == lowest
+        assert resolved.schedule().learning_rate(10) == lowest
         unresolved = Schedule(from_flat(SOUND | given).optimizer, 10)
         assert unresolved.learning_rate(10) == lowest
     constant = validate.resolve(from_flat(SOUND | {"lr_decay_style": "constant"}), 1)

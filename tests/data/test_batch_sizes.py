@@ -51,3 +51,15 @@ def test_whole_numbers_and_their_inverse_follow_the_sizes():
 def test_what_is_no_ramp_is_refused(words, reason):
     with pytest.raises(ValueError, match=reason):
         BatchSizes.from_words(16, words)
+
+
+def test_sizes_may_begin_after_other_batches():
+    """As after a resume with other batches: from 6 samples in 3 iterations on."""
+    sizes = BatchSizes.from_words(16, ("4", "4", "30"))
+    since = (3, 6)
+    consumed = [6]
+    for _ in range(6):
+        consumed.append(consumed[-1] + sizes.at(consumed[-1]))
+    assert [sizes.consumed_after(3 + i, since) for i in range(7)] == consumed
+    assert [sizes.iterations_within(samples, since) for samples in consumed] == [*range(3, 10)]
+    assert BatchSizes(4).consumed_after(5, (3, 6)) == 14

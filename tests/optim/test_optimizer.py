@@ -49,7 +49,7 @@ def by_hand(tiny: Tiny, steps: int) -> tuple[dict[str, torch.Tensor], list[float
             ).item()
         )
         for group in optimizer.param_groups:
-            group["lr"] = tiny.config.schedule.learning_rate(iteration)
+            group["lr"] = tiny.config.schedule().learning_rate(iteration)
         optimizer.step()
     return {name: copy.detach() for name, copy in copies.items()}, norms
 

@@ -131,7 +131,7 @@ def test_rates_decays_and_frozen_weights_by_hand():
             if name in frozen:
                 continue
             copies[name].grad = parameters[name].main_grad.clone()
-            schedule = tiny.config.schedule
+            schedule = tiny.config.schedule()
             if name == "output.weight":
                 schedule = replace(schedule, config=replace(options, lr=0.05, min_lr=0.02))
             group["lr"] = schedule.learning_rate(iteration)

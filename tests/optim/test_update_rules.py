@@ -144,7 +144,7 @@ def test_muon_by_hand(nesterov, scale):
         before = {name: p.detach().clone() for name, p in parameters.items()}
         gradients = {name: p.main_grad.clone() for name, p in parameters.items()}
         tiny.components.optimizer.step(iteration)
-        rate = tiny.config.schedule.learning_rate(iteration)
+        rate = tiny.config.schedule().learning_rate(iteration)
         for name, g in gradients.items():
             momentum[name] = 0.95 * momentum[name] + g
             if not is_matrix(name):
@@ -171,7 +171,7 @@ def test_lion_by_hand():
         before = {name: p.detach().clone() for name, p in parameters.items()}
         gradients = {name: p.main_grad.clone() for name, p in parameters.items()}
         tiny.components.optimizer.step(iteration)
-        rate = tiny.config.schedule.learning_rate(iteration)
+        rate = tiny.config.schedule().learning_rate(iteration)
         for name, g in gradients.items():
             update = (0.8 * mean[name] + 0.2 * g).sign()
             decay = 0.0 if name.endswith((".bias", "norm.weight")) else 0.3
