@@ -11,14 +11,46 @@ from typing import Any
 from megalite.config.options import Option, nearest, options_of
 from megalite.config.problem import Problem
 
+FP32_STATES = "leave it out: master weights, gradients and states are fp32"
 ELSEWHERE = {
     "--group-query-attention": "leave it out: --num-query-groups alone turns grouped queries on",
     "--accumulate-allreduce-grads-in-fp32": "leave it out: gradients are always summed in fp32",
     "--ddp-average-in-collective": (
         "leave it out: the loss is a mean over the global batch, so gradients are summed"
     ),
-    "--override-opt_param-scheduler": "leave it out: the flags count",
-    "--use-checkpoint-opt_param-scheduler": "--config with the checkpoint's config.yaml",
+    "--override-opt-param-scheduler": "leave it out: the flags count",
+    "--use-checkpoint-opt-param-scheduler": "--config with the checkpoint's config.yaml",
+    "--check-for-nan-in-loss-and-grad": "leave it out: every step is checked",
+    "--no-check-for-nan-in-loss-and-grad": (
+        "--max-bad-steps N skips bad steps: every step is checked"
+    ),
+    "--check-for-spiky-loss": (
+        "--skip-grad-norm-above K --max-bad-steps N: the gradient norm is judged, not the loss"
+    ),
+    "--iterations-to-skip": (
+        "--max-bad-steps N skips steps whose loss or gradient is bad, none by its number"
+    ),
+    "--decrease-batch-size-if-needed": (
+        "leave it out: each size of --rampup-batch-size must fit the data-parallel size"
+    ),
+    "--grad-reduce-in-bf16": "leave it out: gradients are always summed in fp32",
+    "--use-precision-aware-optimizer": FP32_STATES,
+    "--main-params-dtype": FP32_STATES,
+    "--main-grads-dtype": FP32_STATES,
+    "--exp-avg-dtype": FP32_STATES,
+    "--exp-avg-sq-dtype": FP32_STATES,
+    "--optimizer-cpu-offload": (
+        "--deepspeed, with offload_optimizer in the file of --deepspeed-config"
+    ),
+    "--use-torch-fsdp2": "--deepspeed, with stage 3 in the file of --deepspeed-config",
+    "--ddp-num-buckets": "--ddp-bucket-size, the parameters of one bucket",
+    "--ddp-pad-buckets-for-high-nccl-busbw": "leave it out: the bucket size is --ddp-bucket-size",
+    "--overlap-param-gather-with-optimizer-step": (
+        "--overlap-param-gather: the next forward hides the gather"
+    ),
+    "--apply-wd-to-qk-layernorm": (
+        "--parameter-groups with weight_decay: there are no norms of queries and keys"
+    ),
     "--muon-no-split-qkv": (
         "leave it out: queries, keys and values are always matrices of their own"
     ),
@@ -38,7 +70,8 @@ ELSEWHERE = {
         "--sequence-parallel and --recompute-granularity: context parallelism is not supported yet"
     ),
 }
-"""Flags of Megatron-LM that have no counterpart of a similar name here, and what to do instead."""
+"""Flags of Megatron-LM that have no counterpart of a similar name here, with hyphens, and what to
+do instead."""
 
 
 def read_flags(argv: list[str], options: Iterable[Option]) -> tuple[dict[str, Any], list[Problem]]:

@@ -1,6 +1,7 @@
 """Flags and YAML files -> RunConfig, the help, and how problems are reported. Pure."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Annotated
 import pytest
 
 from megalite.config import cli
+from megalite.config.flags import ELSEWHERE
 from megalite.config.problem import ConfigError
 from megalite.config.run import RunConfig, options, to_flat
 from megalite.fields import Field
@@ -110,6 +112,31 @@ def test_a_mistake_on_the_command_line(argv, words):
     (printed,) = problems_of(*argv.split())
     for word in words.split():
         assert word in printed
+
+
+@pytest.mark.parametrize("flag", list(ELSEWHERE))
+def test_a_flag_of_megatron_hears_what_to_do_instead(flag):
+    spelt = {flag, "--" + flag[2:].replace("-", "_")}
+    for spelling in (*spelt, flag.replace("opt-param", "opt_param")):
+        assert problems_of(spelling) == [f"unknown flag {flag} | {ELSEWHERE[flag]}"]
+    known = {"--config", *(flag for option in options().values() for flag in option.switches)}
+    for named in re.findall(r"--[a-z0-9-]+", ELSEWHERE[flag]):
+        assert named in known, named
+
+
+def test_the_table_of_megatron_s_optimizer_flags_is_what_the_program_says():
+    """What docs/optimizer.md lists is a flag here, or has advice."""
+    table = (ROOT / "docs/optimizer.md").read_text().partition("## Flags of Megatron-LM")[2]
+    here = {flag for option in options().values() for flag in option.switches}
+    listed = []
+    for row in re.findall(r"^\| (`--.*?) \| (.*) \|$", table, re.MULTILINE):
+        listed += [
+            (flag.replace("_", "-"), row[1]) for flag in re.findall("`(--[a-z0-9_-]+)", row[0])
+        ]
+    assert len(listed) > 60
+    for flag, meaning in listed:
+        assert (flag in here) != (flag in ELSEWHERE), flag
+        assert flag in ELSEWHERE or not meaning.startswith("no:"), flag
 
 
 def test_all_mistakes_of_flags_and_file_at_once(tmp_path):
