@@ -93,7 +93,8 @@ def training_line(
     if "loss_scale" in metrics:
         update += f" | loss scale {metrics['loss_scale']:g}"
     if "skipped_steps" in metrics:
-        update += f" | {metrics['skipped_steps']} steps skipped"
+        skipped = metrics["skipped_steps"]
+        update += f" | {skipped} step{'' if skipped == 1 else 's'} skipped"
     if "global_batch_size" in metrics:
         update += f" | batch {metrics['global_batch_size']}"
     return (

@@ -21,6 +21,7 @@ from megalite.parallel.context import ParallelContext
 from megalite.training import loop, writers
 from megalite.training.build import build_model
 from megalite.training.loop import Trainer
+from megalite.training.metrics import training_line
 from megalite.training.pretrain import pretrain
 from megalite.training.signals import StopSignals
 from megalite.training.state import Progress
@@ -288,3 +289,12 @@ def test_a_run_that_was_replaced_ends_soon(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="c now belongs to another run"):
         pretrain(config, ALONE, build_replaced)
     assert [iteration for iteration, _ in logged(tmp_path, "loss")] == [1, 2]
+
+
+def test_the_console_counts_skipped_steps():
+    numbers = dict(iteration=3, step_seconds=1.0, data_seconds=0.0, learning_rate=1e-3)
+    numbers |= dict(tokens_per_second=1.0)
+    for skipped, words in ((0, "0 steps skipped"), (1, "1 step skipped"), (2, "2 steps skipped")):
+        metrics = numbers | {"skipped_steps": skipped}
+        line = training_line(metrics, {"loss": 1.0}, total=9, flops=1.0, average=1.0)
+        assert f" | {words} | " in line
