@@ -12,7 +12,7 @@ from megalite.config.flags import read_own_flags
 from megalite.config.help import help_text, wrapped
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.run import RunConfig, options, with_preset, with_values
-from megalite.config.summary import summary_lines
+from megalite.config.summary import given, summary_lines
 from megalite.config.yaml_file import read_yaml, to_yaml
 from megalite.fields import Field
 from megalite.parallel.launch import OTHERS_FIRST_SECONDS, LaunchInfo, detect
@@ -79,7 +79,7 @@ def parse_and_check(
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         return resolved
     if not quiet and command.print_config:
-        print(to_yaml(with_values(resolved, {"world_size": None})), end="")
+        print(to_yaml(with_values(given(resolved), {"world_size": None})), end="")
     elif not quiet:
         print("The configuration is sound. Nothing was started.")
         print("\n".join(summary_lines(resolved, world_size)))

@@ -76,13 +76,22 @@ class Option:
 
     @property
     def example(self) -> str:
-        """A value that the option takes, as text: its default where it has one."""
+        """A value that the option takes, as on a command line: its default where it has one."""
         usual = self.usual
+        if isinstance(usual, tuple):
+            return shlex.join(usual)
         if usual is not None:
             return str(usual).lower() if self.kind is bool else str(usual)
         if self.choices:
             return self.choices[0]
         return {int: "1", float: "1.0"}.get(self.kind, "NAME")
+
+    @property
+    def example_in_yaml(self) -> str:
+        """The same value, as in a YAML file."""
+        if isinstance(self.usual, tuple):
+            return "[" + ", ".join(f"'{word}'" for word in self.usual) + "]"
+        return self.example
 
     @property
     def usual(self) -> Any:
@@ -96,8 +105,8 @@ class Option:
             return min((flag for flag, on in self.switches.items() if on == value), key=len)
         shortest = min(self.flags, key=len)
         if value is None:
-            return f"leave out {shortest}"
-        if self.kind is tuple:
+            value = "unset"
+        elif self.kind is tuple:
             value = shlex.join(value)
         elif isinstance(value, float) and float(f"{value:g}") == value:
             value = f"{value:g}"
@@ -146,7 +155,8 @@ class Option:
             most = "" if self.field.maximum is None else f" to {self.field.maximum}"
             bounds = f"a whole number from {self.field.minimum}{most}"
         message = f"{self.flag} {value} must be {bounds}"
-        return Problem(message, self.setting(self.usual), (self.key,))
+        fix = f"leave out {self.flag}" if self.usual is None else self.setting(self.usual)
+        return Problem(message, fix, (self.key,))
 
 
 def options_of(kind: type, section: str = "") -> dict[str, Option]:

@@ -149,7 +149,7 @@ def read_flat(
         except ValueError:
             shown = repr(value) if written is None else written[name]
             message = f"{name}: {shown} is not {option.expected}"
-            fix = f"for example {name}: {option.example}"
+            fix = f"for example {name}: {option.example_in_yaml}"
             if option.kind in (int, float) and isinstance(value, str):
                 quoted = DECIMAL.fullmatch(value) and shown[:1] in "\"'"
                 fix = f"{name}: {value}, without quotes" if quoted else "decimal digits, " + fix

@@ -7,7 +7,7 @@ from megalite.checkpoint.folder import CONFIG_FILE
 from megalite.config.estimate import estimate_stages, microbatches, model_parameters
 from megalite.config.help import wrapped
 from megalite.config.rules.finding import data_parallel_size
-from megalite.config.run import RunConfig, options
+from megalite.config.run import RunConfig, options, with_values
 from megalite.config.validate import chosen
 from megalite.config.yaml_file import to_yaml
 from megalite.deepspeed import settings
@@ -19,6 +19,13 @@ MOST_WORDS = 8
 """Words of a list that is shown whole."""
 SHOWN_WORDS = 4
 """Words that are shown of a longer list."""
+OF_DATA_RANKS = (
+    "use_distributed_optimizer",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "ddp_bucket_size",
+)
+"""Fields of what data-parallel ranks divide and send."""
 MOST_CONFIGS = 99
 """Configurations kept in one folder."""
 
@@ -27,20 +34,13 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
     """What a resolved configuration amounts to on this many ranks: model, layout, memory, batch,
     length, learning rate, data, checkpoints, and the flags that make it."""
     m = config.model
-    p = config.parallel
-    # The layout.
-    tensor = p.tensor_model_parallel_size
-    stages = p.pipeline_model_parallel_size
-    layout = f"{world_size} = tensor {tensor} x pipeline {stages} "
-    layout += f"x data {data_parallel_size(config, world_size)}"
-    if p.sequence_parallel:
-        layout += ", sequence parallel"
+    stages = config.parallel.pipeline_model_parallel_size
     # The stages. The one with the most bytes limits the size of the model.
     estimates = estimate_stages(config, world_size)
     fullest = max(range(stages), key=lambda stage: estimates[stage].total_bytes)
     most = estimates[fullest]
     layers = " + ".join(str(len(stage.layers)) for stage in estimates)
-    layers += f" ({p.pipeline_schedule})"
+    layers += f" ({config.parallel.pipeline_schedule})"
     if config.recompute.granularity != "none":
         layers += f", recompute {config.recompute.granularity}"
     # The batch and the length.
@@ -49,14 +49,15 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
     iterations = config.training.train_iters
     sizes = config.batch_sizes
     samples = sizes.consumed_after(iterations)
-    ramp = ""
+    ramp = full = ""
     if sizes.start is not None:
+        full = "; both at the full batch"
         ramp = f", from {sizes.start} in steps of {sizes.increment} over {sizes.samples} sequences"
     # The command line that makes the configuration.
     flags = [_setting(key, value) for key, value in chosen(config, world_size).items()]
     rows = {
         "model": _model(config),
-        "ranks": layout,
+        "ranks": _layout(config, world_size),
         "parameters": (
             f"{_short(model_parameters(config))}; "
             f"{_short(most.parameters)} on a rank of stage {fullest}"
@@ -73,7 +74,7 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
         ),
         "microbatches": (
             f"{count} for each data-parallel rank; "
-            f"pipeline bubble {(stages - 1) / count:.1%} of the ideal time"
+            f"pipeline bubble {(stages - 1) / count:.1%} of the ideal time{full}"
         ),
         "length": (
             f"{iterations} iterations, {samples} sequences, {_short(samples * m.seq_length)} tokens"
@@ -90,11 +91,20 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
     return lines
 
 
+def given(config: RunConfig) -> RunConfig:
+    """A resolved configuration as a file for --config: without the number of iterations where
+    samples or tokens determine it, so that flags may change them."""
+    t = config.training
+    if t.train_samples is None and t.train_tokens is None:
+        return config
+    return with_values(config, {"train_iters": None})
+
+
 def keep_config(config: RunConfig, folder: str) -> str:
     """Write the whole configuration to config.yaml in a folder, or, where other ones are there
     already, to config-2.yaml and so on. Returns a line for the log that names the file, or says why
     it could not be written, which ends no training."""
-    text = to_yaml(config)
+    text = to_yaml(given(config))
     for number in range(1, MOST_CONFIGS + 1):
         path = Path(folder) / (CONFIG_FILE if number == 1 else f"config-{number}.yaml")
         try:
@@ -122,6 +132,23 @@ def _model(config: RunConfig) -> str:
     return text
 
 
+def _layout(config: RunConfig, world_size: int) -> str:
+    """How the ranks are divided, and what that leaves without an effect."""
+    p = config.parallel
+    tensor = p.tensor_model_parallel_size
+    stages = p.pipeline_model_parallel_size
+    layout = f"{world_size} = tensor {tensor} x pipeline {stages} "
+    data = data_parallel_size(config, world_size)
+    layout += f"x data {data}"
+    if p.sequence_parallel:
+        layout += ", sequence parallel"
+    idle = [key for key in OF_DATA_RANKS if getattr(p, key) != options()[key].default]
+    if data == 1 and idle:  # no error: scripts for many ranks are tried on few
+        shown = " ".join(_setting(key, getattr(p, key)) for key in idle)
+        layout += f"; with one data rank, no effect of {shown}"
+    return layout
+
+
 def _learning_rate(config: RunConfig) -> str:
     o = config.optimizer
     text = f"{o.lr:g}"
@@ -135,7 +162,12 @@ def _learning_rate(config: RunConfig) -> str:
         text += f", inverse-square-root, at least {o.lowest_lr:g}"
     else:
         text += f", {o.lr_decay_style} to {o.lowest_lr:g} at {unit} {plan.decay}"
-    return f"{text} ({o.optimizer})"
+    text += f" ({o.optimizer})"
+    if o.decoupled_lr is not None:
+        text += f"; {o.decoupled_lr:g} for the rows of the vocabulary (--decoupled-lr)"
+        if o.lr_decay_style != "constant":
+            text += f", at least {o.decoupled.lowest_lr:g}"
+    return text
 
 
 def _deepspeed(config: RunConfig) -> dict[str, str]:

@@ -15,7 +15,14 @@ from megalite.config.rules.bert import BERT_FILE_RULES, BERT_RULES
 from megalite.config.rules.deepspeed import DEEPSPEED_FILE_RULES, DEEPSPEED_RULES
 from megalite.config.rules.effects import nothing_is_ignored, other_ranks_exist
 from megalite.config.rules.files import FILE_RULES
-from megalite.config.rules.finding import Finding, Rule, global_batch, iterations, schedule
+from megalite.config.rules.finding import (
+    Finding,
+    Rule,
+    batch_sizes,
+    global_batch,
+    iterations,
+    schedule,
+)
 from megalite.config.rules.gpt import GPT_FILE_RULES, GPT_RULES
 from megalite.config.rules.layout import LAYOUT_RULES
 from megalite.config.rules.run import RUN_RULES
@@ -151,6 +158,7 @@ def fill_in(config: RunConfig, world_size: int) -> RunConfig:
         "bf16": False,
         "fp16": False,
         "global_batch_size": global_batch(config, world_size),
+        "rampup_batch_size": batch_sizes(config, world_size).words,
         "train_iters": iterations(config, world_size),
     }
     if o.lr_decay_style != "constant":

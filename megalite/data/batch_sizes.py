@@ -25,21 +25,34 @@ class BatchSizes:
 
     @classmethod
     def from_words(cls, final: int, words: tuple[str, ...] | None) -> "BatchSizes":
-        """As --rampup-batch-size START INCREMENT SAMPLES says, or without a ramp.
+        """As --rampup-batch-size START INCREMENT SAMPLES says, or without a ramp. The three may be
+        one text.
 
         Raises ValueError with the reason where the words are no ramp to `final`.
         """
         if words is None:
             return cls(final)
+        words = " ".join(words).split()
         if len(words) != 3 or not all(word.isdecimal() and int(word) > 0 for word in words):
             raise ValueError("is not three whole numbers above 0, START INCREMENT SAMPLES")
         start, increment, samples = map(int, words)
-        if start > final or (final - start) % increment:
+        aim = f"--global-batch-size {final}"
+        if start > final:
+            raise ValueError(f"starts above {aim}")
+        if start == final:
+            raise ValueError(f"has no effect: it starts at {aim}")
+        if (final - start) % increment:
             raise ValueError(
-                f"does not lead to --global-batch-size {final}: {final} - {start} is not a "
-                f"multiple of {increment}"
+                f"does not lead to {aim}: {final} - {start} is not a multiple of {increment}"
             )
         return cls(final, start, increment, samples)
+
+    @property
+    def words(self) -> tuple[str, str, str] | None:
+        """START INCREMENT SAMPLES; None without a ramp."""
+        if self.start is None:
+            return None
+        return str(self.start), str(self.increment), str(self.samples)
 
     def at(self, consumed: int) -> int:
         """Size of the global batch that starts after `consumed` samples."""

@@ -77,7 +77,9 @@ class DataConfig:
     global_batch_size: Annotated[int | None, Field(minimum=1)] = None
     """Sequences in one optimizer step over all ranks. Unset: --micro-batch-size * data-parallel
     size."""
-    rampup_batch_size: tuple[str, ...] | None = None
+    rampup_batch_size: Annotated[tuple[str, ...] | None, Field(example=("16", "16", "100000"))] = (
+        None
+    )
     """START INCREMENT SAMPLES: the first global batches have START sequences, and over the first
     SAMPLES sequences they grow by INCREMENT at a time to --global-batch-size."""
     eod_mask_loss: Annotated[bool, Field(needs_eod=True)] = False

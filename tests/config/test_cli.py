@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from megalite.config.flags import ELSEWHERE
 from megalite.config.problem import ConfigError
 from megalite.config.run import RunConfig, options, to_flat
 from megalite.fields import Field
+from megalite.optim.config import EXAMPLE_GROUPS
 from megalite.parallel.launch import LaunchInfo
 from tests.config.validation import another_value, problems_of, write
 
@@ -331,6 +333,33 @@ def test_print_config_prints_a_file_for_config(capsys, tmp_path):
     with pytest.raises(SystemExit):
         cli.parse_and_check(argv, launch=launch(1, 8))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("length", ["--train-samples", "--train-tokens"])
+def test_a_printed_configuration_takes_another_length(length, capsys, tmp_path):
+    argv = ["--mock-data", "--vocab-size", "512", "--global-batch-size", "8", length]
+    with pytest.raises(SystemExit):
+        cli.parse_and_check([*argv, "32768", "--print-config"], launch=launch())
+    file = write(tmp_path, capsys.readouterr().out)
+    longer = cli.parse_and_check(["--config", file, length, "40960"], launch=launch())
+    steps = {"--train-samples": 5120, "--train-tokens": 5}
+    assert longer.training.train_iters == steps[length]
+
+
+@pytest.mark.parametrize(
+    "given", [["--rampup-batch-size", "2 2 40"], ["--rampup-batch-size", "2", "2", "40"], None]
+)
+def test_the_words_of_a_ramp_may_be_one_text(given, tmp_path):
+    given = given or ["--config", write(tmp_path, "rampup_batch_size: 2 2 40\n")]
+    config = cli.parse_and_check([*SOUND, "--global-batch-size", "8", *given], launch=launch())
+    assert config.data.rampup_batch_size == ("2", "2", "40")
+    assert config.batch_sizes.start == 2
+
+
+def test_an_example_of_a_list_can_be_typed():
+    ((_, fix),) = (line.split(" | ") for line in problems_of("--parameter-groups"))
+    typed = shlex.split(fix.removeprefix("for example "))
+    assert cli.read_config(typed).optimizer.parameter_groups == EXAMPLE_GROUPS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,6 +76,21 @@ CASES = {
         1,
         "--decoupled-min-lr 0.001 --decoupled-lr 0.0001",
     ),
+    "decoupled warm-up": (
+        dict(lr_warmup_iters=2, lr_warmup_init=2e-4, decoupled_lr=1e-4),
+        1,
+        "--lr-warmup-init 0.0002 --decoupled-lr 0.0001",
+    ),
+    "decoupled rate of what is frozen": (
+        dict(decoupled_lr=1e-4, parameter_groups=("embedding.* freeze",)),
+        1,
+        "--decoupled-lr 0.0001 no effect --parameter-groups",
+    ),
+    "muon of what is frozen": (
+        dict(optimizer="muon", muon_nesterov=True, parameter_groups=("layers.* freeze",)),
+        1,
+        "--muon-nesterov no effect --parameter-groups",
+    ),
     "everything frozen": (dict(parameter_groups=("* freeze",)), 1, "freezes every parameter"),
     "half precisions": (dict(bf16=True, fp16=True), 1, "--bf16 --fp16"),
     "a decay of no length": (
@@ -121,7 +136,7 @@ CASES = {
         1,
         "fused-softmax --attention-dropout 0.1 --rng-scheme megatron",
     ),
-    "no length": (dict(train_iters=None), 1, "--train-iters --train-samples"),
+    "no length": (dict(train_iters=None), 1, "--train-iters --train-samples --train-tokens"),
     "two lengths": (dict(train_samples=20), 1, "20 10"),
     "samples and tokens": (
         dict(train_iters=None, train_samples=20, train_tokens=20480),
@@ -139,6 +154,31 @@ CASES = {
         RAMP | {"rampup_batch_size": ("4", "5", "60")},
         1,
         "--rampup-batch-size 4 5 60 --global-batch-size 16 16 - 4",
+    ),
+    "a ramp that starts above its end": (
+        RAMP | {"rampup_batch_size": ("24", "4", "60")},
+        1,
+        "--rampup-batch-size 24 4 60 starts above --global-batch-size 16",
+    ),
+    "a ramp that starts at its end": (
+        RAMP | {"rampup_batch_size": ("16", "4", "60")},
+        1,
+        "--rampup-batch-size 16 4 60 no effect",
+    ),
+    "a ramp in one text": (
+        RAMP | {"rampup_batch_size": ("4 5 60",)},
+        1,
+        "--rampup-batch-size 4 5 60 does not lead",
+    ),
+    "a ramp that no ranks can have, with samples": (
+        dict(rampup_batch_size=("2", "2", "40"), train_iters=None, train_samples=98),
+        8,
+        "--rampup-batch-size 2 2 40 --micro-batch-size 1 data-parallel size 8",
+    ),
+    "samples in batches that ranks do not divide": (
+        dict(global_batch_size=7, train_iters=None, train_samples=98),
+        4,
+        "--global-batch-size 7",
     ),
     "a ramp that ranks do not divide": (
         RAMP | {"rampup_batch_size": ("2", "2", "60")},
@@ -275,6 +315,27 @@ def test_every_rule_has_a_case():
     }  # they need files, below and in test_deepspeed_rules.py, or that libraries are absent
     rules = itertools.chain(*validate.RULES_OF.values())
     assert {rule.__name__ for rule in rules} <= seen | elsewhere
+
+
+@pytest.mark.parametrize(
+    ("case", "fix"),
+    [
+        ("a ramp past its end", "--rampup-batch-size 4 6 60, or leave out --rampup-batch-size"),
+        (
+            "a ramp that starts above its end",
+            "--rampup-batch-size 8 4 60, or leave out --rampup-batch-size",
+        ),
+        (
+            "a ramp that no ranks can have, with samples",
+            "--rampup-batch-size unset --train-samples 96",
+        ),
+        ("two units of a schedule", "--lr-warmup-iters 0 --lr-warmup-samples 2"),
+    ],
+)
+def test_what_is_offered_can_be_typed(case, fix):
+    changes, world_size, _ = CASES[case]
+    (problem,) = validate.check(from_flat(SOUND | changes), world_size)
+    assert problem.fix == fix
 
 
 NUMBERS = [o.key for o in options().values() if o.kind in (int, float)]
@@ -516,6 +577,31 @@ def test_a_run_is_summed_up_in_twenty_lines(folder):
         "3e-05",
     ):
         assert words in text, words
+
+
+def test_the_summary_says_what_flags_do_not_do_here():
+    """Of ZeRO on one data rank, of a ramp, and of --decoupled-lr."""
+    sharded = {"use_distributed_optimizer": True, "overlap_param_gather": True}
+    rates = {"decoupled_lr": 2e-4, "lr_decay_style": "linear"}
+    for world_size in (1, 2):
+        config = validate.resolve(from_flat(SOUND | RAMP | sharded | rates), world_size)
+        text = " ".join("\n".join(summary_lines(config, world_size)).split())
+        idle = "with one data rank, no effect of --use-distributed-optimizer --overlap-param-gather"
+        assert (idle in text) == (world_size == 1)
+        assert f"{16 // world_size} for each data-parallel rank" in text
+        assert "both at the full batch" in text
+        assert "0.0002 for the rows of the vocabulary (--decoupled-lr), at least 2e-05" in text
+    plain = "\n".join(summary_lines(validate.resolve(from_flat(SOUND), 1), 1))
+    assert "data rank, no effect" not in plain and "full batch" not in plain
+
+
+def test_a_kept_configuration_has_the_length_that_was_given(tmp_path):
+    samples = validate.resolve(from_flat(SOUND | {"train_iters": None, "train_samples": 12}), 1)
+    for config, iterations in ((samples, None), (validate.resolve(from_flat(SOUND), 1), 10)):
+        path = keep_config(config, str(tmp_path)).rpartition(" ")[2]
+        again = cli.read_config(["--config", path])
+        assert again.training.train_iters == iterations
+        assert validate.resolve(again, 1) == config
 
 
 def test_the_configuration_is_kept_and_nothing_is_overwritten(tmp_path):

@@ -83,6 +83,17 @@ def test_a_mistake_in_a_file(tmp_path, text, words):
         assert word in message
 
 
+@pytest.mark.parametrize("key", [o.key for o in options().values() if o.kind is tuple])
+def test_an_example_of_a_list_can_be_written(tmp_path, key):
+    (message,) = problems_of("--config", write(tmp_path, key + ": [{embedding.*: freeze}]"))
+    example = message.partition("for example ")[2]
+    value = getattr(
+        getattr(cli.read_config(["--config", write(tmp_path, example)]), options()[key].section),
+        key,
+    )
+    assert value == (options()[key].usual or ("NAME",))
+
+
 def test_files_that_cannot_be_read(tmp_path):
     assert "No such file" in problems_of("--config", str(tmp_path / "absent.yaml"))[0]
     assert "directory" in problems_of("--config", str(tmp_path))[0]

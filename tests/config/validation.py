@@ -29,7 +29,8 @@ def fixed(config: RunConfig, world_size: int, problem: Problem) -> list[tuple[st
         elif offer.endswith("(once the other problems are fixed)"):
             continue
         elif (
-            re.match(r"--[a-z0-9-]+($| [^A-Z ]*$| [0-9 ]+$| \S+ --)", offer) and " of " not in offer
+            re.match(r"--[a-z0-9-]+($| [^A-Z ]*$| [0-9 ]+($| --)| \S+ --)", offer)
+            and " of " not in offer
         ):
             values, problems = read_flags(offer.split(), options().values())
             assert not problems, offer

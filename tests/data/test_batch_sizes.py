@@ -27,7 +27,7 @@ def test_whole_numbers_and_their_inverse_follow_the_sizes():
     draw = random.Random(0)
     for _ in range(300):
         start, increment = draw.randint(1, 9), draw.randint(1, 6)
-        final = start + increment * draw.randint(0, 6)
+        final = start + increment * draw.randint(1, 6)
         words = (str(start), str(increment), str(draw.randint(1, 200)))
         sizes = BatchSizes.from_words(final, words)
         consumed = 0
@@ -44,7 +44,8 @@ def test_whole_numbers_and_their_inverse_follow_the_sizes():
         (("4", "4"), "three whole numbers"),
         (("4", "0", "8"), "three whole numbers"),
         (("4", "x", "8"), "three whole numbers"),
-        (("20", "4", "8"), "does not lead to"),
+        (("20", "4", "8"), "starts above --global-batch-size 16"),
+        (("16", "4", "8"), "has no effect"),
         (("4", "5", "8"), "16 - 4 is not a multiple of 5"),
     ],
 )

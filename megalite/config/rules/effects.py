@@ -1,6 +1,7 @@
 """Values that would be silently ignored. Imports no torch."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from megalite.config.options import options_of
@@ -8,7 +9,9 @@ from megalite.config.rules.finding import Finding, example_of, wanted_splits
 from megalite.config.run import RunConfig, keys_where, options, to_flat
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
+from megalite.models.shapes import decays, stage_shapes
 from megalite.optim.config import OptimizerConfig
+from megalite.optim.treatment import treatment_of
 
 NEEDS_EOD = keys_where(lambda field: field.needs_eod)
 IDLE_FOR = {
@@ -52,7 +55,7 @@ def nothing_is_ignored(config: RunConfig, world_size: int) -> Iterator[Finding]:
     flat = to_flat(config)
     foreign, why = IDLE_FOR[config.model.architecture]
     found = [(foreign, why, None)]
-    for section in (_other_values, _layout_and_model, _training, _checkpoint, _data):
+    for section in (_other_values, _layout_and_model, _training, _frozen, _checkpoint, _data):
         for keys, why, fix in section(config):
             found.append(([key for key in keys if key not in foreign], why, fix))
     for keys, why, fix in found:
@@ -137,6 +140,27 @@ def _training(config: RunConfig) -> Iterator[Idle]:
         yield ("eval_interval",), "with --eval-iters 0", example_of("eval_iters")
     if t.eval_interval == 0 and t.eval_iters > 0:
         yield ("eval_iters",), "with --eval-interval 0", example_of("eval_interval")
+
+
+def _frozen(config: RunConfig) -> Iterator[Idle]:
+    """Settings of parameters that --parameter-groups freezes, all of them."""
+    o = config.optimizer
+    if o.parameter_groups is None:
+        return
+    shapes = stage_shapes(config.model, config.head_cost, range(config.model.num_layers), rows=1)
+    treatments = []
+    with suppress(ValueError):  # parameter_groups_match says it
+        treatments = [treatment_of(name, decays(name), o) for name in shapes]
+    trained = [treatment for treatment in treatments if not treatment.frozen]
+    if not trained:  # parameter_groups_match says it
+        return
+    fix = {"parameter_groups": None}
+    if not any(treatment.is_decoupled for treatment in trained):
+        why = "with --parameter-groups that freeze all that it is for"
+        yield ("decoupled_lr", "decoupled_min_lr"), why, fix
+    if o.optimizer == "muon" and "muon" not in {treatment.rule for treatment in trained}:
+        why = "with --parameter-groups that freeze every matrix that Muon updates"
+        yield MUON, why, fix
 
 
 def _checkpoint(config: RunConfig) -> Iterator[Idle]:

@@ -1,29 +1,23 @@
-"""Rules of recompute, optimizer, length and data, as far as the flags alone tell. Imports no
+"""Rules of recompute, optimizer and data, as far as the flags alone tell. Imports no
 torch."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
 
 from megalite.config.options import nearest
+from megalite.config.rules.batches import BATCH_RULES
 from megalite.config.rules.finding import (
     Finding,
     Rule,
-    batch_sizes,
-    data_parallel_size,
-    divisors,
-    each,
     example_of,
     flag_of,
     global_batch,
-    iterations_of_samples,
-    multiples,
     schedule,
     wanted_splits,
     without_evaluation,
 )
 from megalite.config.rules.tokenizer import tokenizer_is_whole
 from megalite.config.run import RunConfig, options, to_flat
-from megalite.data.batch_sizes import BatchSizes
 from megalite.data.gpt import parse_split
 from megalite.data.indexed import DatasetError
 from megalite.data.sources import parse_sources
@@ -175,9 +169,11 @@ def wsd_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
 def schedules_are_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """Both ends of a weight decay that changes; a warm-up that rises."""
     o = config.optimizer
-    if o.lr_warmup_init > o.lr:
-        message = f"--lr-warmup-init {o.lr_warmup_init:g} is above --lr {o.lr:g}"
-        yield Finding(message, {"lr_warmup_init": 0.0}, {"lr": o.lr_warmup_init})
+    for key in ("lr", "decoupled_lr"):
+        highest = getattr(o, key)
+        if highest is not None and o.lr_warmup_init > highest:
+            message = f"--lr-warmup-init {o.lr_warmup_init:g} is above {flag_of(key)} {highest:g}"
+            yield Finding(message, {"lr_warmup_init": 0.0}, {key: o.lr_warmup_init})
     ends = ("start_weight_decay", "end_weight_decay")
     missing = [key for key in ends if getattr(o, key) is None]
     style = o.weight_decay_incr_style
@@ -244,84 +240,6 @@ def attention_can_drop(config: RunConfig, world_size: int) -> Iterator[Finding]:
             {"attention_backend": "auto"},
             {"attention_dropout": 0.0},
         )
-
-
-def length_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """One length of the training, or several that agree; samples in whole batches."""
-    t = config.training
-    sizes = batch_sizes(config, world_size)
-    if t.train_iters is None and t.train_samples is None and t.train_tokens is None:
-        example = example_of("train_iters")
-        yield Finding(
-            "the length of the training is not known: neither --train-iters nor "
-            "--train-samples is given",
-            example,
-            {"train_samples": sizes.consumed_after(example["train_iters"])},
-        )
-        return
-    if t.train_samples is not None and t.train_tokens is not None:
-        yield Finding(
-            f"--train-samples {t.train_samples} and --train-tokens {t.train_tokens} both set the "
-            "length of the training",
-            {"train_tokens": None},
-            {"train_samples": None},
-        )
-        return
-    steps = iterations_of_samples(config, world_size)
-    if steps is None:
-        return
-    key = "train_tokens" if t.train_samples is None else "train_samples"
-    given = f"{flag_of(key)} {getattr(t, key)}"
-    if t.train_samples is not None and sizes.consumed_after(steps) != t.train_samples:
-        around = [sizes.consumed_after(steps), sizes.consumed_after(steps + 1)]
-        around.sort(key=lambda samples: abs(samples - t.train_samples))
-        batches = f"a multiple of the global batch size {sizes.final}"
-        if sizes.start is not None:
-            batches = "a whole number of the global batches of --rampup-batch-size"
-        yield Finding(
-            f"{given} is not {batches}",
-            *each("train_samples", filter(None, around)),
-            also=("global_batch_size", "micro_batch_size", "rampup_batch_size"),
-        )
-    elif t.train_iters not in (None, steps):
-        yield Finding(
-            f"{given} are {steps} iterations, but --train-iters is {t.train_iters}",
-            {key: None},
-            {"train_iters": None},
-            also=("global_batch_size", "rampup_batch_size"),
-        )
-
-
-def batch_divides(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """global batch % (micro batch * dp), at each size of a ramp."""
-    batch = config.data.global_batch_size
-    micro = config.data.micro_batch_size
-    dp = data_parallel_size(config, world_size)
-    unit = micro * dp
-    product = f"--micro-batch-size {micro} x data-parallel size {dp} = {unit}"
-    if batch is not None and batch % unit:
-        fixes = each("global_batch_size", multiples(unit, batch))
-        if batch % dp == 0:
-            fixes += each("micro_batch_size", divisors(batch // dp, micro))
-        yield Finding(f"--global-batch-size {batch} is not a multiple of {product}", *fixes)
-        return
-    # The ramp.
-    words = config.data.rampup_batch_size
-    if words is None:
-        return
-    flag = f"--rampup-batch-size {' '.join(words)}"
-    also = ("global_batch_size",)
-    final = global_batch(config, world_size)
-    samples = words[2] if len(words) == 3 and words[2].isdecimal() else "1000"
-    fix = {"rampup_batch_size": (str(unit), str(unit), samples)}
-    try:
-        sizes = BatchSizes.from_words(final, words)
-    except ValueError as error:
-        yield Finding(f"{flag} {error}", fix, {"rampup_batch_size": None}, also=also)
-        return
-    if sizes.start % unit or sizes.increment % unit:
-        message = f"{flag}: START and INCREMENT are not multiples of {product}"
-        yield Finding(message, fix, {"rampup_batch_size": None}, also=also)
 
 
 def data_has_one_source(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -441,7 +359,7 @@ def apex_can_be_used(config: RunConfig, world_size: int) -> Iterator[Finding]:
 
 
 RUN_RULES: tuple[Rule, ...] = (
-    batch_divides,
+    *BATCH_RULES,
     short_forms_agree,
     stages_hold_recomputed_layers,
     loss_scale_starts_above_its_minimum,
@@ -450,7 +368,6 @@ RUN_RULES: tuple[Rule, ...] = (
     wsd_fits,
     schedules_are_whole,
     parameter_groups_match,
-    length_is_known,
     attention_can_drop,
     data_has_one_source,
     megatron_order_is_possible,
