@@ -8,7 +8,7 @@ from megalite.config.estimate import estimate_stages, microbatches, model_parame
 from megalite.config.help import wrapped
 from megalite.config.rules.finding import data_parallel_size
 from megalite.config.run import RunConfig, options, with_values
-from megalite.config.validate import chosen
+from megalite.config.validate import chosen, fill_in
 from megalite.config.yaml_file import to_yaml
 from megalite.deepspeed import settings
 from megalite.system.errors import explain_os_error, scaled
@@ -92,12 +92,17 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
 
 
 def given(config: RunConfig) -> RunConfig:
-    """A resolved configuration as a file for --config: without the number of iterations where
-    samples or tokens determine it, so that flags may change them."""
+    """A resolved configuration as a file for --config: where samples or tokens set the length,
+    without the iterations and the end of the decay that follow, so that flags may change it."""
     t = config.training
     if t.train_samples is None and t.train_tokens is None:
         return config
-    return with_values(config, {"train_iters": None})
+    shorter = config
+    for key in ("train_iters", "lr_decay_iters", "lr_decay_samples"):
+        without = with_values(shorter, {key: None})
+        if fill_in(without, world_size=1) == config:  # its global batch size is filled in
+            shorter = without
+    return shorter
 
 
 def keep_config(config: RunConfig, folder: str) -> str:

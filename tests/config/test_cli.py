@@ -343,7 +343,7 @@ def test_a_printed_configuration_takes_another_length(length, capsys, tmp_path):
     file = write(tmp_path, capsys.readouterr().out)
     longer = cli.parse_and_check(["--config", file, length, "40960"], launch=launch())
     steps = {"--train-samples": 5120, "--train-tokens": 5}
-    assert longer.training.train_iters == steps[length]
+    assert longer.training.train_iters == longer.optimizer.lr_decay_iters == steps[length]
 
 
 @pytest.mark.parametrize(

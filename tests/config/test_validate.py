@@ -160,6 +160,11 @@ CASES = {
         1,
         "--rampup-batch-size 24 4 60 starts above --global-batch-size 16",
     ),
+    "a ramp whose words are all too large": (
+        RAMP | {"rampup_batch_size": ("32", "16", "60")},
+        1,
+        "--rampup-batch-size 32 16 60",
+    ),
     "a ramp that starts at its end": (
         RAMP | {"rampup_batch_size": ("16", "4", "60")},
         1,
@@ -324,6 +329,10 @@ def test_every_rule_has_a_case():
         (
             "a ramp that starts above its end",
             "--rampup-batch-size 8 4 60, or leave out --rampup-batch-size",
+        ),
+        (
+            "a ramp whose words are all too large",
+            "--rampup-batch-size 8 8 60, or leave out --rampup-batch-size",
         ),
         (
             "a ramp that no ranks can have, with samples",
@@ -596,8 +605,15 @@ def test_the_summary_says_what_flags_do_not_do_here():
 
 
 def test_a_kept_configuration_has_the_length_that_was_given(tmp_path):
-    samples = validate.resolve(from_flat(SOUND | {"train_iters": None, "train_samples": 12}), 1)
-    for config, iterations in ((samples, None), (validate.resolve(from_flat(SOUND), 1), 10)):
+    sampled = SOUND | {"train_iters": None, "train_samples": 12}
+    for given, iterations in (
+        (SOUND, 10),
+        (sampled, None),
+        (sampled | {"lr_decay_iters": 7}, None),
+        (sampled | {"lr_decay_samples": 12}, None),
+        (sampled | {"lr_warmup_samples": 4}, None),
+    ):
+        config = validate.resolve(from_flat(given), 1)
         path = keep_config(config, str(tmp_path)).rpartition(" ")[2]
         again = cli.read_config(["--config", path])
         assert again.training.train_iters == iterations

@@ -45,7 +45,7 @@ def batch_divides(config: RunConfig, world_size: int) -> Iterator[Finding]:
     also = ("global_batch_size", "train_samples")
     final = global_batch(config, world_size)
     ramps = _ramps(words, final, unit)
-    fixes = each("rampup_batch_size", [*ramps[:1], None, *ramps[1:MOST_RAMPS]])
+    fixes = each("rampup_batch_size", [*ramps[:1], None, *ramps[1:]])
     fixes = [_with_whole_samples(config, world_size, fix) for fix in fixes]
     try:
         sizes = BatchSizes.from_words(final, tuple(words))
@@ -62,15 +62,17 @@ def _ramps(words: list[str], final: int, unit: int) -> list[tuple[str, str, str]
     `unit`, most like those given first: with the same START, or else INCREMENT, if it fits."""
     numbers = [int(word) if word.isdecimal() else 0 for word in words]
     start, increment, samples = [*numbers, 0, 0, 0][:3]
-    if 0 < start < final and start % unit == 0:
-        steps = [step for step in divisors(final - start, final) if step % unit == 0]
-        pairs = [(start, step) for step in sorted(steps, key=lambda step: abs(step - increment))]
-    else:
+    starts = [start]
+    if start % unit or not 0 < start < final:
         wanted = start if 0 < start < final else final // 2
         step = increment if 0 < increment < final and increment % unit == 0 else unit
         starts = sorted(range(final - step, 0, -step), key=lambda first: abs(first - wanted))
-        pairs = [(first, step) for first in starts[:MOST_RAMPS]]
-    return [(str(first), str(step), str(samples or 1000)) for first, step in pairs]
+    ramps = []
+    for first in starts[:MOST_RAMPS]:
+        steps = [step for step in divisors(final - first, final) if step % unit == 0]
+        for step in sorted(steps, key=lambda step: abs(step - increment)):
+            ramps.append((str(first), str(step), str(samples or 1000)))
+    return ramps[:MOST_RAMPS]
 
 
 def _with_whole_samples(
