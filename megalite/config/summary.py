@@ -98,7 +98,7 @@ def given(config: RunConfig) -> RunConfig:
     if t.train_samples is None and t.train_tokens is None:
         return config
     shorter = config
-    for key in ("train_iters", "lr_decay_iters", "lr_decay_samples"):
+    for key in ("train_iters", "lr_decay_iters"):
         without = with_values(shorter, {key: None})
         if fill_in(without, world_size=1) == config:  # its global batch size is filled in
             shorter = without
