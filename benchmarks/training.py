@@ -33,8 +33,7 @@ import time
 from dataclasses import replace
 
 import torch
-from compare import PEER_PYTHON, ROWS
-from compare import compare as compare_with_peers
+from compare import PEER_PYTHON, ROWS, compare_with_peers
 from plain_gpt import cross_entropy, plain_gpt
 from rank import Shape
 from torch import nn
@@ -102,7 +101,7 @@ def plain_step(config: RunConfig, shape: Shape, weights: dict[str, torch.Tensor]
     return step
 
 
-def compare(config: RunConfig, shape: Shape, rounds: int, steps: int) -> None:
+def compare_with_plain(config: RunConfig, shape: Shape, rounds: int, steps: int) -> None:
     """Time the sides in turn, `rounds` times `steps` steps each; print medians and ratios (above 1:
     ours is faster).
 
@@ -177,24 +176,47 @@ def profile(layout: str, shape: Shape) -> None:
     context.destroy()
 
 
-def main() -> None:
-    """Read the flags and run."""
+MODES = {
+    "with --profile": {"profile", "layers"},
+    "with --peers": {"peers", "layers", "rounds", "rows", "peer_python"},
+    "without --peers": {"layers", "rounds", "steps", "no_clip", "dropout"},
+}
+"""The flags that each kind of run reads."""
+
+
+def read_flags() -> argparse.Namespace:
+    """The command line, in which every flag has an effect. None: not given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, help="measurements of each side (7; with --peers 5)")
-    parser.add_argument("--layers", type=int, default=8, help="a smaller model, to try the script")
+    parser.add_argument("--layers", type=int, help="of the model (8); fewer to try the script")
     alone = parser.add_argument_group("with plain PyTorch, in one process")
-    alone.add_argument("--steps", type=int, default=2, help="steps in a measurement")
+    alone.add_argument("--steps", type=int, help="in a measurement (2)")
     alone.add_argument("--no-clip", action="store_true", help="no gradient clipping on any side")
-    alone.add_argument("--dropout", type=float, default=0.0, help="on all sides")
+    alone.add_argument("--dropout", type=float, help="on all sides (0)")
     peers = parser.add_argument_group("with every peer")
     peers.add_argument("--peers", action="store_true", help="compare with every peer")
-    peers.add_argument("--rows", default=",".join(ROWS), help=f"default: {','.join(ROWS)}")
-    peers.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="has their packages")
+    peers.add_argument("--rows", help=f"default: {','.join(ROWS)}")
+    peers.add_argument("--peer-python", type=Path, help=f"has their packages ({PEER_PYTHON})")
     parser.add_argument("--profile", choices=ROWS, help="profile the ranks of this layout")
     args = parser.parse_args()
-    shape = Shape(layers=args.layers)
+    mode = "with --peers" if args.peers else "without --peers"
+    if args.profile:
+        mode = "with --profile"
+    for name, value in vars(args).items():
+        if value is not None and value is not False and name not in MODES[mode]:
+            parser.error(f"--{name.replace('_', '-')} has no effect {mode}")
+    args.rows = args.rows.split(",") if args.rows else list(ROWS)
+    if unknown := set(args.rows) - set(ROWS):
+        parser.error(f"--rows: no {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    return args
+
+
+def main() -> None:
+    """Read the flags and run."""
+    args = read_flags()
+    shape = Shape(layers=args.layers or 8)
     if args.profile:
         ranks = ROWS[args.profile].ranks
         if ranks > 1 and "RANK" not in os.environ:
@@ -204,17 +226,16 @@ def main() -> None:
         torch.set_num_threads(1)
         profile(args.profile, shape)
         return
-    clip = 0.0 if args.no_clip or args.peers else 1.0
-    config = layout_config("single", shape, world_size=1, clip_grad=clip, dropout=args.dropout)
+    clip = 0.0 if args.no_clip else 1.0
+    dropout = args.dropout or 0.0
+    config = layout_config("single", shape, world_size=1, clip_grad=clip, dropout=dropout)
     if args.peers:
-        rows = args.rows.split(",")
-        if unknown := set(rows) - set(ROWS):
-            parser.error(f"--rows: no {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+        python = args.peer_python or PEER_PYTHON
         flops = flops_per_sequence(config.model)
-        compare_with_peers(rows, args.rounds or 5, args.peer_python, shape, flops)
+        compare_with_peers(args.rows, args.rounds or 5, python, shape, flops)
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    compare(config, shape, args.rounds or 7, args.steps)
+    compare_with_plain(config, shape, args.rounds or 7, args.steps or 2)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS / "peers"))
 
+sys.path.insert(0, str(BENCHMARKS))
+
 import compare  # noqa: E402
+import training  # noqa: E402
 from rank import Shape  # noqa: E402
 
 
@@ -34,6 +37,35 @@ def test_a_row_of_what_is_installed(capsys):
     assert hugging_face[2] == megatron[2] == "not installed"
     said = capsys.readouterr().err
     assert "Megatron-core: no megatron-core; `make benchmark-peers` installs it" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--peers --steps 3", "--steps has no effect with --peers"),
+        ("--peers --no-clip", "--no-clip has no effect with --peers"),
+        ("--peers --dropout 0.1", "--dropout has no effect with --peers"),
+        ("--rows tp2", "--rows has no effect without --peers"),
+        ("--peer-python python", "--peer-python has no effect without --peers"),
+        ("--profile tp2 --rounds 3", "--rounds has no effect with --profile"),
+        ("--peers --rows tp3", "--rows: no tp3; there are single, dp2"),
+    ],
+)
+def test_flags_without_effect_are_refused(monkeypatch, capsys, flags, problem):
+    monkeypatch.setattr(sys, "argv", ["training.py", *flags.split()])
+    with pytest.raises(SystemExit):
+        training.read_flags()
+    assert problem in capsys.readouterr().err
+
+
+def test_the_peak_is_the_sum_over_ranks():
+    """Two ranks at 1 step per second each, one of which begins when the other has ended."""
+    one = compare.Measurement(2.0, 2.0, steps_per_second=2.0, rss_mib=1.0, loss=None)
+    shape = Shape(layers=1, seq=32, micro_batch=1)
+    results = {"megalite": [one], "matrix products": [one]}
+    # 4 sequences in 2 s, each of half of a product's FLOPs, of a peak of 2 products per second.
+    (line,) = compare.lines_of("tp2", shape, results, sequence_flops=compare.MATMUL_FLOPS / 2)
+    assert line.split(" | ")[5] == "50%"
 
 
 def test_a_python_that_is_not_there_names_the_command():

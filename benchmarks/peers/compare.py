@@ -109,6 +109,8 @@ class Measurement:
     """From the first rank's begin to the last one's end."""
     cpu_seconds: float
     """Sum over ranks."""
+    steps_per_second: float
+    """Sum over ranks, each by its own time."""
     rss_mib: float
     """Peak resident memory so far, of the rank with the highest."""
     loss: float | None
@@ -183,6 +185,7 @@ class Contender:
         return Measurement(
             seconds=max(a["ended"] for a in answers) - min(a["began"] for a in answers),
             cpu_seconds=sum(a["cpu_seconds"] for a in answers),
+            steps_per_second=sum(steps / (a["ended"] - a["began"]) for a in answers),
             rss_mib=max(a["rss_mib"] for a in answers),
             loss=statistics.mean(losses) if losses else None,
         )
@@ -261,7 +264,8 @@ def lines_of(name: str, shape: Shape, results: dict, sequence_flops: float) -> l
     row = ROWS[name]
     sequences = shape.micro_batch * row.microbatches * row.data_parallel * row.steps
     tokens = sequences * shape.seq
-    peaks = [MATMULS * row.ranks * MATMUL_FLOPS / m.seconds for m in results[PEAK]]
+    # Of all ranks together, each by its own time: waiting for the last one is no part of a peak.
+    peaks = [MATMUL_FLOPS * m.steps_per_second for m in results[PEAK]]
     ours = results[OURS]
     lines = []
     for who, measured in results.items():
@@ -291,7 +295,7 @@ def lines_of(name: str, shape: Shape, results: dict, sequence_flops: float) -> l
     return lines
 
 
-def compare(
+def compare_with_peers(
     rows: Sequence[str], rounds: int, python: Path, shape: Shape, sequence_flops: float
 ) -> None:
     """Measure the rows and print the table, in Markdown.

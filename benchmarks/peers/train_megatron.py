@@ -1,6 +1,5 @@
 """Megatron-core on a CPU with gloo, as a contender in `training.py --peers`."""
 
-import functools
 import logging
 
 import cuda_on_cpu
@@ -46,7 +45,7 @@ def transformer_config(shape: Shape, tensor: int, pipeline: int, sequence_parall
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
-        activation_func=functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+        activation_func=torch.nn.functional.gelu,  # the fused one is its tanh approximation
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         sequence_parallel=sequence_parallel,
@@ -56,8 +55,10 @@ def transformer_config(shape: Shape, tensor: int, pipeline: int, sequence_parall
         pipeline_dtype=torch.float32,
         params_dtype=torch.float32,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        # By torch.compile these two save 3% of CPU time; with that of the cross-entropy it is 1%.
+        # The others, as fused attention, need a GPU.
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
     )
 
 

@@ -5,11 +5,14 @@ single: the plain model. transformers: Hugging Face's. dp2: DistributedDataParal
 DTensor (`parallelize_module`). pp2: torch.distributed.pipelining's Schedule1F1B.
 """
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 from plain_gpt import cross_entropy, plain_gpt
 from rank import Shape, random_batches, serve
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def hugging_face(shape: Shape) -> nn.Module:
@@ -62,7 +65,10 @@ def tensor_parallel(model: nn.Module, sequence_parallel: bool) -> nn.Module:
             output_layouts=(Replicate(),), desired_output_layouts=(Shard(1),)
         )
         plan["head.norm"] = SequenceParallel()
-    plan["head.output"] = ColwiseParallel(input_layouts=between, output_layouts=Replicate())
+    # The logits stay shards of the vocabulary, for `loss_parallel`.
+    plan["head.output"] = ColwiseParallel(
+        input_layouts=between, output_layouts=Shard(-1), use_local_output=False
+    )
     return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
 
 
@@ -99,11 +105,17 @@ def prepare(variant: str, shape: Shape):
     if variant == "pp2":
         return pipeline_step(shape, batches)
     model = hugging_face(shape) if variant == "transformers" else plain_gpt(shape)
+    loss_region = contextlib.nullcontext
     if variant.startswith("tp2"):
+        from torch.distributed.tensor.parallel import loss_parallel
+
+        loss_region = loss_parallel
         tensor_parallel(model, sequence_parallel=variant == "tp2-sp")
-    # The fused AdamW is the fastest on a CPU; it does not take DTensors there.
-    fused = not variant.startswith("tp2")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=fused)
+    # The fused AdamW is the fastest on a CPU, then foreach; it does not take DTensors there.
+    distributed = [p for p in model.parameters() if isinstance(p, DTensor)]
+    local = [p for p in model.parameters() if not isinstance(p, DTensor)]
+    groups = [{"params": distributed, "foreach": True}, {"params": local, "fused": True}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.01)
     if variant == "dp2":
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
@@ -111,8 +123,9 @@ def prepare(variant: str, shape: Shape):
         optimizer.zero_grad()
         tokens, labels = next(batches)
         output = model(tokens)
-        loss = cross_entropy(output.logits if variant == "transformers" else output, labels)
-        loss.backward()
+        with loss_region():
+            loss = cross_entropy(output.logits if variant == "transformers" else output, labels)
+            loss.backward()
         optimizer.step()
         return loss.item()
 
