@@ -26,9 +26,10 @@ class Call:
     number: int
     """Sequence number within its group (of a transfer: between its two ranks), from 1."""
     shape: tuple[int, ...] = ()
+    """Of this rank's input."""
     dtype: str = ""
     bytes: int = 0
-    """Of the tensor."""
+    """Of the whole tensor: of all shards together in a gather or a reduce-scatter."""
     untimed: bool = False
     """Whether it may take longer than --hang-timeout."""
 
@@ -52,7 +53,7 @@ class Traffic:
 
     calls: int = 0
     bytes: int = 0
-    """Of the tensors that this rank gave to collectives, and of those it sent or received."""
+    """Of the whole tensors of its collectives, as in `Call`, and of what it sent or received."""
     seconds: float = 0.0
     """That this rank was in the calls, or waited for them. What overlaps with computation does not
     count."""

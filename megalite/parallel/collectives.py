@@ -90,9 +90,15 @@ def _content(tensor: torch.Tensor) -> dict:
 
 
 def _post(kind: str, group: Group, collective: Callable, *tensors: torch.Tensor, **options):
-    """Call one of torch's collectives, recorded with its last tensor, the input. Returns a
-    handle."""
+    """Call one of torch's collectives on its output and input, or the one tensor that is both.
+    Returns a handle.
+
+    It is recorded with the shape of its input, and the bytes of the whole tensor: of a gather those
+    of the output.
+    """
     content = _content(tensors[-1]) if tensors else {}
+    if kind == "all_gather":
+        content["bytes"] = tensors[0].nbytes
     activity = group.activity
     call = activity.record(kind, group.name, group.ranks, **content, untimed=group.untimed)
     with activity.waits(call):

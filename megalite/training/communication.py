@@ -14,9 +14,9 @@ def communication_table(
 ) -> str:
     """A table of a step's calls by group and kind. Collective over all ranks.
 
-    Each line is of the rank that gave most bytes to such calls, the lowest one of several; bytes
-    are those of its tensors, 1 MB = 10^6 bytes, and the bandwidth is bytes by the time that it was
-    in the calls or waited for them.
+    Each line is of the rank with most bytes in such calls, the lowest one of several. Bytes are
+    those of the whole tensors (`Call.bytes`), 1 MB = 10^6 bytes, and the bandwidth is bytes by the
+    time that the rank was in the calls or waited for them.
 
     Args:
         traffic: what this rank has counted, by (group, kind).

@@ -28,7 +28,9 @@ def sent_in_a_step(launch, layout: Layout) -> tuple[dict, int, int, str]:
     traffic = tiny.context.activity.take_traffic()
     gradients = tiny.components.optimizer.gradients
     buckets = gradients.layout.buckets
-    partial = sum(bucket.stop - bucket.start for bucket in buckets if "tensor" in bucket.sums)
+    partial = sum(
+        bucket.stop - bucket.start for bucket in buckets if "tensor" in bucket.summed_over
+    )
     table = communication_table(traffic, tiny.context)
     sent = {key: counted.bytes for key, counted in traffic.items()}
     return sent, FP32 * gradients.layout.total, FP32 * partial, table
@@ -67,7 +69,8 @@ def test_a_step_sends_what_the_plain_layout_needs(pool, flags):
 
 
 def test_a_sharded_optimizer_under_sequence_parallelism_sends_shards(pool):
-    """Reductions and gathers in place of all-reduces; sums over other ranks of shards only."""
+    """Reductions and gathers of whole tensors in place of all-reduces; sums over other ranks of
+    shards only."""
     layout = Layout("sharded", **SIZES, flags=sp(use_distributed_optimizer=True))
     results = pool.run(sent_in_a_step, layout.world_size, layout)
     for rank, (sent, buffer, partial, table) in enumerate(results):
@@ -78,13 +81,13 @@ def test_a_sharded_optimizer_under_sequence_parallelism_sends_shards(pool):
         gathers = MICROBATCHES * (6 * LAYERS + (2 if is_last else 1))
         assert sent == {
             ("data", "all_to_all"): buffer,
-            ("data", "all_gather"): buffer // 2,
+            ("data", "all_gather"): buffer,
             # The number of tokens.
             **({("data", "all_reduce"): NUMBER} if is_last else {}),
             ("embedding", "all_reduce"): EMBEDDING // 2,
             ("world", "all_reduce"): NUMBER,
             ("pipeline", "transfer"): transfers(GPT2.seq // 2),
-            ("tensor", "all_gather"): gathers * HIDDEN_STATES // 2,
+            ("tensor", "all_gather"): gathers * HIDDEN_STATES,
             ("tensor", "all_to_all"): SUMS_OF_HIDDEN_STATES * HIDDEN_STATES,
             ("tensor", "all_reduce"): partial // 2 + of_the_loss(is_last),
         }
