@@ -105,7 +105,7 @@ def set_parameters(parts, params) -> None:
                 params[name][spec.box.slices_in(spec.box.whole(spec.global_shape))]
             )
         for name, master in parts.optimizer.master.items():
-            master.copy_(parts.optimizer.gradients.owned_view(name, parameters[name]))
+            master.copy_(parts.optimizer.gradients.updated_part(name, parameters[name]))
 
 
 def boxes(parts, tensor_of) -> list:

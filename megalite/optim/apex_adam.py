@@ -29,7 +29,7 @@ def apex_adam(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimi
     from apex.optimizers import FusedAdam
 
     return FusedAdam(
-        [group for group in groups if group["params"]],
+        [group | {"step": 0} for group in groups if group["params"]],
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,

@@ -1,5 +1,5 @@
 """How a rank's parameters lie in flat buffers: buckets, and the shard of each that a data rank
-owns. Pure arithmetic."""
+updates. Pure arithmetic."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Bucket:
     start: int
     stop: int
     """Exclusive; padding included."""
-    sums: tuple[str, ...] = ()
+    summed_over: tuple[str, ...] = ()
     """What the gradients are summed over beside the data ranks: axes, or "embedding" for the copies
     of a tied embedding on first and last stage."""
 
@@ -62,16 +62,18 @@ class BucketLayout:
         for name in reversed(parameters):
             spec = parameters[name].spec
             is_tied = tied and "pipeline" not in spec.sharded
-            sums = (*spec.partial, *(("embedding",) if is_tied else ()))
-            names = open_buckets.setdefault(sums, [])
+            summed_over = (*spec.partial, *(("embedding",) if is_tied else ()))
+            names = open_buckets.setdefault(summed_over, [])
             names.append(name)
             full = bucket_size is not None and sum(sizes[n] for n in names) >= bucket_size
             if full or is_tied:
-                self._close(open_buckets.pop(sums), sizes, sums)
-        for sums, names in open_buckets.items():
-            self._close(names, sizes, sums)
+                self._close(open_buckets.pop(summed_over), sizes, summed_over)
+        for summed_over, names in open_buckets.items():
+            self._close(names, sizes, summed_over)
 
-    def _close(self, names: Sequence[str], sizes: Mapping[str, int], sums: tuple[str, ...]) -> None:
+    def _close(
+        self, names: Sequence[str], sizes: Mapping[str, int], summed_over: tuple[str, ...]
+    ) -> None:
         start = self.total
         alignment = ALIGNMENT if self.shards > 1 else 1
         for name in names:
@@ -79,9 +81,9 @@ class BucketLayout:
             self.total += _round_up(sizes[name], alignment)
         self.total = start + _round_up(self.total - start, self.shards * alignment)
         self.bucket_of |= dict.fromkeys(names, len(self.buckets))
-        self.buckets.append(Bucket(tuple(names), start, self.total, sums))
+        self.buckets.append(Bucket(tuple(names), start, self.total, summed_over))
 
-    def owned(self, parameters: Mapping[str, torch.nn.Parameter], index: int) -> dict:
+    def ranges_of_shard(self, parameters: Mapping[str, torch.nn.Parameter], index: int) -> dict:
         """{name: (start, stop)}: the range of each parameter's elements, flattened, that lies in
         shard `index` of its bucket. Parameters without any are left out."""
         ranges = {}

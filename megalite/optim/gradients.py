@@ -44,7 +44,9 @@ class GradientBuffer:
         shards = size if self.sharded else 1
         self.layout = BucketLayout(parameters, tied, bucket_size, shards=shards)
         self.shard_index = context.data.rank if self.sharded else 0
-        self.ranges: dict[str, tuple[int, int]] = self.layout.owned(parameters, self.shard_index)
+        self.ranges: dict[str, tuple[int, int]] = self.layout.ranges_of_shard(
+            parameters, self.shard_index
+        )
         """(start, stop) of each parameter's flattened elements that this rank updates."""
         dtypes = {parameter.dtype for parameter in parameters.values()}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -71,14 +73,14 @@ class GradientBuffer:
         offset = self.layout.offsets[name]
         return flat[offset : offset + parameter.numel()].view(parameter.shape)
 
-    def owned(self, name: str) -> torch.Tensor:
+    def updated_gradient(self, name: str) -> torch.Tensor:
         """The gradient of what this rank updates of a parameter: all of it, in its shape, or a flat
         range of it."""
-        return self.owned_view(name, self.parameters[name].main_grad)
+        return self.updated_part(name, self.parameters[name].main_grad)
 
-    def owned_view(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of a tensor of the parameter's shape that this rank updates, as `owned` has
-        it."""
+    def updated_part(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of a tensor of the parameter's shape that this rank updates, as
+        `updated_gradient` has it."""
         if not self.sharded:
             return tensor
         start, stop = self.ranges[name]
@@ -97,7 +99,9 @@ class GradientBuffer:
         """(parameter, box of its global tensor, view of its gradient) for all that this rank has
         the sums of after `reduce`, vocabulary padding left out."""
         for name, elements in self.ranges.items():
-            for box, values in held_boxes(self.parameters[name], self.owned(name), elements):
+            for box, values in held_boxes(
+                self.parameters[name], self.updated_gradient(name), elements
+            ):
                 yield name, box, values
 
     # One step: zero, the backwards, reduce, norm, clip -----------------------------------------
@@ -161,9 +165,9 @@ class GradientBuffer:
 
     def _groups(self, bucket: Bucket) -> list[Group]:
         """Whom a bucket is summed with, beside the data ranks."""
-        axes = [axis for axis in bucket.sums if axis != "embedding"]
+        axes = [axis for axis in bucket.summed_over if axis != "embedding"]
         groups = [self.context.group(*axes)] if axes else []
-        if "embedding" in bucket.sums:
+        if "embedding" in bucket.summed_over:
             groups.append(self.context.embedding)
         return groups
 
@@ -174,7 +178,7 @@ class GradientBuffer:
         squares = torch.zeros((), dtype=torch.float64, device=self.flat.device)
         for name in self.ranges:
             if self.is_counted(name):
-                squares += torch.linalg.vector_norm(self.owned(name)).double() ** 2
+                squares += torch.linalg.vector_norm(self.updated_gradient(name)).double() ** 2
         all_reduce(squares, self.context.world)
         return squares.sqrt().item()
 

@@ -98,11 +98,19 @@ class WholeMatrices:
         # Parameters of similar size go together: they take about as long.
         self.order = sorted(names, key=lambda name: -torch.Size(self.shapes[name]).numel())
 
-    def apply(self, part: Callable[[str], Tensor], change: Callable[[Tensor], None]):
-        """Yield (name, flat elements) of this rank's part of every parameter, as `change`, called
-        with the whole parameter, has left them.
+    def apply(
+        self,
+        part: Callable[[str], Tensor],
+        change: Callable[[Tensor], None],
+        use: Callable[[str, Tensor], None],
+    ) -> None:
+        """Change every parameter as a whole. Collective.
 
-        part: gives this rank's elements of a parameter, flat, before the change.
+        Args:
+            part: gives this rank's elements of a parameter, flat, before the change.
+            change: called with a whole parameter on one rank, changes it in place.
+            use: called on every rank with the name of each parameter and this rank's elements of
+                it, flat, after the change.
         """
         rank = self.group.rank
         size = self.group.size
@@ -116,7 +124,8 @@ class WholeMatrices:
             if turns[rank] is not None:
                 parts = self._changed(turns[rank], parts, change)
             sizes = [self._numel(rank, name) for name in turns]
-            yield from zip(names, all_to_all(parts, sizes, self.group))
+            for name, changed in zip(names, all_to_all(parts, sizes, self.group)):
+                use(name, changed)
 
     def _numel(self, rank: int, name: str | None) -> int:
         """Elements that a rank holds of a parameter; 0 of None."""
@@ -179,29 +188,31 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """Update the weights. A closure is not called."""
-        owned = {}
+        updated = {}
         for group in self.param_groups:
             for name, weight in zip(group["names"], group["params"]):
                 state = self.state[weight]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 state["momentum_buffer"].mul_(group["momentum"]).add_(weight.grad)
-                owned[name] = (weight, group)
+                updated[name] = (weight, group)
 
         def direction(name: str) -> Tensor:
-            if name not in owned:
+            if name not in updated:
                 return self.matrices.nothing
-            weight, group = owned[name]
+            weight, group = updated[name]
             buffer = self.state[weight]["momentum_buffer"]
             if self.nesterov:
                 buffer = weight.grad.add(buffer, alpha=group["momentum"])
             return buffer.reshape(-1)
 
-        for name, update in self.matrices.apply(direction, self._orthogonalize):
-            if name in owned:
-                weight, group = owned[name]
+        def update(name: str, orthogonalized: Tensor) -> None:
+            if name in updated:
+                weight, group = updated[name]
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update.view(weight.shape), alpha=-group["lr"])
+                weight.add_(orthogonalized.view(weight.shape), alpha=-group["lr"])
+
+        self.matrices.apply(direction, self._orthogonalize, update)
 
     def _orthogonalize(self, weight: Tensor) -> None:
         """In place, each of its matrices."""

@@ -86,7 +86,7 @@ class Optimizer:
         self.keeps_master = any(p.dtype in HALF_PRECISIONS for p in self.parameters.values())
         self.master = {}
         for name in self.ranges:
-            weight = self._owned_weight(name)
+            weight = self._updated_weight(name)
             self.master[name] = weight.float() if self.keeps_master else weight
         self.inner: dict[str, torch.optim.Optimizer] = {}
         """torch's optimizers by update rule."""
@@ -137,14 +137,14 @@ class Optimizer:
         # weights from them.
         self.wait_for_parameters()
         for name, master in self.master.items():
-            master.grad = self.gradients.owned(name)
+            master.grad = self.gradients.updated_gradient(name)
         for inner in self.inner.values():
             inner.step()
         self.steps += 1
         for name, master in self.master.items():
             master.grad = None
             if self.keeps_master:
-                self._owned_weight(name).copy_(master)
+                self._updated_weight(name).copy_(master)
         # Gather what the other data ranks have updated, now or while the next forward runs.
         if self.parameter_buffer:
             self.parameter_buffer.start_gathering()
@@ -161,9 +161,9 @@ class Optimizer:
         """Whether data ranks hold different shards of the optimizer's state."""
         return self.gradients.sharded
 
-    def _owned_weight(self, name: str) -> torch.Tensor:
+    def _updated_weight(self, name: str) -> torch.Tensor:
         """What this rank updates of a parameter, as a view of it."""
-        return self.gradients.owned_view(name, self.parameters[name].detach())
+        return self.gradients.updated_part(name, self.parameters[name].detach())
 
     def wait_for_parameters(self, names: Iterable[str] | None = None) -> None:
         """Block until these parameters hold what the last step made of them; None: all.
@@ -177,7 +177,7 @@ class Optimizer:
         """Parameters of whose summed gradient this rank holds an element that is not finite."""
         names = []
         for name in self.ranges:
-            if not torch.isfinite(self.gradients.owned(name)).all():
+            if not torch.isfinite(self.gradients.updated_gradient(name)).all():
                 names.append(name)
         return names
 
@@ -230,8 +230,8 @@ def groups_by_rule(
         names.setdefault(treatment, []).append(name)
     groups: dict[str, list[dict]] = {}
     for treatment, alike in names.items():
-        owned = [name for name in alike if name in weights]
-        group = {"params": [weights[name] for name in owned], "names": owned, "all_names": alike}
+        here = [name for name in alike if name in weights]
+        group = {"params": [weights[name] for name in here], "names": here, "all_names": alike}
         group["treatment"] = treatment
         groups.setdefault(treatment.rule, []).append(group)
     return groups

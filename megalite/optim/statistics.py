@@ -73,7 +73,7 @@ class Statistics:
         gradients = self.gradients
         for name, elements in gradients.ranges.items():
             parameter = gradients.parameters[name]
-            weight = gradients.owned_view(name, parameter.detach())
+            weight = gradients.updated_part(name, parameter.detach())
             for _, values in held_boxes(parameter, weight, elements):
                 yield name, values
 

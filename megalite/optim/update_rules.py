@@ -90,6 +90,6 @@ def set_step_count(
             count = torch.tensor(steps, dtype=torch.float32, device=weight.device)
             optimizer.state[weight]["step"] = count
         return
-    # As apex keeps it; the others do not count.
     for group in optimizer.param_groups:
-        group["step"] = steps
+        if "step" in group:  # as apex keeps it
+            group["step"] = steps

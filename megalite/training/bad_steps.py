@@ -23,10 +23,12 @@ class BadStepError(ReportedError, RuntimeError):
 class _Findings:
     """What one rank sees of a bad step."""
 
+    part: tuple[int, ...]
+    """Its coordinates without that of the data ranks: which part of the model it has."""
     losses: list[str]
     """Microbatches whose loss is not finite."""
     gradients: list[str]
-    """Parameters whose gradient is not finite."""
+    """Parameters whose gradient, summed over data ranks, is not finite."""
     highest: tuple[float, str]
     """The highest loss of a microbatch, and which one it is."""
 
@@ -35,18 +37,36 @@ def describe_bad_step(components: TrainingComponents, microbatches: list[Microba
     """Where a bad step comes from, the same text on every rank.
 
     Names the microbatches whose loss is not finite, by rank and sample numbers. Without such losses
-    it names the parameters whose gradient is not finite, or else the microbatch with the highest
-    loss. Collective.
+    it names the parameters whose summed gradient is not finite, or else the microbatch with the
+    highest loss. Collective.
     """
-    found = gather_objects(_findings(components, microbatches), components.model.context.control)
+    context = components.model.context
+    found = gather_objects(_findings(components, microbatches), context.control)
     losses = [text for findings in found for text in findings.losses]
-    gradients = [text for findings in found for text in findings.gradients]
-    texts = losses or gradients
+    texts = losses or _bad_sums(found, context.data.size)
     if not texts:
         _, text = max((findings.highest for findings in found), key=lambda highest: highest[0])
         return f"the highest loss is that of {text}"
     more = f"; and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
     return "; ".join(texts[:SHOWN]) + more
+
+
+def _bad_sums(found: list[_Findings], summed: int) -> list[str]:
+    """Where sums of gradients over `summed` data ranks are not finite. Only the first of the data
+    ranks that have the same parameters is named: the sum does not tell which of them is bad."""
+    names: dict[tuple, dict[str, None]] = {}
+    ranks: dict[tuple, int] = {}
+    for rank, findings in enumerate(found):
+        if findings.gradients:
+            # Of a sharded buffer each data rank sees its shards.
+            names.setdefault(findings.part, {}).update(dict.fromkeys(findings.gradients))
+            ranks.setdefault(findings.part, rank)
+    texts = []
+    over = f", summed over {summed} data-parallel ranks," if summed > 1 else ""
+    for part, (first, *others) in names.items():
+        more = f" and {len(others)} others" if others else ""
+        texts.append(f"on rank {ranks[part]} the gradient of {first}{more}{over} is not finite")
+    return texts
 
 
 def _findings(components: TrainingComponents, microbatches: list[Microbatch]) -> _Findings:
@@ -56,17 +76,15 @@ def _findings(components: TrainingComponents, microbatches: list[Microbatch]) ->
     highest = (float("-inf"), "")
     for index, terms in components.engine.losses_of.items() if context.tensor.rank == 0 else ():
         samples = microbatches[index].samples
-        rows = f"samples {samples[0].item()} to {samples[-1].item()} on rank {context.rank}"
+        first, last = samples[0].item(), samples[-1].item()
+        rows = f"sample {first}" if first == last else f"samples {first} to {last}"
+        rows = f"{rows} on rank {context.rank}"
         loss = terms.sum().item()
         if not torch.isfinite(terms).all():
             losses.append(f"the loss of {rows} is {loss}")
         highest = max(highest, (loss, rows))
-    names = components.optimizer.bad_gradients()
-    gradients = []
-    if names:
-        others = f" and {len(names) - 1} others" if len(names) > 1 else ""
-        gradients.append(f"on rank {context.rank} the gradient of {names[0]}{others} is not finite")
-    return _Findings(losses, gradients, highest)
+    part = tuple(index for axis, index in context.coordinates.items() if axis != "data")
+    return _Findings(part, losses, components.optimizer.bad_gradients(), highest)
 
 
 def stop_at_bad_step(config: RunConfig, iteration: int, update: StepResult) -> None:

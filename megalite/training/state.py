@@ -48,7 +48,7 @@ def _shards(
     return [Shard(stored_name, values, shape, box) for box, values in held]
 
 
-def _owned(parts: TrainingComponents) -> Iterator[Shard]:
+def _written_shards(parts: TrainingComponents) -> Iterator[Shard]:
     """The shards of model and optimizer that this rank writes: each is written once, by its primary
     owner."""
     parameters = parts.model.parameters_by_name
@@ -102,7 +102,7 @@ def save_state(
     write(
         checkpoint.save,
         progress.iteration,
-        _owned(parts),
+        _written_shards(parts),
         private=streams,
         state=state,
         config_yaml=to_yaml(config),
@@ -161,8 +161,10 @@ def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: R
     try:
         _read(checkpoint, shards)
     except CheckpointError as error:
-        advice = "--no-load-optim starts the optimizer from scratch, for example where parameters"
-        raise CheckpointError(f"{error}\n{advice} are trained that were frozen before") from None
+        raise CheckpointError(
+            f"{error}\nThe run that wrote it may have kept no such state, as for frozen parameters "
+            "or with --sgd-momentum 0; --no-load-optim starts the optimizer from scratch"
+        ) from None
     parts.optimizer.set_steps(checkpoint.state["optimizer_steps"])
     # Older checkpoints have none.
     parts.optimizer.loss_scale.restore(checkpoint.state.get("loss_scale", {}))

@@ -38,7 +38,7 @@ def test_buckets_are_in_the_order_of_a_backward():
         ("up", "embedding"),
         ("final.weight", "norm.weight"),
     ]
-    assert [bucket.sums for bucket in layout.buckets] == [(), (), ("tensor",)]
+    assert [bucket.summed_over for bucket in layout.buckets] == [(), (), ("tensor",)]
 
 
 def test_without_a_size_there_is_one_bucket_for_each_kind_of_sum():
@@ -48,7 +48,7 @@ def test_without_a_size_there_is_one_bucket_for_each_kind_of_sum():
         ("final.weight", "norm.weight"),
         ("down", "up.bias", "up"),
     ]
-    assert [bucket.sums for bucket in layout.buckets] == [("embedding",), ("tensor",), ()]
+    assert [bucket.summed_over for bucket in layout.buckets] == [("embedding",), ("tensor",), ()]
     assert layout.total == sum(p.numel() for p in PARAMETERS.values())
 
 
@@ -61,7 +61,7 @@ def test_shards_hold_every_element_once(shards, bucket_size):
         name: torch.zeros(p.spec.global_shape, dtype=torch.int) for name, p in PARAMETERS.items()
     }
     for index in range(shards):
-        for name, (start, stop) in layout.owned(PARAMETERS, index).items():
+        for name, (start, stop) in layout.ranges_of_shard(PARAMETERS, index).items():
             seen[name].view(-1)[start:stop] += 1
             ones = torch.ones(stop - start, dtype=torch.int)
             for box, values in held_boxes(PARAMETERS[name], ones, (start, stop)):
@@ -79,7 +79,7 @@ def test_the_copies_of_a_tied_embedding_have_equal_shards():
     last = {name: PARAMETERS[name] for name in ("embedding", "down", "final.weight")}
     for index in range(3):
         owned = [
-            BucketLayout(held, tied=True, shards=3).owned(held, index).get("embedding")
+            BucketLayout(held, tied=True, shards=3).ranges_of_shard(held, index).get("embedding")
             for held in (first, last)
         ]
         assert owned[0] == owned[1]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from contextlib import redirect_stdout
 
 import pytest
@@ -51,7 +52,20 @@ def poisoned(config, context, rng):
     return model
 
 
-def train(launch, flags: dict) -> tuple[str, str]:
+def with_nan_gradients(config, context, rng):
+    """A stage whose last one makes the gradients of some samples NaN: their losses stay finite."""
+    model = build_model(config, context, rng)
+
+    def poison(module, inputs, output):
+        is_bad = any(sample in BAD_SAMPLES[:1] for sample in inputs[1].samples.tolist())
+        if is_bad and module.is_last and module.training:
+            output.register_hook(lambda gradient: gradient * torch.nan)
+
+    model.register_forward_hook(poison)
+    return model
+
+
+def train(launch, flags: dict, model=poisoned) -> tuple[str, str]:
     """(what is printed, the error that ends the run)."""
     config = from_flat(FLAGS | flags)
     assert check(config, launch.world_size) == []
@@ -59,7 +73,7 @@ def train(launch, flags: dict) -> tuple[str, str]:
     error = ""
     with redirect_stdout(io.StringIO()) as printed:
         try:
-            pretrain(resolved, launch, poisoned)
+            pretrain(resolved, launch, model)
         except (BadStepError, LostContact) as raised:
             error = str(raised)
     return printed.getvalue(), error
@@ -98,7 +112,7 @@ def test_a_bad_step_is_skipped_alike_in_every_layout(pool, tmp_path):
 
 
 def test_too_many_bad_steps_end_the_run(pool, tmp_path):
-    ranks = pool.run(train, 2, {"save": str(tmp_path), "train_iters": 3})
+    ranks = pool.run(train, 2, {"save": str(tmp_path), "train_iters": 3, "micro_batch_size": 1})
     printed = ranks[0][0]
     # The first rank to report an error reports it for all.
     (error,) = filter(None, [message for _, message in ranks])
@@ -107,3 +121,17 @@ def test_too_many_bad_steps_end_the_run(pool, tmp_path):
     )
     assert "a lower --lr" in error
     assert "iteration 3 | bad step, not applied" in printed
+    assert (
+        "the loss of sample 22 on rank 0 is inf; the loss of sample 21 on rank 1 is inf" in printed
+    )
+
+
+@pytest.mark.parametrize("flags", [{}, SHARDED], ids=["whole", "sharded"])
+def test_a_bad_sum_of_gradients_blames_no_data_rank(pool, flags):
+    """Sample 21 is on data rank 1, which the sum does not tell."""
+    flags = flags | {"max_bad_steps": 1, "micro_batch_size": 1, "train_iters": 3}
+    printed, error = pool.run(train, 2, flags, with_nan_gradients)[0]
+    assert not error
+    (line,) = [line for line in printed.splitlines() if "bad step" in line]
+    summed = "summed over 2 data-parallel ranks, is not finite"
+    assert re.search(rf"nan; on rank 0 the gradient of \S+\.weight and 5\d others, {summed}$", line)
