@@ -7,6 +7,8 @@ compares the counts between ranks.
 
 import io
 import json
+import logging
+import os
 import signal
 import subprocess
 from contextlib import closing, redirect_stdout
@@ -24,6 +26,7 @@ from megalite.training.build import build_components, build_model
 from megalite.training.load_model import load_model
 from megalite.training.pretrain import pretrain
 from megalite.verify.compare import LOSS, Rounding
+from megalite.watch.agreement import RanksDiffer
 from megalite.watch.watchdog import HUNG
 from tests.layouts import GPT2, LLAMA, Layout, as_bert, configuration, sp
 from tests.pool import RankPool, RanksFailed
@@ -295,6 +298,28 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(two, tmp_path):
         assert two.run(poisoned, 2, way) == [(True, 1, 1, "the gradient norm is nan")] * 2
 
 
+def test_warnings_of_what_the_log_reports_are_not_shown(two, tmp_path):
+    way = written(tmp_path, 2) | {"optimizer": "lion", "precision": "fp32"}
+    shown = two.run(warnings_shown, 2, way)
+    assert shown == [["something else"]] * 2
+
+
+def warnings_shown(launch, way: dict) -> list[str]:
+    """What DeepSpeed warns of from the making of an optimizer on, and after a bad step of it."""
+    from deepspeed.utils import logger
+
+    shown = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: shown.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        poisoned(launch, way)
+        logger.warning("something else")
+    finally:
+        logger.removeHandler(handler)
+    return shown
+
+
 def poisoned(launch, way: dict) -> tuple:
     """After a step, and one with a gradient of NaN on one rank: whether the weights are those of
     the first, updates, bad steps, and why the second is bad."""
@@ -308,6 +333,28 @@ def poisoned(launch, way: dict) -> tuple:
     assert result.skipped and result.gradient_norm != result.gradient_norm
     equal = all(torch.equal(before[name], optimizer.master[name]) for name in before)
     return equal, optimizer.steps, optimizer.bad_steps.total, result.bad
+
+
+def differing(launch, folder: Path) -> str:
+    """Why ranks whose ds.json differs do not start."""
+    before = Path.cwd()
+    os.chdir(folder / str(launch.rank))
+    try:
+        build(DP2, launch, deepspeed=True, deepspeed_config="ds.json")
+    except RanksDiffer as error:
+        return str(error)
+    finally:
+        os.chdir(before)
+    return "built"
+
+
+def test_each_setting_that_ranks_have_otherwise_is_named(two, tmp_path):
+    for rank, stage in enumerate((3, 2)):
+        (tmp_path / str(rank)).mkdir()
+        text = json.dumps({"zero_optimization": {"stage": stage, "sub_group_size": 5000}})
+        (tmp_path / str(rank) / "ds.json").write_text(text)
+    first, second = two.run(differing, 2, tmp_path)
+    assert first.endswith(": ds.json zero_optimization.stage 2 (rank 0: 3)") and not second
 
 
 def test_fp16_needs_a_gpu(tmp_path):
@@ -355,6 +402,8 @@ def test_the_example_runs(tmp_path):
     assert done.returncode == 0, said[-4000:]
     assert "ZeRO stage 3, as examples/deepspeed/ds.json says; optimizer on the CPU" in said
     assert "resumed from" in said and "is deprecated" not in said
+    assert "its settings" in said and '"stage": 3' in said
+    assert (tmp_path / "runs/deepspeed/checkpoints/ds.json").exists()
     losses = [
         line["loss"] for line in curve(tmp_path / "runs/deepspeed/metrics.jsonl") if "loss" in line
     ]

@@ -1,5 +1,6 @@
 """What a run is, in some twenty lines. Imports no torch."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
             f"{iterations} iterations, {samples} sequences, {_short(samples * m.seq_length)} tokens"
         ),
         "learning rate": _learning_rate(config),
-        **_deepspeed(config),
+        **_deepspeed(config, world_size),
         "data": _data(config),
         "checkpoints": _checkpoints(config),
         "flags": " ".join(flags) or "defaults",
@@ -106,21 +107,31 @@ def given(config: RunConfig) -> RunConfig:
 
 
 def keep_config(config: RunConfig, folder: str) -> str:
-    """Write the whole configuration to config.yaml in a folder, or, where other ones are there
-    already, to config-2.yaml and so on. Returns a line for the log that names the file, or says why
-    it could not be written, which ends no training."""
-    text = to_yaml(given(config))
-    for number in range(1, MOST_CONFIGS + 1):
-        path = Path(folder) / (CONFIG_FILE if number == 1 else f"config-{number}.yaml")
-        try:
-            if not path.exists():
-                with open(path, "x", encoding="utf-8") as file:
-                    file.write(text)
-            if path.read_text(encoding="utf-8") == text:
-                return f"the whole configuration is in {path}"
-        except OSError as error:
-            return f"the configuration cannot be written: {explain_os_error(error)}"
+    """Write the whole configuration to config.yaml in a folder, and a copy of DeepSpeed's file, if
+    it is used, to ds.json, or, where other ones are there already, to config-2.yaml and ds-2.json,
+    and so on. Returns a line for the log that names the files, or says why they could not be
+    written, which ends no training."""
+    texts = {CONFIG_FILE: to_yaml(given(config)).encode()}
+    try:
+        if config.deepspeed.deepspeed:
+            texts["ds.json"] = Path(config.deepspeed.deepspeed_config).read_bytes()
+        for number in range(1, MOST_CONFIGS + 1):
+            paths = {_numbered(Path(folder) / name, number): text for name, text in texts.items()}
+            if all(not path.exists() or path.read_bytes() == paths[path] for path in paths):
+                for path, text in paths.items():
+                    if not path.exists():
+                        with open(path, "xb") as file:
+                            file.write(text)
+                copied = ", a copy of DeepSpeed's file in ".join(map(str, paths))
+                return f"the whole configuration is in {copied}"
+    except OSError as error:
+        return f"the configuration cannot be written: {explain_os_error(error)}"
     return f"{folder} holds {MOST_CONFIGS} other configurations: this one is not written"
+
+
+def _numbered(path: Path, number: int) -> Path:
+    """config.yaml, config-2.yaml, ..."""
+    return path if number == 1 else path.with_stem(f"{path.stem}-{number}")
 
 
 def _model(config: RunConfig) -> str:
@@ -175,18 +186,29 @@ def _learning_rate(config: RunConfig) -> str:
     return text
 
 
-def _deepspeed(config: RunConfig) -> dict[str, str]:
-    """What DeepSpeed does, if it is used."""
+def _deepspeed(config: RunConfig, world_size: int) -> dict[str, str]:
+    """What DeepSpeed does, and what it is given, if it is used."""
     path = config.deepspeed.deepspeed_config
     if path is None:
         return {}
-    given = settings.read(path)
+    given = deepspeed_settings(config, world_size)
     text = f"ZeRO stage {settings.stage_of(given)}, as {path} says"
     if settings.offloads(given):
         text += "; optimizer on the CPU"
     if settings.offloads(given, "offload_param"):
         text += "; weights on the CPU"
-    return {"DeepSpeed": text}
+    return {"DeepSpeed": text, "its settings": json.dumps(given)}
+
+
+def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """What DeepSpeed is given, of a resolved configuration."""
+    ours = settings.owned(
+        config.optimizer,
+        config.data.micro_batch_size,
+        config.data.global_batch_size,
+        data_parallel_size(config, world_size),
+    )
+    return settings.for_engine(settings.read(config.deepspeed.deepspeed_config), ours)
 
 
 def _setting(key: str, value: Any) -> str:

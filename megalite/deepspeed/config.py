@@ -13,5 +13,5 @@ class DeepSpeedConfig:
     deepspeed: Annotated[bool, Field(changes_numbers=False)] = False
     """Let DeepSpeed (ZeRO stages 1 to 3, offload) sum gradients and update weights. Needs
     --deepspeed-config and pip install 'megalite[deepspeed]'."""
-    deepspeed_config: Annotated[str | None, Field(changes_numbers=False, example="ds.json")] = None
+    deepspeed_config: Annotated[str | None, Field(example="ds.json")] = None
     """DeepSpeed's JSON file. It says how ZeRO works; what flags say, it may leave out or repeat."""

@@ -5,15 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 import torch
 
 from megalite import __version__
-from megalite.config.rules.finding import data_parallel_size
 from megalite.config.run import RunConfig, to_flat
-from megalite.deepspeed import settings as deepspeed_settings
+from megalite.config.summary import deepspeed_settings
 from megalite.deepspeed.optimizer import DeepSpeedOptimizer
+from megalite.deepspeed.settings import flattened
 from megalite.kernels import native
 from megalite.models.bert import Bert
 from megalite.models.gpt import GPT
@@ -70,7 +69,8 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
         **to_flat(config),
     }
     if config.deepspeed.deepspeed:
-        facts["DeepSpeed's settings"] = str(_deepspeed_settings(config, launch.world_size))
+        for path, value in flattened(deepspeed_settings(config, launch.world_size)):
+            facts[f"ds.json {path}"] = value
     minutes = parallel.distributed_timeout_minutes
     store = None
     if launch.world_size > 1:
@@ -166,7 +166,7 @@ def build_components(
             context,
             config.optimizer,
             schedule=config.schedule(),
-            settings=_deepspeed_settings(config, context.world_size),
+            settings=deepspeed_settings(config, context.world_size),
         )
         engine.run_stage = optimizer.engine
         engine.backward_of_loss = optimizer.backward
@@ -183,18 +183,6 @@ def build_components(
     if config.parallel.overlap_param_gather:
         _wait_in_forward(model, optimizer)
     return TrainingComponents(model, rng, engine, optimizer)
-
-
-def _deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """What DeepSpeed is given, of a resolved configuration."""
-    ours = deepspeed_settings.owned(
-        config.optimizer,
-        config.data.micro_batch_size,
-        config.data.global_batch_size,
-        data_parallel_size(config, world_size),
-    )
-    settings = deepspeed_settings.read(config.deepspeed.deepspeed_config)
-    return deepspeed_settings.for_engine(settings, ours)
 
 
 def _wait_in_forward(model: Stage, optimizer: Optimizer) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from megalite.config import validate
 from megalite.config.run import from_flat
-from megalite.config.summary import summary_lines
+from megalite.config.summary import deepspeed_settings, keep_config, summary_lines
 from megalite.deepspeed import settings
 from tests.config.validation import SOUND, assert_one_problem
 
@@ -96,7 +96,22 @@ FILES = {
     "scale": ({"fp16": {"enabled": True, "initial_scale_power": 16}}, FP16, "16 4.29497e+09 32"),
     "window": ({"fp16": {"loss_scale_window": 500}}, FP16, "500 --loss-scale-window 1000"),
     "constant": ({"fp16": {"loss_scale": 128}}, FP16, "128 no --loss-scale"),
-    "untested": ({"zero_allow_untested_optimizer": False}, {}, "untested false --optimizer adam"),
+    "power of two": (
+        {"fp16": {"initial_scale_power": 16}},
+        FP16,
+        "but the flags say 32.0 or --initial-loss-scale 65536",
+    ),
+    "quoted number": (
+        {"train_batch_size": "8"},
+        {},
+        'says "train_batch_size": "8", which must be a number without quotation marks',
+    ),
+    "true is no number": ({"gradient_clipping": True}, {}, "true, which must be a number"),
+    "untested": (
+        {"zero_allow_untested_optimizer": False},
+        {"optimizer": "lion"},
+        "untested false, but --optimizer lion needs true",
+    ),
     "optimizer": ({"optimizer": {"type": "Adam"}}, {}, "optimizer --lr"),
     "scheduler": ({"scheduler": {}}, {}, "scheduler --lr-decay-style"),
     "misspelt": ({"gradient_cliping": 1.0}, {}, "gradient_cliping passed leave"),
@@ -104,7 +119,24 @@ FILES = {
     "tensor parallel": ({"tensor_parallel": {"autotp_size": 2}}, {}, "tensor_parallel --tp"),
     "parameters' type": ({"data_types": {"param_dtype": "bf16"}}, {}, "data_types.param_dtype"),
     "no ZeRO": ({"zero_optimization": {"stage": 0}}, {}, "stage is 0 1"),
-    "no section": ({"zero_optimization": "auto"}, {}, "stage is None"),
+    "no section": ({"zero_optimization": "auto"}, {}, "no number for zero_optimization.stage"),
+    "null section": ({"zero_optimization": None}, {}, "no number for zero_optimization.stage"),
+    "stage true": ({"zero_optimization": {"stage": True}}, {}, "stage is true"),
+    "stage in quotes": ({"zero_optimization": {"stage": "2"}}, {}, 'stage is "2"'),
+    "stage left open": ({"zero_optimization": {"stage": "auto"}}, {}, "no number for stage"),
+    "bf16 as a value": ({"bf16": True}, {}, '"bf16": true must be an object: {"enabled":'),
+    "types as a value": (
+        {"data_types": "fp32"},
+        {},
+        '"fp32" must be an object {"grad_accum_dtype"',
+    ),
+    "ZeRO as a value": ({"zero_optimization": 2}, {}, "2 must be an object"),
+    "sums": ({"communication_data_type": "fp17"}, {}, '"fp17" must be one of "fp32", "bf16"'),
+    "accumulation in": ({"data_types": {"grad_accum_dtype": 1}}, {}, "grad_accum_dtype must one"),
+    "level": ({"log_level": "chatty"}, {}, '"chatty" must be one of "debug",'),
+    "times": ({"wall_clock_breakdown": "yes"}, {}, '"yes" must be true or false'),
+    "steps": ({"steps_per_print": 0}, {}, "0 must be whole number of at least 1"),
+    "names": ({"comms_logger": {"prof_ops": "all"}}, {}, '"all" must be a list of names'),
 }
 
 
@@ -125,7 +157,13 @@ ZERO = {
     "offload to NVMe": ({"offload_optimizer": {"device": "nvme"}}, "nvme cpu memory"),
     "part of an offload": ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio"),
     "weights that are whole": ({"offload_param": {"device": "cpu"}}, "offload_param stage 2 3"),
-    "gathered on save": ({"stage3_gather_16bit_weights_on_model_save": True}, "shards"),
+    "size in words": ({"reduce_bucket_size": "big"}, 'reduce_bucket_size": "big" must whole'),
+    "negative size": ({"reduce_bucket_size": -5}, "-5 must be a whole number of at least 1"),
+    "true size": ({"sub_group_size": True}, "true must be a whole number of at least 0"),
+    "half a weight": ({"stage3_max_live_parameters": 0.5}, "0.5 must be a whole number"),
+    "overlap in words": ({"overlap_comm": "yes"}, 'overlap_comm": "yes" must be true or false'),
+    "offload in a word": ({"offload_optimizer": "cpu"}, '"cpu" must be an object {"device":'),
+    "pinned": ({"offload_optimizer": {"device": "cpu", "pin_memory": 1}}, "1 must be true"),
     "quantized": ({"zero_quantized_weights": True}, "zero_quantized_weights passed"),
 }
 
@@ -139,12 +177,109 @@ def test_what_the_section_of_zero_must_not_say(case):
         assert word in problem.message + problem.fix, problem
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"bf16": {}, "bf16": {}}'])
+UNREADABLE = {
+    # contents: words of the problem
+    "{": "Expecting property name",
+    "[]": "has no JSON object",
+    '{"bf16": {}, "bf16": {}}': '"bf16" is given twice',
+    "": "ds.json is empty",
+    '{"bf16": {}, // ours': "JSON has no comments: line 1",
+    '{"gradient_clipping": NaN}': "JSON has no NaN",
+}
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
 def test_a_file_that_is_no_object(text):
     with open("ds.json", "w", encoding="utf-8") as file:
         file.write(text)
     (problem,) = validate.check(from_flat(USED), 1)
-    assert "ds.json" in problem.message and "--deepspeed-config" in problem.message
+    assert "--deepspeed-config ds.json" in problem.message
+    assert UNREADABLE[text] in problem.message
+
+
+def test_a_file_that_cannot_be_opened(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name, words in (("no.json", "No such file"), ("folder", "Is a directory")):
+        (problem,) = validate.check(from_flat(USED | {"deepspeed_config": name}), 1)
+        assert problem.message.startswith(f"--deepspeed-config {name}: {words}"), problem
+        assert "Errno" not in problem.message and problem.message.count(name) == 1
+
+
+def test_a_byte_order_mark_is_no_text():
+    with open("ds.json", "w", encoding="utf-8-sig") as file:
+        json.dump({"zero_optimization": {"stage": 2}}, file)
+    assert validate.check(from_flat(USED), 1) == []
+
+
+def test_wrong_values_are_reported_all_at_once():
+    write({"log_level": "chatty", "bf16": True, "gradient_clipping": "1"}, overlap_comm="yes")
+    assert len(validate.check(from_flat(USED), 1)) == 4
+
+
+def test_the_loss_scale_of_a_shared_file_matters_in_fp16_alone():
+    scale = {"loss_scale": 0, "initial_scale_power": 16, "hysteresis": 9, "min_loss_scale": 4}
+    for enabled in ("auto", False):
+        write({"fp16": {"enabled": enabled, "loss_scale_window": "auto", **scale}})
+        for flags in ({}, {"bf16": True}):
+            assert validate.check(from_flat(USED | flags), 1) == []
+            assert given(USED | flags)["fp16"] == {"enabled": False}
+    write({"fp16": {"enabled": "auto", **scale}})
+    problems = validate.check(from_flat(USED | FP16), 1)
+    offers = [problem.fix.rpartition(", or ")[2] for problem in problems]
+    assert offers == ["--initial-loss-scale 65536", "--hysteresis 9", "--min-loss-scale 4"]
+    write({"fp16": {"loss_scale": 128, "initial_scale_power": 1e9}})
+    constant, first = validate.check(from_flat(USED | FP16), 1)
+    assert constant.fix.endswith("or --loss-scale 128") and first.fix.endswith("in ds.json")
+
+
+def given(flat: dict) -> dict:
+    return deepspeed_settings(validate.resolve(from_flat(flat), 1), 1)
+
+
+def test_what_has_no_effect_or_is_null_is_left_out():
+    plain = given(USED)
+    write(
+        {"bf16": None, "fp16": None, "data_types": None, "log_level": None},
+        offload_optimizer=None,
+        offload_param=None,
+        overlap_comm=None,
+        stage3_gather_16bit_weights_on_model_save=True,
+    )
+    assert validate.check(from_flat(USED), 1) == []
+    assert given(USED) == plain
+
+
+def test_sizes_may_have_an_exponent():
+    write({}, reduce_bucket_size=5e8, allgather_bucket_size=2e8, sub_group_size=1e9)
+    assert validate.check(from_flat(USED), 1) == []
+
+
+def test_fp16_on_a_cpu_is_mended_as_it_was_typed():
+    for flags, offer in (
+        ({"fp16": True}, "--bf16 in place of --fp16"),
+        ({"precision": "fp16"}, "--precision bf16 in place of --precision fp16"),
+    ):
+        (problem,) = validate.check(from_flat(USED | flags | {"device": "cpu"}), 1)
+        assert problem.fix.startswith(offer)
+
+
+def test_a_copy_of_the_file_is_kept_with_the_configuration(tmp_path):
+    save = tmp_path / "save"
+    save.mkdir()
+    config = validate.resolve(from_flat(USED), 1)
+    for stage, end in ((2, ""), (2, ""), (3, "-2"), (2, "")):
+        write({}, stage=stage)
+        line = keep_config(config, str(save))
+        assert f"{save}/config{end}.yaml" in line and line.endswith(f"{save}/ds{end}.json")
+    names = ["config-2.yaml", "config.yaml", "ds-2.json", "ds.json"]
+    assert sorted(path.name for path in save.iterdir()) == names
+    assert '"stage": 3' in (save / "ds-2.json").read_text()
+    assert '"stage": 2' in (save / "ds.json").read_text()
+
+
+def test_settings_are_facts_of_their_own():
+    facts = dict(settings.flattened(given(USED)))
+    assert facts["zero_optimization.stage"] == 2 and facts["train_batch_size"] == 1
 
 
 def test_a_fix_takes_the_files_value():
@@ -203,6 +338,7 @@ def test_the_summary_says_what_is_offloaded_and_how_much_memory_stays():
         lines = summary_lines(validate.resolve(from_flat(USED), 4), 4)
         text = "\n".join(lines)
         assert f"ZeRO stage {stage}" in text
+        assert f'"stage": {stage}' in " ".join(text.split())
         assert ("optimizer on the CPU" in text) == bool(zero)
         return float(text.split("fullest: ")[1].split()[0])
 

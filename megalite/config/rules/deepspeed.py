@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
+from typing import Any
 
 from megalite.config.rules.finding import Finding, Rule, data_parallel_size, global_batch
 from megalite.config.run import RunConfig, options, to_flat
@@ -73,7 +74,6 @@ def deepspeed_has_precision(config: RunConfig, world_size: int) -> Iterator[Find
     if not config.deepspeed.deepspeed:
         return
     precision = config.optimizer.chosen_precision
-    short = {"bf16": False, "fp16": False}
     if precision == "fp64":
         yield Finding(
             "--precision fp64 does not work with --deepspeed, which updates weights in fp32",
@@ -81,10 +81,12 @@ def deepspeed_has_precision(config: RunConfig, world_size: int) -> Iterator[Find
             OFF,
         )
     if precision == "fp16" and config.parallel.device == "cpu":
+        flag = "--fp16" if config.optimizer.fp16 else "--precision fp16"
+        other = flag.replace("fp16", "bf16")
         yield Finding(
-            "--precision fp16 does not work with --deepspeed on --device cpu: DeepSpeed has fp16 "
-            "on GPUs only",
-            {"precision": "bf16", **short},
+            f"{flag} does not work with --deepspeed on --device cpu: DeepSpeed has fp16 on GPUs "
+            "only",
+            f"{other} in place of {flag}",
             {"device": "cuda"},
             also=("fp16",),
         )
@@ -134,11 +136,10 @@ def deepspeed_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
     ranks = data_parallel_size(config, world_size)
     ours = settings.owned(config.optimizer, micro, global_batch(config, world_size), ranks)
     for setting, value in settings.contradictions(document, ours):
-        shown = f'{path} says "{setting.path}": {json.dumps(value)}'
-        fixes = [f'"{setting.path}": {json.dumps(setting.value)} or "auto" in {path}']
-        if setting.key and type(value) in (int, float):
-            fixes.append({setting.key: setting.kind(value)})
-        yield Finding(f"{shown}, but the flags {setting.flags}", *fixes, also=("deepspeed_config",))
+        yield _contradiction(path, setting, value)
+    for key, value, kind in settings.wrong_values(document):
+        message = f'{given}: "{key}": {json.dumps(value)} must be {kind}'
+        yield Finding(message, "change it, or leave it out")
     for key, advice in settings.not_passed(document, ours):
         yield Finding(f'{given}: "{key}" is not passed to DeepSpeed', advice)
     for problem, advice in settings.zero_problems(document):
@@ -151,6 +152,22 @@ def deepspeed_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
             "hold the same",
             {"check_replicas": None},
         )
+
+
+def _contradiction(path: str, setting: settings.Owned, value: Any) -> Finding:
+    """A value of the file that is not what the flags make it."""
+    shown = f'{path} says "{setting.path}": {json.dumps(value)}'
+    fixes = [f'{settings.as_json(setting.path, setting.value)} or "auto" in {path}']
+    message = f"{shown}, but the flags say {setting.flags}"
+    if not setting.kind.accepts(value):
+        message = f"{shown}, which must be {setting.kind.text}"
+        if isinstance(value, str):
+            message += " without quotation marks"
+    elif isinstance(setting.value, bool) and "." not in setting.path:
+        message = f"{shown}, but {setting.flags} needs {json.dumps(setting.value)}"
+    elif change := setting.change(value):
+        fixes.append(change)
+    return Finding(message, *fixes, also=("deepspeed_config",))
 
 
 DEEPSPEED_RULES: tuple[Rule, ...] = (
