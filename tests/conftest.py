@@ -1,6 +1,7 @@
 """What all tests share: one thread per process, a pool of ranks, the cheapest files first."""
 
 import os
+import signal
 from contextlib import closing
 
 os.environ["OMP_NUM_THREADS"] = (
@@ -11,6 +12,8 @@ os.environ["WANDB_MODE"] = "offline"
 import pytest
 
 pytest.register_assert_rewrite("tests.checks")
+# Under nohup, processes that tests start would ignore a closed terminal, too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -158,7 +158,10 @@ def test_a_closed_terminal_saves_and_stops(tmp_path):
     while b"iteration      3/100000" not in said:
         said += os.read(terminal, 1 << 16)
     os.close(terminal)
-    assert run.wait(timeout=120) == 0
+    try:
+        assert run.wait(timeout=120) == 0
+    finally:
+        run.kill()
     assert latest_iteration(tmp_path / "saved") >= 3
 
 

@@ -484,7 +484,9 @@ def test_ranks_that_were_not_started_alike_are_named():
         r"pretrain_gpt\.py: rank 0: ranks were not started alike; "
         r"rank\(s\) 1 on \S+: lr 0\.2 \(rank 0: 0\.1\); min_lr 0\.02 \(rank 0: 0\.01\)\n"
     )
-    assert re.fullmatch(said, ended[0][1]) and ended[1][1] == "", ended
+    # On a machine that is busy, rank 1 says after some seconds that it waits for rank 0.
+    waits = r"(rank 1 waits for \S+: connection refused\n)?"
+    assert re.fullmatch(said, ended[0][1]) and re.fullmatch(waits, ended[1][1]), ended
 
 
 def test_a_run_without_stderr_is_watched_too(tmp_path):
