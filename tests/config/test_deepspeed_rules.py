@@ -254,7 +254,7 @@ def test_sizes_may_have_an_exponent():
     assert validate.check(from_flat(USED), 1) == []
 
 
-def test_fp16_on_a_cpu_is_mended_as_it_was_typed():
+def test_fp16_on_a_cpu_is_repaired_by_the_flag_that_was_typed():
     for flags, offer in (
         ({"fp16": True}, "--bf16 in place of --fp16"),
         ({"precision": "fp16"}, "--precision bf16 in place of --precision fp16"),

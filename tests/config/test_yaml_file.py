@@ -207,6 +207,6 @@ def test_an_alias_that_would_grow_without_end_is_not_followed():
         ("num_layers:\t2\n\tlr: 3", "spaces, not tabs"),
     ],
 )
-def test_a_file_of_another_form_hears_how_to_write_it(tmp_path, text, fix):
+def test_the_fix_says_how_to_write_a_file_of_another_form(tmp_path, text, fix):
     (message,) = problems_of("--config", write(tmp_path, text))
     assert fix in message
