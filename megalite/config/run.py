@@ -61,6 +61,17 @@ class RunConfig:
         """Sizes of the global batches of a resolved configuration."""
         return BatchSizes.from_words(self.data.global_batch_size, self.data.rampup_batch_size)
 
+    def iterations_of_samples(self, sizes: BatchSizes, since: Point = START) -> int | None:
+        """Iterations at the end of --train-samples or --train-tokens in batches of these sizes;
+        None when neither is given. since: iterations and samples that were done before."""
+        t = self.training
+        if t.train_samples is not None:
+            return sizes.iterations_within(t.train_samples, since)
+        if t.train_tokens is not None:
+            samples = -(-t.train_tokens // self.model.seq_length)
+            return sizes.iterations_within(samples - 1, since) + 1
+        return None
+
     def schedule(self, since: Point = START) -> Schedule:
         """Schedules of learning rate and weight decay of a resolved configuration. since:
         iterations and samples that were done before, maybe in batches of other sizes."""

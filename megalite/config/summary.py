@@ -7,11 +7,13 @@ from typing import Any
 from megalite.checkpoint.folder import CONFIG_FILE
 from megalite.config.estimate import estimate_stages, microbatches, model_parameters
 from megalite.config.help import wrapped
+from megalite.config.rules.deepspeed import deepspeed_settings
 from megalite.config.rules.finding import data_parallel_size
 from megalite.config.run import RunConfig, options, with_values
 from megalite.config.validate import chosen, fill_in
 from megalite.config.yaml_file import to_yaml
 from megalite.deepspeed import settings
+from megalite.parallel.config import OF_DATA_RANKS
 from megalite.system.errors import explain_os_error, scaled
 
 LABEL_COLUMNS = 16
@@ -20,13 +22,6 @@ MOST_WORDS = 8
 """Words of a list that is shown whole."""
 SHOWN_WORDS = 4
 """Words that are shown of a longer list."""
-OF_DATA_RANKS = (
-    "use_distributed_optimizer",
-    "overlap_grad_reduce",
-    "overlap_param_gather",
-    "ddp_bucket_size",
-)
-"""Fields of what data-parallel ranks divide and send."""
 MOST_CONFIGS = 99
 """Configurations kept in one folder."""
 
@@ -198,17 +193,6 @@ def _deepspeed(config: RunConfig, world_size: int) -> dict[str, str]:
     if settings.offloads(given, "offload_param"):
         text += "; weights on the CPU"
     return {"DeepSpeed": text, "its settings": json.dumps(given)}
-
-
-def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """What DeepSpeed is given, of a resolved configuration."""
-    ours = settings.owned(
-        config.optimizer,
-        config.data.micro_batch_size,
-        config.data.global_batch_size,
-        data_parallel_size(config, world_size),
-    )
-    return settings.for_engine(settings.read(config.deepspeed.deepspeed_config), ours)
 
 
 def _setting(key: str, value: Any) -> str:

@@ -24,10 +24,10 @@ from megalite.parallel.collectives import all_reduce
 from megalite.parallel.context import ParallelContext
 
 SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
-SPEAKING = {"log_level", "memory_breakdown", "dump_state", "wall_clock_breakdown"}
+VERBOSE = {"log_level", "memory_breakdown", "dump_state", "wall_clock_breakdown"}
 """Settings of a user who wants to read what DeepSpeed logs: otherwise only its warnings."""
 REPORTED = ("OVERFLOW! Skipping step", "ZeRO with an untested optimizer")
-"""Warnings of DeepSpeed's of what the log of the run tells, or what has been tested here."""
+"""Warnings of DeepSpeed's about what the log of the run has, or what has been tested here."""
 
 
 class Mpu:
@@ -267,7 +267,7 @@ def _summed(context: ParallelContext, gradient: torch.Tensor) -> torch.Tensor:
     return gradient
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_unreported(record: logging.LogRecord) -> bool:
     """Whether a warning of DeepSpeed's says what the run does not report itself."""
     message = record.getMessage()
     return not any(text in message for text in REPORTED)
@@ -286,10 +286,10 @@ def _engine(
     # It calls torch's collectives by names that torch 2.13 warns of.
     renamed = r"`torch\.distributed\.\w+` is deprecated"
     warnings.filterwarnings("ignore", renamed, category=FutureWarning)
-    is_quiet = not any(settings.get(name) for name in SPEAKING)
+    is_quiet = not any(settings.get(name) for name in VERBOSE)
     if is_quiet:
         deepspeed.utils.logger.setLevel(logging.WARNING)
-        deepspeed.utils.logger.addFilter(_is_news)
+        deepspeed.utils.logger.addFilter(_is_unreported)
     # Only inference uses this operator. Building it takes minutes, behind a lock that outlives a
     # build that was killed.
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OPERATOR] = False

@@ -307,7 +307,7 @@ def not_passed(settings: dict[str, Any], ours: list[Owned]) -> Iterator[tuple[st
         known = {*owned_paths, *PASSED}
         if key in SECTIONS:
             if not isinstance(value, dict):
-                continue  # `wrong_values` tells
+                continue  # `wrong_values` reports it
             paths = {name: f"{key}.{name}" for name in value}
             inner = (*PASSED.get(key, ()), *WITHOUT_EFFECT.get(key, ()))
             if key == ZERO:
@@ -322,7 +322,7 @@ def zero_problems(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(what is wrong, what to do) with the section of ZeRO."""
     section = settings.get(ZERO, {})
     if not isinstance(section, dict):
-        return  # `wrong_values` tells
+        return  # `wrong_values` reports it
     stage = section.get("stage")
     if type(stage) is not int or stage not in (1, 2, 3):
         shown = f"{ZERO}.stage is {json.dumps(stage)}"

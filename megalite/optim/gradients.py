@@ -48,6 +48,10 @@ class GradientBuffer:
             parameters, self.shard_index
         )
         """(start, stop) of each parameter's flattened elements that this rank updates."""
+        position = context.shard_coordinates if self.sharded else context.coordinates
+        self.counted = [n for n in self.ranges if parameters[n].spec.is_primary(position)]
+        """Parameters of which this rank has the one copy that counts in sums over the model. Data
+        ranks of a sharded buffer have no copies, but different shards."""
         dtypes = {parameter.dtype for parameter in parameters.values()}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.flat = torch.zeros(self.layout.total, dtype=dtype, device=context.device)
@@ -85,15 +89,6 @@ class GradientBuffer:
             return tensor
         start, stop = self.ranges[name]
         return tensor.view(-1)[start:stop]
-
-    def is_counted(self, name: str) -> bool:
-        """Whether what this rank updates of a parameter is the one copy that sums over the model
-        count, and that checkpoints store. Data ranks of a sharded buffer have no copies, but
-        different shards."""
-        position = self.context.coordinates
-        if self.sharded:
-            position = position | {"data": 0}
-        return self.parameters[name].spec.is_primary(position)
 
     def held(self) -> Iterator[tuple[str, Box, torch.Tensor]]:
         """(parameter, box of its global tensor, view of its gradient) for all that this rank has
@@ -176,9 +171,8 @@ class GradientBuffer:
         every rank. Rows of vocabulary padding add nothing: no token reads them and their logits
         are left out of the loss, so their gradients are 0."""
         squares = torch.zeros((), dtype=torch.float64, device=self.flat.device)
-        for name in self.ranges:
-            if self.is_counted(name):
-                squares += torch.linalg.vector_norm(self.updated_gradient(name)).double() ** 2
+        for name in self.counted:
+            squares += torch.linalg.vector_norm(self.updated_gradient(name)).double() ** 2
         all_reduce(squares, self.context.world)
         return squares.sqrt().item()
 

@@ -83,8 +83,9 @@ class Statistics:
         index = {layer: i for i, layer in enumerate(self.layers)}
         device = gradients.flat.device
         totals = torch.zeros(len(index), dtype=torch.float64, device=device)
+        counted = set(gradients.counted)
         for name, values in held:
-            if gradients.is_counted(name):
+            if name in counted:
                 totals[index[_layer(name)]] += measure(values)
         all_reduce(totals, gradients.context.world)
         return dict(zip(self.layers, totals.tolist()))

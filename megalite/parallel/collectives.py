@@ -68,8 +68,8 @@ DONE = _Done()
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 EXCHANGED_BYTES = 4 * 2**20
-"""Up to this size two ranks on gloo sum a tensor faster by sending it to each other whole: 1.3 to
-1.6 times as fast as its all-reduce. Above, new memory for what arrives costs more."""
+"""Up to this size two ranks on gloo sum a tensor by sending it to each other whole, which is faster
+than its all-reduce up to about 2 MiB, and as fast at 4 (benchmarks/collectives.py)."""
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -121,19 +121,19 @@ def all_reduce(tensor: torch.Tensor, group: Group, op: str = "sum", async_op: bo
     return _post("all_reduce", group, dist.all_reduce, tensor, op=_OPS[op], async_op=async_op)
 
 
-class _Adding:
-    """The handle of an all-reduce by exchange: the sum is computed when the other has arrived."""
+class _Arriving:
+    """The handle of a call whose result is computed from what has arrived."""
 
-    def __init__(self, arriving: _Pending, received: torch.Tensor, tensor: torch.Tensor):
-        self._arriving = arriving
-        self._received = received
-        self._tensor = tensor
+    def __init__(self, pending: _Pending, finish: Callable[[], None]):
+        self._pending = pending
+        self._finish: Callable[[], None] | None = finish
 
     def wait(self) -> None:
-        """Block until the tensor holds the sum."""
-        self._arriving.wait()
-        self._tensor.add_(self._received)
-        self._received = None
+        """Block until the result may be used."""
+        if self._finish is not None:
+            self._pending.wait()
+            self._finish()
+            self._finish = None  # and what it holds
 
 
 def _exchange_sum(tensor: torch.Tensor, group: Group):
@@ -150,7 +150,7 @@ def _exchange_sum(tensor: torch.Tensor, group: Group):
         dist.all_to_all_single, input_split_sizes=lengths, output_split_sizes=lengths
     )
     arriving = _post("all_reduce", group, exchange, received, tensor, async_op=True)
-    return _Adding(arriving, received, tensor)
+    return _Arriving(arriving, lambda: tensor.add_(received))
 
 
 def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
@@ -166,35 +166,25 @@ def all_gather(tensor: torch.Tensor, group: Group, async_op: bool = False):
     return (out, handle) if async_op else out
 
 
-class _Summing:
-    """The handle of a reduce-scatter by all-to-all: the sum is computed when all have arrived."""
-
-    def __init__(self, arriving: _Pending, received: torch.Tensor, shard: torch.Tensor):
-        self._arriving = arriving
-        self._received = received
-        self._shard = shard
-
-    def wait(self) -> None:
-        """Block until the shard holds the sum."""
-        self._arriving.wait()
-        first, second, *others = self._received
-        torch.add(first, second, out=self._shard)
-        for other in others:
-            self._shard.add_(other)
-        self._received = None
-
-
 def _sum_shards(tensor: torch.Tensor, shard: torch.Tensor, group: Group):
     """Sum a tensor over the ranks into `shard`, as this rank's part of dim 0. Returns a handle.
 
-    gloo's own reduce-scatter takes 1.5 to 3 times as long as an all-to-all and a sum, which is also
-    in the order of the ranks.
+    gloo's own reduce-scatter takes longer than an all-to-all and a sum, which is also in the order
+    of the ranks (benchmarks/collectives.py).
     """
     if not group.on_gloo:
         return _post("reduce_scatter", group, _REDUCE_SCATTER, shard, tensor, async_op=True)
     received = torch.empty_like(tensor)
     post = partial(_post, "all_to_all", group, dist.all_to_all_single, async_op=True)
-    return _Summing(post(received, tensor), received.view(group.size, *shard.shape), shard)
+    arriving = post(received, tensor)
+
+    def add_up() -> None:
+        first, second, *others = received.view(group.size, *shard.shape)
+        torch.add(first, second, out=shard)
+        for other in others:
+            shard.add_(other)
+
+    return _Arriving(arriving, add_up)
 
 
 def reduce_scatter(tensor: torch.Tensor, group: Group, async_op: bool = False):

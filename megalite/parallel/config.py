@@ -5,6 +5,14 @@ from typing import Annotated, Literal
 
 from megalite.fields import Field
 
+OF_DATA_RANKS = (
+    "use_distributed_optimizer",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "ddp_bucket_size",
+)
+"""Fields of what the optimizer divides over the data-parallel ranks and sends between them."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig:

@@ -161,8 +161,7 @@ class ParallelContext:
         store: what `meet` returned, if it was called before. more_groups: sets of axes beside
         NEEDED_GROUPS. groups_of_one: whether a library needs torch's groups also where one rank is
         alone: `alone`, and the default group of a world of one rank. Raises ValueError when the
-        layout's
-        world size is not the launcher's, RendezvousError when ranks do not meet.
+        layout's world size is not the launcher's, RendezvousError when ranks do not meet.
         """
         if layout.world_size != launch.world_size:
             raise ValueError(
@@ -235,6 +234,12 @@ class ParallelContext:
     def coordinates(self) -> dict[str, int]:
         """This rank's position along every axis."""
         return self.layout.coordinates(self.rank)
+
+    @property
+    def shard_coordinates(self) -> dict[str, int]:
+        """Coordinates of what data ranks hold different shards of: of the first of them, since they
+        have one copy together."""
+        return self.coordinates | {"data": 0}
 
     def group(self, *axes: str) -> Group:
         """The ranks that differ from this one along these axes only.

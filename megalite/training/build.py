@@ -9,8 +9,8 @@ from functools import partial
 import torch
 
 from megalite import __version__
+from megalite.config.rules.deepspeed import deepspeed_settings
 from megalite.config.run import RunConfig, to_flat
-from megalite.config.summary import deepspeed_settings
 from megalite.deepspeed.optimizer import DeepSpeedOptimizer
 from megalite.deepspeed.settings import flattened
 from megalite.kernels import native

@@ -52,9 +52,9 @@ def _written_shards(parts: TrainingComponents) -> Iterator[Shard]:
     """The shards of model and optimizer that this rank writes: each is written once, by its primary
     owner."""
     parameters = parts.model.parameters_by_name
-    position = parts.model.context.coordinates
-    # Data ranks hold different shards of what is sharded.
-    of_shards = position | {"data": 0}
+    context = parts.model.context
+    position = context.coordinates
+    of_shards = context.shard_coordinates
     of_weights = of_shards if parts.optimizer.shards_weights else position
     for name, tensor, elements in parts.optimizer.weights():
         if parameters[name].spec.is_primary(of_weights):
@@ -226,16 +226,12 @@ def _continue_batches(
     sizes = config.batch_sizes
     if progress.consumed_samples == sizes.consumed_after(progress.iteration):
         return
-    training = config.training
-    iterations = None
-    if training.train_samples is not None:
-        given = f"--train-samples {training.train_samples}"
-        iterations = sizes.iterations_within(training.train_samples, done)
-    elif training.train_tokens is not None:
-        given = f"--train-tokens {training.train_tokens}"
-        samples = -(-training.train_tokens // config.model.seq_length)
-        iterations = sizes.iterations_within(samples - 1, done) + 1
+    iterations = config.iterations_of_samples(sizes, since=done)
     if iterations is not None:
+        training = config.training
+        given = f"--train-samples {training.train_samples}"
+        if training.train_samples is None:
+            given = f"--train-tokens {training.train_tokens}"
         raise CheckpointError(
             f"{checkpoint.folder} has used {progress.consumed_samples} samples in "
             f"{progress.iteration} iterations, not in the global batches of this run, so {given} "

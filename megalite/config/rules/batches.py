@@ -13,7 +13,6 @@ from megalite.config.rules.finding import (
     example_of,
     flag_of,
     global_batch,
-    iterations_of_samples,
     multiples,
 )
 from megalite.config.run import RunConfig, with_values
@@ -116,7 +115,7 @@ def length_is_known(config: RunConfig, world_size: int) -> Iterator[Finding]:
             {"train_samples": None},
         )
         return
-    steps = iterations_of_samples(config, world_size)
+    steps = config.iterations_of_samples(sizes)
     if steps is None:
         return
     key = "train_tokens" if t.train_samples is None else "train_samples"

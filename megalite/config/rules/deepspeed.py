@@ -13,23 +13,17 @@ from megalite.config.rules.finding import Finding, Rule, data_parallel_size, glo
 from megalite.config.run import RunConfig, options, to_flat
 from megalite.deepspeed import settings
 from megalite.optim.treatment import parse_group
+from megalite.parallel.config import OF_DATA_RANKS
 
 OFF = "train without DeepSpeed"
 NOT_WITH_DEEPSPEED = {
     "log_params_norm": "DeepSpeed has no such number",
     "log_num_zeros_in_grad": "DeepSpeed does not hand out gradients",
     "log_norms_per_layer": "DeepSpeed does not hand out gradients",
-    "skip_grad_norm_above": "DeepSpeed tells the norm after it has changed the weights",
+    "skip_grad_norm_above": "DeepSpeed gives the norm after it has changed the weights",
     "log_communication": "the calls of DeepSpeed are not counted",
 }
 """Flags that DeepSpeed cannot follow, and why."""
-OWN_SHARDING = (
-    "use_distributed_optimizer",
-    "overlap_grad_reduce",
-    "overlap_param_gather",
-    "ddp_bucket_size",
-)
-"""Flags of the optimizer that DeepSpeed replaces."""
 
 
 def deepspeed_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -61,7 +55,7 @@ def deepspeed_is_alone(config: RunConfig, world_size: int) -> Iterator[Finding]:
             {"pipeline_model_parallel_size": 1},
             OFF,
         )
-    for key in OWN_SHARDING:
+    for key in OF_DATA_RANKS:
         value = getattr(p, key)
         if value:
             shown = options()[key].setting(value)
@@ -120,6 +114,22 @@ def deepspeed_has_gradients(config: RunConfig, world_size: int) -> Iterator[Find
                 )
 
 
+def _owned(config: RunConfig, world_size: int) -> list[settings.Owned]:
+    """DeepSpeed's settings that follow from flags."""
+    return settings.owned(
+        config.optimizer,
+        config.data.micro_batch_size,
+        global_batch(config, world_size),
+        data_parallel_size(config, world_size),
+    )
+
+
+def deepspeed_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """What DeepSpeed is given, of a sound configuration."""
+    document = settings.read(config.deepspeed.deepspeed_config)
+    return settings.for_engine(document, _owned(config, world_size))
+
+
 def deepspeed_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """The file can be read, says only what is passed on, and does not contradict the flags."""
     d = config.deepspeed
@@ -132,9 +142,7 @@ def deepspeed_agrees(config: RunConfig, world_size: int) -> Iterator[Finding]:
     except settings.SettingsError as error:
         yield Finding(f"--deepspeed-config {error}", "a JSON file as in examples/deepspeed", OFF)
         return
-    micro = config.data.micro_batch_size
-    ranks = data_parallel_size(config, world_size)
-    ours = settings.owned(config.optimizer, micro, global_batch(config, world_size), ranks)
+    ours = _owned(config, world_size)
     for setting, value in settings.contradictions(document, ours):
         yield _contradiction(path, setting, value)
     for key, value, kind in settings.wrong_values(document):

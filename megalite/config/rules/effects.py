@@ -5,11 +5,11 @@ from contextlib import suppress
 from typing import Any
 
 from megalite.config.options import options_of
-from megalite.config.rules.finding import Finding, example_of, wanted_splits
+from megalite.config.rules.finding import Finding, example_of, parameter_names, wanted_splits
 from megalite.config.run import RunConfig, keys_where, options, to_flat
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
-from megalite.models.shapes import decays, stage_shapes
+from megalite.models.shapes import decays
 from megalite.optim.config import OptimizerConfig
 from megalite.optim.treatment import treatment_of
 
@@ -147,10 +147,9 @@ def _frozen(config: RunConfig) -> Iterator[Idle]:
     o = config.optimizer
     if o.parameter_groups is None:
         return
-    shapes = stage_shapes(config.model, config.head_cost, range(config.model.num_layers), rows=1)
     treatments = []
     with suppress(ValueError):  # parameter_groups_match says it
-        treatments = [treatment_of(name, decays(name), o) for name in shapes]
+        treatments = [treatment_of(name, decays(name), o) for name in parameter_names(config)]
     trained = [treatment for treatment in treatments if not treatment.frozen]
     if not trained:  # parameter_groups_match says it
         return

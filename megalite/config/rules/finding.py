@@ -10,6 +10,7 @@ from typing import Any
 
 from megalite.config.run import RunConfig, options
 from megalite.data.batch_sizes import BatchSizes
+from megalite.models.shapes import stage_shapes
 from megalite.optim.schedule import Schedule
 
 
@@ -99,19 +100,8 @@ def batch_sizes(config: RunConfig, world_size: int) -> BatchSizes:
 
 def iterations(config: RunConfig, world_size: int) -> int | None:
     """Iterations to train for, from samples or tokens if need be; None when no length is given."""
-    return config.training.train_iters or iterations_of_samples(config, world_size)
-
-
-def iterations_of_samples(config: RunConfig, world_size: int) -> int | None:
-    """Iterations that --train-samples or --train-tokens make; None when neither is given."""
-    t = config.training
     sizes = batch_sizes(config, world_size)
-    if t.train_samples is not None:
-        return sizes.iterations_within(t.train_samples)
-    if t.train_tokens is not None:
-        samples = -(-t.train_tokens // config.model.seq_length)
-        return sizes.iterations_within(samples - 1) + 1
-    return None
+    return config.training.train_iters or config.iterations_of_samples(sizes)
 
 
 def schedule(config: RunConfig, world_size: int) -> Schedule:
@@ -119,6 +109,12 @@ def schedule(config: RunConfig, world_size: int) -> Schedule:
     steps = iterations(config, world_size) or 0
     samples = batch_sizes(config, world_size).consumed_after(steps)
     return Schedule.of_run(config.optimizer, iterations=steps, samples=samples)
+
+
+def parameter_names(config: RunConfig) -> list[str]:
+    """Names of all parameters of the model."""
+    layers = range(config.model.num_layers)
+    return list(stage_shapes(config.model, config.head_cost, layers, rows=1))
 
 
 def wanted_splits(config: RunConfig) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from megalite.config.rules.finding import (
     example_of,
     flag_of,
     global_batch,
+    parameter_names,
     schedule,
     wanted_splits,
     without_evaluation,
@@ -21,7 +22,7 @@ from megalite.config.run import RunConfig, options, to_flat
 from megalite.data.gpt import parse_split
 from megalite.data.indexed import DatasetError
 from megalite.data.sources import parse_sources
-from megalite.models.shapes import decays, stage_shapes
+from megalite.models.shapes import decays
 from megalite.optim.config import EXAMPLE_GROUPS
 from megalite.optim.treatment import parse_group, treatment_of
 from megalite.pipeline.partition import layers_of_stages
@@ -188,12 +189,10 @@ def schedules_are_whole(config: RunConfig, world_size: int) -> Iterator[Finding]
 def parameter_groups_match(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """Each of --parameter-groups can be read, and its pattern matches a parameter; some parameter
     is trained."""
-    model = config.model
-    texts = config.optimizer.parameter_groups or ()
-    names = []
-    if texts:
-        shapes = stage_shapes(model, config.head_cost, range(model.num_layers), rows=1)
-        names = list(shapes)
+    texts = config.optimizer.parameter_groups
+    if texts is None:
+        return
+    names = parameter_names(config)
     groups = []
     for text in texts:
         where = f"--parameter-groups {text!r}"
@@ -208,7 +207,7 @@ def parameter_groups_match(config: RunConfig, world_size: int) -> Iterator[Findi
             fix = f"a pattern such as {_similar_pattern(pattern, names)}"
             message = f"{where}: the model has no parameter whose name matches {pattern}"
             yield Finding(message, fix, also=("num_layers",))
-    if len(groups) == len(texts) > 0:
+    if len(groups) == len(texts):
         treatments = [treatment_of(name, decays(name), config.optimizer) for name in names]
         if all(treatment.frozen for treatment in treatments):
             message = "--parameter-groups freezes every parameter: nothing is left to train"
