@@ -25,8 +25,8 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.training import SHAPE, our_step
-from megalite.config.run import from_flat
+from benchmarks.training import Shape, layout_config, our_step
+from megalite.config.run import with_values
 from megalite.kernels.dropout import bias_dropout_add
 from megalite.kernels.philox import key_of
 from megalite.parallel.context import ParallelContext
@@ -114,10 +114,10 @@ def steps(rounds: int, layers: int) -> None:
         "step: both, global": {**dropout, "rng_scheme": "global"},
     }
     context = ParallelContext.single()
-    shape = {**SHAPE, "num_layers": layers, "global_batch_size": SHAPE["micro_batch_size"]}
+    config = layout_config("single", Shape(layers=layers), world_size=1, clip_grad=1.0)
     steps = {}
     for name, flags in sides.items():
-        steps[name], _ = our_step(from_flat({**shape, **flags}), context)
+        steps[name], _ = our_step(with_values(config, flags), context)
     in_turn(steps, rounds, repeat=1)
 
 

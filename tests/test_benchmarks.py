@@ -79,3 +79,24 @@ def test_a_rank_that_fails_is_reported_with_its_last_words():
     with compare.Contender("a peer", [sys.executable, "-c", "raise SystemExit('why')"], 2) as peer:
         with pytest.raises(compare.ContenderFailed, match=r"a peer failed:\nwhy"):
             peer.measure(1)
+
+
+def test_every_benchmark_can_be_started():
+    """In one process: each is loaded, without being run."""
+    scripts = sorted(map(str, BENCHMARKS.glob("*.py")))
+    code = (
+        "import runpy, sys\n"
+        "for path in sys.argv[1:]:\n"
+        "    runpy.run_path(path, run_name='loaded')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_sums_of_two_ranks():
+    import collectives
+
+    command = [sys.executable, collectives.__file__, "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| all-")]
+    assert done.returncode == 0 and len(rows) == len(collectives.SIZES), done.stderr
