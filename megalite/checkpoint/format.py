@@ -8,8 +8,9 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -50,6 +51,16 @@ def listing(heading: str, problems: Sequence[str], total: int | None = None) -> 
 
 
 @dataclass(frozen=True)
+class DeferredTensor:
+    """A tensor that is read when it is written, so that not all of a model is in memory at once."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+    """Gives the tensor."""
+
+
+@dataclass(frozen=True)
 class Shard:
     """A rank's shard of a global tensor. `tensor` may be any view of shape `box.shape`.
 
@@ -59,7 +70,7 @@ class Shard:
     name: str
     """Global name, the same in every layout: `layers.0.mlp.up.weight`. Without `@`, which marks
     keys in the files."""
-    tensor: torch.Tensor
+    tensor: torch.Tensor | DeferredTensor
     global_shape: tuple[int, ...]
     box: Box
 
@@ -217,7 +228,7 @@ def write_file(path: Path, chunks: Iterable) -> StoredFile:
     return StoredFile(size, digest.hexdigest())
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> StoredFile:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor | DeferredTensor]) -> StoredFile:
     """Write a safetensors file from tensors on any device, contiguous or not.
 
     Streamed here instead of `safetensors.torch.save_file`: only one tensor at a time is copied to
@@ -226,7 +237,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> StoredFile:
     """
     # Wide elements first: every tensor then begins at a multiple of its element size and can be
     # mapped in place.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     # The header: where each tensor's bytes begin and end.
     entries = {}
     end = 0
@@ -235,7 +246,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> StoredFile:
             possible = ", ".join(_DTYPE_NAMES)
             raise CheckpointError(f"{key}: {tensor.dtype} cannot be stored; possible: {possible}")
         start = end
-        end += tensor.numel() * tensor.element_size()
+        end += prod(tensor.shape) * tensor.dtype.itemsize
         dtype = SAFETENSORS_DTYPES[tensor.dtype]
         shape = list(tensor.shape)
         entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
@@ -246,9 +257,15 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> StoredFile:
     return write_file(path, itertools.chain([struct.pack("<Q", len(header)), header], contents))
 
 
-def _raw_bytes(tensor: torch.Tensor):
+def _raw_bytes(tensor: torch.Tensor | DeferredTensor):
     """The bytes of the tensor's elements in row-major order, as uint8 [n]; no copy of a contiguous
     tensor on the CPU."""
+    if isinstance(tensor, DeferredTensor):
+        wanted = (tensor.dtype, tuple(tensor.shape))
+        tensor = tensor.read()
+        found = (tensor.dtype, tuple(tensor.shape))
+        if found != wanted:
+            raise ValueError(f"a deferred tensor was announced as {wanted} and read as {found}")
     dense = tensor.detach().cpu().contiguous()
     # Not `view(-1)`: a dim of size 1 counts as contiguous whatever its stride, and a tensor with a
     # last stride other than 1 cannot be viewed as bytes.

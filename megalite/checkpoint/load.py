@@ -1,10 +1,8 @@
 """Read a checkpoint in any layout: a box is assembled from the stored shards it intersects."""
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import KeysView
 from pathlib import Path
 
 import torch
@@ -20,19 +18,18 @@ from megalite.checkpoint.folder import (
 from megalite.checkpoint.format import (
     PRIVATE_PREFIX,
     SAFETENSORS_DTYPES,
-    SHOWN_PROBLEMS,
     Index,
-    Shard,
     StoredShard,
     StoredTensor,
     listing,
     rank_file,
 )
+from megalite.checkpoint.source import TensorSource
 from megalite.parallel.boxes import Box
 from megalite.system.errors import error_message
 
 
-class Checkpoint(AbstractContextManager):
+class Checkpoint(TensorSource):
     """An open checkpoint, usable in a `with` block. Each rank may open it; nothing communicates."""
 
     def __init__(self, folder: Path, index: Index, state: dict, config_yaml: str):
@@ -66,9 +63,6 @@ class Checkpoint(AbstractContextManager):
         """Close the files; a later read opens them again."""
         self._open_files.clear()
 
-    def __exit__(self, *exception) -> None:
-        self.close()
-
     @property
     def iteration(self) -> int:
         """Iteration at which it was written."""
@@ -80,9 +74,9 @@ class Checkpoint(AbstractContextManager):
         return self._index.world_size
 
     @property
-    def names(self) -> list[str]:
+    def names(self) -> KeysView[str]:
         """Names of all stored tensors (private ones aside)."""
-        return list(self._index.tensors)
+        return self._index.tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Global shape."""
@@ -115,36 +109,6 @@ class Checkpoint(AbstractContextManager):
             raise CheckpointError(f"{where}: {share} are stored")
         return out
 
-    def check(self, shards: Iterable[Shard]) -> None:
-        """Raise one CheckpointError that lists every shard whose tensor is not stored, or is stored
-        with another global shape."""
-        missing = set()
-        problems = []
-        for shard in shards:
-            name = shard.name
-            wanted = tuple(shard.global_shape)
-            if name not in self._index.tensors:
-                missing.add(name)
-            elif self.shape(name) != wanted:
-                problems.append(f"{name}: shape {self.shape(name)} is stored, {wanted} is wanted")
-        if not missing and not problems:
-            return
-        # Finding similar names is slow: only for those that are shown.
-        shown = sorted(missing)[:SHOWN_PROBLEMS]
-        lines = [f"{name}: not stored{self._nearest(name)}" for name in shown]
-        total = len(missing) + len(problems)
-        heading = f"{self.folder} does not hold what is wanted:"
-        raise CheckpointError(listing(heading, lines + problems, total))
-
-    def read_into(self, shard: Shard) -> None:
-        """Fill the shard's tensor, converted to its dtype and device.
-
-        Raises CheckpointError when the tensor is not stored, or with another global shape.
-        """
-        self.check([shard])
-        with torch.no_grad():
-            shard.tensor.copy_(self.read(shard.name, shard.box))
-
     def private(self, rank: int, world_size: int) -> dict[str, torch.Tensor] | None:
         """The tensors that this rank alone stored; None when another number of ranks wrote the
         checkpoint."""
@@ -175,10 +139,6 @@ class Checkpoint(AbstractContextManager):
         if name not in self._index.tensors:
             raise CheckpointError(f"{self.folder}: {name} is not stored{self._nearest(name)}")
         return self._index.tensors[name]
-
-    def _nearest(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self._index.tensors, n=2)
-        return f" (nearest: {', '.join(near)})" if near else ""
 
     def _file(self, name: str):
         if name not in self._open_files:
