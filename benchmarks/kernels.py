@@ -40,7 +40,7 @@ from megalite.kernels.philox import key_of
 from megalite.kernels.rotary import rotary
 from megalite.kernels.softmax import Dropout, scaled_causal_softmax, scaled_masked_softmax
 from megalite.nn.attention import explicit_attention
-from megalite.nn.rope import rotary_table
+from megalite.nn.rope import rotary_frequencies, rotary_table
 
 KEY = key_of(1234, "dropout")
 P = 0.1
@@ -175,7 +175,7 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable, list[torch.
     padding = torch.arange(512) >= torch.tensor([512, 500, 400, 300]).view(4, 1, 1, 1)
     attention = Dropout(torch.arange(8 * 512).view(8, 512), samples[:, None, None], 0, KEY, P)
     future = torch.ones(512, 512, dtype=torch.bool).triu(1)
-    cos, sin = rotary_table(1024, 64, 1e4, dtype, "cpu")
+    cos, sin = rotary_table(1024, rotary_frequencies(64, 1e4), dtype)
     hidden = (1024, 4, 1024)
     return {
         "bias + dropout + residual": (

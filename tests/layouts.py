@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from megalite.config.run import RunConfig, from_flat
-from tests.oracle import Shape
+from tests.oracle import RopeScaling, Shape
 
 GPT2 = Shape(
     layers=4, hidden=32, heads=8, groups=8, head_size=4, ffn=128, vocab=257, seq=16, positions=16
@@ -18,6 +18,11 @@ LLAMA = replace(
     bias=False,
     tied=False,
 )
+LLAMA_31 = replace(LLAMA, head_size=6, rope_scaling=RopeScaling(factor=4.0, length=12))
+"""Of the three frequencies of a head the first is kept in part, the others are divided."""
+QWEN2 = replace(LLAMA, qkv_bias=True, tied=True)
+QWEN3 = replace(LLAMA_31, qk_norm=True)
+"""With heads whose size is not hidden / heads, as in Qwen3, and scaled RoPE, which it has not."""
 POST_NORM = {"norm_placement": "post", "gelu": "erf", "norm_epsilon": 1e-12}
 
 
@@ -158,6 +163,14 @@ LAYOUTS += [
         shape=replace(LLAMA, tied=True),
         flags=ZERO | OVERLAP,
     ),
+    # What published models add to a Llama.
+    Layout("llama 3.1 tp2 x pp2", tp=2, pp=2, shape=LLAMA_31),
+    Layout("qwen2 dp2 x tp2 x pp2 +sp", 2, 2, 2, shape=QWEN2, flags=sp(**(ZERO | OVERLAP))),
+    Layout("qwen3 dp2 x tp2", dp=2, tp=2, shape=QWEN3, flags=SELECTIVE),
+    Layout("qwen3 dp2 x tp2 x pp2 +sp", 2, 2, 2, shape=QWEN3, flags=sp(**ZERO, **FULL)),
+    Layout("packed qwen3 pp2", pp=2, shape=QWEN3, flags={**PACKED, "micro_batch_size": 2}),
+    Layout("norms of heads tp4+sp", tp=4, shape=replace(GPT2, qk_norm=True), flags=sp()),
+    Layout("bert, norms of heads tp2", tp=2, shape=as_bert(QWEN3)),
 ]
 
 GLOBAL_BATCH = 8
@@ -183,6 +196,19 @@ def product() -> list[Layout]:
     ]
 
 
+def _scaling_flags(shape: Shape) -> dict:
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return {}
+    return dict(
+        rope_scaling="llama3",
+        rope_scaling_factor=scaling.factor,
+        rope_low_freq_factor=scaling.low,
+        rope_high_freq_factor=scaling.high,
+        rope_original_max_position_embeddings=scaling.length,
+    )
+
+
 def configuration(layout: Layout, **flags) -> RunConfig:
     """The run configuration of a layout: its shape and flags, no dropout, then `flags`."""
     s = layout.shape
@@ -202,10 +228,13 @@ def configuration(layout: Layout, **flags) -> RunConfig:
             max_position_embeddings=s.positions,
             position_embedding_type=s.position_embedding_type,
             rotary_base=s.rotary_base,
+            **_scaling_flags(s),
             normalization=s.normalization,
             norm_epsilon=s.norm_epsilon,
             swiglu=s.swiglu,
             disable_bias_linear=not s.bias,
+            add_qkv_bias=s.qkv_bias,
+            qk_layernorm=s.qk_norm,
             untie_embeddings_and_output_weights=not s.tied,
             attention_dropout=0.0,
             hidden_dropout=0.0,

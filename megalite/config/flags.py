@@ -49,8 +49,13 @@ ELSEWHERE = {
         "--overlap-param-gather: the next forward hides the gather"
     ),
     "--apply-wd-to-qk-layernorm": (
-        "--parameter-groups with weight_decay: there are no norms of queries and keys"
+        "--parameter-groups 'layers.*.attention.*_norm.* weight_decay=NUMBER'"
     ),
+    "--use-rope-scaling": "--rope-scaling llama3",
+    "--use-rotary-position-embeddings": "--position-embedding-type rope",
+    "--rotary-percent": "leave it out: every component of a head is rotated",
+    "--rotary-interleaved": "leave it out: component i is rotated with i + d/2, as in Llama",
+    "--qk-l2-norm": "--qk-layernorm --normalization RMSNorm, whose weights are trained",
     "--muon-no-split-qkv": (
         "leave it out: queries, keys and values are always matrices of their own"
     ),

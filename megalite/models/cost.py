@@ -82,6 +82,8 @@ def activation_bytes(
                         dropout mask 1
         MLP        19 = input 2, input of GELU 8, input of the down projection 8, dropout mask 1
         scores      5 n s / h = output of the softmax 2, its dropout mask 1, what dropout gives 2
+
+    Norms of queries and keys keep their inputs, 4 more that are divided over the ranks.
     """
     grain = recompute.granularity
     # s b h, scaled from the formulas' 2 bytes an element.
@@ -90,9 +92,12 @@ def activation_bytes(
     scores = 0.0
     if model.attention_dropout > 0 and grain != "selective":
         scores = 5 * model.num_attention_heads * model.seq_length / model.hidden_size
+    shared = 24 + scores
+    if model.qk_layernorm:
+        shared += 4
     # Tensor parallelism alone leaves 10 of the 34 whole on every rank: inputs of norms 4, of qkv
     # and MLP 4, dropout masks 2 (equation 2). Sequence parallelism divides all (equation 4).
-    layer = (34 + scores) / tensor if sequence_parallel else 10 + (24 + scores) / tensor
+    layer = (10 + shared) / tensor if sequence_parallel else 10 + shared / tensor
     if grain != "full":
         return unit * layer * layers * in_flight
     group = recompute.recompute_num_layers

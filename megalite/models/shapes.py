@@ -33,12 +33,17 @@ def layer_shapes(model: ModelConfig, layer: int, tensor: int = 1) -> Shapes:
     qkv = (groups, model.num_attention_heads // model.query_groups + 2, model.head_size)
     found = {
         **_norm(model, "attention_norm"),
-        **_linear(model, "attention.qkv", qkv, h),
+        "attention.qkv.weight": (*qkv, h),
         "attention.output.weight": (h, heads * model.head_size),
         **_norm(model, "mlp_norm"),
         **_linear(model, "mlp.up", up, h),
         "mlp.down.weight": (h, f),
     }
+    if model.qkv_bias:
+        found["attention.qkv.bias"] = qkv
+    if model.qk_layernorm:
+        found |= _norm(model, "attention.query_norm", model.head_size)
+        found |= _norm(model, "attention.key_norm", model.head_size)
     if not model.disable_bias_linear:
         found |= {"attention.output.bias": (h,), "mlp.down.bias": (h,)}
     return {f"layers.{layer}.{name}": shape for name, shape in found.items()}
@@ -91,10 +96,12 @@ def stage_shapes(
     return found
 
 
-def _norm(model: ModelConfig, name: str) -> Shapes:
-    found = {f"{name}.weight": (model.hidden_size,)}
+def _norm(model: ModelConfig, name: str, size: int | None = None) -> Shapes:
+    """Of a norm over h, unless over another size."""
+    shape = (size or model.hidden_size,)
+    found = {f"{name}.weight": shape}
     if model.normalization == "LayerNorm":
-        found[f"{name}.bias"] = (model.hidden_size,)
+        found[f"{name}.bias"] = shape
     return found
 
 

@@ -14,7 +14,7 @@ from megalite.nn.init import initialize
 from megalite.nn.norm import Norm
 from megalite.nn.parameter import name_parameters
 from megalite.nn.recompute import recompute
-from megalite.nn.rope import RotaryTable, rotary_table, table_at
+from megalite.nn.rope import RotaryTable, model_frequencies, rotary_table, table_at
 from megalite.nn.settings import LayerSettings
 
 
@@ -156,9 +156,8 @@ class Stage(nn.Module):
         if model.position_embedding_type != "rope":
             return None
         if self._rotary_table is None or self._rotary_table[0].shape[0] != length:
-            device = self.context.device
-            shape = (length, model.head_size)
-            self._rotary_table = rotary_table(*shape, model.rotary_base, self.dtype, device)
+            frequencies = model_frequencies(model, self.context.device)
+            self._rotary_table = rotary_table(length, frequencies, self.dtype)
         return self._rotary_table if positions is None else table_at(self._rotary_table, positions)
 
     def _run_layers(self, x: Tensor, rotary, mask, samples) -> Tensor:

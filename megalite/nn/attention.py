@@ -12,6 +12,7 @@ from megalite.kernels import native
 from megalite.kernels.softmax import scaled_causal_softmax, scaled_masked_softmax, scaled_softmax
 from megalite.nn.dropout import AttentionDropout
 from megalite.nn.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.nn.norm import Norm
 from megalite.nn.recompute import recompute
 from megalite.nn.rope import RotaryTable, rotate
 from megalite.nn.settings import LayerSettings
@@ -100,7 +101,8 @@ class Attention(nn.Module):
     """qkv projection, attention core, output projection.
 
     The qkv weight [g, q + 2, d, h] has a block for each of the g key/value groups: its q query
-    heads, then its key, then its value. A rank holds whole groups, so its shard is one box.
+    heads, then its key, then its value. A rank holds whole groups, so its shard is one box. With
+    --qk-layernorm every rank holds the whole weights [d] of `query_norm` and `key_norm`.
 
     Args:
         settings: what all layers share.
@@ -120,7 +122,12 @@ class Attention(nn.Module):
         self.recompute = settings.recompute.granularity == "selective"
         # Groups come first: tensor parallelism then splits between groups, and never inside one.
         features = (model.query_groups, self.queries_per_group + 2, model.head_size)
-        self.qkv = ColumnParallelLinear(settings, model.hidden_size, features)
+        self.qkv = ColumnParallelLinear(settings, model.hidden_size, features, bias=model.qkv_bias)
+        self.query_norm = None
+        self.key_norm = None
+        if model.qk_layernorm:
+            self.query_norm = Norm(settings, of_heads=True)
+            self.key_norm = Norm(settings, of_heads=True)
         width = model.num_attention_heads * model.head_size
         self.output = RowParallelLinear(settings, width, model.hidden_size)
 
@@ -138,6 +145,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (-1, self.queries_per_group + 2, self.head_size))
         parts = qkv.split([self.queries_per_group, 1, 1], dim=-2)  # [s, b, groups here, 1 or q, d]
         q, k, v = (part.flatten(2, 3) for part in parts)
+        if self.query_norm is not None:
+            q = self.query_norm(q)
+            k = self.key_norm(k)
         if rotary is not None:
             q = rotate(q, rotary)
             k = rotate(k, rotary)

@@ -56,6 +56,21 @@ class ModelConfig:
     keys, or not."""
     rotary_base: Annotated[float, Field(above=0, defines_model=True)] = 10000.0
     """Base of the rotary frequencies (with --position-embedding-type rope)."""
+    rope_scaling: Annotated[Literal["none", "llama3"], Field(defines_model=True)] = "none"
+    """How rotary frequencies are changed for sequences longer than those that a model was first
+    trained on. llama3: as in Llama 3.1, long wavelengths are stretched, short ones kept."""
+    rope_scaling_factor: Annotated[float, Field(minimum=1, defines_model=True)] = 8.0
+    """With --rope-scaling llama3: how much longer the longest wavelengths become."""
+    rope_low_freq_factor: Annotated[float, Field(above=0, defines_model=True)] = 1.0
+    """With --rope-scaling llama3: wavelengths above --rope-original-max-position-embeddings / this
+    are stretched in full."""
+    rope_high_freq_factor: Annotated[float, Field(above=0, defines_model=True)] = 4.0
+    """With --rope-scaling llama3: wavelengths below --rope-original-max-position-embeddings / this
+    are kept. In between, the change is gradual."""
+    rope_original_max_position_embeddings: Annotated[int, Field(minimum=1, defines_model=True)] = (
+        8192
+    )
+    """With --rope-scaling llama3: the longest sequence that the model was first trained on."""
     normalization: Annotated[Literal["LayerNorm", "RMSNorm"], Field(defines_model=True)] = (
         "LayerNorm"
     )
@@ -75,6 +90,12 @@ class ModelConfig:
     """GELU by its tanh approximation (as GPT-2 and Megatron-LM) or exactly (as BERT)."""
     disable_bias_linear: Annotated[bool, Field(defines_model=True)] = False
     """No biases in the linear layers."""
+    add_qkv_bias: Annotated[bool, Field(defines_model=True)] = False
+    """Biases of queries, keys and values although --disable-bias-linear, as in Qwen2."""
+    qk_layernorm: Annotated[bool, Field(defines_model=True)] = False
+    """Normalise each head of the queries and keys, by the kind of --normalization and before RoPE,
+    with one weight for all query heads of a layer and one for its key heads (Dehghani et al.
+    2023), as in Qwen3."""
     untie_embeddings_and_output_weights: Annotated[bool, Field(defines_model=True)] = False
     """Give the output layer a weight of its own in place of the word embedding's."""
     vocab_size: Annotated[int | None, Field(minimum=1, example=8192, defines_model=True)] = None
@@ -142,6 +163,11 @@ class ModelConfig:
             num_query_groups=self.query_groups,
             max_position_embeddings=self.positions,
         )
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.add_qkv_bias or not self.disable_bias_linear
 
     @property
     def tied(self) -> bool:

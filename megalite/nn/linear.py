@@ -126,10 +126,16 @@ class ColumnParallelLinear(nn.Module):
         features: the global output shape, for example (g, q + 2, d) for a fused query, key and
             value projection.
         axis: the dim of `features` that is split.
+        bias: whether it has a bias; None: as the model's other layers.
     """
 
     def __init__(
-        self, settings: LayerSettings, in_features: int, features: tuple[int, ...], axis: int = 0
+        self,
+        settings: LayerSettings,
+        in_features: int,
+        features: tuple[int, ...],
+        axis: int = 0,
+        bias: bool | None = None,
     ):
         super().__init__()
         self.group = group = settings.tensor
@@ -143,7 +149,7 @@ class ColumnParallelLinear(nn.Module):
         std = settings.model.init_method_std
         self.weight = settings.parameter((*features, in_features), "normal", std, box=box)
         self.bias = None
-        if settings.bias:
+        if settings.bias if bias is None else bias:
             box = Box(tuple(offset), tuple(shape))
             self.bias = settings.parameter(features, "zeros", box=box)
 

@@ -16,20 +16,25 @@ class Norm(nn.Module):
     Args:
         settings: settings that all layers share.
         on_part: whether its input is this rank's shard of the sequence under sequence parallelism.
+        of_heads: whether it normalises attention heads: weight and bias are [d], and its input is
+            this rank's heads.
     """
 
-    def __init__(self, settings: LayerSettings, on_part: bool = True):
+    def __init__(self, settings: LayerSettings, on_part: bool = True, of_heads: bool = False):
         super().__init__()
-        shape = (settings.model.hidden_size,)
-        self.epsilon = settings.model.norm_epsilon
-        self.backend = settings.model.norm_backend
-        self.weight = settings.parameter(shape, "ones", on_part=on_part)
+        model = settings.model
+        shape = (model.head_size if of_heads else model.hidden_size,)
+        places = {"on_heads": True} if of_heads else {"on_part": on_part}
+        self.epsilon = model.norm_epsilon
+        self.backend = model.norm_backend
+        self.weight = settings.parameter(shape, "ones", **places)
         self.bias = None
-        if settings.model.normalization == "LayerNorm":
-            self.bias = settings.parameter(shape, "zeros", on_part=on_part)
+        if model.normalization == "LayerNorm":
+            self.bias = settings.parameter(shape, "zeros", **places)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[s, b, h] -> [s, b, h], both [s/t, b, h] under sequence parallelism."""
+        """[s, b, h] -> [s, b, h], both [s/t, b, h] under sequence parallelism; of heads [s, b, n/t,
+        d] -> [s, b, n/t, d]."""
         if self.backend == "apex" and x.is_cuda:
             return apex_norm(x, self.weight, self.bias, self.epsilon)
         if self.bias is None and self.backend == "auto":

@@ -32,7 +32,7 @@ class ParameterSpec:
     which is not sharded over "pipeline"."""
     partial: tuple[str, ...] = ()
     """Axes, beside the data axis, over which gradients must be summed, since each rank sees a part
-    of the sequence."""
+    of the sequence, or of the attention heads."""
     init: str
     """"normal", "zeros" or "ones"."""
     std: float = 0.0

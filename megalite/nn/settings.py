@@ -53,6 +53,7 @@ class LayerSettings:
         rows: int | None = None,
         tied: bool = False,
         on_part: bool = False,
+        on_heads: bool = False,
     ) -> torch.nn.Parameter:
         """A parameter of this global shape. Those that start normal get weight decay.
 
@@ -65,6 +66,8 @@ class LayerSettings:
             tied: whether first and last stage both hold it.
             on_part: whether it is applied to this rank's part of the sequence only, under sequence
                 parallelism: its gradients are then summed over the tensor-parallel ranks.
+            on_heads: whether it is applied to this rank's attention heads only: its gradients are
+                summed over the tensor-parallel ranks, always.
         """
         # Stages hold different layers, so along the pipeline only tied weights have copies.
         axes = ["pipeline"] if box is None else ["tensor", "pipeline"]
@@ -75,7 +78,7 @@ class LayerSettings:
             global_shape=shape,
             box=box,
             sharded=tuple(axes),
-            partial=("tensor",) if on_part and self.sequence_parallel else (),
+            partial=("tensor",) if on_heads or (on_part and self.sequence_parallel) else (),
             init=init,
             std=std,
             weight_decay=init == "normal",

@@ -56,6 +56,7 @@ BASE = dict(
     device="cpu",
 )
 ROPE = {"position_embedding_type": "rope"}
+SCALED_ROPE = {**ROPE, "rope_scaling": "llama3", "rope_original_max_position_embeddings": 16}
 DEEP = {"num_layers": 4, "attention_dropout": 0.1}
 FULL = {**DEEP, "recompute_granularity": "full"}
 SGD = {"optimizer": "sgd"}

@@ -42,6 +42,7 @@ from tests.config.flag_effects import (
     RESUMED,
     ROPE,
     SAVES,
+    SCALED_ROPE,
     STAGES,
     STREAMS,
     TENSORS,
@@ -93,6 +94,17 @@ FLAGS: dict[str, list[Effect]] = {
         effect("none", losses_from(1), base=ROPE),
     ],
     "rotary_base": [effect(10.0, losses_from(1), base=ROPE)],
+    "rope_scaling": [
+        effect(
+            "llama3", losses_from(1), base=ROPE, also={"rope_original_max_position_embeddings": 8}
+        )
+    ],
+    "rope_scaling_factor": [effect(2.0, losses_from(1), base=SCALED_ROPE)],
+    "rope_low_freq_factor": [effect(0.5, losses_from(1), base=SCALED_ROPE)],
+    "rope_high_freq_factor": [effect(2.0, losses_from(1), base=SCALED_ROPE)],
+    "rope_original_max_position_embeddings": [
+        effect(64, losses_from(1), base={**ROPE, "rope_scaling": "llama3"})
+    ],
     "normalization": [
         effect("RMSNorm", losses_from(1), more_parameters(-(2 * LAYERS + 1) * HIDDEN))
     ],
@@ -121,6 +133,16 @@ FLAGS: dict[str, list[Effect]] = {
     "swiglu": [dry(True, shape("layers.0.mlp.up.weight", 2, 64, 16))],
     "disable_bias_linear": [
         dry(True, leaves_out("layers.0.attention.qkv.bias"), leaves_out("layers.1.mlp.down.bias"))
+    ],
+    "add_qkv_bias": [
+        dry(True, shape("layers.0.attention.qkv.bias", 4, 3, 4), base={"disable_bias_linear": True})
+    ],
+    "qk_layernorm": [
+        dry(
+            True,
+            shape("layers.1.attention.query_norm.weight", 4),
+            shape("layers.1.attention.key_norm.bias", 4),
+        )
     ],
     "untie_embeddings_and_output_weights": [dry(True, shape("output.weight", 128, 16))],
     "vocab_size": [effect(100, losses_from(1), more_parameters((100 - VOCABULARY) * HIDDEN))],

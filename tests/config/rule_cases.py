@@ -11,6 +11,18 @@ CASES = {
         1,
         "--num-attention-heads 12 --num-query-groups 5",
     ),
+    "inverted rope scaling": (
+        dict(position_embedding_type="rope", rope_scaling="llama3", rope_low_freq_factor=4.0),
+        1,
+        "--rope-low-freq-factor 4 --rope-high-freq-factor 4",
+    ),
+    "idle rope scaling": (dict(rope_scaling="llama3"), 1, "--rope-scaling llama3 rope"),
+    "idle rope factor": (
+        dict(position_embedding_type="rope", rope_scaling_factor=32.0),
+        1,
+        "--rope-scaling-factor 32 llama3",
+    ),
+    "redundant qkv bias": (dict(add_qkv_bias=True), 1, "--add-qkv-bias --disable-bias-linear"),
     "odd rope": (dict(position_embedding_type="rope", kv_channels=63), 1, "rope 63"),
     "positions": (dict(seq_length=2048, max_position_embeddings=1024), 1, "2048 1024"),
     "heads of tp": (dict(tensor_model_parallel_size=8), 8, "--num-attention-heads 12 --tp 8"),

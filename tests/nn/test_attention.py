@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from megalite.nn.attention import attention_mask, explicit_attention
-from megalite.nn.rope import rotary_table, rotate, table_at
+from megalite.nn.config import ModelConfig
+from megalite.nn.rope import model_frequencies, rotary_frequencies, rotary_table, rotate, table_at
 
 
 def heads(count: int, seed: int, dtype=torch.float64, s: int = 7, d: int = 4) -> torch.Tensor:
@@ -103,7 +104,7 @@ def test_rotation_is_multiplication_by_a_complex_phase():
     turns = torch.arange(s).double()[:, None] * base ** (-2 * torch.arange(d // 2).double() / d)
     phase = torch.polar(torch.ones_like(turns), turns)[:, None, None]
     expected = torch.view_as_complex(torch.stack(x.chunk(2, dim=-1), dim=-1)) * phase
-    got = rotate(x, rotary_table(s, d, base, torch.float64, "cpu"))
+    got = rotate(x, rotary_table(s, rotary_frequencies(d, base), torch.float64))
     torch.testing.assert_close(got, torch.cat([expected.real, expected.imag], dim=-1))
 
 
@@ -112,7 +113,7 @@ def test_scores_of_rotated_vectors_depend_on_the_distance_only():
         torch.randn(8, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
         for i in (1, 2)
     )
-    table = rotary_table(50, 8, 10000.0, torch.float64, "cpu")
+    table = rotary_table(50, rotary_frequencies(8, 10000.0), torch.float64)
     q, k = (rotate(x.expand(50, 1, 1, 8), table).squeeze() for x in (q, k))
     scores = q @ k.t()
     for distance in (0, 1, 20):
@@ -121,7 +122,7 @@ def test_scores_of_rotated_vectors_depend_on_the_distance_only():
 
 
 def test_a_table_is_looked_up_for_each_row():
-    table = rotary_table(5, 4, 100.0, torch.float64, "cpu")
+    table = rotary_table(5, rotary_frequencies(4, 100.0), torch.float64)
     positions = torch.tensor([[0, 1, 2, 0], [4, 0, 0, 1], [0, 1, 2, 3]])
     for whole, rows in zip(table, table_at(table, positions)):
         assert rows.shape == (4, 3, 1, 4)
@@ -134,6 +135,44 @@ def test_a_table_is_looked_up_for_each_row():
 
 def test_angles_are_exact_at_far_positions():
     """Angles in fp32 would be off by up to 2^-24 * 10^5 = 6e-3 there."""
-    cos, _ = rotary_table(100_001, 4, 10000.0, torch.float32, "cpu")
+    cos, _ = rotary_table(100_001, rotary_frequencies(4, 10000.0), torch.float32)
     expected = torch.tensor([100_000.0, 1000.0], dtype=torch.float64).cos().float().repeat(2)
     torch.testing.assert_close(cos[100_000, 0, 0], expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("factor", "high", "length", "base", "d"),
+    [(8.0, 4.0, 8192, 500000.0, 128), (32.0, 4.0, 8192, 500000.0, 64), (4.0, 2.0, 64, 1e4, 16)],
+    ids=["llama-3.1-8b", "llama-3.2-1b", "short"],
+)
+def test_scaled_frequencies_are_those_of_transformers(factor, high, length, base, d):
+    """Theirs are fp32, with a rounding for each of about 6 operations."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": base,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": length,
+    }
+    theirs, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](
+        LlamaConfig(hidden_size=4 * d, num_attention_heads=4, rope_parameters=scaling), "cpu"
+    )
+    model = ModelConfig(
+        kv_channels=d,
+        rotary_base=base,
+        rope_scaling="llama3",
+        rope_scaling_factor=factor,
+        rope_high_freq_factor=high,
+        rope_original_max_position_embeddings=length,
+    )
+    ours = model_frequencies(model, "cpu")
+    plain = rotary_frequencies(d, base)
+    assert attention_factor == 1.0
+    torch.testing.assert_close(ours, theirs.double(), rtol=1e-6, atol=0)
+    # Some are kept, some divided by the factor, and some lie between.
+    assert ours[0] == plain[0] and ours[-1] == plain[-1] / factor
+    assert ((ours < 0.99 * plain) & (ours > 1.01 * plain / factor)).any()

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megalite.kernels import native
 from megalite.nn.attention import torch_kernel
 from megalite.nn.block import Block
-from megalite.nn.rope import rotary_table
+from megalite.nn.rope import rotary_frequencies, rotary_table
 from tests.layouts import GPT2, LLAMA, Layout
 from tests.tiny import SINGLE, build
 
@@ -73,7 +73,7 @@ def test_a_block_compiles_whole_with_each_backend(backend, shape, flags):
     block = block_of(Layout("single", shape=shape), **flags, attention_backend=backend)
     x, samples = torch.randn(shape.seq, 3, shape.hidden), torch.arange(3)
     rotary = (
-        rotary_table(shape.seq, shape.head_size, 1e4, torch.float32, "cpu")
+        rotary_table(shape.seq, rotary_frequencies(shape.head_size, 1e4), torch.float32)
         if shape is LLAMA
         else None
     )

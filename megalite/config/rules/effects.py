@@ -22,8 +22,15 @@ IDLE_FOR = {
 ADAPTS_LOSS_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
 ADAM = ("adam_beta1", "adam_beta2", "adam_eps", "optimizer_backend")
 MUON = tuple(key for key in options_of(OptimizerConfig) if key.startswith("muon_"))
+ROPE_SCALING = (
+    "rope_scaling_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_max_position_embeddings",
+)
 NEEDS_VALUE = (
-    (("rotary_base",), "position_embedding_type", ("rope",)),
+    (("rotary_base", "rope_scaling"), "position_embedding_type", ("rope",)),
+    (ROPE_SCALING, "rope_scaling", ("llama3",)),
     (("sgd_momentum",), "optimizer", ("sgd",)),
     (ADAM, "optimizer", ("adam", "muon")),
     (("lion_beta1", "lion_beta2"), "optimizer", ("lion",)),
@@ -99,6 +106,9 @@ def _layout_and_model(config: RunConfig) -> Iterator[Idle]:
         yield ("ddp_bucket_size",), why, {"overlap_grad_reduce": True}
     if m.swiglu and not config.head_cost.dense:  # a dense layer in the head has its own GELU
         yield ("gelu",), "with --swiglu", {"swiglu": False}
+    if not m.disable_bias_linear:
+        why = "without --disable-bias-linear: all linear layers have biases"
+        yield ("add_qkv_bias",), why, {"disable_bias_linear": True}
     if m.position_embedding_type == "none":
         fix = {"position_embedding_type": "learned_absolute"}
         yield ("reset_position_ids",), "with --position-embedding-type none", fix

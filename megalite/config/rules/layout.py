@@ -47,6 +47,19 @@ def rope_pairs_components(config: RunConfig, world_size: int) -> Iterator[Findin
         )
 
 
+def rope_scaling_has_a_range(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """low < high, the factors between which scaled frequencies change gradually."""
+    m = config.model
+    low = m.rope_low_freq_factor
+    high = m.rope_high_freq_factor
+    if m.rope_scaling == "llama3" and low >= high:
+        yield Finding(
+            f"--rope-low-freq-factor {low:g} must be less than --rope-high-freq-factor {high:g}",
+            {"rope_high_freq_factor": 4 * low},
+            {"rope_low_freq_factor": high / 4},
+        )
+
+
 def sequence_fits_positions(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """seq <= positions."""
     m = config.model
@@ -159,6 +172,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     heads_fill_hidden,
     heads_fill_groups,
     rope_pairs_components,
+    rope_scaling_has_a_range,
     sequence_fits_positions,
     tensor_ranks_share,
     sequence_parallel_splits,
