@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import presets_table
 from tests.layouts import LAYOUTS
 from tests.test_readme import environment
 
@@ -68,6 +69,26 @@ def test_the_commands_of_bert_run(tmp_path):
     )
     lines = [json.loads(line) for line in (tmp_path / "classes.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and {line["label"] for line in lines} <= {"glad", "sad"}
+
+
+def test_the_table_of_presets_is_what_they_are():
+    text = (DOCS / "models.md").read_text()
+    assert "\n".join(presets_table.lines()) in text, "run python -m tests.presets_table"
+
+
+def test_the_commands_of_models_pass_the_checks():
+    script = "".join(
+        re.findall(r"^```bash\n(.*?)^```$", (DOCS / "models.md").read_text(), re.M | re.S)
+    )
+    run = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=DOCS.parent,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "vocabulary 128256" in run.stdout and "parameters    8.03 G" in run.stdout
 
 
 def test_the_table_of_layouts_lists_each_with_a_small_difference():

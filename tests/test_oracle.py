@@ -1,5 +1,5 @@
-"""The oracle against Hugging Face's GPT-2 and Llama, against finite differences, and against
-torch's AdamW."""
+"""The oracle against Hugging Face's GPT-2, Llama, Mistral, Qwen2 and Qwen3, against finite
+differences, and against torch's AdamW."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.oracle import Parameters, Shape
+from tests.oracle import Parameters, RopeScaling, Shape
 
 GPT2 = Shape(
     layers=3, hidden=24, heads=4, groups=4, head_size=6, ffn=40, vocab=61, seq=10, positions=16
@@ -40,6 +40,10 @@ SHAPES = {
     "llama-gqa-tied-bias": dataclasses.replace(LLAMA, tied=True, bias=True),
     "llama-one-group": dataclasses.replace(LLAMA, groups=1),
     "llama-multi-head": dataclasses.replace(LLAMA, groups=6),
+    "llama-3.1": dataclasses.replace(LLAMA, rope_scaling=RopeScaling(4.0, 1.0, 3.0, 12)),
+    "mistral": LLAMA,
+    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, tied=True),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True),
 }
 
 
@@ -176,6 +180,8 @@ def oracle_from_llama(theirs: Parameters, shape: Shape) -> Parameters:
 LLAMA_PARTS = {
     "attention_norm": "input_layernorm",
     "attention.qkv": "self_attn",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
     "attention.output": "self_attn.o_proj",
     "mlp_norm": "post_attention_layernorm",
     "mlp.up": "mlp",
@@ -217,11 +223,18 @@ def gpt2_model(shape: Shape, **config) -> torch.nn.Module:
     return GPT2LMHeadModel(config).double().eval()
 
 
-def llama_model(shape: Shape) -> torch.nn.Module:
-    """LlamaForCausalLM of this shape."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_model(shape: Shape, kind: str = "llama") -> torch.nn.Module:
+    """LlamaForCausalLM of this shape, or MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = LlamaConfig(
+    rope = {"rope_type": "default", "rope_theta": shape.rotary_base}
+    if shape.rope_scaling:
+        factor, low, high, length = shape.rope_scaling
+        rope |= dict(rope_type="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high)
+        rope["original_max_position_embeddings"] = length
+    biases = {} if kind == "qwen2" else {"attention_bias": shape.bias, "mlp_bias": shape.bias}
+    config = AutoConfig.for_model(
+        kind,
         vocab_size=shape.vocab,
         max_position_embeddings=shape.positions,
         hidden_size=shape.hidden,
@@ -231,27 +244,32 @@ def llama_model(shape: Shape) -> torch.nn.Module:
         num_key_value_heads=shape.groups,
         head_dim=shape.head_size,
         rms_norm_eps=shape.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rotary_base},
-        attention_bias=shape.bias,
-        mlp_bias=shape.bias,
+        rope_parameters=rope,
+        **biases,
         tie_word_embeddings=shape.tied,
         attn_implementation="eager",
     )
-    return LlamaForCausalLM(config).double().eval()
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.fixture
 def hugging_face(monkeypatch):
-    """transformers, its Llama in float64 throughout.
+    """transformers, its Llama and those like it in float64 throughout.
 
     It computes norms, softmax and rotary angles in float32 whatever the model's dtype; what its
     module knows as float32 is made float64.
     """
     pytest.importorskip("transformers")
+    from transformers import modeling_rope_utils
     from transformers.models.llama import modeling_llama
+    from transformers.models.mistral import modeling_mistral
+    from transformers.models.qwen2 import modeling_qwen2
+    from transformers.models.qwen3 import modeling_qwen3
 
-    double = {"float32": torch.float64, "float": torch.float64}
-    monkeypatch.setattr(modeling_llama, "torch", SimpleNamespace(**{**vars(torch), **double}))
+    double = SimpleNamespace(**{**vars(torch), "float32": torch.float64, "float": torch.float64})
+    models = (modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3)
+    for module in (modeling_rope_utils, *models):
+        monkeypatch.setattr(module, "torch", double)
 
 
 @pytest.mark.usefixtures("hugging_face")
@@ -261,16 +279,15 @@ def test_logits_and_gradients_equal_hugging_face(name, packed):
     """One text in a row, or several documents, of which Hugging Face is given positions and a mask
     to add to scores."""
     shape = SHAPES[name]
-    make, to_theirs, from_theirs = (
-        (gpt2_model, gpt2_from_oracle, oracle_from_gpt2)
-        if name.startswith("gpt2")
-        else (llama_model, llama_from_oracle, oracle_from_llama)
-    )
+    to_theirs, from_theirs = llama_from_oracle, oracle_from_llama
+    if name.startswith("gpt2"):
+        to_theirs, from_theirs = gpt2_from_oracle, oracle_from_gpt2
     params = oracle.random_parameters(shape)
     tokens, labels, loss_mask = batch(shape)
     bound = tolerance(shape, tokens.numel())
 
-    model = make(shape)
+    kind = name.split("-")[0]
+    model = gpt2_model(shape) if kind == "gpt2" else llama_model(shape, kind).double()
     weights = to_theirs(params, shape)
     parameters = dict(model.named_parameters())
     assert weights.keys() == parameters.keys()

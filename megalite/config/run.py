@@ -176,7 +176,7 @@ def with_preset(values: dict[str, Any]) -> dict[str, Any]:
     Raises ConfigError when the preset is of another architecture than they say.
     """
     name = values.get("preset")
-    if not name:
+    if name is None:
         return values
     shape = preset(name)
     architecture = shape["architecture"]

@@ -9,10 +9,12 @@ from megalite.config.estimate import estimate_stages, microbatches, model_parame
 from megalite.config.help import wrapped
 from megalite.config.rules.deepspeed import deepspeed_settings
 from megalite.config.rules.finding import data_parallel_size
+from megalite.config.rules.tokenizer import tokenizer_or_none
 from megalite.config.run import RunConfig, options, with_values
 from megalite.config.validate import chosen, fill_in
 from megalite.config.yaml_file import to_yaml
 from megalite.deepspeed import settings
+from megalite.models.presets import preset
 from megalite.parallel.config import OF_DATA_RANKS
 from megalite.system.errors import explain_os_error, scaled
 
@@ -132,9 +134,15 @@ def _numbered(path: Path, number: int) -> Path:
 def _model(config: RunConfig) -> str:
     """What kind of model it is, its precision and its dropout."""
     m = config.model
+    vocabulary = f"vocabulary {m.vocab_size}"
+    if "vocab_size" in preset(m.preset):
+        # A preset's vocabulary may be meant for another tokenizer.
+        tokenizer = tokenizer_or_none(config)
+        if tokenizer is not None and tokenizer.vocab_size < m.vocab_size:
+            vocabulary += f" (the tokenizer has {tokenizer.vocab_size})"
     text = (
         f"{m.architecture.upper()}, {m.num_layers} layers, hidden {m.hidden_size}, "
-        f"{m.num_attention_heads} heads, vocabulary {m.vocab_size}, {config.optimizer.precision}, "
+        f"{m.num_attention_heads} heads, {vocabulary}, {config.optimizer.precision}, "
         f"dropout {m.hidden_dropout:g}, {m.attention_dropout:g} in attention"
     )
     if config.head_cost.dense:

@@ -176,8 +176,7 @@ def fill_in(config: RunConfig, world_size: int) -> RunConfig:
 def chosen(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The values of a resolved configuration that were chosen: those that are neither their field's
     default, nor the preset's, nor follow from the others."""
-    name = config.model.preset
-    shape = preset(name) if name else {}
+    shape = preset(config.model.preset)
     found = {}
     for key, option in options().items():
         value = getattr(getattr(config, option.section), key)

@@ -14,6 +14,38 @@ PresetName = Literal[
     "bert-large",
     "megatron-bert-1.3b",
     "megatron-bert-3.9b",
+    "llama-2-7b",
+    "llama-2-13b",
+    "llama-2-70b",
+    "llama-3-8b",
+    "llama-3-70b",
+    "llama-3.1-8b",
+    "llama-3.1-70b",
+    "llama-3.1-405b",
+    "llama-3.2-1b",
+    "llama-3.2-3b",
+    "mistral-7b-v0.1",
+    "mistral-7b-v0.3",
+    "qwen2-0.5b",
+    "qwen2-1.5b",
+    "qwen2-7b",
+    "qwen2-72b",
+    "qwen2.5-0.5b",
+    "qwen2.5-1.5b",
+    "qwen2.5-3b",
+    "qwen2.5-7b",
+    "qwen2.5-14b",
+    "qwen2.5-32b",
+    "qwen2.5-72b",
+    "qwen3-0.6b",
+    "qwen3-1.7b",
+    "qwen3-4b",
+    "qwen3-8b",
+    "qwen3-14b",
+    "qwen3-32b",
+    "smollm2-135m",
+    "smollm2-360m",
+    "smollm2-1.7b",
 ]
 """Published models that a configuration can start from."""
 
@@ -22,14 +54,14 @@ PresetName = Literal[
 class ModelConfig:
     """The shape of the transformer. Defaults give a GPT-2; `--swiglu --normalization RMSNorm
     --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights` a
-    Llama."""
+    Llama. --preset starts from a published model."""
 
     architecture: Literal["gpt", "bert"] = "gpt"
     """Which model. pretrain_gpt.py and pretrain_bert.py know theirs; tools/verify_layouts.py takes
     either."""
     preset: Annotated[PresetName | None, Field(changes_numbers=False)] = None
-    """Shape of a published model. What is given beside it, on the command line or in the file,
-    wins."""
+    """Shape of a published model, listed in docs/models.md. What is given beside it, on the command
+    line or in the file, wins. Weights are not part of it."""
     num_layers: Annotated[int, Field(minimum=1, defines_model=True)] = 12
     """Transformer layers in the whole model, L."""
     hidden_size: Annotated[int, Field(minimum=1, defines_model=True)] = 768
@@ -99,7 +131,7 @@ class ModelConfig:
     untie_embeddings_and_output_weights: Annotated[bool, Field(defines_model=True)] = False
     """Give the output layer a weight of its own in place of the word embedding's."""
     vocab_size: Annotated[int | None, Field(minimum=1, example=8192, defines_model=True)] = None
-    """Entries of the vocabulary, v. Unset: the tokenizer's."""
+    """Entries of the vocabulary, v. Unset: the preset's, or else the tokenizer's."""
     make_vocab_size_divisible_by: Annotated[int, Field(minimum=1)] = 128
     """Rows of the word embedding are padded in memory to a multiple of this times the
     tensor-parallel size; padding is never drawn, trained, counted in the loss, or stored."""

@@ -64,21 +64,7 @@ FLAGS: dict[str, list[Effect]] = {
             (has(preset=name, num_layers=layers, hidden_size=hidden, **family),),
             observe=runs.of_the_preset,
         )
-        for names, family in (
-            (
-                ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
-                {"seq_length": 1024, "architecture": "gpt"},
-            ),
-            (
-                ("bert-base", "bert-large"),
-                {"architecture": "bert", "norm_placement": "post", "gelu": "erf"},
-            ),
-            (
-                ("megatron-bert-1.3b", "megatron-bert-3.9b"),
-                {"architecture": "bert", "norm_placement": "pre"},
-            ),
-        )
-        for name, (layers, hidden) in zip(names, PRESET_SHAPES[names[0]])
+        for name, (layers, hidden, family) in PRESET_SHAPES.items()
     ],
     "num_layers": [dry(3, shape("layers.2.attention.qkv.weight", 4, 3, 4, 16))],
     "hidden_size": [dry(32, shape("final_norm.weight", 32))],

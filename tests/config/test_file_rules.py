@@ -11,6 +11,7 @@ import pytest
 from megalite.config import validate
 from megalite.config.rules.files import FILE_RULES
 from megalite.config.run import from_flat, options, with_values
+from megalite.config.summary import summary_lines
 from megalite.data.indexed import DatasetInfo
 from megalite.data.tokenizers import build_tokenizer, train_sentencepiece
 from megalite.preprocess.indexed_writer import IndexedWriter
@@ -308,6 +309,22 @@ def test_every_kind_of_tokenizer_is_sound(folder, tokenizers):
         resolved = validate.resolve(config, 1)
         assert resolved.model.vocab_size == build_tokenizer(kind, **given).vocab_size
         assert validate.check(resolved, 1) == [], kind
+
+
+def test_the_vocabulary_of_a_preset_holds_the_tokenizers(folder, tokenizers):
+    """A smaller tokenizer is mentioned, a larger one refused; null stands for the tokenizer's."""
+    small = real(preset="smollm2-135m")
+    assert validate.check(small, 1) == []
+    resolved = validate.resolve(small, 1)
+    assert resolved.model.vocab_size == 49152
+    assert "vocabulary 49152 (the tokenizer has 257)" in "\n".join(summary_lines(resolved, 1))
+    assert validate.resolve(real(preset="smollm2-135m", vocab_size=None), 1).model.vocab_size == 257
+
+    write_dataset("plain", 20, None, np.int32)
+    ranks = tokenizers[1]["TikTokenizer"] | {"tiktoken_pattern": "cl100k_base"}
+    large = real(preset="llama-2-7b", tokenizer_type="TikTokenizer", data_path="plain", **ranks)
+    assert_one_problem(large, 1, "--preset llama-2-7b, 32000, 100277")
+    assert "leave out" not in validate.check(large, 1)[0].fix
 
 
 @pytest.mark.parametrize("key", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])

@@ -13,6 +13,7 @@ from megalite.config.run import RunConfig, keys_where, with_values
 from megalite.data import tokenizers
 from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
 from megalite.data.tokenizers import Tokenizer, TokenizerError
+from megalite.models.presets import preset
 from megalite.system.errors import broken_link, error_message
 
 OTHER_TOKENIZER = "give the tokenizer that made the data, or make the data again with this one"
@@ -66,11 +67,15 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
     # Its entries, and one that ends documents if flags look for it.
     vocab_size = config.model.vocab_size
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
+        given = f"--vocab-size {vocab_size}"
+        fixes = [{"vocab_size": tokenizer.vocab_size}, {"vocab_size": None}]
+        if preset(config.model.preset).get("vocab_size") == vocab_size:
+            given = f"the vocabulary of --preset {config.model.preset}, {vocab_size},"
+            fixes = [{"vocab_size": tokenizer.vocab_size}]
         yield Finding(
-            f"--vocab-size {vocab_size} is less than the {tokenizer.vocab_size} entries of the "
-            "tokenizer",
-            {"vocab_size": tokenizer.vocab_size},
-            {"vocab_size": None},
+            f"{given} is less than the {tokenizer.vocab_size} entries of the tokenizer",
+            *fixes,
+            also=("preset",),
         )
     for key in keys_where(lambda field: field.needs_eod):
         try:
