@@ -16,6 +16,10 @@ class CheckpointConfig:
     save_interval: Annotated[int | None, Field(minimum=1, changes_numbers=False)] = None
     """Iterations between checkpoints. Unset: one at the end of the run (and at a signal or an exit
     flag)."""
+    async_save: Annotated[bool, Field(changes_numbers=False)] = False
+    """Write checkpoints while training goes on: it stops only for a copy of each rank's shards to
+    host memory, which must have room for them. Another save, and the end of the run, wait until the
+    last one is written."""
     keep_last: Annotated[int | None, Field(minimum=1, changes_numbers=False)] = None
     """Keep only this many newest checkpoints in --save. Unset: all."""
     load: Annotated[str | None, Field(changes_numbers=False)] = None

@@ -96,11 +96,11 @@ class _GroupFactory:
                 groups[axes] = self.make(" x ".join(axes), own, partial(layout.groups, *axes))
         return groups
 
-    def make_control(self) -> Group:
-        """The group of all ranks for small objects: on gloo, and with a timeout for the slowest of
+    def make_patient(self, name: str, activity: Activity) -> Group:
+        """A group of all ranks for small objects: on gloo, and with a timeout for the slowest of
         disks."""
-        handle = self._new(self.world.ranks, "control", timedelta(hours=PATIENCE_HOURS), "gloo")
-        return replace(self.world, handle=handle, name="control", untimed=True)
+        handle = self._new(self.world.ranks, name, timedelta(hours=PATIENCE_HOURS), "gloo")
+        return replace(self.world, handle=handle, name=name, activity=activity, untimed=True)
 
     def make_alone(self) -> dist.ProcessGroup:
         """torch's group of this rank only. Collective over the world."""
@@ -125,6 +125,9 @@ class ParallelContext:
     control: Group
     """All ranks, for small objects and for waiting on each other's files: on gloo, with a long
     timeout."""
+    saving: Group | None = None
+    """All ranks, as `control`, for a thread that saves while the rank trains; None where no thread
+    does. Its calls are recorded in an activity of its own."""
     groups: Mapping[tuple[str, ...], Group] = field(default_factory=dict)
     """The groups of more than one rank, by the axes they span; `group` looks them up."""
     alone: dist.ProcessGroup | None = None
@@ -141,7 +144,13 @@ class ParallelContext:
     def single(cls, device: str | torch.device = "cpu") -> "ParallelContext":
         """A context of one rank, without any process group."""
         alone = Group((0,), 0)
-        return cls(layout=ParallelLayout(), device=torch.device(device), world=alone, control=alone)
+        return cls(
+            layout=ParallelLayout(),
+            device=torch.device(device),
+            world=alone,
+            control=alone,
+            saving=Group((0,), 0),
+        )
 
     @classmethod
     def create(
@@ -154,14 +163,16 @@ class ParallelContext:
         store: Any = None,
         more_groups: Sequence[tuple[str, ...]] = (),
         groups_of_one: bool = False,
+        saves_in_thread: bool = False,
     ) -> "ParallelContext":
         """Meet the other ranks and make the groups. Collective over the world; every rank passes
         the same layout.
 
         store: what `meet` returned, if it was called before. more_groups: sets of axes beside
         NEEDED_GROUPS. groups_of_one: whether a library needs torch's groups also where one rank is
-        alone: `alone`, and the default group of a world of one rank. Raises ValueError when the
-        layout's world size is not the launcher's, RendezvousError when ranks do not meet.
+        alone: `alone`, and the default group of a world of one rank. saves_in_thread: whether a
+        thread saves, and needs the group `saving`. Raises ValueError when the layout's world size
+        is not the launcher's, RendezvousError when ranks do not meet.
         """
         if layout.world_size != launch.world_size:
             raise ValueError(
@@ -189,7 +200,8 @@ class ParallelContext:
         )
         factory = _GroupFactory(layout, launch.rank, device, timeout)
         groups = factory.make_along(layout, (*NEEDED_GROUPS, *more_groups))
-        control = factory.make_control()
+        control = factory.make_patient("control", factory.activity)
+        saving = factory.make_patient("saving", Activity()) if saves_in_thread else None
         alone = factory.make_alone() if groups_of_one else None
         # Last, since only some ranks have one: torch names groups by how many a rank has made
         # before.
@@ -200,6 +212,7 @@ class ParallelContext:
             device=device,
             world=factory.world,
             control=control,
+            saving=saving,
             groups=groups,
             alone=alone,
             embedding=embedding,
@@ -213,7 +226,14 @@ class ParallelContext:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         handle = dist.group.WORLD
         alone = Group((0,), 0, handle)
-        return cls(ParallelLayout(), device, world=alone, control=alone, alone=handle)
+        return cls(
+            ParallelLayout(),
+            device,
+            world=alone,
+            control=alone,
+            saving=Group((0,), 0),
+            alone=handle,
+        )
 
     @property
     def rank(self) -> int:

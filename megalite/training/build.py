@@ -87,6 +87,7 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
         store=store,
         more_groups=[("tensor", "data")] if gathers else [],
         groups_of_one=config.deepspeed.deepspeed,
+        saves_in_thread=config.checkpoint.async_save,
     )
     via = "one process, no launcher"
     if launch.world_size > 1:

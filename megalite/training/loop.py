@@ -8,6 +8,7 @@ from math import isfinite
 
 import torch
 
+from megalite.checkpoint.background import AsyncSaver
 from megalite.checkpoint.fence import Lease
 from megalite.config.run import RunConfig
 from megalite.models.batch import Microbatch
@@ -34,6 +35,8 @@ PHASES = ("data", "forward", "backward", "communication", "optimizer")
 LEASE_CHECK_SECONDS = 10.0
 """Between two checks of who owns --save, a file on a shared disk. Within that time a run that was
 replaced ends, and stops adding to the metrics file, which its successor writes as well."""
+FAILED_WAIT_SECONDS = 60.0
+"""How long a run that has failed waits for the save that is running, at most."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class TrainStepResult:
     """What this rank communicated by (group, kind), if --log-communication shows it."""
     stop: Stop | None
     """Why the run has to stop after this step."""
+    save_ended: bool
+    """Whether an asynchronous save has ended on every rank, or failed on one."""
 
 
 @dataclass
@@ -74,6 +79,8 @@ class Trainer:
     """Prints on rank 0."""
     lease: Lease | None = None
     """Rank 0's right to write to --save."""
+    saver: AsyncSaver | None = None
+    """Of --async-save."""
     started: float = field(default_factory=time.monotonic)
     """When --exit-duration-in-mins began."""
     step_seconds: float | None = None
@@ -101,12 +108,22 @@ class Trainer:
             # A signal during the evaluation stops a run that has not saved yet.
             if self.config.checkpoint.save and self.saved_at != self.progress.iteration:
                 self._save()
+            self._finish_save()
             self.components.optimizer.wait_for_parameters()
+        except Exception:
+            # What is being saved was good. The other ranks wait for this one, not for long.
+            hang_timeout = self.config.parallel.hang_timeout
+            limit = min(FAILED_WAIT_SECONDS, hang_timeout / 4 or FAILED_WAIT_SECONDS)
+            with suppress(Exception):
+                self._finish_save(limit)
+            raise
         finally:
             # The ranks may take their time for what is left: profiles and metrics to write.
             self.context.activity.set_state("saving")
             profiler.close()
             self.train_data.close()
+            if self.saver is not None:
+                self.saver.close()
         return stop or Stop(f"all {train_iters} iterations are done")
 
     def _step(self, iteration: int) -> TrainStepResult:
@@ -142,6 +159,9 @@ class Trainer:
         values |= last_stage_values(model.loss_names, losses, model)
         values |= self.signals.counts()
         values["late"] = float(self._is_late())
+        if self.saver is not None:
+            values["saves_running"] = float(self.saver.is_running)
+            values["saves_failed"] = float(self.saver.has_failed)
         sums = sum_over_ranks(values, self.context)
         phase_seconds = {}
         for phase in PHASES if self.times_phases(iteration) else ():
@@ -162,6 +182,7 @@ class Trainer:
             phase_seconds=phase_seconds,
             traffic=traffic,
             stop=stop,
+            save_ended=_save_ended(sums),
         )
 
     def _report_bad_step(
@@ -175,6 +196,8 @@ class Trainer:
 
     def _finish_iteration(self, result: TrainStepResult) -> Stop | None:
         """Check replicas, save and evaluate where it is time. Returns why the run has to stop."""
+        if result.save_ended:
+            self._finish_save()
         training = self.config.training
         iteration = result.iteration
         is_last = iteration == training.train_iters
@@ -319,14 +342,38 @@ class Trainer:
     def _save(self) -> None:
         if self.config.training.check_replicas:
             self._check_replicas()  # what the check refuses must not be saved
+        self._finish_save()
         began = time.perf_counter()
         self.context.activity.set_state("saving")
-        save_state(self.components, self.progress, self.config, self.lease)
+        save_state(self.components, self.progress, self.config, self.lease, self.saver)
         self.context.activity.set_state("training")
         self.saved_at = self.progress.iteration
-        seconds = time.perf_counter() - began
-        folder = self.config.checkpoint.save
-        self.log(f"saved {folder} at iteration {self.saved_at} in {seconds:.1f} s")
+        if self.saver is None:
+            seconds = time.perf_counter() - began
+            folder = self.config.checkpoint.save
+            self.log(f"saved {folder} at iteration {self.saved_at} in {seconds:.1f} s")
+
+    def _finish_save(self, timeout: float | None = None) -> None:
+        """Wait for the asynchronous save that is pending, if there is one. Raises what made it
+        fail: on every rank, since all ranks call this after the same step."""
+        if self.saver is None or not self.saver.is_pending:
+            return
+        self.context.activity.set_state("saving")
+        times = self.saver.finish(timeout)
+        self.context.activity.set_state("training")
+        where = f"{self.config.checkpoint.save} at iteration {times.iteration}"
+        stopped = f"training was stopped for {times.blocked_seconds:.2f} s"
+        self.log(f"saved {where} in {times.seconds:.1f} s; {stopped}")
+
+
+def _save_ended(sums: dict[str, float]) -> bool:
+    """Whether an asynchronous save has ended on every rank, or failed on one, from the sums over
+    ranks; False without asynchronous saves.
+
+    A failure that `write` has told all ranks ends all threads. After any other, the ranks whose
+    thread still waits for the failed one wait until that rank has ended, as after any error.
+    """
+    return sums.get("saves_failed", 0) > 0 or sums.get("saves_running", 1) == 0
 
 
 def _is_due(interval: int | None, iteration: int) -> bool:

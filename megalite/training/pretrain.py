@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from megalite.checkpoint.background import AsyncSaver
 from megalite.checkpoint.folder import latest_iteration
 from megalite.config.run import RunConfig, with_values
 from megalite.config.summary import keep_config, summary_lines
@@ -153,6 +154,7 @@ def _run(
             signals=signals,
             log=log,
             lease=lease,
+            saver=AsyncSaver() if config.checkpoint.async_save else None,
         )
         _train(trainer)
 

@@ -1,11 +1,14 @@
 """The state of a training run for a bit-exact resume, as shards of a checkpoint."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from megalite import __version__
+from megalite.checkpoint.background import AsyncSaver
 from megalite.checkpoint.fence import Lease
 from megalite.checkpoint.folder import CheckpointError
 from megalite.checkpoint.format import Shard
@@ -74,11 +77,17 @@ def _optimizer_shards(
 
 
 def save_state(
-    parts: TrainingComponents, progress: Progress, config: RunConfig, lease: Lease | None = None
+    parts: TrainingComponents,
+    progress: Progress,
+    config: RunConfig,
+    lease: Lease | None = None,
+    saver: AsyncSaver | None = None,
 ) -> None:
     """Write a checkpoint of the run to --save. Collective.
 
-    Raises CheckpointError on every rank when any rank fails; the previous checkpoint stays.
+    With a `saver`, this only starts the save: the checkpoint is that of now, and `saver.finish`
+    raises what is raised here otherwise. Raises CheckpointError on every rank when any rank fails;
+    the previous checkpoint stays.
     """
     context = parts.model.context
     parts.optimizer.wait_for_parameters()
@@ -98,18 +107,21 @@ def save_state(
         "torch": torch.__version__,
     }
     streams = {RNG + name: value for name, value in parts.rng.states().items()}
-    checkpoint = config.checkpoint
-    write(
-        checkpoint.save,
+    shards = _written_shards(parts)
+    write_here = partial(
+        write,
+        config.checkpoint.save,
         progress.iteration,
-        _written_shards(parts),
-        private=streams,
-        state=state,
+        state=deepcopy(state),  # of which training may change parts
         config_yaml=to_yaml(config),
-        world=context.control,
-        keep_last=checkpoint.keep_last,
+        world=context.saving if saver else context.control,
+        keep_last=config.checkpoint.keep_last,
         lease=lease,
     )
+    if saver is None:
+        write_here(shards, streams)
+    else:
+        saver.start(progress.iteration, shards, streams, write_here)
 
 
 def load_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter]) -> None:

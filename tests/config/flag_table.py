@@ -376,6 +376,9 @@ FLAGS: dict[str, list[Effect]] = {
     "save": [effect("saved", becomes("saved", [4]))],
     "save_interval": [effect(2, becomes("saved", [2, 4]), base=SAVES)],
     "keep_last": [effect(1, becomes("saved", [4]), base={**SAVES, "save_interval": 1})],
+    "async_save": [
+        effect(True, says("; training was stopped for"), base={**SAVES, "save_interval": 2})
+    ],
     "load": [effect("../trained", goes_on_from(4), base=LONGER)],
     "ckpt_step": [effect(2, becomes("iterations", [3, 4, 5, 6, 7, 8]), base=RESUMED)],
     "finetune": [

@@ -243,6 +243,7 @@ CASES = {
     "no time": (dict(hang_timeout=-1.0), 1, "--hang-timeout -1 at least 0"),
     "idle save interval": (dict(save_interval=5), 1, "--save-interval 5 without --save"),
     "idle keep last": (dict(keep_last=5), 1, "--keep-last 5 without --save"),
+    "idle async save": (dict(async_save=True), 1, "--async-save without --save"),
     "idle step": (dict(ckpt_step=0), 1, "--ckpt-step 0 without --load"),
     "idle finetune": (dict(finetune=True), 1, "--finetune without --load"),
     "idle no-load": (dict(no_load_optim=True), 1, "--no-load-optim without --load"),

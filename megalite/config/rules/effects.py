@@ -46,7 +46,7 @@ NEEDS_ANY = (
     (("wandb_exp_name",), "wandb_project", "--wandb-project PROJECT"),
     (("decoupled_min_lr",), "decoupled_lr", {"decoupled_lr": 1e-4}),
     (("profile_dir", "profile_ranks"), "profile", {"profile": "10-12"}),
-    (("save_interval", "keep_last"), "save", "--save FOLDER"),
+    (("save_interval", "keep_last", "async_save"), "save", "--save FOLDER"),
     (("ckpt_step", "finetune", "no_load_optim", "no_load_rng"), "load", "--load FOLDER"),
     (("allow_data_change",), "load", "--load FOLDER"),
 )
