@@ -157,8 +157,10 @@ class AsyncSaver:
         With a timeout, raises TimeoutError after that many seconds; then it stays pending.
         """
         began = time.perf_counter()
-        self._running.exception(timeout)
-        self._blocked_seconds += time.perf_counter() - began
+        try:
+            self._running.exception(timeout)
+        finally:
+            self._blocked_seconds += time.perf_counter() - began
         ended = self._running
         self._running = None
         ended.result()

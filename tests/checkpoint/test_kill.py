@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from megalite.checkpoint.background import AsyncSaver
 from megalite.checkpoint.load import Checkpoint
 from tests.checkpoint.helpers import FILE_OPERATIONS, cut, part, save, whole
 
@@ -38,7 +39,18 @@ def iteration_of(number):
     return 10 * (1 + number // 2)
 
 
-def save_until_step(root, iteration, last_step):
+def save_in_thread(root, iteration, *shards, keep_last):
+    """As `save`, asynchronously; the copied tensors are changed at once."""
+    saver = AsyncSaver()
+    saver.start(
+        iteration, shards, {}, lambda copies, _: save(root, iteration, *copies, keep_last=keep_last)
+    )
+    for shard in shards:
+        shard.tensor.zero_()
+    saver.finish()
+
+
+def save_until_step(root, iteration, last_step, save):
     """Save number 2, and be killed just before the file operation of number `last_step`."""
     steps = itertools.count(1)
 
@@ -50,9 +62,13 @@ def save_until_step(root, iteration, last_step):
     save(root, iteration, whole("w", torch.tensor(2.0)), keep_last=1)
 
 
-@pytest.mark.parametrize("iteration", [30, 20], ids=["a new iteration", "the latest again"])
+@pytest.mark.parametrize(
+    ("iteration", "saving"),
+    [(30, save), (20, save), (30, save_in_thread)],
+    ids=["a new iteration", "the latest again", "asynchronous"],
+)
 def test_a_kill_before_each_file_operation_leaves_the_latest_or_the_new_one(
-    tmp_path, forkserver, iteration
+    tmp_path, forkserver, iteration, saving
 ):
     values, exit_code = [], None
     while exit_code != 0:
@@ -60,7 +76,7 @@ def test_a_kill_before_each_file_operation_leaves_the_latest_or_the_new_one(
         save(root, 10, whole("w", torch.tensor(0.0)))
         save(root, 20, whole("w", torch.tensor(1.0)))
         process = forkserver.Process(
-            target=save_until_step, args=(root, iteration, len(values) + 1), daemon=True
+            target=save_until_step, args=(root, iteration, len(values) + 1, saving), daemon=True
         )
         process.start()
         process.join()
