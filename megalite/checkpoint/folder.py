@@ -1,10 +1,12 @@
 """The folder of a run's checkpoints: its files, its iterations, and the latest. No torch here."""
 
+import json
 import os
 import re
+import stat
 from pathlib import Path
 
-from megalite.system.errors import ReportedError
+from megalite.system.errors import ReportedError, error_message
 
 INDEX_FILE = "index.json"
 STATE_FILE = "state.json"
@@ -12,8 +14,84 @@ CONFIG_FILE = "config.yaml"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 
+LARGEST_TEXT = 4 << 30
+"""Bytes of the largest text file that is read: an index of 100,000 ranks is smaller."""
+
+
 class CheckpointError(ReportedError, RuntimeError):
     """A checkpoint cannot be written, or is not as expected; the message says what and where."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing, cannot be read, or is not what was written."""
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a text file of a checkpoint. Raises DamagedCheckpointError when it cannot be
+    read, or is no regular file."""
+    descriptor = open_regular(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size > LARGEST_TEXT:
+            raise DamagedCheckpointError(f"{path} has {size} bytes: it is no file of megalite")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    finally:
+        os.close(descriptor)
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a file to read. Raises DamagedCheckpointError when there is none, or it is no
+    regular file: a folder, or a pipe or device, which reading might wait for."""
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            return os.open(path, os.O_RDONLY)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    kind = "a folder" if path.is_dir() else "a pipe, device or socket"
+    raise DamagedCheckpointError(f"{path} is {kind} instead of a file")
+
+
+def _unreadable(path: Path, error: Exception) -> DamagedCheckpointError:
+    if isinstance(error, FileNotFoundError):
+        return DamagedCheckpointError(f"{path} is missing")
+    if isinstance(error, OSError) and error.filename is None:  # those of read() name no file
+        error = OSError(error.errno, error.strerror, str(path))
+    return DamagedCheckpointError(f"{path} cannot be read: {error_message(error)}")
+
+
+def parse_json(content: bytes | str, source: object) -> dict:
+    """A JSON object without duplicate keys.
+
+    Raises DamagedCheckpointError, with `source`, for anything else.
+    """
+
+    def without_duplicates(pairs: list) -> dict:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in found if keys.count(key) > 1)
+            raise ValueError(f"the key {twice!r} is there twice")
+        return found
+
+    try:
+        parsed = json.loads(content, object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DamagedCheckpointError(f"{source} is damaged ({reason})") from error
+    if not isinstance(parsed, dict):
+        raise DamagedCheckpointError(f"{source} is damaged (no JSON object)")
+    return parsed
+
+
+def parse_text(content: bytes, source: object) -> str:
+    """Text in UTF-8. Raises DamagedCheckpointError."""
+    try:
+        return content.decode()
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{source} is damaged ({error})") from error
 
 
 def iteration_folder(iteration: int) -> str:
@@ -62,12 +140,11 @@ def latest_iteration(root: str | Path) -> int | None:
     number.
     """
     path = Path(root) / LATEST_FILE
-    try:
-        text = path.read_text().strip()
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(path):
         return max(list_iterations(root), default=None)
-    if not text.isdecimal():
-        raise CheckpointError(f"{path} should hold an iteration number; it holds {text[:40]!r}")
+    text = read_file(path)[:40].decode(errors="replace").strip()
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise DamagedCheckpointError(f"{path} should hold an iteration number; it holds {text!r}")
     return int(text)
 
 
@@ -92,7 +169,7 @@ def checkpoint_folder(root: str | Path, iteration: int) -> Path | None:
     candidates = [Path(root) / iteration_folder(iteration)]
     candidates += reversed(replaced_folders(root, iteration))
     for folder in candidates:
-        if (folder / INDEX_FILE).is_file():
+        if os.path.lexists(folder / INDEX_FILE):
             return folder
     return Path(root) if _own_iteration(root) == iteration else None
 

@@ -3,24 +3,30 @@
 docs/checkpoints.md specifies it for users. Nothing here communicates.
 """
 
-import hashlib
-import itertools
 import json
-import os
-import struct
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.folder import INDEX_FILE, CheckpointError
-from megalite.parallel.boxes import Box
+from megalite import __version__
+from megalite.checkpoint.checksum import BLOCK_BYTES, DIGITS, checksum, number_of_blocks
+from megalite.checkpoint.folder import (
+    INDEX_FILE,
+    CheckpointError,
+    DamagedCheckpointError,
+    parse_json,
+)
+from megalite.parallel.boxes import Box, tile
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""That is written. Version 1, without checksums of tensors, is read too."""
 
 SHOWN_PROBLEMS = 20
+LONGEST_DIM = 1 << 62
+MOST_DIMS = 64
+_CHECKSUM_ENTRY = ',"xxh3":"'
 PRIVATE_PREFIX = "@"
 """Begins the keys of a rank's private tensors, which are no shard of a global tensor."""
 
@@ -36,7 +42,7 @@ SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
 
 
 def listing(heading: str, problems: Sequence[str], total: int | None = None) -> str:
@@ -86,16 +92,18 @@ class Shard:
             raise ValueError(f"{name}: {box} does not lie in the global shape {self.global_shape}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredShard:
     """Where one shard of a tensor is stored: under `key` in `file`."""
 
     file: str
     key: str
     box: Box
+    checksums: str | None = None
+    """Of its blocks, one after the other. None in version 1, which has none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A global tensor and the shards it is stored in."""
 
@@ -103,29 +111,59 @@ class StoredTensor:
     shape: tuple[int, ...]
     shards: tuple[StoredShard, ...]
 
+    @property
+    def bytes(self) -> int:
+        """Size of the whole tensor."""
+        return prod(self.shape) * self.dtype.itemsize
+
     def problems(self, name: str) -> list[str]:
         """Why the shards, which lie within the tensor, are not all of it: boxes that overlap, or
         elements that no box covers."""
-        problems = []
-        for one, other in itertools.combinations(self.shards, 2):
-            if one.box.intersect(other.box):
-                both = f"{one.box} in {one.file} and {other.box} in {other.file}"
-                problems.append(f"{name}: {both} overlap")
-        # Without overlaps, the shards cover the tensor when their elements are as many as its own.
+        if tile((shard.box for shard in self.shards), self.shape):
+            return []
+        problems = self._overlaps(name)
+        if problems:
+            return problems
+        # Without overlaps, the shards cover as many elements as they have.
         covered = sum(shard.box.numel for shard in self.shards)
-        wanted = Box.whole(self.shape).numel
-        if not problems and covered != wanted:
-            share = f"only {covered} of the {wanted} elements of shape {self.shape}"
-            problems.append(f"{name}: {share} are covered")
+        share = f"only {covered} of the {prod(self.shape)} elements of shape {self.shape}"
+        return [f"{name}: {share} are covered"]
+
+    def _overlaps(self, name: str) -> list[str]:
+        """The first overlaps. Passes over the boxes in the order of their beginnings along the dim
+        in which these differ most, beside the boxes that have not ended there."""
+        dims = range(len(self.shape))
+        dim = max(dims, key=lambda d: len({s.box.offset[d] for s in self.shards}), default=None)
+        if dim is None:
+            ordered = self.shards
+        else:
+            ordered = sorted(self.shards, key=lambda shard: shard.box.offset[dim])
+        problems = []
+        begun: list[StoredShard] = []
+        for one in ordered:
+            if dim is not None:
+                begun = [other for other in begun if other.box.stop[dim] > one.box.offset[dim]]
+            for other in begun:
+                if one.box.intersect(other.box):
+                    both = f"{other.box} in {other.file} and {one.box} in {one.file}"
+                    problems.append(f"{name}: {both} overlap")
+            if len(problems) > SHOWN_PROBLEMS:
+                break
+            begun.append(one)
         return problems
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """Size in bytes and SHA-256 of a file."""
+    """Size in bytes and checksum of a file."""
 
     bytes: int
-    sha256: str
+    xxh3: str | None = None
+    """Of a text file: of all; of a rank's file: of its header. None in version 1."""
+    private: dict[str, str] = field(default_factory=dict)
+    """Of a rank's file: the checksums of each private tensor, as of a shard."""
+    sha256: str | None = None
+    """Of all; in version 1."""
 
 
 @dataclass(frozen=True)
@@ -136,137 +174,168 @@ class Index:
     world_size: int
     tensors: dict[str, StoredTensor]
     files: dict[str, StoredFile]
+    format_version: int = FORMAT_VERSION
+    written_by: str = f"megalite {__version__}"
+    """The program that wrote it."""
 
     def to_json(self) -> str:
-        """The text of index.json."""
-        tensors = {name: _tensor_to_dict(tensor) for name, tensor in self.tensors.items()}
-        files = {name: asdict(file) for name, file in self.files.items()}
-        header = {"format_version": FORMAT_VERSION, "iteration": self.iteration}
-        header["world_size"] = self.world_size
-        return json.dumps({**header, "files": files, "names": tensors})
+        """The text of index.json, which ends with the checksum of what is before it."""
+        header = {
+            "format_version": FORMAT_VERSION,
+            "written_by": self.written_by,
+            "iteration": self.iteration,
+            "world_size": self.world_size,
+            "block_bytes": BLOCK_BYTES,
+        }
+        files = {}
+        for name, file in self.files.items():
+            files[name] = {"bytes": file.bytes, "xxh3": file.xxh3}
+            if file.private:
+                files[name]["private"] = file.private
+        numbers = {name: number for number, name in enumerate(files)}
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            boxes = [_box_to_list(shard, numbers) for shard in tensor.shards]
+            tensors[name] = {"dtype": dtype, "shape": tensor.shape, "boxes": boxes}
+        content = {**header, "files": files, "names": tensors}
+        return with_checksum(json.dumps(content, separators=(",", ":")))
 
     @classmethod
-    def from_json(cls, text: str) -> "Index":
-        """Parse index.json. Raises CheckpointError when it is damaged, unsafe or of another format
-        version."""
+    def from_json(cls, text: bytes, source: object = INDEX_FILE) -> "Index":
+        """Parse index.json, of the current version or an older one.
+
+        Raises DamagedCheckpointError when it is damaged or unsafe, CheckpointError when a later
+        version of megalite wrote it.
+        """
+        raw = parse_json(text, source)
+        version = raw.get("format_version")
+        if type(version) is int and version > FORMAT_VERSION:
+            writer = raw.get("written_by", "a later megalite")
+            raise CheckpointError(
+                f"{source} has format version {version} and was written by {str(writer)[:80]}; "
+                f"this is megalite {__version__}, which reads versions 1 to {FORMAT_VERSION}: "
+                "use the version that wrote it, or a later one"
+            )
+        if version == FORMAT_VERSION and not has_checksum(text):
+            raise DamagedCheckpointError(f"{source} is damaged: it differs from its checksum")
         try:
-            raw = json.loads(text)
-            version = raw["format_version"]
-            if version != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"format version {version}; this megalite reads version {FORMAT_VERSION}"
-                )
-            tensors = {name: _tensor_from_dict(item) for name, item in raw["names"].items()}
-            files = {}
-            for name, item in raw["files"].items():
-                files[name] = StoredFile(int(item["bytes"]), str(item["sha256"]))
-            index = cls(int(raw["iteration"]), int(raw["world_size"]), tensors, files)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return _INDEX_READERS[version](raw)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{INDEX_FILE} is damaged ({reason})") from error
-        index._refuse_if_unsound()
-        return index
-
-    def _refuse_if_unsound(self) -> None:
-        for name in self.files:
-            # A name such as ../../secret would open a file outside the checkpoint's folder.
-            if name in ("", ".", "..") or "/" in name or "\\" in name:
-                problem = f"unsafe file name {name!r}: it must lie in this folder"
-                raise CheckpointError(f"{INDEX_FILE}: {problem}")
-        for name, tensor in self.tensors.items():
-            for shard in tensor.shards:
-                where = f"{INDEX_FILE}: {name}"
-                if shard.file not in self.files:
-                    raise CheckpointError(f"{where} lies in {shard.file!r}, which is not listed")
-                if not shard.box.lies_within(tensor.shape):
-                    outside = f"{shard.box} lies outside the shape {tensor.shape}"
-                    raise CheckpointError(f"{where}: {outside}")
+            raise DamagedCheckpointError(f"{source} is damaged ({reason})") from error
 
 
-def _tensor_to_dict(tensor: StoredTensor) -> dict:
-    boxes = []
-    for shard in tensor.shards:
-        boxes.append({"file": shard.file, "key": shard.key, **asdict(shard.box)})
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "shape": tensor.shape, "boxes": boxes}
+def with_checksum(text: str) -> str:
+    """A JSON object with its checksum as last entry: that of the text before that entry."""
+    before = text.removesuffix("}")
+    return f'{before}{_CHECKSUM_ENTRY}{checksum(before.encode())}"}}'
 
 
-def _tensor_from_dict(item: dict) -> StoredTensor:
-    shards = []
-    for stored in item["boxes"]:
-        box = Box(_ints(stored["offset"]), _ints(stored["shape"]))
-        shards.append(StoredShard(str(stored["file"]), str(stored["key"]), box))
-    return StoredTensor(_DTYPE_NAMES[item["dtype"]], _ints(item["shape"]), tuple(shards))
+def has_checksum(text: bytes) -> bool:
+    """Whether a text ends with its checksum."""
+    before, _, after = text.rpartition(_CHECKSUM_ENTRY.encode())
+    return after.rstrip() == f'{checksum(before)}"}}'.encode()
 
 
-def _ints(values: list) -> tuple[int, ...]:
-    return tuple(map(int, values))
+def _box_to_list(shard: StoredShard, numbers: dict[str, int]) -> list:
+    """[number of the file, number of the shard in its file, offset, shape, checksums]."""
+    number = int(shard.key.partition(PRIVATE_PREFIX)[2] or 0)
+    return [numbers[shard.file], number, shard.box.offset, shard.box.shape, shard.checksums]
+
+
+def shard_key(name: str, number: int) -> str:
+    """The key of a rank's shard `number` of a tensor, in the order in which it stores them."""
+    return f"{name}{PRIVATE_PREFIX}{number}" if number else name
+
+
+def _read_version_1(raw: dict) -> Index:
+    files = {}
+    for name, item in raw["files"].items():
+        files[_safe(name)] = StoredFile(size_in(item["bytes"]), sha256=_text(item["sha256"]))
+    tensors = {}
+    for name, item in raw["names"].items():
+        dtype = DTYPE_NAMES[item["dtype"]]
+        shape = shape_in(item["shape"])
+        shards = []
+        for stored in item["boxes"]:
+            box = Box(shape_in(stored["offset"]), shape_in(stored["shape"]))
+            shards.append(StoredShard(_text(stored["file"]), _text(stored["key"]), box))
+            if shards[-1].file not in files:
+                raise ValueError(f"{name} lies in {shards[-1].file!r}, which is not listed")
+            _refuse_outside(name, box, shape)
+        tensors[name] = StoredTensor(dtype, shape, tuple(shards))
+    counts = (size_in(raw["iteration"]), size_in(raw["world_size"]))
+    return Index(*counts, tensors, files, format_version=1, written_by="megalite 0.1.0")
+
+
+def _read_version_2(raw: dict) -> Index:
+    if raw["block_bytes"] != BLOCK_BYTES:
+        raise ValueError(f"blocks of {raw['block_bytes']!r} bytes instead of {BLOCK_BYTES}")
+    files = {}
+    for name, item in raw["files"].items():
+        private = {}
+        for key, checksums in item.get("private", {}).items():
+            private[key] = _text(checksums)
+        files[_safe(name)] = StoredFile(size_in(item["bytes"]), _text(item["xxh3"]), private)
+    file_names = list(files)
+    tensors = {}
+    for name, item in raw["names"].items():
+        dtype = DTYPE_NAMES[item["dtype"]]
+        shape = shape_in(item["shape"])
+        shards = []
+        for file, number, offset, box_shape, checksums in item["boxes"]:
+            box = Box(shape_in(offset), shape_in(box_shape))
+            _refuse_outside(name, box, shape)
+            blocks = number_of_blocks(box.numel * dtype.itemsize)
+            if len(_text(checksums)) != blocks * DIGITS:
+                raise ValueError(f"{name}: {box} has {blocks} blocks and {checksums[:80]!r}")
+            file = file_names[size_in(file)]
+            shards.append(StoredShard(file, shard_key(name, size_in(number)), box, checksums))
+        tensors[name] = StoredTensor(dtype, shape, tuple(shards))
+    counts = (size_in(raw["iteration"]), size_in(raw["world_size"]))
+    return Index(*counts, tensors, files, written_by=_text(raw["written_by"]))
+
+
+_INDEX_READERS = {1: _read_version_1, 2: _read_version_2}
+
+
+def _safe(name: str) -> str:
+    # A name such as ../../secret would open a file outside the checkpoint's folder.
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise ValueError(f"unsafe file name {name!r}: it must lie in this folder")
+    return name
+
+
+def _refuse_outside(name: str, box: Box, shape: tuple[int, ...]) -> None:
+    if not box.lies_within(shape):
+        raise ValueError(f"{name}: {box} lies outside the shape {shape}")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} should be text")
+    return value
+
+
+def size_in(value: object) -> int:
+    """A size that a file states. Raises TypeError or ValueError when it is none."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r:.80} should be a whole number")
+    if not 0 <= value < LONGEST_DIM:
+        raise ValueError(f"{value} is no size")
+    return value
+
+
+def shape_in(values: object) -> tuple[int, ...]:
+    """A shape that a file states. Raises TypeError or ValueError when it is none."""
+    if type(values) is not list:
+        raise TypeError(f"{values!r:.80} should be a list of sizes")
+    if len(values) > MOST_DIMS:
+        raise ValueError(f"{len(values)} dims")
+    return tuple(map(size_in, values))
 
 
 def rank_file(rank: int) -> str:
     """Name of the file in which a rank stores its shards and its private tensors."""
     return f"weights-{rank:05d}.safetensors"
-
-
-def write_file(path: Path, chunks: Iterable) -> StoredFile:
-    """Write bytes-like chunks through to the disk (fsync); returns the file's size and checksum.
-
-    Raises OSError, with the path, when the disk is full or fails.
-    """
-    size = 0
-    digest = hashlib.sha256()
-    try:
-        with open(path, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # those of write() and fsync() name no file
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    return StoredFile(size, digest.hexdigest())
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor | DeferredTensor]) -> StoredFile:
-    """Write a safetensors file from tensors on any device, contiguous or not.
-
-    Streamed here instead of `safetensors.torch.save_file`: only one tensor at a time is copied to
-    the host, the checksum comes from the same pass, overlapping views are allowed, and the file has
-    the user's permissions. Raises CheckpointError for a dtype that cannot be stored, OSError.
-    """
-    # Wide elements first: every tensor then begins at a multiple of its element size and can be
-    # mapped in place.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    # The header: where each tensor's bytes begin and end.
-    entries = {}
-    end = 0
-    for key, tensor in ordered:
-        if tensor.dtype not in SAFETENSORS_DTYPES:
-            possible = ", ".join(_DTYPE_NAMES)
-            raise CheckpointError(f"{key}: {tensor.dtype} cannot be stored; possible: {possible}")
-        start = end
-        end += prod(tensor.shape) * tensor.dtype.itemsize
-        dtype = SAFETENSORS_DTYPES[tensor.dtype]
-        shape = list(tensor.shape)
-        entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    # The bytes, one tensor at a time.
-    contents = (_raw_bytes(tensor) for _, tensor in ordered)
-    return write_file(path, itertools.chain([struct.pack("<Q", len(header)), header], contents))
-
-
-def _raw_bytes(tensor: torch.Tensor | DeferredTensor):
-    """The bytes of the tensor's elements in row-major order, as uint8 [n]; no copy of a contiguous
-    tensor on the CPU."""
-    if isinstance(tensor, DeferredTensor):
-        wanted = (tensor.dtype, tuple(tensor.shape))
-        tensor = tensor.read()
-        found = (tensor.dtype, tuple(tensor.shape))
-        if found != wanted:
-            raise ValueError(f"a deferred tensor was announced as {wanted} and read as {found}")
-    dense = tensor.detach().cpu().contiguous()
-    # Not `view(-1)`: a dim of size 1 counts as contiguous whatever its stride, and a tensor with a
-    # last stride other than 1 cannot be viewed as bytes.
-    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()

@@ -1,66 +1,80 @@
 """Read a checkpoint in any layout: a box is assembled from the stored shards it intersects."""
 
 import hashlib
-import json
-from collections.abc import KeysView
+from collections.abc import Callable, KeysView
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from megalite.checkpoint.checksum import checksum
 from megalite.checkpoint.folder import (
     CONFIG_FILE,
     INDEX_FILE,
     STATE_FILE,
     CheckpointError,
+    DamagedCheckpointError,
     find_checkpoint,
+    open_regular,
+    parse_json,
+    parse_text,
+    read_file,
 )
 from megalite.checkpoint.format import (
     PRIVATE_PREFIX,
-    SAFETENSORS_DTYPES,
     Index,
+    StoredFile,
     StoredShard,
     StoredTensor,
     listing,
     rank_file,
 )
 from megalite.checkpoint.source import TensorSource
+from megalite.checkpoint.tensor_file import TensorFile
 from megalite.parallel.boxes import Box
-from megalite.system.errors import error_message
 
 
 class Checkpoint(TensorSource):
-    """An open checkpoint, usable in a `with` block. Each rank may open it; nothing communicates."""
+    """An open checkpoint, usable in a `with` block. Each rank may open it; nothing communicates.
 
-    def __init__(self, folder: Path, index: Index, state: dict, config_yaml: str):
+    A file of tensors is opened when something is read from it. With `verify`, all that is read is
+    compared with its checksums (format version 2; version 1 has none that can be compared while
+    reading). Raises DamagedCheckpointError for a file that is missing, cannot be read or is not
+    what was written.
+    """
+
+    def __init__(
+        self, folder: Path, index: Index, state: dict, config_yaml: str, verify: bool = True
+    ):
         self.folder = folder
         self.state = state
         """The JSON object given to `write`."""
         self.config_yaml = config_yaml
         self._index = index
-        self._open_files = {}
+        self._verify = verify
+        self._open_files: dict[str, TensorFile] = {}
 
     @classmethod
-    def open(cls, root: str | Path, step: int | None = None) -> "Checkpoint":
+    def open(cls, root: str | Path, step: int | None = None, verify: bool = True) -> "Checkpoint":
         """Open the latest checkpoint in `root`, or that of iteration `step`.
 
         `root` may also be the folder of one checkpoint (`SAVE/iter_0000100`). Raises
-        CheckpointError when the checkpoint is not there, is damaged or of another format version,
-        or when a file is missing or truncated.
+        CheckpointError when the checkpoint is not there or was written by a later version of
+        megalite, DamagedCheckpointError when its index, state or configuration is damaged.
         """
         folder = find_checkpoint(Path(root), step)
-        try:
-            index = Index.from_json((folder / INDEX_FILE).read_text())
-            _compare_sizes(folder, index)
-            state = json.loads((folder / STATE_FILE).read_text())
-            return cls(folder, index, state, (folder / CONFIG_FILE).read_text())
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder}: {error}") from error
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder} cannot be read: {error_message(error)}") from error
+        index = Index.from_json(read_file(folder / INDEX_FILE), folder / INDEX_FILE)
+        texts = {}
+        for name in (STATE_FILE, CONFIG_FILE):
+            content = read_file(folder / name)
+            _compare_text(folder / name, index.files.get(name), content)
+            texts[name] = parse_text(content, folder / name)
+        state = parse_json(texts[STATE_FILE], folder / STATE_FILE)
+        return cls(folder, index, state, texts[CONFIG_FILE], verify)
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
+        for file in self._open_files.values():
+            file.close()
         self._open_files.clear()
 
     @property
@@ -96,17 +110,22 @@ class Checkpoint(TensorSource):
         where = f"{self.folder}: {name}"
         if not box.lies_within(stored.shape):
             raise CheckpointError(f"{where} has shape {stored.shape}; {box} does not lie in it")
-        out = torch.empty(box.shape, dtype=stored.dtype)
-        filled = 0
+        # Before memory is allocated: the files hold as many elements as are asked for.
+        parts = []
         for shard in stored.shards:
             common = shard.box.intersect(box)
             if common:
-                source = self._slice(shard, stored.dtype)
-                out[common.slices_in(box)] = source[common.slices_in(shard.box)]
-                filled += common.numel
+                self._checked_file(shard, stored.dtype)
+                parts.append((shard, common))
+        filled = sum(common.numel for _, common in parts)
         if filled != box.numel:
             share = f"{filled} of the {box.numel} elements of {box}"
-            raise CheckpointError(f"{where}: {share} are stored")
+            raise DamagedCheckpointError(f"{where}: {share} are stored")
+        out = torch.empty(box.shape, dtype=stored.dtype)
+        for shard, common in parts:
+            target = out[common.slices_in(box)]
+            file = self._file(shard.file)
+            file.read_box(shard.key, shard.box, shard.checksums, common, target)
         return out
 
     def private(self, rank: int, world_size: int) -> dict[str, torch.Tensor] | None:
@@ -114,71 +133,125 @@ class Checkpoint(TensorSource):
         checkpoint."""
         if world_size != self.world_size:
             return None
-        file = self._file(rank_file(rank))
+        name = rank_file(rank)
+        file = self._file(name)
+        checksums = self._index.files[name].private
         tensors = {}
-        for key in file.keys():
+        for key, entry in file.entries.items():
             if key.startswith(PRIVATE_PREFIX):
-                tensors[key.removeprefix(PRIVATE_PREFIX)] = file.get_tensor(key).clone()
+                own = key.removeprefix(PRIVATE_PREFIX)
+                tensor = torch.empty(entry.shape, dtype=entry.dtype)
+                box = Box.whole(entry.shape)
+                file.read_box(key, box, checksums.get(own), box, tensor)
+                tensors[own] = tensor
         return tensors
 
     def verify(self) -> None:
-        """Compare every file's SHA-256 with the index, and every tensor's shards with its shape.
+        """Compare everything with its checksums, and every tensor's shards with its shape.
 
-        Reads everything. Raises CheckpointError that lists all damage.
+        Reads everything. Raises DamagedCheckpointError that lists all damage.
         """
+        problems = self.damage()
+        if problems:
+            raise DamagedCheckpointError(listing(f"{self.folder} is damaged:", problems))
+
+    def damage(self, progress: Callable[[int], object] = lambda done: None) -> list[str]:
+        """What `verify` finds. Calls `progress` with the bytes of each file that is read."""
         problems = []
+        shards_of: dict[str, list] = {name: [] for name in self._index.files}
         for name, tensor in self._index.tensors.items():
             problems += tensor.problems(name)
+            for shard in tensor.shards:
+                shards_of[shard.file].append((shard, tensor.dtype))
         for name, file in self._index.files.items():
-            if _sha256(self.folder / name) != file.sha256:
-                problems.append(f"{name}: its checksum differs from the index")
-        if problems:
-            raise CheckpointError(listing(f"{self.folder} is damaged:", problems))
+            problems += _file_damage(self.folder / name, file, shards_of[name])
+            progress(file.bytes)
+        return problems
 
     def _stored(self, name: str) -> StoredTensor:
         if name not in self._index.tensors:
             raise CheckpointError(f"{self.folder}: {name} is not stored{self._nearest(name)}")
         return self._index.tensors[name]
 
-    def _file(self, name: str):
+    def _file(self, name: str) -> TensorFile:
         if name not in self._open_files:
-            try:
-                self._open_files[name] = safe_open(self.folder / name, framework="pt")
-            except OSError as error:
-                raise CheckpointError(error_message(error)) from error
-            except SafetensorError as error:
-                raise CheckpointError(f"{self.folder / name} cannot be read: {error}") from error
+            if name not in self._index.files:
+                raise DamagedCheckpointError(f"{self.folder / INDEX_FILE} does not list {name}")
+            file = TensorFile(self.folder / name, self._index.files[name], self._verify)
+            self._open_files[name] = file
         return self._open_files[name]
 
-    def _slice(self, shard: StoredShard, dtype: torch.dtype):
-        """A stored tensor, read when it is indexed. Its shape and dtype are those of the index."""
-        try:
-            data = self._file(shard.file).get_slice(shard.key)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.folder / shard.file}: {error}") from error
-        found = (tuple(data.get_shape()), data.get_dtype())
-        expected = (shard.box.shape, SAFETENSORS_DTYPES[dtype])
-        if found != expected:
-            difference = f"{shard.key} is {found}, the index says {expected}"
-            raise CheckpointError(f"{self.folder / shard.file}: {difference}")
-        return data
+    def _checked_file(self, shard: StoredShard, dtype: torch.dtype) -> TensorFile:
+        """The file of a shard, which holds it with the shape and dtype of the index."""
+        file = self._file(shard.file)
+        _compare_entry(file, shard, dtype)
+        return file
 
 
-def _compare_sizes(folder: Path, index: Index) -> None:
+def _compare_entry(file: TensorFile, shard: StoredShard, dtype: torch.dtype) -> None:
+    entry = file.entry(shard.key)
+    found = (entry.shape, entry.dtype)
+    expected = (shard.box.shape, dtype)
+    if found != expected:
+        difference = f"{shard.key} is {found}, the index says {expected}"
+        raise DamagedCheckpointError(f"{file.path}: {difference}")
+
+
+def _compare_text(path: Path, file: StoredFile | None, content: bytes) -> None:
+    if file is None:
+        raise DamagedCheckpointError(f"{path.with_name(INDEX_FILE)} does not list {path.name}")
+    if len(content) != file.bytes:
+        instead = f"instead of {file.bytes}"
+        raise DamagedCheckpointError(f"{path} has {len(content)} bytes {instead}")
+    if file.xxh3 is not None:
+        is_same = checksum(content) == file.xxh3
+    else:
+        is_same = hashlib.sha256(content).hexdigest() == file.sha256
+    if not is_same:
+        raise DamagedCheckpointError(f"{path} differs from its checksum")
+
+
+def _file_damage(
+    path: Path, file: StoredFile, shards: list[tuple[StoredShard, torch.dtype]]
+) -> list[str]:
+    """What is wrong with one file. shards: those it should hold."""
     problems = []
-    for name, file in index.files.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != file.bytes:
-            problems.append(f"{name} has {path.stat().st_size} bytes instead of {file.bytes}")
-    if problems:
-        raise CheckpointError("; ".join(problems))
+    try:
+        if file.sha256 is not None:
+            _compare_sha256(path, file.sha256)
+        if not shards and path.suffix != ".safetensors":
+            _compare_text(path, file, read_file(path))
+            return problems
+        content = TensorFile(path, file)
+    except DamagedCheckpointError as error:
+        return [str(error)]
+
+    def check(key: str, checksums: str | None) -> None:
+        if checksums is not None:
+            content.check(key, checksums)
+
+    checks = []
+    for shard, dtype in shards:
+        checks.append((_compare_entry, (content, shard, dtype)))
+        checks.append((check, (shard.key, shard.checksums)))
+    for name, checksums in file.private.items():
+        checks.append((check, (PRIVATE_PREFIX + name, checksums)))
+    for action, arguments in checks:
+        try:
+            action(*arguments)
+        except DamagedCheckpointError as error:
+            problems.append(str(error))
+    content.close()
+    return problems
 
 
-def _sha256(path: Path) -> str:
+def _compare_sha256(path: Path, expected: str) -> None:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
+    try:
+        with open(open_regular(path), "rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if digest.hexdigest() != expected:
+        raise DamagedCheckpointError(f"{path} differs from its checksum")

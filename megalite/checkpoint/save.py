@@ -29,10 +29,11 @@ from megalite.checkpoint.format import (
     StoredTensor,
     listing,
     rank_file,
-    write_file,
-    write_tensors,
+    shard_key,
 )
-from megalite.parallel.collectives import Group, gather_objects
+from megalite.checkpoint.tensor_file import write_file, write_tensors
+from megalite.parallel.boxes import Box
+from megalite.parallel.collectives import Group, gather_objects, gather_objects_to_first
 from megalite.system.errors import error_message
 
 
@@ -60,11 +61,12 @@ def write(
     """
     lease = _on_first(world, lambda: lease or Lease.take(root))
     try:
-        draft, texts = _on_first(
-            world, lambda: _begin(lease, iteration, state, config_yaml, keep_last)
+        draft = _on_first(world, lambda: _begin(lease, iteration, keep_last))
+        own = _on_all(world, lambda: _write_rank(draft, world.rank, shards, private))
+        written = gather_objects_to_first(own, world)
+        _on_first(
+            world, lambda: _commit(lease, draft, iteration, written, _texts(state, config_yaml))
         )
-        written = _on_all(world, lambda: _write_rank(draft, world.rank, shards, private))
-        _on_first(world, lambda: _commit(lease, draft, iteration, written, texts))
     except CheckpointError:
         _on_first(world, lambda: _give_up(lease))
         raise
@@ -73,12 +75,10 @@ def write(
     return lease.root / iteration_folder(iteration)
 
 
-def _on_all(world: Group, action: Callable) -> list:
-    """Run `action` on every rank and return all results.
+def _on_all(world: Group, action: Callable):
+    """Run `action` on every rank and return its result.
 
-    When it fails on any rank, raises CheckpointError with the reasons on every rank. Results are
-    gathered to all ranks, though only rank 0 uses those of `_write_rank`: that costs a few hundred
-    bytes for each shard in the checkpoint, on every rank.
+    When it fails on any rank, raises CheckpointError with the reasons on every rank.
     """
     result = None
     failure = None
@@ -86,17 +86,17 @@ def _on_all(world: Group, action: Callable) -> list:
         result = action()
     except Exception as error:  # of any kind: the other ranks wait below and must learn of it
         failure = error
-    outcomes = gather_objects((result, failure and _describe(failure)), world)
-    results, problems = zip(*outcomes)
+    problems = gather_objects(failure and _describe(failure), world)
     reasons = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
     if reasons:
         raise CheckpointError("checkpoint not written; " + "; ".join(reasons)) from failure
-    return list(results)
+    return result
 
 
 def _on_first(world: Group, action: Callable):
     """Run `action` on rank 0 and return its result on every rank, or raise there as _on_all."""
-    return _on_all(world, action if world.rank == 0 else lambda: None)[0]
+    result = _on_all(world, action if world.rank == 0 else lambda: None)
+    return gather_objects(result, world)[0]
 
 
 def _describe(error: Exception) -> str:
@@ -104,18 +104,14 @@ def _describe(error: Exception) -> str:
     return message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {message}"
 
 
-def _begin(
-    lease: Lease, iteration: int, state: dict, config_yaml: str, keep_last: int | None
-) -> tuple[Path, dict[str, str]]:
-    """Make the draft folder in the owner's staging directory. Returns it, and the contents of its
-    text files by name."""
-    texts = {STATE_FILE: json.dumps(state, indent=1), CONFIG_FILE: config_yaml}
+def _begin(lease: Lease, iteration: int, keep_last: int | None) -> Path:
+    """Make the draft folder in the owner's staging directory, and return it."""
     if keep_last is not None and keep_last < 1:
         raise CheckpointError(f"keep_last must be at least 1, or None to keep all; got {keep_last}")
     lease.clear()
     draft = lease.staging_dir / iteration_folder(iteration)
     draft.mkdir()
-    return draft, texts
+    return draft
 
 
 def _give_up(lease: Lease) -> None:
@@ -131,40 +127,53 @@ def _write_rank(
 ) -> tuple[dict[str, StoredTensor], StoredFile]:
     """Write this rank's file: its shards and its private tensors. Returns the tensors of which it
     holds shards, and the file."""
+    file_name = rank_file(rank)
     tensors = {PRIVATE_PREFIX + name: tensor for name, tensor in private.items()}
-    stored: dict[str, StoredTensor] = {}
+    kinds: dict[str, tuple] = {}
+    boxes: dict[str, list[Box]] = {}
     for shard in shards:
-        known = stored.get(shard.name)
-        earlier = known.shards if known else ()
-        if shard.box.numel:
-            key = f"{shard.name}@{len(earlier)}" if earlier else shard.name
-            tensors[key] = shard.tensor
-            earlier += (StoredShard(rank_file(rank), key, shard.box),)
         # An empty shard is recorded too: a tensor of which every rank holds nothing is then
         # reported as not covered.
-        shape = tuple(shard.global_shape)
-        stored[shard.name] = StoredTensor(shard.tensor.dtype, shape, earlier)
-    return stored, write_tensors(draft / rank_file(rank), tensors)
+        kinds[shard.name] = (shard.tensor.dtype, tuple(shard.global_shape))
+        held = boxes.setdefault(shard.name, [])
+        if shard.box.numel:
+            tensors[shard_key(shard.name, len(held))] = shard.tensor
+            held.append(shard.box)
+    file, checksums = write_tensors(draft / file_name, tensors)
+    stored = {}
+    for name, held in boxes.items():
+        keys = [shard_key(name, number) for number in range(len(held))]
+        of_name = [StoredShard(file_name, key, box, checksums[key]) for key, box in zip(keys, held)]
+        stored[name] = StoredTensor(*kinds[name], tuple(of_name))
+    return stored, file
 
 
 def _merge(written: Iterable[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     """Join the ranks' shards. Raises CheckpointError unless they cover each tensor exactly once."""
-    merged: dict[str, StoredTensor] = {}
+    kinds: dict[str, tuple] = {}
+    shards: dict[str, list[StoredShard]] = {}
     problems = []
     for rank, tensors in enumerate(written):
         for name, tensor in tensors.items():
-            known = merged.setdefault(name, StoredTensor(tensor.dtype, tensor.shape, ()))
             here = (tensor.dtype, tensor.shape)
-            there = (known.dtype, known.shape)
+            there = kinds.setdefault(name, here)
             if here != there:
                 problems.append(f"{name}: rank {rank} says {here}, an earlier rank {there}")
-            merged[name] = StoredTensor(known.dtype, known.shape, known.shards + tensor.shards)
+            shards.setdefault(name, []).extend(tensor.shards)
+    merged = {}
+    for name, (dtype, shape) in kinds.items():
+        merged[name] = StoredTensor(dtype, shape, tuple(shards[name]))
     if not problems:  # else shards may lie outside of what the first rank says of the tensor
         for name, tensor in merged.items():
             problems += tensor.problems(name)
     if problems:
         raise CheckpointError(listing("the ranks' shards do not fit together:", problems))
     return merged
+
+
+def _texts(state: dict, config_yaml: str) -> dict[str, str]:
+    """The contents of the text files by name."""
+    return {STATE_FILE: json.dumps(state, indent=1), CONFIG_FILE: config_yaml}
 
 
 def _commit(lease: Lease, draft: Path, iteration: int, written: list, texts: dict) -> None:
@@ -174,7 +183,7 @@ def _commit(lease: Lease, draft: Path, iteration: int, written: list, texts: dic
     """
     root = lease.root
     # The text files and the index of everything.
-    files = {name: write_file(draft / name, [text.encode()]) for name, text in texts.items()}
+    files = {name: write_file(draft / name, text.encode()) for name, text in texts.items()}
     tensors, rank_files = zip(*written)
     for rank, file in enumerate(rank_files):
         files[rank_file(rank)] = file
@@ -186,11 +195,11 @@ def _commit(lease: Lease, draft: Path, iteration: int, written: list, texts: dic
             raise CheckpointError(
                 f"{path} is not there as it was written: is {root} the same folder on every node?"
             )
-    write_file(draft / INDEX_FILE, [index.to_json().encode()])
+    write_file(draft / INDEX_FILE, index.to_json().encode())
     fsync_folder(draft)
     # The renames that make it visible.
     fresh = lease.staging_dir / LATEST_FILE
-    write_file(fresh, [f"{iteration}\n".encode()])
+    write_file(fresh, f"{iteration}\n".encode())
     _move_in(lease, draft, iteration)
     fsync_folder(root)
     os.replace(fresh, root / LATEST_FILE)

@@ -4,13 +4,15 @@ Every parameter has a global name and a global shape, the same in every layout; 
 of it. Initialisation, gradient norm, checkpoints and verification are defined on boxes.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from operator import add, sub
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Box:
     """The part of a tensor that starts at `offset` and has shape `shape`.
 
@@ -56,6 +58,32 @@ class Box:
         start = map(sub, self.offset, outer.offset)
         stop = map(sub, self.stop, outer.offset)
         return tuple(map(slice, start, stop))
+
+
+def tile(boxes: Iterable[Box], shape: tuple[int, ...]) -> bool:
+    """Whether the boxes cover every element of a tensor of this shape exactly once.
+
+    Takes time in proportion to the number of boxes. A box is a sum of signs at its corners: the
+    function that is 1 inside it and 0 outside is determined by its differences along every dim,
+    which are +1 or -1 at the corners and 0 elsewhere. The boxes' functions add up to that of the
+    whole tensor exactly when their signs do.
+    """
+    if prod(shape) == 0:
+        return not any(box.numel for box in boxes)
+    signs: Counter = Counter()
+    for box in boxes:
+        _add_corners(signs, box, 1)
+    _add_corners(signs, Box.whole(shape), -1)
+    return not any(signs.values())
+
+
+def _add_corners(signs: Counter, box: Box, sign: int) -> None:
+    if not box.numel:
+        return
+    # The corners at which an even number of dims are at their end come first with +1.
+    for corner in product(*zip(box.offset, box.stop)):
+        ends = sum(map(int.__eq__, corner, box.stop))
+        signs[corner] += -sign if ends % 2 else sign
 
 
 def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:

@@ -272,6 +272,17 @@ def gather_objects(obj, group: Group) -> list:
     return out
 
 
+def gather_objects_to_first(obj, group: Group) -> list:
+    """Gather each rank's picklable object on the group's first rank: a list in rank order there,
+    an empty one elsewhere."""
+    if group.size == 1:
+        return [obj]
+    out = [None] * group.size if group.rank == 0 else None
+    gather = partial(dist.gather_object, obj, out, dst=group.ranks[0])
+    _post("gather_objects_to_first", group, gather)
+    return out or []
+
+
 @dataclass(frozen=True)
 class Transfer:
     """One point-to-point message of a pipeline."""

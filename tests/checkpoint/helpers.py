@@ -1,11 +1,14 @@
 """Small checkpoints for the tests of this folder."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from megalite.checkpoint.fence import OWNER_FILE, STAGING_PREFIX
-from megalite.checkpoint.format import Shard
+from megalite.checkpoint.folder import INDEX_FILE
+from megalite.checkpoint.format import Shard, with_checksum
 from megalite.checkpoint.save import write
 from megalite.parallel.boxes import Box, split
 from megalite.parallel.collectives import Group
@@ -56,6 +59,15 @@ def save(
 ) -> Path:
     """Write a checkpoint from a single rank."""
     return write(root, iteration, shards, {}, state or {}, "lr: 0.1\n", ALONE, keep_last)
+
+
+def edit_index(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change an index on purpose, with a checksum that fits."""
+    path = folder / INDEX_FILE
+    index = json.loads(path.read_text())
+    index.pop("xxh3")
+    change(index)
+    path.write_text(with_checksum(json.dumps(index)))
 
 
 def names_in(root: Path) -> list[str]:

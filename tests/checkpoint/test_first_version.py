@@ -48,3 +48,4 @@ def test_every_file_of_it_is_intact():
         assert checkpoint.iteration == 4
         assert "optimizer.exp_avg.layers.1.mlp.up.weight" in checkpoint.names
         assert "optimizer.master.embedding.word_embeddings.weight" in checkpoint.names
+        checkpoint.verify()

@@ -8,12 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megalite.checkpoint.folder import latest_iteration, list_iterations
-from megalite.checkpoint.format import CheckpointError, Shard
+from megalite.checkpoint import tensor_file
+from megalite.checkpoint.folder import (
+    CheckpointError,
+    DamagedCheckpointError,
+    latest_iteration,
+    list_iterations,
+)
+from megalite.checkpoint.format import Shard
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
 from megalite.parallel.boxes import Box
-from tests.checkpoint.helpers import ALONE, cut, part, save, whole
+from tests.checkpoint.helpers import ALONE, cut, edit_index, part, save, whole
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8]
 
@@ -39,13 +45,6 @@ def raw_bytes(tensor):
         .numpy()
         .tobytes()
     )
-
-
-def edit_index(folder, change):
-    path = folder / "index.json"
-    index = json.loads(path.read_text())
-    change(index)
-    path.write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -212,87 +211,138 @@ def test_check_lists_everything_that_does_not_fit_at_once(tmp_path):
         checkpoint.read_into(whole("up.weight", torch.zeros(3, 3)))
 
 
-def test_missing_and_truncated_files_are_found_when_opening(tmp_path):
+def test_missing_and_truncated_files_are_found_when_they_are_read(tmp_path):
     folder = save(tmp_path, 1, whole("w", torch.ones(50)))
     file = folder / "weights-00000.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1])
-    with pytest.raises(
-        CheckpointError, match=f"has {len(content) - 1} bytes instead of {len(content)}"
-    ):
-        Checkpoint.open(tmp_path)
-    file.unlink()
-    (folder / "state.json").unlink()
-    with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(tmp_path)
-    assert "weights-00000.safetensors is missing" in str(caught.value)
-    assert "state.json is missing" in str(caught.value)
-
-
-def test_a_flipped_bit_is_found_by_verify(tmp_path):
-    folder = save(tmp_path, 1, whole("w", torch.ones(50)))
-    file = folder / "weights-00000.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-10] ^= 4
-    file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"weights-00000.safetensors: its checksum differs"):
-        Checkpoint.open(tmp_path).verify()
-
-
-def test_a_broken_header_is_an_error_of_the_checkpoint(tmp_path):
-    folder = save(tmp_path, 1, whole("w", torch.ones(50)))
-    file = folder / "weights-00000.safetensors"
-    file.write_bytes(b"\xff" * file.stat().st_size)
-    with pytest.raises(CheckpointError, match=r"weights-00000.safetensors cannot be read"):
+    text = f"weights-00000.safetensors has {len(content) - 1} bytes instead of {len(content)}"
+    with pytest.raises(DamagedCheckpointError, match=text):
         Checkpoint.open(tmp_path).read("w")
+    file.unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"weights-00000.safetensors is missing"):
+        Checkpoint.open(tmp_path).read("w")
+    (folder / "state.json").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"state.json is missing"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["index.json", "state.json", "config.yaml"])
+def test_a_changed_character_is_found_when_opening(tmp_path, name):
+    folder = save(tmp_path, 1, whole("w", torch.ones(50)), state={"consumed_samples": 120})
+    file = folder / name
+    text = file.read_text()
+    file.write_text(text.replace("0", "1", 1))
+    with pytest.raises(DamagedCheckpointError, match=f"{name}.* differs from its checksum"):
+        Checkpoint.open(tmp_path)
+
+
+def flip(file, position):
+    content = bytearray(file.read_bytes())
+    content[position] ^= 4
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_is_found_in_what_is_read_alone(tmp_path):
+    """Blocks of 4 MiB: the tensor has three."""
+    tensor = torch.arange(3 << 19).reshape(-1, 64)
+    folder = save(tmp_path, 1, whole("w", tensor), whole("b", torch.ones(50)))
+    file = folder / "weights-00000.safetensors"
+    flip(file, (6 << 20) + 4000)
+    checkpoint = Checkpoint.open(tmp_path)
+    rows = Box((0, 0), (8000, 64))
+    assert torch.equal(checkpoint.read("w", rows), tensor[:8000])
+    rows = Box((16384, 3), (8192, 5))
+    assert torch.equal(checkpoint.read("w", rows), tensor[16384:, 3:8])
+    assert checkpoint.read("b").sum() == 50
+    for box in (None, Box((0, 3), (24576, 5)), Box((9000, 0), (1, 64))):
+        with pytest.raises(DamagedCheckpointError, match=r"weights-00000.safetensors: w: bytes"):
+            checkpoint.read("w", box)
+    with pytest.raises(DamagedCheckpointError, match=r"w: bytes \d+ to \d+ differ"):
+        checkpoint.verify()
+    Checkpoint.open(tmp_path, verify=False).read("w")
+
+
+def test_damage_of_the_header_and_of_private_tensors_is_found(tmp_path):
+    private = {"rng": torch.arange(100)}
+    folder = write(tmp_path, 1, [whole("w", torch.ones(50))], private, {}, "", ALONE)
+    file = folder / "weights-00000.safetensors"
+    flip(file, file.stat().st_size - 210)  # the ints come first
+    checkpoint = Checkpoint.open(tmp_path)
+    with pytest.raises(DamagedCheckpointError, match="@rng: bytes .* differ"):
+        checkpoint.private(0, 1)
+    assert checkpoint.read("w").sum() == 50
+    flip(file, 30)
+    with pytest.raises(DamagedCheckpointError, match="its header differs from its checksum"):
+        Checkpoint.open(tmp_path).read("w")
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    with pytest.raises(DamagedCheckpointError, match=r"states a header of 18446744073709551615"):
+        Checkpoint.open(tmp_path).read("w")
+
+
+def test_a_large_box_that_is_not_contiguous_is_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_file, "STRIDED_BYTES", 200)
+    tensor = torch.randn(2, 9, 11, 3)
+    save(tmp_path, 1, *(part("w", tensor, box) for box in cut(tensor.shape, 1, 2)))
+    with Checkpoint.open(tmp_path) as checkpoint:
+        for dim in range(4):
+            for box in cut(tensor.shape, dim, 3):
+                expected = tensor[box.slices_in(Box.whole(tensor.shape))]
+                assert same_bits(checkpoint.read("w", box), expected)
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (
-            lambda index: index.update(format_version=2),
-            "format version 2; this megalite reads version 1",
-        ),
-        (lambda index: index.pop("format_version"), "damaged.*format_version"),
+        (lambda index: index.pop("format_version"), "damaged.*None"),
         (lambda index: index.pop("names"), "damaged.*names"),
         (lambda index: index["names"]["w"].update(dtype="object"), "damaged.*object"),
-        (lambda index: index["names"]["w"]["boxes"][0].update(offset=[40]), "outside the shape"),
-        (lambda index: index["names"]["w"]["boxes"][0].update(offset=[0, 0]), "outside the shape"),
-        (lambda index: index["names"]["w"]["boxes"][0].update(file="/etc/passwd"), "not listed"),
+        (lambda index: index["names"]["w"]["boxes"][0].__setitem__(2, [40]), "outside the shape"),
+        (lambda index: index["names"]["w"]["boxes"][0].__setitem__(2, [0, 0]), "outside the shape"),
+        (lambda index: index["names"]["w"]["boxes"][0].__setitem__(0, 9), "damaged.*IndexError"),
+        (lambda index: index["names"]["w"]["boxes"][0].__setitem__(0, "/etc"), "whole number"),
+        (lambda index: index["names"]["w"]["boxes"][0].__setitem__(4, "ab"), "has 1 blocks"),
+        (lambda index: index["names"]["w"].update(shape=[1 << 70]), "is no size"),
+        (lambda index: index["names"]["w"].update(shape=[-1]), "is no size"),
+        (lambda index: index["names"]["w"].update(shape=[1] * 100), "100 dims"),
         (
-            lambda index: index["files"].update({"../secret": {"bytes": 1, "sha256": ""}}),
+            lambda index: index["files"].update({"../secret": {"bytes": 1, "xxh3": ""}}),
             "unsafe file name '../secret'",
         ),
-        (
-            lambda index: index["files"].update({"..": {"bytes": 1, "sha256": ""}}),
-            "unsafe file name",
-        ),
+        (lambda index: index["files"].update({"..": {}}), "damaged"),
     ],
 )
 def test_an_index_that_is_damaged_or_unsafe_is_refused(tmp_path, change, text):
     folder = save(tmp_path, 1, whole("w", torch.ones(50)))
     edit_index(folder, change)
-    with pytest.raises(CheckpointError, match=text):
+    with pytest.raises(DamagedCheckpointError, match=text):
         Checkpoint.open(tmp_path)
+
+
+def test_a_newer_format_names_who_wrote_it(tmp_path):
+    folder = save(tmp_path, 1, whole("w", torch.ones(50)))
+    edit_index(folder, lambda index: index.update(format_version=3, written_by="megalite 9.1"))
+    with pytest.raises(CheckpointError, match="version 3 and was written by megalite 9.1") as found:
+        Checkpoint.open(tmp_path)
+    assert not isinstance(found.value, DamagedCheckpointError)
 
 
 def test_an_index_that_is_not_json_is_refused(tmp_path):
     folder = save(tmp_path, 1, whole("w", torch.ones(50)))
     (folder / "index.json").write_text((folder / "index.json").read_text()[:-20])
-    with pytest.raises(CheckpointError, match=r"index.json is damaged"):
+    with pytest.raises(DamagedCheckpointError, match=r"index.json is damaged"):
         Checkpoint.open(tmp_path)
 
 
 def test_an_index_that_disagrees_with_the_files_gives_no_wrong_values(tmp_path):
     folder = save(tmp_path, 1, whole("w", torch.ones(50)))
-    edit_index(folder, lambda index: index["names"]["w"]["boxes"][0].update(shape=[49]))
-    with pytest.raises(CheckpointError, match="the index says"):
+    edit_index(folder, lambda index: index["names"]["w"]["boxes"][0].__setitem__(3, [49]))
+    with pytest.raises(DamagedCheckpointError, match="the index says"):
         Checkpoint.open(tmp_path).read("w", Box((0,), (10,)))
-    with pytest.raises(CheckpointError, match="only 49 of the 50 elements"):
+    with pytest.raises(DamagedCheckpointError, match="only 49 of the 50 elements"):
         Checkpoint.open(tmp_path).verify()
     edit_index(folder, lambda index: index["names"]["w"].update(boxes=[]))
-    with pytest.raises(CheckpointError, match="0 of the 10 elements"):
+    with pytest.raises(DamagedCheckpointError, match="0 of the 10 elements"):
         Checkpoint.open(tmp_path).read("w", Box((0,), (10,)))
 
 

@@ -9,8 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from megalite.checkpoint.folder import latest_iteration, list_iterations
-from megalite.checkpoint.format import CheckpointError, Shard
+from megalite.checkpoint.folder import CheckpointError, latest_iteration, list_iterations
+from megalite.checkpoint.format import Shard
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
 from megalite.parallel.boxes import Box

@@ -1,8 +1,8 @@
 """Boxes, against sets of indices."""
 
-from itertools import product
+from itertools import combinations, product
 
-from megalite.parallel.boxes import Box, boxes_of_range, split
+from megalite.parallel.boxes import Box, boxes_of_range, split, tile
 
 
 def indices(box: Box) -> set:
@@ -24,6 +24,23 @@ def test_intersection_is_that_of_the_indices():
         assert (set() if common is None else indices(common)) == indices(a) & indices(b)
         assert common is None or common.numel == len(indices(a) & indices(b)) > 0
         assert common == b.intersect(a)
+
+
+def test_boxes_tile_a_tensor_when_they_cover_each_element_once():
+    shape = (2, 3)
+    everything = sorted(indices(Box.whole(shape)))
+    boxes = [box for box in boxes_in(*shape) if box.numel]
+    found = 0
+    for count in range(4):
+        for chosen in combinations(boxes, count):
+            covered = [index for box in chosen for index in indices(box)]
+            assert tile(chosen, shape) == (sorted(covered) == everything)
+            found += tile(chosen, shape)
+    assert found == 13
+    assert tile([Box((), ())], ()) and not tile([], ()) and not tile([Box((), ())] * 2, ())
+    assert tile([], (0, 3)) and tile([Box((0, 1), (0, 2))], (0, 3))
+    empty = Box((1, 1), (0, 2))
+    assert tile([Box.whole(shape), empty], shape) and not tile([empty], shape)
 
 
 def test_slices_are_relative_to_the_outer_box():

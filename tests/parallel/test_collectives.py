@@ -18,6 +18,7 @@ from megalite.parallel.collectives import (
     broadcast,
     exchange,
     gather_objects,
+    gather_objects_to_first,
     gather_sequence,
     reduce_from_tensor_region,
     reduce_scatter,
@@ -63,6 +64,7 @@ def plain_collectives(launch):
         "scatter later": scattered,
         "broadcast": sent,
         "objects": gather_objects({"rank": launch.rank}, group),
+        "objects of all": gather_objects_to_first("x" * launch.rank, group),
     }
 
 
@@ -84,6 +86,8 @@ def test_values(pool, size):
             "scatter later": total.chunk(size)[rank],
         }
         assert got.pop("objects") == [{"rank": r} for r in range(size)]
+        of_all = ["x" * r for r in range(size)] if rank == 0 else []
+        assert got.pop("objects of all") == of_all
         assert {name: value.tolist() for name, value in got.items()} == {
             k: v.tolist() for k, v in expected.items()
         }
@@ -200,6 +204,7 @@ def test_a_group_of_one_rank_sends_and_copies_nothing():
     broadcast(x, ALONE)
     barrier(ALONE)
     assert gather_objects("x", ALONE) == ["x"] and exchange([], ALONE) == []
+    assert gather_objects_to_first("x", ALONE) == ["x"]
     assert x.tolist() == [[0, 3], [1, 4], [2, 5]]
 
 

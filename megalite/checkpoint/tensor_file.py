@@ -1,0 +1,327 @@
+"""One file of tensors, in the format of safetensors: written with checksums in one pass, and read
+by ranges of bytes, each of which is compared with its checksums."""
+
+import json
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from megalite.checkpoint.checksum import BLOCK_BYTES, DIGITS, blocks_of, checksum
+from megalite.checkpoint.folder import (
+    CheckpointError,
+    DamagedCheckpointError,
+    open_regular,
+    parse_json,
+)
+from megalite.checkpoint.format import (
+    DTYPE_NAMES,
+    PRIVATE_PREFIX,
+    SAFETENSORS_DTYPES,
+    DeferredTensor,
+    StoredFile,
+    shape_in,
+    size_in,
+)
+from megalite.parallel.boxes import Box
+
+LONGEST_HEADER = 100_000_000
+"""Bytes; the limit of safetensors."""
+STRIDED_BYTES = 64 << 20
+"""Of a box that is not contiguous in the file, at most about this much is read at once."""
+_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+
+
+def write_file(path: Path, content: bytes) -> StoredFile:
+    """Write a file through to the disk (fsync); returns its size and checksum.
+
+    Raises OSError, with the path, when the disk is full or fails.
+    """
+    _write(path, [content])
+    return StoredFile(len(content), checksum(content))
+
+
+def _write(path: Path, chunks: Iterable) -> int:
+    """Write bytes-like chunks through to the disk. Returns how many bytes. Raises OSError."""
+    size = 0
+    try:
+        with open(path, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                size += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # those of write() and fsync() name no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return size
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor | DeferredTensor]
+) -> tuple[StoredFile, dict[str, str]]:
+    """Write a safetensors file from tensors on any device, contiguous or not.
+
+    Streamed here instead of `safetensors.torch.save_file`: only one tensor at a time is copied to
+    the host, checksums come from the same pass, overlapping views are allowed, and the file has
+    the user's permissions. Returns the file, and the checksums of each tensor's blocks by key.
+    Raises CheckpointError for a dtype that cannot be stored, OSError.
+    """
+    # Wide elements first: every tensor then begins at a multiple of its element size and can be
+    # mapped in place.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    # The header: where each tensor's bytes begin and end.
+    entries = {}
+    end = 0
+    for key, tensor in ordered:
+        if tensor.dtype not in SAFETENSORS_DTYPES:
+            possible = ", ".join(DTYPE_NAMES)
+            raise CheckpointError(f"{key}: {tensor.dtype} cannot be stored; possible: {possible}")
+        start = end
+        end += prod(tensor.shape) * tensor.dtype.itemsize
+        dtype = SAFETENSORS_DTYPES[tensor.dtype]
+        shape = list(tensor.shape)
+        entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    checksums: dict[str, str] = {}
+
+    def chunks() -> Iterable:
+        yield header
+        for key, tensor in ordered:
+            found = []
+            data = _raw_bytes(tensor)
+            for _, start, stop in blocks_of(len(data)):
+                block = data[start:stop]
+                found.append(checksum(block))
+                yield block
+            checksums[key] = "".join(found)
+
+    size = _write(path, chunks())
+    private = {}
+    for key in list(checksums):
+        if key.startswith(PRIVATE_PREFIX):
+            private[key.removeprefix(PRIVATE_PREFIX)] = checksums.pop(key)
+    return StoredFile(size, checksum(header), private), checksums
+
+
+def _raw_bytes(tensor: torch.Tensor | DeferredTensor):
+    """The bytes of the tensor's elements in row-major order, as uint8 [n]; no copy of a contiguous
+    tensor on the CPU."""
+    if isinstance(tensor, DeferredTensor):
+        wanted = (tensor.dtype, tuple(tensor.shape))
+        tensor = tensor.read()
+        found = (tensor.dtype, tuple(tensor.shape))
+        if found != wanted:
+            raise ValueError(f"a deferred tensor was announced as {wanted} and read as {found}")
+    return _bytes_of(tensor.detach().cpu().contiguous())
+
+
+def _bytes_of(dense: torch.Tensor):
+    """The memory of a contiguous tensor, as uint8 [n]."""
+    # Not `view(-1)`: a dim of size 1 counts as contiguous whatever its stride, and a tensor with a
+    # last stride other than 1 cannot be viewed as bytes.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file: what the header says of it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Where its bytes begin in the file."""
+    bytes: int
+
+
+class TensorFile:
+    """A safetensors file to read. Nothing is allocated before it is compared with the file's size.
+
+    Args:
+        path: of the file.
+        stored: what the index says of it. None: nothing is known, and nothing is compared.
+        verify: whether to compare what is read with its checksums.
+
+    Raises DamagedCheckpointError, here and in each method, when the file is missing, cannot be
+    read or is not what was written; the message names it and the tensor.
+    """
+
+    def __init__(self, path: Path, stored: StoredFile | None, verify: bool = True):
+        self.path = path
+        self.verify = verify
+        self._descriptor = open_regular(path)
+        try:
+            self.entries = self._read_header(stored)
+            """By key."""
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __del__(self):
+        if hasattr(self, "_descriptor"):
+            self.close()
+
+    def entry(self, key: str) -> Entry:
+        """What the header says of a tensor."""
+        if key not in self.entries:
+            raise DamagedCheckpointError(f"{self.path} does not hold {key}")
+        return self.entries[key]
+
+    def read_box(self, key: str, stored: Box, checksums: str | None, box: Box, out) -> None:
+        """Fill the tensor `out`, of the box's shape, with one box of a tensor.
+
+        stored: the box that is stored under this key, as a part of the same global tensor.
+        checksums: of the blocks of what is stored; None: there are none.
+        """
+        if not box.numel:
+            return
+        entry = self.entry(key)
+        # The range of elements from the first to the last that is wanted.
+        strides = [prod(stored.shape[dim + 1 :]) for dim in range(len(stored.shape))]
+        first = 0
+        length = 1
+        for dim, stride in enumerate(strides):
+            first += (box.offset[dim] - stored.offset[dim]) * stride
+            length += (box.shape[dim] - 1) * stride
+        itemsize = entry.dtype.itemsize
+        start = first * itemsize
+        size = length * itemsize
+        if length == box.numel and out.is_contiguous():
+            self._read(key, checksums, start, _bytes_of(out))
+        elif size > STRIDED_BYTES:
+            for part in _halves(box):
+                self.read_box(key, stored, checksums, part, out[part.slices_in(box)])
+        else:
+            data = torch.empty(length, dtype=entry.dtype)
+            self._read(key, checksums, start, _bytes_of(data))
+            out.copy_(data.as_strided(box.shape, strides))
+
+    def check(self, key: str, checksums: str) -> None:
+        """Read all of a tensor and compare it with its checksums."""
+        entry = self.entry(key)
+        buffer = memoryview(bytearray(min(entry.bytes, BLOCK_BYTES)))
+        for number, start, stop in blocks_of(entry.bytes):
+            block = buffer[: stop - start]
+            self._fill(key, entry.start + start, block)
+            self._compare(key, checksums, number, block)
+
+    def _read(self, key: str, checksums: str | None, start: int, out) -> None:
+        """Fill `out` with the bytes of a tensor from `start` on. A block is verified whole: those
+        at both ends may have to be read beyond what is wanted."""
+        entry = self.entry(key)
+        out = memoryview(out)
+        stop = start + len(out)
+        if not self.verify or checksums is None:
+            self._fill(key, entry.start + start, out)
+            return
+        for number, first, last in blocks_of(entry.bytes, start, stop):
+            is_inside = start <= first and last <= stop
+            block = out[first - start : last - start] if is_inside else bytearray(last - first)
+            self._fill(key, entry.start + first, block)
+            self._compare(key, checksums, number, block)
+            if not is_inside:
+                begin = max(first, start)
+                end = min(last, stop)
+                out[begin - start : end - start] = memoryview(block)[begin - first : end - first]
+
+    def _compare(self, key: str, checksums: str, number: int, block) -> None:
+        expected = checksums[number * DIGITS : (number + 1) * DIGITS]
+        if checksum(block) != expected:
+            first = self.entry(key).start + number * BLOCK_BYTES
+            place = f"bytes {first} to {first + len(block)}"
+            raise DamagedCheckpointError(
+                f"{self.path}: {key}: {place} differ from their checksum: they were damaged after "
+                "they were written"
+            )
+
+    def _fill(self, what: str, offset: int, out) -> None:
+        """Read as many bytes as `out` has, from `offset` on."""
+        out = memoryview(out)
+        while len(out):
+            try:
+                count = os.preadv(self._descriptor, [out], offset)
+            except OSError as error:
+                where = f"{self.path}: {what} cannot be read"
+                raise DamagedCheckpointError(f"{where}: {error.strerror}") from error
+            if not count:
+                raise DamagedCheckpointError(f"{self.path}: {what}: the file ends at {offset}")
+            out = out[count:]
+            offset += count
+
+    def _read_header(self, stored: StoredFile | None) -> dict[str, Entry]:
+        size = os.fstat(self._descriptor).st_size
+        if stored is not None and size != stored.bytes:
+            raise DamagedCheckpointError(f"{self.path} has {size} bytes instead of {stored.bytes}")
+        if size < 8:
+            raise DamagedCheckpointError(f"{self.path} is no safetensors file: it has {size} bytes")
+        prefix = bytearray(8)
+        self._fill("the header", 0, prefix)
+        length = int.from_bytes(prefix, "little")
+        if length > min(size - 8, LONGEST_HEADER):
+            states = f"it states a header of {length} bytes, and has {size}"
+            raise DamagedCheckpointError(f"{self.path} is no safetensors file: {states}")
+        header = bytearray(length)
+        self._fill("the header", 8, header)
+        if self.verify and stored is not None and stored.xxh3 is not None:
+            if checksum(prefix + header) != stored.xxh3:
+                raise DamagedCheckpointError(f"{self.path}: its header differs from its checksum")
+        raw = parse_json(header, f"{self.path}: the header")
+        raw.pop("__metadata__", None)
+        entries = {}
+        for key, item in raw.items():
+            try:
+                entries[key] = _entry(item, 8 + length, size)
+            except (ValueError, KeyError, TypeError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise DamagedCheckpointError(f"{self.path}: {key!r:.200}: {reason}") from error
+        self._refuse_overlaps(entries)
+        return entries
+
+    def _refuse_overlaps(self, entries: dict[str, Entry]) -> None:
+        end = 0
+        before = ""
+        for key, entry in sorted(entries.items(), key=lambda item: item[1].start):
+            if entry.bytes and entry.start < end:
+                raise DamagedCheckpointError(f"{self.path}: {before!r} and {key!r} overlap")
+            if entry.bytes:
+                end = entry.start + entry.bytes
+                before = key
+
+
+def _entry(item: dict, data: int, size: int) -> Entry:
+    """An entry of the header, checked. data: where the tensors begin; size: of the file."""
+    if type(item) is not dict or item.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError("it should have dtype, shape and data_offsets")
+    if item["dtype"] not in _DTYPES:
+        raise ValueError(f"unknown dtype {item['dtype']!r:.40}")
+    dtype = _DTYPES[item["dtype"]]
+    shape = shape_in(item["shape"])
+    start, stop = map(size_in, item["data_offsets"])
+    if not start <= stop <= size - data:
+        raise ValueError(f"bytes {start} to {stop} of {size - data}")
+    if stop - start != prod(shape) * dtype.itemsize:
+        raise ValueError(f"{stop - start} bytes for shape {shape} of {item['dtype']}")
+    return Entry(dtype, shape, data + start, stop - start)
+
+
+def _halves(box: Box) -> list[Box]:
+    """A box cut in two along its first dim that is longer than 1."""
+    dim = next(d for d, length in enumerate(box.shape) if length > 1)
+    middle = box.shape[dim] // 2
+    before, after = list(box.shape), list(box.shape)
+    before[dim] = middle
+    after[dim] -= middle
+    offset = list(box.offset)
+    offset[dim] += middle
+    return [Box(box.offset, tuple(before)), Box(tuple(offset), tuple(after))]
