@@ -28,7 +28,7 @@ from megalite.training.pretrain import pretrain
 from megalite.verify.compare import LOSS, Rounding
 from megalite.watch.agreement import RanksDiffer
 from megalite.watch.watchdog import HUNG
-from tests.layouts import GPT2, LLAMA, Layout, as_bert, configuration, sp
+from tests.layouts import GPT2, QWEN3, Layout, as_bert, configuration, sp
 from tests.pool import RankPool, RanksFailed
 from tests.test_readme import environment
 from tests.test_resume import curve
@@ -121,7 +121,7 @@ def tolerances(config: RunConfig) -> tuple[float, torch.Tensor]:
 
 
 TIED = replace(GPT2, layers=2)
-UNTIED = replace(LLAMA, layers=2)
+UNTIED = replace(QWEN3, layers=2)
 FULL = {"recompute_granularity": "full"}
 LAYOUTS = {
     1: [(Layout("single", shape=TIED), [(3, {**PARTS, **CPU})])],

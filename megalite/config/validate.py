@@ -94,6 +94,7 @@ def _working_fixes(
     """The possible fixes that work and break nothing that was sound, as flags to type: `--tp 2, or
     --tp 1`. When none does: the first, to try once the other problems are fixed."""
     others = before - {(rule.__name__, finding.keys)}
+    shape = preset(config.model.preset)
     fixes = []
     shown = {}
     for fix in finding.fixes:
@@ -101,28 +102,33 @@ def _working_fixes(
             fixes.append(fix)
             continue
         keys = tuple(fix)
-        if shown.get(keys, 0) == FIXES_PER_FLAG:
+        text = _typed(fix, shape)
+        # No flag takes back a value that the preset sets.
+        needs_unset = any(value is None and key in shape for key, value in fix.items())
+        if needs_unset or text in fixes or shown.get(keys, 0) == FIXES_PER_FLAG:
             continue
         # Try it.
         values = {key: value for key, value in fix.items() if key != "world_size"}
         changed = with_values(config, values)
         if failures(changed, fix.get("world_size", world_size)) <= others:
             shown[keys] = shown.get(keys, 0) + 1
-            fixes.append(_typed(fix))
+            fixes.append(text)
     if not fixes and finding.fixes:
-        fixes = [_typed(finding.fixes[0]) + " (once the other problems are fixed)"]
+        fixes = [_typed(finding.fixes[0], shape) + " (once the other problems are fixed)"]
     return ", or ".join(fixes)
 
 
-def _typed(change: dict[str, Any]) -> str:
+def _typed(change: dict[str, Any], shape: dict[str, Any]) -> str:
     """A change as one would type it: `start 8 ranks --tp 2`, or `leave out --split` where that does
-    it. A switch is always typed, since a YAML file may have set it."""
+    it. A switch is always typed, since a YAML file may have set it. shape: what the preset sets."""
     typed = []
     for key, value in change.items():
         option = options()[key]
         if key == "world_size":
             typed.append(f"start {value} ranks")
-        elif value == option.default and option.kind is not bool and len(change) == 1:
+        elif (
+            value == shape.get(key, option.default) and option.kind is not bool and len(change) == 1
+        ):
             typed.append(f"leave out {option.flag}")
         else:
             typed.append(option.setting(value))
@@ -182,7 +188,7 @@ def chosen(config: RunConfig, world_size: int) -> dict[str, Any]:
         value = getattr(getattr(config, option.section), key)
         if value == shape.get(key, option.default):
             continue
-        without = with_values(config, {key: option.default})
+        without = with_values(config, {key: shape.get(key, option.default)})
         if fill_in(without, world_size) != config:
             found[key] = value
     return found

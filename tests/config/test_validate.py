@@ -282,6 +282,7 @@ def test_what_was_chosen_makes_the_configuration_again():
     for given in (
         {},
         {"hidden_size": 96, "lr_warmup_fraction": 0.2, "bf16": True, "global_batch_size": 16},
+        {"preset": "llama-3.1-8b", "rope_scaling": "none", "num_layers": 12, "vocab_size": 300},
         {"preset": "gpt2-xl", "recompute_activations": True, "min_lr": 0.0},
         {"train_iters": None, "train_samples": 80},
         {"train_iters": None, "train_tokens": 10**5, "lr_warmup_samples": 20},

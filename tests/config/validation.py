@@ -11,6 +11,7 @@ from megalite.config.flags import read_flags
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.run import RunConfig, from_flat, options, with_values
 from megalite.data.indexed import DatasetInfo
+from megalite.models.presets import preset
 from megalite.preprocess.indexed_writer import IndexedWriter
 
 SOUND = {"mock_data": True, "vocab_size": 512, "train_iters": 10}
@@ -25,7 +26,8 @@ def fixed(config: RunConfig, world_size: int, problem: Problem) -> list[tuple[st
             results.append((offer, config, int(ranks[1])))
         elif left_out := re.fullmatch(r"leave out (--\S+)", offer):
             key = next(o.key for o in options().values() if left_out[1] in o.flags)
-            results.append((offer, with_values(config, {key: options()[key].default}), world_size))
+            usual = preset(config.model.preset).get(key, options()[key].default)
+            results.append((offer, with_values(config, {key: usual}), world_size))
         elif offer.endswith("(once the other problems are fixed)"):
             continue
         elif (

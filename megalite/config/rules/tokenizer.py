@@ -68,14 +68,12 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
     vocab_size = config.model.vocab_size
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         given = f"--vocab-size {vocab_size}"
-        fixes = [{"vocab_size": tokenizer.vocab_size}, {"vocab_size": None}]
         if preset(config.model.preset).get("vocab_size") == vocab_size:
             given = f"the vocabulary of --preset {config.model.preset}, {vocab_size},"
-            fixes = [{"vocab_size": tokenizer.vocab_size}]
         yield Finding(
             f"{given} is less than the {tokenizer.vocab_size} entries of the tokenizer",
-            *fixes,
-            also=("preset",),
+            {"vocab_size": tokenizer.vocab_size},
+            {"vocab_size": None},
         )
     for key in keys_where(lambda field: field.needs_eod):
         try:
