@@ -169,7 +169,7 @@ LAYOUTS += [
     Layout("qwen3 dp2 x tp2", dp=2, tp=2, shape=QWEN3, flags=SELECTIVE),
     Layout("qwen3 dp2 x tp2 x pp2 +sp", 2, 2, 2, shape=QWEN3, flags=sp(**ZERO, **FULL)),
     Layout("packed qwen3 pp2", pp=2, shape=QWEN3, flags={**PACKED, "micro_batch_size": 2}),
-    Layout("norms of heads tp4+sp", tp=4, shape=replace(GPT2, qk_norm=True), flags=sp()),
+    Layout("norms of heads tp2+sp", tp=2, shape=replace(GPT2, qk_norm=True), flags=sp()),
     Layout("bert, norms of heads tp2", tp=2, shape=as_bert(QWEN3)),
 ]
 

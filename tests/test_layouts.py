@@ -319,7 +319,7 @@ LOW_PRECISION = [
     "packed documents tp2+sp",
     "packed llama dp2 x tp2 x pp2 +sp",
     "qwen3 dp2 x tp2 x pp2 +sp",
-    "norms of heads tp4+sp",
+    "norms of heads tp2+sp",
     "llama dp2 x tp2 x pp2 +sp, zero, overlapped",
     "bert dp2 x tp2 x pp2 +sp",
     "bert llama dp2 x tp2 x pp2 +sp",

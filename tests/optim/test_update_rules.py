@@ -9,7 +9,7 @@ import torch
 from megalite.nn.parameter import held_boxes
 from megalite.optim.muon import COEFFICIENTS, orthogonalize
 from megalite.training.replicas import check_replicas
-from tests.layouts import GPT2, LLAMA, OVERLAP, ZERO, Layout, as_bert, sp
+from tests.layouts import GPT2, LLAMA, OVERLAP, QWEN3, ZERO, Layout, as_bert, sp
 from tests.test_layouts import boxes, largest_difference
 from tests.tiny import build
 
@@ -27,7 +27,7 @@ LAYOUTS = [
     Layout("dp4, zero", dp=4, flags=ZERO),
     Layout("2x2x2 + sp, zero, overlapped", 2, 2, 2, flags=sp(**ALL)),
     Layout("llama 2x2x2 + sp, zero, overlapped", 2, 2, 2, shape=LLAMA, flags=sp(**ALL)),
-    Layout("llama tied tp2 x dp3, zero", tp=2, dp=3, shape=replace(LLAMA, tied=True), flags=ZERO),
+    Layout("qwen3 tied tp2 x dp3, zero", tp=2, dp=3, shape=replace(QWEN3, tied=True), flags=ZERO),
     Layout("bert tp2 x dp2, zero", tp=2, dp=2, shape=as_bert(GPT2), flags=ZERO),
 ]
 
