@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megalite.checkpoint.folder import list_iterations
+from megalite.checkpoint.folder import CheckpointError, list_iterations
 from megalite.checkpoint.load import Checkpoint
 from megalite.config import cli, validate
 from megalite.config.run import RunConfig, from_flat, to_flat
@@ -186,6 +187,14 @@ class Bench:
                 for number in range(60):
                     writer.add_document(np.arange(100, dtype=np.uint16) * number % 97)
                 writer.finish(info)
+
+    def make_damaged(self) -> None:
+        """../trained, with the lowest bit of the last weight in its last checkpoint changed."""
+        shutil.copytree(self.folder / "trained", self.folder / "damaged")
+        file = self.folder / "damaged" / "iter_0000004" / "weights-00000.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-4] ^= 1
+        file.write_bytes(content)
 
     def new_folder(self) -> Path:
         """A folder for one run."""
@@ -423,6 +432,14 @@ def refusal_or_run(bench: Bench, flags: dict, ranks: int) -> str:
         if problems
         else training(bench, flags, ranks).console
     )
+
+
+def failure_or_run(bench: Bench, flags: dict, ranks: int) -> str:
+    """Why a training does not start, else what it prints."""
+    try:
+        return training(bench, flags, ranks).console
+    except CheckpointError as error:
+        return str(error)
 
 
 def complaints(bench: Bench, flags: dict, ranks: int) -> str:

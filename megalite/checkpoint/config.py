@@ -1,7 +1,7 @@
 """Where checkpoints are written and loaded. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from megalite.fields import Field
 
@@ -21,11 +21,20 @@ class CheckpointConfig:
     host memory, which must have room for them. Another save, and the end of the run, wait until the
     last one is written."""
     keep_last: Annotated[int | None, Field(minimum=1, changes_numbers=False)] = None
-    """Keep only this many newest checkpoints in --save. Unset: all."""
+    """Keep only this many newest checkpoints in --save. Unset: all, or with --keep-every one."""
+    keep_every: Annotated[
+        int | None, Field(minimum=1, changes_numbers=False, aliases=("--save-retain-interval",))
+    ] = None
+    """Keep the checkpoints whose iteration is a multiple of this, beside those of --keep-last."""
     load: Annotated[str | None, Field(changes_numbers=False)] = None
     """Folder to resume from. An empty or absent folder that is also --save starts from scratch."""
     ckpt_step: Annotated[int | None, Field(minimum=0, changes_numbers=False)] = None
     """Iteration to load. Unset: the latest."""
+    load_fallback: Annotated[bool, Field(changes_numbers=False)] = False
+    """When the latest checkpoint in --load is damaged, resume from the last one before it that is
+    whole."""
+    verify_checkpoint: Annotated[Literal["on", "off"], Field(changes_numbers=False)] = "on"
+    """Whether to compare what is read from --load with its checksums."""
     finetune: bool = False
     """Load only the weights: iteration, optimizer, random state and data position start from
     scratch."""

@@ -148,6 +148,11 @@ def latest_iteration(root: str | Path) -> int | None:
     return int(text)
 
 
+def has_checkpoint(root: str | Path) -> bool:
+    """Whether a run with this --load resumes, and does not start from scratch."""
+    return os.path.lexists(Path(root) / LATEST_FILE) or bool(list_iterations(root))
+
+
 def replaced_folders(root: str | Path, iteration: int) -> list[Path]:
     """`iter_N.replaced-K` folders of an iteration, the newest (highest K) last."""
     prefix = f"{iteration_folder(iteration)}.replaced-"
@@ -186,7 +191,7 @@ def find_checkpoint(root: Path, step: int | None) -> Path:
     folder = checkpoint_folder(root, iteration)
     if folder is None:
         wanted = root / iteration_folder(iteration)
-        raise CheckpointError(f"{wanted} does not exist; {root} holds {there}")
+        raise DamagedCheckpointError(f"{wanted} does not exist; {root} holds {there}")
     return folder
 
 

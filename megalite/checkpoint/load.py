@@ -22,6 +22,7 @@ from megalite.checkpoint.folder import (
 from megalite.checkpoint.format import (
     PRIVATE_PREFIX,
     Index,
+    Shard,
     StoredFile,
     StoredShard,
     StoredTensor,
@@ -107,26 +108,47 @@ class Checkpoint(TensorSource):
         """
         stored = self._stored(name)
         box = Box.whole(stored.shape) if box is None else box
-        where = f"{self.folder}: {name}"
         if not box.lies_within(stored.shape):
-            raise CheckpointError(f"{where} has shape {stored.shape}; {box} does not lie in it")
-        # Before memory is allocated: the files hold as many elements as are asked for.
+            outside = f"has shape {stored.shape}; {box} does not lie in it"
+            raise CheckpointError(f"{self.folder}: {name} {outside}")
+        parts = self._parts(name, box)
+        out = torch.empty(box.shape, dtype=stored.dtype)
+        self._fill(out, box, parts)
+        return out
+
+    def read_into(self, shard: Shard) -> None:
+        """Fill the shard's tensor, converted to its dtype and device.
+
+        Raises CheckpointError when the tensor is not stored, or with another global shape.
+        """
+        self.check([shard])
+        tensor = shard.tensor.detach()
+        if tensor.device.type == "cpu" and tensor.dtype == self.dtype(shard.name):
+            self._fill(tensor, shard.box, self._parts(shard.name, shard.box))
+        else:
+            tensor.copy_(self.read(shard.name, shard.box))
+
+    def _parts(self, name: str, box: Box) -> list[tuple[StoredShard, Box]]:
+        """The shards that hold a part of the box, and these parts. The files hold as many elements
+        as are asked for, as is known before memory is allocated for them."""
+        stored = self._stored(name)
         parts = []
         for shard in stored.shards:
             common = shard.box.intersect(box)
             if common:
-                self._checked_file(shard, stored.dtype)
+                _compare_entry(self._file(shard.file), shard, stored.dtype)
                 parts.append((shard, common))
         filled = sum(common.numel for _, common in parts)
         if filled != box.numel:
             share = f"{filled} of the {box.numel} elements of {box}"
-            raise DamagedCheckpointError(f"{where}: {share} are stored")
-        out = torch.empty(box.shape, dtype=stored.dtype)
+            raise DamagedCheckpointError(f"{self.folder}: {name}: {share} are stored")
+        return parts
+
+    def _fill(self, out: torch.Tensor, box: Box, parts: list[tuple[StoredShard, Box]]) -> None:
         for shard, common in parts:
             target = out[common.slices_in(box)]
             file = self._file(shard.file)
             file.read_box(shard.key, shard.box, shard.checksums, common, target)
-        return out
 
     def private(self, rank: int, world_size: int) -> dict[str, torch.Tensor] | None:
         """The tensors that this rank alone stored; None when another number of ranks wrote the
@@ -180,12 +202,6 @@ class Checkpoint(TensorSource):
             file = TensorFile(self.folder / name, self._index.files[name], self._verify)
             self._open_files[name] = file
         return self._open_files[name]
-
-    def _checked_file(self, shard: StoredShard, dtype: torch.dtype) -> TensorFile:
-        """The file of a shard, which holds it with the shape and dtype of the index."""
-        file = self._file(shard.file)
-        _compare_entry(file, shard, dtype)
-        return file
 
 
 def _compare_entry(file: TensorFile, shard: StoredShard, dtype: torch.dtype) -> None:

@@ -46,13 +46,16 @@ def write(
     config_yaml: str,
     world: Group,
     keep_last: int | None = None,
+    keep_every: int | None = None,
     lease: Lease | None = None,
 ) -> Path:
     """Write the checkpoint `root/iter_N` and make it the latest. Returns its folder. Collective.
 
     Together the ranks' shards must cover every named tensor exactly once. `private` tensors belong
-    to this rank alone (random streams). `state` (JSON), `config_yaml` and `keep_last` are taken
-    from rank 0; `keep_last` removes all but that many newest checkpoints, counted up to this one.
+    to this rank alone (random streams). `state` (JSON), `config_yaml`, `keep_last` and `keep_every`
+    are taken from rank 0. `keep_last` removes all but that many newest checkpoints, counted up to
+    this one, and but those whose iteration is a multiple of `keep_every`; with `keep_every` alone
+    it is 1.
     `root` must be the same folder on every rank. `lease` is rank 0's; without one, rank 0 takes the
     lease of `root` now.
 
@@ -61,7 +64,7 @@ def write(
     """
     lease = _on_first(world, lambda: lease or Lease.take(root))
     try:
-        draft = _on_first(world, lambda: _begin(lease, iteration, keep_last))
+        draft = _on_first(world, lambda: _begin(lease, iteration, keep_last, keep_every))
         own = _on_all(world, lambda: _write_rank(draft, world.rank, shards, private))
         written = gather_objects_to_first(own, world)
         _on_first(
@@ -71,7 +74,7 @@ def write(
         _on_first(world, lambda: _give_up(lease))
         raise
     # The others wait here, where a long deletion is not taken for a hang.
-    _on_first(world, lambda: _prune(lease, iteration, keep_last))
+    _on_first(world, lambda: _prune(lease, iteration, keep_last, keep_every))
     return lease.root / iteration_folder(iteration)
 
 
@@ -104,10 +107,11 @@ def _describe(error: Exception) -> str:
     return message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {message}"
 
 
-def _begin(lease: Lease, iteration: int, keep_last: int | None) -> Path:
+def _begin(lease: Lease, iteration: int, keep_last: int | None, keep_every: int | None) -> Path:
     """Make the draft folder in the owner's staging directory, and return it."""
-    if keep_last is not None and keep_last < 1:
-        raise CheckpointError(f"keep_last must be at least 1, or None to keep all; got {keep_last}")
+    for name, number in (("keep_last", keep_last), ("keep_every", keep_every)):
+        if number is not None and number < 1:
+            raise CheckpointError(f"{name} must be at least 1, or None to keep all; got {number}")
     lease.clear()
     draft = lease.staging_dir / iteration_folder(iteration)
     draft.mkdir()
@@ -234,14 +238,17 @@ def _move_in(lease: Lease, draft: Path, iteration: int) -> None:
     print(f"checkpoint: {folder} existed already and was moved to {aside}", flush=True)
 
 
-def _prune(lease: Lease, latest: int, keep_last: int | None) -> None:
-    """Remove all but the `keep_last` newest checkpoints up to iteration `latest`. Later ones, of an
-    older branch, are left alone."""
-    if keep_last is None:
+def _prune(lease: Lease, latest: int, keep_last: int | None, keep_every: int | None) -> None:
+    """Remove all but the `keep_last` newest checkpoints up to iteration `latest`, and but those of
+    multiples of `keep_every`. Later ones, of an older branch, are left alone."""
+    if keep_last is None and keep_every is None:
         return
+    keep_last = keep_last or 1
     try:
         iterations = [number for number in list_iterations(lease.root) if number <= latest]
         for iteration in iterations[:-keep_last]:
+            if keep_every and iteration % keep_every == 0:
+                continue
             # Renamed first: a kill in the middle of the deletion leaves nothing that looks like a
             # checkpoint.
             name = iteration_folder(iteration)

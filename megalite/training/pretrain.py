@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from megalite.checkpoint.background import AsyncSaver
-from megalite.checkpoint.folder import latest_iteration
+from megalite.checkpoint.folder import has_checkpoint
 from megalite.config.run import RunConfig, with_values
 from megalite.config.summary import keep_config, summary_lines
 from megalite.data.build import blended, build_sources, data_state
@@ -22,10 +22,11 @@ from megalite.training.failures import as_lost_contact, explain
 from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
 from megalite.training.output import Log, failsafe_output, rank_0_printer
+from megalite.training.resume import resume
 from megalite.training.signals import Stop, StopSignals
 from megalite.training.startup_checks import check_data, take_lease
 from megalite.training.startup_report import dry_run, kernels_line, model_line
-from megalite.training.state import Progress, compare_data_with_checkpoint, load_state
+from megalite.training.state import Progress, compare_data_with_checkpoint
 from megalite.training.writers import Writers, tracking_writers
 from megalite.watch.stragglers import check_stragglers
 from megalite.watch.watchdog import Watchdog
@@ -166,9 +167,9 @@ def _starting_point(config: RunConfig, components: TrainingComponents) -> Progre
         return Progress()
     # A job script names one folder for --save and --load: its first run finds no checkpoint there.
     is_same = options.save and Path(options.load).resolve() == Path(options.save).resolve()
-    if is_same and options.ckpt_step is None and latest_iteration(options.load) is None:
+    if is_same and options.ckpt_step is None and not has_checkpoint(options.load):
         return Progress(notes=[f"no checkpoint in {options.load} yet: starting from scratch"])
-    return load_state(components, config)
+    return resume(components, config)
 
 
 def _open_writers(config: RunConfig, rank: int, iteration: int, log: Log) -> Writers:

@@ -10,7 +10,7 @@ import torch
 from megalite import __version__
 from megalite.checkpoint.background import AsyncSaver
 from megalite.checkpoint.fence import Lease
-from megalite.checkpoint.folder import CheckpointError
+from megalite.checkpoint.folder import CheckpointError, DamagedCheckpointError
 from megalite.checkpoint.format import Shard
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
@@ -116,6 +116,7 @@ def save_state(
         config_yaml=to_yaml(config),
         world=context.saving if saver else context.control,
         keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
         lease=lease,
     )
     if saver is None:
@@ -138,13 +139,12 @@ def load_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Paramete
 
 
 def _load_model(checkpoint: Checkpoint, parts: TrainingComponents) -> None:
-    """`load_weights` of what this rank holds of the model in training. Collective."""
+    """`load_weights` of what this rank holds of the model in training."""
     shards = []
     for name, tensor, elements in parts.optimizer.weights():
         parameter = parts.model.parameters_by_name[name]
         shards += _shards(parameter, _source(checkpoint, name, parameter), tensor, elements)
     _read(checkpoint, shards)
-    parts.optimizer.weights_were_set()
 
 
 def _source(checkpoint: Checkpoint, name: str, parameter: torch.nn.Parameter) -> str:
@@ -172,6 +172,8 @@ def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: R
             shards += _optimizer_shards(parts.optimizer, stored_name, name, tensor)
     try:
         _read(checkpoint, shards)
+    except DamagedCheckpointError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}\nThe run that wrote it may have kept no such state, as for frozen parameters "
@@ -199,15 +201,18 @@ def _read(checkpoint: Checkpoint, shards: list[Shard]) -> None:
         checkpoint.read_into(shard)
 
 
-def load_state(parts: TrainingComponents, config: RunConfig) -> Progress:
-    """Continue from --load: weights, optimizer, random streams and data position, as the flags say.
+def read_state(parts: TrainingComponents, config: RunConfig, step: int | None) -> Progress:
+    """Read iteration `step` (None: the latest) of --load: weights, optimizer, random streams and
+    data position, as the flags say. Nothing communicates; once all ranks have read theirs,
+    `parts.optimizer.weights_were_set` must be called.
 
     Any layout reads any layout's checkpoint. The streams of --rng-scheme megatron belong to ranks,
     so in another layout they start from the seed; a note says so. Raises CheckpointError when
-    something that the flags ask for is not stored.
+    something that the flags ask for is not stored, DamagedCheckpointError when it is damaged.
     """
     options = config.checkpoint
-    with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
+    verify = options.verify_checkpoint == "on"
+    with Checkpoint.open(options.load, step, verify) as checkpoint:
         _load_model(checkpoint, parts)
         _load_master(checkpoint, parts)
         if not (options.finetune or options.no_load_optim):
@@ -220,9 +225,11 @@ def load_state(parts: TrainingComponents, config: RunConfig) -> Progress:
         if state.get("data"):  # older checkpoints do not have it
             progress.data = DataState.from_json(state["data"])
         progress.notes.append(f"resumed from {checkpoint.folder} at iteration {progress.iteration}")
+        streams = _restore_rng(checkpoint, parts, config)
+        # All has been read: what follows changes the run for good.
         _continue_batches(checkpoint, progress, parts, config)
         progress.notes += _changes(checkpoint, config)
-        progress.notes += _restore_rng(checkpoint, parts, config)
+        progress.notes += streams
     return progress
 
 

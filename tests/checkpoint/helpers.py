@@ -56,9 +56,11 @@ def save(
     *shards: Shard,
     state: dict | None = None,
     keep_last: int | None = None,
+    keep_every: int | None = None,
 ) -> Path:
     """Write a checkpoint from a single rank."""
-    return write(root, iteration, shards, {}, state or {}, "lr: 0.1\n", ALONE, keep_last)
+    keep = {"keep_last": keep_last, "keep_every": keep_every}
+    return write(root, iteration, shards, {}, state or {}, "lr: 0.1\n", ALONE, **keep)
 
 
 def edit_index(folder: Path, change: Callable[[dict], object]) -> None:

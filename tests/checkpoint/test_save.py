@@ -107,6 +107,16 @@ def test_keep_last_removes_the_oldest_after_the_commit(tmp_path):
     assert list_iterations(tmp_path) == [30, 40, 50]
 
 
+def test_keep_every_keeps_multiples_beside_the_last(tmp_path):
+    for iteration in range(10, 80, 10):
+        save(tmp_path, iteration, scalar(iteration), keep_last=2, keep_every=30)
+    assert list_iterations(tmp_path) == [30, 60, 70]
+    save(tmp_path, 80, scalar(80), keep_every=30)
+    assert list_iterations(tmp_path) == [30, 60, 80]
+    with pytest.raises(CheckpointError, match="keep_every must be at least 1"):
+        save(tmp_path, 90, scalar(90), keep_every=0)
+
+
 def test_keep_last_spares_a_later_branch_replaced_folders_and_what_is_not_ours(tmp_path):
     for iteration in (10, 20, 30, 40):
         save(tmp_path, iteration, scalar(iteration))

@@ -379,6 +379,23 @@ FLAGS: dict[str, list[Effect]] = {
     "async_save": [
         effect(True, says("; training was stopped for"), base={**SAVES, "save_interval": 2})
     ],
+    "keep_every": [effect(2, becomes("saved", [2, 4]), base={**SAVES, "save_interval": 1})],
+    "load_fallback": [
+        effect(
+            True,
+            says("going back to iter_0000002", instead_of="--load-fallback goes back to the last"),
+            base={**RESUMED, "load": "../damaged"},
+            observe=runs.failure_or_run,
+        )
+    ],
+    "verify_checkpoint": [
+        effect(
+            "off",
+            says("resumed from ../damaged/iter_0000004", instead_of="differ from their checksum"),
+            base={**RESUMED, "load": "../damaged"},
+            observe=runs.failure_or_run,
+        )
+    ],
     "load": [effect("../trained", goes_on_from(4), base=LONGER)],
     "ckpt_step": [effect(2, becomes("iterations", [3, 4, 5, 6, 7, 8]), base=RESUMED)],
     "finetune": [

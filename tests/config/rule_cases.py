@@ -244,6 +244,13 @@ CASES = {
     "idle save interval": (dict(save_interval=5), 1, "--save-interval 5 without --save"),
     "idle keep last": (dict(keep_last=5), 1, "--keep-last 5 without --save"),
     "idle async save": (dict(async_save=True), 1, "--async-save without --save"),
+    "idle keep every": (dict(keep_every=5), 1, "--keep-every 5 without --save"),
+    "idle fallback": (dict(load_fallback=True), 1, "--load-fallback without --load"),
+    "idle verification": (
+        dict(verify_checkpoint="off"),
+        1,
+        "--verify-checkpoint off without --load",
+    ),
     "idle step": (dict(ckpt_step=0), 1, "--ckpt-step 0 without --load"),
     "idle finetune": (dict(finetune=True), 1, "--finetune without --load"),
     "idle no-load": (dict(no_load_optim=True), 1, "--no-load-optim without --load"),

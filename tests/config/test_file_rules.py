@@ -429,12 +429,14 @@ def test_iterations_to_load(folder):
     assert_one_problem(real(load="run", ckpt_step=21), 1, "21 10, 20, 30", 2)
     checkpoint(folder / "torn", 10, latest=20)
     assert_one_problem(real(load="torn"), 1, "torn 20", 1)
+    assert validate.check(real(load="torn", load_fallback=True), 1) == []
     (folder / "torn" / "latest_checkpointed_iteration.txt").unlink()
     assert (
         validate.check(real(load="torn"), 1) == []
     )  # without the file, the highest iteration is the latest
     (folder / "torn" / "latest_checkpointed_iteration.txt").write_text("release")
     assert_one_problem(real(load="torn"), 1, "torn release", 1)
+    assert validate.check(real(load="torn", load_fallback=True), 1) == []
     (folder / "torn" / "iter_0000010").rename(folder / "torn" / "iter_0000010.replaced-1")
     (folder / "torn" / "latest_checkpointed_iteration.txt").write_text("10")
     assert validate.check(real(load="torn"), 1) == []

@@ -26,6 +26,7 @@ def bench(tmp_path_factory, pool) -> Bench:
     stopped = {**BASE, **LONGER, "save_interval": 2, "exit_interval": 4}
     bench.observe(runs.training, {**stopped, "save": "../trained"}, 1)
     bench.observe(runs.training, {**stopped, **STREAMS, "save": "../trained-with-streams"}, 1)
+    bench.make_damaged()
     return bench
 
 

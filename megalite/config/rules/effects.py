@@ -46,9 +46,9 @@ NEEDS_ANY = (
     (("wandb_exp_name",), "wandb_project", "--wandb-project PROJECT"),
     (("decoupled_min_lr",), "decoupled_lr", {"decoupled_lr": 1e-4}),
     (("profile_dir", "profile_ranks"), "profile", {"profile": "10-12"}),
-    (("save_interval", "keep_last", "async_save"), "save", "--save FOLDER"),
+    (("save_interval", "keep_last", "keep_every", "async_save"), "save", "--save FOLDER"),
     (("ckpt_step", "finetune", "no_load_optim", "no_load_rng"), "load", "--load FOLDER"),
-    (("allow_data_change",), "load", "--load FOLDER"),
+    (("allow_data_change", "load_fallback", "verify_checkpoint"), "load", "--load FOLDER"),
 )
 """(fields, another field, which must be set for them to do something, how it is set)."""
 
@@ -177,6 +177,9 @@ def _checkpoint(config: RunConfig) -> Iterator[Idle]:
     if c.finetune:
         keys = ("no_load_optim", "no_load_rng", "allow_data_change")
         yield keys, "with --finetune, which loads the weights alone", None
+    if c.ckpt_step is not None:
+        why = "with --ckpt-step, which names the one checkpoint to load"
+        yield ("load_fallback",), why, {"ckpt_step": None}
     if c.load is not None and config.training.rng_scheme == "global":
         why = "with --rng-scheme global, which has no random state"
         yield ("no_load_rng",), why, {"rng_scheme": "megatron"}

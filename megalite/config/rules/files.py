@@ -61,7 +61,7 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
         there = ", ".join(map(str, stored))
         message = f"--ckpt-step {c.ckpt_step}: --load {c.load} holds iterations {there}"
         yield Finding(message, *each("ckpt_step", steps))
-    elif c.ckpt_step is None and latest not in stored:
+    elif c.ckpt_step is None and latest not in stored and not (c.load_fallback and stored):
         why = unreadable or f"the latest iteration, {latest}, is not there"
         fix = {"ckpt_step": stored[-1]} if stored else "--load another folder"
         yield Finding(f"--load {c.load}: {why}", fix, also=("ckpt_step",))

@@ -1,0 +1,104 @@
+"""A damaged checkpoint is not loaded: the run ends and says so, or goes back to the one before, on
+all ranks."""
+
+import io
+import json
+import os
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from megalite.checkpoint.folder import DamagedCheckpointError
+from megalite.config import cli, validate
+from megalite.training.pretrain import pretrain
+from megalite.watch.watchdog import LostContact
+
+FLAGS = """
+    --num-layers 1 --hidden-size 16 --num-attention-heads 4 --seq-length 8 --vocab-size 31
+    --mock-data --micro-batch-size 1 --global-batch-size 2 --lr 0.01 --min-lr 0 --train-iters 6
+    --eval-interval 0 --eval-iters 0 --device cpu --tp 2
+""".split()
+
+
+def train_on_rank(launch, flags: list[str]) -> tuple[str, str]:
+    """(what was printed, why it ended early; an error of all is raised on the first of them)."""
+    config = cli.read_config([*FLAGS, *flags])
+    assert validate.check(config, launch.world_size) == []
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            pretrain(validate.resolve(config, launch.world_size), launch)
+    except (DamagedCheckpointError, LostContact) as error:
+        return printed.getvalue(), str(error)
+    return printed.getvalue(), ""
+
+
+def losses(path: Path) -> dict[int, float]:
+    lines = map(json.loads, path.read_text().splitlines())
+    return {line["iteration"]: line["loss"] for line in lines}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_all_ranks_go_back_to_the_same_checkpoint(pool, tmp_path):
+    """In this layout, the file of rank 1 is read by rank 1 alone: rank 0 finds no damage."""
+    saved = tmp_path / "saved"
+
+    def train(*flags) -> list[tuple[str, str]]:
+        return pool.run(train_on_rank, 2, list(map(str, flags)), timeout=60)
+
+    metrics = tmp_path / "all.jsonl"
+    train("--save", saved, "--save-interval", 2, "--metrics-file", metrics)
+    expected = losses(metrics)
+    latest = saved / "iter_0000006"
+    file = latest / "weights-00001.safetensors"
+    bytes_of_file = bytearray(file.read_bytes())
+    bytes_of_file[-3] ^= 1
+    file.write_bytes(bytes_of_file)
+    before = content(latest)
+
+    # Without the flag: an error on both ranks, which names the file, the tensor and the remedy.
+    outcomes = train("--load", saved)
+    assert all("training from" not in printed for printed, _ in outcomes)
+    error = "".join(error for _, error in outcomes)
+    assert "rank 1: " in error and "iter_0000006/weights-00001.safetensors: optimizer." in error
+    assert "differ from their checksum" in error
+    assert "--load-fallback goes back" in error and "holds 2, 4, 6" in error
+
+    # With it: the checkpoint before it, and the numbers from there.
+    metrics = tmp_path / "rest.jsonl"
+    outcomes = train("--load", saved, "--load-fallback", "--metrics-file", metrics)
+    printed, error = outcomes[0]
+    assert not error and "weights-00001.safetensors: optimizer." in printed
+    assert "going back to iter_0000004 (--load-fallback)" in printed
+    assert f"resumed from {saved}/iter_0000004 at iteration 4" in printed
+    assert losses(metrics) == {iteration: expected[iteration] for iteration in (5, 6)}
+    assert content(latest) == before
+
+    # Two are damaged (a pipe in place of an index, a missing file), and the name of the latest.
+    (latest / "index.json").unlink()
+    os.mkfifo(latest / "index.json")
+    (saved / "iter_0000004" / "weights-00000.safetensors").unlink()
+    (saved / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\x00")
+    printed, error = train("--load", saved, "--load-fallback")[0]
+    assert not error and f"resumed from {saved}/iter_0000002 at iteration 2" in printed
+    assert "latest_checkpointed_iteration.txt should hold an iteration number" in printed
+    assert "index.json is a pipe, device or socket instead of a file" in printed
+    assert "weights-00000.safetensors is missing" in printed
+
+    # None is whole.
+    (saved / "iter_0000002" / "config.yaml").write_text("")
+    error = "".join(error for _, error in train("--load", saved, "--load-fallback"))
+    assert "config.yaml has 0 bytes instead of" in error
+    assert "no whole checkpoint is left" in error
+
+
+def test_what_does_not_fit_is_no_damage(pool, tmp_path):
+    saved = tmp_path / "saved"
+    flags = ["--save", str(saved), "--train-iters", "2", "--save-interval", "1"]
+    pool.run(train_on_rank, 2, flags, timeout=60)
+    with pytest.raises(Exception, match="holds the state of --optimizer adam"):
+        pool.run(train_on_rank, 2, ["--load", str(saved), "--load-fallback", "--optimizer", "sgd"])
