@@ -4,7 +4,8 @@ docs/checkpoints.md specifies it for users. Nothing here communicates.
 """
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -27,6 +28,7 @@ SHOWN_PROBLEMS = 20
 LONGEST_DIM = 1 << 62
 MOST_DIMS = 64
 _CHECKSUM_ENTRY = ',"xxh3":"'
+_BOXES = re.compile("[0-9a-f ,;]*")
 PRIVATE_PREFIX = "@"
 """Begins the keys of a rank's private tensors, which are no shard of a global tensor."""
 
@@ -172,7 +174,7 @@ class Index:
 
     iteration: int
     world_size: int
-    tensors: dict[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor]
     files: dict[str, StoredFile]
     format_version: int = FORMAT_VERSION
     written_by: str = f"megalite {__version__}"
@@ -196,7 +198,7 @@ class Index:
         tensors = {}
         for name, tensor in self.tensors.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
-            boxes = [_box_to_list(shard, numbers) for shard in tensor.shards]
+            boxes = ";".join(_box_to_text(shard, numbers) for shard in tensor.shards)
             tensors[name] = {"dtype": dtype, "shape": tensor.shape, "boxes": boxes}
         content = {**header, "files": files, "names": tensors}
         return with_checksum(json.dumps(content, separators=(",", ":")))
@@ -238,10 +240,13 @@ def has_checksum(text: bytes) -> bool:
     return after.rstrip() == f'{checksum(before)}"}}'.encode()
 
 
-def _box_to_list(shard: StoredShard, numbers: dict[str, int]) -> list:
-    """[number of the file, number of the shard in its file, offset, shape, checksums]."""
-    number = int(shard.key.partition(PRIVATE_PREFIX)[2] or 0)
-    return [numbers[shard.file], number, shard.box.offset, shard.box.shape, shard.checksums]
+def _box_to_text(shard: StoredShard, numbers: dict[str, int]) -> str:
+    """Number of the file, number of the shard in its file, offset, shape and checksums."""
+    box = shard.box
+    number = shard.key.partition(PRIVATE_PREFIX)[2] or "0"
+    offset = ",".join(map(str, box.offset))
+    shape = ",".join(map(str, box.shape))
+    return f"{numbers[shard.file]} {number} {offset} {shape} {shard.checksums}"
 
 
 def shard_key(name: str, number: int) -> str:
@@ -263,7 +268,8 @@ def _read_version_1(raw: dict) -> Index:
             shards.append(StoredShard(_text(stored["file"]), _text(stored["key"]), box))
             if shards[-1].file not in files:
                 raise ValueError(f"{name} lies in {shards[-1].file!r}, which is not listed")
-            _refuse_outside(name, box, shape)
+            if not box.lies_within(shape):
+                raise ValueError(f"{name}: {box} lies outside the shape {shape}")
         tensors[name] = StoredTensor(dtype, shape, tuple(shards))
     counts = (size_in(raw["iteration"]), size_in(raw["world_size"]))
     return Index(*counts, tensors, files, format_version=1, written_by="megalite 0.1.0")
@@ -278,23 +284,61 @@ def _read_version_2(raw: dict) -> Index:
         for key, checksums in item.get("private", {}).items():
             private[key] = _text(checksums)
         files[_safe(name)] = StoredFile(size_in(item["bytes"]), _text(item["xxh3"]), private)
-    file_names = list(files)
-    tensors = {}
+    entries = {}
     for name, item in raw["names"].items():
-        dtype = DTYPE_NAMES[item["dtype"]]
-        shape = shape_in(item["shape"])
-        shards = []
-        for file, number, offset, box_shape, checksums in item["boxes"]:
-            box = Box(shape_in(offset), shape_in(box_shape))
-            _refuse_outside(name, box, shape)
-            blocks = number_of_blocks(box.numel * dtype.itemsize)
-            if len(_text(checksums)) != blocks * DIGITS:
-                raise ValueError(f"{name}: {box} has {blocks} blocks and {checksums[:80]!r}")
-            file = file_names[size_in(file)]
-            shards.append(StoredShard(file, shard_key(name, size_in(number)), box, checksums))
-        tensors[name] = StoredTensor(dtype, shape, tuple(shards))
+        entries[name] = (DTYPE_NAMES[item["dtype"]], shape_in(item["shape"]), _text(item["boxes"]))
     counts = (size_in(raw["iteration"]), size_in(raw["world_size"]))
+    tensors = _TensorsInText(entries, list(files))
     return Index(*counts, tensors, files, written_by=_text(raw["written_by"]))
+
+
+class _TensorsInText(Mapping):
+    """The tensors of an index by name. The boxes of one, as text, are read when it is asked for: a
+    rank needs those of a few, and thousands of ranks may have written boxes of each."""
+
+    def __init__(self, entries: dict[str, tuple[torch.dtype, tuple, str]], files: list[str]):
+        self._entries = entries
+        self._files = files
+        self._read: dict[str, StoredTensor] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        if name not in self._read:
+            dtype, shape, text = self._entries[name]
+            try:
+                shards = self._shards(name, dtype, shape, text)
+            except (ValueError, IndexError) as error:
+                reason = f"{name}: {type(error).__name__}: {error}"
+                raise DamagedCheckpointError(f"{INDEX_FILE} is damaged ({reason})") from error
+            self._read[name] = StoredTensor(dtype, shape, shards)
+        return self._read[name]
+
+    def _shards(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...], text: str
+    ) -> tuple[StoredShard, ...]:
+        if not _BOXES.fullmatch(text):
+            raise ValueError(f"{text[:80]!r} is no list of boxes")
+        shards = []
+        for stored in text.split(";") if text else ():
+            file, number, offset, box_shape, checksums = stored.split(" ")
+            box = Box(_sizes_in(offset), _sizes_in(box_shape))
+            if not box.lies_within(shape):
+                raise ValueError(f"{box} lies outside the shape {shape}")
+            blocks = number_of_blocks(box.numel * dtype.itemsize)
+            if len(checksums) != blocks * DIGITS:
+                raise ValueError(f"{box} has {blocks} blocks and the checksums {checksums[:80]!r}")
+            key = shard_key(name, int(number))
+            shards.append(StoredShard(self._files[int(file)], key, box, checksums))
+        return tuple(shards)
+
+
+def _sizes_in(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(","))) if text else ()
 
 
 _INDEX_READERS = {1: _read_version_1, 2: _read_version_2}
@@ -305,11 +349,6 @@ def _safe(name: str) -> str:
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise ValueError(f"unsafe file name {name!r}: it must lie in this folder")
     return name
-
-
-def _refuse_outside(name: str, box: Box, shape: tuple[int, ...]) -> None:
-    if not box.lies_within(shape):
-        raise ValueError(f"{name}: {box} lies outside the shape {shape}")
 
 
 def _text(value: object) -> str:

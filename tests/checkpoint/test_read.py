@@ -211,6 +211,13 @@ def test_check_lists_everything_that_does_not_fit_at_once(tmp_path):
         checkpoint.read_into(whole("up.weight", torch.zeros(3, 3)))
 
 
+SUM = "0" * 16
+
+
+def boxes(text):
+    return lambda index: index["names"]["w"].update(boxes=text)
+
+
 def test_missing_and_truncated_files_are_found_when_they_are_read(tmp_path):
     folder = save(tmp_path, 1, whole("w", torch.ones(50)))
     file = folder / "weights-00000.safetensors"
@@ -297,11 +304,17 @@ def test_a_large_box_that_is_not_contiguous_is_read_in_parts(tmp_path, monkeypat
         (lambda index: index.pop("format_version"), "damaged.*None"),
         (lambda index: index.pop("names"), "damaged.*names"),
         (lambda index: index["names"]["w"].update(dtype="object"), "damaged.*object"),
-        (lambda index: index["names"]["w"]["boxes"][0].__setitem__(2, [40]), "outside the shape"),
-        (lambda index: index["names"]["w"]["boxes"][0].__setitem__(2, [0, 0]), "outside the shape"),
-        (lambda index: index["names"]["w"]["boxes"][0].__setitem__(0, 9), "damaged.*IndexError"),
-        (lambda index: index["names"]["w"]["boxes"][0].__setitem__(0, "/etc"), "whole number"),
-        (lambda index: index["names"]["w"]["boxes"][0].__setitem__(4, "ab"), "has 1 blocks"),
+        (lambda index: index["names"]["w"].update(boxes=[]), r"damaged.*\[\] should be text"),
+        (boxes(f"2 0 40 50 {SUM}"), "outside the shape"),
+        (boxes(f"2 0 0,0 50 {SUM}"), "outside the shape"),
+        (boxes(f"2 0 0 -1 {SUM}"), "no list of boxes"),
+        (boxes(f"2 0 0 {9**99} {SUM}"), "outside the shape"),
+        (boxes(f"2 0 0 {'9' * 9999} {SUM}"), "damaged.*ValueError"),
+        (boxes(f"9 0 0 50 {SUM}"), "damaged.*IndexError"),
+        (boxes(f"/etc 0 0 50 {SUM}"), "no list of boxes"),
+        (boxes("2 0 0 50 ab"), "has 1 blocks"),
+        (boxes("2 0 0"), "damaged.*ValueError"),
+        (boxes(";"), "damaged.*ValueError"),
         (lambda index: index["names"]["w"].update(shape=[1 << 70]), "is no size"),
         (lambda index: index["names"]["w"].update(shape=[-1]), "is no size"),
         (lambda index: index["names"]["w"].update(shape=[1] * 100), "100 dims"),
@@ -316,7 +329,7 @@ def test_an_index_that_is_damaged_or_unsafe_is_refused(tmp_path, change, text):
     folder = save(tmp_path, 1, whole("w", torch.ones(50)))
     edit_index(folder, change)
     with pytest.raises(DamagedCheckpointError, match=text):
-        Checkpoint.open(tmp_path)
+        Checkpoint.open(tmp_path).read("w")
 
 
 def test_a_newer_format_names_who_wrote_it(tmp_path):
@@ -336,12 +349,12 @@ def test_an_index_that_is_not_json_is_refused(tmp_path):
 
 def test_an_index_that_disagrees_with_the_files_gives_no_wrong_values(tmp_path):
     folder = save(tmp_path, 1, whole("w", torch.ones(50)))
-    edit_index(folder, lambda index: index["names"]["w"]["boxes"][0].__setitem__(3, [49]))
+    edit_index(folder, boxes(f"2 0 0 49 {SUM}"))
     with pytest.raises(DamagedCheckpointError, match="the index says"):
         Checkpoint.open(tmp_path).read("w", Box((0,), (10,)))
     with pytest.raises(DamagedCheckpointError, match="only 49 of the 50 elements"):
         Checkpoint.open(tmp_path).verify()
-    edit_index(folder, lambda index: index["names"]["w"].update(boxes=[]))
+    edit_index(folder, boxes(""))
     with pytest.raises(DamagedCheckpointError, match="0 of the 10 elements"):
         Checkpoint.open(tmp_path).read("w", Box((0,), (10,)))
 
