@@ -48,24 +48,6 @@ def pretrain_on_rank(launch, flags: list[str]) -> str:
     return printed.getvalue()
 
 
-def pretrain_until_killed(launch, flags: list[str]) -> None:
-    """A run whose rank 3 is killed in the middle of the step with sample 44."""
-
-    def building(*arguments):
-        model = build_model(*arguments)
-        if launch.rank == 3:
-            model.register_forward_pre_hook(kill_at_sample_44)
-        return model
-
-    config = cli.read_config([*MODEL, *flags])
-    pretrain(validate.resolve(config, launch.world_size), launch, building)
-
-
-def kill_at_sample_44(module, inputs) -> None:
-    if inputs[1].samples[0] >= 44:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def train(pool, ranks: int, *flags) -> str:
     """Run to the end on this many ranks; what rank 0 printed."""
     return pool.run(pretrain_on_rank, ranks, list(map(str, flags)), timeout=120)[0]
@@ -218,21 +200,6 @@ def test_eight_ranks_stop_and_resume_bit_exactly(pool, tmp_path):
     train(pool, 8, *layout, *resumable(tmp_path), "--exit-interval", "7")
     train(pool, 8, *layout, *resumable(tmp_path))
     assert curve(tmp_path / "m.jsonl") == curve(tmp_path / "whole.jsonl")
-
-
-def test_eight_ranks_are_killed_and_resume_bit_exactly(pool, tmp_path):
-    """A sharded optimizer with overlap, in fp16, while the batch size grows: undisturbed, and
-    resumed after rank 3 was killed in iteration 10, from what was saved at iteration 8."""
-    layout = [*EIGHT_RANKS, *SHARDED, *FP16, *RAMP]
-    train(pool, 8, *layout, "--metrics-file", tmp_path / "whole.jsonl")
-    whole = curve(tmp_path / "whole.jsonl")
-    sizes = [row["global_batch_size"] for row in whole if "loss" in row]
-    assert sizes == 5 * [4] + 4 * [6] + 3 * [8]
-    flags = [*layout, *resumable(tmp_path), "--save-interval", "4"]
-    with pytest.raises(RanksFailed, match="rank 3 was killed by SIGKILL"):
-        pool.run(pretrain_until_killed, 8, list(map(str, flags)), timeout=120)
-    train(pool, 8, *flags)
-    assert curve(tmp_path / "m.jsonl") == whole
 
 
 @pytest.mark.parametrize("rule", [[], MUON], ids=["adam", "muon"])
