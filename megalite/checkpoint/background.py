@@ -38,26 +38,29 @@ class HostCopies:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._is_pinned = False
 
-    def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Dense copies of the tensors, as they are now. The next call overwrites them."""
-        # Where each copy begins.
+    def reserve(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """Have memory for copies of these tensors, of which every page is in place: that takes
+        longer than the copy. Returns where each copy begins."""
         starts = []
         end = 0
         for tensor in tensors:
             starts.append(end)
             nbytes = tensor.numel() * tensor.itemsize
             end += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        on_gpu = any(tensor.is_cuda for tensor in tensors)
         if self._memory.nbytes < end:
-            self._allocate(end, on_gpu)
-        # Copies from a GPU are queued, after what computes the tensors; then all are waited for.
+            self._allocate(end, pinned=any(tensor.is_cuda for tensor in tensors))
+        return starts
+
+    def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Dense copies of the tensors, as they are now. The next call overwrites them."""
         copies = []
-        for tensor, start in zip(tensors, starts):
+        # Copies from a GPU are queued, after what computes the tensors; then all are waited for.
+        for tensor, start in zip(tensors, self.reserve(tensors)):
             nbytes = tensor.numel() * tensor.itemsize
             copy = self._memory[start : start + nbytes].view(tensor.dtype).view(tensor.shape)
             copy.copy_(tensor.detach(), non_blocking=True)
             copies.append(copy)
-        if on_gpu:
+        if self._is_pinned:
             torch.cuda.current_stream().synchronize()
         return copies
 
@@ -70,7 +73,7 @@ class HostCopies:
 
     def _allocate(self, nbytes: int, pinned: bool) -> None:
         self.free()
-        memory = torch.empty(nbytes, dtype=torch.uint8)
+        memory = torch.zeros(nbytes, dtype=torch.uint8).fill_(0)  # `zeros` may touch no page
         if pinned:
             # Not torch's pinned memory, whose size is rounded up to a power of two.
             _check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0))
@@ -98,6 +101,11 @@ class AsyncSaver:
         self._iteration = 0
         self._began = self._ended = 0.0
         self._blocked_seconds = 0.0
+
+    def reserve(self, shards: Iterable[Shard], private: dict[str, torch.Tensor]) -> None:
+        """Have the memory for copies of these before the first save: a host that lacks it fails
+        here, and no save waits for it. Raises RuntimeError."""
+        self._copies.reserve([*(shard.tensor for shard in shards), *private.values()])
 
     def start(
         self,

@@ -26,7 +26,7 @@ from megalite.training.output import Log
 from megalite.training.profile import Profiler
 from megalite.training.replicas import check_replicas
 from megalite.training.signals import Stop, StopSignals
-from megalite.training.state import Progress, save_state
+from megalite.training.state import Progress, reserve_memory, save_state
 from megalite.training.sum_over_ranks import last_stage_values, sum_over_ranks
 from megalite.training.writers import Writers
 
@@ -98,6 +98,8 @@ class Trainer:
         profiler = Profiler(self.config.training, self.context)
         self.saved_at = self.progress.iteration  # what was loaded need not be saved again
         stop = None
+        if self.saver is not None:
+            reserve_memory(self.saver, self.components)
         try:
             while stop is None and self.progress.iteration < train_iters:
                 iteration = self.progress.iteration + 1

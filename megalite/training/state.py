@@ -106,8 +106,8 @@ def save_state(
         "megalite": __version__,
         "torch": torch.__version__,
     }
-    streams = {RNG + name: value for name, value in parts.rng.states().items()}
     shards = _written_shards(parts)
+    streams = _streams(parts)
     write_here = partial(
         write,
         config.checkpoint.save,
@@ -123,6 +123,17 @@ def save_state(
         write_here(shards, streams)
     else:
         saver.start(progress.iteration, shards, streams, write_here)
+
+
+def reserve_memory(saver: AsyncSaver, parts: TrainingComponents) -> None:
+    """Have the host memory that `save_state` copies to. Raises RuntimeError when there is not as
+    much."""
+    saver.reserve(_written_shards(parts), _streams(parts))
+
+
+def _streams(parts: TrainingComponents) -> dict[str, torch.Tensor]:
+    """The states of this rank's random streams, as private tensors."""
+    return {RNG + name: value for name, value in parts.rng.states().items()}
 
 
 def load_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter]) -> None:

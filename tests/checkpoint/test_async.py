@@ -118,6 +118,7 @@ def test_an_error_ends_all_ranks_at_the_next_step(pool, tmp_path):
 
 def test_copies_are_dense_and_in_the_same_memory_each_time():
     copies = HostCopies()
+    copies.reserve([torch.empty(50)])
     whole_tensor = torch.randn(6, 5)
     tensors = [
         whole_tensor[1:4, 2:],  # no dense view
