@@ -229,7 +229,8 @@ def _checkpoints(config: RunConfig) -> str:
     if c.save is None:
         return f"{loaded}, saves none (--save is unset)"
     every = f"every {c.save_interval} iterations and " if c.save_interval else ""
-    return f"{loaded}, saves to {c.save} {every}at the end"
+    how = ", while training goes on" if c.async_save else ""
+    return f"{loaded}, saves to {c.save} {every}at the end{how}"
 
 
 def _short(number: float) -> str:
