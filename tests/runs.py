@@ -238,7 +238,13 @@ def deepspeed_summary(bench: Bench, flags: dict, ranks: int) -> str:
 def wandb_name(bench: Bench, flags: dict, ranks: int) -> str:
     """The name of a run as its offline records have it."""
     (record,) = training(bench, flags, ranks).folder.glob("wandb/offline-run-*/*.wandb")
-    return next(r.run.display_name for r in wandb_records(record) if r.HasField("run"))
+    # A process of wandb's own writes the file, also after the run has ended.
+    for _ in range(600):
+        names = [r.run.display_name for r in wandb_records(record) if r.HasField("run")]
+        if names:
+            return names[0]
+        time.sleep(0.1)
+    raise AssertionError(f"{record} holds no run")
 
 
 def kept_for_backward(bench: Bench, flags: dict, ranks: int) -> dict:

@@ -34,7 +34,7 @@ def save(
         yield whole("w", torch.full((2,), value))
         meanwhile()
 
-    return write(root, iteration, shards(), {}, {}, "", ALONE, keep_last, lease)
+    return write(root, iteration, shards(), {}, {}, "", ALONE, keep_last, lease=lease)
 
 
 def test_the_latest_claim_counts(tmp_path):
