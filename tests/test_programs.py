@@ -136,6 +136,7 @@ def arguments_of(program: str, prefix: Path, out: Path) -> list[str]:
                             "--tokenizer-type", "ByteTokenizer"],
         "merge_datasets": ["--input", prefix, "--output-prefix", out / "ü"],
         "inspect_dataset": [prefix, "--tokenizer-type", "ByteTokenizer", "--verify"],
+        "inspect_checkpoint": [missing],
         "generate_text": ["--load", missing],
         "fill_mask": ["--load", missing, "--text", "ü [MASK]"],
         "finetune_classifier": ["--load", missing, "--train", text, "--valid-share", "0.1"],

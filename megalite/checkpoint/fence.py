@@ -23,7 +23,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from megalite.checkpoint.folder import CheckpointError, fsync_folder
+from megalite.checkpoint.folder import (
+    CheckpointError,
+    DamagedCheckpointError,
+    fsync_folder,
+    parse_json,
+    read_file,
+)
 from megalite.system.errors import explain_os_error
 
 OWNER_FILE = "owner.json"
@@ -112,12 +118,17 @@ class Lease:
                 print(f"checkpoint: could not remove {entry}: {reason}", flush=True)
 
     def check(self) -> None:
-        """Raise CheckpointError when another run has taken the lease, OSError or ValueError when
-        owner.json cannot be read."""
-        owner = json.loads((self.root / OWNER_FILE).read_text())
-        if owner["token"] != self.token:
+        """Raise CheckpointError when another run has taken the lease, ValueError when owner.json
+        cannot be read."""
+        path = self.root / OWNER_FILE
+        try:
+            owner = parse_json(read_file(path), path)
+            token, who, since = (str(owner[key]) for key in ("token", "who", "since"))
+        except (DamagedCheckpointError, KeyError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if token != self.token:
             raise CheckpointError(
-                f"{self.root} now belongs to another run ({owner['who']}, since {owner['since']}): "
+                f"{self.root} now belongs to another run ({who}, since {since}): "
                 "this one was replaced, and ends"
             )
 

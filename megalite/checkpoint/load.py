@@ -1,12 +1,11 @@
 """Read a checkpoint in any layout: a box is assembled from the stored shards it intersects."""
 
-import hashlib
-from collections.abc import Callable, KeysView
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.checksum import checksum
+from megalite.checkpoint.damage import compare_entry, compare_text, damage
 from megalite.checkpoint.folder import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -14,7 +13,6 @@ from megalite.checkpoint.folder import (
     CheckpointError,
     DamagedCheckpointError,
     find_checkpoint,
-    open_regular,
     parse_json,
     parse_text,
     read_file,
@@ -23,7 +21,6 @@ from megalite.checkpoint.format import (
     PRIVATE_PREFIX,
     Index,
     Shard,
-    StoredFile,
     StoredShard,
     StoredTensor,
     listing,
@@ -67,7 +64,7 @@ class Checkpoint(TensorSource):
         texts = {}
         for name in (STATE_FILE, CONFIG_FILE):
             content = read_file(folder / name)
-            _compare_text(folder / name, index.files.get(name), content)
+            compare_text(folder / name, index.files.get(name), content)
             texts[name] = parse_text(content, folder / name)
         state = parse_json(texts[STATE_FILE], folder / STATE_FILE)
         return cls(folder, index, state, texts[CONFIG_FILE], verify)
@@ -89,7 +86,7 @@ class Checkpoint(TensorSource):
         return self._index.world_size
 
     @property
-    def names(self) -> KeysView[str]:
+    def names(self) -> Collection[str]:
         """Names of all stored tensors (private ones aside)."""
         return self._index.tensors.keys()
 
@@ -136,7 +133,7 @@ class Checkpoint(TensorSource):
         for shard in stored.shards:
             common = shard.box.intersect(box)
             if common:
-                _compare_entry(self._file(shard.file), shard, stored.dtype)
+                compare_entry(self._file(shard.file), shard, stored.dtype)
                 parts.append((shard, common))
         filled = sum(common.numel for _, common in parts)
         if filled != box.numel:
@@ -173,22 +170,9 @@ class Checkpoint(TensorSource):
 
         Reads everything. Raises DamagedCheckpointError that lists all damage.
         """
-        problems = self.damage()
+        problems = damage(self.folder, self._index)
         if problems:
             raise DamagedCheckpointError(listing(f"{self.folder} is damaged:", problems))
-
-    def damage(self, progress: Callable[[int], object] = lambda done: None) -> list[str]:
-        """What `verify` finds. Calls `progress` with the bytes of each file that is read."""
-        problems = []
-        shards_of: dict[str, list] = {name: [] for name in self._index.files}
-        for name, tensor in self._index.tensors.items():
-            problems += tensor.problems(name)
-            for shard in tensor.shards:
-                shards_of[shard.file].append((shard, tensor.dtype))
-        for name, file in self._index.files.items():
-            problems += _file_damage(self.folder / name, file, shards_of[name])
-            progress(file.bytes)
-        return problems
 
     def _stored(self, name: str) -> StoredTensor:
         if name not in self._index.tensors:
@@ -202,72 +186,3 @@ class Checkpoint(TensorSource):
             file = TensorFile(self.folder / name, self._index.files[name], self._verify)
             self._open_files[name] = file
         return self._open_files[name]
-
-
-def _compare_entry(file: TensorFile, shard: StoredShard, dtype: torch.dtype) -> None:
-    entry = file.entry(shard.key)
-    found = (entry.shape, entry.dtype)
-    expected = (shard.box.shape, dtype)
-    if found != expected:
-        difference = f"{shard.key} is {found}, the index says {expected}"
-        raise DamagedCheckpointError(f"{file.path}: {difference}")
-
-
-def _compare_text(path: Path, file: StoredFile | None, content: bytes) -> None:
-    if file is None:
-        raise DamagedCheckpointError(f"{path.with_name(INDEX_FILE)} does not list {path.name}")
-    if len(content) != file.bytes:
-        instead = f"instead of {file.bytes}"
-        raise DamagedCheckpointError(f"{path} has {len(content)} bytes {instead}")
-    if file.xxh3 is not None:
-        is_same = checksum(content) == file.xxh3
-    else:
-        is_same = hashlib.sha256(content).hexdigest() == file.sha256
-    if not is_same:
-        raise DamagedCheckpointError(f"{path} differs from its checksum")
-
-
-def _file_damage(
-    path: Path, file: StoredFile, shards: list[tuple[StoredShard, torch.dtype]]
-) -> list[str]:
-    """What is wrong with one file. shards: those it should hold."""
-    problems = []
-    try:
-        if file.sha256 is not None:
-            _compare_sha256(path, file.sha256)
-        if not shards and path.suffix != ".safetensors":
-            _compare_text(path, file, read_file(path))
-            return problems
-        content = TensorFile(path, file)
-    except DamagedCheckpointError as error:
-        return [str(error)]
-
-    def check(key: str, checksums: str | None) -> None:
-        if checksums is not None:
-            content.check(key, checksums)
-
-    checks = []
-    for shard, dtype in shards:
-        checks.append((_compare_entry, (content, shard, dtype)))
-        checks.append((check, (shard.key, shard.checksums)))
-    for name, checksums in file.private.items():
-        checks.append((check, (PRIVATE_PREFIX + name, checksums)))
-    for action, arguments in checks:
-        try:
-            action(*arguments)
-        except DamagedCheckpointError as error:
-            problems.append(str(error))
-    content.close()
-    return problems
-
-
-def _compare_sha256(path: Path, expected: str) -> None:
-    digest = hashlib.sha256()
-    try:
-        with open(open_regular(path), "rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    except OSError as error:
-        raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if digest.hexdigest() != expected:
-        raise DamagedCheckpointError(f"{path} differs from its checksum")

@@ -46,8 +46,8 @@ def write(
     config_yaml: str,
     world: Group,
     keep_last: int | None = None,
-    keep_every: int | None = None,
     lease: Lease | None = None,
+    keep_every: int | None = None,
 ) -> Path:
     """Write the checkpoint `root/iter_N` and make it the latest. Returns its folder. Collective.
 

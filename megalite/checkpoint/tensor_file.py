@@ -209,7 +209,7 @@ class TensorFile:
         if length == box.numel and out.is_contiguous():
             self._read(key, checksums, start, _bytes_of(out))
         elif size > STRIDED_BYTES:
-            for part in _halves(box):
+            for part in box.halves():
                 self.read_box(key, stored, checksums, part, out[part.slices_in(box)])
         else:
             data = torch.empty(length, dtype=entry.dtype)
@@ -322,15 +322,3 @@ def _entry(item: dict, data: int, size: int) -> Entry:
     if stop - start != prod(shape) * dtype.itemsize:
         raise ValueError(f"{stop - start} bytes for shape {shape} of {item['dtype']}")
     return Entry(dtype, shape, data + start, stop - start)
-
-
-def _halves(box: Box) -> list[Box]:
-    """A box cut in two along its first dim that is longer than 1."""
-    dim = next(d for d, length in enumerate(box.shape) if length > 1)
-    middle = box.shape[dim] // 2
-    before, after = list(box.shape), list(box.shape)
-    before[dim] = middle
-    after[dim] -= middle
-    offset = list(box.offset)
-    offset[dim] += middle
-    return [Box(box.offset, tuple(before)), Box(tuple(offset), tuple(after))]

@@ -73,6 +73,8 @@ def parse_yaml(text: str, file: str) -> tuple[dict[str, Any], list[Problem]]:
         if r"'\t'" in where:
             problem = replace(problem, fix="indent and separate with spaces, not tabs")
         return {}, [problem]
+    except RecursionError:
+        return {}, [_malformed(f"--config {file} is nested too deeply")]
     if node is None:
         return {}, []
     if not isinstance(node, yaml.MappingNode):

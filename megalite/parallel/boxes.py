@@ -53,6 +53,16 @@ class Box:
         dims = zip(self.offset, self.shape, shape)
         return all(0 <= start and 0 <= size <= length - start for start, size, length in dims)
 
+    def halves(self) -> "tuple[Box, Box]":
+        """The box cut in two along its first dim that is longer than 1, which it must have."""
+        dim = next(d for d, length in enumerate(self.shape) if length > 1)
+        before, after = list(self.shape), list(self.shape)
+        middle = list(self.offset)
+        before[dim] //= 2
+        after[dim] -= before[dim]
+        middle[dim] += before[dim]
+        return Box(self.offset, tuple(before)), Box(tuple(middle), tuple(after))
+
     def slices_in(self, outer: "Box") -> tuple[slice, ...]:
         """Indices of this box in a tensor that holds the box `outer`, which must contain it."""
         start = map(sub, self.offset, outer.offset)

@@ -16,6 +16,7 @@ PROGRAMS = {
     "preprocess": "preprocess_data",
     "merge": "merge_datasets",
     "inspect-dataset": "inspect_dataset",
+    "inspect-checkpoint": "inspect_checkpoint",
     "generate": "generate_text",
     "fill-mask": "fill_mask",
     "finetune-classifier": "finetune_classifier",

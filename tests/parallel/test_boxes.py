@@ -43,6 +43,14 @@ def test_boxes_tile_a_tensor_when_they_cover_each_element_once():
     assert tile([Box.whole(shape), empty], shape) and not tile([empty], shape)
 
 
+def test_halves_are_the_box():
+    for box in boxes_in(3, 3):
+        if box.numel > 1:
+            first, second = box.halves()
+            assert indices(first) | indices(second) == indices(box)
+            assert first.numel + second.numel == box.numel and first.numel and second.numel
+
+
 def test_slices_are_relative_to_the_outer_box():
     outer, inner = Box((2, 10), (4, 5)), Box((3, 12), (2, 1))
     assert inner.slices_in(outer) == (slice(1, 3), slice(2, 3))

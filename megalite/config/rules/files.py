@@ -3,7 +3,6 @@
 Rules that read datasets are in data.py, those that read tokenizers in tokenizer.py.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,9 @@ from megalite.checkpoint.folder import (
     checkpoint_folder,
     latest_iteration,
     list_iterations,
+    parse_json,
+    parse_text,
+    read_file,
     save_folder,
 )
 from megalite.config.rules.data import DATA_RULES
@@ -116,14 +118,14 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
     if made_with is None or made_with.model.architecture != config.model.architecture:
         return  # another rule reports another model
     try:
-        stored = json.loads((folder / STATE_FILE).read_text()).get("data")
+        stored = parse_json(read_file(folder / STATE_FILE), folder / STATE_FILE).get("data")
         if stored is None:
             return
         samples = iterations(config, world_size) * global_batch(config, world_size)
         seed = config.training.seed
         now = data_state(config.data, config.model, seed, num_samples=samples, bert=config.bert)
         differences = DataState.from_json(stored).differences(now)
-    except (DatasetError, OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, DatasetError, OSError, ValueError, KeyError, TypeError):
         return  # other rules, or loading, say what is wrong
     if differences:
         yield Finding(
@@ -155,8 +157,9 @@ def folder_to_load(load: str, step: int | None) -> Path | None:
 
 
 def read_stored_config(folder: Path) -> RunConfig:
-    """The configuration that a checkpoint was made with. Raises OSError or ValueError."""
-    return config_of_checkpoint((folder / CONFIG_FILE).read_text())
+    """The configuration that a checkpoint was made with. Raises CheckpointError or ValueError."""
+    path = folder / CONFIG_FILE
+    return config_of_checkpoint(parse_text(read_file(path), path))
 
 
 def checkpoints_stay_apart(config: RunConfig, world_size: int) -> Iterator[Finding]:
