@@ -10,7 +10,8 @@ import torch
 from megalite.checkpoint.load import Checkpoint
 from megalite.config import cli, validate
 from megalite.training.build import build_components, build_context
-from megalite.training.state import load_state, save_state
+from megalite.training.resume import resume
+from megalite.training.state import save_state
 from tests.test_resume import MODEL, curve, train
 
 SEED = 16
@@ -109,7 +110,7 @@ def copy_checkpoint(launch, flags: list[str]) -> None:
     config = validate.resolve(cli.read_config([*MODEL, *flags]), launch.world_size)
     context, _ = build_context(config, launch)
     components = build_components(config, context)
-    save_state(components, load_state(components, config), config)
+    save_state(components, resume(components, config), config)
 
 
 def through(tensor: torch.Tensor, precision: str) -> torch.Tensor:
