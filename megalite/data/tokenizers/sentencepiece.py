@@ -51,6 +51,16 @@ class SentencePieceTokenizer(base.Tokenizer):
         """Return the text of these ids. Control pieces have no text."""
         return self._processor.decode(list(map(int, ids)))
 
+    def huggingface_files(self) -> dict[str, bytes]:
+        """The model, and settings that name it a Llama's. transformers reads it with the
+        sentencepiece library."""
+        processor = self._processor
+        names = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
+        names["unk_token"] = processor.unk_id()
+        tokens = {name: processor.id_to_piece(i) for name, i in names.items() if i >= 0}
+        settings = base.tokenizer_config("LlamaTokenizer", **tokens, legacy=False)
+        return {"tokenizer.model": self._data, "tokenizer_config.json": settings}
+
     def load_fast(self, gigatoken):
         """Load the model into gigatoken, which takes BPE with byte fallback."""
         return gigatoken.Tokenizer.from_sentencepiece(self._data)
