@@ -24,6 +24,10 @@ class CheckpointConfig:
     """Keep only this many newest checkpoints in --save. Unset: all."""
     load: Annotated[str | None, Field(changes_numbers=False)] = None
     """Folder to resume from. An empty or absent folder that is also --save starts from scratch."""
+    load_hf: Annotated[str | None, Field(changes_numbers=False)] = None
+    """Folder of a Hugging Face model (config.json, safetensors files) to start from: its shape, its
+    weights, and its tokenizer unless one is given. A run that finds a checkpoint in --load resumes
+    that one."""
     ckpt_step: Annotated[int | None, Field(minimum=0, changes_numbers=False)] = None
     """Iteration to load. Unset: the latest."""
     finetune: bool = False

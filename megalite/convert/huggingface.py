@@ -17,12 +17,7 @@ from megalite.convert.safetensors_header import ITEM_BYTES, StoredBytes
 from megalite.parallel.boxes import Box
 from megalite.system.errors import error_message
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LEAST_BYTES = 4096
 """Shorter runs of bytes are read together with what lies between them: a disk reads pages."""
 

@@ -55,9 +55,7 @@ class Published:
     def shapes(self) -> Shapes:
         """Shapes of our parameters that the folder should hold."""
         shapes = model_shapes(self.model, head_of(self.architecture, self.fields))
-        return {
-            name: shape for name, shape in shapes.items() if not name.startswith(self.absent)
-        }
+        return {name: shape for name, shape in shapes.items() if not name.startswith(self.absent)}
 
 
 def head_of(architecture: Architecture, fields: Values) -> HeadCost:

@@ -95,12 +95,8 @@ _GPT2_PIECES = (
         "layers.{}.attention.qkv.weight",
         "h (j g d) -> g j d h",
     ),
-    Piece(
-        f"{_GPT2_LAYER}.attn.c_attn.bias", "layers.{}.attention.qkv.bias", "(j g d) -> g j d"
-    ),
-    Piece(
-        f"{_GPT2_LAYER}.attn.c_proj.weight", "layers.{}.attention.output.weight", "n h -> h n"
-    ),
+    Piece(f"{_GPT2_LAYER}.attn.c_attn.bias", "layers.{}.attention.qkv.bias", "(j g d) -> g j d"),
+    Piece(f"{_GPT2_LAYER}.attn.c_proj.weight", "layers.{}.attention.output.weight", "n h -> h n"),
     Piece(f"{_GPT2_LAYER}.attn.c_proj.bias", "layers.{}.attention.output.bias"),
     *_pairs((f"{_GPT2_LAYER}.ln_2", "layers.{}.mlp_norm")),
     Piece(f"{_GPT2_LAYER}.mlp.c_fc.weight", "layers.{}.mlp.up.weight", "h f -> f h"),
@@ -114,12 +110,9 @@ _BERT_LAYER = "bert.encoder.layer.{}"
 _BERT_EMBEDDINGS = "bert.embeddings"
 _BERT_PIECES = (
     Piece(f"{_BERT_EMBEDDINGS}.word_embeddings.weight", "embedding.word_embeddings.weight"),
+    Piece(f"{_BERT_EMBEDDINGS}.position_embeddings.weight", "embedding.position_embeddings.weight"),
     Piece(
-        f"{_BERT_EMBEDDINGS}.position_embeddings.weight", "embedding.position_embeddings.weight"
-    ),
-    Piece(
-        f"{_BERT_EMBEDDINGS}.token_type_embeddings.weight",
-        "embedding.token_type_embeddings.weight",
+        f"{_BERT_EMBEDDINGS}.token_type_embeddings.weight", "embedding.token_type_embeddings.weight"
     ),
     *_pairs(
         (f"{_BERT_EMBEDDINGS}.LayerNorm", "embedding_norm"),
@@ -162,11 +155,7 @@ def _four_times_width(config: dict[str, Any]) -> int | None:
 
 _UNTIED = {True: False, False: True}
 _GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
-_NOT_SCALED = {
-    "rope_scaling": "none",
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-}
+_NOT_SCALED = {"rope_scaling": "none", "add_qkv_bias": False, "qk_layernorm": False}
 
 
 def _llama_keys(
@@ -191,9 +180,7 @@ def _llama_keys(
         rope or Rope(),
         Value("rms_norm_eps", "norm_epsilon", 1e-6, kind=float),
         Value("hidden_act", "swiglu", "silu", {"silu": True, "swish": True}),
-        Value(
-            "tie_word_embeddings", "untie_embeddings_and_output_weights", False, choices=_UNTIED
-        ),
+        Value("tie_word_embeddings", "untie_embeddings_and_output_weights", False, choices=_UNTIED),
         Value("attention_dropout", "attention_dropout", 0.0, kind=float),
         Value("initializer_range", "init_method_std", 0.02, kind=float),
         *attention,
@@ -317,15 +304,12 @@ ARCHITECTURES = {
         classes={
             "BertForPreTraining": (),
             "BertForMaskedLM": ("pooler.", "pair_head."),
-            "BertModel": ("mlm_head.", "pair_head."),
+            "BertModel": ("mlm_head.", "pair_head.", "output."),
         },
         prefix="bert.",
         pieces=_BERT_PIECES,
         untied=Piece("cls.predictions.decoder.weight", "output.weight"),
-        ignored=(
-            "embeddings.position_ids",
-            "cls.predictions.decoder.bias",
-        ),
+        ignored=("embeddings.position_ids", "cls.predictions.decoder.bias"),
         keys=(
             Value("hidden_size", "hidden_size"),
             Value("num_hidden_layers", "num_layers"),

@@ -163,7 +163,6 @@ class BertWordPieceLowerCase(LibraryTokenizer):
                 "(tools/train_tokenizer.py --kind wordpiece --lowercase)"
             )
 
-
     def huggingface_files(self) -> dict[str, bytes]:
         """tokenizer.json that frames texts in [CLS] and [SEP], its settings, and the vocabulary."""
         frame = self.library().processors.TemplateProcessing(
