@@ -11,7 +11,7 @@ from megalite.config import validate
 from megalite.config.flags import read_own_flags
 from megalite.config.help import help_text, wrapped
 from megalite.config.problem import ConfigError, Problem
-from megalite.config.run import RunConfig, options, with_preset, with_values
+from megalite.config.run import RunConfig, options, with_preset, with_published, with_values
 from megalite.config.summary import given, summary_lines
 from megalite.config.yaml_file import read_yaml, to_yaml
 from megalite.fields import Field
@@ -125,7 +125,7 @@ def build_config(
         problems = [*in_file, *problems]
     default = {} if architecture is None else {"architecture": architecture}
     try:
-        config = with_values(RunConfig(), default | with_preset(values | flags))
+        config = with_values(RunConfig(), default | with_preset(with_published(values | flags)))
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     # The program trains one architecture only.
@@ -134,6 +134,8 @@ def build_config(
         cause = f"--architecture {model.architecture}"
         if model.preset:
             cause = f"--preset {model.preset}"
+        elif config.checkpoint.load_hf:
+            cause = f"--load-hf {config.checkpoint.load_hf}"
         message = f"{cause} is a model that this program does not train"
         fix = f"python pretrain_{model.architecture}.py"
         problems = [*problems, Problem(message, fix, ("architecture", "preset"))]

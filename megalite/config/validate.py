@@ -7,10 +7,11 @@ so that no rule sees them. Whatever would be silently ignored is a problem.
 """
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from megalite.config.problem import Problem
+from megalite.config.problem import ConfigError, Problem
 from megalite.config.rules.bert import BERT_FILE_RULES, BERT_RULES
 from megalite.config.rules.deepspeed import DEEPSPEED_FILE_RULES, DEEPSPEED_RULES
 from megalite.config.rules.effects import nothing_is_ignored, other_ranks_exist
@@ -27,7 +28,7 @@ from megalite.config.rules.gpt import GPT_FILE_RULES, GPT_RULES
 from megalite.config.rules.layout import LAYOUT_RULES
 from megalite.config.rules.run import RUN_RULES
 from megalite.config.rules.tokenizer import build_tokenizer, files_of
-from megalite.config.run import RunConfig, options, to_flat, with_values
+from megalite.config.run import RunConfig, options, to_flat, with_published, with_values
 from megalite.models.presets import preset
 
 PURE_RULES: tuple[Rule, ...] = (
@@ -175,8 +176,13 @@ def fill_in(config: RunConfig, world_size: int) -> RunConfig:
 
 def chosen(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The values of a resolved configuration that were chosen: those that are neither their field's
-    default, nor the preset's, nor follow from the others."""
+    default, nor those of the preset or of --load-hf, nor follow from the others."""
     shape = preset(config.model.preset)
+    if config.checkpoint.load_hf:
+        # A run that resumes may have lost the folder.
+        with suppress(ConfigError):
+            shape = with_published({"load_hf": config.checkpoint.load_hf})
+            del shape["load_hf"]
     found = {}
     for key, option in options().items():
         value = getattr(getattr(config, option.section), key)

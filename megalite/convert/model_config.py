@@ -39,8 +39,8 @@ def read_fields(config: dict[str, Any], found: Findings) -> Values:
     values: Values = {"architecture": architecture.ours}
     try:
         name = class_of(config, architecture)
-        if architecture.ours == "bert":
-            absent = architecture.classes[name]
+        absent = architecture.classes[name]
+        if architecture.ours == "bert" and "mlm_head." not in absent:
             values["bert_pair"] = "none" if "pooler." in absent else "nsp"
     except ValueError as error:
         found.problems.append(str(error))

@@ -29,7 +29,7 @@ below 0 counts from there."""
 
 @dataclass(frozen=True)
 class Piece:
-    """One line of a mapping table: a tensor of theirs is a part of one of ours, in another order."""
+    """One line of a mapping table: a tensor of theirs is a part of one of ours, reordered."""
 
     theirs: str
     """Their name; `{}` stands for the number of the layer."""

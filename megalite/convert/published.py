@@ -26,6 +26,17 @@ SHOWN = 20
 """Problems that a message shows."""
 
 
+class PublishedError(CheckpointError):
+    """A folder of Hugging Face is not one that megalite can read. `problems` are all reasons."""
+
+    def __init__(self, where: Path, problems: list[str]):
+        shown = problems[:SHOWN]
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        super().__init__("\n  ".join([f"{where}:", *shown, *more]))
+        self.where = where
+        self.problems = problems
+
+
 @dataclass(frozen=True)
 class Published:
     """What config.json says of a model, in our words."""
@@ -78,7 +89,7 @@ def read_published(folder: str | Path) -> Published:
     found = Findings()
     fields = read_fields(config, found)
     if found.problems:
-        raise CheckpointError(_listing(f"{folder / CONFIG_JSON}:", found.problems))
+        raise PublishedError(folder / CONFIG_JSON, found.problems)
     architecture = architecture_of(config)
     name = class_of(config, architecture)
     return Published(folder, config, architecture, name, fields, found.notes)
@@ -144,7 +155,7 @@ def find_tensors(published: Published) -> dict[str, list[StoredPiece]]:
         if not key.endswith(ignored):
             problems.append(f"{key} is no tensor of a {published.class_name}")
     if problems:
-        raise CheckpointError(_listing(f"{published.folder}:", sorted(problems)))
+        raise PublishedError(published.folder, sorted(problems))
     return found
 
 
@@ -156,13 +167,11 @@ def _stored_tensors(folder: Path) -> dict[str, StoredBytes]:
         return read_header(folder / ONE_FILE)
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles:
-        name = folder.name or "FOLDER"
-        code = "from transformers import AutoModel as M; M.from_pretrained(...).save_pretrained"
+        again = "from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         raise CheckpointError(
-            f"{folder} holds {pickles[0]} and no {ONE_FILE}. A .bin file is a pickle, which can run "
-            f"code when it is read, and megalite reads none. Where you trust it, transformers "
-            f"writes it again as safetensors: python -c '{code}(\"{name}-safetensors\")' with the "
-            "class that config.json names in place of AutoModel"
+            f"{folder} holds {pickles[0]} and no {ONE_FILE}. A .bin file is a pickle, which can "
+            "run code when it is read, and megalite reads none. Where you trust it, transformers "
+            f"writes it again as safetensors: {again} of the class that {CONFIG_JSON} names"
         )
     raise CheckpointError(f"{folder} holds neither {ONE_FILE} nor {INDEX_JSON}")
 
@@ -191,11 +200,5 @@ def _sharded(folder: Path) -> dict[str, StoredBytes]:
             if places.get(key) != name:
                 problems.append(f"{key} is in {name}, and the index does not say so")
     if problems:
-        raise CheckpointError(_listing(f"{index}:", problems))
+        raise PublishedError(index, problems)
     return stored
-
-
-def _listing(heading: str, problems: list[str]) -> str:
-    shown = problems[:SHOWN]
-    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    return "\n  ".join([heading, *shown, *more])

@@ -25,7 +25,12 @@ from megalite.training.output import Log, failsafe_output, rank_0_printer
 from megalite.training.signals import Stop, StopSignals
 from megalite.training.startup_checks import check_data, take_lease
 from megalite.training.startup_report import dry_run, kernels_line, model_line
-from megalite.training.state import Progress, compare_data_with_checkpoint, load_state
+from megalite.training.state import (
+    Progress,
+    compare_data_with_checkpoint,
+    load_published,
+    load_state,
+)
 from megalite.training.writers import Writers, tracking_writers
 from megalite.watch.stragglers import check_stragglers
 from megalite.watch.watchdog import Watchdog
@@ -160,13 +165,16 @@ def _run(
 
 
 def _starting_point(config: RunConfig, components: TrainingComponents) -> Progress:
-    """The progress of the checkpoint in --load, which is loaded; none without one."""
+    """The progress of the checkpoint in --load, which is loaded; none without one, where weights
+    may come from --load-hf."""
     options = config.checkpoint
     if options.load is None:
-        return Progress()
+        return load_published(components, options.load_hf) if options.load_hf else Progress()
     # A job script names one folder for --save and --load: its first run finds no checkpoint there.
     is_same = options.save and Path(options.load).resolve() == Path(options.save).resolve()
     if is_same and options.ckpt_step is None and latest_iteration(options.load) is None:
+        if options.load_hf:
+            return load_published(components, options.load_hf)
         return Progress(notes=[f"no checkpoint in {options.load} yet: starting from scratch"])
     return load_state(components, config)
 

@@ -14,8 +14,10 @@ from megalite.checkpoint.folder import CheckpointError
 from megalite.checkpoint.format import Shard
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
+from megalite.checkpoint.source import TensorSource
 from megalite.config.run import RunConfig, keys_where, to_flat
 from megalite.config.yaml_file import config_of_checkpoint, to_yaml
+from megalite.convert.huggingface import HuggingFaceWeights
 from megalite.data.sources import DataState
 from megalite.nn.parameter import HALF_PRECISIONS, held_boxes
 from megalite.optim.optimizer import Optimizer
@@ -124,7 +126,7 @@ def save_state(
         saver.start(progress.iteration, shards, streams, write_here)
 
 
-def load_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter]) -> None:
+def load_weights(checkpoint: TensorSource, parameters: dict[str, torch.nn.Parameter]) -> None:
     """Read a model's parameters, or some of them, by name into this rank's boxes. Any layout may
     have written them.
 
@@ -137,22 +139,29 @@ def load_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Paramete
     _read(checkpoint, shards)
 
 
-def _load_model(checkpoint: Checkpoint, parts: TrainingComponents) -> None:
-    """`load_weights` of what this rank holds of the model in training. Collective."""
+def _load_model(
+    checkpoint: TensorSource, parts: TrainingComponents, absent: tuple[str, ...] = ()
+) -> None:
+    """`load_weights` of what this rank holds of the model in training. Collective.
+
+    absent: beginnings of the names that keep their initial weights.
+    """
     shards = []
     for name, tensor, elements in parts.optimizer.weights():
+        if name.startswith(absent):
+            continue
         parameter = parts.model.parameters_by_name[name]
         shards += _shards(parameter, _source(checkpoint, name, parameter), tensor, elements)
     _read(checkpoint, shards)
     parts.optimizer.weights_were_set()
 
 
-def _source(checkpoint: Checkpoint, name: str, parameter: torch.nn.Parameter) -> str:
+def _source(checkpoint: TensorSource, name: str, parameter: torch.nn.Parameter) -> str:
     """The stored tensor that a parameter is read from."""
     return name if parameter.dtype in HALF_PRECISIONS else _best_source(checkpoint, name)
 
 
-def _best_source(checkpoint: Checkpoint, name: str) -> str:
+def _best_source(checkpoint: TensorSource, name: str) -> str:
     master = f"{OPTIMIZER}master.{name}"
     return master if master in checkpoint.names else name
 
@@ -183,17 +192,21 @@ def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: R
     parts.optimizer.bad_steps.restore(checkpoint.state.get("bad_steps", {}))
 
 
-def _load_master(checkpoint: Checkpoint, parts: TrainingComponents) -> None:
+def _load_master(
+    checkpoint: TensorSource, parts: TrainingComponents, absent: tuple[str, ...] = ()
+) -> None:
     """Fill the master weights of a half-precision model from the stored ones, else the weights."""
     optimizer = parts.optimizer
     shards = []
     for name, master in optimizer.master.items() if optimizer.keeps_master else ():
+        if name.startswith(absent):
+            continue
         source = _best_source(checkpoint, name)
         shards += _optimizer_shards(optimizer, source, name, master)
     _read(checkpoint, shards)
 
 
-def _read(checkpoint: Checkpoint, shards: list[Shard]) -> None:
+def _read(checkpoint: TensorSource, shards: list[Shard]) -> None:
     checkpoint.check(shards)
     for shard in shards:
         checkpoint.read_into(shard)
@@ -224,6 +237,21 @@ def load_state(parts: TrainingComponents, config: RunConfig) -> Progress:
         progress.notes += _changes(checkpoint, config)
         progress.notes += _restore_rng(checkpoint, parts, config)
     return progress
+
+
+def load_published(parts: TrainingComponents, folder: str) -> Progress:
+    """Start from the weights of a Hugging Face folder: each rank reads its boxes. All else starts
+    from scratch, heads that the published model does not have too."""
+    with HuggingFaceWeights.open(folder) as source:
+        published = source.published
+        absent = published.absent
+        _load_model(source, parts, absent)
+        _load_master(source, parts, absent)
+        notes = [f"weights of the {published.class_name} in {folder}; all else starts from scratch"]
+        if absent:
+            heads = " ".join(f"{beginning}*" for beginning in absent)
+            notes.append(f"a {published.class_name} has no {heads}: these start from the seed")
+        return Progress(notes=notes + published.notes)
 
 
 def _continue_batches(

@@ -21,8 +21,9 @@ from megalite.config.rules.data import DATA_RULES
 from megalite.config.rules.disk import neighbours, same_place
 from megalite.config.rules.finding import Finding, Rule, each, flag_of, global_batch, iterations
 from megalite.config.rules.tokenizer import TOKENIZER_FILE_RULES
-from megalite.config.run import RunConfig, keys_where, options
+from megalite.config.run import RunConfig, keys_where, options, published_problems
 from megalite.config.yaml_file import config_of_checkpoint
+from megalite.convert.published import find_tensors, read_published
 from megalite.data.build import data_state
 from megalite.data.indexed import DatasetError
 from megalite.data.sources import DataState
@@ -159,6 +160,19 @@ def read_stored_config(folder: Path) -> RunConfig:
     return config_of_checkpoint((folder / CONFIG_FILE).read_text())
 
 
+def published_weights_are_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """The folder of --load-hf holds every tensor of its model, unless the run resumes a
+    checkpoint."""
+    folder = config.checkpoint.load_hf
+    if folder is None or _checkpoint_to_load(config)[0] is not None:
+        return
+    try:
+        find_tensors(read_published(folder))
+    except CheckpointError as error:
+        for problem in published_problems(error):
+            yield Finding(problem.message, problem.fix)
+
+
 def checkpoints_stay_apart(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """A run does not start from scratch in a folder that holds another run's checkpoints."""
     c = config.checkpoint
@@ -206,6 +220,7 @@ FILE_RULES: tuple[Rule, ...] = (
     checkpoint_is_there,
     checkpoint_fits_model,
     data_is_the_checkpoints,
+    published_weights_are_whole,
     checkpoints_stay_apart,
     results_can_be_written,
 )
