@@ -154,6 +154,28 @@ class Always:
 
 
 @dataclass(frozen=True)
+class Usual:
+    """Fields without a key that change nothing in a trained model: those of another kind of MLP,
+    and a dropout that transformers does not know."""
+
+    values: Mapping[str, Any]
+    names: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields."""
+        return tuple(self.values)
+
+    def read(self, config: Mapping[str, Any], found: Findings) -> Values:
+        """The fields."""
+        return dict(self.values)
+
+    def write(self, model: Mapping[str, Any], found: Findings) -> Values:
+        """Nothing."""
+        return {}
+
+
+@dataclass(frozen=True)
 class Heads:
     """Heads that are those of plain multi-head attention: each with h/n components, a key and a
     value for every query."""

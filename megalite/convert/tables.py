@@ -17,6 +17,7 @@ from megalite.convert.keys import (
     Only,
     Positions,
     Rope,
+    Usual,
     Value,
 )
 from megalite.convert.pieces import Piece
@@ -186,12 +187,11 @@ def _llama_keys(
         *attention,
         Only("quantization_config", (None,), "convert quantized weights to bf16 first"),
         Only("pretraining_tp", (1,)),
+        Usual({"gelu": "tanh", "hidden_dropout": 0.0}),
         Always(
             {
                 "normalization": "RMSNorm",
                 "norm_placement": "pre",
-                "gelu": "tanh",
-                "hidden_dropout": 0.0,
                 "qk_layernorm": False,
                 **(always or {}),
             }

@@ -280,7 +280,7 @@ def huggingface_model(options: Options, opened: Opened, weights: "Weights") -> "
         generation = None
         if not opened.config.pair_head:
             name = "BertForMaskedLM"
-        if opened.absent:
+        if "mlm_head." in opened.absent:
             name = "BertModel"
     config = {"architectures": [name], **keys, **ids, "dtype": dtype}
     return HuggingFaceModel(architecture, fields, config, generation, files)
@@ -303,7 +303,9 @@ def _origin(opened: Opened, fields: dict, wanted: str | None) -> "Published | No
             for name, value in published.fields.items()
             if name not in of_training
         )
-        heads = published.absent == opened.absent
+        pair = published.fields.get("bert_pair") != "none" or published.architecture.ours == "gpt"
+        heads = ("mlm_head." in published.absent) == ("mlm_head." in opened.absent)
+        heads = heads and (opened.config.pair_head == pair or published.architecture.ours == "gpt")
         if same and heads and wanted in (None, published.architecture.model_type):
             return published
     return None
