@@ -181,7 +181,8 @@ def chosen(config: RunConfig, world_size: int) -> dict[str, Any]:
     if config.checkpoint.load_hf:
         # A run that resumes may have lost the folder.
         with suppress(ConfigError):
-            shape = with_published({"load_hf": config.checkpoint.load_hf})
+            # Absolute, as the paths of the tokenizer are in a resolved configuration.
+            shape = with_published({"load_hf": os.path.abspath(config.checkpoint.load_hf)})
             del shape["load_hf"]
     found = {}
     for key, option in options().items():

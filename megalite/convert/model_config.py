@@ -49,7 +49,7 @@ def read_fields(config: dict[str, Any], found: Findings) -> Values:
         values |= keys.read(config, found)
         known |= set(keys.names)
     for key, value in config.items():
-        if key not in known and value not in (None, False):
+        if key not in known and not key.startswith("_") and value not in (None, False):
             found.problems.append(
                 f"{key} is {value!r}, and megalite does not know this key: remove it if it changes "
                 "no number that the model computes"

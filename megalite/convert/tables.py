@@ -348,7 +348,7 @@ ARCHITECTURES = {
 
 HARMLESS = frozenset(
     """
-    _name_or_path _from_model_config architectures auto_map bad_words_ids begin_suppress_tokens
+    architectures auto_map bad_words_ids begin_suppress_tokens
     bos_token_id chunk_size_feed_forward classifier_dropout cls_token_id decoder_start_token_id
     directionality do_sample dtype eos_token_id finetuning_task forced_bos_token_id
     forced_eos_token_id gradient_checkpointing id2label is_encoder_decoder label2id mask_token_id
@@ -360,4 +360,5 @@ HARMLESS = frozenset(
     unsloth_version unk_token_id use_bfloat16 use_cache
     """.split()
 )
-"""Keys of a config.json that change no number that a model computes."""
+"""Keys of a config.json that change no number that a model computes, beside those that begin with
+an underscore."""

@@ -380,6 +380,7 @@ FLAGS: dict[str, list[Effect]] = {
         effect(True, says("; training was stopped for"), base={**SAVES, "save_interval": 2})
     ],
     "load": [effect("../trained", goes_on_from(4), base=LONGER)],
+    "load_hf": [effect("../published", losses_from(1))],
     "ckpt_step": [effect(2, becomes("iterations", [3, 4, 5, 6, 7, 8]), base=RESUMED)],
     "finetune": [
         effect(True, becomes("iterations", [1, 2, 3, 4, 5, 6, 7, 8]), base=RESUMED),

@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 from megalite.config.options import options_of
+from megalite.config.rules.disk import same_place
 from megalite.config.rules.finding import Finding, example_of, parameter_names, wanted_splits
 from megalite.config.run import RunConfig, keys_where, options, to_flat
 from megalite.data.bert_config import BertDataConfig
@@ -177,6 +178,9 @@ def _checkpoint(config: RunConfig) -> Iterator[Idle]:
     if c.finetune:
         keys = ("no_load_optim", "no_load_rng", "allow_data_change")
         yield keys, "with --finetune, which loads the weights alone", None
+    if c.load is not None and (c.finetune or not same_place(c.load, c.save)):
+        why = "with --load of another folder than --save, whose checkpoint is loaded"
+        yield ("load_hf",), why, {"load": None}
     if c.load is not None and config.training.rng_scheme == "global":
         why = "with --rng-scheme global, which has no random state"
         yield ("no_load_rng",), why, {"rng_scheme": "megatron"}
