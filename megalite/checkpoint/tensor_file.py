@@ -61,9 +61,12 @@ def _write(path: Path, chunks: Iterable) -> int:
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor | DeferredTensor]
+    path: Path,
+    tensors: dict[str, torch.Tensor | DeferredTensor],
+    metadata: dict[str, str] | None = None,
 ) -> tuple[StoredFile, dict[str, str]]:
-    """Write a safetensors file from tensors on any device, contiguous or not.
+    """Write a safetensors file from tensors on any device, contiguous or not. metadata: texts
+    about the file, in its header.
 
     Streamed here instead of `safetensors.torch.save_file`: only one tensor at a time is copied to
     the host, checksums come from the same pass, overlapping views are allowed, and the file has
@@ -74,7 +77,7 @@ def write_tensors(
     # mapped in place.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     # The header: where each tensor's bytes begin and end.
-    entries = {}
+    entries = {} if metadata is None else {"__metadata__": metadata}
     end = 0
     for key, tensor in ordered:
         if tensor.dtype not in SAFETENSORS_DTYPES:

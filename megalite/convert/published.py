@@ -3,12 +3,11 @@
 Only config.json, the index and the headers of the safetensors files are read.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.folder import CheckpointError
+from megalite.checkpoint.folder import CheckpointError, parse_json, read_file
 from megalite.convert.keys import Findings, Values
 from megalite.convert.model_config import OWN_FIELDS, architecture_of, class_of, read_fields
 from megalite.convert.pieces import Piece, PlacedPiece, model_shapes, place
@@ -17,7 +16,6 @@ from megalite.convert.tables import Architecture
 from megalite.models.cost import HeadCost
 from megalite.models.shapes import Shapes
 from megalite.nn.config import ModelConfig
-from megalite.system.errors import explain_os_error
 
 CONFIG_JSON = "config.json"
 INDEX_JSON = "model.safetensors.index.json"
@@ -97,15 +95,7 @@ def read_published(folder: str | Path) -> Published:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(explain_os_error(error)) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: no JSON object")
-    return value
+    return parse_json(read_file(path), path)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,12 @@
 """Where the tensors of a safetensors file are. Imports no torch; nothing in the file is trusted."""
 
-import json
 import os
 import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from megalite.checkpoint.folder import CheckpointError
-from megalite.system.errors import explain_os_error
+from megalite.checkpoint.folder import CheckpointError, open_regular, parse_json
 
 MOST_HEADER_BYTES = 100_000_000
 """Of the header, as the safetensors library has it."""
@@ -46,37 +44,29 @@ def read_header(file: Path) -> dict[str, StoredBytes]:
     Raises CheckpointError when the file cannot be read or its header does not describe it: sizes
     beyond the file, repeated keys, tensors that overlap.
     """
+    descriptor = open_regular(file)
     try:
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            first = stream.read(8)
-            length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
-            if not 2 <= length <= min(MOST_HEADER_BYTES, size - 8):
-                raise CheckpointError(f"{file}: no safetensors file, or a truncated one")
-            text = stream.read(length)
+        size = os.fstat(descriptor).st_size
+        first = os.pread(descriptor, 8, 0)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
+        if not 2 <= length <= min(MOST_HEADER_BYTES, size - 8):
+            raise CheckpointError(f"{file}: no safetensors file, or a truncated one")
+        text = os.pread(descriptor, length, 8)
     except OSError as error:
-        raise CheckpointError(explain_os_error(error)) from None
+        raise CheckpointError(f"{file}: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
+    entries = parse_json(text, f"{file}: its header")
     try:
-        entries = json.loads(text, object_pairs_hook=_once)
-        if not isinstance(entries, dict):
-            raise ValueError("it is no object")
         entries.pop("__metadata__", None)
         tensors = {}
         for key, entry in entries.items():
             tensors[key] = _stored(file, key, entry, 8 + length)
         _refuse_gaps(tensors, entries, size - 8 - length)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{file}: its header is damaged ({reason})") from None
     return tensors
-
-
-def _once(pairs: list) -> dict:
-    """A JSON object whose names are all different."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name is given twice")
-    return found
 
 
 def _stored(file: Path, key: str, entry: dict, base: int) -> StoredBytes:

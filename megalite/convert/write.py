@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from megalite.checkpoint.folder import CheckpointError
-from megalite.checkpoint.format import DeferredTensor, Shard, write_file, write_tensors
+from megalite.checkpoint.format import DeferredTensor, Shard
 from megalite.checkpoint.save import write
 from megalite.checkpoint.source import TensorSource
+from megalite.checkpoint.tensor_file import write_file, write_tensors
 from megalite.convert.pieces import PlacedPiece, place
 from megalite.convert.published import CONFIG_JSON, INDEX_JSON, ONE_FILE, table_of
 from megalite.convert.tables import Architecture
@@ -93,7 +94,7 @@ def write_safetensors(folder: Path, weights: Weights, config_yaml: str) -> None:
         shape = tuple(weights.source.shape(name))
         tensors[name] = DeferredTensor(weights.dtype_of(name), shape, partial(weights.read, name))
     write_tensors(folder / ONE_FILE, tensors, METADATA)
-    write_file(folder / "config.yaml", [config_yaml.encode()])
+    write_file(folder / "config.yaml", config_yaml.encode())
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def write_huggingface(
             read = partial(_read_piece, weights, piece)
             tensors[piece.theirs] = DeferredTensor(weights.dtype_of(piece.ours), piece.shape, read)
             places[piece.theirs] = name
-        written = write_tensors(folder / name, tensors, METADATA)
+        written, _ = write_tensors(folder / name, tensors, METADATA)
         log(f"  {name}: {len(tensors)} tensors, {written.bytes:,} bytes")
     if len(files) > 1:
         index = {"metadata": {"total_size": weights.bytes}, "weight_map": places}
@@ -148,7 +149,7 @@ def write_huggingface(
     if model.generation is not None:
         _write_json(folder / GENERATION_JSON, model.generation)
     for name, content in model.tokenizer_files.items():
-        write_file(folder / name, [content])
+        write_file(folder / name, content)
 
 
 def _read_piece(weights: Weights, piece: PlacedPiece) -> torch.Tensor:
@@ -175,7 +176,7 @@ def _files(
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_file(path, [json.dumps(content, indent=2).encode() + b"\n"])
+    write_file(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def parameter_names(
