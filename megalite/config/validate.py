@@ -7,6 +7,7 @@ so that no rule sees them. Whatever would be silently ignored is a problem.
 """
 
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from megalite.config.rules.finding import (
 )
 from megalite.config.rules.gpt import GPT_FILE_RULES, GPT_RULES
 from megalite.config.rules.layout import LAYOUT_RULES
+from megalite.config.rules.resume import changes_are_asked_for
 from megalite.config.rules.run import RUN_RULES
 from megalite.config.rules.tokenizer import build_tokenizer, files_of
 from megalite.config.run import RunConfig, options, to_flat, with_published, with_values
@@ -54,9 +56,14 @@ Failures = set[tuple[str, tuple[str, ...]]]
 """(rule, keys) of findings."""
 
 
-def check(config: RunConfig, world_size: int) -> list[Problem]:
+def check(
+    config: RunConfig, world_size: int, given: Collection[str] | None = None
+) -> list[Problem]:
     """Every problem of the configuration for this many ranks; [] when it is sound. Reads files, but
-    little of them."""
+    little of them.
+
+    given: keys of the fields that the user named; None: all.
+    """
     # Single values.
     problems = out_of_range(config)
     senseless = {key for problem in problems for key in problem.keys}
@@ -65,6 +72,8 @@ def check(config: RunConfig, world_size: int) -> list[Problem]:
     before = failures(sane, world_size)
     architecture = sane.model.architecture
     file_rules = FILE_RULES_OF[architecture]
+    if given is not None:
+        file_rules = (*file_rules, changes_are_asked_for(given))
     for rule in (*RULES_OF[architecture], *file_rules):
         for finding in rule(sane, world_size):
             if senseless.isdisjoint(finding.keys):

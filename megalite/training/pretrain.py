@@ -28,6 +28,7 @@ from megalite.training.startup_report import dry_run, kernels_line, model_line
 from megalite.training.state import (
     Progress,
     compare_data_with_checkpoint,
+    load_pretrained,
     load_published,
     load_state,
 )
@@ -165,18 +166,27 @@ def _run(
 
 
 def _starting_point(config: RunConfig, components: TrainingComponents) -> Progress:
-    """The progress of the checkpoint in --load, which is loaded; none without one, where weights
-    may come from --load-hf."""
+    """The progress of the checkpoint in --load, which is loaded; else the start, maybe from
+    pretrained weights."""
     options = config.checkpoint
-    if options.load is None:
-        return load_published(components, options.load_hf) if options.load_hf else Progress()
-    # A job script names one folder for --save and --load: its first run finds no checkpoint there.
+    if options.load is not None and not _finds_no_checkpoint(config):
+        return load_state(components, config)
+    if options.pretrained_checkpoint is not None:
+        return load_pretrained(components, config)
+    if options.load_hf is not None:
+        return load_published(components, options.load_hf)
+    notes = []
+    if options.load is not None:
+        notes = [f"no checkpoint in {options.load} yet: starting from scratch"]
+    return Progress(notes=notes)
+
+
+def _finds_no_checkpoint(config: RunConfig) -> bool:
+    """Whether this is the first run of a job, whose script names one folder for --save and
+    --load."""
+    options = config.checkpoint
     is_same = options.save and Path(options.load).resolve() == Path(options.save).resolve()
-    if is_same and options.ckpt_step is None and latest_iteration(options.load) is None:
-        if options.load_hf:
-            return load_published(components, options.load_hf)
-        return Progress(notes=[f"no checkpoint in {options.load} yet: starting from scratch"])
-    return load_state(components, config)
+    return is_same and options.ckpt_step is None and latest_iteration(options.load) is None
 
 
 def _open_writers(config: RunConfig, rank: int, iteration: int, log: Log) -> Writers:

@@ -1,6 +1,6 @@
 """The state of a training run for a bit-exact resume, as shards of a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -53,7 +53,7 @@ def _shards(
     return [Shard(stored_name, values, shape, box) for box, values in held]
 
 
-def _written_shards(parts: TrainingComponents) -> Iterator[Shard]:
+def _written_shards(parts: TrainingComponents, with_optimizer: bool) -> Iterator[Shard]:
     """The shards of model and optimizer that this rank writes: each is written once, by its primary
     owner."""
     parameters = parts.model.parameters_by_name
@@ -64,6 +64,8 @@ def _written_shards(parts: TrainingComponents) -> Iterator[Shard]:
     for name, tensor, elements in parts.optimizer.weights():
         if parameters[name].spec.is_primary(of_weights):
             yield from _shards(parameters[name], name, tensor, elements)
+    if not with_optimizer:
+        return
     of_state = of_shards if parts.optimizer.is_sharded else position
     for kind, name, tensor in parts.optimizer.state():
         if parameters[name].spec.is_primary(of_state):
@@ -92,11 +94,12 @@ def save_state(
     the previous checkpoint stays.
     """
     context = parts.model.context
+    options = config.checkpoint
     parts.optimizer.wait_for_parameters()
     state = {
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_samples,
-        "optimizer": config.optimizer.optimizer,
+        "optimizer": None if options.no_save_optim else config.optimizer.optimizer,
         "optimizer_steps": parts.optimizer.steps,
         "loss_scale": parts.optimizer.loss_scale.state(),
         "bad_steps": parts.optimizer.bad_steps.state(),
@@ -108,8 +111,10 @@ def save_state(
         "megalite": __version__,
         "torch": torch.__version__,
     }
-    streams = {RNG + name: value for name, value in parts.rng.states().items()}
-    shards = _written_shards(parts)
+    streams = {}
+    if not options.no_save_rng:
+        streams = {RNG + name: value for name, value in parts.rng.states().items()}
+    shards = _written_shards(parts, with_optimizer=not options.no_save_optim)
     write_here = partial(
         write,
         config.checkpoint.save,
@@ -168,6 +173,11 @@ def _best_source(checkpoint: TensorSource, name: str) -> str:
 
 def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: RunConfig) -> None:
     stored = checkpoint.state["optimizer"]
+    if stored is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} was saved with --no-save-optim: only --no-load-optim, which "
+            "starts the optimizer from scratch, resumes from it"
+        )
     if stored != config.optimizer.optimizer:
         raise CheckpointError(
             f"{checkpoint.folder} holds the state of --optimizer {stored}, this run uses "
@@ -221,20 +231,20 @@ def load_state(parts: TrainingComponents, config: RunConfig) -> Progress:
     """
     options = config.checkpoint
     with Checkpoint.open(options.load, options.ckpt_step) as checkpoint:
+        if options.finetune:
+            return _weights_alone(checkpoint, parts, config, "--finetune")
         _load_model(checkpoint, parts)
         _load_master(checkpoint, parts)
-        if not (options.finetune or options.no_load_optim):
+        if not options.no_load_optim:
             _load_optimizer(checkpoint, parts, config)
-        if options.finetune:
-            note = f"weights from {checkpoint.folder}; all else starts from scratch (--finetune)"
-            return Progress(notes=[note])
         state = checkpoint.state
         progress = Progress(state["iteration"], state["consumed_samples"])
         if state.get("data"):  # older checkpoints do not have it
             progress.data = DataState.from_json(state["data"])
         progress.notes.append(f"resumed from {checkpoint.folder} at iteration {progress.iteration}")
         _continue_batches(checkpoint, progress, parts, config)
-        progress.notes += _changes(checkpoint, config)
+        keys = keys_where(lambda field: field.changes_numbers)
+        progress.notes += _changes(checkpoint, config, keys)
         progress.notes += _restore_rng(checkpoint, parts, config)
     return progress
 
@@ -252,6 +262,26 @@ def load_published(parts: TrainingComponents, folder: str) -> Progress:
             heads = " ".join(f"{beginning}*" for beginning in absent)
             notes.append(f"a {published.class_name} has no {heads}: these start from the seed")
         return Progress(notes=notes + published.notes)
+
+
+def load_pretrained(parts: TrainingComponents, config: RunConfig) -> Progress:
+    """Start from the weights in --pretrained-checkpoint, of any layout.
+
+    Raises CheckpointError when they are not those of this model.
+    """
+    with Checkpoint.open(config.checkpoint.pretrained_checkpoint) as checkpoint:
+        return _weights_alone(checkpoint, parts, config, "--pretrained-checkpoint")
+
+
+def _weights_alone(
+    checkpoint: Checkpoint, parts: TrainingComponents, config: RunConfig, flag: str
+) -> Progress:
+    """The start of a run that takes nothing but weights, as the flag says."""
+    _load_model(checkpoint, parts)
+    _load_master(checkpoint, parts)
+    notes = [f"weights from {checkpoint.folder}; all else starts from scratch ({flag})"]
+    keys = keys_where(lambda field: field.keeps_shapes)
+    return Progress(notes=notes + _changes(checkpoint, config, keys))
 
 
 def _continue_batches(
@@ -313,13 +343,13 @@ def compare_data_with_checkpoint(progress: Progress, now: DataState, allow_chang
         )
 
 
-def _changes(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
-    """A note for what the checkpoint was made with and this run is not, since the numbers will go
-    on differently."""
+def _changes(checkpoint: Checkpoint, config: RunConfig, keys: Iterable[str]) -> list[str]:
+    """A note for what, of these fields, the checkpoint was made with and this run is not, since the
+    numbers will go on differently."""
     before = to_flat(config_of_checkpoint(checkpoint.config_yaml))
     now = to_flat(config)
     changed = []
-    for key in keys_where(lambda field: field.changes_numbers):
+    for key in keys:
         if before[key] != now[key]:
             changed.append(f"{key} {before[key]} -> {now[key]}")
     return [f"changed since the checkpoint was made: {', '.join(changed)}"] if changed else []
@@ -346,5 +376,10 @@ def _restore_rng(checkpoint: Checkpoint, parts: TrainingComponents, config: RunC
     for name, value in checkpoint.private(context.rank, context.world_size).items():
         if name.startswith(RNG):
             streams[name.removeprefix(RNG)] = value
+    if not streams:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds no random state, as with --no-save-rng: --no-load-rng "
+            "starts dropout's streams from the seed"
+        )
     parts.rng.restore(streams)
     return []

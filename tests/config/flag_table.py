@@ -24,6 +24,7 @@ from tests.checks import (
     slightly_other_losses,
     stops_at,
 )
+from tests.config.checkpoint_flags import CHECKPOINT_FLAGS
 from tests.config.flag_effects import (
     BERT,
     BPE,
@@ -401,6 +402,7 @@ FLAGS: dict[str, list[Effect]] = {
     "no_load_rng": [
         effect(True, losses_from(1), base={**RESUMED, **STREAMS, "load": "../trained-with-streams"})
     ],
+    **CHECKPOINT_FLAGS,
     # training
     "train_iters": [effect(5, becomes("iterations", [1, 2, 3, 4, 5]))],
     "train_samples": [

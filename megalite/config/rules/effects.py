@@ -48,8 +48,9 @@ NEEDS_ANY = (
     (("decoupled_min_lr",), "decoupled_lr", {"decoupled_lr": 1e-4}),
     (("profile_dir", "profile_ranks"), "profile", {"profile": "10-12"}),
     (("save_interval", "keep_last", "async_save"), "save", "--save FOLDER"),
+    (("no_save_optim", "no_save_rng"), "save", "--save FOLDER"),
     (("ckpt_step", "finetune", "no_load_optim", "no_load_rng"), "load", "--load FOLDER"),
-    (("allow_data_change",), "load", "--load FOLDER"),
+    (("allow_data_change", "exit_on_missing_checkpoint"), "load", "--load FOLDER"),
 )
 """(fields, another field, which must be set for them to do something, how it is set)."""
 
@@ -180,10 +181,18 @@ def _checkpoint(config: RunConfig) -> Iterator[Idle]:
         yield keys, "with --finetune, which loads the weights alone", None
     if c.load is not None and (c.finetune or not same_place(c.load, c.save)):
         why = "with --load of another folder than --save, whose checkpoint is loaded"
-        yield ("load_hf",), why, {"load": None}
-    if c.load is not None and config.training.rng_scheme == "global":
+        yield ("load_hf", "pretrained_checkpoint"), why, {"load": None}
+    if c.load_hf is not None:
+        why = "with --load-hf, which names other weights"
+        yield ("pretrained_checkpoint",), why, {"load_hf": None}
+    if c.load is None and c.pretrained_checkpoint is None:
+        keys = ("allow_model_change", "use_checkpoint_args")
+        yield keys, "without --load or --pretrained-checkpoint", "--load FOLDER"
+    if config.training.rng_scheme == "global":
         why = "with --rng-scheme global, which has no random state"
-        yield ("no_load_rng",), why, {"rng_scheme": "megatron"}
+        for key, folder in (("no_load_rng", c.load), ("no_save_rng", c.save)):
+            if folder is not None:
+                yield (key,), why, {"rng_scheme": "megatron"}
 
 
 def _data(config: RunConfig) -> Iterator[Idle]:
