@@ -1,11 +1,12 @@
-"""Checkpoints of Megatron-core's own models in Megatron-LM's legacy format, with their logits.
+"""Checkpoints of Megatron-core's own models in Megatron-LM's formats, with their logits.
 
-    python benchmarks/peers/megatron_checkpoint.py gpt FOLDER
-    python benchmarks/peers/megatron_checkpoint.py llama FOLDER
+    python benchmarks/peers/megatron_checkpoint.py gpt torch FOLDER
+    python benchmarks/peers/megatron_checkpoint.py llama torch FOLDER
+    python benchmarks/peers/megatron_checkpoint.py llama torch_dist FOLDER
 
 `gpt`: learned positions, LayerNorm, tied, on one rank. `llama`: RoPE, RMSNorm, SwiGLU, grouped
 queries, norms of queries and keys, biases of qkv, on 4 ranks (tp 2, pp 2). FOLDER/logits.pt holds
-the tokens and what the model makes of them. tests/data has what these two commands wrote.
+the tokens and what the model makes of them. tests/data/megatron has what these commands wrote.
 """
 
 import argparse
@@ -103,7 +104,7 @@ def arguments(name: str, tensor: int, pipeline: int) -> argparse.Namespace:
     )
 
 
-def work(rank: int, name: str, folder: str, sizes: tuple[int, int]) -> None:
+def work(rank: int, name: str, form: str, folder: str, sizes: tuple[int, int]) -> None:
     """Build this rank's part, save it, and compute logits with the others."""
     logging.disable(logging.WARNING)
     cuda_on_cpu.install()
@@ -113,7 +114,7 @@ def work(rank: int, name: str, folder: str, sizes: tuple[int, int]) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     tensor, pipeline = sizes
-    meeting = f"file://{folder}/meeting"
+    meeting = f"file://{Path(folder).absolute()}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=tensor * pipeline)
     parallel_state.initialize_model_parallel(tensor, pipeline)
     model_parallel_cuda_manual_seed(1)
@@ -141,7 +142,8 @@ def work(rank: int, name: str, folder: str, sizes: tuple[int, int]) -> None:
             split = getattr(parameter, "tensor_model_parallel", False)
             draw = torch.randn(parameter.shape, generator=generators["mine" if split else "ours"])
             parameter.add_(0.1 * draw)
-    save(Path(folder), model, arguments(name, tensor, pipeline), sizes)
+    write = save if form == "torch" else save_distributed
+    write(Path(folder), model, arguments(name, tensor, pipeline), sizes)
     logits = compute_logits(model, parallel_state)
     if logits is not None:
         tokens = tokens_to_read()
@@ -181,6 +183,21 @@ def save(folder: Path, model, args: argparse.Namespace, sizes: tuple[int, int]) 
     (folder / "latest_checkpointed_iteration.txt").write_text("20")
 
 
+def save_distributed(folder: Path, model, args: argparse.Namespace, sizes: tuple[int, int]) -> None:
+    """Write the format torch_dist, by Megatron-core."""
+    from megatron.core import dist_checkpointing, parallel_state
+
+    path = folder / "iter_0000020"
+    if dist.get_rank() == 0:
+        path.mkdir(parents=True)
+    dist.barrier()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state = {"args": args, "checkpoint_version": 3.0, "iteration": 20}
+    state["model"] = model.sharded_state_dict(metadata={"dp_cp_group": group})
+    dist_checkpointing.save(state, str(path))
+    (folder / "latest_checkpointed_iteration.txt").write_text("20")
+
+
 @torch.no_grad()
 def compute_logits(model, parallel_state) -> torch.Tensor | None:
     """Logits [2, s, padded vocabulary], on the first tensor-parallel rank of the last stage."""
@@ -204,10 +221,10 @@ def compute_logits(model, parallel_state) -> torch.Tensor | None:
 
 
 if __name__ == "__main__":
-    model_name, target = sys.argv[1:]
+    model_name, form_name, target = sys.argv[1:]
     layout = (1, 1) if model_name == "gpt" else (2, 2)
     Path(target).mkdir(parents=True)
     torch.multiprocessing.spawn(
-        work, (model_name, target, layout), nprocs=layout[0] * layout[1], join=True
+        work, (model_name, form_name, target, layout), nprocs=layout[0] * layout[1], join=True
     )
     Path(target, "meeting").unlink(missing_ok=True)

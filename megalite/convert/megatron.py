@@ -5,7 +5,6 @@ import itertools
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from megalite.checkpoint.folder import LATEST_FILE, CheckpointError, iteration_folder
 from megalite.checkpoint.format import listing
 from megalite.checkpoint.source import TensorSource
+from megalite.convert.distcp import METADATA
+from megalite.convert.megatron_dist import MegatronDistWeights
 from megalite.convert.megatron_file import FILE_NAME, RankFile, read_rank_file
 from megalite.convert.megatron_model import (
     COMPUTED,
@@ -23,6 +24,7 @@ from megalite.convert.megatron_model import (
     Layout,
     model_fields,
     source_of,
+    stored_shape,
 )
 from megalite.models.cost import HeadCost
 from megalite.models.shapes import stage_shapes
@@ -38,8 +40,6 @@ SPLIT_AXIS: dict[Layout, int | None] = {
     "gate_up": 1,
 }
 """The dim of megalite's shape that tensor-parallel ranks share."""
-JOINED_DIMS: dict[Layout, int] = {"qkv": 3, "gate_up": 2}
-"""How many first dims of megalite's shape are one in the file."""
 RANK_FOLDER = re.compile(r"mp_rank_(?P<tensor>\d\d)(_(?P<stage>\d{3}))?")
 LAYER = re.compile(rf"({'|'.join(map(re.escape, LAYER_PREFIXES))})(?P<layer>\d+)\.(?P<rest>.+)")
 
@@ -63,13 +63,12 @@ class Place:
 
 
 class MegatronWeights(TensorSource):
-    """The weights of a GPT in a checkpoint folder of Megatron-LM.
+    """The weights of a GPT in a checkpoint of Megatron-LM's format torch.
 
     Files are mapped, not read; those of one pipeline stage are open at a time.
 
     Args:
-        folder: the folder that Megatron-LM saved to, or one checkpoint in it.
-        step: the iteration; None: the one that latest_checkpointed_iteration.txt names.
+        folder: one checkpoint, `iter_0000100`.
         vocab_size: entries of the vocabulary, where the checkpoint knows only the padded number.
 
     Raises CheckpointError, with all problems, when it cannot be read as one of megalite's models.
@@ -82,8 +81,8 @@ class MegatronWeights(TensorSource):
     args: dict[str, Any]
     """Megatron-LM's arguments; what is no number, text or container is inert."""
 
-    def __init__(self, folder: str | Path, step: int | None = None, vocab_size: int | None = None):
-        self.folder = _checkpoint_folder(Path(folder), step)
+    def __init__(self, folder: Path, vocab_size: int | None = None):
+        self.folder = folder
         self._files = _rank_files(self.folder)
         self._tensor = len(self._files[0])
         self._open: tuple[int, list[RankFile]] | None = None
@@ -190,11 +189,6 @@ class MegatronWeights(TensorSource):
             return tensor.view(heads, size, three, *rest).transpose(1, 2)
         return tensor.view(three, heads, size, *rest).transpose(0, 1)
 
-    def _stored_shape(self, share: Box, layout: Layout) -> tuple[int, ...]:
-        """The shape of a rank's tensor in its file."""
-        joined = JOINED_DIMS.get(layout, 1)
-        return (prod(share.shape[:joined]), *share.shape[joined:])
-
     # What there is, and whether it fits.
 
     def _problems_of_sizes(self) -> list[str]:
@@ -287,7 +281,7 @@ class MegatronWeights(TensorSource):
         length = self._padded_rows if layout == "vocabulary" else shape[axis or 0]
         if axis is not None and length % self._tensor:
             return f"{length} cannot be divided by {self._tensor} tensor-parallel ranks"
-        wanted = self._stored_shape(self._share(shape, layout, 0), layout)
+        wanted = stored_shape(self._share(shape, layout, 0).shape, layout)
         for rank, shard in enumerate(shards):
             if shard is None:
                 return f"tensor-parallel rank {rank} does not have it"
@@ -298,9 +292,25 @@ class MegatronWeights(TensorSource):
         return ""
 
 
+def open_weights(
+    folder: str | Path, step: int | None = None, vocab_size: int | None = None
+) -> MegatronWeights | MegatronDistWeights:
+    """The weights of a checkpoint of Megatron-LM in either of its formats.
+
+    Args:
+        folder: the folder that Megatron-LM saved to, or one checkpoint in it.
+        step: the iteration; None: the one that latest_checkpointed_iteration.txt names.
+        vocab_size: entries of the vocabulary, where the checkpoint knows only the padded number.
+
+    Raises CheckpointError, with all problems, when it cannot be read as one of megalite's models.
+    """
+    one = _checkpoint_folder(Path(folder), step)
+    kind = MegatronDistWeights if (one / METADATA).is_file() else MegatronWeights
+    return kind(one, vocab_size)
+
+
 def _checkpoint_folder(root: Path, step: int | None) -> Path:
-    """The folder of one checkpoint. Raises CheckpointError when it is not there, or is in another
-    format."""
+    """The folder of one checkpoint. Raises CheckpointError when it is not there."""
     folder = root
     if step is not None:
         folder = root / iteration_folder(step)
@@ -314,12 +324,6 @@ def _checkpoint_folder(root: Path, step: int | None) -> Path:
             raise CheckpointError(f"{root / LATEST_FILE} names no iteration: {latest!r}")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
-    if (folder / ".metadata").exists() or any(folder.glob("*.distcp")):
-        raise CheckpointError(
-            f"{folder} is in the format torch_dist, whose list of tensors is a pickle that is not "
-            "opened here: let Megatron-LM rewrite it, with --load FOLDER --ckpt-convert-format "
-            "torch --ckpt-convert-save ANOTHER"
-        )
     return folder
 
 

@@ -7,6 +7,7 @@ an `Inert` object here, which keeps what it was given and calls nothing.
 """
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ class RankFile:
 def read_rank_file(path: Path) -> RankFile:
     """Open a rank's file. Raises CheckpointError."""
     try:
-        state = _load(path)
+        state = load_inert(path)
+        args = args_of(state)
         chunks = []
         keys = ("model",) if "model" in state else ()
         keys = keys or [f"model{i}" for i in range(len(state)) if f"model{i}" in state]
@@ -77,11 +79,6 @@ def read_rank_file(path: Path) -> RankFile:
             tensors = {}
             _flatten(state[key], "", tensors)
             chunks.append(tensors)
-        args = state.get("args")
-        if isinstance(args, Inert):
-            args = args.state
-        if not isinstance(args, dict):
-            raise ValueError("it has no args")
         version = float(state.get("checkpoint_version", 0))
         return RankFile(path, args, version, int(state.get("iteration", 0)), tuple(chunks))
     # Files of another kind, or damaged or hostile ones, fail in many ways.
@@ -90,19 +87,29 @@ def read_rank_file(path: Path) -> RankFile:
         raise CheckpointError(f"{path} is no checkpoint of Megatron-LM: {reason}") from error
 
 
-def _load(path: Path) -> dict:
+def args_of(state: Any) -> dict[str, Any]:
+    """Megatron-LM's arguments by name. Raises ValueError when there are none."""
+    args = state.get("args") if isinstance(state, dict) else None
+    if isinstance(args, Inert):
+        args = args.state
+    if not isinstance(args, dict):
+        raise ValueError("it has no args")
+    return args
+
+
+def load_inert(file: Path | BytesIO) -> Any:
+    """What `torch.save` wrote: tensors, numbers and containers, and all else inert."""
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        mapped = True
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        mapped = isinstance(file, Path)
     except ValueError:  # no zip archive
         names = OLD_NAMES
         mapped = False
+    if not isinstance(file, Path):
+        file.seek(0)
     stand_ins = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in names]
     with torch.serialization.safe_globals(stand_ins):
-        state = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    if not isinstance(state, dict):
-        raise ValueError("it holds no dictionary")
-    return state
+        return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
 
 
 def _flatten(item: Any, name: str, tensors: dict[str, torch.Tensor]) -> None:

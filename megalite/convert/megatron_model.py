@@ -7,6 +7,7 @@ vocabulary, t tensor-parallel size of the checkpoint.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 Layout = Literal["whole", "vocabulary", "rows", "columns", "qkv", "gate_up"]
@@ -133,6 +134,16 @@ OTHER_MODELS = {
     "decoder.layers.0.inter_attention": "a T5",
 }
 """What shows that a model is no GPT."""
+
+
+JOINED_DIMS: dict[Layout, int] = {"qkv": 3, "gate_up": 2}
+"""How many first dims of megalite's shape are one in Megatron-LM's."""
+
+
+def stored_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """The shape in Megatron-LM of a tensor, or of a rank's share of one."""
+    joined = JOINED_DIMS.get(layout, 1)
+    return (prod(shape[:joined]), *shape[joined:])
 
 
 def source_of(name: str, swiglu: bool) -> tuple[int | None, Source]:

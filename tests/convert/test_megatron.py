@@ -3,7 +3,9 @@ beside the logits that they computed (benchmarks/peers/megatron_checkpoint.py)."
 
 import itertools
 import os
+import pickle
 import shutil
+import warnings
 from argparse import Namespace
 from contextlib import suppress
 from dataclasses import replace
@@ -12,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as distributed_checkpoint
 
 from megalite.checkpoint.folder import CheckpointError
+from megalite.checkpoint.source import TensorSource
 from megalite.config.run import from_flat
-from megalite.convert.megatron import MegatronWeights
+from megalite.convert.megatron import open_weights
 from megalite.convert.megatron_file import Inert, read_rank_file
 from megalite.models.batch import Microbatch
 from megalite.models.gpt import GPT
@@ -30,8 +34,8 @@ VOCABULARY = 61
 FILE = "mp_rank_00/model_optim_rng.pt"
 
 
-def opened(name: str) -> MegatronWeights:
-    return MegatronWeights(DATA / name, vocab_size=VOCABULARY)
+def opened(name: str) -> TensorSource:
+    return open_weights(DATA / name, vocab_size=VOCABULARY)
 
 
 def logits_of_megatron(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,10 +184,10 @@ def test_older_versions_hold_the_same_weights(tmp_path, version, transformer, zi
     if version == 0:
         del state["checkpoint_version"]
     write(tmp_path, state, zipped=zipped)
-    assert_same(MegatronWeights(tmp_path, 20, VOCABULARY), opened("gpt"))
+    assert_same(open_weights(tmp_path, 20, VOCABULARY), opened("gpt"))
 
 
-def assert_same(found: MegatronWeights, expected: MegatronWeights) -> None:
+def assert_same(found: TensorSource, expected: TensorSource) -> None:
     assert found.model == expected.model
     assert list(found.names) == list(expected.names)
     for name in expected.names:
@@ -200,8 +204,8 @@ def test_norms_that_belong_to_the_linear_layer_after_them(tmp_path):
     write(tmp_path, state | {"model": model})
     (tmp_path / "iter_0000020").rename(tmp_path / "release")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release\n")
-    assert_same(MegatronWeights(tmp_path, vocab_size=VOCABULARY), opened("gpt"))
-    assert_same(MegatronWeights(tmp_path / "release", vocab_size=VOCABULARY), opened("gpt"))
+    assert_same(open_weights(tmp_path, vocab_size=VOCABULARY), opened("gpt"))
+    assert_same(open_weights(tmp_path / "release", vocab_size=VOCABULARY), opened("gpt"))
 
 
 def test_layers_of_virtual_stages_are_numbered_through(tmp_path):
@@ -223,11 +227,36 @@ def test_layers_of_virtual_stages_are_numbered_through(tmp_path):
         if rank == 1:
             outer["output_layer.weight"] = whole["embedding.word_embeddings.weight"]  # the tied one
         write(tmp_path, state | {"model0": chunks[0], "model1": chunks[1]}, f"mp_rank_00_00{rank}")
-    weights = MegatronWeights(tmp_path, 20, VOCABULARY)
+    weights = open_weights(tmp_path, 20, VOCABULARY)
     with opened("gpt") as source:
         first = source.read("layers.0.mlp.down.weight")
     for layer in range(4):
         assert torch.equal(weights.read(f"layers.{layer}.mlp.down.weight"), first + layer)
+
+
+def test_the_format_torch_dist_holds_the_same_weights():
+    """Saved by the same four ranks, all layers' tensors of a kind as one."""
+    with opened("llama") as expected, opened("llama_dist") as found:
+        assert_same(found, expected)
+        box = Box((1, 0, 2, 3), (1, 2, 2, 9))
+        name = "layers.1.attention.qkv.weight"
+        assert torch.equal(found.read(name, box), expected.read(name, box))
+        with pytest.raises(CheckpointError, match="outside the shape"):
+            found.read(name, Box((2, 0, 0, 0), (1, 1, 1, 1)))
+
+
+def write_distributed(folder: Path, state: dict) -> None:
+    """As `write`, in the format torch_dist: layers one by one, and what is no tensor in a file."""
+    path = folder / "iter_0000020"
+    model = {name: tensor for name, tensor in state["model"].items() if tensor is not None}
+    with warnings.catch_warnings(action="ignore"):
+        distributed_checkpoint.save(model, checkpoint_id=path, no_dist=True)
+    torch.save({name: state[name] for name in ("args", "iteration")}, path / "common.pt")
+
+
+def test_layers_that_torch_dist_holds_one_by_one(tmp_path):
+    write_distributed(tmp_path, state_of_gpt())
+    assert_same(open_weights(tmp_path, 20, VOCABULARY), opened("gpt"))
 
 
 # What is refused.
@@ -236,7 +265,7 @@ def test_layers_of_virtual_stages_are_numbered_through(tmp_path):
 
 def problems_of(folder: Path, vocab_size: int | None = VOCABULARY) -> str:
     with pytest.raises(CheckpointError) as caught:
-        MegatronWeights(folder, 20, vocab_size)
+        open_weights(folder, 20, vocab_size)
     return str(caught.value)
 
 
@@ -274,15 +303,13 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
 def test_a_vocabulary_that_contradicts_the_padding():
     for given, rows in ((48, 48), (65, 80)):
         with pytest.raises(CheckpointError, match=f"{rows} rows, the checkpoint has 64"):
-            MegatronWeights(DATA / "gpt", vocab_size=given)
+            open_weights(DATA / "gpt", vocab_size=given)
 
 
 def test_files_that_are_missing_or_in_another_format(tmp_path):
     shutil.copytree(DATA / "llama" / "iter_0000020", tmp_path / "iter_0000020")
     shutil.rmtree(tmp_path / "iter_0000020" / "mp_rank_01_000")
     assert "missing:\n  of tensor rank 1, stage 0" in problems_of(tmp_path)
-    (tmp_path / "iter_0000020" / ".metadata").touch()
-    assert "--ckpt-convert-format torch" in problems_of(tmp_path)
     shutil.rmtree(tmp_path / "iter_0000020")
     assert "iter_0000020 is not a folder" in problems_of(tmp_path)
     (tmp_path / "iter_0000020").mkdir()
@@ -291,6 +318,25 @@ def test_files_that_are_missing_or_in_another_format(tmp_path):
     path.parent.mkdir()
     path.write_bytes((DATA / "gpt" / "iter_0000020" / FILE).read_bytes()[:20000])
     assert f"{path} is no checkpoint of Megatron-LM" in problems_of(tmp_path)
+
+
+def test_torch_dist_that_does_not_fit(tmp_path):
+    state = state_of_gpt()
+    model = state["model"]
+    model["decoder.layers.1.mlp.gate.weight"] = torch.zeros(2)
+    model["optimizer.state"] = torch.zeros(2)
+    del model["decoder.final_layernorm.bias"]
+    model["decoder.layers.0.mlp.linear_fc1.weight"] = torch.zeros(32, 17)
+    write_distributed(tmp_path, state)
+    said = problems_of(tmp_path)
+    assert said.count("\n") == 3 and "optimizer" not in said
+    assert "decoder.layers.1.mlp.gate.weight: megalite has no such tensor" in said
+    assert "has shape (32, 17), expected (32, 16)" in said
+    (tmp_path / "iter_0000020" / "common.pt").unlink()
+    assert "has no readable common.pt" in problems_of(tmp_path)
+    with open(tmp_path / "iter_0000020" / "__0_0.distcp", "r+b") as file:
+        file.truncate(1000)
+    assert "__0_0.distcp has 1000 bytes, not " in problems_of(tmp_path)
 
 
 def test_a_bert_is_refused(tmp_path):
@@ -322,6 +368,30 @@ def test_a_hostile_file_runs_nothing(tmp_path, capsys, function, zipped):
     state["args"].evil = Hostile(function, argument.get(function, str(trap)))
     write(tmp_path, state, zipped=zipped)
     with suppress(CheckpointError):
-        MegatronWeights(tmp_path, 20, VOCABULARY)
+        open_weights(tmp_path, 20, VOCABULARY)
     assert trap.exists() == (function is shutil.rmtree)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("function", [os.mkdir, os.system, eval, print, shutil.rmtree])
+def test_a_hostile_list_of_tensors_runs_nothing(tmp_path, capsys, function):
+    """`.metadata` is a pickle, of which only data is taken; so is a name that leaves the folder."""
+    trap = tmp_path / "trap"
+    if function is shutil.rmtree:
+        trap.mkdir()
+    argument = {os.system: f"mkdir {trap}", eval: f"__import__('os').mkdir({str(trap)!r})"}
+    write_distributed(tmp_path, state_of_gpt())
+    path = tmp_path / "iter_0000020" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.planner_data = Hostile(function, argument.get(function, str(trap)))
+    path.write_bytes(pickle.dumps(metadata))
+    assert_same(open_weights(tmp_path, 20, VOCABULARY), opened("gpt"))
+    assert trap.exists() == (function is shutil.rmtree)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_hostile_name_of_a_file_is_refused(tmp_path):
+    write_distributed(tmp_path, state_of_gpt())
+    path = tmp_path / "iter_0000020" / ".metadata"
+    path.write_bytes(path.read_bytes().replace(b"__0_0.distcp", b"../secret.pt"))
+    assert "unsafe file name '../secret.pt'" in problems_of(tmp_path)
