@@ -296,7 +296,12 @@ def test_pretrained_weights_and_changes_are_told(pool, tmp_path):
     """A run starts from another run's weights, in another layout, as with --finetune; when it
     resumes, it keeps its own, and what has changed is told."""
     quiet = ["--eval-interval", "0", "--eval-iters", "0", "--train-iters", "4"]
-    train(pool, 1, *quiet, "--save", tmp_path / "first", "--exit-interval", "1")
+    counted = ["--train-iters", "unset", "--train-samples", "32"]
+    train(pool, 1, *quiet, *counted, "--save", tmp_path / "first", "--exit-interval", "1")
+    # The iterations that follow from the samples are not in its config.yaml: another batch may be.
+    file = str(tmp_path / "first/iter_0000001/config.yaml")
+    again = cli.read_config(["--config", file, "--global-batch-size", "4", "--save", "unset"])
+    assert again.training.train_samples == 32 and validate.check(again, 1) == []
     tune = [*quiet, "--load", tmp_path / "first", "--finetune"]
     train(pool, 1, *tune, "--metrics-file", tmp_path / "tuned.jsonl")
     flags = [*quiet, *resumable(tmp_path), "--pretrained-checkpoint", tmp_path / "first"]

@@ -16,6 +16,7 @@ from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
 from megalite.checkpoint.source import TensorSource
 from megalite.config.run import RunConfig, keys_where, to_flat
+from megalite.config.summary import given
 from megalite.config.yaml_file import config_of_checkpoint, to_yaml
 from megalite.convert.huggingface import HuggingFaceWeights
 from megalite.data.sources import DataState
@@ -120,7 +121,7 @@ def save_state(
         config.checkpoint.save,
         progress.iteration,
         state=deepcopy(state),  # of which training may change parts
-        config_yaml=to_yaml(config),
+        config_yaml=to_yaml(given(config)),
         world=context.saving if saver else context.control,
         keep_last=config.checkpoint.keep_last,
         lease=lease,
@@ -347,7 +348,7 @@ def _changes(checkpoint: Checkpoint, config: RunConfig, keys: Iterable[str]) -> 
     """A note for what, of these fields, the checkpoint was made with and this run is not, since the
     numbers will go on differently."""
     before = to_flat(config_of_checkpoint(checkpoint.config_yaml))
-    now = to_flat(config)
+    now = to_flat(given(config))
     changed = []
     for key in keys:
         if before[key] != now[key]:
