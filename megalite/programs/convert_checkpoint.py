@@ -2,6 +2,8 @@
 
     python tools/convert_checkpoint.py --from hf --to megalite --load Llama-3.1-8B --save llama
     python tools/convert_checkpoint.py --from megalite --to hf --load checkpoints --save my-model
+    python tools/convert_checkpoint.py --from megatron --to megalite --vocab-size 50257 --load old
+        --save new
 
 One tensor is in memory at a time. --save must be a new folder; it appears when it is complete. To
 train from a folder of Hugging Face, no conversion is needed: pretrain_gpt.py --load-hf FOLDER.
@@ -35,9 +37,9 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class Options:
     """What to convert."""
 
-    from_format: Annotated[Literal["hf", "megalite"], Field(aliases=("--from",))]
+    from_format: Annotated[Literal["hf", "megatron", "megalite"], Field(aliases=("--from",))]
     """Format of --load: hf, a folder of Hugging Face with config.json and safetensors files;
-    megalite, a folder of checkpoints."""
+    megatron, a folder of Megatron-LM's checkpoints; megalite, a folder of checkpoints."""
     to: Literal["megalite", "hf", "safetensors"]
     """Format of --save: megalite, a folder of checkpoints; hf, a folder that transformers loads;
     safetensors, one file with megalite's names."""
@@ -46,7 +48,9 @@ class Options:
     save: str
     """Folder to write, which must not exist yet, or be empty."""
     ckpt_step: Annotated[int | None, Field(minimum=0)] = None
-    """With --from megalite: iteration to convert. Unset: the latest."""
+    """With --from megalite or megatron: iteration to convert. Unset: the latest."""
+    vocab_size: Annotated[int | None, Field(minimum=1, example=50257)] = None
+    """With --from megatron: entries of the vocabulary. Its checkpoints know the padded number."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """Type of the numbers to write. Unset: as they are stored."""
     max_shard_size: Annotated[str, Field(example="5GB")] = "5GB"
@@ -73,8 +77,10 @@ class Options:
             yield f"--save {problem}"
         if self.shard_bytes is None:
             yield f"--max-shard-size {self.max_shard_size}: no size; for example 5GB"
-        if self.ckpt_step is not None and self.from_format != "megalite":
-            yield "--ckpt-step is for --from megalite; leave it out"
+        if self.ckpt_step is not None and self.from_format == "hf":
+            yield "--ckpt-step is for --from megalite or megatron; leave it out"
+        if self.vocab_size is not None and self.from_format != "megatron":
+            yield "--vocab-size is for --from megatron; leave it out"
         if self.to != "hf":
             if self.hf_model_type is not None:
                 yield "--hf-model-type is for --to hf; leave it out"
@@ -123,6 +129,21 @@ def open_huggingface(options: Options) -> Opened:
     )
 
 
+def open_megatron(options: Options) -> Opened:
+    """A checkpoint of Megatron-LM."""
+    from dataclasses import asdict
+
+    from megalite.convert.megatron import open_weights
+
+    source = open_weights(options.load, options.ckpt_step, options.vocab_size)
+    return Opened(
+        source,
+        with_values(RunConfig(), asdict(source.model)),
+        title=f"iteration {source.iteration} of Megatron-LM in {options.load}",
+        notes=["without a tokenizer: give its flags to the programs that use the model"],
+    )
+
+
 def open_megalite(options: Options) -> Opened:
     """A checkpoint of megalite."""
     from megalite.checkpoint.load import Checkpoint
@@ -158,6 +179,7 @@ def open_megalite(options: Options) -> Opened:
 _TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "tiktoken_pattern")
 SOURCES: dict[str, Callable[[Options], Opened]] = {
     "hf": open_huggingface,
+    "megatron": open_megatron,
     "megalite": open_megalite,
 }
 """What opens --load, by --from."""
