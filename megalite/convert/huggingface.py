@@ -136,7 +136,7 @@ class HuggingFaceWeights(TensorSource):
         if run < len(ranges):
             inner += ranges[run][0] * strides[run]
         target = memoryview(buffer)
-        outer = [range(start, stop) for start, stop in ranges[:run]]
+        outer = itertools.starmap(range, ranges[:run])
         for number, place in enumerate(itertools.product(*outer)):
             begin = inner + sum(index * strides[axis] for axis, index in enumerate(place))
             self._read_bytes(stored, target[number * length : (number + 1) * length], begin)

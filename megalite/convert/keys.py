@@ -118,7 +118,8 @@ class Only:
     def read(self, config: Mapping[str, Any], found: Findings) -> Values:
         """Nothing, or a problem."""
         value = config.get(self.name, self.allowed[0])
-        if not any(type(value) is type(known) and value == known for known in self.allowed):
+        kinds = set(map(type, self.allowed))
+        if value not in self.allowed or type(value) not in kinds:  # 1 == True
             known = " or ".join(map(repr, self.allowed))
             why = self.why and f" ({self.why})"
             found.problems.append(f"{self.name} is {value!r}; megalite knows {known} only{why}")

@@ -8,6 +8,7 @@ t token types, c classes.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -133,8 +134,8 @@ def _axes(order: str) -> tuple[list[list[str]], list[str]]:
 
 def _placed(piece: Piece, name: str, shape: tuple[int, ...], layer: str) -> PlacedPiece:
     """A piece of our tensor of this name and shape."""
-    axes = [f"axis{i}" for i in range(len(shape))]
-    dims = [[axis] for axis in axes]
+    axes = list(map(str, range(len(shape))))
+    dims = list(map(list, axes))
     if piece.order:
         dims, axes = _axes(piece.order)
     # The box.
@@ -150,13 +151,13 @@ def _placed(piece: Piece, name: str, shape: tuple[int, ...], layer: str) -> Plac
         sizes[place] = last - first
     size_of = dict(zip(axes, sizes, strict=True))
     # Their shape.
-    flat = [axis for dim in dims for axis in dim]
-    their_shape = tuple(prod(size_of[axis] for axis in dim) for dim in dims)
+    flat = list(chain.from_iterable(dims))
+    their_shape = tuple(prod(map(size_of.__getitem__, dim)) for dim in dims)
     return PlacedPiece(
         theirs=piece.theirs.format(layer),
         shape=their_shape,
         ours=name,
         box=Box(tuple(offset), tuple(sizes)),
-        factored=tuple(size_of[axis] for axis in flat),
-        to_ours=tuple(flat.index(axis) for axis in axes),
+        factored=tuple(map(size_of.__getitem__, flat)),
+        to_ours=tuple(map(flat.index, axes)),
     )

@@ -24,23 +24,19 @@ def tokenizer_of(folder: Path) -> dict[str, Any]:
         kind = "TikTokenizer" if ranks else "SentencePieceTokenizer"
         return _model(kind, folder / "tokenizer.model")
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        files = {"vocab_file": folder / "vocab.json", "merge_file": folder / "merges.txt"}
-        return {"tokenizer_type": "GPT2BPETokenizer", **_texts(files)}
+        files = {"vocab_file": str(folder / "vocab.json"), "merge_file": str(folder / "merges.txt")}
+        return {"tokenizer_type": "GPT2BPETokenizer", **files}
     if (folder / "vocab.txt").is_file():
         lower = True
         if (folder / TOKENIZER_CONFIG).is_file():
             lower = read_object(folder / TOKENIZER_CONFIG).get("do_lower_case", True)
         kind = "BertWordPieceLowerCase" if lower else "BertWordPieceCase"
-        return {"tokenizer_type": kind, **_texts({"vocab_file": folder / "vocab.txt"})}
+        return {"tokenizer_type": kind, "vocab_file": str(folder / "vocab.txt")}
     return {}
 
 
 def _model(kind: str, path: Path) -> dict[str, Any]:
     return {"tokenizer_type": kind, "tokenizer_model": str(path)}
-
-
-def _texts(files: dict[str, Path]) -> dict[str, str]:
-    return {field: str(path) for field, path in files.items()}
 
 
 def _holds_ranks(path: Path) -> bool:

@@ -102,8 +102,6 @@ class HuggingFaceModel:
     """What a folder of Hugging Face holds beside weights."""
 
     architecture: Architecture
-    fields: dict[str, Any]
-    """Fields that describe the model, with bert_pair."""
     config: dict[str, Any]
     """Content of config.json."""
     generation: dict[str, Any] | None = None
@@ -184,10 +182,12 @@ def parameter_names(
 ) -> tuple[str, ...]:
     """The parameters of a model of these shapes, of which those that begin with one of `absent`
     may be missing. Raises CheckpointError that lists what the source does not hold."""
+    names = []
     wanted = []
     for name, shape in shapes.items():
         if name in source.names or not name.startswith(absent):
+            names.append(name)
             tensor = DeferredTensor(torch.float32, tuple(shape), lambda: None)
             wanted.append(Shard(name, tensor, tuple(shape), Box.whole(shape)))
     source.check(wanted)
-    return tuple(shard.name for shard in wanted)
+    return tuple(names)

@@ -12,14 +12,14 @@ train from a folder of Hugging Face, no conversion is needed: pretrain_gpt.py --
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from megalite.config.cli import parse_options
 from megalite.config.run import RunConfig, to_flat, with_values
 from megalite.config.yaml_file import to_yaml
-from megalite.convert.tables import ARCHITECTURES
+from megalite.convert.tables import ARCHITECTURES, Architecture
 from megalite.fields import Field
 from megalite.programs.reporting import failures_reported
 from megalite.system.errors import scaled
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from megalite.checkpoint.source import TensorSource
     from megalite.convert.published import Published
     from megalite.convert.write import HuggingFaceModel, Weights
+    from megalite.data.tokenizers import Tokenizer
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -114,17 +115,18 @@ def open_huggingface(options: Options) -> Opened:
 
     source = HuggingFaceWeights.open(options.load)
     published = source.published
-    values = dict(published.fields)
-    values |= tokenizer_of(source.folder)
-    kept = [source.folder / name for name in ("config.json", "generation_config.json")]
-    files = [path for path in kept if path.is_file()]
+    values = published.fields | tokenizer_of(source.folder)
+    files = tokenizer_paths(source.folder)
+    for name in ("config.json", "generation_config.json"):
+        if (source.folder / name).is_file():
+            files.append(source.folder / name)
     return Opened(
         source,
         _configuration(values),
         title=f"{published.class_name} in {options.load}",
         absent=published.absent,
         origins=(source.folder,),
-        files=(*files, *tokenizer_paths(source.folder)),
+        files=tuple(files),
         notes=published.notes,
     )
 
@@ -158,7 +160,7 @@ def open_megalite(options: Options) -> Opened:
         config = with_values(config, {field: getattr(data, field) for field in _TOKENIZER})
     except TokenizerError as error:
         notes.append(f"without a tokenizer: {error}")
-        config = with_values(config, dict.fromkeys(_TOKENIZER[:-1]))
+        config = with_values(config, dict.fromkeys(_TOKENIZER))
     absent = ()
     if config.model.architecture == "bert" and "mlm_head.dense.weight" not in source.names:
         absent = ARCHITECTURES["bert"].classes["BertModel"]
@@ -278,17 +280,13 @@ def huggingface_model(options: Options, opened: Opened, weights: "Weights") -> "
 
     tokenizer, files = _tokenizer_files(opened)
     dtype = str(weights.dtype_of(weights.names[0])).removeprefix("torch.")
-    fields = to_flat(opened.config)
-    origin = _origin(opened, fields, options.hf_model_type)
+    origin = _origin(opened, options.hf_model_type)
     if origin is not None:
-        config = {key: value for key, value in origin.config.items() if key != "torch_dtype"}
-        generation = None
+        config = {**origin.config, "dtype": dtype}
+        config.pop("torch_dtype", None)  # the name of dtype in older files
         path = origin.folder / "generation_config.json"
-        if path.is_file():
-            generation = read_object(path)
-        return HuggingFaceModel(
-            origin.architecture, fields, {**config, "dtype": dtype}, generation, files
-        )
+        generation = read_object(path) if path.is_file() else None
+        return HuggingFaceModel(origin.architecture, config, generation, files)
     try:
         architecture, keys = architecture_for(opened.config.model, options.hf_model_type)
     except ValueError as error:
@@ -296,44 +294,43 @@ def huggingface_model(options: Options, opened: Opened, weights: "Weights") -> "
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer is not None and tokenizer.eod_or_none is not None:
         ids["eos_token_id"] = tokenizer.eod
-    name = next(iter(architecture.classes))
-    generation = {"_from_model_config": True, **ids}
-    if architecture.ours == "bert":
-        generation = None
-        if not opened.config.pair_head:
-            name = "BertForMaskedLM"
-        if "mlm_head." in opened.absent:
-            name = "BertModel"
-    config = {"architectures": [name], **keys, **ids, "dtype": dtype}
-    return HuggingFaceModel(architecture, fields, config, generation, files)
+    config = {"architectures": [_class_name(opened, architecture)], **keys, **ids, "dtype": dtype}
+    generation = {"_from_model_config": True, **ids} if architecture.ours == "gpt" else None
+    return HuggingFaceModel(architecture, config, generation, files)
 
 
-def _origin(opened: Opened, fields: dict, wanted: str | None) -> "Published | None":
-    """The published model that this is, if one of the origins has its shape."""
+def _class_name(opened: Opened, architecture: Architecture) -> str:
+    """The class of transformers that has the model's heads."""
+    if architecture.ours == "gpt":
+        return next(iter(architecture.classes))
+    if "mlm_head." in opened.absent:
+        return "BertModel"
+    return "BertForPreTraining" if opened.config.pair_head else "BertForMaskedLM"
+
+
+def _origin(opened: Opened, wanted: str | None) -> "Published | None":
+    """The published model that this is, if one of the origins has its shape and its heads."""
     from megalite.checkpoint.folder import CheckpointError
     from megalite.convert.published import read_published
 
-    of_training = {"hidden_dropout", "attention_dropout", "init_method_std", "bert_pair"}
+    of_training = ("hidden_dropout", "attention_dropout", "init_method_std", "bert_pair")
+    shape = to_flat(with_values(opened.config, asdict(opened.config.model.filled())))
     for folder in opened.origins:
         try:
             published = read_published(folder)
         except CheckpointError:
             continue
-        filled = {**fields, **to_flat(with_values(opened.config, {}))}
-        same = all(
-            filled[name] == value
-            for name, value in published.fields.items()
-            if name not in of_training
-        )
-        pair = published.fields.get("bert_pair") != "none" or published.architecture.ours == "gpt"
-        heads = ("mlm_head." in published.absent) == ("mlm_head." in opened.absent)
-        heads = heads and (opened.config.pair_head == pair or published.architecture.ours == "gpt")
-        if same and heads and wanted in (None, published.architecture.model_type):
+        architecture = published.architecture
+        theirs = {**shape, **published.fields}
+        for key in of_training:
+            theirs[key] = shape[key]
+        same_class = published.class_name == _class_name(opened, architecture)
+        if theirs == shape and same_class and wanted in (None, architecture.model_type):
             return published
     return None
 
 
-def _tokenizer_files(opened: Opened):
+def _tokenizer_files(opened: Opened) -> "tuple[Tokenizer | None, dict[str, bytes]]":
     """The tokenizer, or None, and its files for transformers by name."""
     from megalite.data.tokenizers import TokenizerError, configured_tokenizer
 
@@ -342,7 +339,15 @@ def _tokenizer_files(opened: Opened):
         return None, {}
     try:
         tokenizer = configured_tokenizer(data, opened.config.model.vocab_size)
-        return tokenizer, tokenizer.huggingface_files()
+        files = tokenizer.huggingface_files()
+        if "tokenizer_config.json" not in files:
+            names = ", ".join(files)
+            print(
+                f"  {names}: AutoTokenizer needs a tokenizer.json, which is not made of a "
+                f"{data.tokenizer_type}",
+                flush=True,
+            )
+        return tokenizer, files
     except TokenizerError as error:
         print(f"  without a tokenizer: {error}", flush=True)
         return None, {}

@@ -20,10 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint.load import Checkpoint
+from megalite.data.tokenizers import build_tokenizer
 from megalite.programs import convert_checkpoint
 from megalite.training.load_model import load_model
 from tests.convert.published_models import MODELS, load, their_logits
-from tests.data.tokenizer_files import make_files
+from tests.data.tokenizer_files import TEXTS, make_files
 from tests.runs import ALONE, console_of, sound
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,6 +210,41 @@ def test_tokenizers_travel_both_ways(trained, tmp_path, monkeypatch):
     assert theirs.eos_token_id == ours.eod == again.eod
     generation = json.loads((hf / "generation_config.json").read_text())
     assert generation["eos_token_id"] == ours.eod
+
+
+KINDS = (
+    "GPT2BPETokenizer",
+    "BertWordPieceLowerCase",
+    "BertWordPieceCase",
+    "HuggingFaceTokenizer",
+    "TikTokenizer",
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autotokenizer_gives_the_ids_of_every_kind(tmp_path, kind):
+    """Of texts without special tokens, whose ids transformers takes by default."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = build_tokenizer(kind, **make_files(tmp_path)[kind])
+    # As transformers writes it: text in place of the fixture's object.
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"eos_token": "<|user|>"}')
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, content in tokenizer.huggingface_files().items():
+        (folder / name).write_bytes(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        if not re.search(r"<\S+>|\[MASK\]", text):
+            ids = theirs(text, add_special_tokens=False)["input_ids"]
+            assert ids == tokenizer.encode_batch([text]).ids.tolist(), repr(text)
+    if kind.startswith("BertWordPiece"):
+        framed = theirs("state of the union", "Senate")
+        assert [framed["input_ids"][0], framed["input_ids"][-1]] == [
+            theirs.cls_token_id,
+            theirs.sep_token_id,
+        ]
+        assert framed["token_type_ids"][-1] == 1
+    assert theirs.eos_token_id == tokenizer.eod or theirs.sep_token_id == tokenizer.eod
 
 
 def test_types_of_numbers(published, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 
 from tests import huggingface_table
 from tests.convert.published_models import GROUPED, LLAMA3, _make
+from tests.runs import working_in
 from tests.test_readme import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,3 +68,8 @@ def test_the_commands_run(tmp_path):
     config = json.loads((tmp_path / "my-llama/config.json").read_text())
     assert config["dtype"] == "bfloat16" and config["rope_parameters"]["rope_type"] == "llama3"
     assert (tmp_path / "one-file/model.safetensors").exists()
+    (example,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
+    with working_in(tmp_path):
+        scope: dict = {}
+        exec(example, scope)
+    assert scope["qkv"].shape == (2, 4, 8, 32) and scope["rows"].shape == (4, 32)

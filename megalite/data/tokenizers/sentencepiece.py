@@ -52,14 +52,14 @@ class SentencePieceTokenizer(base.Tokenizer):
         return self._processor.decode(list(map(int, ids)))
 
     def huggingface_files(self) -> dict[str, bytes]:
-        """The model, and settings that name it a Llama's. transformers reads it with the
-        sentencepiece library."""
-        processor = self._processor
-        names = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
-        names["unk_token"] = processor.unk_id()
-        tokens = {name: processor.id_to_piece(i) for name, i in names.items() if i >= 0}
-        settings = base.tokenizer_config("LlamaTokenizer", **tokens, legacy=False)
-        return {"tokenizer.model": self._data, "tokenizer_config.json": settings}
+        """The model, and the settings beside it where it was published with some: transformers
+        would normalize text in another way than most models."""
+        files = {"tokenizer.model": self._data}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            path = Path(self._path).with_name(name)
+            if path.is_file():
+                files[name] = path.read_bytes()
+        return files
 
     def load_fast(self, gigatoken):
         """Load the model into gigatoken, which takes BPE with byte fallback."""

@@ -51,6 +51,8 @@ def tokenizer_json(
     for text, number in special.items():
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         added.append({"id": number, "content": text, **flags, "special": True})
+    # Special tokens too: their ids may leave gaps, which the library would close.
+    vocabulary = {shown(token): number for token, number in ids.items()} | special
     byte_level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False}
     byte_level |= {"trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
@@ -73,7 +75,7 @@ def tokenizer_json(
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,  # a word that is a token is never split
-            "vocab": {shown(token): number for token, number in ids.items()},
+            "vocab": vocabulary,
             "merges": merges,
         },
     }
