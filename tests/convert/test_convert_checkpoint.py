@@ -11,7 +11,6 @@ import sys
 import time
 import tracemalloc
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -381,26 +380,45 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
     assert peak < total / 4
 
 
-@pytest.mark.parametrize("to", ["hf", "megalite"])
-def test_a_kill_leaves_nothing_half_valid(published, tmp_path, to):
-    """SIGKILL at several moments; --save is then absent or whole, and the next conversion works."""
+STOP = """
+import os, pathlib, time
+
+calls = 0
+real = os.fsync
+
+
+def fsync(descriptor):
+    global calls
+    calls += 1
+    if calls == int(os.environ["STOP_AT"]):
+        pathlib.Path(os.environ["STOPPED"]).touch()
+        time.sleep(600)
+    real(descriptor)
+
+
+os.fsync = fsync
+"""
+"""Stops the process where it flushes a file for the n-th time."""
+
+
+@pytest.mark.parametrize(("to", "moment"), [("hf", 1), ("megalite", 3)])
+def test_a_kill_leaves_nothing_half_valid(published, tmp_path, to, moment):
+    """SIGKILL when the weights are written, or two files later; --save is then absent, and the
+    next conversion works."""
     save = tmp_path / "out"
     command = [sys.executable, ROOT / "tools/convert_checkpoint.py", "--from", "hf", "--to", to]
     command += ["--load", published["gpt2"], "--save", save]
-    slow = "import os, time; real = os.fsync; os.fsync = lambda fd: (time.sleep(0.2), real(fd))"
-    (tmp_path / "sitecustomize.py").write_text(slow)
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    (tmp_path / "sitecustomize.py").write_text(STOP)
     draft = tmp_path / ".out.converting"
-    killed = 0
-    for moment in range(3):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not draft.exists():
-            time.sleep(0.01)
-        time.sleep(0.15 * moment)
-        with suppress(ProcessLookupError):
-            process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        assert not save.exists()
-    assert killed == 3 and draft.exists()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    stopped = tmp_path / "stopped"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    environment |= {"STOP_AT": str(moment), "STOPPED": str(stopped)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not stopped.exists():
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not save.exists() and draft.exists()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     assert save.is_dir() and not draft.exists()
