@@ -52,8 +52,11 @@ class MegatronDistWeights(TensorSource):
         self._stored = Distcp(folder)
         common = self._common()
         self.args = args_of(common)
-        self.iteration = int(common.get("iteration", 0))
-        tensor = int(self.args.get("tensor_model_parallel_size") or 1)
+        iteration = common.get("iteration", 0)
+        self.iteration = iteration if isinstance(iteration, int) else 0
+        tensor = self.args.get("tensor_model_parallel_size")
+        if not isinstance(tensor, int):
+            tensor = 1
         fields, problems = model_fields(self.args, tensor, vocab_size)
         self._raise(problems)
         self.model = ModelConfig(**fields)

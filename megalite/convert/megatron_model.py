@@ -5,9 +5,9 @@ Letters: L layers, h hidden, g query groups, q queries a group, d head size, f f
 vocabulary, t tensor-parallel size of the checkpoint.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Literal
 
 Layout = Literal["whole", "vocabulary", "rows", "columns", "qkv", "gate_up"]
@@ -143,7 +143,7 @@ JOINED_DIMS: dict[Layout, int] = {"qkv": 3, "gate_up": 2}
 def stored_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
     """The shape in Megatron-LM of a tensor, or of a rank's share of one."""
     joined = JOINED_DIMS.get(layout, 1)
-    return (prod(shape[:joined]), *shape[joined:])
+    return (math.prod(shape[:joined]), *shape[joined:])
 
 
 def source_of(name: str, swiglu: bool) -> tuple[int | None, Source]:
@@ -174,8 +174,10 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "no_rope_freq": (HARMLESS, "layers without RoPE"),
     "window_size": (HARMLESS, "a sliding window"),
     "window_attn_skip_freq": (HARMLESS, "a sliding window"),
+    "softmax_scale": ((None,), "another scale of the scores"),
     "softmax_type": ((None, "vanilla"), "another softmax"),
     "apply_layernorm_1p": (HARMLESS, "norms that add 1 to their weight"),
+    "layernorm_zero_centered_gamma": (HARMLESS, "norms that add 1 to their weight"),
     "apply_residual_connection_post_layernorm": (HARMLESS, "residuals taken after a norm"),
     "rotary_percent": ((None, 1), "RoPE of a part of each head"),
     "rotary_interleaved": (HARMLESS, "RoPE of neighbouring components"),
@@ -194,6 +196,7 @@ COPIED = {
     "num_layers": int,
     "hidden_size": int,
     "num_attention_heads": int,
+    "num_query_groups": int,
     "ffn_hidden_size": int,
     "kv_channels": int,
     "seq_length": int,
@@ -203,6 +206,8 @@ COPIED = {
     "attention_dropout": float,
     "init_method_std": float,
     "rotary_base": float,
+    "rope_scaling_factor": float,
+    "norm_epsilon": float,
     "add_qkv_bias": bool,
     "qk_layernorm": bool,
     "swiglu": bool,
@@ -210,6 +215,9 @@ COPIED = {
 }
 """Arguments with the name and the meaning of megalite's fields. An argument that an old checkpoint
 does not have leaves the field at its default, which is what old code did."""
+MOST = 2**31
+MOST_LAYERS = 10**5
+"""Of a number of heads, rows and so on, and of layers: what is more is no model."""
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads")
 POSITIONS = ("learned_absolute", "rope", "none")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")
@@ -231,17 +239,22 @@ def model_fields(
         if value not in harmless:
             problems.append(f"{name} {value!r}: {meaning} is not supported")
     fields: dict[str, Any] = {"architecture": "gpt"}
+    epsilon = _with_default(args, "norm_epsilon", args.get("layernorm_epsilon"))
+    known = {**args, "norm_epsilon": epsilon}
+    # What has no effect without a switch may say anything.
+    if not args.get("group_query_attention"):
+        known.pop("num_query_groups", None)
+    if not args.get("use_rope_scaling"):
+        known.pop("rope_scaling_factor", None)
     for name, kind in COPIED.items():
-        value = args.get(name)
+        value = known.get(name)
         if value is None:
             if name in NEEDED:
                 problems.append(f"{name} is missing")
-        elif isinstance(value, (int, float)) and kind(value) == value:
+        elif _is_of(kind, name, value):
             fields[name] = kind(value)
         else:
             problems.append(f"{name} {value!r} is not {_WORDS[kind]}")
-    if args.get("group_query_attention"):
-        fields["num_query_groups"] = args.get("num_query_groups")
     fields["disable_bias_linear"] = not _with_default(args, "add_bias_linear", True)
     if args.get("disable_bias_linear"):
         fields["disable_bias_linear"] = True
@@ -256,7 +269,19 @@ def model_fields(
     return fields, problems + wrong
 
 
-_WORDS: dict[Callable, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+_WORDS: dict[Callable, str] = {
+    int: "a whole number from 1 to what a model may have",
+    float: "a number",
+    bool: "true or false",
+}
+
+
+def _is_of(kind: Callable, name: str, value: Any) -> bool:
+    """Whether the value of an argument can be a field's. A file may hold anything."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or kind(value) != value:
+        return False
+    most = MOST_LAYERS if name == "num_layers" else MOST
+    return kind is not int or 1 <= value <= most
 
 
 def _with_default(args: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -275,17 +300,15 @@ def _positions(args: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"position_embedding_type {kind!r}: possible are {', '.join(POSITIONS)}"]
     fields = {"position_embedding_type": kind}
     if args.get("use_rope_scaling"):
-        # The other numbers are constants there, and the defaults here.
-        factor = float(_with_default(args, "rope_scaling_factor", 8.0))
-        fields |= {"rope_scaling": "llama3", "rope_scaling_factor": factor}
+        # Beside its factor, the numbers are constants there, and the defaults here.
+        fields["rope_scaling"] = "llama3"
     return fields, []
 
 
 def _norm_and_activation(args: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The kind and epsilon of norms, and the form of GELU."""
+    """The kind of norms, and the form of GELU."""
     normalization = _with_default(args, "normalization", "LayerNorm")
-    epsilon = _with_default(args, "norm_epsilon", _with_default(args, "layernorm_epsilon", 1e-5))
-    fields = {"normalization": normalization, "norm_epsilon": epsilon}
+    fields = {"normalization": normalization}
     if not args.get("swiglu"):
         # The fused kernel computes the approximation, torch's GELU, which is taken otherwise, the
         # exact form.
@@ -305,11 +328,16 @@ def _vocabulary(
     size = given
     if size is None:
         size = args.get("vocab_size")
-        if size is not None and args.get("tokenizer_type") == "NullTokenizer":
+        if isinstance(size, int) and args.get("tokenizer_type") == "NullTokenizer":
             size += 1  # its end-of-document token
+    if size is not None and not _is_of(int, "vocab_size", size):
+        return None, [f"vocab_size {size!r} is not {_WORDS[int]}"]
     if size is None:
         advice = "give --vocab-size, the entries of the tokenizer"
         return None, [f"the checkpoint knows only the padded vocabulary, {padded}: {advice}"]
+    for name in ("padded_vocab_size", "make_vocab_size_divisible_by"):
+        if args.get(name) is not None and not _is_of(int, name, args[name]):
+            return size, [f"{name} {args[name]!r} is not {_WORDS[int]}"]
     multiple = _with_default(args, "make_vocab_size_divisible_by", 128) * tensor
     wanted = -(-size // multiple) * multiple
     if padded is not None and padded != wanted:

@@ -273,6 +273,7 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path):
     state = state_of_gpt()
     args = vars(state["args"])
     args |= {"num_experts": 8, "rotary_percent": 0.5, "normalization": "BatchNorm"}
+    args |= {"num_layers": 10**12, "norm_epsilon": "small", "kv_channels": -4}
     args |= {"hidden_size": 16.5, "tensor_model_parallel_size": 2}
     write(tmp_path, state)
     said = problems_of(tmp_path, vocab_size=None)
@@ -281,6 +282,9 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path):
         "rotary_percent 0.5",
         "normalization 'BatchNorm': possible are LayerNorm, RMSNorm",
         "hidden_size 16.5 is not a whole number",
+        "num_layers 1000000000000 is not a whole number from 1",
+        "norm_epsilon 'small' is not a number",
+        "kv_channels -4 is not",
         "the tensor-parallel size in args is 2, but the files are those of 1",
         "give --vocab-size",
     ):
