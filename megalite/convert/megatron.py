@@ -40,6 +40,8 @@ SPLIT_AXIS: dict[Layout, int | None] = {
     "gate_up": 1,
 }
 """The dim of megalite's shape that tensor-parallel ranks share."""
+MAPPED_BYTES = 2**26
+"""What is read of a stage's files before they are mapped anew: pages count as memory until then."""
 RANK_FOLDER = re.compile(r"mp_rank_(?P<tensor>\d\d)(_(?P<stage>\d{3}))?")
 LAYER = re.compile(rf"({'|'.join(map(re.escape, LAYER_PREFIXES))})(?P<layer>\d+)\.(?P<rest>.+)")
 
@@ -86,6 +88,7 @@ class MegatronWeights(TensorSource):
         self._files = _rank_files(self.folder)
         self._tensor = len(self._files[0])
         self._open: tuple[int, list[RankFile]] | None = None
+        self._unmapped = MAPPED_BYTES
         first = self._stage(0)[0]
         self.args = first.args
         self.iteration = first.iteration
@@ -137,11 +140,15 @@ class MegatronWeights(TensorSource):
             result[common.slices_in(box)] = stored[common.slices_in(share)]
             if place.layout == "whole":
                 break
+        self._unmapped -= result.nbytes
+        if self._unmapped < 0:
+            self.close()
         return result
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
         self._open = None
+        self._unmapped = MAPPED_BYTES
 
     def _place(self, name: str) -> Place:
         if name not in self._places:
@@ -151,7 +158,7 @@ class MegatronWeights(TensorSource):
     def _stage(self, stage: int) -> list[RankFile]:
         """The files of a stage's tensor-parallel ranks."""
         if self._open is None or self._open[0] != stage:
-            self._open = None  # before the next are opened
+            self.close()  # before the next are opened
             self._open = (stage, [read_rank_file(path) for path in self._files[stage]])
         return self._open[1]
 
