@@ -93,6 +93,9 @@ class Distcp:
                 box = Box(_ints(chunk.state["offsets"]), _ints(chunk.state["sizes"]))
                 parts.append(self._stored(places[name][box.offset], box))
             dtype = DTYPES.get(entry.state["properties"].state[0].__name__)
+            for part in parts:
+                if dtype is not None and part.box.numel * dtype.itemsize > part.length:
+                    raise ValueError(f"{name}: {part.box} does not fit in {part.length} bytes")
             self.tensors[name] = StoredTensor(dtype, _ints(entry.state["size"]), tuple(parts))
 
     def _stored(self, place: dict[str, Any], box: Box | None) -> Stored:

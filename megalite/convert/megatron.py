@@ -189,12 +189,12 @@ class MegatronWeights(TensorSource):
     def _ours(self, tensor: torch.Tensor, shape: tuple[int, ...], layout: Layout) -> torch.Tensor:
         """A rank's tensor as a view of megalite's shape."""
         if layout != "qkv" or self._version >= 2:
-            return tensor.view(shape)
+            return tensor.reshape(shape)
         # Older versions know no query groups: [heads, 3, size, ...] is the shape here.
         heads, three, size, *rest = shape
         if self._version >= 1:
-            return tensor.view(heads, size, three, *rest).transpose(1, 2)
-        return tensor.view(three, heads, size, *rest).transpose(0, 1)
+            return tensor.reshape(heads, size, three, *rest).transpose(1, 2)
+        return tensor.reshape(three, heads, size, *rest).transpose(0, 1)
 
     # What there is, and whether it fits.
 

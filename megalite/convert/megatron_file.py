@@ -115,6 +115,9 @@ def load_inert(file: Path | BytesIO) -> Any:
 def _flatten(item: Any, name: str, tensors: dict[str, torch.Tensor]) -> None:
     """Collect the tensors of nested dictionaries, as old checkpoints have them, by joined name."""
     if isinstance(item, torch.Tensor):
+        # One element can be given any shape, with strides of 0.
+        if item.nbytes > item.untyped_storage().nbytes():
+            raise ValueError(f"{name} has shape {tuple(item.shape)}, but is not all there")
         tensors[name] = item
     elif isinstance(item, dict):
         for key, inner in item.items():

@@ -394,6 +394,26 @@ def test_a_hostile_list_of_tensors_runs_nothing(tmp_path, capsys, function):
     assert capsys.readouterr().out == ""
 
 
+def test_shapes_that_are_not_there_are_refused(tmp_path):
+    """A header of any size, and a tensor that says more than is stored."""
+    state = state_of_gpt()
+    state["model"]["decoder.final_layernorm.bias"] = torch.zeros(1).expand(2**40)
+    write(tmp_path, state)
+    assert "decoder.final_layernorm.bias has shape (1099511627776,)" in problems_of(tmp_path)
+    shutil.rmtree(tmp_path / "iter_0000020")
+    state = state_of_gpt()
+    write_distributed(tmp_path, state)
+    path = tmp_path / "iter_0000020" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    huge = torch.Size([2**40])
+    bias = metadata.state_dict_metadata["decoder.final_layernorm.bias"]
+    metadata.state_dict_metadata["decoder.final_layernorm.bias"] = replace(
+        bias, size=huge, chunks=[replace(bias.chunks[0], sizes=huge)]
+    )
+    path.write_bytes(pickle.dumps(metadata))
+    assert "does not fit in" in problems_of(tmp_path)
+
+
 def test_a_hostile_name_of_a_file_is_refused(tmp_path):
     write_distributed(tmp_path, state_of_gpt())
     path = tmp_path / "iter_0000020" / ".metadata"
