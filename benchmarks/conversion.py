@@ -55,7 +55,6 @@ def convert(from_format: str, to: str, load: Path, save: Path) -> tuple[float, f
     from megalite.programs.convert_checkpoint import Options
     from megalite.programs.convert_checkpoint import convert as run
 
-
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = status("VmRSS")
     began = time.perf_counter()

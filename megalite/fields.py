@@ -34,6 +34,9 @@ class Field:
     """False: no loss and no weight depends on the value, so it may change when a run resumes."""
     defines_model: bool = False
     """True: a checkpoint made with another value holds another model."""
+    keeps_shapes: bool = False
+    """True, of a field that defines the model: the weights have the same names and shapes with
+    every value, so that nothing but a check notices another one."""
     needs_library: str = ""
     """Optional library to import when the field is set."""
     needs_eod: bool = False

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from megalite.checkpoint.folder import CheckpointError, list_iterations
 from megalite.checkpoint.load import Checkpoint
 from megalite.config import cli, validate
-from megalite.config.run import RunConfig, from_flat, to_flat
+from megalite.config.run import RunConfig, from_flat, options, to_flat
 from megalite.config.summary import summary_lines
 from megalite.config.yaml_file import to_yaml
 from megalite.data.batch_sizes import BatchSizes
@@ -457,6 +458,23 @@ def complaints(bench: Bench, flags: dict, ranks: int) -> str:
 def of_the_preset(bench: Bench, flags: dict, ranks: int) -> dict:
     """Every field by its name, of a configuration that names the preset and nothing else."""
     return to_flat(from_flat({"preset": flags.get("preset")}))
+
+
+def kept_state(bench: Bench, flags: dict, ranks: int) -> set[str]:
+    """What a run saves beside weights: what the optimizer keeps, and random streams."""
+    folder = training(bench, flags, ranks).folder / "saved"
+    with Checkpoint.open(folder) as checkpoint:
+        parts = [name.split(".")[1] for name in checkpoint.names if name.startswith("optimizer.")]
+        streams = {"streams"} if checkpoint.private(0, 1) else set()
+    return {*parts, *streams}
+
+
+def of_the_command_line(bench: Bench, flags: dict, ranks: int) -> dict:
+    """Every field by its name, as the program reads it from the flags for checkpoints alone."""
+    section = {key: value for key, value in flags.items() if options()[key].section == "checkpoint"}
+    with working_in(bench.new_folder()):
+        Path("flags.yaml").write_text(yaml.safe_dump(section))
+        return to_flat(cli.read_config(["--config", "flags.yaml"]))
 
 
 def check_only(bench: Bench, flags: dict, ranks: int) -> str:

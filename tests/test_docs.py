@@ -91,6 +91,38 @@ def test_the_commands_of_models_pass_the_checks():
     assert "vocabulary 128256" in run.stdout and "parameters    8.03 G" in run.stdout
 
 
+def test_the_commands_that_import_from_megatron_run(tmp_path):
+    """A small checkpoint of Megatron-core, and mock data in place of a corpus."""
+    page = (DOCS / "checkpoints.md").read_text().partition("## From Megatron-LM")[2]
+    (script,) = re.findall(r"^```bash\n(.*?)^```$", page.partition("\n## ")[0], re.M | re.S)
+    data = re.search(r"--data-path.*merges.txt", script)[0]
+    for shown, smaller in {
+        data: "--mock-data --eval-interval 0 --eval-iters 0",
+        "--vocab-size 50257": "--vocab-size 61",
+        "--nproc-per-node 8": "--nproc-per-node 2",
+        "--train-iters 10000": "--train-iters 2 --device cpu",
+        "--global-batch-size 64": "--global-batch-size 2",
+    }.items():
+        assert script.count(shown) == 1, shown
+        script = script.replace(shown, smaller)
+    for name in ("pretrain_gpt.py", "tools"):
+        (tmp_path / name).symlink_to(DOCS.parent / name)
+    (tmp_path / "old").symlink_to(DOCS.parent / "tests/data/megatron/gpt")
+    run = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path,
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout
+    assert "iteration 20 of Megatron-LM in old: 28 tensors" in run.stdout
+    assert "weights from imported/iter_0000000; all else starts from scratch" in run.stdout
+    assert (tmp_path / "checkpoints/iter_0000002/index.json").is_file()
+
+
 def test_the_table_of_layouts_lists_each_with_a_small_difference():
     rows = dict(
         re.findall(

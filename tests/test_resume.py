@@ -245,6 +245,52 @@ def test_a_change_of_masks_is_said(pool, tmp_path):
     assert "made with --rng-scheme global, this run has megatron" in said
 
 
+def test_what_is_left_out_of_a_checkpoint(pool, tmp_path):
+    """Optimizer and random state: the next run is told which flag resumes without them."""
+    streams = ["--rng-scheme", "megatron", "--eval-interval", "0", "--eval-iters", "0"]
+    flags = [*streams, *resumable(tmp_path), "--train-iters", "4"]
+    left_out = ["--no-save-optim", "--no-save-rng", "--exit-interval", "1"]
+    train(pool, 1, *flags, *left_out)
+    with pytest.raises(RanksFailed, match="saved with --no-save-optim: only --no-load-optim"):
+        train(pool, 1, *flags)
+    with pytest.raises(RanksFailed, match="no random state, as with --no-save-rng: --no-load-rng"):
+        train(pool, 1, *flags, "--no-load-optim")
+    said = train(pool, 1, *flags, "--no-load-optim", "--no-load-rng")
+    assert "training from iteration 1 to 4" in said
+
+
+def test_pretrained_weights_and_changes_are_told(pool, tmp_path):
+    """A run starts from another run's weights, in another layout, as with --finetune; when it
+    resumes, it keeps its own, and what has changed is told."""
+    quiet = ["--eval-interval", "0", "--eval-iters", "0", "--train-iters", "4"]
+    counted = ["--train-iters", "unset", "--train-samples", "32"]
+    train(pool, 1, *quiet, *counted, "--save", tmp_path / "first", "--exit-interval", "1")
+    # The iterations that follow from the samples are not in its config.yaml: another batch may be.
+    file = str(tmp_path / "first/iter_0000001/config.yaml")
+    again = cli.read_config(["--config", file, "--global-batch-size", "4", "--save", "unset"])
+    assert again.training.train_samples == 32 and validate.check(again, 1) == []
+    tune = [*quiet, "--load", tmp_path / "first", "--finetune"]
+    train(pool, 1, *tune, "--metrics-file", tmp_path / "tuned.jsonl")
+    flags = [*quiet, *resumable(tmp_path), "--pretrained-checkpoint", tmp_path / "first"]
+    said = train(pool, 2, "--pp", "2", *flags, "--exit-interval", "2")
+    assert f"weights from {tmp_path}/first/iter_0000001; all else starts from scratch" in said
+    for one, other in zip(curve(tmp_path / "m.jsonl"), curve(tmp_path / "tuned.jsonl")):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    changes = "--lr 2e-2 --global-batch-size 4 --clip-grad 0.5 --rng-scheme megatron".split()
+    said = train(pool, 1, *flags, *changes, "--norm-epsilon", "1e-4", "--allow-model-change")
+    assert f"resumed from {tmp_path}/c/iter_0000002 at iteration 2" in said
+    (told,) = [line for line in said.splitlines() if "changed since" in line]
+    for change in (
+        "norm_epsilon 1e-05 -> 0.0001",
+        "pipeline_model_parallel_size 2 -> 1",
+        "lr 0.01 -> 0.02",
+        "clip_grad 1.0 -> 0.5",
+        "global_batch_size 8 -> 4",
+        "rng_scheme global -> megatron",
+    ):
+        assert change in told
+
+
 def wait_for(condition, seconds: float = 60.0) -> None:
     """Poll until the condition holds; fail after a time that only a broken run needs."""
     end = time.monotonic() + seconds

@@ -11,7 +11,8 @@ from megalite.config import validate
 from megalite.config.flags import read_own_flags
 from megalite.config.help import help_text, wrapped
 from megalite.config.problem import ConfigError, Problem
-from megalite.config.run import RunConfig, options, with_preset, with_values
+from megalite.config.rules.files import fields_of_checkpoint
+from megalite.config.run import RunConfig, options, with_preset, with_published, with_values
 from megalite.config.summary import given, summary_lines
 from megalite.config.yaml_file import read_yaml, to_yaml
 from megalite.fields import Field
@@ -62,12 +63,12 @@ def parse_and_check(
     show_help(argv, description, run_groups(architecture), quiet, architecture=architecture)
     # Read.
     try:
-        command, config = _read_command_line(argv, architecture)
+        command, values, config = _read_command_line(argv, architecture)
     except ConfigError as error:
         refuse(error.problems, quiet)
     # Check.
     world_size = config.parallel.world_size or launch.world_size
-    problems = validate.check(config, world_size)
+    problems = validate.check(config, world_size, values)
     if problems:
         # Rank 0 reports for all ranks, but it cannot see that a file is missing on another node.
         of_this_node = launch.local_rank == 0 and all(p.of_node for p in problems)
@@ -99,14 +100,26 @@ def detect_launch_or_exit() -> LaunchInfo:
 def read_config(argv: list[str], architecture: str | None = None) -> RunConfig:
     """The configuration that a command line asks for. Raises ConfigError with every problem of it
     and of its file, and when it is not of the given architecture."""
-    return _read_command_line(argv, architecture)[1]
+    return read_values(argv, architecture)[1]
 
 
-def _read_command_line(argv: list[str], architecture: str | None) -> tuple[CommandLine, RunConfig]:
-    """What a command line asks for. Raises ConfigError, as `read_config`."""
+def read_values(
+    argv: list[str], architecture: str | None = None
+) -> tuple[dict[str, Any], RunConfig]:
+    """(the values that a command line and its file give, `read_config`)."""
+    _, values, config = _read_command_line(argv, architecture)
+    return values, config
+
+
+def _read_command_line(
+    argv: list[str], architecture: str | None
+) -> tuple[CommandLine, dict[str, Any], RunConfig]:
+    """(what a command line asks for besides the configuration, the values that it gives, the
+    configuration). Raises ConfigError, as `read_config`."""
     own, flags, problems = read_own_flags(CommandLine, argv, options().values())
     command = CommandLine(**own)
-    return command, build_config(command.config, flags, problems, architecture)
+    values, config = _build(command.config, flags, problems, architecture)
+    return command, values, config
 
 
 def build_config(
@@ -119,27 +132,40 @@ def build_config(
 
     problems: of the flags. Raises ConfigError with these and those of the file.
     """
+    return _build(file, flags, problems, architecture)[1]
+
+
+def _build(
+    file: str | None, flags: dict[str, Any], problems: list[Problem], architecture: str | None
+) -> tuple[dict[str, Any], RunConfig]:
+    """(the values that file and flags give, `build_config`)."""
     values = {}
     if file is not None:
         values, in_file = read_yaml(file)
         problems = [*in_file, *problems]
     default = {} if architecture is None else {"architecture": architecture}
+    values |= flags
     try:
-        config = with_values(RunConfig(), default | with_preset(values | flags))
+        if values.get("use_checkpoint_args"):
+            default |= fields_of_checkpoint(values)
+        values = default | with_preset(with_published(values))
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
+    config = with_values(RunConfig(), values)
     # The program trains one architecture only.
     model = config.model
     if architecture not in (None, model.architecture):
         cause = f"--architecture {model.architecture}"
         if model.preset:
             cause = f"--preset {model.preset}"
+        elif config.checkpoint.load_hf:
+            cause = f"--load-hf {config.checkpoint.load_hf}"
         message = f"{cause} is a model that this program does not train"
         fix = f"python pretrain_{model.architecture}.py"
         problems = [*problems, Problem(message, fix, ("architecture", "preset"))]
     if problems:
         raise ConfigError(problems)
-    return config
+    return values, config
 
 
 def parse_options(

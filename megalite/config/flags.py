@@ -12,7 +12,105 @@ from megalite.config.options import Option, nearest, options_of
 from megalite.config.problem import Problem
 
 FP32_STATES = "leave it out: master weights, gradients and states are fp32"
+ONE_FORMAT = "leave it out: there is one format, and every layout reads it"
+OWN_SHARDS = "leave it out: every rank writes its own shards, and reads the boxes that it needs"
+ALL_TENSORS = "leave it out: every tensor of the model must be stored, with its shape"
+ONE_WRITER = "leave it out: --async-save writes with one thread of each rank"
+LOCAL_COPIES = "--save-interval and --keep-last: there are no checkpoints on local disks"
+CONVERTED = "tools/convert_checkpoint.py converts checkpoints"
+DUMPS = "tools/verify_layouts.py records activations and gradients"
+CHECKPOINTS_ELSEWHERE = {
+    "--persistent-save-interval": "--save-interval",
+    **dict.fromkeys(
+        (
+            "--ckpt-format",
+            "--auto-detect-ckpt-format",
+            "--use-dist-ckpt",
+            "--dist-ckpt-format",
+            "--dist-ckpt-save-pre-mcore-014",
+        ),
+        ONE_FORMAT,
+    ),
+    **dict.fromkeys(
+        (
+            "--ckpt-fully-parallel-save",
+            "--no-ckpt-fully-parallel-save",
+            "--ckpt-fully-parallel-load",
+            "--ckpt-fully-parallel-load-exchange-algo",
+            "--ckpt-fully-parallel-save-process-group",
+            "--ckpt-fully-parallel-load-process-group",
+            "--ckpt-assume-constant-structure",
+            "--dist-ckpt-optim-fully-reshardable",
+            "--distrib-optim-fully-reshardable-mem-efficient",
+        ),
+        OWN_SHARDS,
+    ),
+    **dict.fromkeys(
+        (
+            "--dist-ckpt-strictness",
+            "--no-strict-fsdp-dtensor-load",
+            "--no-ckpt-load-validate-sharding-integrity",
+        ),
+        ALL_TENSORS,
+    ),
+    **dict.fromkeys(
+        (
+            "--use-persistent-ckpt-worker",
+            "--async-strategy",
+            "--async-ckpt-cpu-priority",
+            "--async-ckpt-io-priority",
+            "--async-ckpt-use-cpu-shm",
+            "--dist-ckpt-workers",
+        ),
+        ONE_WRITER,
+    ),
+    **dict.fromkeys(
+        (
+            "--non-persistent-save-interval",
+            "--non-persistent-ckpt-type",
+            "--non-persistent-global-ckpt-dir",
+            "--non-persistent-local-ckpt-dir",
+            "--non-persistent-local-ckpt-algo",
+            "--replication",
+            "--replication-jump",
+            "--replication-factor",
+        ),
+        LOCAL_COPIES,
+    ),
+    **dict.fromkeys(
+        (
+            "--ckpt-convert-format",
+            "--ckpt-convert-save",
+            "--ckpt-convert-update-legacy-dist-opt-format",
+        ),
+        CONVERTED,
+    ),
+    **dict.fromkeys(
+        (
+            "--save-params-interval",
+            "--save-activations-interval",
+            "--save-wgrads-interval",
+            "--save-dgrads-interval",
+        ),
+        DUMPS,
+    ),
+    "--override-ckpt-iteration": "leave it out: a run goes on where its checkpoint is",
+    "--use-mp-args-from-checkpoint-args": (
+        "--tp and --pp of this run: every layout reads every checkpoint"
+    ),
+    "--no-use-tokenizer-model-from-checkpoint-args": (
+        "--tokenizer-model: what is given wins over --use-checkpoint-args"
+    ),
+    "--load-main-params-from-ckpt": (
+        "leave it out: fp32 master weights are read wherever they are stored"
+    ),
+    "--no-initialization": "leave it out: what is loaded replaces the initial weights",
+    "--log-progress": "--metrics-file FILE",
+    "--checkpoint-activations": "--recompute-granularity full",
+}
+"""Of those for checkpoints."""
 ELSEWHERE = {
+    **CHECKPOINTS_ELSEWHERE,
     "--group-query-attention": "leave it out: --num-query-groups alone turns grouped queries on",
     "--accumulate-allreduce-grads-in-fp32": "leave it out: gradients are always summed in fp32",
     "--ddp-average-in-collective": (

@@ -11,9 +11,12 @@ from functools import cache
 from typing import Any
 
 from megalite.checkpoint.config import CheckpointConfig
+from megalite.checkpoint.folder import CheckpointError
 from megalite.config.options import DECIMAL, Option, nearest, options_of
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.training import TrainingConfig
+from megalite.convert.published import Published, read_published
+from megalite.convert.tokenizer_files import tokenizer_of
 from megalite.data.batch_sizes import START, BatchSizes, Point
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import DataConfig
@@ -125,7 +128,7 @@ def from_flat(flat: dict[str, Any], base: RunConfig | None = None) -> RunConfig:
     values, problems = read_flat(flat)
     if problems:
         raise ConfigError(problems)
-    return with_values(base or RunConfig(), with_preset(values))
+    return with_values(base or RunConfig(), with_preset(with_published(values)))
 
 
 def read_flat(
@@ -187,6 +190,61 @@ def with_preset(values: dict[str, Any]) -> dict[str, Any]:
         fix = f"leave out --preset, or --architecture {architecture}"
         raise ConfigError([Problem(message, fix, ("preset", "architecture"))])
     return shape | values
+
+
+def with_published(values: dict[str, Any]) -> dict[str, Any]:
+    """The values by key, and those that the folder of --load-hf gives: the shape of its model, its
+    dropout, and its tokenizer where the values name none.
+
+    Raises ConfigError with everything in its config.json that megalite does not know, and every
+    value that contradicts the folder.
+    """
+    folder = values.get("load_hf")
+    if not folder:
+        return values
+    try:
+        published = read_published(folder)
+    except CheckpointError as error:
+        raise ConfigError(published_problems(error)) from None
+    theirs = dict(published.fields)
+    longest = theirs["max_position_embeddings"]
+    problems = []
+    if values.get("preset"):
+        message = f"--load-hf {folder} and --preset {values['preset']} both say what the model is"
+        problems.append(Problem(message, "leave out --preset", ("preset",)))
+    for key, there in theirs.items():
+        here = values.get(key)
+        if here is not None and not _agrees(key, here, published):
+            option = options()[key]
+            message = f"{option.setting(here)}, but the model in {folder} has {key} {there}"
+            problems.append(Problem(message, f"leave out {option.flag}", (key,)))
+    if problems:
+        raise ConfigError(problems)
+    theirs["seq_length"] = min(ModelConfig.seq_length, longest)
+    if values.get("tokenizer_type") is None and not values.get("mock_data"):
+        theirs |= tokenizer_of(published.folder)
+    given = {key: value for key, value in values.items() if value is not None}
+    return theirs | given
+
+
+def _agrees(key: str, here: Any, published: Published) -> bool:
+    """Whether a value may stand beside the model of --load-hf."""
+    there = published.fields[key]
+    if key == "bert_pair":
+        return (here == "none") == (there == "none")
+    if key == "max_position_embeddings" and published.fields["position_embedding_type"] == "rope":
+        # A limit only, unless it is that of a sliding window.
+        return here <= there or not published.notes
+    same_model = key == "architecture" or options()[key].field.defines_model
+    return here == there or not same_model
+
+
+def published_problems(error: CheckpointError) -> list[Problem]:
+    """What is wrong with the folder of --load-hf."""
+    fix = "--load-hf FOLDER with config.json and model.safetensors of a model that megalite knows"
+    where = getattr(error, "where", None)
+    reasons = [f"{where}: {text}" for text in error.problems] if where else [str(error)]
+    return [Problem(f"--load-hf: {reason}", fix, ("load_hf",)) for reason in reasons]
 
 
 def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:

@@ -225,7 +225,11 @@ def _data(config: RunConfig) -> str:
 def _checkpoints(config: RunConfig) -> str:
     """Where they come from and go to."""
     c = config.checkpoint
-    loaded = f"loads from {c.load}" if c.load else "starts from scratch"
+    loaded = f"starts from {c.load_hf}" if c.load_hf else "starts from scratch"
+    if c.load:
+        loaded = f"loads from {c.load}"
+    if c.load and c.load_hf:
+        loaded += f", or without a checkpoint there starts from {c.load_hf}"
     if c.save is None:
         return f"{loaded}, saves none (--save is unset)"
     every = f"every {c.save_interval} iterations and " if c.save_interval else ""

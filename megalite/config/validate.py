@@ -7,10 +7,12 @@ so that no rule sees them. Whatever would be silently ignored is a problem.
 """
 
 import os
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from megalite.config.problem import Problem
+from megalite.config.problem import ConfigError, Problem
 from megalite.config.rules.bert import BERT_FILE_RULES, BERT_RULES
 from megalite.config.rules.deepspeed import DEEPSPEED_FILE_RULES, DEEPSPEED_RULES
 from megalite.config.rules.effects import nothing_is_ignored, other_ranks_exist
@@ -25,9 +27,10 @@ from megalite.config.rules.finding import (
 )
 from megalite.config.rules.gpt import GPT_FILE_RULES, GPT_RULES
 from megalite.config.rules.layout import LAYOUT_RULES
+from megalite.config.rules.resume import changes_are_asked_for
 from megalite.config.rules.run import RUN_RULES
 from megalite.config.rules.tokenizer import build_tokenizer, files_of
-from megalite.config.run import RunConfig, options, to_flat, with_values
+from megalite.config.run import RunConfig, options, to_flat, with_published, with_values
 from megalite.models.presets import preset
 
 PURE_RULES: tuple[Rule, ...] = (
@@ -53,9 +56,14 @@ Failures = set[tuple[str, tuple[str, ...]]]
 """(rule, keys) of findings."""
 
 
-def check(config: RunConfig, world_size: int) -> list[Problem]:
+def check(
+    config: RunConfig, world_size: int, given: Collection[str] | None = None
+) -> list[Problem]:
     """Every problem of the configuration for this many ranks; [] when it is sound. Reads files, but
-    little of them."""
+    little of them.
+
+    given: keys of the fields that the user named; None: all.
+    """
     # Single values.
     problems = out_of_range(config)
     senseless = {key for problem in problems for key in problem.keys}
@@ -64,6 +72,8 @@ def check(config: RunConfig, world_size: int) -> list[Problem]:
     before = failures(sane, world_size)
     architecture = sane.model.architecture
     file_rules = FILE_RULES_OF[architecture]
+    if given is not None:
+        file_rules = (*file_rules, changes_are_asked_for(given))
     for rule in (*RULES_OF[architecture], *file_rules):
         for finding in rule(sane, world_size):
             if senseless.isdisjoint(finding.keys):
@@ -181,8 +191,14 @@ def fill_in(config: RunConfig, world_size: int) -> RunConfig:
 
 def chosen(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The values of a resolved configuration that were chosen: those that are neither their field's
-    default, nor the preset's, nor follow from the others."""
+    default, nor those of the preset or of --load-hf, nor follow from the others."""
     shape = preset(config.model.preset)
+    if config.checkpoint.load_hf:
+        # A run that resumes may have lost the folder.
+        with suppress(ConfigError):
+            # Absolute, as the paths of the tokenizer are in a resolved configuration.
+            shape = with_published({"load_hf": os.path.abspath(config.checkpoint.load_hf)})
+            del shape["load_hf"]
     found = {}
     for key, option in options().items():
         value = getattr(getattr(config, option.section), key)

@@ -86,28 +86,36 @@ class ModelConfig:
     ] = "learned_absolute"
     """How positions enter: a learned table added to the embedding, rotary embedding of queries and
     keys, or not."""
-    rotary_base: Annotated[float, Field(above=0, defines_model=True)] = 10000.0
+    rotary_base: Annotated[float, Field(above=0, defines_model=True, keeps_shapes=True)] = 10000.0
     """Base of the rotary frequencies (with --position-embedding-type rope)."""
-    rope_scaling: Annotated[Literal["none", "llama3"], Field(defines_model=True)] = "none"
+    rope_scaling: Annotated[
+        Literal["none", "llama3"], Field(defines_model=True, keeps_shapes=True)
+    ] = "none"
     """How rotary frequencies are changed for sequences longer than those that a model was first
     trained on. llama3: as in Llama 3.1, long wavelengths are stretched, short ones kept."""
-    rope_scaling_factor: Annotated[float, Field(minimum=1, defines_model=True)] = 8.0
+    rope_scaling_factor: Annotated[
+        float, Field(minimum=1, defines_model=True, keeps_shapes=True)
+    ] = 8.0
     """With --rope-scaling llama3: how much longer the longest wavelengths become."""
-    rope_low_freq_factor: Annotated[float, Field(above=0, defines_model=True)] = 1.0
+    rope_low_freq_factor: Annotated[
+        float, Field(above=0, defines_model=True, keeps_shapes=True)
+    ] = 1.0
     """With --rope-scaling llama3: wavelengths above --rope-original-max-position-embeddings / this
     are stretched in full."""
-    rope_high_freq_factor: Annotated[float, Field(above=0, defines_model=True)] = 4.0
+    rope_high_freq_factor: Annotated[
+        float, Field(above=0, defines_model=True, keeps_shapes=True)
+    ] = 4.0
     """With --rope-scaling llama3: wavelengths below --rope-original-max-position-embeddings / this
     are kept. In between, the change is gradual."""
-    rope_original_max_position_embeddings: Annotated[int, Field(minimum=1, defines_model=True)] = (
-        8192
-    )
+    rope_original_max_position_embeddings: Annotated[
+        int, Field(minimum=1, defines_model=True, keeps_shapes=True)
+    ] = 8192
     """With --rope-scaling llama3: the longest sequence that the model was first trained on."""
     normalization: Annotated[Literal["LayerNorm", "RMSNorm"], Field(defines_model=True)] = (
         "LayerNorm"
     )
     """Normalisation before attention, before the MLP and before the output layer."""
-    norm_epsilon: Annotated[float, Field(above=0, defines_model=True)] = 1e-5
+    norm_epsilon: Annotated[float, Field(above=0, defines_model=True, keeps_shapes=True)] = 1e-5
     """Added to the variance before the square root in the normalisation."""
     norm_backend: Annotated[Literal["auto", "torch", "apex"], Field(changes_numbers=False)] = "auto"
     """How norms are computed. torch: by its own operators; apex: by the fused kernels of NVIDIA
@@ -118,7 +126,7 @@ class ModelConfig:
     for BERT only)."""
     swiglu: Annotated[bool, Field(defines_model=True)] = False
     """Gated MLP, silu(gate) * up, in place of GELU."""
-    gelu: Annotated[Literal["tanh", "erf"], Field(defines_model=True)] = "tanh"
+    gelu: Annotated[Literal["tanh", "erf"], Field(defines_model=True, keeps_shapes=True)] = "tanh"
     """GELU by its tanh approximation (as GPT-2 and Megatron-LM) or exactly (as BERT)."""
     disable_bias_linear: Annotated[bool, Field(defines_model=True)] = False
     """No biases in the linear layers."""

@@ -21,6 +21,7 @@ PROGRAMS = {
     "fill-mask": "fill_mask",
     "finetune-classifier": "finetune_classifier",
     "classify": "classify",
+    "convert-checkpoint": "convert_checkpoint",
     "verify-layouts": "verify_layouts",
     "plot-metrics": "plot_metrics",
     "submit": "submit",

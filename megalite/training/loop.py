@@ -99,7 +99,7 @@ class Trainer:
         self.saved_at = self.progress.iteration  # what was loaded need not be saved again
         stop = None
         if self.saver is not None:
-            reserve_memory(self.saver, self.components)
+            reserve_memory(self.saver, self.components, self.config.checkpoint)
         try:
             while stop is None and self.progress.iteration < train_iters:
                 iteration = self.progress.iteration + 1

@@ -26,7 +26,12 @@ from megalite.training.resume import resume
 from megalite.training.signals import Stop, StopSignals
 from megalite.training.startup_checks import check_data, take_lease
 from megalite.training.startup_report import dry_run, kernels_line, model_line
-from megalite.training.state import Progress, compare_data_with_checkpoint
+from megalite.training.state import (
+    Progress,
+    compare_data_with_checkpoint,
+    load_pretrained,
+    load_published,
+)
 from megalite.training.writers import Writers, tracking_writers
 from megalite.watch.stragglers import check_stragglers
 from megalite.watch.watchdog import Watchdog
@@ -161,15 +166,27 @@ def _run(
 
 
 def _starting_point(config: RunConfig, components: TrainingComponents) -> Progress:
-    """The progress of the checkpoint in --load, which is loaded; none without one."""
+    """The progress of the checkpoint in --load, which is loaded; else the start, maybe from
+    pretrained weights."""
     options = config.checkpoint
-    if options.load is None:
-        return Progress()
-    # A job script names one folder for --save and --load: its first run finds no checkpoint there.
+    if options.load is not None and not _finds_no_checkpoint(config):
+        return resume(components, config)
+    if options.pretrained_checkpoint is not None:
+        return load_pretrained(components, config)
+    if options.load_hf is not None:
+        return load_published(components, options.load_hf)
+    notes = []
+    if options.load is not None:
+        notes = [f"no checkpoint in {options.load} yet: starting from scratch"]
+    return Progress(notes=notes)
+
+
+def _finds_no_checkpoint(config: RunConfig) -> bool:
+    """Whether this is the first run of a job, whose script names one folder for --save and
+    --load."""
+    options = config.checkpoint
     is_same = options.save and Path(options.load).resolve() == Path(options.save).resolve()
-    if is_same and options.ckpt_step is None and not has_checkpoint(options.load):
-        return Progress(notes=[f"no checkpoint in {options.load} yet: starting from scratch"])
-    return resume(components, config)
+    return is_same and options.ckpt_step is None and not has_checkpoint(options.load)
 
 
 def _open_writers(config: RunConfig, rank: int, iteration: int, log: Log) -> Writers:

@@ -1,6 +1,6 @@
 """The state of a training run for a bit-exact resume, as shards of a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,13 +9,17 @@ import torch
 
 from megalite import __version__
 from megalite.checkpoint.background import AsyncSaver
+from megalite.checkpoint.config import CheckpointConfig
 from megalite.checkpoint.fence import Lease
 from megalite.checkpoint.folder import CheckpointError, DamagedCheckpointError
 from megalite.checkpoint.format import Shard
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
+from megalite.checkpoint.source import TensorSource
 from megalite.config.run import RunConfig, keys_where, to_flat
+from megalite.config.summary import given
 from megalite.config.yaml_file import config_of_checkpoint, to_yaml
+from megalite.convert.huggingface import HuggingFaceWeights
 from megalite.data.sources import DataState
 from megalite.nn.parameter import HALF_PRECISIONS, held_boxes
 from megalite.optim.optimizer import Optimizer
@@ -51,7 +55,7 @@ def _shards(
     return [Shard(stored_name, values, shape, box) for box, values in held]
 
 
-def _written_shards(parts: TrainingComponents) -> Iterator[Shard]:
+def _written_shards(parts: TrainingComponents, with_optimizer: bool) -> Iterator[Shard]:
     """The shards of model and optimizer that this rank writes: each is written once, by its primary
     owner."""
     parameters = parts.model.parameters_by_name
@@ -62,6 +66,8 @@ def _written_shards(parts: TrainingComponents) -> Iterator[Shard]:
     for name, tensor, elements in parts.optimizer.weights():
         if parameters[name].spec.is_primary(of_weights):
             yield from _shards(parameters[name], name, tensor, elements)
+    if not with_optimizer:
+        return
     of_state = of_shards if parts.optimizer.is_sharded else position
     for kind, name, tensor in parts.optimizer.state():
         if parameters[name].spec.is_primary(of_state):
@@ -90,11 +96,12 @@ def save_state(
     the previous checkpoint stays.
     """
     context = parts.model.context
+    options = config.checkpoint
     parts.optimizer.wait_for_parameters()
     state = {
         "iteration": progress.iteration,
         "consumed_samples": progress.consumed_samples,
-        "optimizer": config.optimizer.optimizer,
+        "optimizer": None if options.no_save_optim else config.optimizer.optimizer,
         "optimizer_steps": parts.optimizer.steps,
         "loss_scale": parts.optimizer.loss_scale.state(),
         "bad_steps": parts.optimizer.bad_steps.state(),
@@ -106,14 +113,13 @@ def save_state(
         "megalite": __version__,
         "torch": torch.__version__,
     }
-    shards = _written_shards(parts)
-    streams = _streams(parts)
+    shards, streams = _to_save(parts, options)
     write_here = partial(
         write,
         config.checkpoint.save,
         progress.iteration,
         state=deepcopy(state),  # of which training may change parts
-        config_yaml=to_yaml(config),
+        config_yaml=to_yaml(given(config)),
         world=context.saving if saver else context.control,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
@@ -125,18 +131,24 @@ def save_state(
         saver.start(progress.iteration, shards, streams, write_here)
 
 
-def reserve_memory(saver: AsyncSaver, parts: TrainingComponents) -> None:
+def reserve_memory(saver: AsyncSaver, parts: TrainingComponents, options: CheckpointConfig) -> None:
     """Have the host memory that `save_state` copies to. Raises RuntimeError when there is not as
     much."""
-    saver.reserve(_written_shards(parts), _streams(parts))
+    saver.reserve(*_to_save(parts, options))
 
 
-def _streams(parts: TrainingComponents) -> dict[str, torch.Tensor]:
-    """The states of this rank's random streams, as private tensors."""
-    return {RNG + name: value for name, value in parts.rng.states().items()}
+def _to_save(
+    parts: TrainingComponents, options: CheckpointConfig
+) -> tuple[Iterator[Shard], dict[str, torch.Tensor]]:
+    """The shards that this rank saves, and its private tensors: the states of its random
+    streams."""
+    shards = _written_shards(parts, with_optimizer=not options.no_save_optim)
+    if options.no_save_rng:
+        return shards, {}
+    return shards, {RNG + name: value for name, value in parts.rng.states().items()}
 
 
-def load_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter]) -> None:
+def load_weights(checkpoint: TensorSource, parameters: dict[str, torch.nn.Parameter]) -> None:
     """Read a model's parameters, or some of them, by name into this rank's boxes. Any layout may
     have written them.
 
@@ -149,27 +161,39 @@ def load_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Paramete
     _read(checkpoint, shards)
 
 
-def _load_model(checkpoint: Checkpoint, parts: TrainingComponents) -> None:
-    """`load_weights` of what this rank holds of the model in training."""
+def _load_model(
+    checkpoint: TensorSource, parts: TrainingComponents, absent: tuple[str, ...] = ()
+) -> None:
+    """`load_weights` of what this rank holds of the model in training.
+
+    absent: beginnings of the names that keep their initial weights.
+    """
     shards = []
     for name, tensor, elements in parts.optimizer.weights():
+        if name.startswith(absent):
+            continue
         parameter = parts.model.parameters_by_name[name]
         shards += _shards(parameter, _source(checkpoint, name, parameter), tensor, elements)
     _read(checkpoint, shards)
 
 
-def _source(checkpoint: Checkpoint, name: str, parameter: torch.nn.Parameter) -> str:
+def _source(checkpoint: TensorSource, name: str, parameter: torch.nn.Parameter) -> str:
     """The stored tensor that a parameter is read from."""
     return name if parameter.dtype in HALF_PRECISIONS else _best_source(checkpoint, name)
 
 
-def _best_source(checkpoint: Checkpoint, name: str) -> str:
+def _best_source(checkpoint: TensorSource, name: str) -> str:
     master = f"{OPTIMIZER}master.{name}"
     return master if master in checkpoint.names else name
 
 
 def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: RunConfig) -> None:
     stored = checkpoint.state["optimizer"]
+    if stored is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} was saved with --no-save-optim: only --no-load-optim, which "
+            "starts the optimizer from scratch, resumes from it"
+        )
     if stored != config.optimizer.optimizer:
         raise CheckpointError(
             f"{checkpoint.folder} holds the state of --optimizer {stored}, this run uses "
@@ -196,17 +220,21 @@ def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: R
     parts.optimizer.bad_steps.restore(checkpoint.state.get("bad_steps", {}))
 
 
-def _load_master(checkpoint: Checkpoint, parts: TrainingComponents) -> None:
+def _load_master(
+    checkpoint: TensorSource, parts: TrainingComponents, absent: tuple[str, ...] = ()
+) -> None:
     """Fill the master weights of a half-precision model from the stored ones, else the weights."""
     optimizer = parts.optimizer
     shards = []
     for name, master in optimizer.master.items() if optimizer.keeps_master else ():
+        if name.startswith(absent):
+            continue
         source = _best_source(checkpoint, name)
         shards += _optimizer_shards(optimizer, source, name, master)
     _read(checkpoint, shards)
 
 
-def _read(checkpoint: Checkpoint, shards: list[Shard]) -> None:
+def _read(checkpoint: TensorSource, shards: list[Shard]) -> None:
     checkpoint.check(shards)
     for shard in shards:
         checkpoint.read_into(shard)
@@ -224,13 +252,12 @@ def read_state(parts: TrainingComponents, config: RunConfig, step: int | None) -
     options = config.checkpoint
     verify = options.verify_checkpoint == "on"
     with Checkpoint.open(options.load, step, verify) as checkpoint:
+        if options.finetune:
+            return _weights_alone(checkpoint, parts, config, "--finetune")
         _load_model(checkpoint, parts)
         _load_master(checkpoint, parts)
-        if not (options.finetune or options.no_load_optim):
+        if not options.no_load_optim:
             _load_optimizer(checkpoint, parts, config)
-        if options.finetune:
-            note = f"weights from {checkpoint.folder}; all else starts from scratch (--finetune)"
-            return Progress(notes=[note])
         state = checkpoint.state
         progress = Progress(state["iteration"], state["consumed_samples"])
         if state.get("data"):  # older checkpoints do not have it
@@ -239,9 +266,48 @@ def read_state(parts: TrainingComponents, config: RunConfig, step: int | None) -
         streams = _restore_rng(checkpoint, parts, config)
         # All has been read: what follows changes the run for good.
         _continue_batches(checkpoint, progress, parts, config)
-        progress.notes += _changes(checkpoint, config)
+        keys = keys_where(lambda field: field.changes_numbers)
+        progress.notes += _changes(checkpoint, config, keys)
         progress.notes += streams
     return progress
+
+
+def load_published(parts: TrainingComponents, folder: str) -> Progress:
+    """Start from the weights of a Hugging Face folder: each rank reads its boxes. All else starts
+    from scratch, heads that the published model does not have too."""
+    with HuggingFaceWeights.open(folder) as source:
+        published = source.published
+        absent = published.absent
+        _load_model(source, parts, absent)
+        _load_master(source, parts, absent)
+        parts.optimizer.weights_were_set()
+        notes = [f"weights of the {published.class_name} in {folder}; all else starts from scratch"]
+        if absent:
+            heads = " ".join(f"{beginning}*" for beginning in absent)
+            notes.append(f"a {published.class_name} has no {heads}: these start from the seed")
+        return Progress(notes=notes + published.notes)
+
+
+def load_pretrained(parts: TrainingComponents, config: RunConfig) -> Progress:
+    """Start from the weights in --pretrained-checkpoint, of any layout.
+
+    Collective. Raises CheckpointError when they are not those of this model.
+    """
+    with Checkpoint.open(config.checkpoint.pretrained_checkpoint) as checkpoint:
+        progress = _weights_alone(checkpoint, parts, config, "--pretrained-checkpoint")
+    parts.optimizer.weights_were_set()
+    return progress
+
+
+def _weights_alone(
+    checkpoint: Checkpoint, parts: TrainingComponents, config: RunConfig, flag: str
+) -> Progress:
+    """The start of a run that takes nothing but weights, as the flag says."""
+    _load_model(checkpoint, parts)
+    _load_master(checkpoint, parts)
+    notes = [f"weights from {checkpoint.folder}; all else starts from scratch ({flag})"]
+    keys = keys_where(lambda field: field.keeps_shapes)
+    return Progress(notes=notes + _changes(checkpoint, config, keys))
 
 
 def _continue_batches(
@@ -303,13 +369,13 @@ def compare_data_with_checkpoint(progress: Progress, now: DataState, allow_chang
         )
 
 
-def _changes(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
-    """A note for what the checkpoint was made with and this run is not, since the numbers will go
-    on differently."""
+def _changes(checkpoint: Checkpoint, config: RunConfig, keys: Iterable[str]) -> list[str]:
+    """A note for what, of these fields, the checkpoint was made with and this run is not, since the
+    numbers will go on differently."""
     before = to_flat(config_of_checkpoint(checkpoint.config_yaml))
-    now = to_flat(config)
+    now = to_flat(given(config))
     changed = []
-    for key in keys_where(lambda field: field.changes_numbers):
+    for key in keys:
         if before[key] != now[key]:
             changed.append(f"{key} {before[key]} -> {now[key]}")
     return [f"changed since the checkpoint was made: {', '.join(changed)}"] if changed else []
@@ -336,5 +402,10 @@ def _restore_rng(checkpoint: Checkpoint, parts: TrainingComponents, config: RunC
     for name, value in checkpoint.private(context.rank, context.world_size).items():
         if name.startswith(RNG):
             streams[name.removeprefix(RNG)] = value
+    if not streams:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds no random state, as with --no-save-rng: --no-load-rng "
+            "starts dropout's streams from the seed"
+        )
     parts.rng.restore(streams)
     return []

@@ -24,6 +24,7 @@ from tests.checks import (
     slightly_other_losses,
     stops_at,
 )
+from tests.config.checkpoint_flags import CHECKPOINT_FLAGS
 from tests.config.flag_effects import (
     BERT,
     BPE,
@@ -397,6 +398,7 @@ FLAGS: dict[str, list[Effect]] = {
         )
     ],
     "load": [effect("../trained", goes_on_from(4), base=LONGER)],
+    "load_hf": [effect("../published", losses_from(1))],
     "ckpt_step": [effect(2, becomes("iterations", [3, 4, 5, 6, 7, 8]), base=RESUMED)],
     "finetune": [
         effect(True, becomes("iterations", [1, 2, 3, 4, 5, 6, 7, 8]), base=RESUMED),
@@ -417,6 +419,7 @@ FLAGS: dict[str, list[Effect]] = {
     "no_load_rng": [
         effect(True, losses_from(1), base={**RESUMED, **STREAMS, "load": "../trained-with-streams"})
     ],
+    **CHECKPOINT_FLAGS,
     # training
     "train_iters": [effect(5, becomes("iterations", [1, 2, 3, 4, 5]))],
     "train_samples": [

@@ -267,6 +267,27 @@ CASES = {
     "idle model": (dict(tokenizer_model="x.model"), 1, "--tokenizer-model x.model"),
     "idle order": (dict(sample_order="megatron"), 1, "--sample-order megatron --mock-data"),
     "idle change of data": (dict(allow_data_change=True), 1, "--allow-data-change without --load"),
+    "idle omission": (dict(no_save_optim=True), 1, "--no-save-optim without --save"),
+    "idle omission of streams": (
+        dict(no_save_rng=True, save="unmade"),
+        1,
+        "--no-save-rng --rng-scheme global",
+    ),
+    "idle exit": (
+        dict(exit_on_missing_checkpoint=True),
+        1,
+        "--exit-on-missing-checkpoint without --load",
+    ),
+    "idle change of model": (
+        dict(allow_model_change=True),
+        1,
+        "--allow-model-change without --load or --pretrained-checkpoint",
+    ),
+    "idle arguments": (
+        dict(use_checkpoint_args=True),
+        1,
+        "--use-checkpoint-args without --load or --pretrained-checkpoint",
+    ),
     "idle vocabulary": (
         dict(vocab_file="x.txt"),
         1,

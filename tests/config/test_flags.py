@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megalite.config.run import options
+from megalite.programs.convert_checkpoint import Options, convert
 from tests import runs
 from tests.checks import Check
 from tests.config.flag_effects import BASE, LONGER, STREAMS
@@ -27,6 +28,8 @@ def bench(tmp_path_factory, pool) -> Bench:
     bench.observe(runs.training, {**stopped, "save": "../trained"}, 1)
     bench.observe(runs.training, {**stopped, **STREAMS, "save": "../trained-with-streams"}, 1)
     bench.make_damaged()
+    folders = {"load": str(bench.folder / "trained"), "save": str(bench.folder / "published")}
+    convert(Options(from_format="megalite", to="hf", **folders))
     return bench
 
 

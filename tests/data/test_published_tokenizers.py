@@ -1,8 +1,10 @@
 """Published tokenizers give their published ids. `.ci/run` installs the packages that hold them."""
 
 import importlib.util
+import json
 import random
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,25 @@ def test_a_file_is_known_by_its_content_or_named_by_the_flag(published, tmp_path
     other = build_tokenizer("TikTokenizer", str(copy), tiktoken_pattern=name)
     ids = original.encode_batch(TEXTS).ids
     assert other.encode_batch(TEXTS).ids.tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("published", ["llama3", "qwen"], indirect=True)
+def test_a_tokenizer_json_of_a_published_file_gives_its_ids(published):
+    """So that AutoTokenizer of transformers reads what is written beside converted weights."""
+    tokenizers = pytest.importorskip("tokenizers")
+    _, path, encode, end, special_tokens = published
+    files = build_tokenizer("TikTokenizer", str(path)).huggingface_files()
+    assert files[path.name] == path.read_bytes()
+    theirs = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    assert {name: theirs.token_to_id(name) for name in special_tokens} == special_tokens
+    texts = [text for text in texts_with(special_tokens) if len(text) < 25_000]
+    for text in texts:
+        assert theirs.encode(text).ids == encode(text, "all"), text
+        assert theirs.decode(theirs.encode(text).ids, skip_special_tokens=False) == (
+            unicodedata.normalize("NFC", text) if "qwen" in path.name else text
+        )
+    name = json.loads(files["tokenizer_config.json"])["eos_token"]
+    assert theirs.token_to_id(name) == end
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])

@@ -12,18 +12,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalite.config.estimate import estimate_stages, model_parameters
 from megalite.config.validate import resolve
+from megalite.convert.huggingface import HuggingFaceWeights
 from megalite.data.build import blended, build_sources
 from megalite.data.loader import BertLoader
 from megalite.data.tokenizers import build_tokenizer
 from megalite.models.batch import Microbatch
 from megalite.models.bert import Bert
 from megalite.models.cost import HeadCost, flops_per_sequence
-from megalite.nn.config import ModelConfig
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rng import CounterBasedRng
 from megalite.training.batches import build_batches
 from megalite.training.build import build_model
+from megalite.training.state import load_weights
 from tests.layouts import GPT2, LLAMA, POST_NORM, Layout, as_bert, configuration
 from tests.test_layouts import samples_of
 from tests.tiny import ONE_PROCESS, build, context_of, settings_of
@@ -53,22 +54,15 @@ def test_a_real_encoder_has_hugging_face_s_hidden_states():
     from transformers import BertModel
 
     theirs = BertModel.from_pretrained(MINILM, attn_implementation="eager").eval()
-    c = theirs.config
-    shape = ModelConfig(
-        "bert",
-        None,
-        c.num_hidden_layers,
-        c.hidden_size,
-        c.num_attention_heads,
-        c.intermediate_size,
-        seq_length=c.max_position_embeddings,
-        norm_epsilon=c.layer_norm_eps,
-        norm_placement="post",
-        gelu="erf",
-        vocab_size=c.vocab_size,
-    )
-    model = Bert(settings_of(shape), pair=False).eval()
-    load_hugging_face(model, theirs.state_dict())
+    with HuggingFaceWeights.open(MINILM) as weights:
+        shape = weights.published.model
+        model = Bert(settings_of(shape), pair=True).eval()
+        encoder = {
+            name: parameter
+            for name, parameter in model.parameters_by_name.items()
+            if name in weights.names
+        }
+        load_weights(weights, encoder)
     tokenizer = build_tokenizer("BertWordPieceLowerCase", vocab_file=str(MINILM / "vocab.txt"))
     texts = [
         "The state of the Union is strong.",
@@ -83,50 +77,11 @@ def test_a_real_encoder_has_hugging_face_s_hidden_states():
         tokens[row, : len(text)], segments[row, : len(text)] = torch.tensor(text), 1
     with torch.no_grad():
         wanted = theirs(tokens, attention_mask=segments).last_hidden_state
-        found = model.encode(None, Microbatch(tokens, segments=segments)).transpose(0, 1)
+        encoded = model.encode(None, Microbatch(tokens, segments=segments))
+        assert (model.pooled(encoded) - theirs(tokens, segments).pooler_output).abs().max() < 1e-5
+        found = encoded.transpose(0, 1)
     assert wanted.abs().max() > 0.5
     assert (found - wanted)[segments > 0].abs().max() < 1e-5
-
-
-def load_hugging_face(model: Bert, state: dict) -> None:
-    """Give the encoder the weights of a BertModel, whose queries, keys and values are linears of
-    their own."""
-    names = {
-        "embedding.word_embeddings.weight": "embeddings.word_embeddings.weight",
-        "embedding.position_embeddings.weight": "embeddings.position_embeddings.weight",
-        "embedding.token_type_embeddings.weight": "embeddings.token_type_embeddings.weight",
-    }
-    parts = {
-        "attention.output": "attention.output.dense",
-        "attention_norm": "attention.output.LayerNorm",
-        "mlp.up": "intermediate.dense",
-        "mlp.down": "output.dense",
-        "mlp_norm": "output.LayerNorm",
-    }
-    for kind in ("weight", "bias"):
-        names[f"embedding_norm.{kind}"] = f"embeddings.LayerNorm.{kind}"
-        for i in model.layers:
-            names |= {
-                f"layers.{i}.{ours}.{kind}": f"encoder.layer.{i}.{x}.{kind}"
-                for ours, x in parts.items()
-            }
-    heads, h = model.model_config.num_attention_heads, model.model_config.hidden_size
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in names:
-                parameter.spec.real(parameter).copy_(state[names[name]])
-            elif "qkv" in name:
-                layer, kind = name.split(".")[1], name.split(".")[-1]
-                source = f"encoder.layer.{layer}.attention.self"
-                q, k, v = (
-                    state[f"{source}.{x}.{kind}"].view(
-                        heads, 1, h // heads, *([h] if kind == "weight" else [])
-                    )
-                    for x in ("query", "key", "value")
-                )
-                parameter.copy_(torch.cat([q, k, v], dim=1))
-            else:
-                assert name.startswith("mlm_head."), f"{name} was not loaded"
 
 
 # The model

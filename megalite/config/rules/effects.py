@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 from megalite.config.options import options_of
+from megalite.config.rules.disk import same_place
 from megalite.config.rules.finding import Finding, example_of, parameter_names, wanted_splits
 from megalite.config.run import RunConfig, keys_where, options, to_flat
 from megalite.data.bert_config import BertDataConfig
@@ -47,8 +48,10 @@ NEEDS_ANY = (
     (("decoupled_min_lr",), "decoupled_lr", {"decoupled_lr": 1e-4}),
     (("profile_dir", "profile_ranks"), "profile", {"profile": "10-12"}),
     (("save_interval", "keep_last", "keep_every", "async_save"), "save", "--save FOLDER"),
+    (("no_save_optim", "no_save_rng"), "save", "--save FOLDER"),
     (("ckpt_step", "finetune", "no_load_optim", "no_load_rng"), "load", "--load FOLDER"),
-    (("allow_data_change", "load_fallback", "verify_checkpoint"), "load", "--load FOLDER"),
+    (("allow_data_change", "exit_on_missing_checkpoint"), "load", "--load FOLDER"),
+    (("load_fallback", "verify_checkpoint"), "load", "--load FOLDER"),
 )
 """(fields, another field, which must be set for them to do something, how it is set)."""
 
@@ -180,9 +183,20 @@ def _checkpoint(config: RunConfig) -> Iterator[Idle]:
     if c.ckpt_step is not None:
         why = "with --ckpt-step, which names the one checkpoint to load"
         yield ("load_fallback",), why, {"ckpt_step": None}
-    if c.load is not None and config.training.rng_scheme == "global":
+    if c.load is not None and (c.finetune or not same_place(c.load, c.save)):
+        why = "with --load of another folder than --save, whose checkpoint is loaded"
+        yield ("load_hf", "pretrained_checkpoint"), why, {"load": None}
+    if c.load_hf is not None:
+        why = "with --load-hf, which names other weights"
+        yield ("pretrained_checkpoint",), why, {"load_hf": None}
+    if c.load is None and c.pretrained_checkpoint is None:
+        keys = ("allow_model_change", "use_checkpoint_args")
+        yield keys, "without --load or --pretrained-checkpoint", "--load FOLDER"
+    if config.training.rng_scheme == "global":
         why = "with --rng-scheme global, which has no random state"
-        yield ("no_load_rng",), why, {"rng_scheme": "megatron"}
+        for key, folder in (("no_load_rng", c.load), ("no_save_rng", c.save)):
+            if folder is not None:
+                yield (key,), why, {"rng_scheme": "megatron"}
 
 
 def _data(config: RunConfig) -> Iterator[Idle]:

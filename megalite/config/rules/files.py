@@ -6,6 +6,7 @@ Rules that read datasets are in data.py, those that read tokenizers in tokenizer
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megalite.checkpoint.folder import (
     CONFIG_FILE,
@@ -19,13 +20,23 @@ from megalite.checkpoint.folder import (
     read_file,
     save_folder,
 )
+from megalite.config.problem import ConfigError, Problem
 from megalite.config.rules.data import DATA_RULES
 from megalite.config.rules.disk import neighbours, same_place
 from megalite.config.rules.finding import Finding, Rule, each, flag_of, global_batch, iterations
 from megalite.config.rules.tokenizer import TOKENIZER_FILE_RULES
-from megalite.config.run import RunConfig, keys_where, options
+from megalite.config.run import (
+    RunConfig,
+    keys_where,
+    options,
+    published_problems,
+    to_flat,
+    with_values,
+)
 from megalite.config.yaml_file import config_of_checkpoint
+from megalite.convert.published import find_tensors, read_published
 from megalite.data.build import data_state
+from megalite.data.config import TOKENIZER_FIELDS
 from megalite.data.indexed import DatasetError
 from megalite.data.sources import DataState
 
@@ -36,6 +47,7 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
     c = config.checkpoint
     if c.load is None:
         return
+    required = c.exit_on_missing_checkpoint and c.pretrained_checkpoint is None
     stored = list_iterations(c.load, replaced=True)
     unreadable = ""
     try:
@@ -46,6 +58,12 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
     if not stored and latest is None:
         # A folder without checkpoints is right for the first run of a job.
         if same_place(c.load, c.save) and c.ckpt_step is None and not c.finetune:
+            if required:
+                yield Finding(
+                    f"--load {c.load} holds no checkpoint yet, and --exit-on-missing-checkpoint is "
+                    "given",
+                    {"exit_on_missing_checkpoint": False},
+                )
             return
         what = "holds no checkpoints" if os.path.isdir(c.load) else "is not a folder"
         beside = neighbours(c.load.rstrip("/"), "")
@@ -69,9 +87,24 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
         yield Finding(f"--load {c.load}: {why}", fix, also=("ckpt_step",))
 
 
+def pretrained_checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """Weights to start from, where --load does not hold a checkpoint to resume from."""
+    folder = config.checkpoint.pretrained_checkpoint
+    if folder is None or checkpoint_to_load(config)[0] is not None:
+        return
+    if _weights_to_load(config)[0] is None:
+        beside = neighbours(folder.rstrip("/"), "")
+        there = [other for other in beside if list_iterations(other, replaced=True)]
+        yield Finding(
+            f"--pretrained-checkpoint {folder} holds no checkpoints",
+            *each("pretrained_checkpoint", there),
+            {"pretrained_checkpoint": None},
+        )
+
+
 def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """The checkpoint holds this model, not one with other layers, widths, norms or positions."""
-    folder, made_with = _checkpoint_to_load(config)
+    folder, made_with = _weights_to_load(config)
     if made_with is None:
         return
     # The architecture.
@@ -101,12 +134,18 @@ def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Findin
         keys.discard("max_position_embeddings")  # of RoPE it is only a limit
     if config.model.vocab_size is None:
         keys.discard("vocab_size")
+    hidden = set(keys_where(lambda field: field.keeps_shapes))
+    if config.checkpoint.allow_model_change:
+        keys -= hidden
     for key in options():
         there = getattr(stored, key, None)
         here = getattr(wanted, key, None)
         if key in keys and there != here:
             message = f"the model in {folder} has {key} {there}, this run has {here}"
-            yield Finding(message, {key: there}, also=(key,))
+            fixes = [{key: there}]
+            if key in hidden:
+                fixes.append({"allow_model_change": True})
+            yield Finding(message, *fixes, also=(key,))
 
 
 def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -114,7 +153,7 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
     allowed."""
     if config.checkpoint.finetune or config.checkpoint.allow_data_change:
         return
-    folder, made_with = _checkpoint_to_load(config)
+    folder, made_with = checkpoint_to_load(config)
     if made_with is None or made_with.model.architecture != config.model.architecture:
         return  # another rule reports another model
     try:
@@ -136,7 +175,7 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
         )
 
 
-def _checkpoint_to_load(config: RunConfig) -> tuple[Path | None, RunConfig | None]:
+def checkpoint_to_load(config: RunConfig) -> tuple[Path | None, RunConfig | None]:
     """The folder of the checkpoint to load, and the configuration that it was made with. (None,
     None) where there is none or where, as loading reports, it cannot be read."""
     c = config.checkpoint
@@ -147,6 +186,41 @@ def _checkpoint_to_load(config: RunConfig) -> tuple[Path | None, RunConfig | Non
     except (CheckpointError, OSError, ValueError):
         pass
     return None, None
+
+
+def _weights_to_load(config: RunConfig) -> tuple[Path | None, RunConfig | None]:
+    """`checkpoint_to_load`, or without one that of --pretrained-checkpoint."""
+    pretrained = config.checkpoint.pretrained_checkpoint
+    folder, made_with = checkpoint_to_load(config)
+    if folder is None and pretrained is not None:
+        other = with_values(config, {"load": pretrained, "ckpt_step": None})
+        return checkpoint_to_load(other)
+    return folder, made_with
+
+
+def fields_of_checkpoint(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of model and tokenizer of the checkpoint that a run with these values loads, for
+    --use-checkpoint-args.
+
+    Empty without a folder to load from, which a rule reports. Raises ConfigError when there is no
+    checkpoint in it.
+    """
+    asked = {key: value for key, value in values.items() if options()[key].section == "checkpoint"}
+    config = with_values(RunConfig(), asked)
+    _, made_with = _weights_to_load(config)
+    where = config.checkpoint.load or config.checkpoint.pretrained_checkpoint
+    if where is None:
+        return {}
+    if made_with is None:
+        message = f"--use-checkpoint-args: {where} holds no checkpoint to take the model from"
+        fix = "give the model's flags, and leave out --use-checkpoint-args"
+        raise ConfigError([Problem(message, fix, ("use_checkpoint_args", "load"))])
+    found = {}
+    for key, value in to_flat(made_with).items():
+        of_model = options()[key].section == "model" and options()[key].field.changes_numbers
+        if key in TOKENIZER_FIELDS or key == "bert_pair" or (of_model and key != "architecture"):
+            found[key] = value
+    return found
 
 
 def folder_to_load(load: str, step: int | None) -> Path | None:
@@ -160,6 +234,19 @@ def read_stored_config(folder: Path) -> RunConfig:
     """The configuration that a checkpoint was made with. Raises CheckpointError or ValueError."""
     path = folder / CONFIG_FILE
     return config_of_checkpoint(parse_text(read_file(path), path))
+
+
+def published_weights_are_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """The folder of --load-hf holds every tensor of its model, unless the run resumes a
+    checkpoint."""
+    folder = config.checkpoint.load_hf
+    if folder is None or checkpoint_to_load(config)[0] is not None:
+        return
+    try:
+        find_tensors(read_published(folder))
+    except CheckpointError as error:
+        for problem in published_problems(error):
+            yield Finding(problem.message, problem.fix)
 
 
 def checkpoints_stay_apart(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -207,8 +294,10 @@ FILE_RULES: tuple[Rule, ...] = (
     *DATA_RULES,
     *TOKENIZER_FILE_RULES,
     checkpoint_is_there,
+    pretrained_checkpoint_is_there,
     checkpoint_fits_model,
     data_is_the_checkpoints,
+    published_weights_are_whole,
     checkpoints_stay_apart,
     results_can_be_written,
 )

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -88,12 +89,23 @@ class Tokenizer:
         """Return the strings that are encoded in place of `text`; their ids are concatenated."""
         return [text]
 
+    def huggingface_files(self) -> dict[str, bytes]:
+        """The files, by name, from which AutoTokenizer of the transformers library makes the same
+        tokenizer. Raises TokenizerError that says why there are none."""
+        raise TokenizerError(f"transformers knows no {type(self).__name__}")
+
     def load_fast(self, gigatoken: ModuleType):
         """Return the same tokenizer as a gigatoken.Tokenizer.
 
         Raises an Exception that says why gigatoken cannot load it.
         """
         raise TokenizerError("gigatoken has no such kind")
+
+
+def tokenizer_config(kind: str, **values: object) -> bytes:
+    """The content of a tokenizer_config.json: the class of transformers, and its settings."""
+    content = {"tokenizer_class": kind, "clean_up_tokenization_spaces": False, **values}
+    return json.dumps(content, indent=2).encode()
 
 
 def digest(kind: str, *contents: bytes) -> str:

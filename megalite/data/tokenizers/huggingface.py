@@ -12,6 +12,20 @@ from megalite.data.tokenizers.base import Encoded, TokenizerError
 END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 """Usual end-of-document tokens. The first in the vocabulary is taken if no file names one."""
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+PUBLISHED_FILES = (
+    TOKENIZER_JSON,
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""Files of a tokenizer in a folder of Hugging Face."""
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -51,6 +65,15 @@ class LibraryTokenizer(base.Tokenizer):
         """From now on, take the text of `special_texts` for the tokens."""
         self._tokenizer.add_special_tokens(list(self.special_texts))
         self.reserved_texts = self.special_texts
+
+    def _to_json(self, processor=None) -> bytes:
+        """The content of a tokenizer.json with `special_texts` as special tokens. processor: what
+        frames a text."""
+        copy = self.library().Tokenizer.from_str(self._tokenizer.to_str())
+        copy.add_special_tokens(list(self.special_texts))
+        if processor is not None:
+            copy.post_processor = processor
+        return copy.to_str(pretty=True).encode()
 
     def load_fast(self, gigatoken):
         """Load the tokenizer.json into gigatoken: byte-level BPE, and BPE with byte fallback."""
@@ -96,6 +119,14 @@ class GPT2BPETokenizer(LibraryTokenizer):
         if END_OF_TEXT not in self._vocabulary:
             raise TokenizerError(f"{given}: has no {END_OF_TEXT} to end documents with")
         self.eod = self._vocabulary[END_OF_TEXT]
+        self._files = {"vocab.json": vocab, "merges.txt": merges}
+
+    def huggingface_files(self) -> dict[str, bytes]:
+        """tokenizer.json, its settings, and the vocabulary."""
+        tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        settings = base.tokenizer_config("GPT2Tokenizer", **tokens, add_prefix_space=False)
+        files = {TOKENIZER_JSON: self._to_json(), TOKENIZER_CONFIG: settings}
+        return files | self._files
 
 
 class BertWordPieceLowerCase(LibraryTokenizer):
@@ -118,6 +149,7 @@ class BertWordPieceLowerCase(LibraryTokenizer):
         tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = library.decoders.WordPiece()
         super().__init__(tokenizer, content)
+        self._content = content
         self.starts_word = self._word_starts("##")
         self.eod = vocabulary["[SEP]"]
         # Refuse a cased vocabulary for lower-cased text: much of it would become [UNK].
@@ -130,6 +162,20 @@ class BertWordPieceLowerCase(LibraryTokenizer):
                 "text: use BertWordPieceCase, or a vocabulary of lower-cased text "
                 "(tools/train_tokenizer.py --kind wordpiece --lowercase)"
             )
+
+    def huggingface_files(self) -> dict[str, bytes]:
+        """tokenizer.json that frames texts in [CLS] and [SEP], its settings, and the vocabulary."""
+        frame = self.library().processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(name, self._vocabulary[name]) for name in ("[CLS]", "[SEP]")],
+        )
+        names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+        tokens = dict(zip(names, BERT_SPECIAL, strict=True))
+        kept = {"do_lower_case": self.lowercase, "strip_accents": None}
+        settings = base.tokenizer_config("BertTokenizer", **tokens, **kept)
+        files = {TOKENIZER_JSON: self._to_json(frame), TOKENIZER_CONFIG: settings}
+        return files | {"vocab.txt": self._content}
 
 
 class BertWordPieceCase(BertWordPieceLowerCase):
@@ -167,7 +213,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         library = self.library()
         self._path = Path(path)
         if self._path.is_dir():
-            self._path /= "tokenizer.json"
+            self._path /= TOKENIZER_JSON
         content = base.read_file(self._path, "--tokenizer-model")
         try:
             tokenizer = library.Tokenizer.from_str(content.decode())
@@ -184,6 +230,21 @@ class HuggingFaceTokenizer(LibraryTokenizer):
     def parse_special_tokens(self) -> None:
         """From now on, take the text of a special token of the file for that token."""
         self._tokenizer.encode_special_tokens = False
+
+    def huggingface_files(self) -> dict[str, bytes]:
+        """The tokenizer's files beside tokenizer.json, and settings where there are none."""
+        files = {}
+        for name in PUBLISHED_FILES:
+            path = self._path.with_name(name)
+            if path.is_file():
+                files[name] = path.read_bytes()
+        files[TOKENIZER_JSON] = self._path.read_bytes()
+        if TOKENIZER_CONFIG not in files:
+            end = self._tokenizer.id_to_token(self.eod) if self.eod_or_none is not None else None
+            files[TOKENIZER_CONFIG] = base.tokenizer_config(
+                "PreTrainedTokenizerFast", eos_token=end
+            )
+        return files
 
     @property
     def starts_word(self) -> np.ndarray | None:
@@ -208,7 +269,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
 
     def _named_end(self) -> str | None:
         """The eos_token in tokenizer_config.json; None if there is none."""
-        path = self._path.with_name("tokenizer_config.json")
+        path = self._path.with_name(TOKENIZER_CONFIG)
         if not path.is_file():
             return None
         try:

@@ -51,6 +51,16 @@ class SentencePieceTokenizer(base.Tokenizer):
         """Return the text of these ids. Control pieces have no text."""
         return self._processor.decode(list(map(int, ids)))
 
+    def huggingface_files(self) -> dict[str, bytes]:
+        """The model, and the settings beside it where it was published with some: transformers
+        would normalize text in another way than most models."""
+        files = {"tokenizer.model": self._data}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            path = Path(self._path).with_name(name)
+            if path.is_file():
+                files[name] = path.read_bytes()
+        return files
+
     def load_fast(self, gigatoken):
         """Load the model into gigatoken, which takes BPE with byte fallback."""
         return gigatoken.Tokenizer.from_sentencepiece(self._data)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from megalite.data.tokenizers import base
 from megalite.data.tokenizers.base import Encoded, TokenizerError
-from megalite.data.tokenizers.tiktoken_patterns import ENCODINGS, IN_FILE_NAMES, PUBLISHED
+from megalite.data.tokenizers.tiktoken_json import tokenizer_json
+from megalite.data.tokenizers.tiktoken_patterns import ENCODINGS, IN_FILE_NAMES, PUBLISHED, nfc
 
 
 class TikTokenizer(base.Tokenizer):
@@ -51,6 +52,8 @@ class TikTokenizer(base.Tokenizer):
         self.vocab_size = max(*ids.values(), *special.values()) + 1
         self.eod = special[self._known.eod]
         self.sha256 = base.digest(f"TikTokenizer {name}", content)
+        self._ids = ids
+        self._content = content
 
     def parse_special_tokens(self) -> None:
         """From now on, take the text of a special token for that token."""
@@ -68,6 +71,14 @@ class TikTokenizer(base.Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of these ids. Broken UTF-8 becomes the replacement character."""
         return self._encoding.decode([int(i) for i in ids if i != self.eod])
+
+    def huggingface_files(self) -> dict[str, bytes]:
+        """tokenizer.json with the same merges and pattern, its settings, and the file itself."""
+        known = self._known
+        text = tokenizer_json(self._ids, known.pattern, known.special, nfc=known.sections is nfc)
+        settings = base.tokenizer_config("PreTrainedTokenizerFast", eos_token=known.eod)
+        files = {"tokenizer.json": text, "tokenizer_config.json": settings}
+        return files | {Path(self._path).name: self._content}
 
     def load_fast(self, gigatoken):
         """Load the file into gigatoken, without special tokens: their text is ordinary text."""

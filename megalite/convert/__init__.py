@@ -1,0 +1,1 @@
+"""Weights and configurations of other formats: mapping tables, reading and writing."""

@@ -1,0 +1,159 @@
+"""Weights of a Hugging Face folder under megalite's names, of which any box can be read."""
+
+import itertools
+import os
+from collections.abc import KeysView
+from math import prod
+from operator import sub
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megalite.checkpoint.folder import CheckpointError
+from megalite.checkpoint.source import TensorSource
+from megalite.convert.published import Published, StoredPiece, find_tensors, read_published
+from megalite.convert.safetensors_header import ITEM_BYTES, StoredBytes
+from megalite.parallel.boxes import Box
+from megalite.system.errors import error_message
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LEAST_BYTES = 4096
+"""Shorter runs of bytes are read together with what lies between them: a disk reads pages."""
+
+
+class HuggingFaceWeights(TensorSource):
+    """The weights of a folder of Hugging Face, by megalite's names.
+
+    Each rank may open one; nothing communicates. Opening reads config.json and the headers of the
+    files; reading a box reads its bytes.
+    """
+
+    def __init__(self, published: Published, pieces: dict[str, list[StoredPiece]]):
+        self.folder = published.folder
+        self.published = published
+        self._pieces = pieces
+        self._shapes = published.shapes
+        self._files: dict[Path, int] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "HuggingFaceWeights":
+        """Open a folder with config.json and model.safetensors, or its shards and their index.
+
+        Raises CheckpointError that lists everything that megalite cannot read as a model.
+        """
+        published = read_published(folder)
+        return cls(published, find_tensors(published))
+
+    @property
+    def names(self) -> KeysView[str]:
+        """Names of all tensors: those of the model's parameters."""
+        return self._pieces.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Global shape."""
+        self._known(name)
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype."""
+        return DTYPES[self._known(name)[0].stored.dtype]
+
+    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """One box of a tensor (None: all of it), on the CPU, in the stored dtype."""
+        pieces = self._known(name)
+        shape = self._shapes[name]
+        box = Box.whole(shape) if box is None else box
+        if not box.lies_within(shape):
+            where = f"{self.folder}: {name}"
+            raise CheckpointError(f"{where} has shape {shape}; {box} does not lie in it")
+        out = None
+        for item in pieces:
+            common = item.piece.box.intersect(box)
+            if common is None:
+                continue
+            part = self._read_part(item, common)
+            if common == box:
+                return part.contiguous()
+            if out is None:
+                out = torch.empty(box.shape, dtype=part.dtype)
+            out[common.slices_in(box)] = part
+        return torch.empty(box.shape, dtype=self.dtype(name)) if out is None else out
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def _known(self, name: str) -> list[StoredPiece]:
+        if name not in self._pieces:
+            raise CheckpointError(f"{self.folder}: {name} is not stored{self._nearest(name)}")
+        return self._pieces[name]
+
+    def _read_part(self, item: StoredPiece, common: Box) -> torch.Tensor:
+        """The values of `common`, which lies in the piece's box, in our order."""
+        piece = item.piece
+        # The ranges of their axes.
+        offset = tuple(map(sub, common.offset, piece.box.offset))
+        ranges = [(0, 0)] * len(piece.factored)
+        for ours, theirs in enumerate(piece.to_ours):
+            ranges[theirs] = (offset[ours], offset[ours] + common.shape[ours])
+        # The innermost axes are read as one run of bytes: all that are read whole, and one more.
+        run = len(ranges)
+        width = 1
+        item_bytes = ITEM_BYTES[item.stored.dtype]
+        while run:
+            start, stop = ranges[run - 1]
+            length = piece.factored[run - 1]
+            run -= 1
+            if (start, stop) == (0, length):
+                width *= length
+            elif run == 0 or (stop - start) * width * item_bytes >= LEAST_BYTES:
+                width *= stop - start
+                break
+            else:
+                width *= length
+                ranges[run] = (0, length)
+        values = self._read_runs(item.stored, piece.factored, ranges=ranges, run=run)
+        # What was read in addition is cut off.
+        wanted = []
+        for ours in range(len(piece.to_ours)):
+            first = offset[ours] - ranges[piece.to_ours[ours]][0]
+            wanted.append(slice(first, first + common.shape[ours]))
+        return values.permute(piece.to_ours)[tuple(wanted)]
+
+    def _read_runs(
+        self, stored: StoredBytes, factored: tuple[int, ...], *, ranges: list, run: int
+    ) -> torch.Tensor:
+        """The elements in `ranges` of their axes. run: from this axis on, a run is contiguous."""
+        shape = [stop - start for start, stop in ranges]
+        item_bytes = ITEM_BYTES[stored.dtype]
+        length = prod(shape[run:]) * item_bytes
+        strides = [prod(factored[axis + 1 :]) * item_bytes for axis in range(len(factored))]
+        buffer = np.empty(prod(shape) * item_bytes, np.uint8)
+        inner = stored.start
+        if run < len(ranges):
+            inner += ranges[run][0] * strides[run]
+        target = memoryview(buffer)
+        outer = itertools.starmap(range, ranges[:run])
+        for number, place in enumerate(itertools.product(*outer)):
+            begin = inner + sum(index * strides[axis] for axis, index in enumerate(place))
+            self._read_bytes(stored, target[number * length : (number + 1) * length], begin)
+        return torch.from_numpy(buffer).view(DTYPES[stored.dtype]).view(shape)
+
+    def _read_bytes(self, stored: StoredBytes, target: memoryview, begin: int) -> None:
+        """Fill `target` from the file, from byte `begin` on."""
+        done = 0
+        try:
+            if stored.file not in self._files:
+                self._files[stored.file] = os.open(stored.file, os.O_RDONLY)
+            while done < len(target):
+                count = os.preadv(self._files[stored.file], [target[done:]], begin + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{stored.file}: {stored.key}: {error_message(error)}") from None
+        if done < len(target):
+            raise CheckpointError(f"{stored.file} became shorter while {stored.key} was read")

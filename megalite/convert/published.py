@@ -1,0 +1,194 @@
+"""A folder of Hugging Face: its configuration, its tensors and its tokenizer. Imports no torch.
+
+Only config.json, the index and the headers of the safetensors files are read.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megalite.checkpoint.folder import CheckpointError, parse_json, read_file
+from megalite.convert.keys import Findings, Values
+from megalite.convert.model_config import OWN_FIELDS, architecture_of, class_of, read_fields
+from megalite.convert.pieces import Piece, PlacedPiece, model_shapes, place
+from megalite.convert.safetensors_header import ITEM_BYTES, StoredBytes, read_header
+from megalite.convert.tables import Architecture
+from megalite.models.cost import HeadCost
+from megalite.models.shapes import Shapes
+from megalite.nn.config import ModelConfig
+
+CONFIG_JSON = "config.json"
+INDEX_JSON = "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"
+SHOWN = 20
+"""Problems that a message shows."""
+
+
+class PublishedError(CheckpointError):
+    """A folder of Hugging Face is not one that megalite can read. `problems` are all reasons."""
+
+    def __init__(self, where: Path, problems: list[str]):
+        shown = problems[:SHOWN]
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        super().__init__("\n  ".join([f"{where}:", *shown, *more]))
+        self.where = where
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Published:
+    """What config.json says of a model, in our words."""
+
+    folder: Path
+    config: dict[str, Any]
+    """The content of config.json."""
+    architecture: Architecture
+    class_name: str
+    """Class of transformers that wrote it."""
+    fields: Values
+    """Fields of RunConfig that describe the model: those of ModelConfig and bert_pair."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> ModelConfig:
+        """The shape of the model."""
+        own = {name: value for name, value in self.fields.items() if name in OWN_FIELDS}
+        return ModelConfig(**own)
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Beginnings of our names that the class has no tensors for."""
+        return self.architecture.classes[self.class_name]
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shapes of our parameters that the folder should hold."""
+        shapes = model_shapes(self.model, head_of(self.architecture, self.fields))
+        return {name: shape for name, shape in shapes.items() if not name.startswith(self.absent)}
+
+
+def head_of(architecture: Architecture, fields: Values) -> HeadCost:
+    """What the model has before and after its layers."""
+    if architecture.ours == "gpt":
+        return HeadCost()
+    pairs = 0 if fields.get("bert_pair") == "none" else 2
+    return HeadCost(token_types=2, dense=True, pair_classes=pairs)
+
+
+def table_of(architecture: Architecture) -> tuple[Piece, ...]:
+    """All lines of the mapping table."""
+    return (*architecture.pieces, architecture.untied)
+
+
+def read_published(folder: str | Path) -> Published:
+    """Read config.json. Raises CheckpointError with everything that megalite cannot translate."""
+    folder = Path(folder)
+    config = read_object(folder / CONFIG_JSON)
+    found = Findings()
+    fields = read_fields(config, found)
+    if found.problems:
+        raise PublishedError(folder / CONFIG_JSON, found.problems)
+    architecture = architecture_of(config)
+    name = class_of(config, architecture)
+    return Published(folder, config, architecture, name, fields, found.notes)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError."""
+    return parse_json(read_file(path), path)
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """A piece of one of our tensors and the bytes that hold it."""
+
+    piece: PlacedPiece
+    stored: StoredBytes
+
+
+def find_tensors(published: Published) -> dict[str, list[StoredPiece]]:
+    """The pieces of each of our tensors, by its name.
+
+    Raises CheckpointError that lists every tensor that is missing, has another shape or dtype than
+    config.json implies, or has no place in the model.
+    """
+    stored = _stored_tensors(published.folder)
+    architecture = published.architecture
+    placement = place(table_of(architecture), published.shapes)
+    problems = [f"{name}: megalite's table has no line for it" for name in placement.problems]
+    found = {}
+    used = set()
+    for name, pieces in placement.by_name.items():
+        found[name] = []
+        for piece in pieces:
+            key = piece.theirs
+            if key not in stored:
+                key = key.removeprefix(architecture.prefix)
+            if key not in stored:
+                problems.append(f"{piece.theirs} is missing")
+                continue
+            used.add(key)
+            tensor = stored[key]
+            if tensor.shape != piece.shape:
+                problems.append(f"{key} has shape {tensor.shape}, config.json says {piece.shape}")
+            elif tensor.dtype not in ITEM_BYTES or tensor.dtype[0] not in "BF":
+                kinds = "F64, F32, F16 and BF16"
+                problems.append(f"{key} is {tensor.dtype}; megalite reads {kinds}")
+            found[name].append(StoredPiece(piece, tensor))
+        if len({item.stored.dtype for item in found[name]}) > 1:
+            problems.append(f"parts of {name} have several dtypes")
+    # What would be left out silently.
+    ignored = architecture.ignored
+    if published.model.tied:
+        ignored += (architecture.untied.theirs,)
+    for key in stored.keys() - used:
+        if not key.endswith(ignored):
+            problems.append(f"{key} is no tensor of a {published.class_name}")
+    if problems:
+        raise PublishedError(published.folder, sorted(problems))
+    return found
+
+
+def _stored_tensors(folder: Path) -> dict[str, StoredBytes]:
+    """Every tensor of the folder's safetensors files by key. Raises CheckpointError."""
+    if (folder / INDEX_JSON).exists():
+        return _sharded(folder)
+    if (folder / ONE_FILE).exists():
+        return read_header(folder / ONE_FILE)
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles:
+        again = "from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        raise CheckpointError(
+            f"{folder} holds {pickles[0]} and no {ONE_FILE}. A .bin file is a pickle, which can "
+            "run code when it is read, and megalite reads none. Where you trust it, transformers "
+            f"writes it again as safetensors: {again} of the class that {CONFIG_JSON} names"
+        )
+    raise CheckpointError(f"{folder} holds neither {ONE_FILE} nor {INDEX_JSON}")
+
+
+def _sharded(folder: Path) -> dict[str, StoredBytes]:
+    """The tensors that an index names. Raises CheckpointError."""
+    index = folder / INDEX_JSON
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index}: it has no weight_map")
+    headers = {}
+    for name in sorted(set(map(str, places.values()))):
+        # A name such as ../../secret would open a file outside the folder.
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: unsafe file name {name!r}: it must be in this folder")
+        headers[name] = read_header(folder / name)
+    problems = []
+    stored = {}
+    for key, name in places.items():
+        if key in headers[str(name)]:
+            stored[key] = headers[str(name)][key]
+        else:
+            problems.append(f"{key} is not in {name}")
+    for name, tensors in headers.items():
+        for key in tensors:
+            if places.get(key) != name:
+                problems.append(f"{key} is in {name}, and the index does not say so")
+    if problems:
+        raise PublishedError(index, problems)
+    return stored

@@ -1,0 +1,162 @@
+"""What may change when a run resumes: told, refused, or allowed by a flag. Nothing is trained here;
+test_flags and test_resume do."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+
+from megalite.config import cli, validate
+from megalite.config.problem import ConfigError, Problem
+from megalite.config.run import RunConfig, from_flat
+from megalite.config.yaml_file import to_yaml
+from tests.config.validation import SOUND, fixed
+
+MADE_WITH = """
+    --mock-data --vocab-size 512 --train-iters 10 --num-layers 4 --hidden-size 64 --seq-length 32
+    --num-attention-heads 4 --position-embedding-type rope --lr 0.001 --weight-decay 0.1 --bf16
+    --adam-beta2 0.95 --hidden-dropout 0.0 --attention-dropout 0.0 --global-batch-size 4
+    --norm-epsilon 1e-6 --lr-warmup-fraction 0.2
+""".split()
+UNASKED = ("--lr", "--weight-decay", "--bf16", "--adam-beta2", "--hidden-dropout")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a checkpoint of MADE_WITH in `run`: what the rules look at of it."""
+    monkeypatch.chdir(tmp_path)
+    save("run", validate.resolve(cli.read_config(MADE_WITH), 1))
+    return tmp_path
+
+
+def save(name: str, config: RunConfig) -> None:
+    step = f"{name}/iter_0000005"
+    os.makedirs(step)
+    for file, text in {
+        f"{step}/index.json": "{}",
+        f"{step}/state.json": json.dumps({"data": None}),
+        f"{step}/config.yaml": to_yaml(config),
+        f"{name}/latest_checkpointed_iteration.txt": "5",
+    }.items():
+        with open(file, "w") as stream:
+            stream.write(text)
+
+
+def check(argv: list[str], ranks: int = 1) -> list[Problem]:
+    """What the program finds."""
+    values, config = cli.read_values(argv)
+    return validate.check(config, ranks, values)
+
+
+def without(*flags: str) -> list[str]:
+    """The flags of the checkpoint, without some and their values."""
+    kept = []
+    skipping = False
+    for word in MADE_WITH:
+        if word.startswith("--"):
+            skipping = word in flags
+        if not skipping:
+            kept.append(word)
+    return kept
+
+
+def test_the_same_flags_resume(folder):
+    assert check([*MADE_WITH, "--load", "run"]) == []
+    assert check(["--config", "run/iter_0000005/config.yaml", "--load", "run"]) == []
+
+
+def test_what_is_given_may_change(folder):
+    """The run then prints what has changed, see tests/test_resume.py."""
+    changed = "--lr 0.002 --weight-decay 0.2 --no-bf16 --adam-beta2 0.999 --hidden-dropout 0.1"
+    more = "--global-batch-size 8 --clip-grad 0.5 --lr-decay-style linear --load run"
+    assert check([*MADE_WITH, *changed.split(), *more.split()]) == []
+
+
+def test_what_is_not_given_must_be_as_it_was(folder):
+    """All at once; each names what would keep it, and that works."""
+    argv = [*without(*UNASKED), "--load", "run"]
+    problems = check(argv)
+    assert len(problems) == len(UNASKED)
+    for flag, wanted in (
+        ("--lr 0.001; this run does not give --lr, and would go on with --lr 0.0003", "--lr 0.001"),
+        ("--weight-decay 0.1", "--weight-decay 0.1"),
+        ("--adam-beta2 0.95", "--adam-beta2 0.95"),
+        ("--precision bf16", "--precision bf16"),
+        ("--hidden-dropout 0", "--hidden-dropout 0"),
+    ):
+        (problem,) = [p for p in problems if f"was made with {flag}" in p.message]
+        assert problem.fix.startswith(wanted) and "where the change is meant" in problem.fix
+        argv += problem.fix.partition(", or ")[0].split()
+    assert check(argv) == []
+
+
+def test_a_batch_size_that_follows_from_the_ranks(folder):
+    """4 on one rank was given; on 2 ranks it would become 2 by itself."""
+    (problem,) = check([*without("--global-batch-size"), "--load", "run"], ranks=2)
+    assert "--global-batch-size 4; this run does not give" in problem.message
+    assert "would go on with --global-batch-size 2" in problem.message
+
+
+def test_a_fine_tuning_compares_the_model_alone(folder):
+    argv = [*without(*UNASKED, "--global-batch-size"), "--load", "run", "--finetune"]
+    assert check(argv) == []
+    (problem,) = check([*argv, "--rotary-base", "500000"])
+    assert "has rotary_base 10000.0, this run has 500000.0" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("--rotary-base 500000", "rotary_base 10000.0, this run has 500000.0"),
+        ("--norm-epsilon 1e-5", "norm_epsilon 1e-06, this run has 1e-05"),
+        ("--gelu erf", "gelu tanh, this run has erf"),
+        ("--rope-scaling llama3", "rope_scaling none, this run has llama3"),
+    ],
+)
+@pytest.mark.parametrize("how", ["--load", "--pretrained-checkpoint"])
+def test_another_model_of_the_same_shapes(folder, change, words, how):
+    """It is refused, and a flag allows it."""
+    argv = [*MADE_WITH, *change.split(), how, "run"]
+    (problem,) = check(argv)
+    assert words in problem.message and "--allow-model-change" in problem.fix
+    config = cli.read_config(argv)
+    for offer, repaired, _ in fixed(config, 1, problem):
+        assert validate.check(repaired, 1) == [], offer
+    assert check([*argv, "--allow-model-change"]) == []
+
+
+def test_another_shape_is_not_allowed_by_a_flag(folder):
+    (problem,) = check([*MADE_WITH, "--num-layers", "5", "--load", "run", "--allow-model-change"])
+    assert "num_layers 4, this run has 5" in problem.message
+    assert "allow-model-change" not in problem.fix
+
+
+def test_the_model_of_the_checkpoint(folder):
+    """--use-checkpoint-args: what is given wins, and contradicts like any flag."""
+    shape = ("--num-layers", "--hidden-size", "--seq-length", "--num-attention-heads")
+    argv = [*without(*shape, "--vocab-size", "--norm-epsilon"), "--use-checkpoint-args"]
+    for how in ("--load", "--pretrained-checkpoint"):
+        config = cli.read_config([*argv, how, "run"])
+        assert config.model.filled() == replace(cli.read_config(MADE_WITH).model.filled())
+        assert check([*argv, how, "run"]) == []
+    (problem,) = check([*argv, "--load", "run", "--num-layers", "2"])
+    assert "num_layers 4, this run has 2" in problem.message
+    with pytest.raises(ConfigError, match="use-checkpoint-args: other holds no checkpoint"):
+        cli.read_config([*argv, "--load", "other", "--save", "other"])
+
+
+def test_weights_to_start_from(folder):
+    """They count where --load holds no checkpoint, and must be there only then."""
+    first = [*MADE_WITH, "--save", "new", "--load", "new", "--exit-on-missing-checkpoint"]
+    assert check([*first, "--pretrained-checkpoint", "run"]) == []
+    (problem,) = check(first)
+    assert "new holds no checkpoint yet" in problem.message
+    (problem,) = check([*first, "--pretrained-checkpoint", "rnu"])
+    assert "--pretrained-checkpoint rnu holds no checkpoints" in problem.message
+    assert problem.fix.startswith("--pretrained-checkpoint run")
+    save("new", validate.resolve(cli.read_config(MADE_WITH), 1))
+    assert check([*first, "--pretrained-checkpoint", "rnu"]) == []
+    config = from_flat(SOUND | {"load": "new", "finetune": True, "pretrained_checkpoint": "run"})
+    messages = [problem.message for problem in validate.check(config, 1)]
+    assert any("--pretrained-checkpoint run has no effect" in message for message in messages)
