@@ -124,7 +124,8 @@ def context_of(layout: ParallelLayout, rank: int) -> ParallelContext:
         ranks = layout.group_of(rank, axis)
         groups[(axis,)] = Group(ranks, ranks.index(rank))
     world = Group(range(layout.world_size), rank)
-    return ParallelContext(layout, torch.device("meta"), world, world, groups)
+    device = torch.device("meta")
+    return ParallelContext(layout=layout, device=device, world=world, control=world, groups=groups)
 
 
 def held_by_rank(position: dict, parameters: dict, buckets: BucketLayout, data: int) -> list[Held]:

@@ -12,9 +12,12 @@ sys.path.insert(0, str(BENCHMARKS / "peers"))
 
 sys.path.insert(0, str(BENCHMARKS))
 
+import checkpoint_index  # noqa: E402
 import compare  # noqa: E402
 import training  # noqa: E402
 from rank import Shape  # noqa: E402
+
+from megalite.parallel.layout import ParallelLayout  # noqa: E402
 
 
 def test_a_row_of_what_is_installed(capsys):
@@ -100,3 +103,16 @@ def test_sums_of_two_ranks():
     done = subprocess.run(command, capture_output=True, text=True)
     rows = [line for line in done.stdout.splitlines() if line.startswith("| all-")]
     assert done.returncode == 0 and len(rows) == len(collectives.SIZES), done.stderr
+
+
+def test_the_index_of_many_ranks(tmp_path):
+    """That of 8 ranks of a small model, by the benchmark's own steps."""
+    layout = ParallelLayout(tensor=2, data=2, pipeline=2)
+    found = {}
+    for side in (checkpoint_index.pickled, checkpoint_index.written, checkpoint_index.opened):
+        found |= side("tiny", layout, str(tmp_path))
+    # Embedding, positions, final norm; attention, MLP and two norms of four layers: 2 each.
+    assert found["tensors"] == 4 * (2 + 2 + 4 * (4 + 4 + 4))
+    assert found["boxes"] > found["tensors"]
+    # A rank's own file; the weights that data rank 0 has, and those that tensor rank 0 has.
+    assert found["files opened by a rank, same layout"] == 4

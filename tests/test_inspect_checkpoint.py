@@ -1,7 +1,10 @@
 """tools/inspect_checkpoint.py, on real checkpoints of two layouts."""
 
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +121,20 @@ def test_arguments_that_do_not_fit(inspect, tmp_path):
         assert status == 2 and text in errors
     status, _, errors = inspect(tmp_path)
     assert status == 1 and "holds no checkpoint" in errors
+
+
+def test_the_commands_and_the_example_of_the_docs(inspect, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    for iteration in (100, 200):
+        save(tmp_path / "SAVE", iteration, whole(NAME, torch.ones(1024, 256)))
+    (script,) = re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S)
+    for line in script.splitlines():
+        arguments = shlex.split(line, comments=True)
+        assert arguments[:2] == ["python", "tools/inspect_checkpoint.py"]
+        status, shown, errors = inspect(*arguments[2:])
+        assert (status, errors) == (0, "") and shown, line
+    (example,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    found = {}
+    exec(example, found)
+    assert found["rows"].shape == (4, 256) and found["weight"].shape == (1024, 256)

@@ -87,6 +87,18 @@ def _no_space(path: str) -> str:
     return f"{free}; delete files there, raise your quota (quota -s), or write to another disk"
 
 
+def _too_large(path: str) -> str:
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = "a limit of its file system"
+    if soft != resource.RLIM_INFINITY:
+        limit = f"{_size(soft)}, which ulimit -f sets"
+    return f"a file may be no larger than {limit}; raise it, or write to another file system"
+
+
+def _device_fails(path: str) -> str:
+    return "the disk or the network file system fails (dmesg may say why); use another disk"
+
+
 def _too_many_files(path: str) -> str:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (
@@ -130,6 +142,8 @@ def _reader_ended(path: str) -> str:
 _EXPLANATIONS: dict[int | None, Callable[[str], str]] = {
     errno.ENOSPC: _no_space,
     errno.EDQUOT: _no_space,
+    errno.EFBIG: _too_large,
+    errno.EIO: _device_fails,
     errno.EMFILE: _too_many_files,
     errno.ENFILE: _too_many_files,
     errno.EACCES: _no_permission,

@@ -110,7 +110,9 @@ def test_an_error_ends_all_ranks_at_the_next_step(pool, tmp_path):
     # Rank 0's thread has written its file: it learns of the failure from rank 1's. (The limit also
     # keeps rank 1 from telling, through the pool's store, that both end for the same reason.)
     for message in messages:
-        assert "checkpoint not written; rank 1: OSError: [Errno 27] File too large: '" in message
+        assert (
+            "checkpoint not written; rank 1: OSError: " in message and "File too large" in message
+        )
     assert max(row["iteration"] for row in curve(tmp_path / "m.jsonl")) < 100
     assert [path.name for path in (tmp_path / "c").glob("iter_*")] == ["iter_0000004"]
     Checkpoint.open(tmp_path / "c").verify()
