@@ -427,6 +427,8 @@ def test_iterations_to_load(folder):
     checkpoint(folder / "run", 10, 20, 30)
     assert validate.check(real(load="run", save="run", ckpt_step=20), 1) == []
     assert_one_problem(real(load="run", ckpt_step=21), 1, "21 10, 20, 30", 2)
+    both = real(load="run", save="run", ckpt_step=20, load_fallback=True)
+    assert_one_problem(both, 1, "--load-fallback --ckpt-step")
     checkpoint(folder / "torn", 10, latest=20)
     assert_one_problem(real(load="torn"), 1, "torn 20", 1)
     assert validate.check(real(load="torn", load_fallback=True), 1) == []
