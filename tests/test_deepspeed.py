@@ -257,6 +257,7 @@ def test_a_run_that_a_signal_stops_resumes_to_the_bit(two, tmp_path, way):
     two.run(trained, 2, [*flags, "--metrics-file", str(whole)])
     parts = tmp_path / "parts.jsonl"
     kept = ["--save", str(tmp_path / "c"), "--load", str(tmp_path / "c")]
+    kept += ["--save-interval", "2", "--async-save"]
     flags += [*kept, "--metrics-file", str(parts)]
     said = two.run(trained, 2, flags, 3)[0]
     assert "stopped at iteration 3: SIGUSR1" in said and f"ZeRO stage {stage}" in said
