@@ -121,9 +121,13 @@ def through(tensor: torch.Tensor, precision: str) -> torch.Tensor:
     return tensor
 
 
+BETWEEN_HALVES = ((1, []), (2, ["--pp", "2"]), "bf16", "fp16")
+"""fp16 does not hold small numbers of bf16: the master weights do."""
+
+
 @pytest.mark.parametrize(
     ("one", "other", "precision", "other_precision"),
-    quick_and_slow(draw_pair_and_precisions, 4, 12, SEED + 2),
+    [BETWEEN_HALVES, *quick_and_slow(draw_pair_and_precisions, 4, 12, SEED + 2)],
     ids=describe,
 )
 def test_the_state_comes_back_bit_for_bit(pool, tmp_path, one, other, precision, other_precision):

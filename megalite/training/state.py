@@ -152,7 +152,7 @@ def load_weights(checkpoint: TensorSource, parameters: dict[str, torch.nn.Parame
     """Read a model's parameters, or some of them, by name into this rank's boxes. Any layout may
     have written them.
 
-    A model in full precision takes the fp32 master weights where they are stored. Raises
+    A model in another precision takes the fp32 master weights where they are stored. Raises
     CheckpointError that lists every parameter that does not fit.
     """
     shards = []
@@ -178,8 +178,12 @@ def _load_model(
 
 
 def _source(checkpoint: TensorSource, name: str, parameter: torch.nn.Parameter) -> str:
-    """The stored tensor that a parameter is read from."""
-    return name if parameter.dtype in HALF_PRECISIONS else _best_source(checkpoint, name)
+    """The stored tensor that a parameter is read from: what it was, where it is stored in its own
+    half precision, else the master weights, which are rounded once."""
+    is_half = parameter.dtype in HALF_PRECISIONS
+    if is_half and name in checkpoint.names and checkpoint.dtype(name) == parameter.dtype:
+        return name
+    return _best_source(checkpoint, name)
 
 
 def _best_source(checkpoint: TensorSource, name: str) -> str:
