@@ -144,6 +144,8 @@ def arguments_of(program: str, prefix: Path, out: Path) -> list[str]:
         "plot_metrics": [missing, "--output", out / "ü.png"],
         "submit": ["--run-dir", out / "ü", "--nodes", "2", "--mock-data", "--vocab-size", "512",
                    "--train-iters", "10", "--dry-run"],
+        "convert_checkpoint": ["--from", "hf", "--to", "megalite", "--load", missing,
+                               "--save", out / "ü"],
         "verify_layouts": ["--config", missing],
         "pretrain_gpt": ["--config", missing],
         "pretrain_bert": ["--config", missing],
