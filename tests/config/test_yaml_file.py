@@ -40,7 +40,7 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
 
 def test_the_whole_configuration_survives_a_file(tmp_path):
     odd = {key: another_value(option) for key, option in options().items()}
-    odd["load_hf"] = None  # a folder, which is read
+    odd |= {"load_hf": None, "use_checkpoint_args": False}  # they read a folder
     odd = from_flat(odd | {"lr": 1 / 3, "save": "null", "preset": "bert-base"})
     for config in (RunConfig(), odd):
         assert cli.read_config(["--config", write(tmp_path, to_yaml(config))]) == config
