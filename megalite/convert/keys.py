@@ -36,6 +36,9 @@ class Keys(Protocol):
         """Keys of config.json from the filled fields of a model."""
 
 
+MOST = 2**31
+"""Largest number that is read: a file that gives a larger one is damaged, or made to do damage."""
+MOST_LAYERS = 10_000
 MISSING = object()
 """A default of a key that a file must have."""
 
@@ -83,6 +86,10 @@ class Value:
         if type(value) not in numbers or not (self.kind is float or value > 0):
             wanted = "a number" if self.kind is float else "a positive whole number"
             found.problems.append(f"{self.name} is {value!r}; it must be {wanted}")
+            return {}
+        most = MOST_LAYERS if self.field == "num_layers" else MOST
+        if value > most:
+            found.problems.append(f"{self.name} is {value!r:.40}; megalite reads up to {most:,}")
             return {}
         return {self.field: self.kind(value)}
 

@@ -108,6 +108,13 @@ class HuggingFaceModel:
     """Content of generation_config.json; None: there is none, as for a BERT."""
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)
 
+    def key_of(self, piece: PlacedPiece) -> str:
+        """The name of a tensor: a class without an output layer leaves out the prefix."""
+        absent = self.architecture.classes[self.config["architectures"][0]]
+        if "output." in absent:
+            return piece.theirs.removeprefix(self.architecture.prefix)
+        return piece.theirs
+
 
 def write_huggingface(
     folder: Path,
@@ -136,8 +143,9 @@ def write_huggingface(
         tensors = {}
         for piece in pieces:
             read = partial(_read_piece, weights, piece)
-            tensors[piece.theirs] = DeferredTensor(weights.dtype_of(piece.ours), piece.shape, read)
-            places[piece.theirs] = name
+            key = model.key_of(piece)
+            tensors[key] = DeferredTensor(weights.dtype_of(piece.ours), piece.shape, read)
+            places[key] = name
         written, _ = write_tensors(folder / name, tensors, METADATA)
         log(f"  {name}: {len(tensors)} tensors, {written.bytes:,} bytes")
     if len(files) > 1:

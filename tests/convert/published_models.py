@@ -72,11 +72,14 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "qwen2": partial(_make, "Qwen2ForCausalLM", GROUPED),
     "qwen3": partial(_make, "Qwen3ForCausalLM", {**GROUPED, "head_dim": 12}),
     "bert": partial(_make, "BertForPreTraining", {**SIZES, **NO_DROPOUT}),
+    "bert, encoder only": partial(_make, "BertModel", {**SIZES, **NO_DROPOUT}),
     "bert, masked only": partial(
         _make, "BertForMaskedLM", {**SIZES, **NO_DROPOUT, "hidden_act": "gelu_new"}
     ),
 }
 """By a name for the test."""
+WHOLE = [name for name in MODELS if name != "bert, encoder only"]
+"""Those that have an output layer."""
 
 
 def randomize(model: torch.nn.Module, seed: int = 5) -> torch.nn.Module:
@@ -106,10 +109,13 @@ def tokens() -> torch.Tensor:
 
 
 def their_logits(folder: Path) -> torch.Tensor:
-    """[2, s, v] that transformers computes for `tokens()` from a folder."""
+    """[2, s, v] that transformers computes for `tokens()` from a folder; of an encoder alone its
+    hidden states."""
     model = load(folder)
     with torch.no_grad():
         output = model(tokens())
+    if "last_hidden_state" in output:
+        return output.last_hidden_state
     return output.prediction_logits if "prediction_logits" in output else output.logits
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from megalite.config.run import RunConfig
 from megalite.data.build import blended, build_sources
-from tests.convert.published_models import MODELS, SEQUENCE, load
+from tests.convert.published_models import SEQUENCE, WHOLE, load
 from tests.runs import ALONE, Run, console_of, sound
 
 STEPS = 20
@@ -101,7 +101,7 @@ def their_bert_loss(model, rows) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WHOLE)
 def test_twenty_steps_are_theirs(published, name, tmp_path):
     """In fp64 to 1e-9; with scaled RoPE to what its rounded angles can change."""
     config = sound({"load_hf": str(published[name]), **FLAGS}, 1, tmp_path)
