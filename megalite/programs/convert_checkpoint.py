@@ -133,8 +133,6 @@ def open_huggingface(options: Options) -> Opened:
 
 def open_megatron(options: Options) -> Opened:
     """A checkpoint of Megatron-LM."""
-    from dataclasses import asdict
-
     from megalite.convert.megatron import open_weights
 
     source = open_weights(options.load, options.ckpt_step, options.vocab_size)

@@ -127,7 +127,7 @@ REFUSED = {
     "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config.*bf16 first"),
     "missing": ({"vocab_size": None}, "vocab_size is missing"),
     "negative": ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
-    "absurd": ({"hidden_size": 10**30}, "hidden_size is 10+; megalite reads up to"),
+    "absurd": ({"intermediate_size": 10**30}, "intermediate_size is 10+; megalite reads up to"),
     "many layers": ({"num_hidden_layers": 10**9}, "reads up to 10,000"),
     "text": ({"vocab_size": "many"}, "vocab_size is 'many'"),
     "unknown": ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
