@@ -106,6 +106,7 @@ CHECKPOINTS_ELSEWHERE = {
     ),
     "--no-initialization": "leave it out: what is loaded replaces the initial weights",
     "--log-progress": "--metrics-file FILE",
+    "--verify-integrity": "--verify-checkpoint on, as it is by default",
     "--checkpoint-activations": "--recompute-granularity full",
 }
 """Of those for checkpoints."""
