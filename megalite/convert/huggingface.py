@@ -35,6 +35,7 @@ class HuggingFaceWeights(TensorSource):
         self._pieces = pieces
         self._shapes = published.shapes
         self._files: dict[Path, int] = {}
+        self._room = np.empty(0, np.uint8)
 
     @classmethod
     def open(cls, folder: str | Path) -> "HuggingFaceWeights":
@@ -72,7 +73,7 @@ class HuggingFaceWeights(TensorSource):
             common = item.piece.box.intersect(box)
             if common is None:
                 continue
-            part = self._read_part(item, common)
+            part = self._read_part(item, common, is_copied=common != box)
             if common == box:
                 return part.contiguous()
             if out is None:
@@ -91,8 +92,9 @@ class HuggingFaceWeights(TensorSource):
             raise CheckpointError(f"{self.folder}: {name} is not stored{self._nearest(name)}")
         return self._pieces[name]
 
-    def _read_part(self, item: StoredPiece, common: Box) -> torch.Tensor:
-        """The values of `common`, which lies in the piece's box, in our order."""
+    def _read_part(self, item: StoredPiece, common: Box, is_copied: bool) -> torch.Tensor:
+        """The values of `common`, which lies in the piece's box, in our order. is_copied: see
+        `_read_runs`."""
         piece = item.piece
         # The ranges of their axes.
         offset = tuple(map(sub, common.offset, piece.box.offset))
@@ -115,7 +117,9 @@ class HuggingFaceWeights(TensorSource):
             else:
                 width *= length
                 ranges[run] = (0, length)
-        values = self._read_runs(item.stored, piece.factored, ranges=ranges, run=run)
+        values = self._read_runs(
+            item.stored, piece.factored, ranges=ranges, run=run, is_copied=is_copied
+        )
         # What was read in addition is cut off.
         wanted = []
         for ours in range(len(piece.to_ours)):
@@ -124,14 +128,27 @@ class HuggingFaceWeights(TensorSource):
         return values.permute(piece.to_ours)[tuple(wanted)]
 
     def _read_runs(
-        self, stored: StoredBytes, factored: tuple[int, ...], *, ranges: list, run: int
+        self,
+        stored: StoredBytes,
+        factored: tuple[int, ...],
+        *,
+        ranges: list,
+        run: int,
+        is_copied: bool,
     ) -> torch.Tensor:
-        """The elements in `ranges` of their axes. run: from this axis on, a run is contiguous."""
+        """The elements in `ranges` of their axes. run: from this axis on, a run is contiguous.
+        is_copied: the caller copies them before it reads others."""
         shape = [stop - start for start, stop in ranges]
         item_bytes = ITEM_BYTES[stored.dtype]
         length = prod(shape[run:]) * item_bytes
         strides = [prod(factored[axis + 1 :]) * item_bytes for axis in range(len(factored))]
-        buffer = np.empty(prod(shape) * item_bytes, np.uint8)
+        size = prod(shape) * item_bytes
+        buffer = np.empty(size, np.uint8)
+        if is_copied:
+            # New memory costs as much as the reading: parts that are copied have one place.
+            if len(self._room) < size:
+                self._room = buffer
+            buffer = self._room[:size]
         inner = stored.start
         if run < len(ranges):
             inner += ranges[run][0] * strides[run]
