@@ -93,8 +93,8 @@ def test_the_commands_of_models_pass_the_checks():
 
 def test_the_commands_that_import_from_megatron_run(tmp_path):
     """A small checkpoint of Megatron-core, and mock data in place of a corpus."""
-    page = (DOCS / "checkpoints.md").read_text().partition("## From Megatron-LM")[2]
-    (script,) = re.findall(r"^```bash\n(.*?)^```$", page.partition("\n## ")[0], re.M | re.S)
+    page = (DOCS / "megatron-lm.md").read_text()
+    (script,) = re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)
     data = re.search(r"--data-path.*merges.txt", script)[0]
     for shown, smaller in {
         data: "--mock-data --eval-interval 0 --eval-iters 0",

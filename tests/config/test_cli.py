@@ -126,7 +126,7 @@ def test_a_flag_of_megatron_hears_what_to_do_instead(flag):
         assert named in known, named
 
 
-@pytest.mark.parametrize("page", ["optimizer", "checkpoints"])
+@pytest.mark.parametrize("page", ["optimizer", "megatron-lm"])
 def test_the_table_of_megatron_s_flags_is_what_the_program_says(page):
     """What the table lists is a flag here, or has advice."""
     table = (ROOT / f"docs/{page}.md").read_text().partition("## Flags of Megatron-LM")[2]
@@ -141,7 +141,7 @@ def test_the_table_of_megatron_s_flags_is_what_the_program_says(page):
     for flag, meaning in listed:
         assert (flag in here) != (flag in ELSEWHERE), flag
         assert flag in ELSEWHERE or not meaning.startswith("no:"), flag
-    if page == "checkpoints":
+    if page == "megatron-lm":
         assert {flag for flag, _ in listed} >= set(CHECKPOINTS_ELSEWHERE)
 
 
