@@ -190,11 +190,11 @@ class Bench:
                 writer.finish(info)
 
     def make_damaged(self) -> None:
-        """../trained, with the lowest bit of the last weight in its last checkpoint changed."""
+        """../trained, with the lowest bit of the first weight in its last checkpoint changed."""
         shutil.copytree(self.folder / "trained", self.folder / "damaged")
         file = self.folder / "damaged" / "iter_0000004" / "weights-00000.safetensors"
         content = bytearray(file.read_bytes())
-        content[-4] ^= 1
+        content[8 + int.from_bytes(content[:8], "little")] ^= 1  # after length and header
         file.write_bytes(content)
 
     def new_folder(self) -> Path:

@@ -43,7 +43,8 @@ class CheckpointConfig:
     """When the latest checkpoint in --load is damaged, resume from the last one before it that is
     whole."""
     verify_checkpoint: Annotated[Literal["on", "off"], Field(changes_numbers=False)] = "on"
-    """Whether to compare what is read from --load with its checksums."""
+    """Whether to compare what is read from --load or --pretrained-checkpoint with its
+    checksums."""
     exit_on_missing_checkpoint: Annotated[bool, Field(changes_numbers=False)] = False
     """Refuse to start from scratch where --load, which is also --save, holds no checkpoint yet."""
     pretrained_checkpoint: Annotated[str | None, Field(changes_numbers=False)] = None

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from megalite.system.errors import ReportedError, error_message
@@ -13,9 +14,10 @@ STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 
-
 LARGEST_TEXT = 4 << 30
 """Bytes of the largest text file that is read: an index of 100,000 ranks is smaller."""
+SHOWN_PROBLEMS = 20
+"""Problems that a message lists."""
 
 
 class CheckpointError(ReportedError, RuntimeError):
@@ -24,6 +26,17 @@ class CheckpointError(ReportedError, RuntimeError):
 
 class DamagedCheckpointError(CheckpointError):
     """A file of a checkpoint is missing, cannot be read, or is not what was written."""
+
+
+def listing(heading: str, problems: Sequence[str], total: int | None = None) -> str:
+    """A message of one line per problem, at most SHOWN_PROBLEMS. total: how many there are
+    (default: all of `problems`)."""
+    shown = problems[:SHOWN_PROBLEMS]
+    lines = [heading, *shown]
+    unshown = (total or len(problems)) - len(shown)
+    if unshown:
+        lines.append(f"and {unshown} more")
+    return "\n  ".join(lines)
 
 
 def read_file(path: Path) -> bytes:

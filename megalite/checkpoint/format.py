@@ -5,7 +5,7 @@ docs/checkpoints.md specifies it for users. Nothing here communicates.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -15,18 +15,17 @@ from megalite import __version__
 from megalite.checkpoint.checksum import BLOCK_BYTES, DIGITS, checksum, number_of_blocks
 from megalite.checkpoint.folder import (
     INDEX_FILE,
+    SHOWN_PROBLEMS,
     CheckpointError,
     DamagedCheckpointError,
     parse_json,
 )
+from megalite.checkpoint.untrusted import file_name_in, shape_in, size_in, text_in
 from megalite.parallel.boxes import Box, tile
 
 FORMAT_VERSION = 2
 """That is written. Version 1, without checksums of tensors, is read too."""
 
-SHOWN_PROBLEMS = 20
-LONGEST_DIM = 1 << 62
-MOST_DIMS = 64
 _CHECKSUM_ENTRY = ',"xxh3":"'
 _BOXES = re.compile("[0-9a-f ,;]*")
 PRIVATE_PREFIX = "@"
@@ -44,18 +43,8 @@ SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+SAFETENSORS_NAMES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
-
-
-def listing(heading: str, problems: Sequence[str], total: int | None = None) -> str:
-    """A message of one line per problem, at most 20. total: how many there are (default: all
-    of `problems`)."""
-    shown = problems[:SHOWN_PROBLEMS]
-    lines = [heading, *shown]
-    unshown = (total or len(problems)) - len(shown)
-    if unshown:
-        lines.append(f"and {unshown} more")
-    return "\n  ".join(lines)
 
 
 @dataclass(frozen=True)
@@ -198,7 +187,7 @@ class Index:
         tensors = {}
         for name, tensor in self.tensors.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
-            boxes = ";".join(_box_to_text(shard, numbers) for shard in tensor.shards)
+            boxes = ";".join(_box_totext_in(shard, numbers) for shard in tensor.shards)
             tensors[name] = {"dtype": dtype, "shape": tensor.shape, "boxes": boxes}
         content = {**header, "files": files, "names": tensors}
         return with_checksum(json.dumps(content, separators=(",", ":")))
@@ -240,7 +229,7 @@ def has_checksum(text: bytes) -> bool:
     return after.rstrip() == f'{checksum(before)}"}}'.encode()
 
 
-def _box_to_text(shard: StoredShard, numbers: dict[str, int]) -> str:
+def _box_totext_in(shard: StoredShard, numbers: dict[str, int]) -> str:
     """Number of the file, number of the shard in its file, offset, shape and checksums."""
     box = shard.box
     number = shard.key.partition(PRIVATE_PREFIX)[2] or "0"
@@ -257,7 +246,8 @@ def shard_key(name: str, number: int) -> str:
 def _read_version_1(raw: dict) -> Index:
     files = {}
     for name, item in raw["files"].items():
-        files[_safe(name)] = StoredFile(size_in(item["bytes"]), sha256=_text(item["sha256"]))
+        size = size_in(item["bytes"])
+        files[file_name_in(name)] = StoredFile(size, sha256=text_in(item["sha256"]))
     tensors = {}
     for name, item in raw["names"].items():
         dtype = DTYPE_NAMES[item["dtype"]]
@@ -265,7 +255,7 @@ def _read_version_1(raw: dict) -> Index:
         shards = []
         for stored in item["boxes"]:
             box = Box(shape_in(stored["offset"]), shape_in(stored["shape"]))
-            shards.append(StoredShard(_text(stored["file"]), _text(stored["key"]), box))
+            shards.append(StoredShard(text_in(stored["file"]), text_in(stored["key"]), box))
             if shards[-1].file not in files:
                 raise ValueError(f"{name} lies in {shards[-1].file!r}, which is not listed")
             if not box.lies_within(shape):
@@ -282,14 +272,16 @@ def _read_version_2(raw: dict) -> Index:
     for name, item in raw["files"].items():
         private = {}
         for key, checksums in item.get("private", {}).items():
-            private[key] = _text(checksums)
-        files[_safe(name)] = StoredFile(size_in(item["bytes"]), _text(item["xxh3"]), private)
+            private[key] = text_in(checksums)
+        size = size_in(item["bytes"])
+        files[file_name_in(name)] = StoredFile(size, text_in(item["xxh3"]), private)
     entries = {}
     for name, item in raw["names"].items():
-        entries[name] = (DTYPE_NAMES[item["dtype"]], shape_in(item["shape"]), _text(item["boxes"]))
+        dtype = DTYPE_NAMES[item["dtype"]]
+        entries[name] = (dtype, shape_in(item["shape"]), text_in(item["boxes"]))
     counts = (size_in(raw["iteration"]), size_in(raw["world_size"]))
     tensors = _TensorsInText(entries, list(files))
-    return Index(*counts, tensors, files, written_by=_text(raw["written_by"]))
+    return Index(*counts, tensors, files, written_by=text_in(raw["written_by"]))
 
 
 class _TensorsInText(Mapping):
@@ -342,37 +334,6 @@ def _sizes_in(text: str) -> tuple[int, ...]:
 
 
 _INDEX_READERS = {1: _read_version_1, 2: _read_version_2}
-
-
-def _safe(name: str) -> str:
-    # A name such as ../../secret would open a file outside the checkpoint's folder.
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise ValueError(f"unsafe file name {name!r}: it must lie in this folder")
-    return name
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} should be text")
-    return value
-
-
-def size_in(value: object) -> int:
-    """A size that a file states. Raises TypeError or ValueError when it is none."""
-    if type(value) is not int:
-        raise TypeError(f"{value!r:.80} should be a whole number")
-    if not 0 <= value < LONGEST_DIM:
-        raise ValueError(f"{value} is no size")
-    return value
-
-
-def shape_in(values: object) -> tuple[int, ...]:
-    """A shape that a file states. Raises TypeError or ValueError when it is none."""
-    if type(values) is not list:
-        raise TypeError(f"{values!r:.80} should be a list of sizes")
-    if len(values) > MOST_DIMS:
-        raise ValueError(f"{len(values)} dims")
-    return tuple(map(size_in, values))
 
 
 def rank_file(rank: int) -> str:

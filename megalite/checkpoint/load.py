@@ -10,9 +10,9 @@ from megalite.checkpoint.folder import (
     CONFIG_FILE,
     INDEX_FILE,
     STATE_FILE,
-    CheckpointError,
     DamagedCheckpointError,
     find_checkpoint,
+    listing,
     parse_json,
     parse_text,
     read_file,
@@ -23,7 +23,6 @@ from megalite.checkpoint.format import (
     Shard,
     StoredShard,
     StoredTensor,
-    listing,
     rank_file,
 )
 from megalite.checkpoint.source import TensorSource
@@ -104,10 +103,7 @@ class Checkpoint(TensorSource):
         Raises CheckpointError when the name is unknown or the box is outside the stored shape.
         """
         stored = self._stored(name)
-        box = Box.whole(stored.shape) if box is None else box
-        if not box.lies_within(stored.shape):
-            outside = f"has shape {stored.shape}; {box} does not lie in it"
-            raise CheckpointError(f"{self.folder}: {name} {outside}")
+        box = self._box(name, box)
         parts = self._parts(name, box)
         out = torch.empty(box.shape, dtype=stored.dtype)
         self._fill(out, box, parts)
@@ -176,7 +172,7 @@ class Checkpoint(TensorSource):
 
     def _stored(self, name: str) -> StoredTensor:
         if name not in self._index.tensors:
-            raise CheckpointError(f"{self.folder}: {name} is not stored{self._nearest(name)}")
+            raise self._unknown(name)
         return self._index.tensors[name]
 
     def _file(self, name: str) -> TensorFile:

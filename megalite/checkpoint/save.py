@@ -18,6 +18,7 @@ from megalite.checkpoint.folder import (
     fsync_folder,
     iteration_folder,
     list_iterations,
+    listing,
     replaced_folders,
 )
 from megalite.checkpoint.format import (
@@ -27,7 +28,6 @@ from megalite.checkpoint.format import (
     StoredFile,
     StoredShard,
     StoredTensor,
-    listing,
     rank_file,
     shard_key,
 )

@@ -3,14 +3,14 @@ megalite's names."""
 
 import difflib
 from abc import abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.folder import CheckpointError
-from megalite.checkpoint.format import SHOWN_PROBLEMS, Shard, listing
+from megalite.checkpoint.folder import SHOWN_PROBLEMS, CheckpointError, listing
+from megalite.checkpoint.format import Shard
 from megalite.parallel.boxes import Box
 
 
@@ -54,11 +54,14 @@ class TensorSource(AbstractContextManager):
     def check(self, shards: Iterable[Shard]) -> None:
         """Raise one CheckpointError that lists every shard whose tensor is not stored, or is stored
         with another global shape."""
+        self.check_shapes({shard.name: tuple(shard.global_shape) for shard in shards})
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise one CheckpointError that lists every tensor of these global shapes, by name, that
+        is not stored, or is stored with another one."""
         missing = set()
         problems = []
-        for shard in shards:
-            name = shard.name
-            wanted = tuple(shard.global_shape)
+        for name, wanted in shapes.items():
             if name not in self.names:
                 missing.add(name)
             elif self.shape(name) != wanted:
@@ -80,6 +83,19 @@ class TensorSource(AbstractContextManager):
         self.check([shard])
         with torch.no_grad():
             shard.tensor.copy_(self.read(shard.name, shard.box))
+
+    def _box(self, name: str, box: Box | None) -> Box:
+        """The box to read; None: all of the tensor. Raises CheckpointError, as `read`."""
+        shape = self.shape(name)
+        box = Box.whole(shape) if box is None else box
+        if not box.lies_within(shape):
+            outside = f"has shape {shape}; {box} does not lie in it"
+            raise CheckpointError(f"{self.folder}: {name} {outside}")
+        return box
+
+    def _unknown(self, name: str) -> CheckpointError:
+        """The error for a name of which no tensor is stored."""
+        return CheckpointError(f"{self.folder}: {name} is not stored{self._nearest(name)}")
 
     def _nearest(self, name: str) -> str:
         near = difflib.get_close_matches(name, self.names, n=2)

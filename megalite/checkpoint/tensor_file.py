@@ -12,28 +12,20 @@ from pathlib import Path
 import torch
 
 from megalite.checkpoint.checksum import BLOCK_BYTES, DIGITS, blocks_of, checksum
-from megalite.checkpoint.folder import (
-    CheckpointError,
-    DamagedCheckpointError,
-    open_regular,
-    parse_json,
-)
+from megalite.checkpoint.folder import CheckpointError, DamagedCheckpointError, open_regular
 from megalite.checkpoint.format import (
     DTYPE_NAMES,
     PRIVATE_PREFIX,
     SAFETENSORS_DTYPES,
+    SAFETENSORS_NAMES,
     DeferredTensor,
     StoredFile,
-    shape_in,
-    size_in,
 )
+from megalite.checkpoint.safetensors_header import read_exactly, read_header, tensors_of
 from megalite.parallel.boxes import Box
 
-LONGEST_HEADER = 100_000_000
-"""Bytes; the limit of safetensors."""
 STRIDED_BYTES = 64 << 20
 """Of a box that is not contiguous in the file, at most about this much is read at once."""
-_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
 def write_file(path: Path, content: bytes) -> StoredFile:
@@ -256,69 +248,21 @@ class TensorFile:
 
     def _fill(self, what: str, offset: int, out) -> None:
         """Read as many bytes as `out` has, from `offset` on."""
-        out = memoryview(out)
-        while len(out):
-            try:
-                count = os.preadv(self._descriptor, [out], offset)
-            except OSError as error:
-                where = f"{self.path}: {what} cannot be read"
-                raise DamagedCheckpointError(f"{where}: {error.strerror}") from error
-            if not count:
-                raise DamagedCheckpointError(f"{self.path}: {what}: the file ends at {offset}")
-            out = out[count:]
-            offset += count
+        read_exactly(self.path, self._descriptor, out, offset=offset, what=what)
 
     def _read_header(self, stored: StoredFile | None) -> dict[str, Entry]:
         size = os.fstat(self._descriptor).st_size
         if stored is not None and size != stored.bytes:
             raise DamagedCheckpointError(f"{self.path} has {size} bytes instead of {stored.bytes}")
-        if size < 8:
-            raise DamagedCheckpointError(f"{self.path} is no safetensors file: it has {size} bytes")
-        prefix = bytearray(8)
-        self._fill("the header", 0, prefix)
-        length = int.from_bytes(prefix, "little")
-        if length > min(size - 8, LONGEST_HEADER):
-            states = f"it states a header of {length} bytes, and has {size}"
-            raise DamagedCheckpointError(f"{self.path} is no safetensors file: {states}")
-        header = bytearray(length)
-        self._fill("the header", 8, header)
+        header = read_header(self.path, self._descriptor)
         if self.verify and stored is not None and stored.xxh3 is not None:
-            if checksum(prefix + header) != stored.xxh3:
+            if checksum(header) != stored.xxh3:
                 raise DamagedCheckpointError(f"{self.path}: its header differs from its checksum")
-        raw = parse_json(header, f"{self.path}: the header")
-        raw.pop("__metadata__", None)
         entries = {}
-        for key, item in raw.items():
-            try:
-                entries[key] = _entry(item, 8 + length, size)
-            except (ValueError, KeyError, TypeError) as error:
-                reason = f"{type(error).__name__}: {error}"
-                raise DamagedCheckpointError(f"{self.path}: {key!r:.200}: {reason}") from error
-        self._refuse_overlaps(entries)
+        for key, tensor in tensors_of(self.path, self._descriptor, header).items():
+            if tensor.dtype not in SAFETENSORS_NAMES:
+                unknown = f"unknown dtype {tensor.dtype!r:.40}"
+                raise DamagedCheckpointError(f"{self.path}: {key!r:.200}: {unknown}")
+            dtype = SAFETENSORS_NAMES[tensor.dtype]
+            entries[key] = Entry(dtype, tensor.shape, tensor.start, tensor.bytes)
         return entries
-
-    def _refuse_overlaps(self, entries: dict[str, Entry]) -> None:
-        end = 0
-        before = ""
-        for key, entry in sorted(entries.items(), key=lambda item: item[1].start):
-            if entry.bytes and entry.start < end:
-                raise DamagedCheckpointError(f"{self.path}: {before!r} and {key!r} overlap")
-            if entry.bytes:
-                end = entry.start + entry.bytes
-                before = key
-
-
-def _entry(item: dict, data: int, size: int) -> Entry:
-    """An entry of the header, checked. data: where the tensors begin; size: of the file."""
-    if type(item) is not dict or item.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError("it should have dtype, shape and data_offsets")
-    if item["dtype"] not in _DTYPES:
-        raise ValueError(f"unknown dtype {item['dtype']!r:.40}")
-    dtype = _DTYPES[item["dtype"]]
-    shape = shape_in(item["shape"])
-    start, stop = map(size_in, item["data_offsets"])
-    if not start <= stop <= size - data:
-        raise ValueError(f"bytes {start} to {stop} of {size - data}")
-    if stop - start != prod(shape) * dtype.itemsize:
-        raise ValueError(f"{stop - start} bytes for shape {shape} of {item['dtype']}")
-    return Entry(dtype, shape, data + start, stop - start)

@@ -16,14 +16,12 @@ from typing import Any
 import torch
 
 from megalite.checkpoint.folder import CheckpointError
+from megalite.checkpoint.format import DTYPE_NAMES
+from megalite.checkpoint.untrusted import file_name_in
 from megalite.convert.megatron_file import Inert
 from megalite.parallel.boxes import Box
 
 METADATA = ".metadata"
-DTYPES = {
-    name: getattr(torch, name)
-    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
-}
 
 
 class _InertUnpickler(pickle.Unpickler):
@@ -92,16 +90,14 @@ class Distcp:
             for chunk in entry.state["chunks"]:
                 box = Box(_ints(chunk.state["offsets"]), _ints(chunk.state["sizes"]))
                 parts.append(self._stored(places[name][box.offset], box))
-            dtype = DTYPES.get(entry.state["properties"].state[0].__name__)
+            dtype = DTYPE_NAMES.get(entry.state["properties"].state[0].__name__)
             for part in parts:
                 if dtype is not None and part.box.numel * dtype.itemsize > part.length:
                     raise ValueError(f"{name}: {part.box} does not fit in {part.length} bytes")
             self.tensors[name] = StoredTensor(dtype, _ints(entry.state["size"]), tuple(parts))
 
     def _stored(self, place: dict[str, Any], box: Box | None) -> Stored:
-        file = place["relative_path"]
-        if file in ("", ".", "..") or "/" in file or "\\" in file:
-            raise ValueError(f"unsafe file name {file!r}: it must lie in this folder")
+        file = file_name_in(place["relative_path"])
         start = int(place["offset"])
         length = int(place["length"])
         size = (self.folder / file).stat().st_size

@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megalite.checkpoint.folder import CheckpointError
+from megalite.checkpoint.folder import open_regular
+from megalite.checkpoint.format import SAFETENSORS_NAMES
+from megalite.checkpoint.safetensors_header import ITEM_BYTES, StoredBytes, read_exactly
 from megalite.checkpoint.source import TensorSource
 from megalite.convert.published import Published, StoredPiece, find_tensors, read_published
-from megalite.convert.safetensors_header import ITEM_BYTES, StoredBytes
 from megalite.parallel.boxes import Box
-from megalite.system.errors import error_message
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LEAST_BYTES = 4096
 """Shorter runs of bytes are read together with what lies between them: a disk reads pages."""
 
@@ -58,16 +57,12 @@ class HuggingFaceWeights(TensorSource):
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype."""
-        return DTYPES[self._known(name)[0].stored.dtype]
+        return SAFETENSORS_NAMES[self._known(name)[0].stored.dtype]
 
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         """One box of a tensor (None: all of it), on the CPU, in the stored dtype."""
         pieces = self._known(name)
-        shape = self._shapes[name]
-        box = Box.whole(shape) if box is None else box
-        if not box.lies_within(shape):
-            where = f"{self.folder}: {name}"
-            raise CheckpointError(f"{where} has shape {shape}; {box} does not lie in it")
+        box = self._box(name, box)
         out = None
         for item in pieces:
             common = item.piece.box.intersect(box)
@@ -89,7 +84,7 @@ class HuggingFaceWeights(TensorSource):
 
     def _known(self, name: str) -> list[StoredPiece]:
         if name not in self._pieces:
-            raise CheckpointError(f"{self.folder}: {name} is not stored{self._nearest(name)}")
+            raise self._unknown(name)
         return self._pieces[name]
 
     def _read_part(self, item: StoredPiece, common: Box, is_copied: bool) -> torch.Tensor:
@@ -157,20 +152,11 @@ class HuggingFaceWeights(TensorSource):
         for number, place in enumerate(itertools.product(*outer)):
             begin = inner + sum(index * strides[axis] for axis, index in enumerate(place))
             self._read_bytes(stored, target[number * length : (number + 1) * length], begin)
-        return torch.from_numpy(buffer).view(DTYPES[stored.dtype]).view(shape)
+        return torch.from_numpy(buffer).view(SAFETENSORS_NAMES[stored.dtype]).view(shape)
 
     def _read_bytes(self, stored: StoredBytes, target: memoryview, begin: int) -> None:
         """Fill `target` from the file, from byte `begin` on."""
-        done = 0
-        try:
-            if stored.file not in self._files:
-                self._files[stored.file] = os.open(stored.file, os.O_RDONLY)
-            while done < len(target):
-                count = os.preadv(self._files[stored.file], [target[done:]], begin + done)
-                if count == 0:
-                    break
-                done += count
-        except OSError as error:
-            raise CheckpointError(f"{stored.file}: {stored.key}: {error_message(error)}") from None
-        if done < len(target):
-            raise CheckpointError(f"{stored.file} became shorter while {stored.key} was read")
+        file = stored.file
+        if file not in self._files:
+            self._files[file] = open_regular(file)
+        read_exactly(file, self._files[file], target, offset=begin, what=stored.key)

@@ -50,7 +50,7 @@ class Value:
     name: str
     field: str
     default: Any = MISSING
-    """What a missing key means, or the name of a computed one in COMPUTED."""
+    """What a missing key means, or a function of the config.json that computes it."""
     choices: Mapping[Any, Any] | None = None
     """Their value -> ours. The first of several with the same meaning is written."""
     kind: type | tuple[type, ...] = int
@@ -161,22 +161,9 @@ class Always:
         return {}
 
 
-@dataclass(frozen=True)
-class Usual:
+class Usual(Always):
     """Fields without a key that change nothing in a trained model: those of another kind of MLP,
     and a dropout that transformers does not know."""
-
-    values: Mapping[str, Any]
-    names: tuple[str, ...] = ()
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields."""
-        return tuple(self.values)
-
-    def read(self, config: Mapping[str, Any], found: Findings) -> Values:
-        """The fields."""
-        return dict(self.values)
 
     def write(self, model: Mapping[str, Any], found: Findings) -> Values:
         """Nothing."""
@@ -312,7 +299,8 @@ class Rope:
             return {}
         values = {"position_embedding_type": "rope", "rotary_base": float(base)}
         if kind == "default":
-            return values | {"rope_scaling": "none"} | self._leftovers(merged, (), found)
+            self._refuse_unknown(merged, (), found)
+            return values | {"rope_scaling": "none"}
         if kind != "llama3":
             found.problems.append(f"rope_type is {kind!r}; megalite knows 'default' and 'llama3'")
             return {}
@@ -323,14 +311,14 @@ class Rope:
                 found.problems.append(f"rope scaling llama3 needs {name}; it is {number!r}")
                 continue
             values[ours] = int(number) if name.startswith("original") else float(number)
-        return values | self._leftovers(merged, tuple(ROPE_FIELDS), found)
+        self._refuse_unknown(merged, tuple(ROPE_FIELDS), found)
+        return values
 
     @staticmethod
-    def _leftovers(merged: Values, known: tuple[str, ...], found: Findings) -> Values:
+    def _refuse_unknown(merged: Values, known: tuple[str, ...], found: Findings) -> None:
         for name in merged:
             if name not in known:
                 found.problems.append(f"rope_parameters has {name}, which megalite does not know")
-        return {}
 
     def write(self, model: Mapping[str, Any], found: Findings) -> Values:
         """Both spellings: version 4 of transformers does not know the newer one."""

@@ -3,16 +3,12 @@ and pipeline sizes wrote them."""
 
 import itertools
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megalite.checkpoint.folder import LATEST_FILE, CheckpointError, iteration_folder
-from megalite.checkpoint.format import listing
-from megalite.checkpoint.source import TensorSource
+from megalite.checkpoint.folder import LATEST_FILE, CheckpointError, iteration_folder, listing
 from megalite.convert.distcp import METADATA
 from megalite.convert.megatron_dist import MegatronDistWeights
 from megalite.convert.megatron_file import FILE_NAME, RankFile, read_rank_file
@@ -22,13 +18,10 @@ from megalite.convert.megatron_model import (
     OTHER_MODELS,
     TIED_COPIES,
     Layout,
-    model_fields,
     source_of,
     stored_shape,
 )
-from megalite.models.cost import HeadCost
-from megalite.models.shapes import stage_shapes
-from megalite.nn.config import ModelConfig
+from megalite.convert.megatron_source import MegatronSource
 from megalite.parallel.boxes import Box
 
 SPLIT_AXIS: dict[Layout, int | None] = {
@@ -64,7 +57,7 @@ class Place:
     dtype: torch.dtype
 
 
-class MegatronWeights(TensorSource):
+class MegatronWeights(MegatronSource):
     """The weights of a GPT in a checkpoint of Megatron-LM's format torch.
 
     Files are mapped, not read; those of one pipeline stage are open at a time.
@@ -76,15 +69,8 @@ class MegatronWeights(TensorSource):
     Raises CheckpointError, with all problems, when it cannot be read as one of megalite's models.
     """
 
-    model: ModelConfig
-    """The shape of the model."""
-    iteration: int
-    """Optimizer steps that it was trained for."""
-    args: dict[str, Any]
-    """Megatron-LM's arguments; what is no number, text or container is inert."""
-
     def __init__(self, folder: Path, vocab_size: int | None = None):
-        self.folder = folder
+        super().__init__(folder)
         self._files = _rank_files(self.folder)
         self._tensor = len(self._files[0])
         self._open: tuple[int, list[RankFile]] | None = None
@@ -93,28 +79,11 @@ class MegatronWeights(TensorSource):
         self.args = first.args
         self.iteration = first.iteration
         self._version = first.version
-        fields, problems = model_fields(first.args, self._tensor, vocab_size)
-        problems += self._problems_of_sizes()
+        problems = self._problems_of_sizes()
         for key, kind in OTHER_MODELS.items():
             if any(name.startswith(key) for name in first.chunks[0]):
                 problems.append(f"the model is {kind}; only GPTs are read")
-        self._raise(problems)
-        self.model = ModelConfig(**fields)
-        layers = range(self.model.num_layers)
-        rows = self.model.vocab_size
-        self._shapes = stage_shapes(self.model, HeadCost(), layers, rows=rows)
-        self._places: dict[str, Place] = {}
-        self._raise(self._find_all())
-
-    @property
-    def names(self) -> Collection[str]:
-        """Names of all tensors, as megalite has them."""
-        return self._shapes.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Global shape. Raises CheckpointError when the name is unknown."""
-        self._place(name)
-        return self._shapes[name]
+        self._set_model(self._tensor, vocab_size, problems)
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype. Raises CheckpointError when the name is unknown."""
@@ -125,11 +94,9 @@ class MegatronWeights(TensorSource):
 
         Raises CheckpointError when the name is unknown or the box is outside the shape.
         """
-        place = self._place(name)
+        box = self._box(name, box)
+        place: Place = self._place(name)
         shape = self._shapes[name]
-        box = box or Box.whole(shape)
-        if not box.lies_within(shape):
-            raise CheckpointError(f"{name}: {box} lies outside the shape {shape}")
         result = torch.empty(box.shape, dtype=place.dtype)
         for rank, file in enumerate(self._stage(place.stage)):
             share = self._share(shape, place.layout, rank)
@@ -150,22 +117,12 @@ class MegatronWeights(TensorSource):
         self._open = None
         self._unmapped = MAPPED_BYTES
 
-    def _place(self, name: str) -> Place:
-        if name not in self._places:
-            raise CheckpointError(f"{self.folder}: no {name}{self._nearest(name)}")
-        return self._places[name]
-
     def _stage(self, stage: int) -> list[RankFile]:
         """The files of a stage's tensor-parallel ranks."""
         if self._open is None or self._open[0] != stage:
             self.close()  # before the next are opened
             self._open = (stage, [read_rank_file(path) for path in self._files[stage]])
         return self._open[1]
-
-    def _raise(self, problems: list[str]) -> None:
-        if problems:
-            heading = f"{self.folder} cannot be read as a model of megalite:"
-            raise CheckpointError(listing(heading, problems))
 
     # Layouts.
 
@@ -217,7 +174,6 @@ class MegatronWeights(TensorSource):
         return problems
 
     def _find_all(self) -> list[str]:
-        """Fill `_places`. Returns the problems: what is missing, of another shape, or not known."""
         catalogue = self._catalogue()
         index = self._index(catalogue)
         problems = []

@@ -1,7 +1,6 @@
 """Weights of Megatron-LM's checkpoints in its format torch_dist, under megalite's names and
 shapes."""
 
-from collections.abc import Collection
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,10 @@ from typing import Any
 import torch
 
 from megalite.checkpoint.folder import CheckpointError
-from megalite.checkpoint.format import listing
-from megalite.checkpoint.source import TensorSource
 from megalite.convert.distcp import Distcp
 from megalite.convert.megatron_file import args_of, load_inert
-from megalite.convert.megatron_model import Source, model_fields, source_of, stored_shape
-from megalite.models.cost import HeadCost
-from megalite.models.shapes import stage_shapes
-from megalite.nn.config import ModelConfig
+from megalite.convert.megatron_model import Source, source_of, stored_shape
+from megalite.convert.megatron_source import MegatronSource
 from megalite.parallel.boxes import Box
 
 COMMON_FILE = "common.pt"
@@ -27,7 +22,7 @@ NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "chained_")
 """Beginnings of the names of tensors that a model does not have."""
 
 
-class MegatronDistWeights(TensorSource):
+class MegatronDistWeights(MegatronSource):
     """The weights of a GPT of Megatron-core in the format torch_dist, which has global shapes.
 
     Layers are stored one by one, or all layers' tensors of a kind as one, with the layer as first
@@ -40,15 +35,8 @@ class MegatronDistWeights(TensorSource):
     Raises CheckpointError, with all problems, when it cannot be read as one of megalite's models.
     """
 
-    model: ModelConfig
-    """The shape of the model."""
-    iteration: int
-    """Optimizer steps that it was trained for."""
-    args: dict[str, Any]
-    """Megatron-LM's arguments; what is no number, text or container is inert."""
-
     def __init__(self, folder: Path, vocab_size: int | None = None):
-        self.folder = folder
+        super().__init__(folder)
         self._stored = Distcp(folder)
         common = self._common()
         self.args = args_of(common)
@@ -57,37 +45,18 @@ class MegatronDistWeights(TensorSource):
         tensor = self.args.get("tensor_model_parallel_size")
         if not isinstance(tensor, int):
             tensor = 1
-        fields, problems = model_fields(self.args, tensor, vocab_size)
-        self._raise(problems)
-        self.model = ModelConfig(**fields)
-        layers = range(self.model.num_layers)
-        rows = self.model.vocab_size
-        self._shapes = stage_shapes(self.model, HeadCost(), layers, rows=rows)
-        self._keys: dict[str, tuple[str, int | None]] = {}
-        self._raise(self._find_all())
-
-    @property
-    def names(self) -> Collection[str]:
-        """Names of all tensors, as megalite has them."""
-        return self._shapes.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Global shape. Raises CheckpointError when the name is unknown."""
-        self._key(name)
-        return self._shapes[name]
+        self._set_model(tensor, vocab_size, [])
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype. Raises CheckpointError when the name is unknown."""
-        return self._stored.tensors[self._key(name)[0]].dtype
+        return self._stored.tensors[self._place(name)[0]].dtype
 
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         """One box of a tensor (None: all of it). Raises CheckpointError when the name is unknown or
         the box is outside the shape."""
-        key, layer = self._key(name)
+        box = self._box(name, box)
+        key, layer = self._place(name)
         shape = self._shapes[name]
-        box = box or Box.whole(shape)
-        if not box.lies_within(shape):
-            raise CheckpointError(f"{name}: {box} lies outside the shape {shape}")
         wanted = Box.whole(self._stored.tensors[key].shape)
         if layer is not None:
             wanted = Box((layer, *wanted.offset[1:]), (1, *wanted.shape[1:]))
@@ -97,11 +66,6 @@ class MegatronDistWeights(TensorSource):
 
     def close(self) -> None:
         """Nothing is open between two reads."""
-
-    def _key(self, name: str) -> tuple[str, int | None]:
-        if name not in self._keys:
-            raise CheckpointError(f"{self.folder}: no {name}{self._nearest(name)}")
-        return self._keys[name]
 
     def _common(self) -> dict[str, Any]:
         """What is stored beside tensors."""
@@ -118,13 +82,7 @@ class MegatronDistWeights(TensorSource):
                 f"{self.folder} has no readable {COMMON_FILE}: {reason}"
             ) from error
 
-    def _raise(self, problems: list[str]) -> None:
-        if problems:
-            heading = f"{self.folder} cannot be read as a model of megalite:"
-            raise CheckpointError(listing(heading, problems))
-
     def _find_all(self) -> list[str]:
-        """Fill `_keys`. Returns the problems: what is missing, of another shape, or not known."""
         problems = []
         for name, shape in self._shapes.items():
             layer, source = source_of(name, self.model.swiglu)
@@ -132,7 +90,7 @@ class MegatronDistWeights(TensorSource):
             if found is None:
                 problems.append(f"{name}: no {' or '.join(source.names)}")
                 continue
-            self._keys[name] = found
+            self._places[name] = found
             wanted = stored_shape(shape, source.layout)
             if source.layout == "vocabulary":
                 wanted = (self.args.get("padded_vocab_size"), *wanted[1:])
@@ -144,7 +102,7 @@ class MegatronDistWeights(TensorSource):
                 problems.append(f"{name}: {key} has shape {tensor.shape}, expected {wanted}")
             elif tensor.dtype is None:
                 problems.append(f"{name}: {key} has a dtype that megalite does not have")
-        used = {key for key, _ in self._keys.values()}
+        used = {key for key, _ in self._places.values()}
         for key in self._stored.tensors:
             if key not in used and not key.startswith(NOT_WEIGHTS):
                 problems.append(f"{key}: megalite has no such tensor in this model")

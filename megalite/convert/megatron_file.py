@@ -55,7 +55,6 @@ class Inert:
 class RankFile:
     """What is wanted of a rank's file."""
 
-    path: Path
     args: dict[str, Any]
     version: float
     """Of the order of qkv: 0, 1, 2 or 3."""
@@ -80,7 +79,7 @@ def read_rank_file(path: Path) -> RankFile:
             _flatten(state[key], "", tensors)
             chunks.append(tensors)
         version = float(state.get("checkpoint_version", 0))
-        return RankFile(path, args, version, int(state.get("iteration", 0)), tuple(chunks))
+        return RankFile(args, version, int(state.get("iteration", 0)), tuple(chunks))
     # Files of another kind, or damaged or hostile ones, fail in many ways.
     except Exception as error:
         reason = str(error).strip().split("\n")[0]

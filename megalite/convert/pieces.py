@@ -60,10 +60,6 @@ class PlacedPiece:
     to_ours: tuple[int, ...]
     """Axes of `factored` in our order."""
 
-    def as_ours(self, tensor: Any) -> Any:
-        """Their tensor as a view of shape `box.shape`, in our order."""
-        return tensor.view(self.factored).permute(self.to_ours)
-
     def as_theirs(self, tensor: Any) -> Any:
         """Our values of `box` as their tensor: a view where the order is the same."""
         from_ours = sorted(range(len(self.to_ours)), key=self.to_ours.__getitem__)
@@ -76,8 +72,6 @@ class Placement:
 
     by_name: dict[str, list[PlacedPiece]]
     """Pieces of each of our tensors, by its name."""
-    shapes: Shapes
-    """Our global shapes by name."""
     problems: list[str]
     """Tensors of ours that the other format has no place for."""
 
@@ -116,7 +110,7 @@ def place(table: Iterable[Piece], shapes: Shapes) -> Placement:
             by_name[name] = pieces
         else:
             problems.append(name)
-    return Placement(by_name, shapes, problems)
+    return Placement(by_name, problems)
 
 
 def fits(piece: Piece, shape: tuple[int, ...]) -> bool:

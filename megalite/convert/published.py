@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.folder import CheckpointError, parse_json, read_file
+from megalite.checkpoint.folder import CheckpointError, listing, parse_json, read_file
+from megalite.checkpoint.safetensors_header import ITEM_BYTES, StoredBytes, read_tensors
+from megalite.checkpoint.untrusted import file_name_in
 from megalite.convert.keys import Findings, Values
 from megalite.convert.model_config import OWN_FIELDS, architecture_of, class_of, read_fields
 from megalite.convert.pieces import Piece, PlacedPiece, model_shapes, place
-from megalite.convert.safetensors_header import ITEM_BYTES, StoredBytes, read_header
 from megalite.convert.tables import Architecture
 from megalite.models.cost import HeadCost
 from megalite.models.shapes import Shapes
@@ -20,17 +21,13 @@ from megalite.nn.config import ModelConfig
 CONFIG_JSON = "config.json"
 INDEX_JSON = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
-SHOWN = 20
-"""Problems that a message shows."""
 
 
 class PublishedError(CheckpointError):
     """A folder of Hugging Face is not one that megalite can read. `problems` are all reasons."""
 
     def __init__(self, where: Path, problems: list[str]):
-        shown = problems[:SHOWN]
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        super().__init__("\n  ".join([f"{where}:", *shown, *more]))
+        super().__init__(listing(f"{where}:", problems))
         self.where = where
         self.problems = problems
 
@@ -154,7 +151,7 @@ def _stored_tensors(folder: Path) -> dict[str, StoredBytes]:
     if (folder / INDEX_JSON).exists():
         return _sharded(folder)
     if (folder / ONE_FILE).exists():
-        return read_header(folder / ONE_FILE)
+        return read_tensors(folder / ONE_FILE)
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles:
         again = "from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
@@ -174,10 +171,13 @@ def _sharded(folder: Path) -> dict[str, StoredBytes]:
         raise CheckpointError(f"{index}: it has no weight_map")
     headers = {}
     for name in sorted(set(map(str, places.values()))):
-        # A name such as ../../secret would open a file outside the folder.
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: unsafe file name {name!r}: it must be in this folder")
-        headers[name] = read_header(folder / name)
+        try:
+            file = folder / file_name_in(name)
+        except ValueError as error:
+            raise CheckpointError(f"{index}: {error}") from None
+        if file.suffix != ".safetensors":
+            raise CheckpointError(f"{index}: {name} is no safetensors file")
+        headers[name] = read_tensors(file)
     problems = []
     stored = {}
     for key, name in places.items():

@@ -54,6 +54,11 @@ class Weights:
         """Of one tensor."""
         return prod(self.source.shape(name)) * self.dtype_of(name).itemsize
 
+    def deferred(self, name: str) -> DeferredTensor:
+        """A tensor that is read when it is written."""
+        shape = tuple(self.source.shape(name))
+        return DeferredTensor(self.dtype_of(name), shape, partial(self.read, name))
+
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         """One box of a tensor (None: all).
 
@@ -80,19 +85,15 @@ def write_megalite(
     """Write a checkpoint of one rank into a folder of checkpoints."""
     shards = []
     for name in weights.names:
-        shape = tuple(weights.source.shape(name))
-        tensor = DeferredTensor(weights.dtype_of(name), shape, partial(weights.read, name))
-        shards.append(Shard(name, tensor, shape, Box.whole(shape)))
+        tensor = weights.deferred(name)
+        shards.append(Shard(name, tensor, tensor.shape, Box.whole(tensor.shape)))
     alone = ParallelContext.single().control
     write(folder, iteration, shards, private={}, state=state, config_yaml=config_yaml, world=alone)
 
 
 def write_safetensors(folder: Path, weights: Weights, config_yaml: str) -> None:
     """Write all tensors, under megalite's names, into one file, and the configuration."""
-    tensors = {}
-    for name in weights.names:
-        shape = tuple(weights.source.shape(name))
-        tensors[name] = DeferredTensor(weights.dtype_of(name), shape, partial(weights.read, name))
+    tensors = {name: weights.deferred(name) for name in weights.names}
     write_tensors(folder / ONE_FILE, tensors, METADATA)
     write_file(folder / "config.yaml", config_yaml.encode())
 
@@ -191,11 +192,8 @@ def parameter_names(
     """The parameters of a model of these shapes, of which those that begin with one of `absent`
     may be missing. Raises CheckpointError that lists what the source does not hold."""
     names = []
-    wanted = []
-    for name, shape in shapes.items():
+    for name in shapes:
         if name in source.names or not name.startswith(absent):
             names.append(name)
-            tensor = DeferredTensor(torch.float32, tuple(shape), lambda: None)
-            wanted.append(Shard(name, tensor, tuple(shape), Box.whole(shape)))
-    source.check(wanted)
+    source.check_shapes({name: shapes[name] for name in names})
     return tuple(names)

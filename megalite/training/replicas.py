@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 
 import torch
 
-from megalite.checkpoint.format import listing
+from megalite.checkpoint.folder import listing
 from megalite.nn.parameter import held_boxes
 from megalite.parallel.collectives import gather_objects
 from megalite.system.errors import ReportedError

@@ -9,8 +9,8 @@ from megalite.checkpoint.folder import (
     iteration_folder,
     latest_iteration,
     list_iterations,
+    listing,
 )
-from megalite.checkpoint.format import listing
 from megalite.config.run import RunConfig
 from megalite.parallel.collectives import Group, gather_objects
 from megalite.training.build import TrainingComponents

@@ -297,7 +297,9 @@ def load_pretrained(parts: TrainingComponents, config: RunConfig) -> Progress:
 
     Collective. Raises CheckpointError when they are not those of this model.
     """
-    with Checkpoint.open(config.checkpoint.pretrained_checkpoint) as checkpoint:
+    options = config.checkpoint
+    verify = options.verify_checkpoint == "on"
+    with Checkpoint.open(options.pretrained_checkpoint, verify=verify) as checkpoint:
         progress = _weights_alone(checkpoint, parts, config, "--pretrained-checkpoint")
     parts.optimizer.weights_were_set()
     return progress

@@ -136,7 +136,7 @@ def entry(**changes) -> dict:
         (header(b"[]"), "no JSON object"),
         (header({"w": 1}), "'w'.*should have dtype, shape and data_offsets"),
         (header({"w": entry(more=1)}), "should have dtype"),
-        (header({"w": entry(dtype="F8_E4M3")}), "unknown dtype 'F8_E4M3'"),
+        (header({"w": entry(dtype="F8_E4M3", data_offsets=[0, 64])}), "unknown dtype 'F8_E4M3'"),
         (header({"w": entry(shape=[-4])}), "-4 is no size"),
         (header({"w": entry(shape=[-2, -2])}), "-2 is no size"),
         (header({"w": entry(shape=[1 << 63, 2])}), "is no size"),
@@ -153,6 +153,8 @@ def entry(**changes) -> dict:
         (header({"w": entry(data_offsets=[-16, 0])}), "-16 is no size"),
         (header({"w": entry(data_offsets=[0, 8, 16])}), "too many values"),
         (header({"a": entry(), "b": entry(data_offsets=[12, 28])}), "'a' and 'b' overlap"),
+        (header({"a": entry(), "b": entry(data_offsets=[20, 36])}), "gap between 'a' and 'b'"),
+        (header({"w": entry()}), "its last tensor ends at"),
     ],
 )
 def test_a_header_that_lies_is_an_error(tmp_path, content, text):
@@ -173,7 +175,7 @@ def test_names_lead_nowhere_else(saved, tmp_path):
             with pytest.raises(CheckpointError):
                 Index.from_json(content)
     path = tmp_path / WEIGHTS
-    path.write_bytes(header({"../../secret": entry()}))
+    path.write_bytes(header({"../../secret": entry(shape=[16], data_offsets=[0, 64])}))
     assert TensorFile(path, None).entries.keys() == {"../../secret"}
 
 

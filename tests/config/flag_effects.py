@@ -135,7 +135,7 @@ PRESET_SHAPES = {
 MORE_PIECES = "../more_text_document"
 LONGER = dict(train_iters=8, hidden_dropout=0.1)
 """A run that ../trained was saved by, at iterations 2 and 4; ../trained-with-streams too, under the
-other scheme. A bit of ../damaged's last one differs."""
+other scheme. A bit of a weight in ../damaged's last one differs."""
 RESUMED = {**LONGER, "load": "../trained"}
 STREAMS = {"rng_scheme": "megatron"}
 TENSORS = {"tensor_model_parallel_size": 2}

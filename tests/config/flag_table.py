@@ -395,7 +395,13 @@ FLAGS: dict[str, list[Effect]] = {
             says("resumed from ../damaged/iter_0000004", instead_of="differ from their checksum"),
             base={**RESUMED, "load": "../damaged"},
             observe=runs.failure_or_run,
-        )
+        ),
+        effect(
+            "off",
+            says("weights from ../damaged/iter_0000004", instead_of="differ from their checksum"),
+            base={**LONGER, "pretrained_checkpoint": "../damaged"},
+            observe=runs.failure_or_run,
+        ),
     ],
     "load": [effect("../trained", goes_on_from(4), base=LONGER)],
     "load_hf": [effect("../published", losses_from(1))],

@@ -249,7 +249,7 @@ CASES = {
     "idle verification": (
         dict(verify_checkpoint="off"),
         1,
-        "--verify-checkpoint off without --load",
+        "--verify-checkpoint off without --load or --pretrained-checkpoint",
     ),
     "idle step": (dict(ckpt_step=0), 1, "--ckpt-step 0 without --load"),
     "idle finetune": (dict(finetune=True), 1, "--finetune without --load"),
