@@ -25,7 +25,7 @@ class SaveTimes:
     seconds: float
     """From its start until the checkpoint was the latest."""
     blocked_seconds: float
-    """That training was stopped for it: for the copy, and to wait for its end."""
+    """For how long training was stopped: for the copy, and to wait for the end of the save."""
 
 
 class HostCopies:
@@ -39,8 +39,8 @@ class HostCopies:
         self._is_pinned = False
 
     def reserve(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        """Have memory for copies of these tensors, of which every page is in place: that takes
-        longer than the copy. Returns where each copy begins."""
+        """Allocate memory for copies of these tensors, unless there is enough, and touch every
+        page of it, which takes longer than a copy. Returns the byte at which each copy begins."""
         starts = []
         end = 0
         for tensor in tensors:
@@ -65,7 +65,7 @@ class HostCopies:
         return copies
 
     def free(self) -> None:
-        """Give the memory back; copies are then of no use."""
+        """Give the memory back; the copies must not be used any more."""
         if self._is_pinned:
             _check(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
         self._is_pinned = False
@@ -103,8 +103,8 @@ class AsyncSaver:
         self._blocked_seconds = 0.0
 
     def reserve(self, shards: Iterable[Shard], private: dict[str, torch.Tensor]) -> None:
-        """Have the memory for copies of these before the first save: a host that lacks it fails
-        here, and no save waits for it. Raises RuntimeError."""
+        """Allocate the memory for copies of these before the first save: a host that lacks it
+        fails here, and no save waits for it. Raises RuntimeError."""
         self._copies.reserve([*(shard.tensor for shard in shards), *private.values()])
 
     def start(
@@ -150,7 +150,7 @@ class AsyncSaver:
 
     @property
     def is_running(self) -> bool:
-        """Whether this rank's thread has still to do."""
+        """Whether this rank's thread is still writing."""
         return self._running is not None and not self._running.done()
 
     @property

@@ -27,8 +27,7 @@ from megalite.checkpoint.folder import (
     CheckpointError,
     DamagedCheckpointError,
     fsync_folder,
-    parse_json,
-    read_file,
+    read_json,
 )
 from megalite.system.errors import explain_os_error
 
@@ -122,7 +121,7 @@ class Lease:
         cannot be read."""
         path = self.root / OWNER_FILE
         try:
-            owner = parse_json(read_file(path), path)
+            owner = read_json(path)
             token, who, since = (str(owner[key]) for key in ("token", "who", "since"))
         except (DamagedCheckpointError, KeyError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error

@@ -75,6 +75,11 @@ def _unreadable(path: Path, error: Exception) -> DamagedCheckpointError:
     return DamagedCheckpointError(f"{path} cannot be read: {error_message(error)}")
 
 
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises DamagedCheckpointError, as `read_file` and `parse_json`."""
+    return parse_json(read_file(path), path)
+
+
 def parse_json(content: bytes | str, source: object) -> dict:
     """A JSON object without duplicate keys.
 

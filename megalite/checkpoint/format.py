@@ -31,6 +31,12 @@ _BOXES = re.compile("[0-9a-f ,;]*")
 PRIVATE_PREFIX = "@"
 """Begins the keys of a rank's private tensors, which are no shard of a global tensor."""
 
+OPTIMIZER = "optimizer."
+"""Begins the names of what the optimizer keeps for a parameter: its kind and the parameter follow,
+`optimizer.exp_avg.layers.0.mlp.up.weight`."""
+MASTER = OPTIMIZER + "master."
+"""Begins the names of fp32 master weights."""
+
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -44,7 +50,14 @@ SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
 }
 SAFETENSORS_NAMES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
-DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPE_NAMES = {dtype_name(dtype): dtype for dtype in SAFETENSORS_DTYPES}
 
 
 @dataclass(frozen=True)
@@ -186,7 +199,7 @@ class Index:
         numbers = {name: number for number, name in enumerate(files)}
         tensors = {}
         for name, tensor in self.tensors.items():
-            dtype = str(tensor.dtype).removeprefix("torch.")
+            dtype = dtype_name(tensor.dtype)
             boxes = ";".join(_box_totext_in(shard, numbers) for shard in tensor.shards)
             tensors[name] = {"dtype": dtype, "shape": tensor.shape, "boxes": boxes}
         content = {**header, "files": files, "names": tensors}

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,12 +14,11 @@ from megalite.checkpoint.folder import (
     INDEX_FILE,
     STATE_FILE,
     CheckpointError,
-    DamagedCheckpointError,
-    parse_json,
     parse_text,
     read_file,
+    read_json,
 )
-from megalite.checkpoint.format import PRIVATE_PREFIX, Index, StoredTensor
+from megalite.checkpoint.format import PRIVATE_PREFIX, Index, StoredTensor, dtype_name
 from megalite.checkpoint.source import TensorSource
 from megalite.checkpoint.tensor_file import TensorFile
 from megalite.parallel.boxes import Box
@@ -43,7 +42,7 @@ class Group:
         self.tensors += 1
         self.elements += Box.whole(tensor.shape).numel
         self.bytes += tensor.bytes
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         if dtype not in self.dtypes:
             self.dtypes.append(dtype)
 
@@ -62,6 +61,14 @@ class Inspection:
     """Bytes of each file that is there or should be; None: it is missing."""
     problems: list[str] = field(default_factory=list)
     """What could not be read."""
+
+    @contextmanager
+    def problems_kept(self) -> Iterator[None]:
+        """Add the error that the block raises to `problems`."""
+        try:
+            yield
+        except CheckpointError as error:
+            self.problems.append(str(error))
 
     def to_json(self) -> str:
         """All of it but the tensors."""
@@ -82,19 +89,13 @@ def inspect(folder: Path) -> Inspection:
     Without a readable index, the headers of the files tell the shards that are there.
     """
     found = Inspection(folder)
-    try:
+    with found.problems_kept():
         found.index = Index.from_json(read_file(folder / INDEX_FILE), folder / INDEX_FILE)
-    except CheckpointError as error:
-        found.problems.append(str(error))
-    try:
-        found.state = parse_json(read_file(folder / STATE_FILE), folder / STATE_FILE)
-    except DamagedCheckpointError as error:
-        found.problems.append(str(error))
-    try:
+    with found.problems_kept():
+        found.state = read_json(folder / STATE_FILE)
+    with found.problems_kept():
         content = read_file(folder / CONFIG_FILE)
         found.config_yaml = parse_text(content, folder / CONFIG_FILE)
-    except DamagedCheckpointError as error:
-        found.problems.append(str(error))
     # The files: those that are there, and those that should be.
     names = sorted(path.name for path in folder.iterdir())
     expected = [] if found.index is None else found.index.files
@@ -103,10 +104,8 @@ def inspect(folder: Path) -> Inspection:
         found.files[name] = path.stat().st_size if path.exists() else None
     tensors = found.index.tensors if found.index else _tensors_in_headers(found)
     for name in tensors:
-        try:
+        with found.problems_kept():
             found.groups.setdefault(kind_of(name), Group()).add(tensors[name])
-        except DamagedCheckpointError as error:
-            found.problems.append(str(error))
     return found
 
 
@@ -122,16 +121,13 @@ def _tensors_in_headers(found: Inspection) -> dict[str, StoredTensor]:
     for name in found.files:
         if not name.endswith(".safetensors"):
             continue
-        try:
+        with found.problems_kept():
             file = TensorFile(found.folder / name, stored=None)
-        except DamagedCheckpointError as error:
-            found.problems.append(str(error))
-            continue
-        for key, entry in file.entries.items():
-            if not key.startswith(PRIVATE_PREFIX):
-                # The kind comes first in the name.
-                tensors[f"{key} in {name}"] = StoredTensor(entry.dtype, entry.shape, ())
-        file.close()
+            for key, entry in file.entries.items():
+                if not key.startswith(PRIVATE_PREFIX):
+                    # The kind comes first in the name.
+                    tensors[f"{key} in {name}"] = StoredTensor(entry.dtype, entry.shape, ())
+            file.close()
     return tensors
 
 
@@ -182,9 +178,9 @@ def _difference(name: str, one: TensorSource, other: TensorSource) -> Difference
         elements += count
         absolute = max(absolute, float(gap.max()))
         relative = max(relative, float(share.max()))
-    dtypes = Counter([one.dtype(name), other.dtype(name)])
-    note = f"dtypes {one.dtype(name)} and {other.dtype(name)}" if len(dtypes) > 1 else ""
-    return Difference(name, note.replace("torch.", ""), elements, absolute, relative)
+    a, b = (source.dtype(name) for source in (one, other))
+    note = "" if a == b else f"dtypes {dtype_name(a)} and {dtype_name(b)}"
+    return Difference(name, note, elements, absolute, relative)
 
 
 def _parts(box: Box) -> Iterator[Box]:

@@ -53,9 +53,9 @@ def write(
 
     Together the ranks' shards must cover every named tensor exactly once. `private` tensors belong
     to this rank alone (random streams). `state` (JSON), `config_yaml`, `keep_last` and `keep_every`
-    are taken from rank 0. `keep_last` removes all but that many newest checkpoints, counted up to
-    this one, and but those whose iteration is a multiple of `keep_every`; with `keep_every` alone
-    it is 1.
+    are taken from rank 0. With `keep_last`, older checkpoints than that many newest, counted up to
+    this one, are removed, unless their iteration is a multiple of `keep_every`; with `keep_every`
+    alone, `keep_last` is 1.
     `root` must be the same folder on every rank. `lease` is rank 0's; without one, rank 0 takes the
     lease of `root` now.
 
@@ -239,8 +239,8 @@ def _move_in(lease: Lease, draft: Path, iteration: int) -> None:
 
 
 def _prune(lease: Lease, latest: int, keep_last: int | None, keep_every: int | None) -> None:
-    """Remove all but the `keep_last` newest checkpoints up to iteration `latest`, and but those of
-    multiples of `keep_every`. Later ones, of an older branch, are left alone."""
+    """Remove checkpoints before the `keep_last` newest up to iteration `latest`, unless their
+    iteration is a multiple of `keep_every`. Later ones, of an older branch, are left alone."""
     if keep_last is None and keep_every is None:
         return
     keep_last = keep_last or 1

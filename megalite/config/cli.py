@@ -106,7 +106,7 @@ def read_config(argv: list[str], architecture: str | None = None) -> RunConfig:
 def read_values(
     argv: list[str], architecture: str | None = None
 ) -> tuple[dict[str, Any], RunConfig]:
-    """(the values that a command line and its file give, `read_config`)."""
+    """(the values that a command line and its file give, the configuration as `read_config`)."""
     _, values, config = _read_command_line(argv, architecture)
     return values, config
 

@@ -33,7 +33,7 @@ class _InertUnpickler(pickle.Unpickler):
 
 
 @dataclass(frozen=True)
-class Stored:
+class Extent:
     """Where a part of a tensor, or an object, is: `length` bytes of `file` from `start` on."""
 
     file: str
@@ -44,21 +44,21 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class TensorInParts:
     """A tensor and its parts."""
 
     dtype: torch.dtype | None
     """None: one that megalite does not have."""
     shape: tuple[int, ...]
-    parts: tuple[Stored, ...]
+    parts: tuple[Extent, ...]
 
 
 class Distcp:
     """A folder that torch.distributed.checkpoint wrote. Raises CheckpointError when it cannot be
     read."""
 
-    tensors: dict[str, StoredTensor]
-    objects: dict[str, Stored]
+    tensors: dict[str, TensorInParts]
+    objects: dict[str, Extent]
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -94,18 +94,18 @@ class Distcp:
             for part in parts:
                 if dtype is not None and part.box.numel * dtype.itemsize > part.length:
                     raise ValueError(f"{name}: {part.box} does not fit in {part.length} bytes")
-            self.tensors[name] = StoredTensor(dtype, _ints(entry.state["size"]), tuple(parts))
+            self.tensors[name] = TensorInParts(dtype, _ints(entry.state["size"]), tuple(parts))
 
-    def _stored(self, place: dict[str, Any], box: Box | None) -> Stored:
+    def _stored(self, place: dict[str, Any], box: Box | None) -> Extent:
         file = file_name_in(place["relative_path"])
         start = int(place["offset"])
         length = int(place["length"])
         size = (self.folder / file).stat().st_size
         if not 0 <= start <= start + length <= size:
             raise ValueError(f"{file} has {size} bytes, not {start + length}")
-        return Stored(file, start, length, box)
+        return Extent(file, start, length, box)
 
-    def bytes_of(self, stored: Stored) -> io.BytesIO:
+    def bytes_of(self, stored: Extent) -> io.BytesIO:
         """The bytes of one part or object."""
         with open(self.folder / stored.file, "rb") as file:
             file.seek(stored.start)

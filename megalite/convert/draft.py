@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megalite.checkpoint.folder import CheckpointError, fsync_folder
-from megalite.system.errors import explain_os_error, scaled
+from megalite.system.errors import explain_os_error, size_text
 
 SPARE_BYTES = 1 << 24
 """Of the disk, for files beside the weights."""
@@ -29,13 +29,9 @@ def check_space(folder: Path, needed: int) -> None:
     existing = next(path for path in (whole, *whole.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed + SPARE_BYTES:
-        units = (" B", " kB", " MB", " GB", " TB")
-        wanted = scaled(needed, units, 1000)
-        there = scaled(free, units, 1000)
-        raise CheckpointError(
-            f"{folder} will need {wanted}, and {existing} has {there} free: make room, or give "
-            "another folder"
-        )
+        wanted = f"{folder} will need {size_text(needed)}"
+        there = f"{existing} has {size_text(free)} free"
+        raise CheckpointError(f"{wanted}, and {there}: make room, or give another folder")
 
 
 @contextmanager

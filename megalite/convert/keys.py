@@ -37,8 +37,10 @@ class Keys(Protocol):
 
 
 MOST = 2**31
-"""Largest number that is read: a file that gives a larger one is damaged, or made to do damage."""
+"""Largest number that is read, of heads, rows and so on: a file that gives a larger one is damaged,
+or made to do damage."""
 MOST_LAYERS = 10_000
+"""Of layers."""
 MISSING = object()
 """A default of a key that a file must have."""
 

@@ -38,9 +38,9 @@ MAPPED_BYTES = 2**26
 RANK_FOLDER = re.compile(r"mp_rank_(?P<tensor>\d\d)(_(?P<stage>\d{3}))?")
 LAYER = re.compile(rf"({'|'.join(map(re.escape, LAYER_PREFIXES))})(?P<layer>\d+)\.(?P<rest>.+)")
 
-Stored = tuple[tuple[int, ...], torch.dtype]
+Kind = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a stored tensor."""
-Catalogue = dict[tuple[int, str], Stored]
+Catalogue = dict[tuple[int, str], Kind]
 """Of the tensors of a rank, by (chunk, key)."""
 Location = tuple[int, int, str]
 """(stage, chunk, key)."""
@@ -237,7 +237,7 @@ class MegatronWeights(MegatronSource):
         return index
 
     def _problem_of_shards(
-        self, shape: tuple[int, ...], layout: Layout, shards: list[Stored | None]
+        self, shape: tuple[int, ...], layout: Layout, shards: list[Kind | None]
     ) -> str:
         """Why the shards of the ranks are not a tensor of this shape; empty if they are."""
         axis = SPLIT_AXIS[layout]

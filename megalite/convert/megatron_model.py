@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megalite.convert.keys import MOST, MOST_LAYERS
+
 Layout = Literal["whole", "vocabulary", "rows", "columns", "qkv", "gate_up"]
 """How t ranks share a tensor, and what one rank stores.
 
@@ -160,34 +162,34 @@ def source_of(name: str, swiglu: bool) -> tuple[int | None, Source]:
 # The arguments.
 # ------------------------------------------------------------------------------------------------
 
-HARMLESS = (None, False, 0)
+OFF = (None, False, 0)
 UNSUPPORTED: dict[str, tuple[tuple, str]] = {
-    "num_experts": (HARMLESS, "experts"),
-    "multi_latent_attention": (HARMLESS, "latent attention"),
-    "mtp_num_layers": (HARMLESS, "prediction of several tokens"),
-    "hybrid_layer_pattern": (HARMLESS, "layers of several kinds"),
-    "hybrid_override_pattern": (HARMLESS, "layers of several kinds"),
-    "heterogeneous_layers_config_encoded_json": (HARMLESS, "layers of several shapes"),
-    "experimental_attention_variant": (HARMLESS, "another attention"),
-    "attention_output_gate": (HARMLESS, "gated attention"),
-    "qk_l2_norm": (HARMLESS, "normalisation of queries and keys without weights"),
-    "no_rope_freq": (HARMLESS, "layers without RoPE"),
-    "window_size": (HARMLESS, "a sliding window"),
-    "window_attn_skip_freq": (HARMLESS, "a sliding window"),
+    "num_experts": (OFF, "experts"),
+    "multi_latent_attention": (OFF, "latent attention"),
+    "mtp_num_layers": (OFF, "prediction of several tokens"),
+    "hybrid_layer_pattern": (OFF, "layers of several kinds"),
+    "hybrid_override_pattern": (OFF, "layers of several kinds"),
+    "heterogeneous_layers_config_encoded_json": (OFF, "layers of several shapes"),
+    "experimental_attention_variant": (OFF, "another attention"),
+    "attention_output_gate": (OFF, "gated attention"),
+    "qk_l2_norm": (OFF, "normalisation of queries and keys without weights"),
+    "no_rope_freq": (OFF, "layers without RoPE"),
+    "window_size": (OFF, "a sliding window"),
+    "window_attn_skip_freq": (OFF, "a sliding window"),
     "softmax_scale": ((None,), "another scale of the scores"),
     "softmax_type": ((None, "vanilla"), "another softmax"),
-    "apply_layernorm_1p": (HARMLESS, "norms that add 1 to their weight"),
-    "layernorm_zero_centered_gamma": (HARMLESS, "norms that add 1 to their weight"),
-    "apply_residual_connection_post_layernorm": (HARMLESS, "residuals taken after a norm"),
+    "apply_layernorm_1p": (OFF, "norms that add 1 to their weight"),
+    "layernorm_zero_centered_gamma": (OFF, "norms that add 1 to their weight"),
+    "apply_residual_connection_post_layernorm": (OFF, "residuals taken after a norm"),
     "rotary_percent": ((None, 1), "RoPE of a part of each head"),
-    "rotary_interleaved": (HARMLESS, "RoPE of neighbouring components"),
+    "rotary_interleaved": (OFF, "RoPE of neighbouring components"),
     "rotary_seq_len_interpolation_factor": ((None, 1), "interpolated RoPE"),
-    "squared_relu": (HARMLESS, "squared ReLU"),
-    "quick_geglu": (HARMLESS, "gated quick GELU"),
+    "squared_relu": (OFF, "squared ReLU"),
+    "quick_geglu": (OFF, "gated quick GELU"),
     "activation_func_clamp_value": ((None,), "a bounded activation"),
-    "glu_linear_offset": (HARMLESS, "an offset in the gated MLP"),
-    "use_mup": (HARMLESS, "scaled logits"),
-    "retro_add_retriever": (HARMLESS, "retrieval"),
+    "glu_linear_offset": (OFF, "an offset in the gated MLP"),
+    "use_mup": (OFF, "scaled logits"),
+    "retro_add_retriever": (OFF, "retrieval"),
 }
 """Arguments that change what a model computes: the values that change nothing, and what another one
 means."""
@@ -215,9 +217,6 @@ COPIED = {
 }
 """Arguments with the name and the meaning of megalite's fields. An argument that an old checkpoint
 does not have leaves the field at its default, which is what old code did."""
-MOST = 2**31
-MOST_LAYERS = 10**5
-"""Of a number of heads, rows and so on, and of layers: what is more is no model."""
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads")
 POSITIONS = ("learned_absolute", "rope", "none")
 NORMALIZATIONS = ("LayerNorm", "RMSNorm")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.folder import CheckpointError, listing, parse_json, read_file
+from megalite.checkpoint.folder import CheckpointError, listing, read_json
 from megalite.checkpoint.safetensors_header import ITEM_BYTES, StoredBytes, read_tensors
 from megalite.checkpoint.untrusted import file_name_in
 from megalite.convert.keys import Findings, Values
@@ -80,7 +80,7 @@ def table_of(architecture: Architecture) -> tuple[Piece, ...]:
 def read_published(folder: str | Path) -> Published:
     """Read config.json. Raises CheckpointError with everything that megalite cannot translate."""
     folder = Path(folder)
-    config = read_object(folder / CONFIG_JSON)
+    config = read_json(folder / CONFIG_JSON)
     found = Findings()
     fields = read_fields(config, found)
     if found.problems:
@@ -88,11 +88,6 @@ def read_published(folder: str | Path) -> Published:
     architecture = architecture_of(config)
     name = class_of(config, architecture)
     return Published(folder, config, architecture, name, fields, found.notes)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError."""
-    return parse_json(read_file(path), path)
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,7 @@ def _stored_tensors(folder: Path) -> dict[str, StoredBytes]:
 def _sharded(folder: Path) -> dict[str, StoredBytes]:
     """The tensors that an index names. Raises CheckpointError."""
     index = folder / INDEX_JSON
-    places = read_object(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index}: it has no weight_map")
     headers = {}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megalite.convert.published import read_object
+from megalite.checkpoint.folder import read_json
 from megalite.data.tokenizers.huggingface import PUBLISHED_FILES, TOKENIZER_CONFIG, TOKENIZER_JSON
 
 
@@ -29,7 +29,7 @@ def tokenizer_of(folder: Path) -> dict[str, Any]:
     if (folder / "vocab.txt").is_file():
         lower = True
         if (folder / TOKENIZER_CONFIG).is_file():
-            lower = read_object(folder / TOKENIZER_CONFIG).get("do_lower_case", True)
+            lower = read_json(folder / TOKENIZER_CONFIG).get("do_lower_case", True)
         kind = "BertWordPieceLowerCase" if lower else "BertWordPieceCase"
         return {"tokenizer_type": kind, "vocab_file": str(folder / "vocab.txt")}
     return {}

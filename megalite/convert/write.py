@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megalite.checkpoint.folder import CheckpointError
-from megalite.checkpoint.format import DeferredTensor, Shard
+from megalite.checkpoint.format import MASTER, DeferredTensor, Shard
 from megalite.checkpoint.save import write
 from megalite.checkpoint.source import TensorSource
 from megalite.checkpoint.tensor_file import write_file, write_tensors
@@ -27,8 +27,6 @@ from megalite.parallel.context import ParallelContext
 GENERATION_JSON = "generation_config.json"
 METADATA = {"format": "pt"}
 """Without it, transformers refuses a file."""
-MASTER = "optimizer.master."
-"""Begins the names of fp32 master weights."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from megalite.config.yaml_file import to_yaml
 from megalite.convert.tables import ARCHITECTURES, Architecture
 from megalite.fields import Field
 from megalite.programs.reporting import failures_reported
-from megalite.system.errors import scaled
+from megalite.system.errors import size_text
 
 if TYPE_CHECKING:
     from megalite.checkpoint.source import TensorSource
@@ -207,14 +207,16 @@ def convert(options: Options) -> None:
         names = parameter_names(opened.source, shapes, opened.absent)
         dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
         weights = Weights(opened.source, names, dtype)
-        print(f"{opened.title}: {len(names)} tensors, {_size(weights.bytes)} to write", flush=True)
+        print(
+            f"{opened.title}: {len(names)} tensors, {size_text(weights.bytes)} to write", flush=True
+        )
         for note in opened.notes:
             print(f"  {note}", flush=True)
         save = Path(options.save)
         check_space(save, weights.bytes)
         with new_folder(save) as draft:
             DESTINATIONS[options.to](options, opened, weights, draft=draft)
-        print(f"{save}: {options.to}, {_size(sum_of_sizes(save))}")
+        print(f"{save}: {options.to}, {size_text(sum_of_sizes(save))}")
 
 
 def to_megalite(options: Options, opened: Opened, weights: "Weights", draft: Path) -> None:
@@ -222,6 +224,7 @@ def to_megalite(options: Options, opened: Opened, weights: "Weights", draft: Pat
     import shutil
 
     from megalite import __version__
+    from megalite.checkpoint.format import dtype_name
     from megalite.convert.write import write_megalite
 
     save = Path(options.save).absolute()
@@ -231,7 +234,7 @@ def to_megalite(options: Options, opened: Opened, weights: "Weights", draft: Pat
         for key in _TOKENIZER:
             if getattr(opened.config.data, key) == str(path):
                 values[key] = str(save / path.name)
-    first = str(weights.dtype_of(weights.names[0])).removeprefix("torch.")
+    first = dtype_name(weights.dtype_of(weights.names[0]))
     precisions = {long: short for short, long in DTYPES.items()} | {"float64": "fp64"}
     values |= {"precision": precisions[first], "save": None, "load": None}
     state = {
@@ -271,19 +274,19 @@ def huggingface_model(options: Options, opened: Opened, weights: "Weights") -> "
 
     Where the model is that of a published config.json, that one is written again.
     """
-    from megalite.checkpoint.folder import CheckpointError
+    from megalite.checkpoint.folder import CheckpointError, read_json
+    from megalite.checkpoint.format import dtype_name
     from megalite.convert.model_config import architecture_for
-    from megalite.convert.published import read_object
     from megalite.convert.write import HuggingFaceModel
 
     tokenizer, files = _tokenizer_files(opened)
-    dtype = str(weights.dtype_of(weights.names[0])).removeprefix("torch.")
+    dtype = dtype_name(weights.dtype_of(weights.names[0]))
     origin = _origin(opened, options.hf_model_type)
     if origin is not None:
         config = {**origin.config, "dtype": dtype}
         config.pop("torch_dtype", None)  # the name of dtype in older files
         path = origin.folder / "generation_config.json"
-        generation = read_object(path) if path.is_file() else None
+        generation = read_json(path) if path.is_file() else None
         return HuggingFaceModel(origin.architecture, config, generation, files)
     try:
         architecture, keys = architecture_for(opened.config.model, options.hf_model_type)
@@ -362,10 +365,6 @@ DESTINATIONS: dict[str, Callable[..., None]] = {
 def sum_of_sizes(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _size(count: int) -> str:
-    return scaled(count, (" B", " kB", " MB", " GB", " TB"), 1000)
 
 
 def main() -> None:

@@ -21,12 +21,10 @@ from megalite.config.validate import chosen
 from megalite.config.yaml_file import config_of_checkpoint
 from megalite.fields import Field
 from megalite.programs.reporting import failures_reported, print_errors, refuse
-from megalite.system.errors import scaled
+from megalite.system.errors import size_text
 
 if TYPE_CHECKING:
     from megalite.checkpoint.inspection import Inspection
-
-UNITS = (" B", " KiB", " MiB", " GiB", " TiB")
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,8 @@ def show(found: "Inspection", tensors: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from megalite.checkpoint.format import dtype_name
+
     console = Console(soft_wrap=True)
     facts = Table(title=escape(str(found.folder)), show_header=False)
     for name, value in about(found).items():
@@ -76,22 +76,21 @@ def show(found: "Inspection", tensors: bool) -> None:
     console.print(facts)
     held = Table("", "tensors", "elements", "size", "dtype")
     for kind, group in found.groups.items():
-        sizes = (f"{group.tensors:,}", f"{group.elements:,}", scaled(group.bytes, UNITS, 1024))
+        sizes = (f"{group.tensors:,}", f"{group.elements:,}", size_text(group.bytes))
         held.add_row(kind, *sizes, ", ".join(group.dtypes))
     console.print(held)
     if tensors and found.index:
         for name in found.index.tensors:
             tensor = found.index.tensors[name]
-            dtype = str(tensor.dtype).removeprefix("torch.")
             boxes = f"in {len(tensor.shards)} boxes" if len(tensor.shards) > 1 else ""
-            line = f"{name} {dtype} {list(tensor.shape)} {boxes}"
+            line = f"{name} {dtype_name(tensor.dtype)} {list(tensor.shape)} {boxes}"
             console.print(line, markup=False, highlight=False)
 
 
 def about(found: "Inspection") -> dict[str, str]:
     """The facts of a checkpoint by name."""
     sizes = [size for size in found.files.values() if size is not None]
-    facts = {"files": f"{len(sizes)}, {scaled(sum(sizes), UNITS, 1024)}"}
+    facts = {"files": f"{len(sizes)}, {size_text(sum(sizes))}"}
     if found.index:
         index = found.index
         facts["iteration"] = str(index.iteration)
@@ -136,7 +135,7 @@ def checked(found: "Inspection") -> list[str]:
         task = bar.add_task("checking", total=total)
         problems = damage(found.folder, found.index, lambda done: bar.advance(task, done))
     if not problems and not found.problems:
-        size = scaled(total, UNITS, 1024)
+        size = size_text(total)
         print(f"verified: all {len(found.index.files)} files, {size}, are as they were written")
     return problems
 

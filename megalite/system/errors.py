@@ -78,7 +78,8 @@ def _no_space(path: str) -> str:
         return "what the output goes to is full; send it to another disk"
     found = _existing_parent(path)
     usage = shutil.disk_usage(found)
-    free = f"{_size(usage.free)} of {_size(usage.total)} are free on the file system of {found}"
+    sizes = f"{size_text(usage.free)} of {size_text(usage.total)}"
+    free = f"{sizes} are free on the file system of {found}"
     if usage.free > ALMOST_FULL_BYTES:
         return (
             f"{free}, so the limit is a quota (quota -s), the number of files (df -i) or the "
@@ -91,7 +92,7 @@ def _too_large(path: str) -> str:
     soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = "a limit of its file system"
     if soft != resource.RLIM_INFINITY:
-        limit = f"{_size(soft)}, which ulimit -f sets"
+        limit = f"{size_text(soft)}, which ulimit -f sets"
     return f"a file may be no larger than {limit}; raise it, or write to another file system"
 
 
@@ -161,5 +162,6 @@ def _user() -> str:
         return f"user {os.getuid()}"
 
 
-def _size(number: float) -> str:
+def size_text(number: float) -> str:
+    """A number of bytes as a person reads it: `1.5 GiB`."""
     return scaled(number, (" B", " KiB", " MiB", " GiB", " TiB"), step=1024)

@@ -80,7 +80,7 @@ class Trainer:
     lease: Lease | None = None
     """Rank 0's right to write to --save."""
     saver: AsyncSaver | None = None
-    """Of --async-save."""
+    """Writes checkpoints while training goes on; None without --async-save."""
     started: float = field(default_factory=time.monotonic)
     """When --exit-duration-in-mins began."""
     step_seconds: float | None = None

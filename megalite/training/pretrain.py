@@ -6,10 +6,10 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from megalite.checkpoint.background import AsyncSaver
 from megalite.checkpoint.folder import has_checkpoint
+from megalite.config.rules.disk import same_place
 from megalite.config.run import RunConfig, with_values
 from megalite.config.summary import keep_config, summary_lines
 from megalite.data.build import blended, build_sources, data_state
@@ -185,7 +185,7 @@ def _finds_no_checkpoint(config: RunConfig) -> bool:
     """Whether this is the first run of a job, whose script names one folder for --save and
     --load."""
     options = config.checkpoint
-    is_same = options.save and Path(options.load).resolve() == Path(options.save).resolve()
+    is_same = same_place(options.load, options.save)
     return is_same and options.ckpt_step is None and not has_checkpoint(options.load)
 
 

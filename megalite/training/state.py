@@ -12,7 +12,7 @@ from megalite.checkpoint.background import AsyncSaver
 from megalite.checkpoint.config import CheckpointConfig
 from megalite.checkpoint.fence import Lease
 from megalite.checkpoint.folder import CheckpointError, DamagedCheckpointError
-from megalite.checkpoint.format import Shard
+from megalite.checkpoint.format import MASTER, OPTIMIZER, Shard
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
 from megalite.checkpoint.source import TensorSource
@@ -26,7 +26,6 @@ from megalite.optim.optimizer import Optimizer
 from megalite.training.build import TrainingComponents
 
 RNG = "rng."
-OPTIMIZER = "optimizer."
 
 
 @dataclass
@@ -132,8 +131,8 @@ def save_state(
 
 
 def reserve_memory(saver: AsyncSaver, parts: TrainingComponents, options: CheckpointConfig) -> None:
-    """Have the host memory that `save_state` copies to. Raises RuntimeError when there is not as
-    much."""
+    """Allocate the host memory that `save_state` copies to, as much as this rank's file has. Raises
+    RuntimeError when there is not as much."""
     saver.reserve(*_to_save(parts, options))
 
 
@@ -187,7 +186,7 @@ def _source(checkpoint: TensorSource, name: str, parameter: torch.nn.Parameter) 
 
 
 def _best_source(checkpoint: TensorSource, name: str) -> str:
-    master = f"{OPTIMIZER}master.{name}"
+    master = MASTER + name
     return master if master in checkpoint.names else name
 
 

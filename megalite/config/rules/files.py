@@ -15,9 +15,9 @@ from megalite.checkpoint.folder import (
     checkpoint_folder,
     latest_iteration,
     list_iterations,
-    parse_json,
     parse_text,
     read_file,
+    read_json,
     save_folder,
 )
 from megalite.config.problem import ConfigError, Problem
@@ -157,7 +157,7 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
     if made_with is None or made_with.model.architecture != config.model.architecture:
         return  # another rule reports another model
     try:
-        stored = parse_json(read_file(folder / STATE_FILE), folder / STATE_FILE).get("data")
+        stored = read_json(folder / STATE_FILE).get("data")
         if stored is None:
             return
         samples = iterations(config, world_size) * global_batch(config, world_size)
