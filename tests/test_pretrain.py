@@ -239,7 +239,8 @@ def test_a_damaged_checkpoint_is_reported_in_a_line(monkeypatch, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1])
     message = message_of_main(monkeypatch, "--load", tmp_path)
     assert re.fullmatch(
-        r"pretrain_gpt\.py: rank 0: .*iter_0000001: weights-.* has \d+ bytes instead of \d+",
+        r"pretrain_gpt\.py: rank 0: .*iter_0000001/weights-.* has \d+ bytes instead of \d+\n"
+        r"--load-fallback goes back .*",
         message,
     )
 
