@@ -64,6 +64,9 @@ def test_it_shows_what_a_checkpoint_holds(inspect, tmp_path):
     status, shown, _ = inspect(tmp_path, "--json")
     facts = json.loads(shown)
     assert (status, facts["iteration"], facts["groups"]["weights"]["bytes"]) == (0, 7, 96)
+    assert (facts["verified"], facts["problems"]) == (False, [])
+    facts = json.loads(inspect(tmp_path, "--json", "--verify")[1])
+    assert (facts["verified"], facts["problems"]) == (True, [])
 
 
 def test_it_shows_a_damaged_checkpoint_as_far_as_it_can(inspect, tmp_path):
@@ -78,6 +81,8 @@ def test_it_shows_a_damaged_checkpoint_as_far_as_it_can(inspect, tmp_path):
     status, shown, errors = inspect(tmp_path, "--verify")
     assert status == 1 and "weights 1 24 96 B" in shown and "verified" not in shown
     assert f"weights-00000.safetensors: {NAME}" in errors and "differ from their check" in errors
+    facts = json.loads(inspect(tmp_path, "--verify", "--json")[1])
+    assert facts["verified"] and "differ from their check" in "".join(facts["problems"])
     assert "config.yaml is missing" in errors
     # Without an index, the headers of the files tell what is there.
     (folder / "index.json").unlink()

@@ -171,6 +171,33 @@ def has_checkpoint(root: str | Path) -> bool:
     return os.path.lexists(Path(root) / LATEST_FILE) or bool(list_iterations(root))
 
 
+def history_before(state: dict, root: str | Path, iteration: int) -> list[int]:
+    """The iterations of the checkpoints in `root` that a run had passed through before it wrote the
+    one of `iteration`, whose state.json is `state`. A checkpoint of before, which does not say so,
+    has all lower ones there. Raises DamagedCheckpointError when it holds no list of numbers."""
+    history = state.get("history")
+    if history is None:
+        return [step for step in list_iterations(root) if step < iteration]
+    if not isinstance(history, list) or any(type(step) is not int for step in history):
+        raise DamagedCheckpointError(f"{STATE_FILE} of iteration {iteration}: history is no list")
+    return history
+
+
+def iterations_before(root: str | Path, iteration: int) -> tuple[list[int], bool]:
+    """(the checkpoints in `root` to go back to when that of `iteration` is damaged, the nearest
+    first; whether they are known to be of its own run). They are unknown when its state.json cannot
+    be read: then they are all lower ones."""
+    lower = [step for step in reversed(list_iterations(root)) if step < iteration]
+    folder = checkpoint_folder(root, iteration)
+    if folder is None:
+        return lower, False
+    try:
+        history = history_before(read_json(folder / STATE_FILE), root, iteration)
+    except DamagedCheckpointError:
+        return lower, False
+    return [step for step in lower if step in history], True
+
+
 def replaced_folders(root: str | Path, iteration: int) -> list[Path]:
     """`iter_N.replaced-K` folders of an iteration, the newest (highest K) last."""
     prefix = f"{iteration_folder(iteration)}.replaced-"

@@ -70,8 +70,8 @@ class Inspection:
         except CheckpointError as error:
             self.problems.append(str(error))
 
-    def to_json(self) -> str:
-        """All of it but the tensors."""
+    def to_json(self, verified: bool) -> str:
+        """All of it but the tensors. verified: whether `problems` has what a verification found."""
         index = self.index
         facts = {"folder": str(self.folder), "state": self.state, "files": self.files}
         if index is not None:
@@ -80,7 +80,8 @@ class Inspection:
             facts["format_version"] = index.format_version
             facts["written_by"] = index.written_by
         facts["groups"] = {kind: asdict(group) for kind, group in self.groups.items()}
-        return json.dumps({**facts, "problems": self.problems}, indent=1)
+        facts |= {"verified": verified, "problems": self.problems}
+        return json.dumps(facts, indent=1)
 
 
 def inspect(folder: Path) -> Inspection:

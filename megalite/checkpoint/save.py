@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,6 +48,7 @@ def write(
     keep_last: int | None = None,
     lease: Lease | None = None,
     keep_every: int | None = None,
+    history: Collection[int] | None = None,
 ) -> Path:
     """Write the checkpoint `root/iter_N` and make it the latest. Returns its folder. Collective.
 
@@ -55,7 +56,8 @@ def write(
     to this rank alone (random streams). `state` (JSON), `config_yaml`, `keep_last` and `keep_every`
     are taken from rank 0. With `keep_last`, older checkpoints than that many newest, counted up to
     this one, are removed, unless their iteration is a multiple of `keep_every`; with `keep_every`
-    alone, `keep_last` is 1.
+    alone, `keep_last` is 1. Only checkpoints of `history` are counted and removed: the iterations
+    that this run passed through before; None: all lower ones. It is taken from rank 0, too.
     `root` must be the same folder on every rank. `lease` is rank 0's; without one, rank 0 takes the
     lease of `root` now.
 
@@ -74,7 +76,7 @@ def write(
         _on_first(world, lambda: _give_up(lease))
         raise
     # The others wait here, where a long deletion is not taken for a hang.
-    _on_first(world, lambda: _prune(lease, iteration, keep_last, keep_every))
+    _on_first(world, lambda: _prune(lease, iteration, keep_last, keep_every, history))
     return lease.root / iteration_folder(iteration)
 
 
@@ -238,14 +240,23 @@ def _move_in(lease: Lease, draft: Path, iteration: int) -> None:
     print(f"checkpoint: {folder} existed already and was moved to {aside}", flush=True)
 
 
-def _prune(lease: Lease, latest: int, keep_last: int | None, keep_every: int | None) -> None:
-    """Remove checkpoints before the `keep_last` newest up to iteration `latest`, unless their
-    iteration is a multiple of `keep_every`. Later ones, of an older branch, are left alone."""
+def _prune(
+    lease: Lease,
+    latest: int,
+    keep_last: int | None,
+    keep_every: int | None,
+    history: Collection[int] | None,
+) -> None:
+    """Remove checkpoints of `history` (None: all) before the `keep_last` newest up to iteration
+    `latest`, unless their iteration is a multiple of `keep_every`. Those of another branch, and
+    later ones, are left alone."""
     if keep_last is None and keep_every is None:
         return
     keep_last = keep_last or 1
     try:
         iterations = [number for number in list_iterations(lease.root) if number <= latest]
+        if history is not None:
+            iterations = [number for number in iterations if number in {*history, latest}]
         for iteration in iterations[:-keep_last]:
             if keep_every and iteration % keep_every == 0:
                 continue

@@ -114,7 +114,7 @@ def keep_config(config: RunConfig, folder: str) -> str:
             texts["ds.json"] = Path(config.deepspeed.deepspeed_config).read_bytes()
         for number in range(1, MOST_CONFIGS + 1):
             paths = {_numbered(Path(folder) / name, number): text for name, text in texts.items()}
-            if all(not path.exists() or path.read_bytes() == paths[path] for path in paths):
+            if all(not path.exists() or _holds(path, text) for path, text in paths.items()):
                 for path, text in paths.items():
                     if not path.exists():
                         with open(path, "xb") as file:
@@ -124,6 +124,11 @@ def keep_config(config: RunConfig, folder: str) -> str:
     except OSError as error:
         return f"the configuration cannot be written: {explain_os_error(error)}"
     return f"{folder} holds {MOST_CONFIGS} other configurations: this one is not written"
+
+
+def _holds(path: Path, text: bytes) -> bool:
+    """Whether it is a file of this content. A pipe is not opened, which might wait for ever."""
+    return path.is_file() and path.read_bytes() == text
 
 
 def _numbered(path: Path, number: int) -> Path:

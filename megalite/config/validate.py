@@ -147,7 +147,8 @@ def _typed(change: dict[str, Any], shape: dict[str, Any]) -> str:
 
 def resolve(config: RunConfig, world_size: int) -> RunConfig:
     """A sound configuration with every value filled in that follows from others or from the
-    tokenizer. Paths of the tokenizer's files become absolute. Resolving it again changes nothing.
+    tokenizer. Paths of the tokenizer's files and of --load-hf become absolute. Resolving it again
+    changes nothing.
 
     Short forms are replaced by what they stand for (bf16 and fp16 -> precision,
     recompute_activations -> recompute_granularity, lr_warmup_fraction -> lr_warmup_iters
@@ -160,6 +161,9 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     for field in files_of(config):
         # The checkpoint's configuration must name the files for programs that start elsewhere.
         values[field] = os.path.abspath(getattr(config.data, field))
+    if config.checkpoint.load_hf:
+        # Its config.json is written again when a checkpoint is converted, wherever that is done.
+        values["load_hf"] = os.path.abspath(config.checkpoint.load_hf)
     return fill_in(with_values(config, values), world_size)
 
 

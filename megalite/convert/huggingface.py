@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import KeysView
+from contextlib import closing
 from math import prod
 from operator import sub
 from pathlib import Path
@@ -10,13 +11,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megalite.checkpoint.folder import open_regular
+from megalite.checkpoint.folder import CheckpointError, open_regular
 from megalite.checkpoint.format import SAFETENSORS_NAMES
 from megalite.checkpoint.safetensors_header import ITEM_BYTES, StoredBytes, read_exactly
 from megalite.checkpoint.source import TensorSource
-from megalite.convert.published import Published, StoredPiece, find_tensors, read_published
+from megalite.convert.published import (
+    Published,
+    StoredPiece,
+    copy_of_embedding,
+    find_tensors,
+    read_published,
+)
 from megalite.parallel.boxes import Box
 
+COMPARED_BYTES = 1 << 24
+"""Of two tensors that are compared, at a time."""
 LEAST_BYTES = 4096
 """Shorter runs of bytes are read together with what lies between them: a disk reads pages."""
 
@@ -43,7 +52,10 @@ class HuggingFaceWeights(TensorSource):
         Raises CheckpointError that lists everything that megalite cannot read as a model.
         """
         published = read_published(folder)
-        return cls(published, find_tensors(published))
+        weights = cls(published, find_tensors(published))
+        with closing(weights):  # a later read opens the files again
+            weights._check_tied()
+        return weights
 
     @property
     def names(self) -> KeysView[str]:
@@ -81,6 +93,36 @@ class HuggingFaceWeights(TensorSource):
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
+
+    def _check_tied(self) -> None:
+        """Raise CheckpointError when the folder holds an output layer of its own, other than the
+        embedding, though config.json ties them: transformers would compute with it."""
+        head = copy_of_embedding(self.published)
+        if head is None:
+            return
+        embedding = self._known("embedding.word_embeddings.weight")[0].stored
+        if self._same_bytes(head, embedding):
+            return
+        raise CheckpointError(
+            f"{self.folder}: {head.key} differs from {embedding.key}, but config.json says "
+            '"tie_word_embeddings": true, or leaves it out: "tie_word_embeddings": false in '
+            f"config.json keeps both; without {head.key} in the files the model is tied"
+        )
+
+    def _same_bytes(self, one: StoredBytes, other: StoredBytes) -> bool:
+        """Whether two tensors are stored alike."""
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        for begin in range(0, one.bytes, COMPARED_BYTES):
+            length = min(COMPARED_BYTES, one.bytes - begin)
+            parts = []
+            for stored in (one, other):
+                part = bytearray(length)
+                self._read_bytes(stored, memoryview(part), stored.start + begin)
+                parts.append(part)
+            if parts[0] != parts[1]:
+                return False
+        return True
 
     def _known(self, name: str) -> list[StoredPiece]:
         if name not in self._pieces:

@@ -6,7 +6,11 @@ a problem, in words.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, Protocol, get_type_hints
+
+from megalite.fields import Field
+from megalite.nn.config import ModelConfig
 
 Values = dict[str, Any]
 
@@ -41,6 +45,27 @@ MOST = 2**31
 or made to do damage."""
 MOST_LAYERS = 10_000
 """Of layers."""
+
+
+@cache
+def bounds_of(field: str) -> Field:
+    """What is known about a field of ModelConfig: the bounds of its numbers."""
+    kind = get_type_hints(ModelConfig, include_extras=True)[field]
+    return next(part for part in kind.__metadata__ if isinstance(part, Field))
+
+
+def number_problem(name: str, value: Any, field: str) -> str | None:
+    """Why a key's value is no number that training takes as this field."""
+    bounds = bounds_of(field)
+    sound = type(value) in (int, float)
+    if sound:
+        try:
+            sound = bounds.contains(value)
+        except OverflowError:  # a whole number that no float can be
+            sound = False
+    return None if sound else f"{name} is {value!r:.40}; it must be a number {bounds.bounds}"
+
+
 MISSING = object()
 """A default of a key that a file must have."""
 
@@ -84,9 +109,13 @@ class Value:
                 found.problems.append(f"{self.name} is {value!r}; megalite knows {known}")
                 return {}
             return {self.field: self.choices[value]}
-        numbers = (int, float) if self.kind is float else (self.kind,)
-        if type(value) not in numbers or not (self.kind is float or value > 0):
-            wanted = "a number" if self.kind is float else "a positive whole number"
+        if self.kind is float:
+            problem = number_problem(self.name, value, self.field)
+            if problem:
+                found.problems.append(problem)
+                return {}
+        elif type(value) is not self.kind or value <= 0:
+            wanted = "a positive whole number"
             found.problems.append(f"{self.name} is {value!r}; it must be {wanted}")
             return {}
         most = MOST_LAYERS if self.field == "num_layers" else MOST
@@ -205,6 +234,12 @@ class Dropouts:
     def read(self, config: Mapping[str, Any], found: Findings) -> Values:
         """--hidden-dropout."""
         values = {name: config.get(name, self.default) for name in self.names}
+        problems = []
+        for name, value in values.items():
+            problems.append(number_problem(name, value, "hidden_dropout"))
+        if any(problems):
+            found.problems += filter(None, problems)
+            return {}
         if len(set(values.values())) > 1:
             shown = " and ".join(f"{name} {value}" for name, value in values.items())
             fix = "megalite has one probability for both; make them equal in config.json"
@@ -227,7 +262,7 @@ class Biases:
     def read(self, config: Mapping[str, Any], found: Findings) -> Values:
         """--disable-bias-linear."""
         values = [config.get(name) or False for name in self.names]
-        if len(set(values)) > 1 or values[0] not in (True, False):
+        if values[0] not in (True, False) or values.count(values[0]) != len(values):
             shown = " and ".join(f"{name} {value!r}" for name, value in zip(self.names, values))
             both = "megalite has biases in all linear layers, or in none"
             found.problems.append(f"{shown}: {both}, or in queries, keys and values alone (qwen2)")
@@ -296,8 +331,9 @@ class Rope:
                 f"partial_rotary_factor is {share}; megalite rotates whole heads only"
             )
         base = merged.pop("rope_theta")
-        if type(base) not in (int, float) or base <= 0:
-            found.problems.append(f"rope_theta is {base!r}; it must be a number above 0")
+        problem = number_problem("rope_theta", base, "rotary_base")
+        if problem:
+            found.problems.append(problem)
             return {}
         values = {"position_embedding_type": "rope", "rotary_base": float(base)}
         if kind == "default":
@@ -306,14 +342,33 @@ class Rope:
         if kind != "llama3":
             found.problems.append(f"rope_type is {kind!r}; megalite knows 'default' and 'llama3'")
             return {}
-        values["rope_scaling"] = "llama3"
+        self._refuse_unknown(merged, tuple(ROPE_FIELDS), found)
+        return values | {"rope_scaling": "llama3"} | self._llama3(merged, found)
+
+    @staticmethod
+    def _llama3(merged: Values, found: Findings) -> Values:
+        """The numbers of the scaling `llama3`."""
+        values = {}
         for name, ours in ROPE_FIELDS.items():
             number = merged.get(name)
-            if type(number) not in (int, float) or number <= 0:
+            if number is None:
                 found.problems.append(f"rope scaling llama3 needs {name}; it is {number!r}")
                 continue
-            values[ours] = int(number) if name.startswith("original") else float(number)
-        self._refuse_unknown(merged, tuple(ROPE_FIELDS), found)
+            problem = number_problem(name, number, ours)
+            whole = name.startswith("original")
+            if problem is None and whole and number != int(number):
+                problem = f"{name} is {number!r}; it must be a whole number"
+            if problem:
+                found.problems.append(f"rope scaling llama3: {problem}")
+                continue
+            values[ours] = int(number) if whole else float(number)
+        low = values.get("rope_low_freq_factor")
+        high = values.get("rope_high_freq_factor")
+        if None not in (low, high) and high <= low:
+            found.problems.append(
+                f"rope scaling llama3: high_freq_factor is {high}; it must be above "
+                f"low_freq_factor, {low}"
+            )
         return values
 
     @staticmethod
@@ -362,7 +417,11 @@ class Positions:
         if type(longest) is not int or longest < 1:
             found.problems.append(f"max_position_embeddings is {longest!r}")
             return {}
-        kinds = config.get("layer_types") or ["full_attention"]
+        kinds = config.get("layer_types")
+        kinds = ["full_attention"] if kinds is None else kinds
+        if not isinstance(kinds, list):
+            found.problems.append(f"layer_types is {kinds!r:.40}; it must be a list of texts")
+            return {}
         unknown = set(map(str, kinds)) - {"full_attention", "sliding_attention"}
         if unknown:
             found.problems.append(f"layer_types has {', '.join(sorted(unknown))}")

@@ -13,7 +13,7 @@ OWN_FIELDS = frozenset(field.name for field in fields(ModelConfig))
 def architecture_of(config: dict[str, Any]) -> Architecture:
     """The architecture that a config.json names. Raises ValueError."""
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"model_type is {kind!r}; megalite knows {known}")
     return ARCHITECTURES[kind]
@@ -22,10 +22,11 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
 def class_of(config: dict[str, Any], architecture: Architecture) -> str:
     """The class of transformers that a config.json names. Raises ValueError."""
     names = config.get("architectures") or [next(iter(architecture.classes))]
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in architecture.classes:
+    one = names[0] if isinstance(names, list) and len(names) == 1 else None
+    if not isinstance(one, str) or one not in architecture.classes:
         known = ", ".join(architecture.classes)
         raise ValueError(f"architectures is {names!r}; megalite knows one of {known}")
-    return names[0]
+    return one
 
 
 def read_fields(config: dict[str, Any], found: Findings) -> Values:

@@ -141,6 +141,13 @@ def find_tensors(published: Published) -> dict[str, list[StoredPiece]]:
     return found
 
 
+def copy_of_embedding(published: Published) -> StoredBytes | None:
+    """The output layer's weight that a folder holds beside the embedding that it is tied to."""
+    if not published.model.tied:
+        return None
+    return _stored_tensors(published.folder).get(published.architecture.untied.theirs)
+
+
 def _stored_tensors(folder: Path) -> dict[str, StoredBytes]:
     """Every tensor of the folder's safetensors files by key. Raises CheckpointError."""
     if (folder / INDEX_JSON).exists():

@@ -105,6 +105,8 @@ class Opened:
     """Folders in which the config.json of a published model may be, from which this model came."""
     files: tuple[Path, ...] = ()
     """Files that are kept beside the weights: those of the tokenizer, and config.json."""
+    published: Path | None = None
+    """The one of them that the run named with --load-hf."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -115,7 +117,9 @@ def open_huggingface(options: Options) -> Opened:
 
     source = HuggingFaceWeights.open(options.load)
     published = source.published
-    values = published.fields | tokenizer_of(source.folder)
+    tokenizer = tokenizer_of(source.folder)
+    values = published.fields | tokenizer
+    notes = [*published.notes, *_tokenizer_notes(tokenizer, source.folder)]
     files = tokenizer_paths(source.folder)
     for name in ("config.json", "generation_config.json"):
         if (source.folder / name).is_file():
@@ -127,8 +131,21 @@ def open_huggingface(options: Options) -> Opened:
         absent=published.absent,
         origins=(source.folder,),
         files=tuple(files),
-        notes=published.notes,
+        notes=notes,
     )
+
+
+def _tokenizer_notes(tokenizer: dict[str, Any], folder: Path) -> Iterator[str]:
+    """That the folder's tokenizer is missing or cannot be read."""
+    from megalite.data.tokenizers import TokenizerError, configured_tokenizer
+
+    if not tokenizer:
+        yield f"without a tokenizer: {folder} has no tokenizer.json, and no other that we read"
+        return
+    try:
+        configured_tokenizer(with_values(RunConfig(), tokenizer).data, None)
+    except TokenizerError as error:
+        yield f"the tokenizer cannot be used: {error}"
 
 
 def open_megatron(options: Options) -> Opened:
@@ -163,8 +180,9 @@ def open_megalite(options: Options) -> Opened:
     if config.model.architecture == "bert" and "mlm_head.dense.weight" not in source.names:
         absent = ARCHITECTURES["bert"].classes["BertModel"]
     origins = [source.folder.absolute().parent]
-    if config.checkpoint.load_hf:
-        origins.append(Path(config.checkpoint.load_hf))
+    published = Path(config.checkpoint.load_hf) if config.checkpoint.load_hf else None
+    if published is not None:
+        origins.append(published)
     return Opened(
         source,
         config,
@@ -172,6 +190,7 @@ def open_megalite(options: Options) -> Opened:
         iteration=source.iteration,
         absent=absent,
         origins=tuple(origins),
+        published=published,
         notes=notes,
     )
 
@@ -295,7 +314,12 @@ def huggingface_model(options: Options, opened: Opened, weights: "Weights") -> "
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer is not None and tokenizer.eod_or_none is not None:
         ids["eos_token_id"] = tokenizer.eod
-    config = {"architectures": [_class_name(opened, architecture)], **keys, **ids, "dtype": dtype}
+    name = _class_name(opened, architecture)
+    if opened.published is not None:
+        path = opened.published / "config.json"
+        why = "is not that of this model" if path.is_file() else "is not there"
+        print(f"  {path} {why}: written as {name}, without its generation settings", flush=True)
+    config = {"architectures": [name], **keys, **ids, "dtype": dtype}
     generation = {"_from_model_config": True, **ids} if architecture.ours == "gpt" else None
     return HuggingFaceModel(architecture, config, generation, files)
 

@@ -133,11 +133,7 @@ def checked(found: "Inspection") -> list[str]:
     total = sum(file.bytes for file in found.index.files.values())
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("checking", total=total)
-        problems = damage(found.folder, found.index, lambda done: bar.advance(task, done))
-    if not problems and not found.problems:
-        size = size_text(total)
-        print(f"verified: all {len(found.index.files)} files, {size}, are as they were written")
-    return problems
+        return damage(found.folder, found.index, lambda done: bar.advance(task, done))
 
 
 def compare(folders: list[Path]) -> int:
@@ -185,12 +181,16 @@ def main() -> int:
         from megalite.checkpoint.inspection import inspect
 
         found = inspect(folders[0])
-        if config.json:
-            print(found.to_json())
-        else:
+        if not config.json:
             show(found, config.tensors)
-        problems = [*found.problems]
         if config.verify:
-            problems += [line for line in checked(found) if line not in problems]
-    print_errors(problems)
-    return 1 if problems else 0
+            known = set(found.problems)
+            found.problems += [line for line in checked(found) if line not in known]
+        if config.json:
+            print(found.to_json(config.verify))
+        elif config.verify and not found.problems:
+            files = found.index.files.values()
+            size = size_text(sum(file.bytes for file in files))
+            print(f"verified: all {len(files)} files, {size}, are as they were written")
+    print_errors(found.problems)
+    return 1 if found.problems else 0

@@ -125,11 +125,15 @@ def _run(
         log(keep_config(config, config.checkpoint.save))
     progress = _starting_point(config, components)
 
+    for note in progress.notes:
+        log(note)
+
     # Continue in the data, which must be the checkpoint's and the same on all nodes.
     data_now = data_state(config.data, config.model, seed, samples["train"], config.bert)
     check_data(data_now.to_json(), context)
+    told = len(progress.notes)
     compare_data_with_checkpoint(progress, data_now, config.checkpoint.allow_data_change)
-    for note in progress.notes:
+    for note in progress.notes[told:]:
         log(note)
     batches = {}
     for split, source in sources.items():

@@ -7,6 +7,7 @@ from megalite.checkpoint.folder import (
     CheckpointError,
     DamagedCheckpointError,
     iteration_folder,
+    iterations_before,
     latest_iteration,
     list_iterations,
     listing,
@@ -26,12 +27,13 @@ def resume(parts: TrainingComponents, config: RunConfig) -> Progress:
     """
     options = config.checkpoint
     world = parts.model.context.control
-    damage, steps = gather_objects(_steps_to_try(options) if world.rank == 0 else None, world)[0]
+    attempts = _attempts(options) if world.rank == 0 else None
+    damage, steps, caution = gather_objects(attempts, world)[0]
     notes = []
     for step in steps:
         if damage:
             folder = iteration_folder(step)
-            notes.append(f"{damage}\n  going back to {folder} (--load-fallback)")
+            notes.append(f"{damage}\n  going back to {folder} (--load-fallback){caution}")
         progress = None
         failure: CheckpointError | None = None
         try:
@@ -46,20 +48,24 @@ def resume(parts: TrainingComponents, config: RunConfig) -> Progress:
     raise DamagedCheckpointError("\n".join([*notes, damage, _remedy(options)]))
 
 
-def _steps_to_try(options: CheckpointConfig) -> tuple[str, list[int]]:
-    """What is wrong with the file that names the latest iteration, and the iterations to read, in
-    order: one, and with --load-fallback those before it."""
+def _attempts(options: CheckpointConfig) -> tuple[str, list[int], str]:
+    """What is wrong with the file that names the latest iteration; the iterations to read, in
+    order: one, and with --load-fallback those that its run passed through before it; and what to
+    say when that is not known, and they are all that are stored."""
     if options.ckpt_step is not None:
-        return "", [options.ckpt_step]
-    stored = sorted(list_iterations(options.load, replaced=True), reverse=True)
+        return "", [options.ckpt_step], ""
+    unknown = ", maybe of another branch: which ones the run passed through cannot be read"
     try:
         latest = latest_iteration(options.load)
     except DamagedCheckpointError as error:
-        return str(error), stored if options.load_fallback else []
+        stored = list_iterations(options.load)[::-1]
+        return str(error), stored if options.load_fallback else [], unknown
     if latest is None:
-        return f"{options.load} holds no checkpoint", []
-    earlier = [step for step in stored if step < latest] if options.load_fallback else []
-    return "", [latest, *earlier]
+        return f"{options.load} holds no checkpoint", [], ""
+    if not options.load_fallback:
+        return "", [latest], ""
+    earlier, are_known = iterations_before(options.load, latest)
+    return "", [latest, *earlier], "" if are_known else unknown
 
 
 def _agreed_damage(failure: CheckpointError | None, world: Group) -> str:

@@ -11,11 +11,17 @@ from megalite import __version__
 from megalite.checkpoint.background import AsyncSaver
 from megalite.checkpoint.config import CheckpointConfig
 from megalite.checkpoint.fence import Lease
-from megalite.checkpoint.folder import CheckpointError, DamagedCheckpointError
+from megalite.checkpoint.folder import (
+    CheckpointError,
+    DamagedCheckpointError,
+    history_before,
+    save_folder,
+)
 from megalite.checkpoint.format import MASTER, OPTIMIZER, Shard
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
 from megalite.checkpoint.source import TensorSource
+from megalite.config.rules.disk import same_place
 from megalite.config.run import RunConfig, keys_where, to_flat
 from megalite.config.summary import given
 from megalite.config.yaml_file import config_of_checkpoint, to_yaml
@@ -40,6 +46,9 @@ class Progress:
     """The training data, and how many samples of each source are used. None: not known yet."""
     notes: list[str] = field(default_factory=list)
     """Lines for the log about how this state was restored."""
+    history: list[int] = field(default_factory=list)
+    """Iterations of the checkpoints in --save that this run has passed through: those before the
+    one it resumed from there, that one, and each that it saved. Others are of another branch."""
 
 
 def _shards(
@@ -97,8 +106,11 @@ def save_state(
     context = parts.model.context
     options = config.checkpoint
     parts.optimizer.wait_for_parameters()
+    history = [step for step in progress.history if step < progress.iteration]
+    progress.history = [*history, progress.iteration]
     state = {
         "iteration": progress.iteration,
+        "history": history,
         "consumed_samples": progress.consumed_samples,
         "optimizer": None if options.no_save_optim else config.optimizer.optimizer,
         "optimizer_steps": parts.optimizer.steps,
@@ -123,6 +135,7 @@ def save_state(
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
         lease=lease,
+        history=history,
     )
     if saver is None:
         write_here(shards, streams)
@@ -192,6 +205,12 @@ def _best_source(checkpoint: TensorSource, name: str) -> str:
 
 def _load_optimizer(checkpoint: Checkpoint, parts: TrainingComponents, config: RunConfig) -> None:
     stored = checkpoint.state["optimizer"]
+    converted = checkpoint.state.get("converted_from")
+    if stored is None and converted:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds weights alone (converted from {converted}): use "
+            "--finetune, or --pretrained-checkpoint in place of --load"
+        )
     if stored is None:
         raise CheckpointError(
             f"{checkpoint.folder} was saved with --no-save-optim: only --no-load-optim, which "
@@ -266,6 +285,7 @@ def read_state(parts: TrainingComponents, config: RunConfig, step: int | None) -
         if state.get("data"):  # older checkpoints do not have it
             progress.data = DataState.from_json(state["data"])
         progress.notes.append(f"resumed from {checkpoint.folder} at iteration {progress.iteration}")
+        progress.history = _history(checkpoint, config)
         streams = _restore_rng(checkpoint, parts, config)
         # All has been read: what follows changes the run for good.
         _continue_batches(checkpoint, progress, parts, config)
@@ -273,6 +293,16 @@ def read_state(parts: TrainingComponents, config: RunConfig, step: int | None) -
         progress.notes += _changes(checkpoint, config, keys)
         progress.notes += streams
     return progress
+
+
+def _history(checkpoint: Checkpoint, config: RunConfig) -> list[int]:
+    """The history of a run that resumes from this checkpoint; [] when it saves elsewhere."""
+    options = config.checkpoint
+    root = save_folder(options.load)
+    if not same_place(str(root), options.save):
+        return []
+    iteration = checkpoint.iteration
+    return [*history_before(checkpoint.state, root, iteration), iteration]
 
 
 def load_published(parts: TrainingComponents, folder: str) -> Progress:
@@ -371,6 +401,7 @@ def compare_data_with_checkpoint(progress: Progress, now: DataState, allow_chang
     else:
         raise CheckpointError(
             f"the training data is not what the checkpoint was made with: {'; '.join(differences)}"
+            "; --allow-data-change goes on with the data of this run"
         )
 
 

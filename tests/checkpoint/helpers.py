@@ -57,9 +57,10 @@ def save(
     state: dict | None = None,
     keep_last: int | None = None,
     keep_every: int | None = None,
+    history: list[int] | None = None,
 ) -> Path:
     """Write a checkpoint from a single rank."""
-    keep = {"keep_last": keep_last, "keep_every": keep_every}
+    keep = {"keep_last": keep_last, "keep_every": keep_every, "history": history}
     return write(root, iteration, shards, {}, state or {}, "lr: 0.1\n", ALONE, **keep)
 
 

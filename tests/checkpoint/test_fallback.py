@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite.checkpoint.folder import DamagedCheckpointError
+from megalite.checkpoint.folder import DamagedCheckpointError, list_iterations
 from megalite.config import cli, validate
 from megalite.training.pretrain import pretrain
 from megalite.watch.watchdog import LostContact
@@ -102,3 +102,47 @@ def test_what_does_not_fit_is_no_damage(pool, tmp_path):
     pool.run(train_on_rank, 2, flags, timeout=60)
     with pytest.raises(Exception, match="holds the state of --optimizer adam"):
         pool.run(train_on_rank, 2, ["--load", str(saved), "--load-fallback", "--optimizer", "sgd"])
+
+
+def branch(pool, saved: Path) -> None:
+    """Save 2, 4, 6 and 8; then, from 4 on and with another interval, 6 and 9. 9 is damaged."""
+
+    def train(*more):
+        given = ["--save", saved, "--load", saved, "--lr-decay-iters", 9, *more]
+        printed, error = pool.run(train_on_rank, 1, [*map(str, given), "--tp", "1"], timeout=60)[0]
+        assert not error, printed
+
+    train("--save-interval", 2, "--train-iters", 8)
+    train("--ckpt-step", 4, "--save-interval", 3, "--train-iters", 9)
+    (saved / "iter_0000009" / "weights-00000.safetensors").write_bytes(b"")
+
+
+def test_the_fallback_stays_on_the_branch_of_the_latest(pool, tmp_path):
+    """2 4 6 8, resumed from 4: 6 (moved aside) and 9 of the new branch, 8 of the old one."""
+    saved = tmp_path / "saved"
+    branch(pool, saved)
+    assert list_iterations(saved) == [2, 4, 6, 8, 9]
+    history = json.loads((saved / "iter_0000009" / "state.json").read_text())["history"]
+    assert history == [2, 4, 6]
+
+    def resume(*flags) -> tuple[str, str]:
+        given = ["--load", saved, "--load-fallback", "--lr-decay-iters", 9, "--train-iters", 9]
+        given += ["--tp", 1, *flags]
+        return pool.run(train_on_rank, 1, list(map(str, given)), timeout=60)[0]
+
+    printed, error = resume()
+    assert not error and "iter_0000006 at iteration 6" in printed
+    assert "another branch" not in printed
+
+    # Its own run is not known: all that are stored, and the note says so.
+    state = saved / "iter_0000009" / "state.json"
+    state.write_text("{")
+    printed, error = resume()
+    assert not error and "iter_0000008 at iteration 8" in printed
+    assert "going back to iter_0000008 (--load-fallback), maybe of another branch" in printed
+
+    # An earlier version wrote no history: all lower numbers, as if there were one branch.
+    state.write_text(json.dumps({"iteration": 9}))
+    printed, error = resume()
+    assert not error and "iter_0000008 at iteration 8" in printed
+    assert "another branch" not in printed

@@ -117,6 +117,16 @@ def test_keep_every_keeps_multiples_beside_the_last(tmp_path):
         save(tmp_path, 90, scalar(90), keep_every=0)
 
 
+def test_keep_last_counts_and_removes_only_what_the_run_passed_through(tmp_path):
+    """Saved 10 to 16, resumed from 12, wrote 15: 14 and 16 are of the abandoned branch."""
+    for iteration in (10, 12, 14, 15, 16):
+        save(tmp_path, iteration, scalar(iteration))
+    save(tmp_path, 17, scalar(17), keep_last=2, history=[10, 12, 15])
+    assert list_iterations(tmp_path) == [14, 15, 16, 17]
+    save(tmp_path, 18, scalar(18), keep_last=1, history=[])
+    assert list_iterations(tmp_path) == [14, 15, 16, 17, 18]
+
+
 def test_keep_last_spares_a_later_branch_replaced_folders_and_what_is_not_ours(tmp_path):
     for iteration in (10, 20, 30, 40):
         save(tmp_path, iteration, scalar(iteration))

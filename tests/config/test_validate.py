@@ -2,6 +2,7 @@
 work. Pure."""
 
 import itertools
+import os
 import random
 import subprocess
 import sys
@@ -353,3 +354,6 @@ def test_the_configuration_is_kept_and_nothing_is_overwritten(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == to_yaml(one)
     assert (tmp_path / "config-2.yaml").read_text() == to_yaml(other)
     assert "cannot be written" in keep_config(one, str(tmp_path / "config.yaml"))
+    (tmp_path / "config-2.yaml").unlink()
+    os.mkfifo(tmp_path / "config-2.yaml")
+    assert keep_config(other, str(tmp_path)).endswith(str(tmp_path / "config-3.yaml"))

@@ -105,6 +105,11 @@ def test_a_window_limits_the_positions():
     assert none["max_position_embeddings"] == 131072
 
 
+def llama3(**values) -> dict:
+    """Another scaling."""
+    return {"rope_scaling": LLAMA["rope_scaling"] | values}
+
+
 REFUSED = {
     "another architecture": ({"model_type": "mamba"}, "model_type is 'mamba'; megalite knows gpt2"),
     "another class": (
@@ -132,6 +137,23 @@ REFUSED = {
     "text": ({"vocab_size": "many"}, "vocab_size is 'many'"),
     "unknown": ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
     "parallel": ({"pretraining_tp": 2}, "pretraining_tp is 2"),
+    "layers as a number": ({"layer_types": 5}, "layer_types is 5; it must be a list"),
+    "layers as a text": ({"layer_types": "full_attention"}, "layer_types is 'full_attention'"),
+    "a list of types": ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
+    "lists of classes": ({"architectures": [["x"]]}, r"architectures is \[\['x'\]\]"),
+    "a list of biases": ({"attention_bias": [1]}, r"attention_bias \[1\]"),
+    "no epsilon": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be .* above 0"),
+    "epsilon below 0": ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05"),
+    "dropout": ({"attention_dropout": 5.0}, "attention_dropout is 5.0; .* at least 0 and below 1"),
+    "endless base": ({"rope_theta": float("inf")}, "rope_theta is inf"),
+    "deviation": ({"initializer_range": -1}, "initializer_range is -1"),
+    "a huge number": ({"initializer_range": 10**400}, "initializer_range is 10+; it must be"),
+    "factor": (llama3(factor=0.5), "factor is 0.5; it must be a number at least 1"),
+    "factors": (llama3(high_freq_factor=1.0), "high_freq_factor is 1.0; it must be above"),
+    "half a position": (
+        llama3(original_max_position_embeddings=8192.5),
+        "original_max_position_embeddings is 8192.5; it must be a whole number",
+    ),
     "layers of other kinds": ({"layer_types": ["linear_attention"]}, "linear_attention"),
 }
 
@@ -150,6 +172,8 @@ def test_all_problems_at_once():
 
 
 def test_dropouts_of_a_gpt2_must_agree():
+    (problem,) = read(GPT2 | {"resid_pdrop": [0.1]})[1].problems
+    assert "resid_pdrop is [0.1]; it must be a number at least 0 and below 1" in problem
     assert read(GPT2 | {"resid_pdrop": 0.0, "embd_pdrop": 0.0})[0]["hidden_dropout"] == 0.0
     assert (
         "resid_pdrop 0.0 and embd_pdrop 0.1 differ"

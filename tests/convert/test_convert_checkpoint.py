@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,16 +13,19 @@ import time
 import tracemalloc
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megalite.checkpoint.folder import CheckpointError
 from megalite.checkpoint.load import Checkpoint
 from megalite.data.tokenizers import build_tokenizer
 from megalite.programs import convert_checkpoint
 from megalite.training.load_model import load_model
+from megalite.training.state import _load_optimizer
 from tests.convert.published_models import MODELS, load, their_logits
 from tests.data.tokenizer_files import TEXTS, make_files
 from tests.runs import ALONE, console_of, sound
@@ -184,6 +188,31 @@ def test_a_run_goes_on_from_what_was_converted(published, tmp_path, monkeypatch)
     second = console_of(ALONE, own, tmp_path)
     loss = re.compile(r"\| (loss \S+)")
     assert loss.search(first)[1] == loss.search(second)[1]
+
+
+def test_a_published_folder_that_is_gone_is_told(published, tmp_path, monkeypatch, capsys):
+    """Back from a run's checkpoint, once its --load-hf is gone."""
+    folder = shutil.copytree(published["mistral"], tmp_path / "hf")
+    common = {"mock_data": True, "seq_length": 16, "train_iters": 1, "device": "cpu"}
+    run = sound({**common, "load_hf": "hf", "save": "saved"}, 1, tmp_path)
+    console_of(ALONE, run, tmp_path)
+    flags = ("--from", "megalite", "--to", "hf", "--load", tmp_path / "saved", "--save")
+    convert(monkeypatch, *flags, tmp_path / "found")
+    assert "as MistralForCausalLM" in capsys.readouterr().out
+    shutil.rmtree(folder)
+    convert(monkeypatch, *flags, tmp_path / "lost")
+    told = f"{folder}/config.json is not there: written as LlamaForCausalLM"
+    assert told in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_is_missing_or_damaged_is_told(published, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(published["llama 2"], tmp_path / "hf")
+    flags = ("--from", "hf", "--to", "megalite", "--load", folder, "--save")
+    convert(monkeypatch, *flags, tmp_path / "none")
+    assert f"without a tokenizer: {folder}" in capsys.readouterr().out
+    (folder / "tokenizer.json").write_text("{")
+    convert(monkeypatch, *flags, tmp_path / "damaged")
+    assert "the tokenizer cannot be used: " in capsys.readouterr().out
 
 
 def test_tokenizers_travel_both_ways(trained, tmp_path, monkeypatch):
@@ -422,3 +451,11 @@ def test_a_kill_leaves_nothing_half_valid(published, tmp_path, to, moment):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     assert save.is_dir() and not draft.exists()
+
+
+def test_weights_alone_say_where_they_came_from():
+    """A converted checkpoint was never saved with --no-save-optim."""
+    state = {"optimizer": None, "converted_from": "hf there"}
+    checkpoint = SimpleNamespace(state=state, folder="here")
+    with pytest.raises(CheckpointError, match="weights alone .converted from hf there.: use --fin"):
+        _load_optimizer(checkpoint, None, None)

@@ -63,7 +63,7 @@ def test_the_commands_run(tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stdout[-4000:]
-    assert "weights of the LlamaForCausalLM in Llama-3.1-8B" in run.stdout
+    assert f"weights of the LlamaForCausalLM in {tmp_path}/Llama-3.1-8B" in run.stdout
     assert "iteration 2/2" in run.stdout
     config = json.loads((tmp_path / "my-llama/config.json").read_text())
     assert config["dtype"] == "bfloat16" and config["rope_parameters"]["rope_type"] == "llama3"

@@ -3,6 +3,7 @@ layout, and every box of every tensor is read alike."""
 
 import json
 import random
+import shutil
 import struct
 from itertools import product
 
@@ -119,6 +120,17 @@ def test_older_folders_are_read(published, tmp_path):
 
 
 # What is refused
+
+
+def test_a_tied_model_with_another_output_layer_is_refused(published, tmp_path):
+    """Which transformers would compute with."""
+    folder = shutil.copytree(published["gpt2"], tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match='differs from .*"tie_word_embeddings": false'):
+        HuggingFaceWeights.open(folder)
 
 
 def folder_with(tmp_path, published, header=None, index=None, **files):

@@ -111,6 +111,15 @@ def test_the_summary_needs_no_flags_of_the_model(published):
     assert "starts from" in text and "GPT, 3 layers, hidden 32" in text
 
 
+def test_the_folder_is_kept_with_its_whole_path(published, monkeypatch):
+    """So a checkpoint can be converted back from anywhere."""
+    folder = published["mistral"]
+    monkeypatch.chdir(folder.parent)
+    config = resolve(from_flat({"load_hf": folder.name, **SHORT}), 1)
+    assert config.checkpoint.load_hf == str(folder)
+    assert resolve(config, 1) == config
+
+
 def test_load_without_a_checkpoint_is_the_first_run(published, tmp_path):
     """The same command starts from --load-hf and then resumes, as a job script needs, even where
     the folder's weights are gone."""
