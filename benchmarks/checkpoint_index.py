@@ -149,7 +149,7 @@ def held_by_rank(position: dict, parameters: dict, buckets: BucketLayout, data: 
 
 
 def stored(rank: int, held: list[Held]) -> tuple[dict[str, StoredTensor], StoredFile]:
-    """What a rank tells rank 0 once it has written its file."""
+    """What a rank sends to rank 0 once it has written its file."""
     draw = random.Random(rank)
     size = 0
     tensors = {}

@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/checkpoint_verification.py --folder FOLDER
 
 One rank reads 1 GiB of fp32 tensors into tensors that exist already: from the disk, after the
-kernel was told to forget the files, and from its page cache. Each row is a median over the rounds,
+kernel was asked to drop the files, and from its page cache. Each row is a median over the rounds,
 with the range of the middle half; the ratio is of times of one round.
 """
 

@@ -246,7 +246,7 @@ def test_a_change_of_masks_is_said(pool, tmp_path):
 
 
 def test_what_is_left_out_of_a_checkpoint(pool, tmp_path):
-    """Optimizer and random state: the next run is told which flag resumes without them."""
+    """Optimizer and random state: the next run's error names the flag that resumes without them."""
     streams = ["--rng-scheme", "megatron", "--eval-interval", "0", "--eval-iters", "0"]
     flags = [*streams, *resumable(tmp_path), "--train-iters", "4"]
     left_out = ["--no-save-optim", "--no-save-rng", "--exit-interval", "1"]
@@ -261,7 +261,7 @@ def test_what_is_left_out_of_a_checkpoint(pool, tmp_path):
 
 def test_pretrained_weights_and_changes_are_told(pool, tmp_path):
     """A run starts from another run's weights, in another layout, as with --finetune; when it
-    resumes, it keeps its own, and what has changed is told."""
+    resumes, it keeps its own, and what has changed is reported."""
     quiet = ["--eval-interval", "0", "--eval-iters", "0", "--train-iters", "4"]
     counted = ["--train-iters", "unset", "--train-samples", "32"]
     train(pool, 1, *quiet, *counted, "--save", tmp_path / "first", "--exit-interval", "1")
@@ -279,7 +279,7 @@ def test_pretrained_weights_and_changes_are_told(pool, tmp_path):
     changes = "--lr 2e-2 --global-batch-size 4 --clip-grad 0.5 --rng-scheme megatron".split()
     said = train(pool, 1, *flags, *changes, "--norm-epsilon", "1e-4", "--allow-model-change")
     assert f"resumed from {tmp_path}/c/iter_0000002 at iteration 2" in said
-    (told,) = [line for line in said.splitlines() if "changed since" in line]
+    (changes,) = [line for line in said.splitlines() if "changed since" in line]
     for change in (
         "norm_epsilon 1e-05 -> 0.0001",
         "pipeline_model_parallel_size 2 -> 1",
@@ -288,7 +288,7 @@ def test_pretrained_weights_and_changes_are_told(pool, tmp_path):
         "global_batch_size 8 -> 4",
         "rng_scheme global -> megatron",
     ):
-        assert change in told
+        assert change in changes
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:

@@ -73,7 +73,7 @@ class HostCopies:
 
     def _allocate(self, nbytes: int, pinned: bool) -> None:
         self.free()
-        memory = torch.zeros(nbytes, dtype=torch.uint8).fill_(0)  # `zeros` may touch no page
+        memory = torch.empty(nbytes, dtype=torch.uint8).fill_(0)  # which touches every page
         if pinned:
             # Not torch's pinned memory, whose size is rounded up to a power of two.
             _check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0))
@@ -117,8 +117,8 @@ class AsyncSaver:
         """Copy shards and private tensors, and let a thread write the copies. Returns after the
         copy. The save before must have been waited for.
 
-        What fails here, such as an allocation, is raised by the shards that `write` iterates over:
-        it tells the other ranks.
+        What fails here, such as an allocation, is raised by the shards that `write` iterates over,
+        so that it is raised on every rank.
         """
         if self.is_pending:
             raise ValueError("the save before has not been waited for")

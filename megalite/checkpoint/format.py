@@ -200,7 +200,7 @@ class Index:
         tensors = {}
         for name, tensor in self.tensors.items():
             dtype = dtype_name(tensor.dtype)
-            boxes = ";".join(_box_totext_in(shard, numbers) for shard in tensor.shards)
+            boxes = ";".join(_box_to_text(shard, numbers) for shard in tensor.shards)
             tensors[name] = {"dtype": dtype, "shape": tensor.shape, "boxes": boxes}
         content = {**header, "files": files, "names": tensors}
         return with_checksum(json.dumps(content, separators=(",", ":")))
@@ -242,7 +242,7 @@ def has_checksum(text: bytes) -> bool:
     return after.rstrip() == f'{checksum(before)}"}}'.encode()
 
 
-def _box_totext_in(shard: StoredShard, numbers: dict[str, int]) -> str:
+def _box_to_text(shard: StoredShard, numbers: dict[str, int]) -> str:
     """Number of the file, number of the shard in its file, offset, shape and checksums."""
     box = shard.box
     number = shard.key.partition(PRIVATE_PREFIX)[2] or "0"

@@ -87,7 +87,7 @@ class Inspection:
 def inspect(folder: Path) -> Inspection:
     """Look at the checkpoint in this folder as far as it can be read; no tensor is read.
 
-    Without a readable index, the headers of the files tell the shards that are there.
+    Without a readable index, the shards that are there are those in the headers of the files.
     """
     found = Inspection(folder)
     with found.problems_kept():

@@ -27,7 +27,7 @@ from megalite.config.rules.finding import (
 )
 from megalite.config.rules.gpt import GPT_FILE_RULES, GPT_RULES
 from megalite.config.rules.layout import LAYOUT_RULES
-from megalite.config.rules.resume import changes_are_asked_for
+from megalite.config.rules.resume import rule_of_changes
 from megalite.config.rules.run import RUN_RULES
 from megalite.config.rules.tokenizer import build_tokenizer, files_of
 from megalite.config.run import RunConfig, options, to_flat, with_published, with_values
@@ -73,7 +73,7 @@ def check(
     architecture = sane.model.architecture
     file_rules = FILE_RULES_OF[architecture]
     if given is not None:
-        file_rules = (*file_rules, changes_are_asked_for(given))
+        file_rules = (*file_rules, rule_of_changes(given))
     for rule in (*RULES_OF[architecture], *file_rules):
         for finding in rule(sane, world_size):
             if senseless.isdisjoint(finding.keys):

@@ -28,7 +28,7 @@ class _InertUnpickler(pickle.Unpickler):
     """Gives data and `Inert` objects: nothing is imported, so nothing can be called."""
 
     def find_class(self, module: str, name: str) -> type[Inert]:
-        """A class of its own for each name, which only tells the name."""
+        """A class of its own for each name, which has nothing but the name."""
         return type(name, (Inert,), {})
 
 

@@ -18,9 +18,9 @@ from megalite.checkpoint.source import TensorSource
 from megalite.convert.published import (
     Published,
     StoredPiece,
-    copy_of_embedding,
     find_tensors,
     read_published,
+    stored_tensors,
 )
 from megalite.parallel.boxes import Box
 
@@ -52,9 +52,12 @@ class HuggingFaceWeights(TensorSource):
         Raises CheckpointError that lists everything that megalite cannot read as a model.
         """
         published = read_published(folder)
-        weights = cls(published, find_tensors(published))
-        with closing(weights):  # a later read opens the files again
-            weights._check_tied()
+        stored = stored_tensors(published.folder)
+        weights = cls(published, find_tensors(published, stored))
+        head = stored.get(published.architecture.untied.theirs)
+        if published.model.tied and head is not None:
+            with closing(weights):  # a later read opens the files again
+                weights._check_tied(head)
         return weights
 
     @property
@@ -94,12 +97,9 @@ class HuggingFaceWeights(TensorSource):
             os.close(descriptor)
         self._files.clear()
 
-    def _check_tied(self) -> None:
-        """Raise CheckpointError when the folder holds an output layer of its own, other than the
-        embedding, though config.json ties them: transformers would compute with it."""
-        head = copy_of_embedding(self.published)
-        if head is None:
-            return
+    def _check_tied(self, head: StoredBytes) -> None:
+        """Raise CheckpointError when the output layer's weight is not the embedding, though
+        config.json ties them: transformers would compute with it."""
         embedding = self._known("embedding.word_embeddings.weight")[0].stored
         if self._same_bytes(head, embedding):
             return

@@ -34,7 +34,7 @@ SPLIT_AXIS: dict[Layout, int | None] = {
 }
 """The dim of megalite's shape that tensor-parallel ranks share."""
 MAPPED_BYTES = 2**26
-"""What is read of a stage's files before they are mapped anew: pages count as memory until then."""
+"""Bytes read of a stage's files before they are mapped again: until then, pages count as memory."""
 RANK_FOLDER = re.compile(r"mp_rank_(?P<tensor>\d\d)(_(?P<stage>\d{3}))?")
 LAYER = re.compile(rf"({'|'.join(map(re.escape, LAYER_PREFIXES))})(?P<layer>\d+)\.(?P<rest>.+)")
 

@@ -1,4 +1,4 @@
-"""What both formats of Megatron-LM's checkpoints have in common: the model that `args` tell."""
+"""What both formats of Megatron-LM's checkpoints have in common: the model that `args` describe."""
 
 from abc import abstractmethod
 from collections.abc import Collection

@@ -98,13 +98,14 @@ class StoredPiece:
     stored: StoredBytes
 
 
-def find_tensors(published: Published) -> dict[str, list[StoredPiece]]:
-    """The pieces of each of our tensors, by its name.
+def find_tensors(
+    published: Published, stored: dict[str, StoredBytes]
+) -> dict[str, list[StoredPiece]]:
+    """The pieces of each of our tensors, by its name. stored: every tensor of the folder, by key.
 
     Raises CheckpointError that lists every tensor that is missing, has another shape or dtype than
     config.json implies, or has no place in the model.
     """
-    stored = _stored_tensors(published.folder)
     architecture = published.architecture
     placement = place(table_of(architecture), published.shapes)
     problems = [f"{name}: megalite's table has no line for it" for name in placement.problems]
@@ -141,14 +142,7 @@ def find_tensors(published: Published) -> dict[str, list[StoredPiece]]:
     return found
 
 
-def copy_of_embedding(published: Published) -> StoredBytes | None:
-    """The output layer's weight that a folder holds beside the embedding that it is tied to."""
-    if not published.model.tied:
-        return None
-    return _stored_tensors(published.folder).get(published.architecture.untied.theirs)
-
-
-def _stored_tensors(folder: Path) -> dict[str, StoredBytes]:
+def stored_tensors(folder: Path) -> dict[str, StoredBytes]:
     """Every tensor of the folder's safetensors files by key. Raises CheckpointError."""
     if (folder / INDEX_JSON).exists():
         return _sharded(folder)

@@ -372,8 +372,8 @@ def _save_ended(sums: dict[str, float]) -> bool:
     """Whether an asynchronous save has ended on every rank, or failed on one, from the sums over
     ranks; False without asynchronous saves.
 
-    A failure that `write` has told all ranks ends all threads. After any other, the ranks whose
-    thread still waits for the failed one wait until that rank has ended, as after any error.
+    A failure in `write` is raised on all ranks, and ends all threads. After any other, the ranks
+    whose thread still waits for the failed one wait until that rank has ended, as after any error.
     """
     return sums.get("saves_failed", 0) > 0 or sums.get("saves_running", 1) == 0
 

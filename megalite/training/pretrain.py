@@ -125,16 +125,13 @@ def _run(
         log(keep_config(config, config.checkpoint.save))
     progress = _starting_point(config, components)
 
-    for note in progress.notes:
-        log(note)
+    _log_notes(progress, log)
 
     # Continue in the data, which must be the checkpoint's and the same on all nodes.
     data_now = data_state(config.data, config.model, seed, samples["train"], config.bert)
     check_data(data_now.to_json(), context)
-    told = len(progress.notes)
     compare_data_with_checkpoint(progress, data_now, config.checkpoint.allow_data_change)
-    for note in progress.notes[told:]:
-        log(note)
+    _log_notes(progress, log)
     batches = {}
     for split, source in sources.items():
         dataset = blended(source, progress.data if split == "train" else None)
@@ -183,6 +180,13 @@ def _starting_point(config: RunConfig, components: TrainingComponents) -> Progre
     if options.load is not None:
         notes = [f"no checkpoint in {options.load} yet: starting from scratch"]
     return Progress(notes=notes)
+
+
+def _log_notes(progress: Progress, log: Log) -> None:
+    """Log the notes that there are, once."""
+    for note in progress.notes:
+        log(note)
+    progress.notes.clear()
 
 
 def _finds_no_checkpoint(config: RunConfig) -> bool:

@@ -127,13 +127,13 @@ def save_state(
     shards, streams = _to_save(parts, options)
     write_here = partial(
         write,
-        config.checkpoint.save,
+        options.save,
         progress.iteration,
         state=deepcopy(state),  # of which training may change parts
         config_yaml=to_yaml(given(config)),
         world=context.saving if saver else context.control,
-        keep_last=config.checkpoint.keep_last,
-        keep_every=config.checkpoint.keep_every,
+        keep_last=options.keep_last,
+        keep_every=options.keep_every,
         lease=lease,
         history=history,
     )

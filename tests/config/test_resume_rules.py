@@ -1,5 +1,5 @@
-"""What may change when a run resumes: told, refused, or allowed by a flag. Nothing is trained here;
-test_flags and test_resume do."""
+"""What may change when a run resumes: reported, refused, or allowed by a flag. Nothing is trained
+here; test_flags and test_resume do."""
 
 import json
 import os

@@ -54,6 +54,9 @@ LLAMA = {
 }
 
 
+HF_TO_HF = ("--from", "hf", "--to", "hf", "--load")
+
+
 def convert(monkeypatch, *arguments) -> None:
     """Run the program in this process."""
     monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
@@ -190,7 +193,7 @@ def test_a_run_goes_on_from_what_was_converted(published, tmp_path, monkeypatch)
     assert loss.search(first)[1] == loss.search(second)[1]
 
 
-def test_a_published_folder_that_is_gone_is_told(published, tmp_path, monkeypatch, capsys):
+def test_a_published_folder_that_is_gone_is_reported(published, tmp_path, monkeypatch, capsys):
     """Back from a run's checkpoint, once its --load-hf is gone."""
     folder = shutil.copytree(published["mistral"], tmp_path / "hf")
     common = {"mock_data": True, "seq_length": 16, "train_iters": 1, "device": "cpu"}
@@ -201,11 +204,11 @@ def test_a_published_folder_that_is_gone_is_told(published, tmp_path, monkeypatc
     assert "as MistralForCausalLM" in capsys.readouterr().out
     shutil.rmtree(folder)
     convert(monkeypatch, *flags, tmp_path / "lost")
-    told = f"{folder}/config.json is not there: written as LlamaForCausalLM"
-    assert told in capsys.readouterr().out
+    line = f"{folder}/config.json is not there: written as LlamaForCausalLM"
+    assert line in capsys.readouterr().out
 
 
-def test_a_tokenizer_that_is_missing_or_damaged_is_told(published, tmp_path, monkeypatch, capsys):
+def test_a_missing_or_damaged_tokenizer_is_reported(published, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(published["llama 2"], tmp_path / "hf")
     flags = ("--from", "hf", "--to", "megalite", "--load", folder, "--save")
     convert(monkeypatch, *flags, tmp_path / "none")
@@ -305,19 +308,7 @@ def test_types_of_numbers(published, tmp_path, monkeypatch):
         {name: value.contiguous() for name, value in theirs.items()}, large / "model.safetensors"
     )
     with pytest.raises(SystemExit):
-        convert(
-            monkeypatch,
-            "--from",
-            "hf",
-            "--to",
-            "hf",
-            "--load",
-            large,
-            "--save",
-            tmp_path / "none",
-            "--dtype",
-            "fp16",
-        )
+        convert(monkeypatch, *HF_TO_HF, large, "--save", tmp_path / "none", "--dtype", "fp16")
     assert not (tmp_path / "none").exists()
 
 
@@ -326,21 +317,9 @@ def test_problems_are_all_reported_before_anything(published, tmp_path, monkeypa
     full.mkdir()
     (full / "file").write_text("mine")
     with pytest.raises(SystemExit) as stopped:
-        convert(
-            monkeypatch,
-            "--from",
-            "hf",
-            "--to",
-            "megalite",
-            "--load",
-            tmp_path / "absent",
-            "--save",
-            full,
-            "--max-shard-size",
-            "large",
-            "--ckpt-step",
-            "3",
-        )
+        sizes = ("--max-shard-size", "large", "--ckpt-step", "3")
+        formats = ("--from", "hf", "--to", "megalite")
+        convert(monkeypatch, *formats, "--load", tmp_path / "absent", "--save", full, *sizes)
     assert stopped.value.code == 2
     printed = " ".join(capsys.readouterr().err.split())
     for words in ("there is no such folder", "nothing is overwritten", "no size", "--ckpt-step is"):
@@ -348,17 +327,7 @@ def test_problems_are_all_reported_before_anything(published, tmp_path, monkeypa
     assert (full / "file").read_text() == "mine"
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(SystemExit):
-        convert(
-            monkeypatch,
-            "--from",
-            "hf",
-            "--to",
-            "hf",
-            "--load",
-            published["gpt2"],
-            "--save",
-            tmp_path / "new",
-        )
+        convert(monkeypatch, *HF_TO_HF, published["gpt2"], "--save", tmp_path / "new")
     assert "will need" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 

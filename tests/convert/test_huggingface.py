@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from megalite.checkpoint.folder import CheckpointError
 from megalite.config.run import from_flat
 from megalite.convert.huggingface import HuggingFaceWeights
-from megalite.convert.published import find_tensors, read_published
+from megalite.convert.published import find_tensors, read_published, stored_tensors
 from megalite.models.batch import Microbatch
 from megalite.parallel.boxes import Box
 from megalite.parallel.context import ParallelContext
@@ -217,7 +217,7 @@ def test_every_missing_tensor_is_listed(published, tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(2, 2)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError) as refused:
-        find_tensors(read_published(folder))
+        find_tensors(read_published(folder), stored_tensors(folder))
     assert len(str(refused.value).splitlines()) == 4
     for words in (
         f"{NORM} is missing",

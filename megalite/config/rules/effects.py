@@ -8,6 +8,7 @@ from megalite.config.options import options_of
 from megalite.config.rules.disk import same_place
 from megalite.config.rules.finding import Finding, example_of, parameter_names, wanted_splits
 from megalite.config.run import RunConfig, keys_where, options, to_flat
+from megalite.convert.keys import ROPE_FIELDS
 from megalite.data.bert_config import BertDataConfig
 from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
 from megalite.models.shapes import decays
@@ -23,15 +24,9 @@ IDLE_FOR = {
 ADAPTS_LOSS_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
 ADAM = ("adam_beta1", "adam_beta2", "adam_eps", "optimizer_backend")
 MUON = tuple(key for key in options_of(OptimizerConfig) if key.startswith("muon_"))
-ROPE_SCALING = (
-    "rope_scaling_factor",
-    "rope_low_freq_factor",
-    "rope_high_freq_factor",
-    "rope_original_max_position_embeddings",
-)
 NEEDS_VALUE = (
     (("rotary_base", "rope_scaling"), "position_embedding_type", ("rope",)),
-    (ROPE_SCALING, "rope_scaling", ("llama3",)),
+    (tuple(ROPE_FIELDS.values()), "rope_scaling", ("llama3",)),
     (("sgd_momentum",), "optimizer", ("sgd",)),
     (ADAM, "optimizer", ("adam", "muon")),
     (("lion_beta1", "lion_beta2"), "optimizer", ("lion",)),

@@ -30,7 +30,7 @@ SHORT_FORMS = {
 """Fields that may set another one."""
 
 
-def changes_are_asked_for(given: Collection[str]) -> Rule:
+def rule_of_changes(given: Collection[str]) -> Rule:
     """The rule that what a run has by default, and not because it was given, is the checkpoint's.
 
     given: keys of the fields that the command line or its file names.
