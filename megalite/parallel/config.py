@@ -25,9 +25,18 @@ class ParallelConfig:
     sequence_parallel: Annotated[bool, Field(aliases=("--sp",))] = False
     """Split norms, dropout and residuals along the sequence over the tensor-parallel ranks. Needs
     --tp > 1."""
-    pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """Order of forwards and backwards in the pipeline: 1f1b keeps min(p - stage, m) microbatches in
-    memory, gpipe m."""
+    pipeline_schedule: (
+        Literal["1f1b", "interleaved", "zb-h1", "zb-v", "gpipe", "auto"] | None
+    ) = None
+    """Order of computations in the pipeline. Unset: 1f1b, or interleaved with several stages on a
+    rank. auto: the one that a simulation finds fastest."""
+    num_virtual_stages_per_pipeline_rank: Annotated[int | None, Field(minimum=1)] = None
+    """Stages on each rank of the pipeline, v. Unset: 1, and 2 with interleaved and zb-v."""
+    num_layers_per_virtual_pipeline_stage: Annotated[int | None, Field(minimum=1)] = None
+    """Layers of each stage, in place of the number of stages."""
+    microbatch_group_size_per_virtual_pipeline_stage: Annotated[int | None, Field(minimum=1)] = None
+    """Microbatches that pass through a rank's first stage before any passes through its second, at
+    least p, with interleaved. Unset: p."""
     use_distributed_optimizer: Annotated[bool, Field(changes_numbers=False)] = False
     """Shard master weights and optimizer states over the d data ranks (ZeRO stage 1): 6 + 12 / d
     bytes per parameter in bf16, not 18."""

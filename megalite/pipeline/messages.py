@@ -1,0 +1,226 @@
+"""The messages of a schedule, and the proof that it is complete and free of deadlock. Pure, no
+torch.
+
+Between two ranks messages have no names (NCCL knows none): a receive takes the next message that
+the other rank has sent. Both sides know the order of both ranks' computations, and so the order of
+what is sent: receives are posted in that order.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megalite.pipeline.schedules import (
+    BACKWARD,
+    FORWARD,
+    INPUT,
+    WEIGHT,
+    Action,
+    Orders,
+    Pipeline,
+    ScheduleError,
+)
+from megalite.pipeline.simulate import Timeline, simulate
+
+
+
+class Message(NamedTuple):
+    """What one stage computes and a neighbouring stage needs."""
+
+    kind: str
+    """FORWARD: hidden states; BACKWARD: their gradient."""
+    microbatch: int
+    source: int
+    """The stage that computes it."""
+    target: int
+
+    def __str__(self) -> str:
+        what = "hidden states" if self.kind == FORWARD else "gradient"
+        return f"{what} of microbatch {self.microbatch} from stage {self.source} to {self.target}"
+
+
+class Step(NamedTuple):
+    """One computation of a rank, and the messages around it."""
+
+    receives: tuple[Message, ...]
+    """Receives to post first, in this order: what this action needs from other ranks, if it is not
+    posted yet, and what is made while it runs."""
+    action: Action
+    """What to compute, once what it needs has arrived. What it makes is sent at once."""
+    delivered: tuple[Message, ...]
+    """Messages of this rank that have arrived when the action's input has: their memory is free."""
+
+
+def needed(action: Action, pipeline: Pipeline) -> Message | None:
+    """What an action needs from another stage."""
+    stage = action.stage
+    if action.kind == FORWARD and stage > 0:
+        return Message(FORWARD, action.microbatch, stage - 1, stage)
+    if action.kind in (BACKWARD, INPUT) and stage < pipeline.stages - 1:
+        return Message(BACKWARD, action.microbatch, stage + 1, stage)
+    return None
+
+
+def made(action: Action, pipeline: Pipeline) -> Message | None:
+    """What an action makes for another stage."""
+    stage = action.stage
+    if action.kind == FORWARD and stage < pipeline.stages - 1:
+        return Message(FORWARD, action.microbatch, stage, stage + 1)
+    if action.kind in (BACKWARD, INPUT) and stage > 0:
+        return Message(BACKWARD, action.microbatch, stage, stage - 1)
+    return None
+
+
+def is_sent(message: Message | None, pipeline: Pipeline) -> bool:
+    """Whether there is a message that leaves its rank: the two stages may be on one."""
+    return message is not None and (
+        pipeline.rank_of(message.source) != pipeline.rank_of(message.target)
+    )
+
+
+def program(timeline: Timeline, pipeline: Pipeline, rank: int) -> list[Step]:
+    """A rank's order of a simulated schedule, with its messages.
+
+    Each rank posts its sends and its receives in the order in which the messages are made in the
+    simulation. So a receive is posted early, while the rank still computes something else, and no
+    two ranks can wait for each other's messages, whatever their computations really take.
+    """
+    spans = timeline.spans
+    # What comes from other ranks, in that order; where in its rank's order each message is made,
+    # and where it is used.
+    coming: list[tuple[float, Message]] = []
+    made_at: dict[Message, int] = {}
+    used_at: dict[Message, int] = {}
+    for other in range(pipeline.ranks):
+        for position, (action, _, end) in enumerate(spans[other]):
+            message = made(action, pipeline)
+            if is_sent(message, pipeline):
+                made_at[message] = position
+                if pipeline.rank_of(message.target) == rank:
+                    coming.append((end, message))
+            message = needed(action, pipeline)
+            if message is not None:
+                used_at[message] = position
+    coming.sort(reverse=True)
+
+    steps = []
+    under_way: dict[int, list[Message]] = defaultdict(list)
+    for action, _, end in spans[rank]:
+        # Receives before the send of this action.
+        sends = made(action, pipeline)
+        receives = []
+        while coming and coming[-1] < (end, sends or ()):
+            receives.append(coming.pop()[1])
+        # When its input has arrived, the other rank has used what was sent to it before.
+        delivered: list[Message] = []
+        message = needed(action, pipeline)
+        if is_sent(message, pipeline):
+            other = pipeline.rank_of(message.source)
+            left = []
+            for sent in under_way[other]:
+                was_used = used_at[sent] <= made_at[message]
+                (delivered if was_used else left).append(sent)
+            under_way[other] = left
+        if is_sent(sends, pipeline):
+            under_way[pipeline.rank_of(sends.target)].append(sends)
+        steps.append(Step(tuple(receives), action, tuple(delivered)))
+    return steps
+
+
+def validate(
+    orders: Orders, pipeline: Pipeline, microbatches: int, backward: bool = True
+) -> None:
+    """Check the orders of all ranks. Raises ScheduleError that says what is wrong and where.
+
+    Complete: each rank runs, for each microbatch on each of its stages, the forward once, and after
+    it the whole backward once, or its two parts in order.
+
+    Free of deadlock, even where every send and receive of a rank in one direction, to higher ranks
+    or to lower ones, waits until those that were posted before it are done. That is the least that
+    NCCL may do (operations of one group run one after the other on a stream) and gloo does more.
+    """
+    for rank, order in enumerate(orders):
+        _validate_order(rank, order, pipeline, microbatches, backward)
+    timeline = simulate(orders, pipeline)
+    programs = [program(timeline, pipeline, rank) for rank in range(pipeline.ranks)]
+    _validate_messages(programs, pipeline)
+
+
+def _validate_order(
+    rank: int, order: Sequence[Action], pipeline: Pipeline, microbatches: int, backward: bool
+) -> None:
+    """All of a rank's actions once, each after those that it follows."""
+    done: set[Action] = set()
+    follows = {BACKWARD: FORWARD, INPUT: FORWARD, WEIGHT: INPUT}
+    for action in order:
+        kind, microbatch, stage = action
+        if stage not in pipeline.stages_of(rank) or not 0 <= microbatch < microbatches:
+            raise ScheduleError(f"rank {rank} runs {action}, which it does not have")
+        before = follows.get(kind)
+        if before is not None and Action(before, microbatch, stage) not in done:
+            raise ScheduleError(f"rank {rank} runs {action} before {before}{microbatch}")
+        if action in done:
+            raise ScheduleError(f"rank {rank} runs {action} twice")
+        done.add(action)
+    for stage in pipeline.stages_of(rank):
+        for microbatch in range(microbatches):
+            kinds = {kind for kind in "FBIW" if Action(kind, microbatch, stage) in done}
+            right = [{FORWARD, BACKWARD}, {FORWARD, INPUT, WEIGHT}] if backward else [{FORWARD}]
+            if kinds not in right:
+                ran = " and ".join(sorted(kinds)) or "nothing"
+                raise ScheduleError(
+                    f"rank {rank} runs {ran} of microbatch {microbatch} on stage {stage}"
+                )
+
+
+def _validate_messages(programs: list[list[Step]], pipeline: Pipeline) -> None:
+    """Run the programs of all ranks. Raises ScheduleError when none can go on."""
+    position = [0] * len(programs)
+    posted = [False] * len(programs)
+    arrived: set[Message] = set()
+    # What each rank has posted and is not done, by whether it goes to higher ranks.
+    queues: dict[tuple[int, bool], deque[Message]] = defaultdict(deque)
+
+    def post(rank: int, message: Message) -> None:
+        upward = pipeline.rank_of(message.target) > pipeline.rank_of(message.source)
+        queues[rank, upward].append(message)
+
+    moved = True
+    while moved:
+        moved = False
+        for rank, steps in enumerate(programs):
+            while position[rank] < len(steps):
+                step = steps[position[rank]]
+                if not posted[rank]:
+                    for message in step.receives:
+                        post(rank, message)
+                    posted[rank] = True
+                message = needed(step.action, pipeline)
+                if is_sent(message, pipeline) and message not in arrived:
+                    break
+                message = made(step.action, pipeline)
+                if is_sent(message, pipeline):
+                    post(rank, message)
+                position[rank] += 1
+                posted[rank] = False
+                moved = True
+        # A message is delivered when it is the next of both its ranks.
+        for (_, upward), queue in queues.items():
+            while queue:
+                message = queue[0]
+                ends = [pipeline.rank_of(message.source), pipeline.rank_of(message.target)]
+                heads = [queues.get((rank, upward)) for rank in ends]
+                if not all(head and head[0] == message for head in heads):
+                    break
+                for head in heads:
+                    head.popleft()
+                arrived.add(message)
+                moved = True
+    stuck = []
+    for rank, steps in enumerate(programs):
+        if position[rank] < len(steps):
+            action = steps[position[rank]].action
+            stuck.append(f"rank {rank} waits for the {needed(action, pipeline)}")
+    left = [str(queue[0]) for queue in queues.values() if queue]
+    if stuck or left:
+        raise ScheduleError("deadlock: " + "; ".join(stuck or left))
