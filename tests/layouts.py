@@ -55,6 +55,9 @@ def sp(**flags) -> dict:
 
 FULL = {"recompute_granularity": "full"}
 SELECTIVE = {"recompute_granularity": "selective"}
+VIRTUAL = {"num_virtual_stages_per_pipeline_rank": 2}
+ZB_H1 = {"pipeline_schedule": "zb-h1"}
+ZB_V = {"pipeline_schedule": "zb-v"}
 PACKED = {"reset_position_ids": True, "reset_attention_mask": True}
 
 LAYOUTS = [
@@ -88,6 +91,17 @@ LAYOUTS = [
     Layout("full block", pp=2, shape=LLAMA, flags={**FULL, "recompute_method": "block"}),
     Layout("gpipe pp2", pp=2, flags={"pipeline_schedule": "gpipe"}),
     Layout("gpipe dp2 x tp2 x pp2 +sp", dp=2, tp=2, pp=2, flags=sp(pipeline_schedule="gpipe")),
+    Layout("interleaved pp2", pp=2, flags=VIRTUAL),
+    Layout("interleaved uneven pp3", pp=3, shape=replace(GPT2, layers=7), flags=VIRTUAL),
+    Layout("interleaved dp2 x tp2 x pp2 +sp", 2, 2, 2, flags=sp(**VIRTUAL)),
+    Layout("breadth-first pp2", pp=2, flags={"pipeline_schedule": "gpipe", **VIRTUAL}),
+    Layout("zb-h1 pp4", pp=4, flags=ZB_H1),
+    Layout("llama zb-h1 dp2 x tp2 x pp2 +sp", 2, 2, 2, LLAMA, sp(**ZB_H1, **FULL)),
+    Layout("zb-v pp2", pp=2, flags=ZB_V),
+    Layout("zb-v untied pp2", pp=2, shape=replace(GPT2, tied=False), flags=ZB_V | SELECTIVE),
+    Layout("zb-v dp2 x tp2 x pp2 +sp", 2, 2, 2, flags=sp(**ZB_V)),
+    Layout("packed llama interleaved pp2", pp=2, shape=LLAMA, flags={**PACKED, **VIRTUAL}),
+    Layout("packed documents zb-v tp2 x pp2", tp=2, pp=2, flags=sp(**PACKED, **ZB_V)),
     Layout("packed documents", flags=PACKED),
     Layout("packed documents tp2 x pp2", tp=2, pp=2, flags={**PACKED, **FULL}),
     Layout("packed documents tp2+sp", tp=2, flags=sp(**PACKED, **SELECTIVE)),

@@ -31,6 +31,7 @@ from megalite.config.rules.resume import rule_of_changes
 from megalite.config.rules.run import RUN_RULES
 from megalite.config.rules.tokenizer import build_tokenizer, files_of
 from megalite.config.run import RunConfig, options, to_flat, with_published, with_values
+from megalite.config.schedule import schedule_fields
 from megalite.models.presets import preset
 
 PURE_RULES: tuple[Rule, ...] = (
@@ -180,6 +181,7 @@ def fill_in(config: RunConfig, world_size: int) -> RunConfig:
         "global_batch_size": global_batch(config, world_size),
         "rampup_batch_size": batch_sizes(config, world_size).words,
         "train_iters": iterations(config, world_size),
+        **schedule_fields(config, world_size),
     }
     if o.lr_decay_style != "constant":
         values["min_lr"] = o.lowest_lr

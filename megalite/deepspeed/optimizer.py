@@ -125,6 +125,7 @@ class DeepSpeedOptimizer:
         self.bad_steps = BadSteps(config)
         self.steps = 0
         """Updates done, skipped steps not counted."""
+        self._backwards_left = 0
         self.shards_weights = settings["zero_optimization"]["stage"] == 3
         self.loss_factor = float(context.data.size)
         dtypes = {parameter.dtype for parameter in self.parameters.values()}
@@ -161,8 +162,7 @@ class DeepSpeedOptimizer:
     # One step ----------------------------------------------------------------------------------
 
     def zero_gradients(self) -> None:
-        """Before the first backward of a step: DeepSpeed has forgotten the gradients of the last
-        one."""
+        """Before a step: DeepSpeed has forgotten the gradients of the last one."""
         self.engine.set_gradient_accumulation_boundary(False)
         if self.config.dtype == "float16":
             # The loss is multiplied by `loss_factor` as well: without it, gradients overflow where
@@ -170,12 +170,15 @@ class DeepSpeedOptimizer:
             scale = self.loss_scale.value / self.loss_factor
             self.engine.optimizer.override_loss_scale(scale)
 
-    def begin_last_backward(self) -> None:
-        """The coming backward completes the gradients."""
-        self.engine.set_gradient_accumulation_boundary(True)
+    def begin_step(self, microbatches: int) -> None:
+        """The last of this many backwards completes the gradients."""
+        self._backwards_left = microbatches
 
     def backward(self, loss: torch.Tensor) -> None:
         """The backward of one microbatch: DeepSpeed's hooks collect and sum the gradients."""
+        if self._backwards_left == 1:
+            self.engine.set_gradient_accumulation_boundary(True)
+        self._backwards_left -= 1
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, position: int) -> StepResult:

@@ -67,7 +67,7 @@ class Bert(BertEncoder):
     on every tensor-parallel rank.
 
     Args:
-        settings, layers, seed: as of a Stage.
+        settings, layers, seed, first: as of a Stage.
         pair: give the last stage a pooler and a head that classifies pairs of segments
             (next-sentence or sentence-order prediction).
     """
@@ -77,10 +77,12 @@ class Bert(BertEncoder):
         settings: LayerSettings,
         layers: range | None = None,
         seed: int = 1234,
+        first: Stage | None = None,
+        *,
         pair: bool = True,
     ):
         self.has_pair = pair  # before nn.Module's own: build_heads needs it
-        super().__init__(settings, layers, seed)
+        super().__init__(settings, layers, seed, first)
         self.loss_names = ("mlm_loss", "pair_loss") if pair else ("loss",)
         self.score_names = ("mlm_accuracy", "pair_accuracy") if pair else ("mlm_accuracy",)
 

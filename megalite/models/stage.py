@@ -19,20 +19,23 @@ from megalite.nn.settings import LayerSettings
 
 
 class TiedCopy(nn.Module):
-    """The last stage's copy of the word embedding, under the name of the original."""
+    """The last stage's copy of the word embedding, or the embedding itself if this rank holds the
+    first stage too; under the name of the original."""
 
-    def __init__(self, settings: LayerSettings):
+    def __init__(self, settings: LayerSettings, first: "Stage | None"):
         super().__init__()
-        self.word_embeddings = VocabParallelWeight(settings, tied=True)
+        if first is None:
+            self.word_embeddings = VocabParallelWeight(settings, tied=True)
+        else:
+            self.word_embeddings = first.embedding.word_embeddings
 
 
 class Stage(nn.Module):
     """A range of a model's layers as one module: with the embedding if it holds the first layer,
     with the final norm and the heads if it holds the last.
 
-    A pipeline is a chain of stages, and a rank holds one (several, as interleaved schedules need,
-    are not supported yet). Parameter names count layers in the whole model, so they are the same in
-    every layout. A subclass makes the other modules of its last stage in `build_heads`, computes
+    A pipeline is a chain of stages, and a rank holds one or several. Parameter names count layers in
+    the whole model, so they are the same in every layout. A subclass makes the other modules of its last stage in `build_heads`, computes
     the stage's share in `forward`, and gives in `loss_counts` the number of items of a microbatch
     that each of the k terms of its loss sums over, fp64 [k].
 
@@ -40,6 +43,8 @@ class Stage(nn.Module):
         settings: what all layers share; all stages of one model are made with the same.
         layers: the layers that this stage holds, at least one; None: all.
         seed: of the initial weights.
+        first: the first stage, if this is another one on the same rank: they share a tied
+            embedding.
 
     Raises ValueError when the settings' model has no vocabulary size, or heads that do not divide
     its width.
@@ -56,7 +61,13 @@ class Stage(nn.Module):
     """Scores in evaluation mode, none or one for each term: the last stage then returns their sums
     after the terms'. A score's mean is over the items of its term."""
 
-    def __init__(self, settings: LayerSettings, layers: range | None = None, seed: int = 1234):
+    def __init__(
+        self,
+        settings: LayerSettings,
+        layers: range | None = None,
+        seed: int = 1234,
+        first: "Stage | None" = None,
+    ):
         super().__init__()
         model = settings.model
         whole_heads = model.hidden_size % model.num_attention_heads == 0
@@ -73,6 +84,8 @@ class Stage(nn.Module):
         self.context = settings.context
         self.is_first = 0 in layers
         self.is_last = model.num_layers - 1 in layers
+        self.numbers = list(layers)
+        """Of the layers, in the whole model."""
         self._rotary_table = None
 
         # Before the layers. The last of several stages has a copy of a tied embedding, for its
@@ -82,7 +95,7 @@ class Stage(nn.Module):
             self.embedding_norm = Norm(settings) if model.post_norm else nn.Identity()
             self.embedding_dropout = HiddenDropout(settings, 0, EMBEDDING)
         elif self.is_last and model.tied:
-            self.embedding = TiedCopy(settings)
+            self.embedding = TiedCopy(settings, first)
         # Keys are numbers in the whole model, so a layer has the same name in every layout.
         self.layers = nn.ModuleDict({str(i): Block(settings, i, self.causal) for i in layers})
         if self.is_last:
@@ -93,7 +106,11 @@ class Stage(nn.Module):
                 self.output = VocabParallelWeight(settings)
 
         self.parameters_by_name = name_parameters(self)
-        initialize(self.parameters_by_name, seed)
+        made = dict(self.parameters_by_name)
+        if first is not None:
+            for name in first.parameters_by_name:
+                made.pop(name, None)
+        initialize(made, seed)
 
     def build_heads(self) -> None:
         """Make the modules that come after the final norm, except the output weight."""

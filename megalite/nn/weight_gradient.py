@@ -52,7 +52,7 @@ class WeightGradients:
         """Run a backward without its weight-gradient products; yields them, for `run_deferred`.
 
         For zero-bubble schedules (Qi et al. 2023), which send the gradient of the hidden states on
-        before they compute those of the weights. No schedule here uses it yet.
+        before they compute those of the weights.
         """
         self._deferred = {}
         try:
@@ -62,8 +62,7 @@ class WeightGradients:
 
     @torch.no_grad()
     def run_deferred(self, products: dict[torch.nn.Parameter, list[Product]]) -> None:
-        """Add the products that `deferring` kept, in the order of that backward. Not used by a
-        schedule yet."""
+        """Add the products that `deferring` kept, in the order of that backward."""
         for weight, kept in products.items():
             for product in kept:
                 product(weight.main_grad)

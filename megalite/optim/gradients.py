@@ -65,8 +65,10 @@ class GradientBuffer:
             self.weight_gradients.attach(parameter, self.view(name, self.flat))
 
         # The state of the overlapped reductions of one step.
-        self._is_last_backward = False
-        self._incomplete: list[set[str]] = []
+        self._contributions_left: dict[str, int] = {}
+        """Of each parameter: backwards that will still add to its gradient; empty between steps."""
+        self._incomplete: list[int] = []
+        """Of each bucket: parameters whose gradient is not complete."""
         self._reducing: list = []
         """Handles of the buckets whose reduction has started: always the first ones, so that all
         data ranks start them in the same order."""
@@ -104,19 +106,30 @@ class GradientBuffer:
     def zero(self) -> None:
         """Forget all gradients, before the first backward of a step."""
         self.flat.zero_()
-        self._is_last_backward = False
+        self._contributions_left = {}
         self._reducing = []
 
-    def begin_last_backward(self) -> None:
-        """Gradients that the coming backward completes may be reduced."""
-        self._is_last_backward = self.overlap
-        self._incomplete = [set(bucket.names) for bucket in self.layout.buckets]
+    def begin_step(self, microbatches: int) -> None:
+        """A parameter's gradient is complete, and may be reduced, when the backwards of this many
+        microbatches have added to it: on both stages that use it, where this rank holds both ends
+        of a model with a tied embedding."""
+        if not self.overlap:
+            return
+        both_ends = self.context.pipeline.size > 1 and self.context.embedding is None
+        for name, parameter in self.parameters.items():
+            is_shared = both_ends and "pipeline" not in parameter.spec.sharded
+            self._contributions_left[name] = microbatches * (2 if is_shared else 1)
+        self._incomplete = [len(bucket.names) for bucket in self.layout.buckets]
 
     def _complete(self, parameter: Parameter) -> None:
-        if not self._is_last_backward:
-            return
         name = parameter.spec.name
-        self._incomplete[self.layout.bucket_of[name]].discard(name)
+        left = self._contributions_left
+        if name not in left:
+            return
+        left[name] -= 1
+        if left[name]:
+            return
+        self._incomplete[self.layout.bucket_of[name]] -= 1
         while len(self._reducing) < len(self._incomplete):
             if self._incomplete[len(self._reducing)]:
                 break
@@ -139,7 +152,7 @@ class GradientBuffer:
         two copies of a tied embedding. The copies come last, so that they are equal bit for bit
         though the data ranks of the two stages sum different buffers.
         """
-        self._is_last_backward = False
+        self._contributions_left = {}
         # By the flags alone: all data ranks must call the same, whatever their backwards reached.
         if not self.sharded and not self.overlap:
             all_reduce(self.flat, self.context.data)

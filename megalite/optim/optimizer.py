@@ -104,9 +104,9 @@ class Optimizer:
         """Forget all gradients, before the first backward of a step."""
         self.gradients.zero()
 
-    def begin_last_backward(self) -> None:
-        """The coming backward completes the gradients: they may be reduced."""
-        self.gradients.begin_last_backward()
+    def begin_step(self, microbatches: int) -> None:
+        """The backwards of this many microbatches complete the gradients of the coming step."""
+        self.gradients.begin_step(microbatches)
 
     @torch.no_grad()
     def step(self, position: int) -> StepResult:

@@ -283,43 +283,33 @@ def gather_objects_to_first(obj, group: Group) -> list:
     return out or []
 
 
-@dataclass(frozen=True)
-class Transfer:
-    """One point-to-point message of a pipeline."""
-
-    tensor: torch.Tensor
-    """Contiguous: what is sent, or the buffer to receive into."""
-    peer: int
-    """Index in the group of the rank at the other end."""
-    send: bool
-    """True to send, False to receive."""
+def send(tensor: torch.Tensor, target: int, group: Group):
+    """Send a contiguous tensor to the group's rank `target`. Returns a handle: do not change the
+    tensor before its `wait()`."""
+    ends = (group.ranks[group.rank], group.ranks[target])
+    return _transfer(dist.isend, tensor, group, ends=ends, peer=ends[1])
 
 
-def exchange(transfers: Sequence[Transfer], group: Group) -> list:
-    """Start all transfers together and return their handles.
+def receive(tensor: torch.Tensor, source: int, group: Group):
+    """Fill a contiguous tensor with what the group's rank `source` sends. Returns a handle: do not
+    read the tensor before its `wait()`.
 
-    There is one handle for each transfer, in order, or, where the backend merges them (NCCL), a
-    single one for all: then len(handles) != len(transfers), or there is one transfer.
-
-    Started together, a send and a receive between the same two ranks cannot block each other. Do
-    not change a sent tensor or read a received one before the handle's `wait()`.
+    What is sent between two ranks arrives in the order in which it is sent.
     """
-    if not transfers:
-        return []
-    operations = []
-    calls = []
-    for transfer in transfers:
-        operation = dist.isend if transfer.send else dist.irecv
-        tensor = _contiguous(transfer.tensor)
-        peer = group.ranks[transfer.peer]
-        operations.append(dist.P2POp(operation, tensor, peer, group=group.handle))
-        # From sender to receiver on both sides, so that both count the same transfers.
-        own = group.ranks[group.rank]
-        ends = (own, peer) if transfer.send else (peer, own)
-        calls.append(group.activity.record("transfer", group.name, ends, **_content(tensor)))
-    with group.activity.waits(calls[0]):
-        works = dist.batch_isend_irecv(operations)
-    return [_Pending(work, call, group.activity) for work, call in zip(works, calls)]
+    ends = (group.ranks[source], group.ranks[group.rank])
+    return _transfer(dist.irecv, tensor, group, ends=ends, peer=ends[0])
+
+
+def _transfer(
+    operation: Callable, tensor: torch.Tensor, group: Group, *, ends: tuple[int, int], peer: int
+) -> _Pending:
+    """Start a transfer, which both its ends record from sender to receiver: so they count the same
+    ones."""
+    activity = group.activity
+    call = activity.record("transfer", group.name, ends, **_content(_contiguous(tensor)))
+    with activity.waits(call):
+        work = operation(tensor, peer, group=group.handle)
+    return _Pending(work, call, activity)
 
 
 # Differentiable operators. Each is a forward collective and its transpose in the backward.

@@ -133,8 +133,8 @@ class ParallelContext:
     alone: dist.ProcessGroup | None = None
     """torch's group of this rank only, where a library needs one."""
     embedding: Group | None = None
-    """First and last stage of this pipeline, on those two only; None elsewhere and with one
-    stage."""
+    """The ranks of the first and the last stage of this pipeline, on those two only; None
+    elsewhere, and where one rank holds both stages."""
     activity: Activity = field(default_factory=Activity)
     """What this rank is doing: all its groups record their calls there."""
     store: Any = field(default_factory=dist.HashStore)
@@ -164,6 +164,7 @@ class ParallelContext:
         more_groups: Sequence[tuple[str, ...]] = (),
         groups_of_one: bool = False,
         saves_in_thread: bool = False,
+        ends_apart: bool = True,
     ) -> "ParallelContext":
         """Meet the other ranks and make the groups. Collective over the world; every rank passes
         the same layout.
@@ -171,7 +172,8 @@ class ParallelContext:
         store: what `meet` returned, if it was called before. more_groups: sets of axes beside
         NEEDED_GROUPS. groups_of_one: whether a library needs torch's groups also where one rank is
         alone: `alone`, and the default group of a world of one rank. saves_in_thread: whether a
-        thread saves, and needs the group `saving`. Raises ValueError when the layout's world size
+        thread saves, and needs the group `saving`. ends_apart: whether different ranks of a
+        pipeline hold its first and its last stage, and need the group `embedding`. Raises ValueError when the layout's world size
         is not the launcher's, RendezvousError when ranks do not meet.
         """
         if layout.world_size != launch.world_size:
@@ -205,8 +207,10 @@ class ParallelContext:
         alone = factory.make_alone() if groups_of_one else None
         # Last, since only some ranks have one: torch names groups by how many a rank has made
         # before.
-        own = layout.embedding_group(launch.rank)
-        embedding = factory.make("embedding", own, layout.embedding_groups)
+        embedding = None
+        if ends_apart:
+            own = layout.embedding_group(launch.rank)
+            embedding = factory.make("embedding", own, layout.embedding_groups)
         return cls(
             layout=layout,
             device=device,

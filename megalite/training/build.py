@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 
@@ -17,6 +17,7 @@ from megalite.kernels import native
 from megalite.models.bert import Bert
 from megalite.models.gpt import GPT
 from megalite.models.stage import Stage
+from megalite.models.stages import Stages
 from megalite.nn.settings import LayerSettings
 from megalite.optim.optimizer import Optimizer
 from megalite.parallel.context import DeviceError, ParallelContext, choose_device
@@ -26,6 +27,7 @@ from megalite.parallel.rendezvous import meet
 from megalite.parallel.rng import CounterBasedRng, Rng, RngTracker
 from megalite.pipeline.engine import PipelineEngine
 from megalite.pipeline.partition import layers_of_stages
+from megalite.pipeline.schedules import pipeline_of
 from megalite.watch.agreement import compare_facts
 
 
@@ -40,6 +42,7 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
     """
     # Choose the layout, the device and the backend.
     parallel = config.parallel
+    pipeline = pipeline_of(parallel)
     layout = ParallelLayout.for_world(
         launch.world_size,
         tensor=parallel.tensor_model_parallel_size,
@@ -87,6 +90,7 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
         store=store,
         more_groups=[("tensor", "data")] if gathers else [],
         groups_of_one=config.deepspeed.deepspeed,
+        ends_apart=pipeline.rank_of(0) != pipeline.rank_of(pipeline.stages - 1),
         saves_in_thread=config.checkpoint.async_save,
     )
     via = "one process, no launcher"
@@ -116,15 +120,16 @@ def _backend_for(device: torch.device, why: str, wanted: str, world_size: int) -
 class TrainingComponents:
     """What trains a model on this rank: built together, since each needs the one before."""
 
-    model: Stage
+    model: Stages
     rng: Rng
     engine: PipelineEngine
     optimizer: Optimizer | DeepSpeedOptimizer
 
 
-def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stage:
-    """This rank's stage of the model, with its initial weights."""
-    layers = layers_of_stages(config.model, context.pipeline.size, config.predicted)
+def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stages:
+    """This rank's stages of the model, with their initial weights."""
+    pipeline = replace(pipeline_of(config.parallel), ranks=context.pipeline.size)
+    layers = layers_of_stages(config.model, pipeline.stages, config.predicted)
     settings = LayerSettings(
         config.model,
         context,
@@ -133,16 +138,19 @@ def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stage:
         sequence_parallel=config.parallel.sequence_parallel,
         recompute=config.recompute,
     )
-    own_layers = layers[context.pipeline.rank]
-    return STAGE_OF[config.model.architecture](config, settings, own_layers)
+    make_stage = STAGE_OF[config.model.architecture]
+    stages: dict[int, Stage] = {}
+    for number in pipeline.stages_of(context.pipeline.rank):
+        stages[number] = make_stage(config, settings, layers[number], stages.get(0))
+    return Stages(stages)
 
 
-def _gpt(config: RunConfig, settings: LayerSettings, layers: range) -> Stage:
-    return GPT(settings, layers, config.training.seed)
+def _gpt(config: RunConfig, settings: LayerSettings, layers: range, first: Stage | None) -> Stage:
+    return GPT(settings, layers, config.training.seed, first)
 
 
-def _bert(config: RunConfig, settings: LayerSettings, layers: range) -> Stage:
-    return Bert(settings, layers, config.training.seed, pair=config.pair_head)
+def _bert(config: RunConfig, settings: LayerSettings, layers: range, first: Stage | None) -> Stage:
+    return Bert(settings, layers, config.training.seed, first, pair=config.pair_head)
 
 
 STAGE_OF: dict[str, Callable[..., Stage]] = {"gpt": _gpt, "bert": _bert}
@@ -159,17 +167,16 @@ def build_components(
     else:
         rng = RngTracker.for_rank(seed, context)
     model = build_model(config, context, rng)
-    schedule = config.parallel.pipeline_schedule
-    engine = PipelineEngine(model, context, config.data.micro_batch_size, schedule)
+    engine = PipelineEngine(model, context, config.data.micro_batch_size, config.parallel)
     if config.deepspeed.deepspeed:
         optimizer = DeepSpeedOptimizer(
-            model,
+            model.stages[0],
             context,
             config.optimizer,
             schedule=config.schedule(),
             settings=deepspeed_settings(config, context.world_size),
         )
-        engine.run_stage = optimizer.engine
+        engine.run_stage = lambda stage, x, batch: optimizer.engine(x, batch)
         engine.backward_of_loss = optimizer.backward
     else:
         optimizer = Optimizer(
@@ -179,22 +186,24 @@ def build_components(
             schedule=config.schedule(),
             parallel=config.parallel,
         )
-    engine.before_last_backward = optimizer.begin_last_backward
+        engine.weight_gradients = optimizer.gradients.weight_gradients
+    engine.before_step = optimizer.begin_step
     engine.loss_scale = lambda: optimizer.loss_factor
     if config.parallel.overlap_param_gather:
         _wait_in_forward(model, optimizer)
     return TrainingComponents(model, rng, engine, optimizer)
 
 
-def _wait_in_forward(model: Stage, optimizer: Optimizer) -> None:
+def _wait_in_forward(model: Stages, optimizer: Optimizer) -> None:
     """Let a forward wait for parameters that are being gathered as it enters their module, and for
     the rest at the final norm: the output layer reads weights of other modules."""
-    for module in [*model.layers.values(), *model.children()]:
-        names = None
-        if module is not getattr(model, "final_norm", None):
-            trained = [p for p in module.parameters() if p.requires_grad]
-            names = tuple(parameter.spec.name for parameter in trained)
-        module.register_forward_pre_hook(partial(_wait, optimizer, names))
+    for stage in model.stages:
+        for module in [*stage.layers.values(), *stage.children()]:
+            names = None
+            if module is not getattr(stage, "final_norm", None):
+                trained = [p for p in module.parameters() if p.requires_grad]
+                names = tuple(parameter.spec.name for parameter in trained)
+            module.register_forward_pre_hook(partial(_wait, optimizer, names))
 
 
 def _wait(optimizer: Optimizer, names: tuple[str, ...] | None, *unused: object) -> None:

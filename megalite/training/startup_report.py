@@ -26,7 +26,7 @@ def model_line(components: TrainingComponents) -> str:
     counted = 0
     trained = 0
     held = 0
-    for parameter in components.model.parameters():
+    for parameter in components.model.parameters_by_name.values():
         spec = parameter.spec
         counted += spec.box.numel * spec.is_primary(position)
         trained += spec.box.numel * spec.is_primary(position) * parameter.requires_grad
@@ -83,7 +83,7 @@ def dry_run(parts: TrainingComponents, batches: GlobalBatches, consumed: int, lo
     # Gather what every rank has to report.
     model = parts.model
     context = model.context
-    shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
+    shapes = [(name, list(p.shape)) for name, p in model.parameters_by_name.items()]
     reports = gather_objects((_rank_line(parts), shapes, loss), context.control)
 
     # Print a line for each rank, then the parameters on the first rank of each stage.
@@ -113,13 +113,14 @@ def _rank_line(components: TrainingComponents) -> str:
     if context.device.type == "cuda":
         kind = "GPU"
         peak_bytes = torch.cuda.max_memory_allocated(context.device)
-    layers = list(model.layers)
+    layers = [f"{stage.numbers[0]}-{stage.numbers[-1]}" for stage in model.stages]
+    numbers = ", ".join(map(str, model.by_number))
     line = (
         f"rank {context.rank} "
-        f"(stage {at['pipeline']}, data {at['data']}, tensor {at['tensor']}): "
-        f"layers {layers[0]}-{layers[-1]}, peak {kind} memory {peak_bytes / 2**20:,.0f} MiB"
+        f"(stage {numbers}, data {at['data']}, tensor {at['tensor']}): "
+        f"layers {', '.join(layers)}, peak {kind} memory {peak_bytes / 2**20:,.0f} MiB"
     )
-    if not model.is_last:
+    if context.pipeline.rank < context.pipeline.size - 1 or len(model.stages) > 1:
         shape = list(model.hidden_shape(components.engine.micro_batch_size))
         line += f", sends {shape} to the next stage"
     return line

@@ -11,6 +11,7 @@ from megalite.config.run import RunConfig, options, to_flat, with_values
 from megalite.fields import Field
 from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.parallel.launch import LaunchInfo
+from megalite.pipeline.schedules import pipeline_of
 
 STEP_FIELDS = "micro_batch_size global_batch_size seed rng_scheme precision bf16 fp16".split()
 """What the numbers of one step depend on, beside the model, the layout and the data."""
@@ -141,7 +142,8 @@ def _reference(config: RunConfig, own: VerifyOptions) -> RunConfig:
         "pipeline_model_parallel_size": own.reference_pp,
     }
     plain = replace(config, recompute=RecomputeConfig())
-    return with_values(plain, sizes | {"sequence_parallel": False, "pipeline_schedule": "1f1b"})
+    schedule = {"pipeline_schedule": "1f1b", "num_virtual_stages_per_pipeline_rank": 1}
+    return with_values(plain, sizes | schedule | {"sequence_parallel": False})
 
 
 def shrunk(config: RunConfig, world_size: int, other_replicas: int = 1) -> RunConfig:
@@ -153,9 +155,10 @@ def shrunk(config: RunConfig, world_size: int, other_replicas: int = 1) -> RunCo
     """
     d = config.data
     t = config.parallel.tensor_model_parallel_size
-    stages = config.parallel.pipeline_model_parallel_size
+    pipeline = pipeline_of(config.parallel)
+    stages = pipeline.stages
     # The batch. One microbatch more than there are stages shows the pipeline's steady state.
-    replicas = world_size // (t * stages)
+    replicas = world_size // (t * pipeline.ranks)
     rows = min(d.micro_batch_size, 2)
     most = d.global_batch_size // (d.micro_batch_size * replicas)
     fitting = (m for m in range(stages + 1, most) if m * replicas % other_replicas == 0)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from megalite.config.run import RunConfig
 from megalite.data.architectures import DATA_OF
 from megalite.data.build import blended, build_sources
+from megalite.models.stages import Stages
 from megalite.nn.attention import Attention
 from megalite.nn.dropout import HiddenDropout
 from megalite.nn.embedding import Embedding
@@ -95,22 +96,23 @@ class Recorder:
     Sample numbers are those of the first global batch, from 0.
     """
 
-    def __init__(self, model, batch_size: int):
+    def __init__(self, model: Stages, batch_size: int):
         self.shards: list[RecordedShard] = []
         self.model = model
         self.batch_size = batch_size
         self._samples: torch.Tensor | None = None  # of the microbatch in its forward
-        model.register_forward_pre_hook(self._start_forward)
-        model.register_forward_hook(self._end_forward)
-        for module_name, module in model.named_modules():
-            if isinstance(module, RECORDED_MODULES):
-                module.register_forward_hook(partial(self._record_output, module_name))
+        for stage in model.stages:
+            stage.register_forward_pre_hook(self._start_forward)
+            stage.register_forward_hook(self._end_forward)
+            for module_name, module in stage.named_modules():
+                if isinstance(module, RECORDED_MODULES):
+                    module.register_forward_hook(partial(self._record_output, module_name))
 
-    def _start_forward(self, model, args) -> None:
+    def _start_forward(self, stage, args) -> None:
         self._samples = args[1].samples
 
-    def _end_forward(self, model, args, output) -> None:
-        if model.is_last:  # the output is the microbatch's sum of each term of the loss
+    def _end_forward(self, stage, args, output) -> None:
+        if stage.is_last:  # the output is the microbatch's sum of each term of the loss
             rows = len(self._samples)
             terms = len(output)
             box = Box((int(self._samples[0]) // rows, 0), (1, terms))
