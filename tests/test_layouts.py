@@ -190,10 +190,9 @@ def largest_difference(parts: list, wanted: dict, shapes: dict) -> float:
 
 def terms_of(results: list, layout: Layout) -> list[list[float]]:
     """The global terms of each step's loss: sums over data ranks of the last stage's (tensor rank
-    0's)."""
-    last = [r for rank, r in enumerate(results) if rank >= (layout.pp - 1) * layout.dp * layout.tp]
+    0's); ranks without it have zeros."""
     return [
-        [sum(terms) for terms in zip(*(r[0][i] for r in last[:: layout.tp]))]
+        [sum(terms) for terms in zip(*(r[0][i] for r in results[:: layout.tp]))]
         for i in range(len(results[0][0]))
     ]
 

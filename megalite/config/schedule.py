@@ -1,5 +1,6 @@
 """Which pipeline schedule a configuration has, with how many stages on a rank. Imports no torch."""
 
+from dataclasses import replace
 from typing import Any
 
 from megalite.config.run import RunConfig
@@ -17,9 +18,7 @@ def schedule_fields(config: RunConfig, world_size: int) -> dict[str, Any]:
     layers = p.num_layers_per_virtual_pipeline_stage
     if chunks is None and layers is not None:
         chunks = max(1, config.model.num_layers // (layers * ranks))
-    name = p.pipeline_schedule
-    if name is None:
-        name = "interleaved" if (chunks or 1) > 1 else "1f1b"
+    name = replace(p, num_virtual_stages_per_pipeline_rank=chunks).schedule
     return {
         "pipeline_schedule": name,
         "num_virtual_stages_per_pipeline_rank": chunks or SCHEDULES[name].chunks.start,

@@ -68,6 +68,12 @@ class ParallelConfig:
     """Before training, time a matrix product on each rank and an all-reduce of each group, and name
     the slow ones."""
 
+    @property
+    def schedule(self) -> str:
+        """--pipeline-schedule, with its default filled in."""
+        several = (self.num_virtual_stages_per_pipeline_rank or 1) > 1
+        return self.pipeline_schedule or ("interleaved" if several else "1f1b")
+
     def bucket_size(self, data_ranks: int) -> int:
         """--ddp-bucket-size, with its default filled in."""
         return self.ddp_bucket_size or max(40_000_000, 1_000_000 * data_ranks)
