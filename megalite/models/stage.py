@@ -34,10 +34,11 @@ class Stage(nn.Module):
     """A range of a model's layers as one module: with the embedding if it holds the first layer,
     with the final norm and the heads if it holds the last.
 
-    A pipeline is a chain of stages, and a rank holds one or several. Parameter names count layers in
-    the whole model, so they are the same in every layout. A subclass makes the other modules of its last stage in `build_heads`, computes
-    the stage's share in `forward`, and gives in `loss_counts` the number of items of a microbatch
-    that each of the k terms of its loss sums over, fp64 [k].
+    A pipeline is a chain of stages, and a rank holds one or several. Parameter names count layers
+    in the whole model, so they are the same in every layout. A subclass makes the other modules of
+    its last stage in `build_heads`, computes the stage's share in `forward`, and gives in
+    `loss_counts` the number of items of a microbatch that each of the k terms of its loss sums
+    over, fp64 [k].
 
     Args:
         settings: what all layers share; all stages of one model are made with the same.

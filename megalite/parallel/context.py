@@ -173,8 +173,9 @@ class ParallelContext:
         NEEDED_GROUPS. groups_of_one: whether a library needs torch's groups also where one rank is
         alone: `alone`, and the default group of a world of one rank. saves_in_thread: whether a
         thread saves, and needs the group `saving`. ends_apart: whether different ranks of a
-        pipeline hold its first and its last stage, and need the group `embedding`. Raises ValueError when the layout's world size
-        is not the launcher's, RendezvousError when ranks do not meet.
+        pipeline hold its first and its last stage, and need the group `embedding`. Raises
+        ValueError when the layout's world size is not the launcher's, RendezvousError when ranks do
+        not meet.
         """
         if layout.world_size != launch.world_size:
             raise ValueError(

@@ -91,11 +91,7 @@ class PipelineEngine:
     """
 
     def __init__(
-        self,
-        model: Stages,
-        context: ParallelContext,
-        micro_batch_size: int,
-        config: ParallelConfig,
+        self, model: Stages, context: ParallelContext, micro_batch_size: int, config: ParallelConfig
     ):
         self.stages = model.by_number
         self.context = context

@@ -23,7 +23,6 @@ from megalite.pipeline.schedules import (
 from megalite.pipeline.simulate import Timeline, simulate
 
 
-
 class Message(NamedTuple):
     """What one stage computes and a neighbouring stage needs."""
 
@@ -111,9 +110,7 @@ def _place(message: Message, end: float) -> tuple:
     return end, message.kind, direction * message.source, message.microbatch
 
 
-def validate(
-    orders: Orders, pipeline: Pipeline, microbatches: int, backward: bool = True
-) -> None:
+def validate(orders: Orders, pipeline: Pipeline, microbatches: int, backward: bool = True) -> None:
     """Check the orders of all ranks. Raises ScheduleError that says what is wrong and where.
 
     Complete: each rank runs, for each microbatch on each of its stages, the forward once, and after

@@ -102,5 +102,7 @@ def simulate(
                 moved = True
     for rank, order in enumerate(orders):
         if len(spans[rank]) < len(order):
-            raise ScheduleError(f"deadlock: rank {rank} waits for ever with {order[len(spans[rank])]}")
+            raise ScheduleError(
+                f"deadlock: rank {rank} waits for ever with {order[len(spans[rank])]}"
+            )
     return Timeline(spans)
