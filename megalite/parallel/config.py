@@ -25,9 +25,9 @@ class ParallelConfig:
     sequence_parallel: Annotated[bool, Field(aliases=("--sp",))] = False
     """Split norms, dropout and residuals along the sequence over the tensor-parallel ranks. Needs
     --tp > 1."""
-    pipeline_schedule: (
-        Literal["1f1b", "interleaved", "zb-h1", "zb-v", "gpipe", "auto"] | None
-    ) = None
+    pipeline_schedule: Literal["1f1b", "interleaved", "zb-h1", "zb-v", "gpipe", "auto"] | None = (
+        None
+    )
     """Order of computations in the pipeline. Unset: 1f1b, or interleaved with several stages on a
     rank. auto: the one that a simulation finds fastest."""
     num_virtual_stages_per_pipeline_rank: Annotated[int | None, Field(minimum=1)] = None

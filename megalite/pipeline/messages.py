@@ -6,7 +6,8 @@ the other rank has sent. Both sides know the order of both ranks' computations, 
 what is sent: receives are posted in that order.
 """
 
-from collections import defaultdict, deque
+import math
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,6 @@ from megalite.pipeline.schedules import (
     ScheduleError,
 )
 from megalite.pipeline.simulate import Timeline, simulate
-
 
 
 class Message(NamedTuple):
@@ -40,15 +40,13 @@ class Message(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One computation of a rank, and the messages around it."""
+    """One computation of a rank, and the messages before it."""
 
     receives: tuple[Message, ...]
     """Receives to post first, in this order: what this action needs from other ranks, if it is not
     posted yet, and what is made while it runs."""
     action: Action
     """What to compute, once what it needs has arrived. What it makes is sent at once."""
-    delivered: tuple[Message, ...]
-    """Messages of this rank that have arrived when the action's input has: their memory is free."""
 
 
 def needed(action: Action, pipeline: Pipeline) -> Message | None:
@@ -85,65 +83,52 @@ def program(timeline: Timeline, pipeline: Pipeline, rank: int) -> list[Step]:
     simulation. So a receive is posted early, while the rank still computes something else, and no
     two ranks can wait for each other's messages, whatever their computations really take.
     """
-    spans = timeline.spans
-    # What comes from other ranks, in that order; where in its rank's order each message is made,
-    # and where it is used.
-    coming: list[tuple[float, Message]] = []
-    made_at: dict[Message, int] = {}
-    used_at: dict[Message, int] = {}
-    for other in range(pipeline.ranks):
-        for position, (action, _, end) in enumerate(spans[other]):
+    coming = []
+    for spans in timeline.spans:
+        for action, _, end in spans:
             message = made(action, pipeline)
-            if is_sent(message, pipeline):
-                made_at[message] = position
-                if pipeline.rank_of(message.target) == rank:
-                    coming.append((end, message))
-            message = needed(action, pipeline)
-            if message is not None:
-                used_at[message] = position
+            if is_sent(message, pipeline) and pipeline.rank_of(message.target) == rank:
+                coming.append((_place(message, end), message))
     coming.sort(reverse=True)
 
     steps = []
-    under_way: dict[int, list[Message]] = defaultdict(list)
-    for action, _, end in spans[rank]:
-        # Receives before the send of this action.
-        sends = made(action, pipeline)
+    for action, _, end in timeline.spans[rank]:
+        # Receives whose place is before that of what this action sends, or, where it sends nothing,
+        # of all that is made until its end.
+        sent = made(action, pipeline)
+        place = _place(sent, end) if is_sent(sent, pipeline) else (math.nextafter(end, math.inf),)
         receives = []
-        while coming and coming[-1] < (end, sends or ()):
+        while coming and coming[-1][0] < place:
             receives.append(coming.pop()[1])
-        # When its input has arrived, the other rank has used what was sent to it before.
-        delivered: list[Message] = []
-        message = needed(action, pipeline)
-        if is_sent(message, pipeline):
-            other = pipeline.rank_of(message.source)
-            left = []
-            for sent in under_way[other]:
-                was_used = used_at[sent] <= made_at[message]
-                (delivered if was_used else left).append(sent)
-            under_way[other] = left
-        if is_sent(sends, pipeline):
-            under_way[pipeline.rank_of(sends.target)].append(sends)
-        steps.append(Step(tuple(receives), action, tuple(delivered)))
+        steps.append(Step(tuple(receives), action))
     return steps
 
 
-def validate(
-    orders: Orders, pipeline: Pipeline, microbatches: int, backward: bool = True
-) -> None:
+def _place(message: Message, end: float) -> tuple:
+    """Where a message that is made at a time stands in the order of all messages. Of those that are
+    made at the same time, what flows to a rank comes before what the rank makes of the one before
+    it."""
+    direction = message.target - message.source
+    return end, message.kind, direction * message.source, message.microbatch
+
+
+def validate(orders: Orders, pipeline: Pipeline, microbatches: int, backward: bool = True) -> None:
     """Check the orders of all ranks. Raises ScheduleError that says what is wrong and where.
 
     Complete: each rank runs, for each microbatch on each of its stages, the forward once, and after
     it the whole backward once, or its two parts in order.
 
-    Free of deadlock, even where every send and receive of a rank in one direction, to higher ranks
-    or to lower ones, waits until those that were posted before it are done. That is the least that
-    NCCL may do (operations of one group run one after the other on a stream) and gloo does more.
+    Free of deadlock, even where every send and receive of a rank waits until those that it has
+    posted before are done: as on one stream of a GPU, where NCCL runs them one after the other. No
+    backend does less.
     """
+    if len(orders) != pipeline.ranks:
+        raise ScheduleError(f"orders of {len(orders)} ranks for a pipeline of {pipeline.ranks}")
     for rank, order in enumerate(orders):
         _validate_order(rank, order, pipeline, microbatches, backward)
     timeline = simulate(orders, pipeline)
     programs = [program(timeline, pipeline, rank) for rank in range(pipeline.ranks)]
-    _validate_messages(programs, pipeline)
+    validate_messages(programs, pipeline)
 
 
 def _validate_order(
@@ -173,18 +158,14 @@ def _validate_order(
                 )
 
 
-def _validate_messages(programs: list[list[Step]], pipeline: Pipeline) -> None:
-    """Run the programs of all ranks. Raises ScheduleError when none can go on."""
+def validate_messages(programs: list[list[Step]], pipeline: Pipeline) -> None:
+    """Run the programs of all ranks, where every message of a rank waits for those that it has
+    posted before. Raises ScheduleError that names what each rank waits for, when none can go on."""
     position = [0] * len(programs)
     posted = [False] * len(programs)
     arrived: set[Message] = set()
-    # What each rank has posted and is not done, by whether it goes to higher ranks.
-    queues: dict[tuple[int, bool], deque[Message]] = defaultdict(deque)
-
-    def post(rank: int, message: Message) -> None:
-        upward = pipeline.rank_of(message.target) > pipeline.rank_of(message.source)
-        queues[rank, upward].append(message)
-
+    # What each rank has posted and is not done.
+    queues: list[deque[Message]] = [deque() for _ in programs]
     moved = True
     while moved:
         moved = False
@@ -192,28 +173,27 @@ def _validate_messages(programs: list[list[Step]], pipeline: Pipeline) -> None:
             while position[rank] < len(steps):
                 step = steps[position[rank]]
                 if not posted[rank]:
-                    for message in step.receives:
-                        post(rank, message)
+                    queues[rank] += step.receives
                     posted[rank] = True
                 message = needed(step.action, pipeline)
                 if is_sent(message, pipeline) and message not in arrived:
                     break
                 message = made(step.action, pipeline)
                 if is_sent(message, pipeline):
-                    post(rank, message)
+                    queues[rank].append(message)
                 position[rank] += 1
                 posted[rank] = False
                 moved = True
         # A message is delivered when it is the next of both its ranks.
-        for (_, upward), queue in queues.items():
+        for queue in queues:
             while queue:
                 message = queue[0]
-                ends = [pipeline.rank_of(message.source), pipeline.rank_of(message.target)]
-                heads = [queues.get((rank, upward)) for rank in ends]
-                if not all(head and head[0] == message for head in heads):
+                source = queues[pipeline.rank_of(message.source)]
+                target = queues[pipeline.rank_of(message.target)]
+                if not (source and target and source[0] == target[0]):
                     break
-                for head in heads:
-                    head.popleft()
+                source.popleft()
+                target.popleft()
                 arrived.add(message)
                 moved = True
     stuck = []
@@ -221,6 +201,6 @@ def _validate_messages(programs: list[list[Step]], pipeline: Pipeline) -> None:
         if position[rank] < len(steps):
             action = steps[position[rank]].action
             stuck.append(f"rank {rank} waits for the {needed(action, pipeline)}")
-    left = [str(queue[0]) for queue in queues.values() if queue]
+    left = [str(queue[0]) for queue in queues if queue]
     if stuck or left:
         raise ScheduleError("deadlock: " + "; ".join(stuck or left))

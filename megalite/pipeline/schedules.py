@@ -280,7 +280,7 @@ SCHEDULES = {
 
 def pipeline_of(config: ParallelConfig) -> Pipeline:
     """The pipeline of a configuration."""
-    schedule = SCHEDULES[config.pipeline_schedule]
+    schedule = SCHEDULES[config.pipeline_schedule or "1f1b"]
     chunks = config.num_virtual_stages_per_pipeline_rank or schedule.chunks.start
     return Pipeline(config.pipeline_model_parallel_size, chunks, schedule.v_shaped)
 
@@ -288,7 +288,7 @@ def pipeline_of(config: ParallelConfig) -> Pipeline:
 @lru_cache(maxsize=8)
 def training_orders(config: ParallelConfig, microbatches: int) -> Orders:
     """The orders of a training step of a configuration. Do not change them."""
-    orders = SCHEDULES[config.pipeline_schedule].orders
+    orders = SCHEDULES[config.pipeline_schedule or "1f1b"].orders
     group = config.microbatch_group_size_per_virtual_pipeline_stage
     if orders is interleaved:
         return interleaved(pipeline_of(config), microbatches, group)
