@@ -64,6 +64,7 @@ PLAIN_PASSES = ["FFBFBFBB", "FBFBFBFB"]
 """Of each rank, with 1F1B and four microbatches."""
 LOOPED = ["FFFFFBFBFBFBBBBB", "FFFBFBFBFBFBFBBB"]
 """With two stages on each rank."""
+DIVIDED = ["FFBBFBBFBBBB", "FBFBBFBBFBBB"]
 V_SHAPED = ["FFFFBBFBBFBBFBBBBFBBBBBB", "FFFFBBFBBFBBFBBFBBBBBBBB"]
 FLAGS: dict[str, list[Effect]] = {
     # model
@@ -290,15 +291,16 @@ FLAGS: dict[str, list[Effect]] = {
         effect("gpipe", from_to(PLAIN_PASSES, ["FFFFBBBB", "FFFFBBBB"]), **ORDER),
         effect("interleaved", from_to(PLAIN_PASSES, LOOPED), **ORDER),
         # A backward in two parts.
-        effect("zb-h1", from_to(PLAIN_PASSES, ["FFBBFBBFBBBB", "FBFBBFBBFBBB"]), **ORDER),
+        effect("zb-h1", from_to(PLAIN_PASSES, DIVIDED), **ORDER),
         effect("zb-v", from_to(PLAIN_PASSES, V_SHAPED), **ORDER),
-        effect("auto", from_to(PLAIN_PASSES, V_SHAPED), also={"memory_limit_gib": 1.0}, **ORDER),
+        # The model is so small that further messages cost more than they save.
+        effect("auto", from_to(PLAIN_PASSES, DIVIDED), **ORDER),
     ],
     "memory_limit_gib": [
         # Enough for one of the schedules only.
         effect(
-            0.0005,
-            from_to(V_SHAPED, PLAIN_PASSES),
+            0.0002,
+            from_to(DIVIDED, PLAIN_PASSES),
             **ORDER | {"base": {**FOUR_LAYERS, "pipeline_schedule": "auto"}},
         )
     ],
