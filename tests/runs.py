@@ -269,15 +269,18 @@ def kept_for_backward(bench: Bench, flags: dict, ranks: int) -> dict:
 
 
 def passes_of_rank(launch: LaunchInfo, config: RunConfig) -> str:
-    """F and B in the order in which a stage's forwards and backwards come."""
+    """F and B in the order in which a rank's forwards and backwards, or parts of these, come."""
     context, _ = build_context(config, launch)
     parts = build_components(config, context)
     order = []
-    parts.model.register_forward_pre_hook(lambda *_: order.append("F"))
-    norm = next(
-        p for name, p in parts.model.named_parameters() if name.endswith("attention_norm.weight")
-    )
-    norm.register_post_accumulate_grad_hook(lambda _: order.append("B"))
+    timed = context.activity.timed
+
+    def noted(phase: str):
+        if phase in ("forward", "backward"):
+            order.append(phase[0].upper())
+        return timed(phase)
+
+    context.activity.timed = noted
     rows = torch.zeros(
         config.data.global_batch_size, config.model.seq_length + 1, dtype=torch.int64
     ).numpy()

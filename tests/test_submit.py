@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megalite.config import validate
-from megalite.config.estimate import estimate_stages
+from megalite.config.estimate import estimate_ranks
 from megalite.config.problem import ConfigError
 from megalite.config.run import from_flat
 from megalite.programs.submit import (
@@ -146,9 +146,9 @@ def test_a_recipe_is_sound_for_its_nodes_and_fits(recipe, tmp_path):
         config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size,
     )  # fmt: skip
     assert sizes["tp"] * sizes["pp"] * sizes["dp"] == nodes * gpus
-    stages = estimate_stages(validate.resolve(config, nodes * gpus), nodes * gpus)
-    assert max(stage.total_bytes for stage in stages) < 0.7e9 * memory
-    billions = sum(stage.parameters for stage in stages) * sizes["tp"] / 1e9
+    ranks = estimate_ranks(validate.resolve(config, nodes * gpus), nodes * gpus)
+    assert max(rank.total_bytes for rank in ranks) < 0.7e9 * memory
+    billions = sum(rank.parameters for rank in ranks) * sizes["tp"] / 1e9
     assert billions == pytest.approx(float(re.search(r"of ([\d.]+) billion", text)[1]), rel=0.1)
 
 

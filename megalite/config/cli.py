@@ -13,6 +13,7 @@ from megalite.config.help import help_text, wrapped
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.rules.files import fields_of_checkpoint
 from megalite.config.run import RunConfig, options, with_preset, with_published, with_values
+from megalite.config.schedule import why_chosen
 from megalite.config.summary import given, summary_lines
 from megalite.config.yaml_file import read_yaml, to_yaml
 from megalite.fields import Field
@@ -74,6 +75,8 @@ def parse_and_check(
         of_this_node = launch.local_rank == 0 and all(p.of_node for p in problems)
         refuse(problems, quiet and not of_this_node, launch.rank)
     resolved = validate.resolve(config, world_size)
+    if not quiet and not command.print_config and config.parallel.pipeline_schedule == "auto":
+        print(why_chosen(config, resolved, world_size))
     # Train, or print and exit.
     if not command.print_config and config.parallel.world_size is None:
         # When rank 0 dies, every other rank would bury what it says under a stack of C++ frames.

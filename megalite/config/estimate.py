@@ -1,12 +1,12 @@
-"""What a configuration amounts to, by arithmetic: parameters and memory of each stage,
-microbatches. Imports no torch.
+"""What a configuration amounts to, by arithmetic: parameters and memory of each rank of a
+pipeline, microbatches. Imports no torch.
 
 Parameters are exact. Memory is rough (within some tens of per cent): weights, gradients and
 optimizer states, and the activations by the formulas of Korthikanti et al. 2022; not what the
 allocator, kernels and communication add.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from megalite.config.rules.finding import data_parallel_size
@@ -14,22 +14,36 @@ from megalite.config.run import RunConfig
 from megalite.deepspeed import settings
 from megalite.models import cost
 from megalite.models.shapes import Shapes, decays, elements, stage_shapes
+from megalite.nn.config import RecomputeConfig
 from megalite.optim.treatment import treatment_of
 from megalite.pipeline.partition import layers_of_stages
-from megalite.pipeline.schedules import peak_in_flight, schedule_named
+from megalite.pipeline.schedules import (
+    BACKWARD,
+    INPUT,
+    WEIGHT,
+    Action,
+    peak_in_flight,
+    pipeline_of,
+    training_orders,
+)
 
 
 @dataclass(frozen=True)
-class StageEstimate:
-    """One rank of a pipeline stage."""
+class RankEstimate:
+    """One rank of each pipeline rank's group."""
 
-    layers: range
+    stages: dict[int, range]
+    """The layers of each stage that it holds, by the stage's number in the model."""
     parameters: int
-    """Held by the rank, vocabulary padding included."""
+    """Held by the rank, vocabulary padding included. A tied embedding counts once, also where the
+    rank holds the first stage and the last."""
     state_bytes: float
     """Weights, gradients, optimizer states."""
     activation_bytes: float
     """Kept between forward and backward at the fullest moment."""
+    in_flight: int
+    """Microbatches that its stages hold activations of at that moment: each counts once for each
+    stage."""
 
     @property
     def total_bytes(self) -> float:
@@ -44,35 +58,62 @@ def model_parameters(config: RunConfig) -> int:
     return elements(stage_shapes(config.model, config.head_cost, layers, rows=rows))
 
 
-def estimate_stages(config: RunConfig, world_size: int) -> list[StageEstimate]:
-    """One rank of every stage of a resolved configuration."""
-    model = config.model
+def estimate_ranks(config: RunConfig, world_size: int) -> list[RankEstimate]:
+    """A rank of each pipeline rank, of a resolved configuration."""
     parallel = config.parallel
     tensor = parallel.tensor_model_parallel_size
-    stage_count = parallel.pipeline_model_parallel_size
-    rows = model.padded_vocabulary(tensor) // tensor
-    schedule = schedule_named(parallel.pipeline_schedule)
-    element_bytes = _element_bytes(config)
-    stages = []
-    for stage, layers in enumerate(layers_of_stages(model, stage_count, config.predicted)):
-        shapes = stage_shapes(model, config.head_cost, layers, rows=rows, tensor=tensor)
-        actions = schedule(stage_count, stage, microbatches(config, world_size))
-        activations = cost.activation_bytes(
-            model,
-            config.recompute,
-            micro_batch_size=config.data.micro_batch_size,
-            element_bytes=element_bytes,
-            layers=len(layers),
-            in_flight=peak_in_flight(actions),
-            tensor=tensor,
-            sequence_parallel=parallel.sequence_parallel,
-        )
-        if stage == stage_count - 1:
-            logits = config.predicted * model.seq_length * config.data.micro_batch_size * rows
-            activations += 2 * max(4, element_bytes) * logits
+    rows = config.model.padded_vocabulary(tensor) // tensor
+    pipeline = pipeline_of(parallel)
+    orders = training_orders(parallel, microbatches(config, world_size))
+    layers = layers_of_stages(config.model, pipeline.stages, config.predicted)
+    ranks = []
+    for rank, order in enumerate(orders):
+        shapes: Shapes = {}
+        stages = {}
+        activations = 0.0
+        recomputed = 0.0
+        in_flight = peak_in_flight(order)
+        deferred = _most_deferred(order)
+        for stage in pipeline.stages_of(rank):
+            count = len(layers[stage])
+            stages[stage] = layers[stage]
+            shapes |= stage_shapes(
+                config.model, config.head_cost, layers[stage], rows=rows, tensor=tensor
+            )
+            # Of none in flight: the layers that are being computed again, of one stage at a time.
+            again = _activation_bytes(config, count, 0)
+            recomputed = max(recomputed, again)
+            activations += _activation_bytes(config, count, in_flight.get(stage, 0)) - again
+            if config.recompute.granularity == "full" and stage in deferred:
+                # What was computed again is kept for the weight gradients.
+                plain = replace(config, recompute=RecomputeConfig())
+                activations += _activation_bytes(plain, count, deferred[stage])
+            if stage == pipeline.stages - 1:
+                d = config.data
+                logits = config.predicted * config.model.seq_length * d.micro_batch_size * rows
+                activations += 2 * max(4, element_bytes(config)) * logits
+        activations += recomputed
         state = _state_bytes(config, shapes, world_size)
-        stages.append(StageEstimate(layers, elements(shapes), state, activations))
-    return stages
+        ranks.append(
+            RankEstimate(stages, elements(shapes), state, activations, sum(in_flight.values()))
+        )
+    return ranks
+
+
+def stage_flops(config: RunConfig) -> list[dict[str, float]]:
+    """FLOPs of one sequence on each stage of a resolved configuration, by the kind of an action."""
+    stages = pipeline_of(config.parallel).stages
+    found = []
+    for stage, layers in enumerate(layers_of_stages(config.model, stages, config.predicted)):
+        flops = cost.pass_flops(
+            config.model,
+            config.head_cost,
+            config.recompute,
+            layers=len(layers),
+            is_last=stage == stages - 1,
+        )
+        found.append(flops | {BACKWARD: flops[INPUT] + flops[WEIGHT]})
+    return found
 
 
 def microbatches(config: RunConfig, world_size: int) -> int:
@@ -81,9 +122,36 @@ def microbatches(config: RunConfig, world_size: int) -> int:
     return d.global_batch_size // (d.micro_batch_size * data_parallel_size(config, world_size))
 
 
-def _element_bytes(config: RunConfig) -> int:
+def _activation_bytes(config: RunConfig, layers: int, in_flight: int) -> float:
+    """Bytes of activations that one rank keeps of a stage for this many microbatches."""
+    return cost.activation_bytes(
+        config.model,
+        config.recompute,
+        micro_batch_size=config.data.micro_batch_size,
+        element_bytes=element_bytes(config),
+        layers=layers,
+        in_flight=in_flight,
+        tensor=config.parallel.tensor_model_parallel_size,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
+
+
+def _most_deferred(order: list[Action]) -> dict[int, int]:
+    """The most microbatches of each stage whose weight gradients wait after the rest of their
+    backward; {} where the schedule does not divide backwards."""
+    waiting: dict[int, int] = {}
+    most: dict[int, int] = {}
+    for action in order:
+        if action.kind in (INPUT, WEIGHT):
+            change = 1 if action.kind == INPUT else -1
+            waiting[action.stage] = waiting.get(action.stage, 0) + change
+            most[action.stage] = max(most.get(action.stage, 0), waiting[action.stage])
+    return most
+
+
+def element_bytes(config: RunConfig) -> int:
     """Bytes of a weight and of an element of an activation."""
-    return {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[config.optimizer.precision]
+    return {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[config.optimizer.chosen_precision]
 
 
 def _state_bytes(config: RunConfig, shapes: Shapes, world_size: int) -> float:
@@ -91,7 +159,7 @@ def _state_bytes(config: RunConfig, shapes: Shapes, world_size: int) -> float:
     half precision their fp32 master weights. A sharded optimizer divides the last two by the
     data-parallel size."""
     o = config.optimizer
-    size = _element_bytes(config)
+    size = element_bytes(config)
     if config.deepspeed.deepspeed:
         return elements(shapes) * _deepspeed_bytes(config, size, world_size)
     shards = 1

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.folder import CONFIG_FILE
-from megalite.config.estimate import estimate_stages, microbatches, model_parameters
+from megalite.config.estimate import (
+    RankEstimate,
+    estimate_ranks,
+    microbatches,
+    model_parameters,
+    stage_flops,
+)
 from megalite.config.help import wrapped
 from megalite.config.rules.deepspeed import deepspeed_settings
 from megalite.config.rules.finding import data_parallel_size
@@ -16,6 +22,8 @@ from megalite.config.yaml_file import to_yaml
 from megalite.deepspeed import settings
 from megalite.models.presets import preset
 from megalite.parallel.config import OF_DATA_RANKS
+from megalite.pipeline.schedules import pipeline_of, training_orders
+from megalite.pipeline.simulate import simulate
 from megalite.system.errors import explain_os_error, scaled
 
 LABEL_COLUMNS = 16
@@ -32,15 +40,12 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
     """What a resolved configuration amounts to on this many ranks: model, layout, memory, batch,
     length, learning rate, data, checkpoints, and the flags that make it."""
     m = config.model
-    stages = config.parallel.pipeline_model_parallel_size
-    # The stages. The one with the most bytes limits the size of the model.
-    estimates = estimate_stages(config, world_size)
-    fullest = max(range(stages), key=lambda stage: estimates[stage].total_bytes)
-    most = estimates[fullest]
-    layers = " + ".join(str(len(stage.layers)) for stage in estimates)
-    layers += f" ({config.parallel.pipeline_schedule})"
-    if config.recompute.granularity != "none":
-        layers += f", recompute {config.recompute.granularity}"
+    # The ranks of the pipeline. The one with the most bytes limits the size of the model.
+    estimates = estimate_ranks(config, world_size)
+    most = max(estimates, key=lambda rank: rank.total_bytes)
+    fullest = "a rank of stage " + " and ".join(map(str, most.stages))
+    if len(most.stages) > 1:
+        fullest = fullest.replace("stage", "stages", 1)
     # The batch and the length.
     batch = config.data.global_batch_size
     count = microbatches(config, world_size)
@@ -57,12 +62,11 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
         "model": _model(config),
         "ranks": _layout(config, world_size),
         "parameters": (
-            f"{_short(model_parameters(config))}; "
-            f"{_short(most.parameters)} on a rank of stage {fullest}"
+            f"{_short(model_parameters(config))}; {_short(most.parameters)} on {fullest}"
         ),
-        "layers": layers,
+        "layers": _layers(config, estimates),
         "memory": (
-            f"roughly {_short(most.total_bytes)}B on a rank of stage {fullest}, the fullest: "
+            f"roughly {_short(most.total_bytes)}B on {fullest}, the fullest: "
             f"{_short(most.state_bytes)}B of weights and optimizer, "
             f"{_short(most.activation_bytes)}B of activations"
         ),
@@ -71,8 +75,7 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
             f"{config.data.micro_batch_size} a microbatch"
         ),
         "microbatches": (
-            f"{count} for each data-parallel rank; "
-            f"pipeline bubble {(stages - 1) / count:.1%} of the ideal time{full}"
+            f"{count} for each data-parallel rank; pipeline bubble {_bubble(config, count)}{full}"
         ),
         "length": (
             f"{iterations} iterations, {samples} sequences, {_short(samples * m.seq_length)} tokens"
@@ -171,6 +174,41 @@ def _layout(config: RunConfig, world_size: int) -> str:
         shown = " ".join(_setting(key, getattr(p, key)) for key in idle)
         layout += f"; with one data rank, no effect of {shown}"
     return layout
+
+
+def _layers(config: RunConfig, estimates: list[RankEstimate]) -> str:
+    """The layers of each stage by rank, the schedule, and what it keeps."""
+    words = []
+    for rank, estimate in enumerate(estimates):
+        layers = " + ".join(str(len(layers)) for layers in estimate.stages.values())
+        words.append(layers if len(estimate.stages) == 1 else f"rank {rank}: {layers}")
+    schedule = config.parallel.pipeline_schedule
+    if len(estimates[0].stages) == 1:
+        text = f"{' + '.join(words)} ({schedule})"
+    else:
+        text = f"{', '.join(words)} ({schedule}, {len(estimates[0].stages)} stages a rank)"
+    if len(estimates) > 1:
+        # A microbatch whose activations are kept of one of a rank's stages counts in part.
+        held = max(rank.in_flight / len(rank.stages) for rank in estimates)
+        text += f", at most {held:g} microbatches in flight"
+    if config.recompute.granularity != "none":
+        text += f", recompute {config.recompute.granularity}"
+    return text
+
+
+def _bubble(config: RunConfig, microbatches: int) -> str:
+    """The time that ranks of a pipeline do not compute, by simulation: where all stages take the
+    same time, and with the FLOPs of each."""
+    pipeline = pipeline_of(config.parallel)
+    orders = training_orders(config.parallel, microbatches)
+    text = f"{simulate(orders, pipeline).bubble:.1%} of the ideal time"
+    if pipeline.ranks > 1:
+        flops = stage_flops(config)
+        by_work = simulate(orders, pipeline, lambda action: flops[action.stage][action.kind])
+        by_work = f"{by_work.bubble:.1%}"
+        if not text.startswith(by_work):
+            text += f", {by_work} by the work of each stage"
+    return text
 
 
 def _learning_rate(config: RunConfig) -> str:

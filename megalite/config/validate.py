@@ -29,6 +29,7 @@ from megalite.config.rules.gpt import GPT_FILE_RULES, GPT_RULES
 from megalite.config.rules.layout import LAYOUT_RULES
 from megalite.config.rules.resume import rule_of_changes
 from megalite.config.rules.run import RUN_RULES
+from megalite.config.rules.schedule import SCHEDULE_FILE_RULES, SCHEDULE_RULES
 from megalite.config.rules.tokenizer import build_tokenizer, files_of
 from megalite.config.run import RunConfig, options, to_flat, with_published, with_values
 from megalite.config.schedule import schedule_fields
@@ -36,6 +37,7 @@ from megalite.models.presets import preset
 
 PURE_RULES: tuple[Rule, ...] = (
     *LAYOUT_RULES,
+    *SCHEDULE_RULES,
     *RUN_RULES,
     *DEEPSPEED_RULES,
     nothing_is_ignored,
@@ -44,7 +46,7 @@ PURE_RULES: tuple[Rule, ...] = (
 """Rules of every architecture that read no file."""
 RULES_OF = {"gpt": (*PURE_RULES, *GPT_RULES), "bert": (*PURE_RULES, *BERT_RULES)}
 """Rules that read no file, by architecture."""
-COMMON_FILE_RULES: tuple[Rule, ...] = (*FILE_RULES, *DEEPSPEED_FILE_RULES)
+COMMON_FILE_RULES: tuple[Rule, ...] = (*FILE_RULES, *DEEPSPEED_FILE_RULES, *SCHEDULE_FILE_RULES)
 FILE_RULES_OF = {
     "gpt": (*COMMON_FILE_RULES, *GPT_FILE_RULES),
     "bert": (*COMMON_FILE_RULES, *BERT_FILE_RULES),
@@ -191,8 +193,8 @@ def fill_in(config: RunConfig, world_size: int) -> RunConfig:
     if o.lr_warmup_fraction is not None and not o.counts_samples:
         values["lr_warmup_iters"] = plan.warmup
         values["lr_warmup_fraction"] = None
-    filled = with_values(config, values)
-    return replace(filled, model=config.model.filled())
+    filled = replace(with_values(config, values), model=config.model.filled())
+    return with_values(filled, schedule_fields(filled, world_size))
 
 
 def chosen(config: RunConfig, world_size: int) -> dict[str, Any]:

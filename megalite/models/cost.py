@@ -61,6 +61,35 @@ def flops_per_sequence(model: ModelConfig, head: HeadCost | None = None) -> floa
     return 3.0 * (2 * s * weights + scores)
 
 
+def pass_flops(
+    model: ModelConfig, head: HeadCost, recompute: RecomputeConfig, *, layers: int, is_last: bool
+) -> dict[str, float]:
+    """FLOPs of one sequence on a stage of `layers` layers, by what a pipeline schedule runs apart:
+    F, the forward; I, the gradient of the stage's input; W, the gradients of its weights.
+
+    A matrix product with weights takes as much in each of the three. Scores and values have no
+    weights, and twice their forward in I. What is recomputed runs again in I. The last stage also
+    has the output layer. Embedding, norms and loss are left out.
+    """
+    tokens = 2 * model.seq_length
+    products = layers * tokens * layer_weights(model)
+    heads = model.num_attention_heads
+    scores = 2 * layers * tokens * model.seq_length * heads * model.head_size
+    output = 0.0
+    if is_last:
+        columns = model.vocab_size + (model.hidden_size if head.dense else 0)
+        output = head.predicted * tokens * columns * model.hidden_size
+    again = 0.0
+    if recompute.granularity == "full":
+        again = products + scores
+        if recompute.recompute_method == "block":
+            again *= min(layers, recompute.recompute_num_layers) / layers
+    elif recompute.granularity == "selective":
+        again = scores
+    forward = products + scores + output
+    return {"F": forward, "I": forward + scores + again, "W": products + output}
+
+
 def activation_bytes(
     model: ModelConfig,
     recompute: RecomputeConfig,

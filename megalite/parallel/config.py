@@ -29,7 +29,10 @@ class ParallelConfig:
         None
     )
     """Order of computations in the pipeline. Unset: 1f1b, or interleaved with several stages on a
-    rank. auto: the one that a simulation finds fastest."""
+    rank. auto: of all but gpipe, the one that a simulation finds fastest within the memory."""
+    memory_limit_gib: Annotated[float | None, Field(above=0, changes_numbers=False)] = None
+    """With --pipeline-schedule auto, the most memory of a rank, by estimate. Unset: a tenth more
+    than 1f1b takes."""
     num_virtual_stages_per_pipeline_rank: Annotated[int | None, Field(minimum=1)] = None
     """Stages on each rank of the pipeline, v. Unset: 1, and 2 with interleaved and zb-v."""
     num_layers_per_virtual_pipeline_stage: Annotated[int | None, Field(minimum=1)] = None

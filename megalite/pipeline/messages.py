@@ -6,6 +6,7 @@ the other rank has sent. Both sides know the order of both ranks' computations, 
 what is sent: receives are posted in that order.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -92,9 +93,10 @@ def program(timeline: Timeline, pipeline: Pipeline, rank: int) -> list[Step]:
 
     steps = []
     for action, _, end in timeline.spans[rank]:
-        # Receives whose place is before that of what this action sends.
+        # Receives whose place is before that of what this action sends, or, where it sends nothing,
+        # of all that is made until its end.
         sent = made(action, pipeline)
-        place = _place(sent, end) if is_sent(sent, pipeline) else (end,)
+        place = _place(sent, end) if is_sent(sent, pipeline) else (math.nextafter(end, math.inf),)
         receives = []
         while coming and coming[-1][0] < place:
             receives.append(coming.pop()[1])
@@ -120,11 +122,13 @@ def validate(orders: Orders, pipeline: Pipeline, microbatches: int, backward: bo
     posted before are done: as on one stream of a GPU, where NCCL runs them one after the other. No
     backend does less.
     """
+    if len(orders) != pipeline.ranks:
+        raise ScheduleError(f"orders of {len(orders)} ranks for a pipeline of {pipeline.ranks}")
     for rank, order in enumerate(orders):
         _validate_order(rank, order, pipeline, microbatches, backward)
     timeline = simulate(orders, pipeline)
     programs = [program(timeline, pipeline, rank) for rank in range(pipeline.ranks)]
-    _validate_messages(programs, pipeline)
+    validate_messages(programs, pipeline)
 
 
 def _validate_order(
@@ -154,8 +158,9 @@ def _validate_order(
                 )
 
 
-def _validate_messages(programs: list[list[Step]], pipeline: Pipeline) -> None:
-    """Run the programs of all ranks. Raises ScheduleError when none can go on."""
+def validate_messages(programs: list[list[Step]], pipeline: Pipeline) -> None:
+    """Run the programs of all ranks, where every message of a rank waits for those that it has
+    posted before. Raises ScheduleError that names what each rank waits for, when none can go on."""
     position = [0] * len(programs)
     posted = [False] * len(programs)
     arrived: set[Message] = set()

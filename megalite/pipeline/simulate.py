@@ -1,4 +1,5 @@
-"""How long a schedule takes, and where it is idle, from the times of its actions. Pure, no torch."""
+"""How long a schedule takes, and where it is idle, from the times of its actions. Pure, no
+torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,31 +79,38 @@ def simulate(
     seconds: what an action takes. transfer_seconds: what a message between two ranks takes, during
     which both compute. Raises ScheduleError when ranks wait for each other.
     """
+    rank_of = [pipeline.rank_of(stage) for stage in range(pipeline.stages)]
     ended: dict[Action, float] = {}
     spans: list[list[tuple[Action, float, float]]] = [[] for _ in orders]
-    clock = [0.0] * len(orders)
     moved = True
     while moved:
         moved = False
         for rank, order in enumerate(orders):
-            while len(spans[rank]) < len(order):
-                action = order[len(spans[rank])]
+            done = spans[rank]
+            clock = done[-1][2] if done else 0.0
+            while len(done) < len(order):
+                action = order[len(done)]
                 needs = waits_for(action, pipeline)
-                if any(need not in ended for need in needs):
+                if not all(need in ended for need in needs):
                     break
-                start = clock[rank]
+                start = clock
                 for need in needs:
-                    is_local = pipeline.rank_of(need.stage) == rank
+                    is_local = rank_of[need.stage] == rank
                     start = max(start, ended[need] + (0.0 if is_local else transfer_seconds))
-                clock[rank] = start + seconds(action)
-                spans[rank].append((action, start, clock[rank]))
-                ended[action] = clock[rank]
+                clock = start + seconds(action)
+                done.append((action, start, clock))
+                ended[action] = clock
                 if action.kind == BACKWARD:
-                    ended[Action(INPUT, action.microbatch, action.stage)] = clock[rank]
+                    # What waits for the gradient of the input does not ask how it was computed.
+                    ended[Action(INPUT, action.microbatch, action.stage)] = clock
                 moved = True
+    stuck = []
     for rank, order in enumerate(orders):
         if len(spans[rank]) < len(order):
-            raise ScheduleError(
-                f"deadlock: rank {rank} waits for ever with {order[len(spans[rank])]}"
-            )
+            action = order[len(spans[rank])]
+            for need in waits_for(action, pipeline):
+                if need not in ended:
+                    stuck.append(f"rank {rank} waits with {action} for {need}")
+    if stuck:
+        raise ScheduleError("deadlock: " + "; ".join(stuck))
     return Timeline(spans)

@@ -56,6 +56,16 @@ from tests.config.optimizer_flags import OPTIMIZER_FLAGS
 
 LION = {"optimizer": "lion"}
 MUON = {"optimizer": "muon"}
+FOUR_LAYERS = {**STAGES, "num_layers": 4}
+VIRTUAL = "num_virtual_stages_per_pipeline_rank"
+TWO = {**FOUR_LAYERS, VIRTUAL: 2}
+ORDER = dict(base=FOUR_LAYERS, ranks=2, observe=runs.order_of_passes)
+PLAIN_PASSES = ["FFBFBFBB", "FBFBFBFB"]
+"""Of each rank, with 1F1B and four microbatches."""
+LOOPED = ["FFFFFBFBFBFBBBBB", "FFFBFBFBFBFBFBBB"]
+"""With two stages on each rank."""
+DIVIDED = ["FFBBFBBFBBBB", "FBFBBFBBFBBB"]
+V_SHAPED = ["FFFFBBFBBFBBFBBBBFBBBBBB", "FFFFBBFBBFBBFBBFBBBBBBBB"]
 FLAGS: dict[str, list[Effect]] = {
     # model
     "architecture": [effect("bert", losses_from(1), says("mlm loss"))],
@@ -277,12 +287,30 @@ FLAGS: dict[str, list[Effect]] = {
         )
     ],
     "pipeline_schedule": [
+        effect("1f1b", from_to(LOOPED, PLAIN_PASSES), also={VIRTUAL: 1}, **ORDER | {"base": TWO}),
+        effect("gpipe", from_to(PLAIN_PASSES, ["FFFFBBBB", "FFFFBBBB"]), **ORDER),
+        effect("interleaved", from_to(PLAIN_PASSES, LOOPED), **ORDER),
+        # A backward in two parts.
+        effect("zb-h1", from_to(PLAIN_PASSES, DIVIDED), **ORDER),
+        effect("zb-v", from_to(PLAIN_PASSES, V_SHAPED), **ORDER),
+        # The model is so small that further messages cost more than they save.
+        effect("auto", from_to(PLAIN_PASSES, DIVIDED), **ORDER),
+    ],
+    "memory_limit_gib": [
+        # Enough for one of the schedules only.
         effect(
-            "gpipe",
-            from_to(["FFBFBFBB", "FBFBFBFB"], ["FFFFBBBB", "FFFFBBBB"]),
-            base=STAGES,
-            ranks=2,
-            observe=runs.order_of_passes,
+            0.0002,
+            from_to(DIVIDED, PLAIN_PASSES),
+            **ORDER | {"base": {**FOUR_LAYERS, "pipeline_schedule": "auto"}},
+        )
+    ],
+    VIRTUAL: [effect(2, from_to(PLAIN_PASSES, LOOPED), **ORDER)],
+    "num_layers_per_virtual_pipeline_stage": [effect(1, from_to(PLAIN_PASSES, LOOPED), **ORDER)],
+    "microbatch_group_size_per_virtual_pipeline_stage": [
+        effect(
+            4,
+            from_to(LOOPED, ["FFFFFFFBFBBBBBBB", "FFFFFBFBFBFBBBBB"]),
+            **ORDER | {"base": {**FOUR_LAYERS, "pipeline_schedule": "interleaved"}},
         )
     ],
     "use_distributed_optimizer": [

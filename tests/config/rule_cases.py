@@ -3,6 +3,8 @@
 from tests.config.validation import BERT
 
 RAMP = {"global_batch_size": 16, "rampup_batch_size": ("4", "4", "60")}
+PIPELINE = {"pipeline_model_parallel_size": 2}
+INTERLEAVED = PIPELINE | {"pipeline_schedule": "interleaved", "global_batch_size": 8}
 CASES = {
     # what is wrong: (changes of SOUND, ranks, words that the problem must have)
     "heads of hidden": (dict(hidden_size=770), 1, "--hidden-size 770 --num-attention-heads 12"),
@@ -44,6 +46,77 @@ CASES = {
         "1022 --tp 4",
     ),
     "stages": (dict(num_layers=4, pipeline_model_parallel_size=5), 5, "--pp 5 --num-layers 4"),
+    "a schedule of one stage": (
+        dict(pipeline_schedule="zb-v"),
+        1,
+        "--pipeline-schedule zb-v one pipeline stage",
+    ),
+    "virtual stages of one rank": (
+        dict(num_virtual_stages_per_pipeline_rank=2),
+        1,
+        "--num-virtual-stages-per-pipeline-rank 2 one pipeline stage",
+    ),
+    "two counts of stages": (
+        PIPELINE
+        | dict(num_virtual_stages_per_pipeline_rank=2, num_layers_per_virtual_pipeline_stage=3),
+        2,
+        "--num-virtual-stages-per-pipeline-rank 2 --num-layers-per-virtual-pipeline-stage 3",
+    ),
+    "layers of a virtual stage": (
+        PIPELINE | dict(num_layers_per_virtual_pipeline_stage=4),
+        2,
+        "--num-layers 12 --num-layers-per-virtual-pipeline-stage 4 --pp 2 8 layers",
+    ),
+    "stages of 1f1b": (
+        PIPELINE | dict(pipeline_schedule="1f1b", num_virtual_stages_per_pipeline_rank=2),
+        2,
+        "--pipeline-schedule 1f1b 1 stage not --num-virtual-stages-per-pipeline-rank 2",
+    ),
+    "stages of zb-v": (
+        PIPELINE | dict(pipeline_schedule="zb-v", num_layers_per_virtual_pipeline_stage=2),
+        2,
+        "--pipeline-schedule zb-v 2 stages not --num-layers-per-virtual-pipeline-stage 2 makes 3",
+    ),
+    "stages of interleaved": (
+        PIPELINE | dict(pipeline_schedule="interleaved", num_virtual_stages_per_pipeline_rank=1),
+        2,
+        "--pipeline-schedule interleaved 2 stages or more",
+    ),
+    "more virtual stages than layers": (
+        dict(pipeline_model_parallel_size=4, num_virtual_stages_per_pipeline_rank=4),
+        4,
+        "--pipeline-schedule interleaved 4 stages --pp 4 16 --num-layers 12",
+    ),
+    "more stages of a V than layers": (
+        dict(pipeline_model_parallel_size=8, pipeline_schedule="zb-v"),
+        8,
+        "--pipeline-schedule zb-v 2 stages --pp 8 16 --num-layers 12",
+    ),
+    "groups of 1f1b": (
+        PIPELINE | dict(microbatch_group_size_per_virtual_pipeline_stage=2, global_batch_size=8),
+        2,
+        "--microbatch-group-size-per-virtual-pipeline-stage 2 interleaved",
+    ),
+    "small groups": (
+        INTERLEAVED | dict(microbatch_group_size_per_virtual_pipeline_stage=1),
+        2,
+        "--microbatch-group-size-per-virtual-pipeline-stage 1 --pp 2",
+    ),
+    "large groups": (
+        INTERLEAVED | dict(microbatch_group_size_per_virtual_pipeline_stage=9),
+        2,
+        "--microbatch-group-size-per-virtual-pipeline-stage 9 8 microbatches",
+    ),
+    "memory for one schedule": (
+        PIPELINE | dict(memory_limit_gib=80.0, pipeline_schedule="1f1b"),
+        2,
+        "--memory-limit-gib 80 --pipeline-schedule auto",
+    ),
+    "memory for none": (
+        PIPELINE | dict(memory_limit_gib=0.1, pipeline_schedule="auto", global_batch_size=8),
+        2,
+        "--memory-limit-gib 0.1 every schedule GiB",
+    ),
     "ranks": (
         dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
         6,

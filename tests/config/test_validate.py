@@ -204,6 +204,8 @@ def test_resolve_fills_in_what_follows(folder):
         lr_warmup_iters=2,
         lr_warmup_fraction=None,
         train_samples=80,
+        pipeline_schedule="1f1b",
+        num_virtual_stages_per_pipeline_rank=1,
     )
     assert {key: flat[key] for key in expected} == expected
     untouched = set(flat) - set(expected)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megalite.config.estimate import estimate_stages, model_parameters
+from megalite.config.estimate import estimate_ranks, model_parameters
 from megalite.config.validate import resolve
 from megalite.convert.huggingface import HuggingFaceWeights
 from megalite.data.build import blended, build_sources
@@ -258,7 +258,7 @@ def test_parameters_are_estimated_exactly(shape):
         context = context_of(ParallelLayout(tensor=2, pipeline=2), rank)
         held.append(build_model(config, context, CounterBasedRng.for_seed(0)))
     counts = [sum(p.numel() for p in held[rank].parameters()) for rank in (0, 2)]
-    assert [stage.parameters for stage in estimate_stages(config, 4)] == counts
+    assert [rank.parameters for rank in estimate_ranks(config, 4)] == counts
     one = build_model(config, ParallelContext.single(), CounterBasedRng.for_seed(0))
     assert model_parameters(config) == sum(p.spec.box.numel for p in one.parameters())
 

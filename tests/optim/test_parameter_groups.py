@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megalite.config import cli, validate
-from megalite.config.estimate import estimate_stages
+from megalite.config.estimate import estimate_ranks
 from megalite.config.run import from_flat
 from megalite.config.yaml_file import to_yaml
 from megalite.optim.config import EXAMPLE_GROUPS, OptimizerConfig
@@ -177,7 +177,7 @@ def test_weights_are_the_same_in_every_layout(pool, layout, flags):
 def test_the_estimate_knows_what_is_frozen_and_what_a_rule_keeps():
     def state_bytes(**flags) -> float:
         config = configuration(Layout("single", shape=BIASED), precision="bf16", **flags)
-        return estimate_stages(config, 1)[0].state_bytes
+        return estimate_ranks(config, 1)[0].state_bytes
 
     tiny = build(Layout("single", shape=BIASED)).components.model.parameters_by_name
     embedding = tiny["embedding.word_embeddings.weight"].numel()

@@ -88,9 +88,6 @@ def _other_values(config: RunConfig) -> Iterator[Idle]:
 def _layout_and_model(config: RunConfig) -> Iterator[Idle]:
     p = config.parallel
     m = config.model
-    if p.pipeline_model_parallel_size == 1:
-        fix = {"pipeline_model_parallel_size": 2}
-        yield ("pipeline_schedule",), "with one pipeline stage", fix
     if p.hang_timeout >= 60 * p.distributed_timeout_minutes:
         why = "since --distributed-timeout-minutes ends the run earlier"
         yield ("hang_timeout",), why, {"distributed_timeout_minutes": 60.0}

@@ -19,6 +19,7 @@ from megalite.config.rules.finding import (
 )
 from megalite.config.rules.tokenizer import tokenizer_is_whole
 from megalite.config.run import RunConfig, options, to_flat
+from megalite.config.schedule import STAGES_ON_A_RANK, chunks_on_a_rank
 from megalite.data.gpt import parse_split
 from megalite.data.indexed import DatasetError
 from megalite.data.sources import parse_sources
@@ -56,7 +57,7 @@ def stages_hold_recomputed_layers(config: RunConfig, world_size: int) -> Iterato
     """No more layers are recomputed at a time than a stage holds."""
     r = config.recompute
     model = config.model
-    stages = config.parallel.pipeline_model_parallel_size
+    stages = config.parallel.pipeline_model_parallel_size * chunks_on_a_rank(config)
     if r.granularity != "full" or r.recompute_activations or stages > model.num_layers:
         return
     if model.vocab_size is not None:
@@ -70,7 +71,7 @@ def stages_hold_recomputed_layers(config: RunConfig, world_size: int) -> Iterato
             f"--recompute-num-layers {r.recompute_num_layers} is more than the {most} layers of "
             "the largest stage",
             {"recompute_num_layers": most},
-            also=("num_layers", "pipeline_model_parallel_size"),
+            also=("num_layers", "pipeline_model_parallel_size", *STAGES_ON_A_RANK),
         )
 
 
