@@ -293,7 +293,7 @@ def data_calls_of_rank(launch: LaunchInfo, config: RunConfig) -> str:
     and backwards end; R as a reduction over the data ranks begins or is waited for, G a gather."""
     context, _ = build_context(config, launch)
     parts = build_components(config, context)
-    layer = parts.model.layers["0"]
+    layer = parts.model.stages[0].layers["0"]
     letters = {"all_reduce": "R", "all_to_all": "R", "all_gather": "G"}
     events = []
     waits = context.activity.waits

@@ -85,7 +85,7 @@ def order_of_events(launch, flags: dict) -> list[tuple[str, str]]:
     start = gradients._start_next
 
     def on_complete(parameter):
-        if gradients._is_last_backward:
+        if gradients._contributions_left[parameter.spec.name] == 1:
             events.append(("complete", parameter.spec.name))
         complete(parameter)
 
@@ -95,7 +95,7 @@ def order_of_events(launch, flags: dict) -> list[tuple[str, str]]:
 
     gradients.weight_gradients.on_complete = on_complete
     gradients._start_next = start_next
-    for name, layer in tiny.components.model.layers.items():
+    for name, layer in tiny.components.model.stages[0].layers.items():
         layer.register_forward_hook(
             lambda *unused, name=name: events.append(("ran", name, len(buffer._gathering)))
         )
@@ -122,7 +122,7 @@ def test_communication_overlaps_backward_and_forward(pool):
 def weights_with_a_layer_left_out(launch, flags: dict) -> dict:
     """After a step in which every other microbatch, and so the last, passes a layer by."""
     tiny = build(Layout("dp2", dp=2), launch, precision="fp32", clip_grad=0.0, **flags)
-    layer = tiny.components.model.layers["2"]
+    layer = tiny.components.model.stages[0].layers["2"]
     forward = layer.forward
     calls = []
 

@@ -11,18 +11,18 @@ from megalite.parallel import collectives
 from megalite.parallel.collectives import (
     EXCHANGED_BYTES,
     Group,
-    Transfer,
     all_gather,
     all_reduce,
     barrier,
     broadcast,
-    exchange,
     gather_objects,
     gather_objects_to_first,
     gather_sequence,
+    receive,
     reduce_from_tensor_region,
     reduce_scatter,
     reduce_scatter_sequence,
+    send,
 )
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.layout import ParallelLayout
@@ -146,7 +146,8 @@ def refused(launch):
         "all_gather": lambda: all_gather(strided, group),
         "reduce_scatter": lambda: reduce_scatter(strided, group),
         "broadcast": lambda: broadcast(strided, group),
-        "exchange": lambda: exchange([Transfer(strided, 1 - group.rank, send=True)], group),
+        "send": lambda: send(strided, 1 - group.rank, group),
+        "receive": lambda: receive(strided, 1 - group.rank, group),
         "reduce_from": lambda: reduce_from_tensor_region(strided, group),
         "uneven": lambda: reduce_scatter(torch.ones(3, 2), group),
     }
@@ -173,14 +174,14 @@ def opposing(launch):
     group = tensor_group(launch)
     size, rank = group.size, group.rank
     neighbours = sorted({(rank - 1) % size, (rank + 1) % size})
-    transfers = [
-        Transfer(torch.full((1000,), 100.0 * rank + i), peer, True)
-        for i in range(2)
-        for peer in neighbours
-    ]
+    handles = []
+    for i in range(2):
+        for peer in neighbours:
+            handles.append(send(torch.full((1000,), 100.0 * rank + i), peer, group))
     arriving = {(peer, i): torch.empty(1000) for i in range(2) for peer in neighbours}
-    transfers += [Transfer(tensor, peer, send=False) for (peer, _), tensor in arriving.items()]
-    for handle in exchange(transfers, group):
+    for (peer, _), tensor in arriving.items():
+        handles.append(receive(tensor, peer, group))
+    for handle in handles:
         handle.wait()
     return {key: tensor.unique().tolist() for key, tensor in arriving.items()}
 
@@ -203,7 +204,7 @@ def test_a_group_of_one_rank_sends_and_copies_nothing():
     all_reduce(x, ALONE, async_op=True).wait()
     broadcast(x, ALONE)
     barrier(ALONE)
-    assert gather_objects("x", ALONE) == ["x"] and exchange([], ALONE) == []
+    assert gather_objects("x", ALONE) == ["x"]
     assert gather_objects_to_first("x", ALONE) == ["x"]
     assert x.tolist() == [[0, 3], [1, 4], [2, 5]]
 

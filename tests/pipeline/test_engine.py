@@ -1,44 +1,109 @@
 """The engine on real ranks: what it runs, what it keeps, and what it frees."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megalite.models.batch import Microbatch
-from megalite.pipeline.schedules import forward_only, schedule_named
-from tests.layouts import Layout
+from megalite.pipeline.schedules import forward_only, peak_in_flight, pipeline_of, training_orders
+from tests.layouts import GPT2, Layout, configuration
 from tests.tiny import build
 
 
-def events_of_a_step(launch, stages: int, flags: dict) -> str:
-    """The forwards and backwards that a stage goes through in a training step and an evaluation, as
-    they happen."""
-    tiny = build(Layout("pipeline", pp=stages), launch, **flags)
+def events_of_a_step(launch, ranks: int, flags: dict) -> tuple[list, list]:
+    """The forwards, backwards and weight gradients that the stages of a rank go through in a
+    training step and in an evaluation, as they happen."""
+    tiny = build(Layout("pipeline", pp=ranks), launch, **flags)
+    engine = tiny.components.engine
     events = []
 
-    def seen(module, inputs, output):
-        events.append("F")
+    def forward_seen(number, module, inputs, output):
+        events.append(("F", number))
         if output.requires_grad:
-            output.register_hook(lambda gradient: events.append("B"))
+            output.register_hook(lambda gradient: events.append(("B", number)))
 
-    tiny.components.model.register_forward_hook(seen)
+    for number, stage in engine.stages.items():
+        stage.register_forward_hook(partial(forward_seen, number))
+    run_deferred = engine.weight_gradients.run_deferred
+
+    def deferred_seen(products):
+        layer = next(p.spec.name for p in products if p.spec.name.startswith("layers"))
+        owners = [n for n, s in engine.stages.items() if layer in s.parameters_by_name]
+        events.append(("W", *owners))
+        run_deferred(products)
+
+    engine.weight_gradients.run_deferred = deferred_seen
     tiny.gradient()
-    events.append(" ")
-    tiny.components.engine.evaluate(*tiny.data.at(0))
-    return "".join(events)
+    trained = events.copy()
+    events.clear()
+    engine.evaluate(*tiny.data.at(0))
+    return trained, events
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
-@pytest.mark.parametrize(("stages", "rows"), [(1, 2), (2, 1), (4, 1), (4, 4), (4, 8)])
-def test_the_schedule_is_what_runs(pool, stages, rows, schedule):
-    """With 8, 4, 2 and 1 microbatches: fewer than stages, too. An evaluation runs forwards only."""
-    flags = {"micro_batch_size": rows, "pipeline_schedule": schedule}
-    for stage, events in enumerate(pool.run(events_of_a_step, stages, stages, flags)):
-        trained, evaluated = (
-            "".join(action.kind for action in plan(stages, stage, 8 // rows))
-            for plan in (schedule_named(schedule), forward_only)
-        )
-        assert events == f"{trained} {evaluated}"
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"pipeline_schedule": "1f1b"},
+        {"pipeline_schedule": "gpipe"},
+        {"pipeline_schedule": "zb-h1"},
+        {"pipeline_schedule": "zb-v"},
+        {"num_virtual_stages_per_pipeline_rank": 2},
+    ],
+    ids=lambda flags: str(*flags.values()),
+)
+@pytest.mark.parametrize(("ranks", "rows"), [(2, 1), (2, 4), (2, 8), (4, 1), (4, 4)])
+def test_the_schedule_is_what_runs(pool, ranks, rows, schedule):
+    """With 8, 2 and 1 microbatches: fewer than stages, too. An evaluation runs forwards only."""
+    shape = replace(GPT2, layers=8)
+    flags = {"micro_batch_size": rows, "num_layers": shape.layers, **schedule}
+    config = configuration(Layout("pipeline", pp=ranks, flags=flags)).parallel
+    orders = training_orders(config, 8 // rows)
+    evaluations = forward_only(pipeline_of(config), 8 // rows)
+    for rank, (trained, evaluated) in enumerate(pool.run(events_of_a_step, ranks, ranks, flags)):
+        wanted = [("B" if a.kind == "I" else a.kind, a.stage) for a in orders[rank]]
+        assert trained == wanted
+        assert evaluated == [(action.kind, action.stage) for action in evaluations[rank]]
+
+
+def activations_alive(launch, ranks: int, flags: dict) -> tuple[int, int]:
+    """The most microbatches of which a rank holds the activations at one time, as tensors that are
+    alive and as the schedule has it."""
+    tiny = build(Layout("pipeline", pp=ranks), launch, **flags)
+    engine = tiny.components.engine
+    kept = []
+    most = 0
+
+    def before(module, inputs):
+        # The input of a layer's second linear product is kept until its weight gradient.
+        kept.append(StorageWeakRef(inputs[0].untyped_storage()))
+        nonlocal most
+        most = max(most, sum(not one.expired() for one in kept))
+
+    for stage in engine.stages.values():
+        first = next(iter(stage.layers.values()))
+        first.mlp.down.register_forward_pre_hook(before)
+    tiny.gradient()
+    order = training_orders(engine.config, 8)[launch.rank]
+    return most, sum(peak_in_flight(order).values())
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"pipeline_schedule": "1f1b"},
+        {"pipeline_schedule": "gpipe"},
+        {"pipeline_schedule": "zb-h1"},
+        {"pipeline_schedule": "zb-v"},
+        {"num_virtual_stages_per_pipeline_rank": 2},
+    ],
+    ids=lambda flags: str(*flags.values()),
+)
+def test_as_many_activations_are_alive_as_the_schedule_says(pool, schedule):
+    for alive, counted in pool.run(activations_alive, 2, 2, schedule):
+        assert alive == counted
 
 
 def outputs_alive(launch) -> list[int]:
@@ -53,8 +118,9 @@ def outputs_alive(launch) -> list[int]:
     def after(module, inputs, output):
         outputs.append(StorageWeakRef(output.untyped_storage()))
 
-    tiny.components.model.register_forward_pre_hook(before)
-    tiny.components.model.register_forward_hook(after)
+    stage = tiny.components.model.stages[0]
+    stage.register_forward_pre_hook(before)
+    stage.register_forward_hook(after)
     tiny.gradient()
     return alive
 
