@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -27,7 +27,7 @@ from megalite.parallel.rendezvous import meet
 from megalite.parallel.rng import CounterBasedRng, Rng, RngTracker
 from megalite.pipeline.engine import PipelineEngine
 from megalite.pipeline.partition import layers_of_stages
-from megalite.pipeline.schedules import pipeline_of
+from megalite.pipeline.schedules import Pipeline, pipeline_of
 from megalite.watch.agreement import compare_facts
 
 
@@ -127,8 +127,9 @@ class TrainingComponents:
 
 
 def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stages:
-    """This rank's stages of the model, with their initial weights."""
-    pipeline = replace(pipeline_of(config.parallel), ranks=context.pipeline.size)
+    """This rank's stages of the model, with their initial weights; the whole model as one stage
+    where one rank is alone, whatever pipeline the configuration has."""
+    pipeline = pipeline_of(config.parallel) if context.pipeline.size > 1 else Pipeline()
     layers = layers_of_stages(config.model, pipeline.stages, config.predicted)
     settings = LayerSettings(
         config.model,

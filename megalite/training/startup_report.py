@@ -17,9 +17,10 @@ from megalite.training.output import Log
 
 
 def model_line(components: TrainingComponents) -> str:
-    """Number of parameters of the whole model and of each stage. Collective over the world."""
-    # Count each parameter once: a stage has its copy of a tied embedding, the total has not, since
-    # only the first stage's is primary.
+    """Number of parameters of the whole model and of each rank of a pipeline. Collective over the
+    world."""
+    # Count each parameter once: the last stage may have a copy of a tied embedding, the total has
+    # not, since only the first stage's is primary.
     context = components.model.context
     position = context.coordinates
     within_stage = position | {"pipeline": 0}
@@ -45,7 +46,8 @@ def model_line(components: TrainingComponents) -> str:
     if total_trained < total:
         line += f", of which {total - total_trained:,} are frozen"
     if context.pipeline.size > 1:
-        line += f"; by stage {', '.join(f'{count:,}' for count in stages)}"
+        per = "rank of the pipeline" if len(components.model.stages) > 1 else "stage"
+        line += f"; by {per} {', '.join(f'{count:,}' for count in stages)}"
     return line
 
 
@@ -90,8 +92,9 @@ def dry_run(parts: TrainingComponents, batches: GlobalBatches, consumed: int, lo
     log(f"dry run: {len(microbatches)} microbatches in {seconds:.2f} s")
     for line, _, _ in reports:
         log(line)
-    for stage, rank in enumerate(context.layout.group_of(0, "pipeline")):
-        log(f"parameters of stage {stage} on rank {rank}:")
+    for position, rank in enumerate(context.layout.group_of(0, "pipeline")):
+        stages = parts.engine.pipeline.stages_of(position)
+        log(f"parameters of stage {', '.join(map(str, stages))} on rank {rank}:")
         for name, shape in reports[rank][1]:
             log(f"  {name} {shape}")
 
