@@ -30,7 +30,9 @@ def draw_layout(generator: random.Random, sizes: list) -> tuple[int, list[str]]:
     if tp > 1 and generator.random() < 0.5:
         flags += ["--sp"]
     if pp > 1:
-        flags += ["--pipeline-schedule", generator.choice(["1f1b", "gpipe"])]
+        # The model has 4 layers: two stages on a rank with 2 ranks of a pipeline only.
+        names = ["1f1b", "gpipe", "zb-h1", *(["interleaved", "zb-v"] if pp == 2 else [])]
+        flags += ["--pipeline-schedule", generator.choice(names)]
     if generator.random() < 0.6:
         flags += ["--use-distributed-optimizer", "--ddp-bucket-size", "3000"]
         flags += generator.choice([[], ["--overlap-param-gather"]])

@@ -27,6 +27,7 @@ from megalite.config import cli
 from megalite.config.problem import ConfigError
 from megalite.config.run import RunConfig
 from megalite.parallel.launch import LaunchInfo
+from megalite.pipeline.schedules import pipeline_of
 from megalite.verify.plan import Plan, VerifyOptions, plan
 
 
@@ -137,7 +138,9 @@ def layout(config: RunConfig, ranks: int) -> str:
     if parallel.sequence_parallel:
         words.append("sequence parallel")
     if stages > 1:
-        words.append(parallel.pipeline_schedule)
+        chunks = pipeline_of(parallel).chunks
+        several = f" with {chunks} stages a rank" if chunks > 1 else ""
+        words.append(parallel.schedule + several)
     if config.recompute.granularity != "none":
         words.append(f"recompute {config.recompute.granularity}")
     return ", ".join(words)
