@@ -1,5 +1,7 @@
 """The schedule of a configuration: what follows from its flags, what it needs, and `auto`."""
 
+import re
+
 import pytest
 
 from megalite.config import cli, validate
@@ -121,8 +123,7 @@ def test_flops_of_stages_are_those_of_the_model():
         ({"pipeline_schedule": "gpipe"}, "(gpipe), at most 32 microbatches in flight", 3 / 32),
         (
             {STAGES: 2},
-            "rank 0: 2 + 2, rank 1: 2 + 2, rank 2: 2 + 2, rank 3: 2 + 2 (interleaved, 2 stages a "
-            "rank), at most 5.5 microbatches in flight",
+            "each rank: 2 + 2 (interleaved, 2 stages a rank), at most 5.5 microbatches in flight",
             3 / 64,
         ),
         ({"pipeline_schedule": "zb-h1"}, "at most 4 microbatches in flight", 3 / 96),
@@ -133,6 +134,14 @@ def test_the_summary(flags, layers, bubble):
     text = " ".join(" ".join(summary_lines(resolved(PIPELINE | flags), 4)).split())
     assert layers in text
     assert f"pipeline bubble {bubble:.1%} of the ideal time" in text
+
+
+def test_the_summary_of_ranks_that_hold_unequal_stages():
+    flags = {"num_layers": 10, STAGES: 2}
+    text = " ".join(" ".join(summary_lines(resolved(PIPELINE | flags), 4)).split())
+    assert re.search(
+        r"rank 0: 2 \+ 1, rank 1: \d \+ 1, rank 2: \d \+ 1, rank 3: 1 \+ 1 \(inter", text
+    )
 
 
 def test_the_summary_says_what_unequal_stages_cost():
@@ -153,6 +162,8 @@ def choice(flags: dict, ranks: int = 4) -> tuple[str, int]:
 def test_auto_takes_the_fastest_that_fits():
     # As the work of the stages is equal, nothing is faster than no bubble.
     assert choice({}) == ("zb-v", 2)
+    # All else that is left out is filled in first.
+    assert choice({"global_batch_size": None, "train_iters": 5, "bf16": True}) == ("zb-h1", 1)
     # The V needs two stages a rank.
     assert choice({"num_layers": 4}) == ("zb-h1", 1)
     # What is given is kept.
