@@ -126,7 +126,7 @@ def test_flags_that_do_not_fit():
     def problems(**given):
         return list(problems_with(DrawConfig("a.svg", **given)))
 
-    assert problems() == ["give --schedule --pp --microbatches, or --measured"]
+    assert problems() == ["give --schedule, --pp and --microbatches, or --measured"]
     sized = dict(pp=2, microbatches=2)
     assert problems(schedule=("1f1b", "zb-v"), **sized) == []
     (unknown,) = problems(schedule=("zb",), **sized)

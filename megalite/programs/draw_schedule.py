@@ -8,14 +8,14 @@ lighter. Hatched: the rank waits. Several schedules have one time axis.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from megalite.config.cli import parse_options
 from megalite.fields import Field
+from megalite.pipeline.messages import validate
 from megalite.pipeline.schedules import (
     BACKWARD,
     FORWARD,
@@ -75,6 +75,12 @@ class TraceError(ReportedError):
     """A trace that holds no step of a pipeline: says what is missing."""
 
 
+Span = tuple[Action, float, float]
+"""(action, start, end) in milliseconds."""
+Event = tuple[int, Action, float, float]
+"""(rank, action, start, end) in milliseconds."""
+
+
 @dataclass(frozen=True)
 class Panel:
     """One timeline of the picture."""
@@ -86,19 +92,13 @@ class Panel:
 
 def problems_with(config: DrawConfig) -> Iterator[str]:
     """What is wrong with the flags together."""
-    needed = {"--schedule": config.schedule, "--pp": config.pp}
-    needed["--microbatches"] = config.microbatches
     if config.measured is not None:
-        idle = [flag for flag, value in {**needed, "--v": config.v}.items() if value is not None]
-        for key in ("forward", "input", "weight", "transfer"):
-            if getattr(config, key) != getattr(DrawConfig, key):
-                idle.append(f"--{key}")
-        for flag in idle:
-            yield f"{flag} has no effect with --measured: the trace says it"
-        return
-    missing = [flag for flag, value in needed.items() if value is None]
-    if missing:
-        yield f"give {' '.join(missing)}, or --measured"
+        for entry in fields(DrawConfig):
+            unset = getattr(config, entry.name) == entry.default
+            if not unset and entry.name not in ("output", "measured"):
+                yield f"--{entry.name} has no effect with --measured: the trace says it"
+    elif config.schedule is None or config.pp is None or config.microbatches is None:
+        yield "give --schedule, --pp and --microbatches, or --measured"
     for name in config.schedule or ():
         if name not in SCHEDULES:
             yield f"--schedule {name}: there are {', '.join(SCHEDULES)}"
@@ -114,12 +114,8 @@ def simulated_panels(config: DrawConfig) -> list[Panel]:
         schedule = SCHEDULES[name]
         chunks = config.v or schedule.chunks.start
         pipeline = Pipeline(config.pp, chunks, schedule.v_shaped)
-        # The times are those of a whole rank.
-        times = {FORWARD: config.forward, INPUT: config.input, WEIGHT: config.weight}
-        times[BACKWARD] = config.input + config.weight
-        seconds = {kind: time / chunks for kind, time in times.items()}
         orders = schedule.orders(pipeline, config.microbatches)
-        timeline = simulate(orders, pipeline, _by_kind(seconds), config.transfer)
+        timeline = simulate(orders, pipeline, _times(config, chunks), config.transfer)
         stages = f", v = {chunks}" if chunks > 1 else ""
         title = f"{name}: p = {config.pp}{stages}, m = {config.microbatches}"
         title += f", makespan {timeline.seconds:.4g}, bubble {timeline.bubble:.1%}"
@@ -127,8 +123,11 @@ def simulated_panels(config: DrawConfig) -> list[Panel]:
     return panels
 
 
-def _by_kind(seconds: dict[str, float]) -> Callable[[Action], float]:
-    return lambda action: seconds[action.kind]
+def _times(config: DrawConfig, chunks: int) -> Callable[[Action], float]:
+    """The time of an action, where a rank's layers are divided into this many stages."""
+    times = {FORWARD: config.forward, INPUT: config.input, WEIGHT: config.weight}
+    times[BACKWARD] = config.input + config.weight
+    return lambda action: times[action.kind] / chunks
 
 
 def measured_panels(paths: tuple[str, ...]) -> list[Panel]:
@@ -148,21 +147,16 @@ def measured_panels(paths: tuple[str, ...]) -> list[Panel]:
         key = (action.kind, action.stage)
         return total[key] / count[key]
 
-    orders = [[action for action, _, _ in spans] for spans in measured.spans]
-    try:
-        predicted = simulate(orders, pipeline, mean)
-    except ScheduleError as error:
-        raise TraceError(f"the step is incomplete: {error}") from None
+    orders = []
+    for spans in measured.spans:
+        orders.append([action for action, _, _ in spans])
+    predicted = simulate(orders, pipeline, mean)
     longer = measured.seconds / predicted.seconds - 1
     title = f"measured: makespan {measured.seconds:.4g} ms, bubble {measured.bubble:.1%}"
     below = f"simulated from its mean times: makespan {predicted.seconds:.4g} ms, bubble "
     below += f"{predicted.bubble:.1%}; measured is {abs(longer):.1%} "
     below += "longer" if longer >= 0 else "shorter"
     return [Panel(title, measured, pipeline), Panel(below, predicted, pipeline)]
-
-
-Event = tuple[int, Action, float, float]
-"""(rank, action, start, end) in milliseconds."""
 
 
 def read_events(paths: tuple[str, ...]) -> list[Event]:
@@ -195,38 +189,44 @@ def _is_action(event: Any) -> bool:
 def last_step(events: list[Event]) -> tuple[Timeline, Pipeline]:
     """The last step that all ranks of the first pipeline have whole, from time 0. Raises
     TraceError."""
+    spans_of: dict[int, list[Span]] = {}
+    for rank, action, start, end in events:
+        spans_of.setdefault(rank, []).append((action, start, end))
     # Of ranks that hold the same stages, as data- and tensor-parallel ones do, the first.
-    stages_of: dict[int, set[int]] = {}
-    for rank, action, _, _ in events:
-        stages_of.setdefault(rank, set()).add(action.stage)
-    holders: dict[tuple[int, ...], int] = {}
-    for rank in sorted(stages_of):
-        holders.setdefault(tuple(sorted(stages_of[rank])), rank)
-    ranks = sorted(holders.values())
-    pipeline = _pipeline_of([sorted(stages_of[rank]) for rank in ranks])
-    # An action that comes again begins the next step of its rank.
-    steps_of: list[list[list[tuple[Action, float, float]]]] = []
-    for rank in ranks:
-        steps: list[list[tuple[Action, float, float]]] = [[]]
-        seen: set[Action] = set()
-        for holder, action, start, end in events:
-            if holder != rank:
-                continue
-            if action in seen:
-                steps.append([])
-                seen.clear()
-            seen.add(action)
-            steps[-1].append((action, start, end))
-        steps_of.append(steps)
-    # Whole: all ranks computed the same microbatches, and backwards.
-    for number in reversed(range(min(map(len, steps_of)))):
-        spans = [steps[number] for steps in steps_of]
+    first_with: dict[tuple[int, ...], int] = {}
+    for rank in sorted(spans_of):
+        stages = sorted({action.stage for action, _, _ in spans_of[rank]})
+        first_with.setdefault(tuple(stages), rank)
+    pipeline = _pipeline_of([list(stages) for stages in first_with])
+    steps_of = []
+    for rank in first_with.values():
+        steps_of.append(_steps(spans_of[rank]))
+    for spans in reversed(list(zip(*steps_of))):
         if _is_whole(spans, pipeline):
-            first = min(own[0][1] for own in spans)
-            return Timeline(
-                [[(a, s - first, e - first) for a, s, e in own] for own in spans]
-            ), pipeline
+            return Timeline(_from_zero(spans)), pipeline
     raise TraceError("no step in the trace is whole on all ranks")
+
+
+def _steps(spans: list[Span]) -> list[list[Span]]:
+    """A rank's spans by step: an action that comes again begins the next one."""
+    steps: list[list[Span]] = [[]]
+    seen: set[Action] = set()
+    for span in spans:
+        if span[0] in seen:
+            steps.append([])
+            seen.clear()
+        seen.add(span[0])
+        steps[-1].append(span)
+    return steps
+
+
+def _from_zero(spans_of_ranks: tuple[list[Span], ...]) -> list[list[Span]]:
+    """The spans with times since the first start."""
+    first = min(spans[0][1] for spans in spans_of_ranks)
+    moved = []
+    for spans in spans_of_ranks:
+        moved.append([(action, start - first, end - first) for action, start, end in spans])
+    return moved
 
 
 def _pipeline_of(stages_of_ranks: list[list[int]]) -> Pipeline:
@@ -234,21 +234,23 @@ def _pipeline_of(stages_of_ranks: list[list[int]]) -> Pipeline:
     chunks = len(stages_of_ranks[0])
     for v_shaped in (False, True):
         pipeline = Pipeline(len(stages_of_ranks), chunks, v_shaped)
-        if [pipeline.stages_of(rank) for rank in range(pipeline.ranks)] == stages_of_ranks:
+        if list(map(pipeline.stages_of, range(pipeline.ranks))) == stages_of_ranks:
             return pipeline
     raise TraceError(f"stages {stages_of_ranks} of the ranks make no pipeline: traces are missing")
 
 
-def _is_whole(spans: list[list[tuple[Action, float, float]]], pipeline: Pipeline) -> bool:
-    """Whether each stage has a forward and a backward of the same microbatches."""
-    done: dict[str, set[tuple[int, int]]] = {kind: set() for kind in COLORS}
-    for own in spans:
-        for action, _, _ in own:
-            done[action.kind].add((action.microbatch, action.stage))
-    microbatches = {microbatch for microbatch, _ in done[FORWARD]}
-    every = {(m, stage) for m in microbatches for stage in range(pipeline.stages)}
-    divided = done[INPUT] == done[WEIGHT] and not done[INPUT] & done[BACKWARD]
-    return done[FORWARD] == every == done[BACKWARD] | done[INPUT] and divided
+def _is_whole(spans_of_ranks: tuple[list[Span], ...], pipeline: Pipeline) -> bool:
+    """Whether the ranks computed all that a step of some number of microbatches has."""
+    orders = []
+    most = 0
+    for spans in spans_of_ranks:
+        orders.append([action for action, _, _ in spans])
+        most = max(most, *(action.microbatch for action in orders[-1]))
+    try:
+        validate(orders, pipeline, most + 1)
+    except ScheduleError:
+        return False
+    return True
 
 
 def draw(panels: list[Panel], output: str, unit: str) -> None:
@@ -262,22 +264,29 @@ def draw(panels: list[Panel], output: str, unit: str) -> None:
     # Text of an SVG stays text in one named font, and a picture drawn again is the same file.
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "megalite"}
     matplotlib.rcParams["font.sans-serif"] = ["DejaVu Sans"]
-    heights = [panel.pipeline.ranks for panel in panels]
+    rows = []
+    boxes = 0
+    kinds = set()
+    for panel in panels:
+        rows.append(panel.pipeline.ranks)
+        for spans in panel.timeline.spans:
+            boxes += len(spans)
+            kinds |= {action.kind for action, _, _ in spans}
     figure, all_axes = pyplot.subplots(
         len(panels),
         squeeze=False,
         sharex=True,
-        figsize=(WIDTH_INCHES, 0.6 + sum(0.3 * height + 0.6 for height in heights)),
-        height_ratios=heights,
+        figsize=(WIDTH_INCHES, 0.6 + 0.6 * len(rows) + 0.3 * sum(rows)),
+        height_ratios=rows,
         layout="constrained",
     )
-    boxes = sum(len(spans) for panel in panels for spans in panel.timeline.spans)
     for panel, axes in zip(panels, all_axes[:, 0]):
         _draw_panel(axes, panel, numbered=boxes <= MOST_NUMBERED)
     all_axes[-1, 0].set_xlabel(f"time ({unit})")
-    kinds = {a.kind for panel in panels for spans in panel.timeline.spans for a, _, _ in spans}
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLORS[k], label=LABELS[k]) for k in kinds]
-    handles.sort(key=lambda handle: list(LABELS.values()).index(handle.get_label()))
+    handles = []
+    for kind, label in LABELS.items():
+        if kind in kinds:
+            handles.append(pyplot.Rectangle((0, 0), 1, 1, color=COLORS[kind], label=label))
     idle = pyplot.Rectangle((0, 0), 1, 1, **IDLE_STYLE, label="waits")
     figure.legend(handles=[*handles, idle], loc="outside lower center", ncols=5, frameon=False)
     metadata = {"Date": None} if output.endswith(".svg") else None
@@ -320,7 +329,7 @@ def _draw_panel(axes: Any, panel: Panel, numbered: bool) -> None:
                 places, (rank - 0.45, 0.9), facecolor=color, edgecolor="white", linewidth=0.5
             )
     axes.set(yticks=range(panel.pipeline.ranks), ylim=(panel.pipeline.ranks - 0.5, -0.5))
-    axes.set_yticklabels([f"rank {rank}" for rank in range(panel.pipeline.ranks)])
+    axes.yaxis.set_major_formatter("rank {x:.0f}")
     axes.set_xlim(0, None)
     axes.set_title(panel.title, fontsize=10, loc="left")
     for side in ("top", "right", "left"):
@@ -328,11 +337,13 @@ def _draw_panel(axes: Any, panel: Panel, numbered: bool) -> None:
     axes.tick_params(left=False)
 
 
-def _lighter(color: str, share: float) -> tuple[float, float, float]:
+def _lighter(color: str, share: float) -> tuple[float, ...]:
     """A color, mixed with white."""
-    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = (channel + (1 - channel) * share for channel in channels)
-    return red, green, blue
+    channels = []
+    for place in (1, 3, 5):
+        channel = int(color[place : place + 2], 16) / 255
+        channels.append(channel + (1 - channel) * share)
+    return tuple(channels)
 
 
 def main() -> None:
@@ -347,4 +358,6 @@ def main() -> None:
             draw(panels, config.output, "ms" if config.measured else "units of the times given")
         except ImportError:
             fail("drawing needs matplotlib: pip install 'megalite[plot]'")
-    print(os.linesep.join([*(panel.title for panel in panels), config.output]))
+    for panel in panels:
+        print(panel.title)
+    print(config.output)

@@ -191,6 +191,14 @@ def test_auto_stays_within_the_memory():
     assert "every schedule" in problem.message and "the least is" in problem.message
 
 
+def test_what_auto_cannot_have_is_reported():
+    uneven = {"num_layers": 10, "recompute_granularity": "full", "recompute_num_layers": 2}
+    assert choice(uneven | {STAGES: 2, "memory_limit_gib": 100.0})[1] == 2
+    for flags in ({STAGES: 8}, {LAYERS: 16}, {"recompute_granularity": "full", STAGES: 4}):
+        tried = AUTO | {"recompute_num_layers": 2, "memory_limit_gib": 1.0} | flags
+        assert validate.check(from_flat(tried), 4) != []
+
+
 def why(flat: dict) -> str:
     config = from_flat(flat)
     return why_chosen(config, validate.resolve(config, 4), 4)
