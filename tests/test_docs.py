@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests import presets_table
+from tests import presets_table, schedules_table
 from tests.layouts import LAYOUTS
 from tests.test_readme import environment
 
@@ -89,6 +89,27 @@ def test_the_commands_of_models_pass_the_checks():
     )
     assert run.returncode == 0, run.stderr
     assert "vocabulary 128256" in run.stdout and "parameters    8.03 G" in run.stdout
+
+
+def test_what_schedules_shows_is_what_the_commands_print(tmp_path):
+    """The table, the picture with the lengths that its caption says, and the line of auto."""
+    page = (DOCS / "schedules.md").read_text()
+    assert "\n".join(schedules_table.lines()) in page, "run python -m tests.schedules_table"
+    (script,) = re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)
+    (tmp_path / "tools").symlink_to(DOCS.parent / "tools")
+    (tmp_path / "docs/images").mkdir(parents=True)
+    options = {"env": environment(), "capture_output": True, "text": True, "check": True}
+    drawn = subprocess.run(["bash", "-c", script], cwd=tmp_path, **options).stdout
+    assert (tmp_path / "docs/images/schedules.png").is_file()
+    lengths = re.findall(r"makespan ([\d.]+)", drawn)
+    caption = re.search(r"microbatches: (.*?) units", page)[1]
+    assert re.findall(r"[\d.]+", caption) == lengths
+    command, shown = re.search(
+        r"^\$ python (.*)\n(--pipeline-schedule auto.*)$", page, re.M
+    ).groups()
+    started = [sys.executable, *command.split()]
+    printed = subprocess.run(started, cwd=DOCS.parent, **options).stdout
+    assert printed.splitlines()[0] == shown
 
 
 def test_the_commands_that_import_from_megatron_run(tmp_path):

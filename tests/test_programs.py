@@ -141,6 +141,7 @@ def arguments_of(program: str, prefix: Path, out: Path) -> list[str]:
         "fill_mask": ["--load", missing, "--text", "ü [MASK]"],
         "finetune_classifier": ["--load", missing, "--train", text, "--valid-share", "0.1"],
         "classify": ["--classifier", missing, "--input", text, "--output", out / "ü.jsonl"],
+        "draw_schedule": ["--measured", missing, "--output", out / "ü.svg"],
         "plot_metrics": [missing, "--output", out / "ü.png"],
         "submit": ["--run-dir", out / "ü", "--nodes", "2", "--mock-data", "--vocab-size", "512",
                    "--train-iters", "10", "--dry-run"],

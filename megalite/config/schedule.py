@@ -119,7 +119,7 @@ def _layouts(config: RunConfig) -> Iterator[ParallelConfig]:
         if p == 1:
             tried = (1,) if name == "1f1b" else ()
         for chunks in tried:
-            if chunks == 1 or chunks <= most:
+            if given is not None or chunks == 1 or chunks <= most:
                 yield replace(
                     config.parallel,
                     pipeline_schedule=name,
@@ -144,10 +144,10 @@ def _step_flops(config: RunConfig, count: int) -> float:
         return flops[action.stage][action.kind]
 
     orders = training_orders(config.parallel, simulated)
-    busiest = 0.0
-    for rank in range(pipeline.ranks):
-        own = [flops[stage]["F"] + flops[stage]["B"] for stage in pipeline.stages_of(rank)]
-        busiest = max(busiest, sum(own))
+    of_ranks = [0.0] * pipeline.ranks
+    for stage, own in enumerate(flops):
+        of_ranks[pipeline.rank_of(stage)] += own["F"] + own["B"]
+    busiest = max(of_ranks)
     return simulate(orders, pipeline, of_action, message).seconds + (count - simulated) * busiest
 
 
@@ -169,10 +169,11 @@ def memory_limit(config: RunConfig, world_size: int) -> float:
 def fastest(found: tuple[Candidate, ...], limit: float) -> Candidate:
     """The fastest candidate within the limit, of equal ones the first; the smallest, where none
     is."""
-    fitting = [candidate for candidate in found if candidate.memory <= limit]
-    if not fitting:
-        return min(found, key=lambda candidate: candidate.memory)
-    return min(fitting, key=lambda candidate: candidate.flops)
+    best = None
+    for candidate in found:
+        if candidate.memory <= limit and (best is None or candidate.flops < best.flops):
+            best = candidate
+    return best or min(found, key=lambda candidate: candidate.memory)
 
 
 def why_chosen(asked: RunConfig, resolved: RunConfig, world_size: int) -> str:

@@ -178,15 +178,18 @@ def _layout(config: RunConfig, world_size: int) -> str:
 
 def _layers(config: RunConfig, estimates: list[RankEstimate]) -> str:
     """The layers of each stage by rank, the schedule, and what it keeps."""
-    words = []
-    for rank, estimate in enumerate(estimates):
-        layers = " + ".join(str(len(layers)) for layers in estimate.stages.values())
-        words.append(layers if len(estimate.stages) == 1 else f"rank {rank}: {layers}")
+    of_ranks = []
+    for estimate in estimates:
+        of_ranks.append(" + ".join(str(len(layers)) for layers in estimate.stages.values()))
     schedule = config.parallel.pipeline_schedule
-    if len(estimates[0].stages) == 1:
-        text = f"{' + '.join(words)} ({schedule})"
+    chunks = len(estimates[0].stages)
+    if chunks == 1:
+        text = f"{' + '.join(of_ranks)} ({schedule})"
     else:
-        text = f"{', '.join(words)} ({schedule}, {len(estimates[0].stages)} stages a rank)"
+        words = [f"rank {rank}: {layers}" for rank, layers in enumerate(of_ranks)]
+        if len(set(of_ranks)) == 1:
+            words = [f"each rank: {of_ranks[0]}"]
+        text = f"{', '.join(words)} ({schedule}, {chunks} stages a rank)"
     if len(estimates) > 1:
         # A microbatch whose activations are kept of one of a rank's stages counts in part.
         held = max(rank.in_flight / len(rank.stages) for rank in estimates)

@@ -183,7 +183,6 @@ def fill_in(config: RunConfig, world_size: int) -> RunConfig:
         "global_batch_size": global_batch(config, world_size),
         "rampup_batch_size": batch_sizes(config, world_size).words,
         "train_iters": iterations(config, world_size),
-        **schedule_fields(config, world_size),
     }
     if o.lr_decay_style != "constant":
         values["min_lr"] = o.lowest_lr

@@ -28,14 +28,21 @@ class Timeline:
     @property
     def seconds(self) -> float:
         """From the first start to the last end: the makespan."""
-        ends = [spans[-1][2] for spans in self.spans if spans]
-        starts = [spans[0][1] for spans in self.spans if spans]
+        starts = []
+        ends = []
+        for spans in self.spans:
+            if spans:
+                starts.append(spans[0][1])
+                ends.append(spans[-1][2])
         return max(ends) - min(starts) if ends else 0.0
 
     @property
     def busy(self) -> list[float]:
         """Seconds that each rank computes."""
-        return [sum(end - start for _, start, end in spans) for spans in self.spans]
+        seconds = []
+        for spans in self.spans:
+            seconds.append(sum(end - start for _, start, end in spans))
+        return seconds
 
     @property
     def idle(self) -> list[float]:

@@ -24,6 +24,7 @@ PROGRAMS = {
     "convert-checkpoint": "convert_checkpoint",
     "verify-layouts": "verify_layouts",
     "plot-metrics": "plot_metrics",
+    "draw-schedule": "draw_schedule",
     "submit": "submit",
 }
 """Module of each program in this folder; a checkout has a script of the same name in tools/, or in

@@ -1,5 +1,7 @@
 """The schedule of a configuration: what follows from its flags, what it needs, and `auto`."""
 
+import re
+
 import pytest
 
 from megalite.config import cli, validate
@@ -121,8 +123,7 @@ def test_flops_of_stages_are_those_of_the_model():
         ({"pipeline_schedule": "gpipe"}, "(gpipe), at most 32 microbatches in flight", 3 / 32),
         (
             {STAGES: 2},
-            "rank 0: 2 + 2, rank 1: 2 + 2, rank 2: 2 + 2, rank 3: 2 + 2 (interleaved, 2 stages a "
-            "rank), at most 5.5 microbatches in flight",
+            "each rank: 2 + 2 (interleaved, 2 stages a rank), at most 5.5 microbatches in flight",
             3 / 64,
         ),
         ({"pipeline_schedule": "zb-h1"}, "at most 4 microbatches in flight", 3 / 96),
@@ -133,6 +134,14 @@ def test_the_summary(flags, layers, bubble):
     text = " ".join(" ".join(summary_lines(resolved(PIPELINE | flags), 4)).split())
     assert layers in text
     assert f"pipeline bubble {bubble:.1%} of the ideal time" in text
+
+
+def test_the_summary_of_ranks_that_hold_unequal_stages():
+    flags = {"num_layers": 10, STAGES: 2}
+    text = " ".join(" ".join(summary_lines(resolved(PIPELINE | flags), 4)).split())
+    assert re.search(
+        r"rank 0: 2 \+ 1, rank 1: \d \+ 1, rank 2: \d \+ 1, rank 3: 1 \+ 1 \(inter", text
+    )
 
 
 def test_the_summary_says_what_unequal_stages_cost():
@@ -153,6 +162,8 @@ def choice(flags: dict, ranks: int = 4) -> tuple[str, int]:
 def test_auto_takes_the_fastest_that_fits():
     # As the work of the stages is equal, nothing is faster than no bubble.
     assert choice({}) == ("zb-v", 2)
+    # All else that is left out is filled in first.
+    assert choice({"global_batch_size": None, "train_iters": 5, "bf16": True}) == ("zb-h1", 1)
     # The V needs two stages a rank.
     assert choice({"num_layers": 4}) == ("zb-h1", 1)
     # What is given is kept.
@@ -178,6 +189,14 @@ def test_auto_stays_within_the_memory():
     assert choice({"memory_limit_gib": 2 * limit, STAGES: 4}) == ("interleaved", 4)
     (problem,) = validate.check(from_flat(AUTO | {"memory_limit_gib": least / 2}), 4)
     assert "every schedule" in problem.message and "the least is" in problem.message
+
+
+def test_what_auto_cannot_have_is_reported():
+    uneven = {"num_layers": 10, "recompute_granularity": "full", "recompute_num_layers": 2}
+    assert choice(uneven | {STAGES: 2, "memory_limit_gib": 100.0})[1] == 2
+    for flags in ({STAGES: 8}, {LAYERS: 16}, {"recompute_granularity": "full", STAGES: 4}):
+        tried = AUTO | {"recompute_num_layers": 2, "memory_limit_gib": 1.0} | flags
+        assert validate.check(from_flat(tried), 4) != []
 
 
 def why(flat: dict) -> str:
@@ -208,7 +227,7 @@ def test_auto_says_why(capsys):
     with pytest.raises(SystemExit):
         cli.parse_and_check([*argv, "--print-config"], launch=LaunchInfo(world_size=4))
     printed = capsys.readouterr().out
-    assert "pipeline_schedule: zb-v" in printed and "auto" not in printed.split("device")[0]
+    assert "pipeline_schedule: zb-v" in printed and "fastest" not in printed
 
 
 def test_equal_candidates_are_taken_in_order_and_the_least_where_none_fits():

@@ -188,7 +188,7 @@ def a_schedule_fits_the_memory(config: RunConfig, world_size: int) -> Iterator[F
     d = config.data
     batch = global_batch(config, world_size)
     sound = (
-        1 < ranks <= config.model.num_layers
+        1 < ranks <= ranks * chunks_on_a_rank(config) <= config.model.num_layers
         and world_size % (t * ranks) == 0
         and batch % (d.micro_batch_size * data_parallel_size(config, world_size)) == 0
     )
