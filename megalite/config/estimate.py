@@ -15,7 +15,6 @@ from megalite.deepspeed import settings
 from megalite.models import cost
 from megalite.models.shapes import Shapes, decays, elements, stage_shapes
 from megalite.optim.treatment import treatment_of
-from megalite.pipeline.partition import layers_of_stages
 from megalite.pipeline.schedules import peak_in_flight, schedule_named
 
 
@@ -54,7 +53,7 @@ def estimate_stages(config: RunConfig, world_size: int) -> list[StageEstimate]:
     schedule = schedule_named(parallel.pipeline_schedule)
     element_bytes = _element_bytes(config)
     stages = []
-    for stage, layers in enumerate(layers_of_stages(model, stage_count, config.predicted)):
+    for stage, layers in enumerate(config.layers_of_stages):
         shapes = stage_shapes(model, config.head_cost, layers, rows=rows, tensor=tensor)
         actions = schedule(stage_count, stage, microbatches(config, world_size))
         activations = cost.activation_bytes(

@@ -28,6 +28,7 @@ from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.optim.config import OptimizerConfig
 from megalite.optim.schedule import Schedule
 from megalite.parallel.config import ParallelConfig
+from megalite.pipeline.partition import layers_of_stages
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ class RunConfig:
     def predicted(self) -> float:
         """Share of a sequence's tokens that the output layer is computed for."""
         return self.head_cost.predicted
+
+    @property
+    def layers_of_stages(self) -> list[range]:
+        """The layers of each pipeline stage, once the size of the vocabulary is known. Raises
+        ValueError when they cannot be divided as the flags say."""
+        return layers_of_stages(self.model, self.parallel, self.recompute, self.head_cost)
 
     @property
     def batch_sizes(self) -> BatchSizes:

@@ -16,6 +16,7 @@ from megalite.config.yaml_file import to_yaml
 from megalite.deepspeed import settings
 from megalite.models.presets import preset
 from megalite.parallel.config import OF_DATA_RANKS
+from megalite.pipeline.partition import work_of_ranks
 from megalite.system.errors import explain_os_error, scaled
 
 LABEL_COLUMNS = 16
@@ -39,6 +40,9 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
     most = estimates[fullest]
     layers = " + ".join(str(len(stage.layers)) for stage in estimates)
     layers += f" ({config.parallel.pipeline_schedule})"
+    if stages > 1:
+        work = work_of_ranks(config.model, config.parallel, config.recompute, config.head_cost)
+        layers += f", at most {max(work) * stages / sum(work):.2f} times the mean work"
     if config.recompute.granularity != "none":
         layers += f", recompute {config.recompute.granularity}"
     # The batch and the length.

@@ -37,28 +37,59 @@ def layer_weights(model: ModelConfig) -> int:
     return attention + matrices * model.hidden_size * model.ffn
 
 
-def output_cost(model: ModelConfig, predicted: float = 1.0) -> float:
-    """Work of the output layer in units of one transformer layer: their ratio of weights.
+def layer_flops(model: ModelConfig) -> float:
+    """FLOPs of the forward of one sequence through one layer: 2 s per weight of a matrix product,
+    and 4 s^2 n d for scores and values, counted in full, not halved for the causal mask."""
+    return 2 * model.seq_length * layer_weights(model) + _score_flops(model)
 
-    predicted: share of the tokens that it is computed for.
-    """
-    return predicted * model.vocab_size * model.hidden_size / layer_weights(model)
+
+def _score_flops(model: ModelConfig) -> float:
+    """FLOPs of scores and values in the forward of one sequence through one layer."""
+    return 4 * model.seq_length**2 * model.num_attention_heads * model.head_size
+
+
+def head_flops(model: ModelConfig, head: HeadCost) -> float:
+    """FLOPs of the forward of one sequence through what comes after the layers: the output layer,
+    with BERT's dense layer, for the share of the tokens that is predicted; BERT's pooler and pair
+    head for one token."""
+    h = model.hidden_size
+    columns = model.vocab_size
+    if head.dense:
+        columns += h
+    flops = 2 * head.predicted * model.seq_length * columns * h
+    if head.pair_classes:
+        flops += 2 * h * (h + head.pair_classes)
+    return flops
 
 
 def flops_per_sequence(model: ModelConfig, head: HeadCost | None = None) -> float:
     """Model FLOPs of one training sequence, forward and backward (3 times the forward;
-    recomputation not counted).
+    recomputation not counted): Narayanan et al. 2021, appendix, in its general form."""
+    layers = model.num_layers * layer_flops(model)
+    return 3.0 * (layers + head_flops(model, head or HeadCost()))
 
-    A forward takes 2 s per weight of a matrix product, output layer included, and 4 L s^2 n d for
-    scores and values, counted in full, not halved for the causal mask (Narayanan et al. 2021,
-    appendix, in its general form). BERT's pooler is left out.
+
+def stage_flops(
+    model: ModelConfig, head: HeadCost, recompute: RecomputeConfig, *, layers: int, is_last: bool
+) -> float:
+    """FLOPs of the forward and backward of one sequence on a stage of `layers` layers.
+
+    A backward takes twice its forward. Full recomputation adds a forward of the layers that it is
+    for, selective one of their scores and values. The last stage also has the head, of which
+    nothing is recomputed. Embedding, norms and loss do no matrix products and are left out.
     """
-    head = head or HeadCost()
-    s = model.seq_length
-    output = model.vocab_size + (model.hidden_size if head.dense else 0)
-    weights = model.num_layers * layer_weights(model) + head.predicted * output * model.hidden_size
-    scores = 4 * model.num_layers * s**2 * model.num_attention_heads * model.head_size
-    return 3.0 * (2 * s * weights + scores)
+    forwards = 3.0 * layers
+    if recompute.granularity == "full":
+        recomputed = layers
+        if recompute.recompute_method == "block":
+            recomputed = min(layers, recompute.recompute_num_layers)
+        forwards += recomputed
+    flops = forwards * layer_flops(model)
+    if recompute.granularity == "selective":
+        flops += layers * _score_flops(model)
+    if is_last:
+        flops += 3 * head_flops(model, head)
+    return flops
 
 
 def activation_bytes(

@@ -25,7 +25,6 @@ from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rendezvous import meet
 from megalite.parallel.rng import CounterBasedRng, Rng, RngTracker
 from megalite.pipeline.engine import PipelineEngine
-from megalite.pipeline.partition import layers_of_stages
 from megalite.watch.agreement import compare_facts
 
 
@@ -124,7 +123,6 @@ class TrainingComponents:
 
 def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stage:
     """This rank's stage of the model, with its initial weights."""
-    layers = layers_of_stages(config.model, context.pipeline.size, config.predicted)
     settings = LayerSettings(
         config.model,
         context,
@@ -133,15 +131,17 @@ def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stage:
         sequence_parallel=config.parallel.sequence_parallel,
         recompute=config.recompute,
     )
-    own_layers = layers[context.pipeline.rank]
+    own_layers = None  # all: one process may load a model that was trained in stages
+    if context.pipeline.size > 1:
+        own_layers = config.layers_of_stages[context.pipeline.rank]
     return STAGE_OF[config.model.architecture](config, settings, own_layers)
 
 
-def _gpt(config: RunConfig, settings: LayerSettings, layers: range) -> Stage:
+def _gpt(config: RunConfig, settings: LayerSettings, layers: range | None) -> Stage:
     return GPT(settings, layers, config.training.seed)
 
 
-def _bert(config: RunConfig, settings: LayerSettings, layers: range) -> Stage:
+def _bert(config: RunConfig, settings: LayerSettings, layers: range | None) -> Stage:
     return Bert(settings, layers, config.training.seed, pair=config.pair_head)
 
 

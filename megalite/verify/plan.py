@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from megalite.config import cli, validate
 from megalite.config.flags import read_own_flags
@@ -10,6 +10,7 @@ from megalite.config.problem import ConfigError, Problem
 from megalite.config.run import RunConfig, options, to_flat, with_values
 from megalite.fields import Field
 from megalite.nn.config import ModelConfig, RecomputeConfig
+from megalite.parallel.config import OF_ENDS, OF_SPLIT
 from megalite.parallel.launch import LaunchInfo
 
 STEP_FIELDS = "micro_batch_size global_batch_size seed rng_scheme precision bf16 fp16".split()
@@ -141,6 +142,7 @@ def _reference(config: RunConfig, own: VerifyOptions) -> RunConfig:
         "pipeline_model_parallel_size": own.reference_pp,
     }
     plain = replace(config, recompute=RecomputeConfig())
+    sizes |= {key: options()[key].default for key in OF_SPLIT}
     return with_values(plain, sizes | {"sequence_parallel": False, "pipeline_schedule": "1f1b"})
 
 
@@ -163,6 +165,10 @@ def shrunk(config: RunConfig, world_size: int, other_replicas: int = 1) -> RunCo
     values = {"micro_batch_size": rows, "global_batch_size": rows * replicas * microbatches}
     # The model. The ids of real data must still fit its vocabulary.
     model = _shrunk_model(config.model, t, stages)
+    if config.parallel.split_is_given:
+        counts = _shrunk_split(config)
+        model = replace(model, num_layers=sum(counts))
+        values |= _split_values(config, counts)
     if not d.mock_data:
         values["vocab_size"] = config.model.vocab_size
     # Layers that are recomputed together.
@@ -171,6 +177,28 @@ def shrunk(config: RunConfig, world_size: int, other_replicas: int = 1) -> RunCo
         most = model.num_layers // stages
         values["recompute_num_layers"] = min(config.recompute.recompute_num_layers, most)
     return with_values(replace(config, model=model), values)
+
+
+def _shrunk_split(config: RunConfig) -> list[int]:
+    """Layers of each stage where flags say how they are divided: 1 for the smallest stages, 2 for
+    the next larger ones, and so on."""
+    counts = [len(layers) for layers in config.layers_of_stages]
+    sizes = sorted(set(counts))
+    return [1 + sizes.index(count) for count in counts]
+
+
+def _split_values(config: RunConfig, counts: list[int]) -> dict[str, Any]:
+    """What the flags of the split become where they give these layers of each stage."""
+    parallel = config.parallel
+    if parallel.pipeline_split is not None:
+        return {"pipeline_split": (",".join(map(str, counts)),)}
+    ranks = parallel.rank_of_stage
+    values = {}
+    for key, rank in zip(OF_ENDS, (0, max(ranks)), strict=True):
+        if getattr(parallel, key) is not None:
+            own = [count for count, holder in zip(counts, ranks, strict=True) if holder == rank]
+            values[key] = sum(own)
+    return values
 
 
 def _shrunk_model(m: ModelConfig, t: int, stages: int) -> ModelConfig:

@@ -14,6 +14,7 @@ from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
 from megalite.models.shapes import decays
 from megalite.optim.config import OptimizerConfig
 from megalite.optim.treatment import treatment_of
+from megalite.parallel.config import OF_SPLIT
 
 NEEDS_EOD = keys_where(lambda field: field.needs_eod)
 IDLE_FOR = {
@@ -90,7 +91,7 @@ def _layout_and_model(config: RunConfig) -> Iterator[Idle]:
     m = config.model
     if p.pipeline_model_parallel_size == 1:
         fix = {"pipeline_model_parallel_size": 2}
-        yield ("pipeline_schedule",), "with one pipeline stage", fix
+        yield ("pipeline_schedule", *OF_SPLIT), "with one pipeline stage", fix
     if p.hang_timeout >= 60 * p.distributed_timeout_minutes:
         why = "since --distributed-timeout-minutes ends the run earlier"
         yield ("hang_timeout",), why, {"distributed_timeout_minutes": 60.0}

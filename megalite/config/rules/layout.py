@@ -116,7 +116,7 @@ def stages_hold_layers(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """At least one layer for every pipeline stage."""
     p = config.parallel.pipeline_model_parallel_size
     layers = config.model.num_layers
-    if p > layers:
+    if len(config.parallel.rank_of_stage) > layers:
         yield Finding(
             f"--pp {p} stages for --num-layers {layers}: each stage needs at least one layer",
             *each("pipeline_model_parallel_size", range(layers, 0, -1)),

@@ -25,7 +25,7 @@ from megalite.data.sources import parse_sources
 from megalite.models.shapes import decays
 from megalite.optim.config import EXAMPLE_GROUPS
 from megalite.optim.treatment import parse_group, treatment_of
-from megalite.pipeline.partition import layers_of_stages
+from megalite.parallel.config import OF_SPLIT
 from megalite.system.apex import ADAM, INSTALL, NORMS, why_no_apex
 
 SHORT_FORMS = (
@@ -55,22 +55,23 @@ def short_forms_agree(config: RunConfig, world_size: int) -> Iterator[Finding]:
 def stages_hold_recomputed_layers(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """No more layers are recomputed at a time than a stage holds."""
     r = config.recompute
-    model = config.model
-    stages = config.parallel.pipeline_model_parallel_size
-    if r.granularity != "full" or r.recompute_activations or stages > model.num_layers:
+    stages = len(config.parallel.rank_of_stage)
+    if r.granularity != "full" or r.recompute_activations or stages > config.model.num_layers:
         return
-    if model.vocab_size is not None:
-        most = max(map(len, layers_of_stages(model, stages, config.predicted)))
-    elif model.num_layers % stages == 0:
-        most = model.num_layers // stages
-    else:  # the vocabulary is still to be read from a file: the most that a stage could have
-        most = model.num_layers - stages + 1
+    if config.model.vocab_size is None and not config.parallel.split_is_given:
+        # The vocabulary is still to be read from a file: the most that a stage could have.
+        most = config.model.num_layers - stages + 1
+    else:
+        try:
+            most = max(map(len, config.layers_of_stages))
+        except ValueError:  # layers_can_be_divided says it
+            return
     if r.recompute_num_layers > most:
         yield Finding(
             f"--recompute-num-layers {r.recompute_num_layers} is more than the {most} layers of "
             "the largest stage",
             {"recompute_num_layers": most},
-            also=("num_layers", "pipeline_model_parallel_size"),
+            also=("num_layers", "pipeline_model_parallel_size", *OF_SPLIT),
         )
 
 
