@@ -148,8 +148,11 @@ def even(num_layers: int, ranks: Sequence[int], embedding: int, loss: int) -> li
     """Equal shares of the layers, the `embedding` and the `loss`: each 1 where it counts as a layer
     of the first or last stage, else 0, as with Megatron-LM's flags."""
     stages = len(ranks)
-    names = {"embedding": embedding, "loss": loss}
-    shown = [f"--account-for-{name}-in-pipeline-split" for name, counts in names.items() if counts]
+    shown = []
+    if embedding:
+        shown.append("--account-for-embedding-in-pipeline-split")
+    if loss:
+        shown.append("--account-for-loss-in-pipeline-split")
     flags = " and ".join(shown)
     total = num_layers + embedding + loss
     if total % stages:

@@ -10,7 +10,7 @@ from megalite.config.problem import ConfigError, Problem
 from megalite.config.run import RunConfig, options, to_flat, with_values
 from megalite.fields import Field
 from megalite.nn.config import ModelConfig, RecomputeConfig
-from megalite.parallel.config import OF_ENDS, OF_SPLIT
+from megalite.parallel.config import OF_SPLIT
 from megalite.parallel.launch import LaunchInfo
 
 STEP_FIELDS = "micro_batch_size global_batch_size seed rng_scheme precision bf16 fp16".split()
@@ -142,7 +142,8 @@ def _reference(config: RunConfig, own: VerifyOptions) -> RunConfig:
         "pipeline_model_parallel_size": own.reference_pp,
     }
     plain = replace(config, recompute=RecomputeConfig())
-    sizes |= {key: options()[key].default for key in OF_SPLIT}
+    for key in OF_SPLIT:
+        sizes[key] = options()[key].default
     return with_values(plain, sizes | {"sequence_parallel": False, "pipeline_schedule": "1f1b"})
 
 
@@ -150,7 +151,7 @@ def shrunk(config: RunConfig, world_size: int, other_replicas: int = 1) -> RunCo
     """A resolved configuration made small: fewer and narrower layers, a shorter sequence, fewer
     entries and samples.
 
-    Layout and structure stay: shares of ranks, grouped queries, uneven stages, padding, recompute.
+    Layout and structure stay: shares of ranks, grouped queries, given splits, padding, recompute.
     The global batch can still be divided over `other_replicas`, if it could before.
     """
     d = config.data
@@ -182,7 +183,7 @@ def shrunk(config: RunConfig, world_size: int, other_replicas: int = 1) -> RunCo
 def _shrunk_split(config: RunConfig) -> list[int]:
     """Layers of each stage where flags say how they are divided: 1 for the smallest stages, 2 for
     the next larger ones, and so on."""
-    counts = [len(layers) for layers in config.layers_of_stages]
+    counts = list(map(len, config.layers_of_stages))
     sizes = sorted(set(counts))
     return [1 + sizes.index(count) for count in counts]
 
@@ -192,12 +193,14 @@ def _split_values(config: RunConfig, counts: list[int]) -> dict[str, Any]:
     parallel = config.parallel
     if parallel.pipeline_split is not None:
         return {"pipeline_split": (",".join(map(str, counts)),)}
-    ranks = parallel.rank_of_stage
+    of_rank = [0] * parallel.pipeline_model_parallel_size
+    for rank, count in zip(parallel.rank_of_stage, counts, strict=True):
+        of_rank[rank] += count
     values = {}
-    for key, rank in zip(OF_ENDS, (0, max(ranks)), strict=True):
-        if getattr(parallel, key) is not None:
-            own = [count for count, holder in zip(counts, ranks, strict=True) if holder == rank]
-            values[key] = sum(own)
+    if parallel.decoder_first_pipeline_num_layers is not None:
+        values["decoder_first_pipeline_num_layers"] = of_rank[0]
+    if parallel.decoder_last_pipeline_num_layers is not None:
+        values["decoder_last_pipeline_num_layers"] = of_rank[-1]
     return values
 
 
