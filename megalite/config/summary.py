@@ -42,7 +42,8 @@ def summary_lines(config: RunConfig, world_size: int) -> list[str]:
     layers += f" ({config.parallel.pipeline_schedule})"
     if stages > 1:
         work = work_of_ranks(config.model, config.parallel, config.recompute, config.head_cost)
-        layers += f", at most {max(work) * stages / sum(work):.2f} times the mean work"
+        relative = max(work) * stages / sum(work)
+        layers += f", the busiest rank has {relative:.2f} times the mean work"
     if config.recompute.granularity != "none":
         layers += f", recompute {config.recompute.granularity}"
     # The batch and the length.
