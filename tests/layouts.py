@@ -185,6 +185,14 @@ LAYOUTS += [
     Layout("packed qwen3 pp2", pp=2, shape=QWEN3, flags={**PACKED, "micro_batch_size": 2}),
     Layout("norms of heads tp2+sp", tp=2, shape=replace(GPT2, qk_norm=True), flags=sp()),
     Layout("bert, norms of heads tp2", tp=2, shape=as_bert(QWEN3)),
+    # Layers divided otherwise than by their work.
+    Layout("tied pp3, split by hand", pp=3, flags={"pipeline_split": ("1,1,2",)}),
+    Layout(
+        "tp2 x pp2 +sp, given ends",
+        tp=2,
+        pp=2,
+        flags=sp(decoder_first_pipeline_num_layers=1, decoder_last_pipeline_num_layers=3),
+    ),
 ]
 
 GLOBAL_BATCH = 8

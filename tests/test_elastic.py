@@ -82,7 +82,15 @@ def undisturbed(pool, tmp_path_factory) -> list[dict]:
     return curve(path)
 
 
-@pytest.mark.parametrize(("one", "other"), quick_and_slow(draw_pair, 3, 12, SEED), ids=describe)
+BY_HAND = (3, ["--pp", "3", "--pipeline-split", "1,1,2"])
+WITH_GIVEN_END = (2, ["--pp", "2", "--decoder-first-pipeline-num-layers", "3"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(BY_HAND, WITH_GIVEN_END), *quick_and_slow(draw_pair, 3, 12, SEED)],
+    ids=describe,
+)
 def test_losses_go_on_there_and_back(pool, tmp_path, undisturbed, one, other):
     """Three steps in one layout, three in the other, three in the first again: losses, norms and
     learning rates of one process in fp64."""
@@ -129,7 +137,11 @@ BETWEEN_HALVES = ((1, []), (2, ["--pp", "2"]), "bf16", "fp16")
 
 @pytest.mark.parametrize(
     ("one", "other", "precision", "other_precision"),
-    [BETWEEN_HALVES, *quick_and_slow(draw_pair_and_precisions, 4, 12, SEED + 2)],
+    [
+        BETWEEN_HALVES,
+        (BY_HAND, WITH_GIVEN_END, "bf16", "fp32"),
+        *quick_and_slow(draw_pair_and_precisions, 4, 12, SEED + 2),
+    ],
     ids=describe,
 )
 def test_the_state_comes_back_bit_for_bit(pool, tmp_path, one, other, precision, other_precision):

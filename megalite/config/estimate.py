@@ -16,9 +16,9 @@ from megalite.models import cost
 from megalite.models.shapes import Shapes, decays, elements, stage_shapes
 from megalite.nn.config import RecomputeConfig
 from megalite.optim.treatment import treatment_of
-from megalite.pipeline.partition import layers_of_stages
 from megalite.pipeline.schedules import (
     BACKWARD,
+    FORWARD,
     INPUT,
     WEIGHT,
     Action,
@@ -65,7 +65,7 @@ def estimate_ranks(config: RunConfig, world_size: int) -> list[RankEstimate]:
     rows = config.model.padded_vocabulary(tensor) // tensor
     pipeline = pipeline_of(parallel)
     orders = training_orders(parallel, microbatches(config, world_size))
-    layers = layers_of_stages(config.model, pipeline.stages, config.predicted)
+    layers = config.layers_of_stages
     ranks = []
     for rank, order in enumerate(orders):
         shapes: Shapes = {}
@@ -104,7 +104,7 @@ def stage_flops(config: RunConfig) -> list[dict[str, float]]:
     """FLOPs of one sequence on each stage of a resolved configuration, by the kind of an action."""
     stages = pipeline_of(config.parallel).stages
     found = []
-    for stage, layers in enumerate(layers_of_stages(config.model, stages, config.predicted)):
+    for stage, layers in enumerate(config.layers_of_stages):
         flops = cost.pass_flops(
             config.model,
             config.head_cost,
@@ -114,6 +114,16 @@ def stage_flops(config: RunConfig) -> list[dict[str, float]]:
         )
         found.append(flops | {BACKWARD: flops[INPUT] + flops[WEIGHT]})
     return found
+
+
+def work_of_ranks(config: RunConfig) -> list[float]:
+    """FLOPs of the forward and backward of one sequence on each pipeline rank of a resolved
+    configuration."""
+    pipeline = config.pipeline
+    work = [0.0] * pipeline.ranks
+    for stage, flops in enumerate(stage_flops(config)):
+        work[pipeline.rank_of(stage)] += flops[FORWARD] + flops[BACKWARD]
+    return work
 
 
 def microbatches(config: RunConfig, world_size: int) -> int:

@@ -170,6 +170,9 @@ ELSEWHERE = {
         "--norm-placement post: that form itself is not supported"
     ),
     "--test-data-path": "leave it out: nothing evaluates a test split yet",
+    "--pipeline-model-parallel-layout": (
+        "--pipeline-split N,N,...: the first stage has the embedding, the last the output layer"
+    ),
     "--context-parallel-size": (
         "--sequence-parallel and --recompute-granularity: context parallelism is not supported yet"
     ),

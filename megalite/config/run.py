@@ -6,7 +6,7 @@ hold.
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,8 @@ from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.optim.config import OptimizerConfig
 from megalite.optim.schedule import Schedule
 from megalite.parallel.config import ParallelConfig
+from megalite.pipeline.partition import layers_of_stages
+from megalite.pipeline.schedules import Pipeline, pipeline_of
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,30 @@ class RunConfig:
     def predicted(self) -> float:
         """Share of a sequence's tokens that the output layer is computed for."""
         return self.head_cost.predicted
+
+    @property
+    def given_chunks(self) -> int | None:
+        """Stages on a pipeline rank, as either of the two flags says; None when neither does."""
+        p = self.parallel
+        layers = p.num_layers_per_virtual_pipeline_stage
+        if p.num_virtual_stages_per_pipeline_rank is not None or layers is None:
+            return p.num_virtual_stages_per_pipeline_rank
+        return max(1, self.model.num_layers // (layers * p.pipeline_model_parallel_size))
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The stages of each pipeline rank: one where --pipeline-schedule auto is still to
+        choose."""
+        given = replace(self.parallel, num_virtual_stages_per_pipeline_rank=self.given_chunks)
+        return pipeline_of(given)
+
+    @property
+    def layers_of_stages(self) -> list[range]:
+        """The layers of each pipeline stage, once the size of the vocabulary is known. Raises
+        ValueError when they cannot be divided as the flags say."""
+        return layers_of_stages(
+            self.model, self.parallel, self.pipeline, recompute=self.recompute, head=self.head_cost
+        )
 
     @property
     def batch_sizes(self) -> BatchSizes:

@@ -5,10 +5,16 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from megalite.config.estimate import element_bytes, estimate_ranks, microbatches, stage_flops
+from megalite.config.estimate import (
+    element_bytes,
+    estimate_ranks,
+    microbatches,
+    stage_flops,
+    work_of_ranks,
+)
 from megalite.config.run import RunConfig
 from megalite.parallel.config import ParallelConfig
-from megalite.pipeline.schedules import SCHEDULES, Action, Schedule, pipeline_of, training_orders
+from megalite.pipeline.schedules import SCHEDULES, Action, pipeline_of, training_orders
 from megalite.pipeline.simulate import simulate
 
 TRIED = {"1f1b": (1,), "interleaved": (2, 3, 4, 6, 8), "zb-h1": (1,), "zb-v": (2,)}
@@ -52,7 +58,7 @@ def schedule_fields(config: RunConfig, world_size: int) -> dict[str, Any]:
     The schedule may not fit the pipeline: rules report that. With `auto`, the other fields of the
     configuration must be filled in already.
     """
-    chunks = chunks_on_a_rank(config)
+    chunks = config.pipeline.chunks
     name = schedule_name(config)
     if name == "auto":
         best = fastest(candidates(config, world_size), memory_limit(config, world_size))
@@ -67,23 +73,8 @@ def schedule_fields(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 def schedule_name(config: RunConfig) -> str:
     """The schedule: where none is given, 1F1B, or interleaved with several stages on a rank."""
-    chunks = given_chunks(config)
+    chunks = config.given_chunks
     return replace(config.parallel, num_virtual_stages_per_pipeline_rank=chunks).schedule
-
-
-def chunks_on_a_rank(config: RunConfig) -> int:
-    """The stages on each rank, v; 1 where `auto` is still to choose."""
-    schedule = SCHEDULES.get(schedule_name(config), Schedule)
-    return given_chunks(config) or schedule.chunks.start
-
-
-def given_chunks(config: RunConfig) -> int | None:
-    """The stages on a rank that either of the two flags says; None when neither does."""
-    p = config.parallel
-    layers = p.num_layers_per_virtual_pipeline_stage
-    if p.num_virtual_stages_per_pipeline_rank is not None or layers is None:
-        return p.num_virtual_stages_per_pipeline_rank
-    return max(1, config.model.num_layers // (layers * p.pipeline_model_parallel_size))
 
 
 @lru_cache(maxsize=4)
@@ -108,7 +99,7 @@ def candidates(config: RunConfig, world_size: int) -> tuple[Candidate, ...]:
 def _layouts(config: RunConfig) -> Iterator[ParallelConfig]:
     """The configuration's layout with each schedule that fits the layers and the flags."""
     p = config.parallel.pipeline_model_parallel_size
-    given = given_chunks(config)
+    given = config.given_chunks
     most = config.model.num_layers // p
     if config.recompute.granularity == "full":
         # A stage must hold the layers that are recomputed together.
@@ -119,13 +110,23 @@ def _layouts(config: RunConfig) -> Iterator[ParallelConfig]:
         if p == 1:
             tried = (1,) if name == "1f1b" else ()
         for chunks in tried:
-            if given is not None or chunks == 1 or chunks <= most:
-                yield replace(
-                    config.parallel,
-                    pipeline_schedule=name,
-                    num_virtual_stages_per_pipeline_rank=chunks,
-                    num_layers_per_virtual_pipeline_stage=None,
-                )
+            parallel = replace(
+                config.parallel,
+                pipeline_schedule=name,
+                num_virtual_stages_per_pipeline_rank=chunks,
+                num_layers_per_virtual_pipeline_stage=None,
+            )
+            fits = given is not None or chunks == 1 or chunks <= most
+            if fits and _can_divide(replace(config, parallel=parallel)):
+                yield parallel
+
+
+def _can_divide(config: RunConfig) -> bool:
+    """Whether the layers can be divided as the flags say."""
+    try:
+        return bool(config.layers_of_stages)
+    except ValueError:
+        return False
 
 
 def _step_flops(config: RunConfig, count: int) -> float:
@@ -144,10 +145,7 @@ def _step_flops(config: RunConfig, count: int) -> float:
         return flops[action.stage][action.kind]
 
     orders = training_orders(config.parallel, simulated)
-    of_ranks = [0.0] * pipeline.ranks
-    for stage, own in enumerate(flops):
-        of_ranks[pipeline.rank_of(stage)] += own["F"] + own["B"]
-    busiest = max(of_ranks)
+    busiest = max(work_of_ranks(config))
     return simulate(orders, pipeline, of_action, message).seconds + (count - simulated) * busiest
 
 

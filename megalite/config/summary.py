@@ -11,6 +11,7 @@ from megalite.config.estimate import (
     microbatches,
     model_parameters,
     stage_flops,
+    work_of_ranks,
 )
 from megalite.config.help import wrapped
 from megalite.config.rules.deepspeed import deepspeed_settings
@@ -192,6 +193,9 @@ def _layers(config: RunConfig, estimates: list[RankEstimate]) -> str:
         text = f"{', '.join(words)} ({schedule}, {chunks} stages a rank)"
     if len(estimates) > 1:
         # A microbatch whose activations are kept of one of a rank's stages counts in part.
+        work = work_of_ranks(config)
+        relative = max(work) * len(work) / sum(work)
+        text += f", the busiest rank has {relative:.2f} times the mean work"
         held = max(rank.in_flight / len(rank.stages) for rank in estimates)
         text += f", at most {held:g} microbatches in flight"
     if config.recompute.granularity != "none":

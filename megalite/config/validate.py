@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from megalite.config.problem import ConfigError, Problem
+from megalite.config.rules.balance import BALANCE_RULES
 from megalite.config.rules.bert import BERT_FILE_RULES, BERT_RULES
 from megalite.config.rules.deepspeed import DEEPSPEED_FILE_RULES, DEEPSPEED_RULES
 from megalite.config.rules.effects import nothing_is_ignored, other_ranks_exist
@@ -38,6 +39,7 @@ from megalite.models.presets import preset
 PURE_RULES: tuple[Rule, ...] = (
     *LAYOUT_RULES,
     *SCHEDULE_RULES,
+    *BALANCE_RULES,
     *RUN_RULES,
     *DEEPSPEED_RULES,
     nothing_is_ignored,

@@ -37,28 +37,36 @@ def layer_weights(model: ModelConfig) -> int:
     return attention + matrices * model.hidden_size * model.ffn
 
 
-def output_cost(model: ModelConfig, predicted: float = 1.0) -> float:
-    """Work of the output layer in units of one transformer layer: their ratio of weights.
+def layer_flops(model: ModelConfig) -> float:
+    """FLOPs of the forward of one sequence through one layer: 2 s per weight of a matrix product,
+    and 4 s^2 n d for scores and values, counted in full, not halved for the causal mask."""
+    return 2 * model.seq_length * layer_weights(model) + _score_flops(model)
 
-    predicted: share of the tokens that it is computed for.
-    """
-    return predicted * model.vocab_size * model.hidden_size / layer_weights(model)
+
+def _score_flops(model: ModelConfig) -> float:
+    """FLOPs of scores and values in the forward of one sequence through one layer."""
+    return 4 * model.seq_length**2 * model.num_attention_heads * model.head_size
+
+
+def head_flops(model: ModelConfig, head: HeadCost) -> float:
+    """FLOPs of the forward of one sequence through what comes after the layers: the output layer,
+    with BERT's dense layer, for the share of the tokens that is predicted; BERT's pooler and pair
+    head for one token."""
+    h = model.hidden_size
+    columns = model.vocab_size
+    if head.dense:
+        columns += h
+    flops = 2 * head.predicted * model.seq_length * columns * h
+    if head.pair_classes:
+        flops += 2 * h * (h + head.pair_classes)
+    return flops
 
 
 def flops_per_sequence(model: ModelConfig, head: HeadCost | None = None) -> float:
     """Model FLOPs of one training sequence, forward and backward (3 times the forward;
-    recomputation not counted).
-
-    A forward takes 2 s per weight of a matrix product, output layer included, and 4 L s^2 n d for
-    scores and values, counted in full, not halved for the causal mask (Narayanan et al. 2021,
-    appendix, in its general form). BERT's pooler is left out.
-    """
-    head = head or HeadCost()
-    s = model.seq_length
-    output = model.vocab_size + (model.hidden_size if head.dense else 0)
-    weights = model.num_layers * layer_weights(model) + head.predicted * output * model.hidden_size
-    scores = 4 * model.num_layers * s**2 * model.num_attention_heads * model.head_size
-    return 3.0 * (2 * s * weights + scores)
+    recomputation not counted): Narayanan et al. 2021, appendix, in its general form."""
+    layers = model.num_layers * layer_flops(model)
+    return 3.0 * (layers + head_flops(model, head or HeadCost()))
 
 
 def pass_flops(
@@ -68,26 +76,29 @@ def pass_flops(
     F, the forward; I, the gradient of the stage's input; W, the gradients of its weights.
 
     A matrix product with weights takes as much in each of the three. Scores and values have no
-    weights, and twice their forward in I. What is recomputed runs again in I. The last stage also
-    has the output layer. Embedding, norms and loss are left out.
+    weights, and twice their forward in I. What is recomputed runs again in I: of layers all of it,
+    or with selective recomputation their scores and values; of the head, which the last stage has,
+    nothing. Embedding, norms and loss do no matrix products and are left out.
     """
-    tokens = 2 * model.seq_length
-    products = layers * tokens * layer_weights(model)
-    heads = model.num_attention_heads
-    scores = 2 * layers * tokens * model.seq_length * heads * model.head_size
-    output = 0.0
-    if is_last:
-        columns = model.vocab_size + (model.hidden_size if head.dense else 0)
-        output = head.predicted * tokens * columns * model.hidden_size
+    scores = layers * _score_flops(model)
+    layer = layers * layer_flops(model)
+    output = head_flops(model, head) if is_last else 0.0
     again = 0.0
     if recompute.granularity == "full":
-        again = products + scores
+        again = layer
         if recompute.recompute_method == "block":
             again *= min(layers, recompute.recompute_num_layers) / layers
     elif recompute.granularity == "selective":
         again = scores
-    forward = products + scores + output
-    return {"F": forward, "I": forward + scores + again, "W": products + output}
+    forward = layer + output
+    return {"F": forward, "I": forward + scores + again, "W": forward - scores}
+
+
+def stage_flops(
+    model: ModelConfig, head: HeadCost, recompute: RecomputeConfig, *, layers: int, is_last: bool
+) -> float:
+    """FLOPs of the forward and backward of one sequence on a stage, as `pass_flops`."""
+    return sum(pass_flops(model, head, recompute, layers=layers, is_last=is_last).values())
 
 
 def activation_bytes(

@@ -12,6 +12,10 @@ OF_DATA_RANKS = (
     "ddp_bucket_size",
 )
 """Fields of what the optimizer divides over the data-parallel ranks and sends between them."""
+OF_ENDS = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+OF_EVEN_SPLIT = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+OF_SPLIT = ("pipeline_split", *OF_ENDS, *OF_EVEN_SPLIT)
+"""Fields that say how layers are divided into stages."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,17 @@ class ParallelConfig:
     """Ranks that share each layer's weights, t."""
     pipeline_model_parallel_size: Annotated[int, Field(minimum=1, aliases=("--pp",))] = 1
     """Stages the layers are divided into, p."""
+    pipeline_split: Annotated[tuple[str, ...] | None, Field(metavar="N,N,...")] = None
+    """Layers of each stage, as 5,7,7,5. Unset: the stages get about equal work, by an estimate that
+    counts the output layer."""
+    decoder_first_pipeline_num_layers: Annotated[int | None, Field(minimum=1)] = None
+    """Layers of the first pipeline rank; the others share the rest evenly."""
+    decoder_last_pipeline_num_layers: Annotated[int | None, Field(minimum=1)] = None
+    """Layers of the last pipeline rank; the others share the rest evenly."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """Divide the layers evenly, counting the embedding as one layer of the first stage."""
+    account_for_loss_in_pipeline_split: bool = False
+    """Divide the layers evenly, counting output layer and loss as one layer of the last stage."""
     sequence_parallel: Annotated[bool, Field(aliases=("--sp",))] = False
     """Split norms, dropout and residuals along the sequence over the tensor-parallel ranks. Needs
     --tp > 1."""
@@ -80,3 +95,14 @@ class ParallelConfig:
     def bucket_size(self, data_ranks: int) -> int:
         """--ddp-bucket-size, with its default filled in."""
         return self.ddp_bucket_size or max(40_000_000, 1_000_000 * data_ranks)
+
+    @property
+    def split_is_given(self) -> bool:
+        """Whether a flag says how layers are divided into stages."""
+        of_ends = (self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers)
+        return (
+            self.pipeline_split is not None
+            or of_ends != (None, None)
+            or self.account_for_embedding_in_pipeline_split
+            or self.account_for_loss_in_pipeline_split
+        )

@@ -63,6 +63,11 @@ class Pipeline:
         """Stages of the model, p v."""
         return self.ranks * self.chunks
 
+    @property
+    def rank_of_stage(self) -> tuple[int, ...]:
+        """The rank that holds each stage, in the order of the model."""
+        return tuple(self.rank_of(stage) for stage in range(self.stages))
+
     def rank_of(self, stage: int) -> int:
         """The rank that holds a stage."""
         chunk, position = divmod(stage, self.ranks)
@@ -279,8 +284,8 @@ SCHEDULES = {
 
 
 def pipeline_of(config: ParallelConfig) -> Pipeline:
-    """The pipeline of a configuration."""
-    schedule = SCHEDULES[config.schedule]
+    """The pipeline of a configuration; with `auto`, which is still to choose, that of 1F1B."""
+    schedule = SCHEDULES.get(config.schedule, SCHEDULES["1f1b"])
     chunks = config.num_virtual_stages_per_pipeline_rank or schedule.chunks.start
     return Pipeline(config.pipeline_model_parallel_size, chunks, schedule.v_shaped)
 

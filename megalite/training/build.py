@@ -26,8 +26,7 @@ from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rendezvous import meet
 from megalite.parallel.rng import CounterBasedRng, Rng, RngTracker
 from megalite.pipeline.engine import PipelineEngine
-from megalite.pipeline.partition import layers_of_stages
-from megalite.pipeline.schedules import Pipeline, pipeline_of
+from megalite.pipeline.schedules import Pipeline
 from megalite.watch.agreement import compare_facts
 
 
@@ -42,7 +41,7 @@ def build_context(config: RunConfig, launch: LaunchInfo) -> tuple[ParallelContex
     """
     # Choose the layout, the device and the backend.
     parallel = config.parallel
-    pipeline = pipeline_of(parallel)
+    pipeline = config.pipeline
     layout = ParallelLayout.for_world(
         launch.world_size,
         tensor=parallel.tensor_model_parallel_size,
@@ -129,8 +128,11 @@ class TrainingComponents:
 def build_model(config: RunConfig, context: ParallelContext, rng: Rng) -> Stages:
     """This rank's stages of the model, with their initial weights; the whole model as one stage
     where one rank is alone, whatever pipeline the configuration has."""
-    pipeline = pipeline_of(config.parallel) if context.pipeline.size > 1 else Pipeline()
-    layers = layers_of_stages(config.model, pipeline.stages, config.predicted)
+    pipeline = Pipeline()
+    layers = [range(config.model.num_layers)]
+    if context.pipeline.size > 1:
+        pipeline = config.pipeline
+        layers = config.layers_of_stages
     settings = LayerSettings(
         config.model,
         context,

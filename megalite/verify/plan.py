@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from megalite.config import cli, validate
 from megalite.config.flags import read_own_flags
@@ -10,8 +10,8 @@ from megalite.config.problem import ConfigError, Problem
 from megalite.config.run import RunConfig, options, to_flat, with_values
 from megalite.fields import Field
 from megalite.nn.config import ModelConfig, RecomputeConfig
+from megalite.parallel.config import OF_SPLIT
 from megalite.parallel.launch import LaunchInfo
-from megalite.pipeline.schedules import pipeline_of
 
 STEP_FIELDS = "micro_batch_size global_batch_size seed rng_scheme precision bf16 fp16".split()
 """What the numbers of one step depend on, beside the model, the layout and the data."""
@@ -142,6 +142,8 @@ def _reference(config: RunConfig, own: VerifyOptions) -> RunConfig:
         "pipeline_model_parallel_size": own.reference_pp,
     }
     plain = replace(config, recompute=RecomputeConfig())
+    for key in OF_SPLIT:
+        sizes[key] = options()[key].default
     schedule = {"pipeline_schedule": "1f1b", "num_virtual_stages_per_pipeline_rank": 1}
     return with_values(plain, sizes | schedule | {"sequence_parallel": False})
 
@@ -150,12 +152,12 @@ def shrunk(config: RunConfig, world_size: int, other_replicas: int = 1) -> RunCo
     """A resolved configuration made small: fewer and narrower layers, a shorter sequence, fewer
     entries and samples.
 
-    Layout and structure stay: shares of ranks, grouped queries, uneven stages, padding, recompute.
+    Layout and structure stay: shares of ranks, grouped queries, given splits, padding, recompute.
     The global batch can still be divided over `other_replicas`, if it could before.
     """
     d = config.data
     t = config.parallel.tensor_model_parallel_size
-    pipeline = pipeline_of(config.parallel)
+    pipeline = config.pipeline
     stages = pipeline.stages
     # The batch. One microbatch more than there are stages shows the pipeline's steady state.
     replicas = world_size // (t * pipeline.ranks)
@@ -166,6 +168,10 @@ def shrunk(config: RunConfig, world_size: int, other_replicas: int = 1) -> RunCo
     values = {"micro_batch_size": rows, "global_batch_size": rows * replicas * microbatches}
     # The model. The ids of real data must still fit its vocabulary.
     model = _shrunk_model(config.model, t, stages)
+    if config.parallel.split_is_given:
+        counts = _shrunk_split(config)
+        model = replace(model, num_layers=sum(counts))
+        values |= _split_values(config, counts)
     if not d.mock_data:
         values["vocab_size"] = config.model.vocab_size
     # Layers that are recomputed together.
@@ -174,6 +180,30 @@ def shrunk(config: RunConfig, world_size: int, other_replicas: int = 1) -> RunCo
         most = model.num_layers // stages
         values["recompute_num_layers"] = min(config.recompute.recompute_num_layers, most)
     return with_values(replace(config, model=model), values)
+
+
+def _shrunk_split(config: RunConfig) -> list[int]:
+    """Layers of each stage where flags say how they are divided: 1 for the smallest stages, 2 for
+    the next larger ones, and so on."""
+    counts = list(map(len, config.layers_of_stages))
+    sizes = sorted(set(counts))
+    return [1 + sizes.index(count) for count in counts]
+
+
+def _split_values(config: RunConfig, counts: list[int]) -> dict[str, Any]:
+    """What the flags of the split become where they give these layers of each stage."""
+    parallel = config.parallel
+    if parallel.pipeline_split is not None:
+        return {"pipeline_split": (",".join(map(str, counts)),)}
+    of_rank = [0] * parallel.pipeline_model_parallel_size
+    for stage, count in enumerate(counts):
+        of_rank[config.pipeline.rank_of(stage)] += count
+    values = {}
+    if parallel.decoder_first_pipeline_num_layers is not None:
+        values["decoder_first_pipeline_num_layers"] = of_rank[0]
+    if parallel.decoder_last_pipeline_num_layers is not None:
+        values["decoder_last_pipeline_num_layers"] = of_rank[-1]
+    return values
 
 
 def _shrunk_model(m: ModelConfig, t: int, stages: int) -> ModelConfig:

@@ -66,6 +66,14 @@ LOOPED = ["FFFFFBFBFBFBBBBB", "FFFBFBFBFBFBFBBB"]
 """With two stages on each rank."""
 DIVIDED = ["FFBBFBBFBBBB", "FBFBBFBBFBBB"]
 V_SHAPED = ["FFFFBBFBBFBBFBBBBFBBBBBB", "FFFFBBFBBFBBFBBFBBBBBBBB"]
+DEEP_STAGES = STAGES | {"num_layers": 4}
+
+
+def second_stage(layers: str) -> str:
+    """What a dry run prints of the second stage's layers."""
+    return f"rank 1 (stage 1, data 0, tensor 0): layers {layers}"
+
+
 FLAGS: dict[str, list[Effect]] = {
     # model
     "architecture": [effect("bert", losses_from(1), says("mlm loss"))],
@@ -274,8 +282,35 @@ FLAGS: dict[str, list[Effect]] = {
     "tensor_model_parallel_size": [
         dry(2, shape("layers.0.mlp.up.weight", 32, 16), same_dry_loss, ranks=2)
     ],
-    "pipeline_model_parallel_size": [
-        dry(2, prints("rank 1 (stage 1, data 0, tensor 0): layers 1-1"), same_dry_loss, ranks=2)
+    "pipeline_model_parallel_size": [dry(2, prints(second_stage("1-1")), same_dry_loss, ranks=2)],
+    # Of 4 layers, 2 and 2 by default; of 3, 2 and 1.
+    "pipeline_split": [
+        dry(("1,3",), prints(second_stage("1-3")), same_dry_loss, base=DEEP_STAGES, ranks=2)
+    ],
+    "decoder_first_pipeline_num_layers": [
+        dry(1, prints(second_stage("1-3")), same_dry_loss, base=DEEP_STAGES, ranks=2)
+    ],
+    "decoder_last_pipeline_num_layers": [
+        dry(1, prints(second_stage("3-3")), same_dry_loss, base=DEEP_STAGES, ranks=2)
+    ],
+    "account_for_embedding_in_pipeline_split": [
+        dry(
+            True,
+            prints(second_stage("1-2")),
+            same_dry_loss,
+            base=STAGES | {"num_layers": 3},
+            ranks=2,
+        )
+    ],
+    "account_for_loss_in_pipeline_split": [
+        # The output layer weighs more than 7 layers.
+        dry(
+            True,
+            prints(second_stage("3-4")),
+            same_dry_loss,
+            base=STAGES | {"num_layers": 5, "vocab_size": 2000},
+            ranks=2,
+        )
     ],
     "sequence_parallel": [
         dry(

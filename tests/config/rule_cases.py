@@ -117,6 +117,73 @@ CASES = {
         2,
         "--memory-limit-gib 0.1 every schedule GiB",
     ),
+    "stages of one rank": (
+        dict(pipeline_split=("12",)),
+        1,
+        "--pipeline-split 12 no effect one pipeline stage",
+    ),
+    "idle first rank": (
+        dict(decoder_first_pipeline_num_layers=2),
+        1,
+        "--decoder-first-pipeline-num-layers 2 no effect",
+    ),
+    "idle account": (
+        dict(account_for_loss_in_pipeline_split=True),
+        1,
+        "--account-for-loss-in-pipeline-split no effect",
+    ),
+    "split in two ways": (
+        PIPELINE | dict(pipeline_split=("6,6",), decoder_last_pipeline_num_layers=6),
+        2,
+        "--pipeline-split 6,6 --decoder-last-pipeline-num-layers 6 2 ways",
+    ),
+    "split in three ways": (
+        PIPELINE
+        | dict(pipeline_split=("6,6",), decoder_last_pipeline_num_layers=6)
+        | dict(account_for_loss_in_pipeline_split=True),
+        2,
+        "--pipeline-split --account-for-loss-in-pipeline-split 3 ways",
+    ),
+    "given end and account": (
+        PIPELINE
+        | dict(num_layers=11, decoder_first_pipeline_num_layers=4)
+        | dict(account_for_loss_in_pipeline_split=True),
+        2,
+        "--decoder-first-pipeline-num-layers 4 --account-for-loss-in-pipeline-split",
+    ),
+    "words of a split": (PIPELINE | dict(pipeline_split=("6", "x")), 2, "--pipeline-split 6,x 'x'"),
+    "a stage without layers": (PIPELINE | dict(pipeline_split=("12,0",)), 2, "12,0 '0'"),
+    "too many of a split": (
+        PIPELINE | dict(pipeline_split=("4,4,4",)),
+        2,
+        "4,4,4 3 numbers 2 stages --pp 2",
+    ),
+    "sum of a split": (
+        PIPELINE | dict(pipeline_split=("6,7",)),
+        2,
+        "--pipeline-split 6,7 13 --num-layers 12",
+    ),
+    "rest of a given end": (
+        dict(pipeline_model_parallel_size=3, decoder_first_pipeline_num_layers=3),
+        3,
+        "--decoder-first-pipeline-num-layers 3 --num-layers 12 9 2",
+    ),
+    "no rest of given ends": (
+        dict(pipeline_model_parallel_size=3)
+        | dict(decoder_first_pipeline_num_layers=8, decoder_last_pipeline_num_layers=7),
+        3,
+        "--decoder-first-pipeline-num-layers 8 --decoder-last-pipeline-num-layers 7 12",
+    ),
+    "sum of given ends": (
+        PIPELINE | dict(decoder_first_pipeline_num_layers=5, decoder_last_pipeline_num_layers=6),
+        2,
+        "first 5 last 6 --num-layers 12",
+    ),
+    "account does not divide": (
+        PIPELINE | dict(account_for_embedding_in_pipeline_split=True),
+        2,
+        "--account-for-embedding-in-pipeline-split 12 13 2 --pp 2",
+    ),
     "ranks": (
         dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
         6,

@@ -6,12 +6,11 @@ from dataclasses import replace
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from megalite.models.cost import flops_per_sequence, layer_weights, output_cost
+from megalite.models.cost import HeadCost, flops_per_sequence, layer_weights, stage_flops
 from megalite.models.shapes import decays, stage_shapes
-from megalite.nn.config import ModelConfig
+from megalite.nn.config import ModelConfig, RecomputeConfig
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.rng import CounterBasedRng
-from megalite.pipeline.partition import layers_of_stages
 from megalite.training.build import build_model
 from tests.layouts import GPT2, LAYOUTS, LLAMA, Layout, configuration
 from tests.tiny import build, context_of
@@ -35,16 +34,18 @@ NAMED = [x for x in LAYOUTS if x.dp == 1 and not x.packing]
 
 @pytest.mark.parametrize("layout", NAMED, ids=lambda layout: layout.name)
 def test_shapes_are_those_of_the_model(layout):
-    """Names and shapes of every parameter on the first rank of every stage."""
+    """Names and shapes of every parameter on the first rank of every stage or stages."""
     config = configuration(layout)
     sizes = ParallelLayout(tensor=layout.tp, pipeline=layout.pp)
     model = config.model
-    stages = layers_of_stages(model, layout.pp, config.predicted)
-    for stage, rank in zip(stages, sizes.group_of(0, "pipeline")):
+    for position, rank in enumerate(sizes.group_of(0, "pipeline")):
         context = context_of(sizes, rank)
         built = build_model(config, context, CounterBasedRng.for_seed(0))
         rows = model.padded_vocabulary(layout.tp) // layout.tp
-        found = stage_shapes(model, config.head_cost, stage, rows=rows, tensor=layout.tp)
+        found = {}
+        for stage in config.pipeline.stages_of(position):
+            layers = config.layers_of_stages[stage]
+            found |= stage_shapes(model, config.head_cost, layers, rows=rows, tensor=layout.tp)
         parameters = built.parameters_by_name
         assert found == {name: p.shape for name, p in parameters.items()}
         assert all(decays(name) == p.spec.weight_decay for name, p in parameters.items())
@@ -64,21 +65,39 @@ def test_torch_counts_as_many_in_a_forward(shape):
     assert 3 * counter.get_total_flops() == flops_per_sequence(tiny.config.model)
 
 
-def test_output_cost_is_the_ratio_of_weights():
-    """GPT-2: 50257 x 768 against 12 x 768^2 of a layer. Llama 3 70B has 8 groups of 64 heads, an
-    MLP of three matrices."""
-    gpt2 = ModelConfig(vocab_size=50257)
-    assert output_cost(gpt2) == pytest.approx(50257 / (12 * 768))
-    llama = ModelConfig(
-        hidden_size=8192,
-        num_attention_heads=64,
-        num_query_groups=8,
-        ffn_hidden_size=28672,
-        swiglu=True,
-        vocab_size=128256,
-    )
-    assert output_cost(llama) == pytest.approx(1.228, abs=1e-3)
-    assert output_cost(llama, predicted=0.15) == pytest.approx(0.15 * output_cost(llama))
+def test_work_of_stages():
+    """In units of 2 s h^2: GPT-2's layer has 12 + 2 s / h, with its scores and values; its output
+    layer v / h. BERT's output layer is computed for some tokens, its pooler for one."""
+    h, s, v = 768, 1024, 50257
+    gpt2 = ModelConfig(vocab_size=v)
+    layer = 12 + 2 * s / h
+    unit = 2 * s * h**2
+    gpt = HeadCost()
+
+    def work(layers: int, is_last: bool, head: HeadCost = gpt, **recompute) -> float:
+        how = RecomputeConfig(**recompute)
+        return stage_flops(gpt2, head, how, layers=layers, is_last=is_last) / unit
+
+    assert work(5, False) == pytest.approx(3 * 5 * layer)
+    assert work(5, True) == pytest.approx(3 * (5 * layer + v / h))
+    bert = HeadCost(predicted=0.15, dense=True, pair_classes=2)
+    pooled = (1 + 2 / h) / s
+    assert work(5, True, bert) == pytest.approx(3 * (5 * layer + 0.15 * (v / h + 1) + pooled))
+    # Recomputation adds forwards of layers, and none of the head.
+    full = {"recompute_granularity": "full"}
+    assert work(5, True, **full) == pytest.approx(4 * 5 * layer + 3 * v / h)
+    block = full | {"recompute_method": "block", "recompute_num_layers": 2}
+    assert work(5, False, **block) == pytest.approx((3 * 5 + 2) * layer)
+    assert work(1, False, **block) == pytest.approx(4 * layer)
+    assert work(5, False, recompute_activations=True) == pytest.approx(5 * (3 * layer + 2 * s / h))
+
+
+def test_stages_together_do_what_the_model_does():
+    model = ModelConfig(vocab_size=50257)
+    for head in (HeadCost(), HeadCost(predicted=0.15, dense=True, pair_classes=2)):
+        work = stage_flops(model, head, RecomputeConfig(), layers=7, is_last=False)
+        work += stage_flops(model, head, RecomputeConfig(), layers=5, is_last=True)
+        assert work == pytest.approx(flops_per_sequence(model, head), rel=1e-14)
 
 
 def test_head_size_counts():

@@ -1,13 +1,14 @@
 """What tools/verify_layouts.py plans: shrunk configurations, both layouts' flags, problems."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
 
 from megalite.config import validate
 from megalite.config.problem import ConfigError
-from megalite.config.run import from_flat
+from megalite.config.run import from_flat, options
 from megalite.data.mock import MockDataset
 from megalite.parallel.launch import LaunchInfo
 from megalite.verify.plan import plan, shrunk
@@ -99,6 +100,48 @@ def test_shrunk_configurations_are_valid_and_of_the_same_structure(flags):
     assert [getattr(n, key) for key in same] == [getattr(m, key) for key in same]
     stages = config.parallel.pipeline_model_parallel_size
     assert (n.num_layers % stages == 0) == (m.num_layers % stages == 0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "flags", "small_layers", "small"),
+    [
+        (24, {"pipeline_split": ("5,7,7,5",)}, 6, {"pipeline_split": ("1,2,2,1",)}),
+        (24, {"pipeline_split": ("9", "7", "3", "5")}, 10, {"pipeline_split": ("4,3,1,2",)}),
+        (8, {"pipeline_split": ("2,2,2,2",)}, 4, {"pipeline_split": ("1,1,1,1",)}),
+        (
+            61,
+            {"decoder_first_pipeline_num_layers": 13, "decoder_last_pipeline_num_layers": 14},
+            9,
+            {"decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 2},
+        ),
+        (24, {"decoder_last_pipeline_num_layers": 3}, 7, {"decoder_last_pipeline_num_layers": 1}),
+        (
+            22,
+            {
+                "account_for_embedding_in_pipeline_split": True,
+                "account_for_loss_in_pipeline_split": True,
+            },
+            6,
+            {},
+        ),
+    ],
+)
+def test_a_given_split_is_shrunk_in_proportion(layers, flags, small_layers, small):
+    """Stages keep their order by size; in the reference, the flags of the split do not count."""
+    argv = ["--shrink", "--pp", "4", "--num-layers", str(layers), "--vocab-size", "512"]
+    argv += ["--reference-pp", "2"]
+    for key, value in flags.items():
+        argv += options()[key].setting(value).split()
+    made = plan(argv, ALONE)
+    before = from_flat({"num_layers": layers, "pp": 4} | flags).layers_of_stages
+    after = made.chosen.layers_of_stages
+    for one, other in combinations(range(4), 2):
+        assert (len(before[one]) < len(before[other])) == (len(after[one]) < len(after[other]))
+    assert made.chosen.model.num_layers == small_layers
+    for key, value in (flags | small).items():
+        assert getattr(made.chosen.parallel, key) == value
+    assert not made.reference.parallel.split_is_given
+    assert made.reference.model == made.chosen.model
 
 
 def problems_of(*argv: str, launch: LaunchInfo = ALONE) -> str:

@@ -14,6 +14,7 @@ from megalite.data.config import NO_SPECIAL_TEXTS, TOKENIZER_FILES
 from megalite.models.shapes import decays
 from megalite.optim.config import OptimizerConfig
 from megalite.optim.treatment import treatment_of
+from megalite.parallel.config import OF_SPLIT
 
 NEEDS_EOD = keys_where(lambda field: field.needs_eod)
 IDLE_FOR = {
@@ -88,6 +89,9 @@ def _other_values(config: RunConfig) -> Iterator[Idle]:
 def _layout_and_model(config: RunConfig) -> Iterator[Idle]:
     p = config.parallel
     m = config.model
+    if p.pipeline_model_parallel_size == 1:
+        fix = {"pipeline_model_parallel_size": 2}
+        yield OF_SPLIT, "with one pipeline stage", fix
     if p.hang_timeout >= 60 * p.distributed_timeout_minutes:
         why = "since --distributed-timeout-minutes ends the run earlier"
         yield ("hang_timeout",), why, {"distributed_timeout_minutes": 60.0}

@@ -19,14 +19,14 @@ from megalite.config.rules.finding import (
 )
 from megalite.config.rules.tokenizer import tokenizer_is_whole
 from megalite.config.run import RunConfig, options, to_flat
-from megalite.config.schedule import STAGES_ON_A_RANK, chunks_on_a_rank
+from megalite.config.schedule import STAGES_ON_A_RANK
 from megalite.data.gpt import parse_split
 from megalite.data.indexed import DatasetError
 from megalite.data.sources import parse_sources
 from megalite.models.shapes import decays
 from megalite.optim.config import EXAMPLE_GROUPS
 from megalite.optim.treatment import parse_group, treatment_of
-from megalite.pipeline.partition import layers_of_stages
+from megalite.parallel.config import OF_SPLIT
 from megalite.system.apex import ADAM, INSTALL, NORMS, why_no_apex
 
 SHORT_FORMS = (
@@ -57,21 +57,23 @@ def stages_hold_recomputed_layers(config: RunConfig, world_size: int) -> Iterato
     """No more layers are recomputed at a time than a stage holds."""
     r = config.recompute
     model = config.model
-    stages = config.parallel.pipeline_model_parallel_size * chunks_on_a_rank(config)
+    stages = config.pipeline.stages
     if r.granularity != "full" or r.recompute_activations or stages > model.num_layers:
         return
-    if model.vocab_size is not None:
-        most = max(map(len, layers_of_stages(model, stages, config.predicted)))
-    elif model.num_layers % stages == 0:
-        most = model.num_layers // stages
-    else:  # the vocabulary is still to be read from a file: the most that a stage could have
-        most = model.num_layers - stages + 1
+    if config.model.vocab_size is None and not config.parallel.split_is_given:
+        # The vocabulary is still to be read from a file: the most that a stage could have.
+        most = config.model.num_layers - stages + 1
+    else:
+        try:
+            most = max(map(len, config.layers_of_stages))
+        except ValueError:  # layers_can_be_divided says it
+            return
     if r.recompute_num_layers > most:
         yield Finding(
             f"--recompute-num-layers {r.recompute_num_layers} is more than the {most} layers of "
             "the largest stage",
             {"recompute_num_layers": most},
-            also=("num_layers", "pipeline_model_parallel_size", *STAGES_ON_A_RANK),
+            also=("num_layers", "pipeline_model_parallel_size", *STAGES_ON_A_RANK, *OF_SPLIT),
         )
 
 

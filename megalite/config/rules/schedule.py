@@ -16,15 +16,7 @@ from megalite.config.rules.finding import (
 )
 from megalite.config.rules.tokenizer import build_tokenizer
 from megalite.config.run import RunConfig, options, with_values
-from megalite.config.schedule import (
-    GIB,
-    STAGES_ON_A_RANK,
-    candidates,
-    chunks_on_a_rank,
-    given_chunks,
-    memory_limit,
-    schedule_name,
-)
+from megalite.config.schedule import GIB, STAGES_ON_A_RANK, candidates, memory_limit, schedule_name
 from megalite.data.tokenizers import TokenizerError
 from megalite.pipeline.schedules import SCHEDULES
 
@@ -86,7 +78,7 @@ def schedule_takes_its_stages(config: RunConfig, world_size: int) -> Iterator[Fi
     """The schedule is made for as many stages on a rank as are given."""
     p = config.parallel
     name = p.pipeline_schedule
-    given = given_chunks(config)
+    given = config.given_chunks
     if p.pipeline_model_parallel_size == 1 or name in (None, "auto") or given is None:
         return
     takes = SCHEDULES[name].chunks
@@ -116,7 +108,7 @@ def virtual_stages_hold_layers(config: RunConfig, world_size: int) -> Iterator[F
     """At least one layer for every stage, where a rank holds several."""
     ranks = config.parallel.pipeline_model_parallel_size
     layers = config.model.num_layers
-    chunks = chunks_on_a_rank(config)
+    chunks = config.pipeline.chunks
     if chunks == 1 or ranks == 1 or not ranks <= layers < ranks * chunks:
         return
     name = schedule_name(config)
@@ -188,7 +180,7 @@ def a_schedule_fits_the_memory(config: RunConfig, world_size: int) -> Iterator[F
     d = config.data
     batch = global_batch(config, world_size)
     sound = (
-        1 < ranks <= ranks * chunks_on_a_rank(config) <= config.model.num_layers
+        1 < ranks <= ranks * config.pipeline.chunks <= config.model.num_layers
         and world_size % (t * ranks) == 0
         and batch % (d.micro_batch_size * data_parallel_size(config, world_size)) == 0
     )
