@@ -193,11 +193,11 @@ def _layers(config: RunConfig, estimates: list[RankEstimate]) -> str:
         text = f"{', '.join(words)} ({schedule}, {chunks} stages a rank)"
     if len(estimates) > 1:
         # A microbatch whose activations are kept of one of a rank's stages counts in part.
+        held = max(rank.in_flight / len(rank.stages) for rank in estimates)
+        text += f", at most {held:g} microbatches in flight"
         work = work_of_ranks(config)
         relative = max(work) * len(work) / sum(work)
         text += f", the busiest rank has {relative:.2f} times the mean work"
-        held = max(rank.in_flight / len(rank.stages) for rank in estimates)
-        text += f", at most {held:g} microbatches in flight"
     if config.recompute.granularity != "none":
         text += f", recompute {config.recompute.granularity}"
     return text

@@ -145,7 +145,8 @@ def test_the_summary_of_ranks_that_hold_unequal_stages():
 
 
 def test_the_summary_says_what_unequal_stages_cost():
-    text = " ".join(" ".join(summary_lines(resolved(PIPELINE | {"vocab_size": 50257}), 4)).split())
+    flags = PIPELINE | {"vocab_size": 50257, "pipeline_split": ("4,4,4,4",)}
+    text = " ".join(" ".join(summary_lines(resolved(flags), 4)).split())
     assert "pipeline bubble 9.4% of the ideal time, 7" in text and "by the work of each" in text
     assert "by the work" not in "".join(summary_lines(resolved(SOUND, 1), 1))
 
