@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -57,6 +57,17 @@ def parse_and_check(
     the program with status 0. Problems are all printed, by rank 0, and end every rank with status
     2. Otherwise, sets TORCH_CPP_LOG_LEVEL for torch, which is still to be loaded.
     """
+    return parse_with_given(argv, description, launch, architecture)[1]
+
+
+def parse_with_given(
+    argv: list[str],
+    description: str = "",
+    launch: LaunchInfo | None = None,
+    architecture: str | None = None,
+) -> tuple[Collection[str], RunConfig]:
+    """(keys of the fields that the command line and its file give, the configuration as
+    `parse_and_check`)."""
     if launch is None:
         launch = detect_launch_or_exit()
     quiet = launch.rank != 0
@@ -78,7 +89,7 @@ def parse_and_check(
     if not command.print_config and config.parallel.world_size is None:
         # When rank 0 dies, every other rank would bury what it says under a stack of C++ frames.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        return resolved
+        return set(values), resolved
     if not quiet and command.print_config:
         print(to_yaml(with_values(given(resolved), {"world_size": None})), end="")
     elif not quiet:

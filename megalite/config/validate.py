@@ -7,7 +7,7 @@ so that no rule sees them. Whatever would be silently ignored is a problem.
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ from megalite.config.rules.finding import (
 )
 from megalite.config.rules.gpt import GPT_FILE_RULES, GPT_RULES
 from megalite.config.rules.layout import LAYOUT_RULES
-from megalite.config.rules.resume import rule_of_changes
+from megalite.config.rules.resume import RESUME_RULES, rule_of_changes
 from megalite.config.rules.run import RUN_RULES
 from megalite.config.rules.tokenizer import build_tokenizer, files_of
 from megalite.config.run import RunConfig, options, to_flat, with_published, with_values
@@ -43,7 +43,7 @@ PURE_RULES: tuple[Rule, ...] = (
 """Rules of every architecture that read no file."""
 RULES_OF = {"gpt": (*PURE_RULES, *GPT_RULES), "bert": (*PURE_RULES, *BERT_RULES)}
 """Rules that read no file, by architecture."""
-COMMON_FILE_RULES: tuple[Rule, ...] = (*FILE_RULES, *DEEPSPEED_FILE_RULES)
+COMMON_FILE_RULES: tuple[Rule, ...] = (*FILE_RULES, *RESUME_RULES, *DEEPSPEED_FILE_RULES)
 FILE_RULES_OF = {
     "gpt": (*COMMON_FILE_RULES, *GPT_FILE_RULES),
     "bert": (*COMMON_FILE_RULES, *BERT_FILE_RULES),
@@ -69,17 +69,35 @@ def check(
     senseless = {key for problem in problems for key in problem.keys}
     sane = with_values(config, {key: options()[key].default for key in senseless})
     # Values together, and with files.
-    before = failures(sane, world_size)
     architecture = sane.model.architecture
     file_rules = FILE_RULES_OF[architecture]
     if given is not None:
         file_rules = (*file_rules, rule_of_changes(given))
-    for rule in (*RULES_OF[architecture], *file_rules):
-        for finding in rule(sane, world_size):
-            if senseless.isdisjoint(finding.keys):
-                fix = _working_fixes(sane, world_size, rule, finding=finding, before=before)
-                problem = Problem(finding.message, fix, finding.keys, of_node=rule in file_rules)
-                problems.append(problem)
+    found = [
+        *problems_by(RULES_OF[architecture], sane, world_size),
+        *problems_by(file_rules, sane, world_size, of_node=True),
+    ]
+    return [*problems, *(p for p in found if senseless.isdisjoint(p.keys))]
+
+
+def check_checkpoint(
+    config: RunConfig, world_size: int, given: Collection[str] | None
+) -> list[Problem]:
+    """The problems of `check` that the checkpoint to load has with the run."""
+    rules = RESUME_RULES if given is None else (*RESUME_RULES, rule_of_changes(given))
+    return problems_by(rules, config, world_size, of_node=True)
+
+
+def problems_by(
+    rules: Iterable[Rule], config: RunConfig, world_size: int, of_node: bool = False
+) -> list[Problem]:
+    """What these rules find, with the fixes that work."""
+    before = failures(config, world_size)
+    problems = []
+    for rule in rules:
+        for finding in rule(config, world_size):
+            fix = _working_fixes(config, world_size, rule, finding=finding, before=before)
+            problems.append(Problem(finding.message, fix, finding.keys, of_node))
     return problems
 
 

@@ -321,17 +321,17 @@ def load_published(parts: TrainingComponents, folder: str) -> Progress:
         return Progress(notes=notes + published.notes)
 
 
-def load_pretrained(parts: TrainingComponents, config: RunConfig) -> Progress:
-    """Start from the weights in --pretrained-checkpoint, of any layout.
+def load_pretrained(parts: TrainingComponents, config: RunConfig, step: int) -> Progress:
+    """Read the weights of iteration `step` in --pretrained-checkpoint, of any layout. Nothing
+    communicates, as in `read_state`.
 
-    Collective. Raises CheckpointError when they are not those of this model.
+    Raises CheckpointError when they are not those of this model, DamagedCheckpointError when they
+    are damaged.
     """
     options = config.checkpoint
     verify = options.verify_checkpoint == "on"
-    with Checkpoint.open(options.pretrained_checkpoint, verify=verify) as checkpoint:
-        progress = _weights_alone(checkpoint, parts, config, "--pretrained-checkpoint")
-    parts.optimizer.weights_were_set()
-    return progress
+    with Checkpoint.open(options.pretrained_checkpoint, step, verify) as checkpoint:
+        return _weights_alone(checkpoint, parts, config, "--pretrained-checkpoint")
 
 
 def _weights_alone(
