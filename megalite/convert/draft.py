@@ -15,11 +15,16 @@ SPARE_BYTES = 1 << 24
 
 
 def folder_problem(folder: Path) -> str | None:
-    """Why a folder cannot be made: there is something in its place that would be overwritten."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return None
-    if folder.exists() or folder.is_symlink():
+    """Why a folder cannot be made: there is something in its place that would be overwritten, or
+    nothing can be written where it would be."""
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if not is_empty and (folder.exists() or folder.is_symlink()):
         return f"{folder} exists already, and nothing is overwritten: give another folder"
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not above.is_dir():
+        return f"{folder}: {above} is a file, not a folder: give another folder"
+    if not os.access(above, os.W_OK | os.X_OK):
+        return f"{folder}: nothing can be written in {above}: give another folder"
     return None
 
 

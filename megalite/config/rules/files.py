@@ -34,7 +34,7 @@ from megalite.config.run import (
     with_values,
 )
 from megalite.config.yaml_file import config_of_checkpoint
-from megalite.convert.published import find_tensors, read_published, stored_tensors
+from megalite.convert.published import read_folder
 from megalite.data.build import data_state
 from megalite.data.config import TOKENIZER_FIELDS
 from megalite.data.indexed import DatasetError
@@ -243,7 +243,7 @@ def published_weights_are_whole(config: RunConfig, world_size: int) -> Iterator[
     if folder is None or checkpoint_to_load(config)[0] is not None:
         return
     try:
-        find_tensors(read_published(folder), stored_tensors(Path(folder)))
+        read_folder(folder)
     except CheckpointError as error:
         for problem in published_problems(error):
             yield Finding(problem.message, problem.fix)
