@@ -16,8 +16,8 @@ from megalite.checkpoint.folder import CheckpointError, has_checkpoint
 from megalite.config.options import DECIMAL, Option, nearest, options_of
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.training import TrainingConfig
-from megalite.convert.formats import FORMATS, format_of
-from megalite.convert.published import Published, read_folder, read_published
+from megalite.convert.formats import FORMATS, formats_in
+from megalite.convert.published import CONFIG_JSON, ONE_FILE, Published, read_folder, read_published
 from megalite.convert.tokenizer_files import tokenizer_of
 from megalite.data.batch_sizes import START, BatchSizes, Point
 from megalite.data.bert_config import BertDataConfig
@@ -221,14 +221,10 @@ def fill_published(values: dict[str, Any]) -> tuple[dict[str, Any], list[Problem
     folder = values.get("load_hf")
     if not folder:
         return values, []
+    _check_folder(Path(folder))
     try:
         published = read_published(folder)
     except CheckpointError as error:
-        there = format_of(Path(folder))
-        if there in OTHER_FORMATS:
-            message = f"--load-hf {folder} holds {FORMATS[there]}, and no model of Hugging Face"
-            fix = OTHER_FORMATS[there].format(folder)
-            raise ConfigError([Problem(message, fix, ("load_hf",))]) from None
         raise ConfigError(published_problems(_all_that_is_wrong(error, values))) from None
     problems = contradictions(values, published)
     wrong = {key for problem in problems for key in problem.keys}
@@ -241,6 +237,24 @@ def fill_published(values: dict[str, Any]) -> tuple[dict[str, Any], list[Problem
     if values.get("seq_length") is None:
         filled["seq_length"] = min(filled["seq_length"], filled["max_position_embeddings"])
     return filled, problems
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ConfigError where --load-hf is no folder, or one of another format."""
+    there = formats_in(folder)
+    given = f"--load-hf {folder}"
+    if not folder.exists():
+        message = f"{given}: there is no such folder; nothing is downloaded"
+        fix = f"--load-hf FOLDER with {CONFIG_JSON} and {ONE_FILE}"
+    elif not folder.is_dir():
+        message = f"{given} is a file"
+        fix = f"--load-hf {folder.parent}"
+    elif there and "hf" not in there:
+        message = f"{given} holds {FORMATS[there[0]]}, and no model of Hugging Face"
+        fix = OTHER_FORMATS[there[0]].format(folder)
+    else:
+        return
+    raise ConfigError([Problem(message, fix, ("load_hf",))])
 
 
 def shape_of(published: Published) -> dict[str, Any]:
@@ -290,7 +304,7 @@ def _all_that_is_wrong(error: CheckpointError, values: dict[str, Any]) -> Checkp
 
 def published_problems(error: CheckpointError) -> list[Problem]:
     """What is wrong with the folder of --load-hf."""
-    fix = "--load-hf FOLDER with config.json and model.safetensors of a model that megalite knows"
+    fix = f"--load-hf FOLDER with {CONFIG_JSON} and {ONE_FILE} of a model that megalite knows"
     where = getattr(error, "where", None)
     reasons = [f"{where}: {text}" for text in error.problems] if where else [str(error)]
     return [Problem(f"--load-hf: {reason}", fix, ("load_hf",)) for reason in reasons]

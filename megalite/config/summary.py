@@ -146,7 +146,7 @@ def keep_published(config: RunConfig) -> str:
     except OSError as error:
         return f"the files of {source} cannot be kept: {explain_os_error(error)}"
     names = ", ".join(path.name for path in paths)
-    return f"{names} of {source} are kept in {save}"
+    return f"kept in {save}: {names} of {source}"
 
 
 def _holds(path: Path, text: bytes) -> bool:

@@ -6,7 +6,7 @@ from megalite.checkpoint.folder import list_iterations
 from megalite.convert.published import CONFIG_JSON
 
 FORMATS = {
-    "hf": "a folder of Hugging Face",
+    "hf": "a model of Hugging Face",
     "megatron": "checkpoints of Megatron-LM",
     "megalite": "checkpoints of megalite",
 }
@@ -18,16 +18,19 @@ WEIGHT_FILES = ("*.safetensors", "*.bin")
 """In a folder of Hugging Face."""
 
 
-def format_of(folder: Path) -> str | None:
-    """The format of a folder, a key of FORMATS; None where it is none of them."""
+def formats_in(folder: Path) -> list[str]:
+    """The formats whose files are in a folder, keys of FORMATS."""
+    found = []
     if list_iterations(folder, replaced=True):
-        return "megalite"  # what was converted has the config.json that it came from, too
-    for pattern in MEGATRON_FILES:
-        for below in ("", "iter_*/", "release/"):
-            if any(folder.glob(below + pattern)):
-                return "megatron"
-    if (folder / CONFIG_JSON).is_file():
-        for pattern in WEIGHT_FILES:
-            if any(folder.glob(pattern)):
-                return "hf"
-    return None
+        found.append("megalite")
+    for below in ("", "iter_*/", "release/"):
+        if "megatron" not in found and _any_file(folder, MEGATRON_FILES, below):
+            found.append("megatron")
+    # Beside checkpoints of megalite, the config.json of a published model may be kept.
+    if (folder / CONFIG_JSON).is_file() and _any_file(folder, WEIGHT_FILES):
+        found.append("hf")
+    return found
+
+
+def _any_file(folder: Path, patterns: tuple[str, ...], below: str = "") -> bool:
+    return any(next(folder.glob(below + pattern), None) for pattern in patterns)

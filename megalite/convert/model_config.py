@@ -96,4 +96,7 @@ def architecture_for(model: ModelConfig, wanted: str | None) -> tuple[Architectu
             return architecture, keys
         reasons.append(f"{kind}: {'; '.join(found.problems)}")
     lines = "\n  ".join(reasons)
-    raise ValueError(f"no architecture of Hugging Face that megalite knows fits:\n  {lines}")
+    heading = "no architecture of Hugging Face that megalite knows can express this model:"
+    if wanted:
+        heading = "the wanted architecture of Hugging Face cannot express this model:"
+    raise ValueError(f"{heading}\n  {lines}")

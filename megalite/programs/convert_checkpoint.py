@@ -74,11 +74,30 @@ class Options:
         """--load, open; no weight has been read. Raises CheckpointError."""
         return SOURCES[self.from_format](self)
 
+    @cached_property
+    def weights(self) -> "Weights":
+        """What is to be written. Raises CheckpointError that lists what is not there."""
+        import torch
+
+        from megalite.convert.pieces import model_shapes
+        from megalite.convert.write import Weights, parameter_names
+
+        opened = self.opened
+        shapes = model_shapes(opened.config.model, opened.config.head_cost)
+        names = parameter_names(opened.source, shapes, opened.absent)
+        dtype = getattr(torch, DTYPES[self.dtype]) if self.dtype else None
+        return Weights(opened.source, names, dtype)
+
+    @cached_property
+    def huggingface(self) -> "HuggingFaceModel":
+        """With --to hf: what is to be written beside the weights. Raises CheckpointError."""
+        return huggingface_model(self, self.opened)
+
     def problems(self) -> Iterator[str]:
         """What is wrong with these values, and with the folders that they name, each with a fix.
         Reads no weights."""
         from megalite.convert.draft import folder_problem
-        from megalite.convert.formats import FORMATS, format_of
+        from megalite.convert.formats import FORMATS, formats_in
 
         problem = folder_problem(Path(self.save))
         if problem:
@@ -95,12 +114,14 @@ class Options:
             if self.max_shard_size != "5GB":
                 yield "--max-shard-size is for --to hf; leave it out"
         # The folder.
-        if not Path(self.load).is_dir():
-            yield f"--load {self.load}: there is no such folder"
-            return
-        there = format_of(Path(self.load))
-        if there not in (None, self.from_format):
-            yield f"--load {self.load} holds {FORMATS[there]}: --from {there}"
+        load = Path(self.load)
+        there = formats_in(load)
+        if load.is_file():
+            yield f"--load {load} is a file: give the folder that holds it, --load {load.parent}"
+        elif not load.is_dir():
+            yield f"--load {load}: there is no such folder"
+        elif there and self.from_format not in there:
+            yield f"--load {load} holds {FORMATS[there[0]]}: --from {there[0]}"
         else:
             yield from problems_of_source(self)
 
@@ -140,18 +161,6 @@ class Opened:
         except TokenizerError as error:
             self.notes.append(f"the tokenizer cannot be used: {error}")
             return None
-
-    def weights(self, options: Options) -> "Weights":
-        """What is to be written. Raises CheckpointError that lists what is not there."""
-        import torch
-
-        from megalite.convert.pieces import model_shapes
-        from megalite.convert.write import Weights, parameter_names
-
-        shapes = model_shapes(self.config.model, self.config.head_cost)
-        names = parameter_names(self.source, shapes, self.absent)
-        dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
-        return Weights(self.source, names, dtype)
 
 
 def open_huggingface(options: Options) -> Opened:
@@ -249,7 +258,7 @@ def problems_of_source(options: Options) -> Iterator[str]:
 
     try:
         opened = options.opened
-        size = opened.weights(options).bytes
+        size = options.weights.bytes
     except CheckpointError as error:
         yield from _lines(error)
         return
@@ -261,7 +270,7 @@ def problems_of_source(options: Options) -> Iterator[str]:
         yield f"{sizes} {rows}: use the one that it was trained with, in place of {files}"
     try:
         if options.to == "hf":
-            destination(options, opened)
+            _ = options.huggingface
     except CheckpointError as error:
         yield from _lines(error)
     try:
@@ -289,21 +298,23 @@ def convert(options: Options) -> None:
 
     opened = options.opened
     with closing(opened.source):
-        weights = opened.weights(options)
+        weights = options.weights
         amount = f"{len(weights.names)} tensors, {size_text(weights.bytes)} to write"
         print(f"{opened.title}: {amount}", flush=True)
-        _ = opened.tokenizer  # may add a note
+        # Both may add notes.
+        _ = opened.tokenizer
+        _ = options.to == "hf" and options.huggingface
         for note in opened.notes:
             print(f"  {note}", flush=True)
         if opened.compare is not None:
             opened.compare()
         save = Path(options.save)
         with new_folder(save) as draft:
-            DESTINATIONS[options.to](options, opened, weights, draft=draft)
+            DESTINATIONS[options.to](options, draft)
         print(f"{save}: {options.to}, {size_text(sum_of_sizes(save))}")
 
 
-def to_megalite(options: Options, opened: Opened, weights: "Weights", draft: Path) -> None:
+def to_megalite(options: Options, draft: Path) -> None:
     """Write a checkpoint, and the tokenizer's files beside it."""
     import shutil
 
@@ -311,6 +322,8 @@ def to_megalite(options: Options, opened: Opened, weights: "Weights", draft: Pat
     from megalite.checkpoint.format import dtype_name
     from megalite.convert.write import write_megalite
 
+    opened = options.opened
+    weights = options.weights
     save = Path(options.save).absolute()
     values = {}
     for path in opened.files:
@@ -337,64 +350,59 @@ def to_megalite(options: Options, opened: Opened, weights: "Weights", draft: Pat
     )
 
 
-def to_safetensors(options: Options, opened: Opened, weights: "Weights", draft: Path) -> None:
+def to_safetensors(options: Options, draft: Path) -> None:
     """Write one file and the configuration."""
     from megalite.convert.write import write_safetensors
 
-    write_safetensors(draft, weights, to_yaml(opened.config))
+    write_safetensors(draft, options.weights, to_yaml(options.opened.config))
 
 
-def to_huggingface(options: Options, opened: Opened, weights: "Weights", draft: Path) -> None:
+def to_huggingface(options: Options, draft: Path) -> None:
     """Write a folder that transformers loads."""
     from megalite.convert.write import write_huggingface
 
-    model = huggingface_model(options, opened, weights)
+    model = options.huggingface
     print(f"  as {model.config['architectures'][0]}", flush=True)
-    write_huggingface(draft, weights, model, options.shard_bytes, log=print)
+    write_huggingface(draft, options.weights, model, options.shard_bytes, log=print)
 
 
-def destination(options: Options, opened: Opened) -> "tuple[Published | None, Architecture, Any]":
-    """(the published model that this is, or None; the architecture to write; keys of config.json
-    for it). Raises CheckpointError when no architecture can express the model."""
-    from megalite.checkpoint.folder import CheckpointError
-    from megalite.convert.model_config import architecture_for
-
-    origin = _origin(opened, options.hf_model_type)
-    if origin is not None:
-        return origin, origin.architecture, origin.config
-    try:
-        return None, *architecture_for(opened.config.model, options.hf_model_type)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-
-
-def huggingface_model(options: Options, opened: Opened, weights: "Weights") -> "HuggingFaceModel":
+def huggingface_model(options: Options, opened: Opened) -> "HuggingFaceModel":
     """config.json, generation_config.json and the tokenizer's files.
 
-    Where the model is that of a published config.json, that one is written again.
+    Where the model is that of a published config.json, that one is written again. What is lost
+    otherwise becomes a note. Raises CheckpointError when no architecture can express the model.
     """
-    from megalite.checkpoint.folder import read_json
+    from megalite.checkpoint.folder import CheckpointError, read_json
     from megalite.checkpoint.format import dtype_name
-    from megalite.convert.published import GENERATION_JSON
+    from megalite.convert.model_config import architecture_for
+    from megalite.convert.published import CONFIG_JSON, GENERATION_JSON
     from megalite.convert.write import HuggingFaceModel
 
     files = _tokenizer_files(opened)
-    dtype = dtype_name(weights.dtype_of(weights.names[0]))
-    origin, architecture, keys = destination(options, opened)
+    dtype = dtype_name(options.weights.dtype_of(options.weights.names[0]))
+    origin = _origin(opened, options.hf_model_type)
     if origin is not None:
-        config = {**keys, "dtype": dtype}
+        config = {**origin.config, "dtype": dtype}
         config.pop("torch_dtype", None)  # the name of dtype in older files
         path = origin.folder / GENERATION_JSON
         generation = read_json(path) if path.is_file() else None
-        return HuggingFaceModel(architecture, config, generation, files)
+        return HuggingFaceModel(origin.architecture, config, generation, files)
+    try:
+        architecture, keys = architecture_for(opened.config.model, options.hf_model_type)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if opened.tokenizer is not None and opened.tokenizer.eod_or_none is not None:
         ids["eos_token_id"] = opened.tokenizer.eod
     name = _class_name(opened, architecture)
     if opened.published is not None:
-        path = opened.published / "config.json"
-        why = "is not that of this model" if path.is_file() else "is not there"
-        print(f"  {path} {why}: written as {name}, without its generation settings", flush=True)
+        path = opened.published / CONFIG_JSON
+        why = "is not that of this model"
+        if not path.is_file():
+            why = "is not there"
+        elif options.hf_model_type is not None:
+            why = f"is not that of a {options.hf_model_type} with these heads"
+        opened.notes.append(f"{path} {why}: written as {name}, without its generation settings")
     config = {"architectures": [name], **keys, **ids, "dtype": dtype}
     generation = {"_from_model_config": True, **ids} if architecture.ours == "gpt" else None
     return HuggingFaceModel(architecture, config, generation, files)
@@ -436,7 +444,7 @@ def _origin(opened: Opened, wanted: str | None) -> "Published | None":
 
 
 def _tokenizer_files(opened: Opened) -> dict[str, bytes]:
-    """The tokenizer's files for transformers, by name."""
+    """The tokenizer's files for transformers, by name. What is lacking becomes a note."""
     from megalite.data.tokenizers import TokenizerError
 
     if opened.tokenizer is None:
@@ -444,15 +452,12 @@ def _tokenizer_files(opened: Opened) -> dict[str, bytes]:
     try:
         files = opened.tokenizer.huggingface_files()
     except TokenizerError as error:
-        print(f"  without a tokenizer: {error}", flush=True)
+        opened.notes.append(f"without a tokenizer: {error}")
         return {}
     if "tokenizer_config.json" not in files:
-        names = ", ".join(files)
-        print(
-            f"  {names}: AutoTokenizer needs a tokenizer.json, which is not made of a "
-            f"{opened.config.data.tokenizer_type}",
-            flush=True,
-        )
+        kind = opened.config.data.tokenizer_type
+        needed = f"AutoTokenizer needs a tokenizer.json, which is not made of a {kind}"
+        opened.notes.append(f"{', '.join(files)}: {needed}")
     return files
 
 

@@ -199,7 +199,7 @@ def test_a_published_folder_that_is_gone_is_reported(published, tmp_path, monkey
     common = {"mock_data": True, "seq_length": 16, "train_iters": 1, "device": "cpu"}
     run = sound({**common, "load_hf": "hf", "save": "saved"}, 1, tmp_path)
     console = console_of(ALONE, run, tmp_path)
-    assert f"config.json, generation_config.json of {folder} are kept in saved" in console
+    assert f"kept in saved: config.json, generation_config.json of {folder}" in console
     flags = ("--from", "megalite", "--to", "hf", "--load", tmp_path / "saved", "--save")
     convert(monkeypatch, *flags, tmp_path / "found")
     assert "as MistralForCausalLM" in capsys.readouterr().out
@@ -382,6 +382,11 @@ def test_flags_and_tensors_are_reported_at_once(published, trained, tmp_path, mo
     printed = refused(monkeypatch, capsys, *HF_TO_HF, folder, *flags)
     assert "2 problems" in printed and "no size" in printed
     assert "model.norm.weight is missing" in printed
+    # A file beside the weights.
+    shutil.copy(published["llama 2"] / "model.safetensors", folder)
+    (folder / "generation_config.json").write_text("{")
+    printed = refused(monkeypatch, capsys, *HF_TO_HF, folder, *flags)
+    assert "2 problems" in printed and "generation_config.json is damaged" in printed
     # A model that the architecture cannot express, and too little room.
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     command = ("--from", "megalite", "--to", "hf", "--load", trained / "gpt2", *flags)
@@ -409,6 +414,14 @@ def test_the_right_from_is_said(published, trained, tmp_path, monkeypatch, capsy
             flags = ("--from", wrong, "--to", "safetensors", "--save", tmp_path / "new")
             printed = refused(monkeypatch, capsys, *flags, "--load", folder)
             assert "1 problem" in printed and printed.endswith(f": --from {right}"), printed
+    both = shutil.copytree(published["gpt2"], tmp_path / "both")
+    shutil.copytree(converted / "iter_0000000", both / "iter_0000000")
+    for named in ("hf", "megalite"):
+        convert(monkeypatch, "--from", named, "--to", "safetensors", "--load", both,
+                "--save", tmp_path / named)  # fmt: skip
+    command = ("--from", "hf", "--to", "hf", "--save", tmp_path / "new", "--load")
+    printed = refused(monkeypatch, capsys, *command, published["gpt2"] / "model.safetensors")
+    assert printed.endswith(f"--load {published['gpt2']}")
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(published, tmp_path, monkeypatch, capsys):
@@ -435,6 +448,15 @@ def test_a_place_where_nothing_can_be_written(published, tmp_path, monkeypatch, 
     printed = refused(monkeypatch, capsys, *HF_TO_HF, published["gpt2"], "--save", tmp_path / where)
     words = "is a file, not a folder" if where == "file/new" else "nothing can be written in"
     assert "1 problem" in printed and words in printed
+
+
+def test_a_way_through_a_folder_that_is_not_there(published, tmp_path, monkeypatch, capsys):
+    """`absent/../taken` is `taken`, once `absent` is made for the draft."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    save = tmp_path / "absent" / ".." / "taken"
+    printed = refused(monkeypatch, capsys, *HF_TO_HF, published["gpt2"], "--save", save)
+    assert "exists already" in printed and not (tmp_path / "absent").exists()
 
 
 def test_what_has_no_place_in_an_architecture_is_refused(trained, tmp_path, monkeypatch, capsys):

@@ -79,7 +79,10 @@ def test_the_program_must_be_that_of_the_model(published):
 
 
 def test_what_the_folder_lacks_is_reported_before_anything(published, tmp_path):
-    assert "config.json" in problems_of("--load-hf", tmp_path / "none")[0]
+    (absent,) = problems_of("--load-hf", tmp_path / "none")
+    assert "there is no such folder" in absent
+    (file,) = problems_of("--load-hf", published["llama 2"] / "config.json")
+    assert f"config.json is a file | --load-hf {published['llama 2']}" in file
     folder = shutil.copytree(published["llama 2"], tmp_path / "copy")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"], tensors["model.layers.2.mlp.up_proj.weight"]
@@ -255,9 +258,10 @@ def test_all_problems_at_once(published, tmp_path):
 def test_a_folder_of_another_format(published, tmp_path):
     flags = {**SHORT, "load_hf": str(published["gpt2"]), "save": str(tmp_path / "saved")}
     console_of(ALONE, sound({**flags, "train_iters": 1}, 1, tmp_path), tmp_path)
-    (problem,) = problems_of("--load-hf", tmp_path / "saved" / "iter_0000001")
-    assert "holds checkpoints of megalite" in problem
-    assert "--pretrained-checkpoint" in problem.split(" | ")[1]
+    for folder in (tmp_path / "saved", tmp_path / "saved" / "iter_0000001"):
+        (problem,) = problems_of("--load-hf", folder)
+        assert "holds checkpoints of megalite" in problem
+        assert f"--pretrained-checkpoint {folder}" in problem.split(" | ")[1]
     (tmp_path / "old/iter_0000100/mp_rank_00").mkdir(parents=True)
     (problem,) = problems_of("--load-hf", tmp_path / "old")
     assert "holds checkpoints of Megatron-LM" in problem and "--from megatron" in problem
