@@ -7,11 +7,12 @@ so that no rule sees them. Whatever would be silently ignored is a problem.
 """
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from megalite.checkpoint.folder import CheckpointError
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.rules.bert import BERT_FILE_RULES, BERT_RULES
 from megalite.config.rules.deepspeed import DEEPSPEED_FILE_RULES, DEEPSPEED_RULES
@@ -30,7 +31,16 @@ from megalite.config.rules.layout import LAYOUT_RULES
 from megalite.config.rules.resume import RESUME_RULES, rule_of_changes
 from megalite.config.rules.run import RUN_RULES
 from megalite.config.rules.tokenizer import build_tokenizer, files_of
-from megalite.config.run import RunConfig, options, to_flat, with_published, with_values
+from megalite.config.run import (
+    RunConfig,
+    contradictions,
+    options,
+    shape_of,
+    to_flat,
+    with_published,
+    with_values,
+)
+from megalite.convert.published import Published, read_published
 from megalite.models.presets import preset
 
 PURE_RULES: tuple[Rule, ...] = (
@@ -122,10 +132,11 @@ def _working_fixes(
     """The possible fixes that work and break nothing that was sound, as flags to type: `--tp 2, or
     --tp 1`. When none does: the first, to try once the other problems are fixed."""
     others = before - {(rule.__name__, finding.keys)}
-    shape = preset(config.model.preset)
+    shape = _given_shape(config)
     fixes = []
     shown = {}
-    for fix in finding.fixes:
+    possible = list(_without_contradictions(config, finding.fixes))
+    for fix in possible:
         if isinstance(fix, str):
             fixes.append(fix)
             continue
@@ -141,9 +152,35 @@ def _working_fixes(
         if failures(changed, fix.get("world_size", world_size)) <= others:
             shown[keys] = shown.get(keys, 0) + 1
             fixes.append(text)
-    if not fixes and finding.fixes:
-        fixes = [_typed(finding.fixes[0], shape) + " (once the other problems are fixed)"]
+    if not fixes and possible:
+        fixes = [_typed(possible[0], shape) + " (once the other problems are fixed)"]
+    elif not fixes and finding.fixes:
+        fixes = ["--load-hf FOLDER of another model"]
     return ", or ".join(fixes)
+
+
+def _published(config: RunConfig) -> Published | None:
+    """The model of --load-hf; None without one, or where a run that resumes has lost it."""
+    if config.checkpoint.load_hf:
+        with suppress(CheckpointError):
+            return read_published(config.checkpoint.load_hf)
+    return None
+
+
+def _given_shape(config: RunConfig) -> dict[str, Any]:
+    """The fields that --load-hf or the preset sets, by key."""
+    published = _published(config)
+    return preset(config.model.preset) if published is None else shape_of(published)
+
+
+def _without_contradictions(
+    config: RunConfig, fixes: Iterable[dict[str, Any] | str]
+) -> Iterator[dict[str, Any] | str]:
+    """The fixes that change nothing of the model of --load-hf."""
+    published = _published(config)
+    for fix in fixes:
+        if published is None or isinstance(fix, str) or not contradictions(fix, published):
+            yield fix
 
 
 def _typed(change: dict[str, Any], shape: dict[str, Any]) -> str:

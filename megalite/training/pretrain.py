@@ -11,7 +11,7 @@ from megalite.checkpoint.background import AsyncSaver
 from megalite.checkpoint.folder import has_checkpoint
 from megalite.config.rules.disk import same_place
 from megalite.config.run import RunConfig, with_values
-from megalite.config.summary import keep_config, summary_lines
+from megalite.config.summary import keep_config, keep_published, summary_lines
 from megalite.data.build import blended, build_sources, data_state
 from megalite.parallel.collectives import barrier, gather_objects
 from megalite.parallel.context import ParallelContext, tell_torchrun
@@ -132,6 +132,8 @@ def _run(
         lease = take_lease(config.checkpoint.save, context)
     if lease is not None and context.rank == 0:
         log(keep_config(config, config.checkpoint.save))
+        if config.checkpoint.load_hf is not None and not has_checkpoint(config.checkpoint.save):
+            log(keep_published(config))
     progress = _starting_point(config, components, given)
 
     _log_notes(progress, log)
@@ -199,7 +201,7 @@ def _starting_point(
     if options.pretrained_checkpoint is not None:
         return start_from_pretrained(components, config)
     if options.load_hf is not None:
-        return load_published(components, options.load_hf)
+        return load_published(components, config)
     notes = []
     if options.load is not None:
         notes = [f"no checkpoint in {options.load} yet: starting from scratch"]

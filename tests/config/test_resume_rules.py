@@ -45,8 +45,8 @@ def save(name: str, config: RunConfig, iteration: int = 5, **state) -> None:
 
 def check(argv: list[str], ranks: int = 1) -> list[Problem]:
     """What the program finds."""
-    values, config = cli.read_values(argv)
-    return validate.check(config, ranks, values)
+    _, asked = cli._read_command_line(argv, None)
+    return validate.check(asked.config, ranks, asked.values)
 
 
 def without(*flags: str) -> list[str]:

@@ -34,7 +34,7 @@ from megalite.config.rules.finding import Finding, Rule, each, flag_of
 from megalite.config.rules.tokenizer import TOKENIZER_FILE_RULES
 from megalite.config.run import RunConfig, options, published_problems, to_flat, with_values
 from megalite.config.yaml_file import config_of_checkpoint
-from megalite.convert.published import find_tensors, read_published, stored_tensors
+from megalite.convert.published import read_folder
 from megalite.data.config import TOKENIZER_FIELDS
 
 
@@ -237,7 +237,7 @@ def published_weights_are_whole(config: RunConfig, world_size: int) -> Iterator[
     if folder is None or _resumes(config):
         return
     try:
-        find_tensors(read_published(folder), stored_tensors(Path(folder)))
+        read_folder(folder)
     except CheckpointError as error:
         for problem in published_problems(error):
             yield Finding(problem.message, problem.fix)
