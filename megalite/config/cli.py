@@ -90,7 +90,7 @@ def parse_with_given(
     if not command.print_config and config.parallel.world_size is None:
         # When rank 0 dies, every other rank would bury what it says under a stack of C++ frames.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        return set(values), resolved
+        return set(asked.values), resolved
     if not quiet and command.print_config:
         print(to_yaml(with_values(given(resolved), {"world_size": None})), end="")
     elif not quiet:
