@@ -16,7 +16,7 @@ from megalite.data.build import blended, build_sources, data_state
 from megalite.parallel.collectives import barrier, gather_objects
 from megalite.parallel.context import ParallelContext, tell_torchrun
 from megalite.parallel.launch import LaunchInfo
-from megalite.training.batches import build_batches, samples_to_read
+from megalite.training.batches import GlobalBatches, build_batches, samples_to_read
 from megalite.training.build import TrainingComponents, build_components, build_context, build_model
 from megalite.training.failures import as_lost_contact, explain
 from megalite.training.loop import Trainer
@@ -146,13 +146,7 @@ def _run(
     check_data(data_now.to_json(), context)
     compare_data_with_checkpoint(progress, data_now, config.checkpoint.allow_data_change)
     _log_notes(progress, log)
-    batches = {}
-    for split, source in sources.items():
-        dataset = blended(source, progress.data if split == "train" else None)
-        # Batches of the evaluation have the same size all the time, to be comparable.
-        ramp = config.data.rampup_batch_size if split == "train" else None
-        config_of_split = with_values(config, {"rampup_batch_size": ramp})
-        batches[split] = build_batches(config_of_split, dataset, components.model)
+    batches = _batches_by_split(config, components, sources, progress)
 
     if is_dry_run:
         dry_run(components, batches["train"], progress.consumed_samples, log)
@@ -178,6 +172,20 @@ def _run(
             saver=AsyncSaver() if config.checkpoint.async_save else None,
         )
         _train(trainer)
+
+
+def _batches_by_split(
+    config: RunConfig, components: TrainingComponents, sources: dict[str, list], progress: Progress
+) -> dict[str, GlobalBatches]:
+    """The batches of each split; those of the training continue in the data of `progress`."""
+    batches = {}
+    for split, source in sources.items():
+        dataset = blended(source, progress.data if split == "train" else None)
+        # Batches of the evaluation have the same size all the time, to be comparable.
+        ramp = config.data.rampup_batch_size if split == "train" else None
+        config_of_split = with_values(config, {"rampup_batch_size": ramp})
+        batches[split] = build_batches(config_of_split, dataset, components.model)
+    return batches
 
 
 def _starting_point(

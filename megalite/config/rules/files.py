@@ -195,12 +195,18 @@ def fields_of_checkpoint(values: dict[str, Any]) -> dict[str, Any]:
         _, made_with = _read_configuration(where, step, config.checkpoint.load_fallback)
     except CheckpointError as error:
         why = f"{where} holds no checkpoint to take the model from"
-        fix = "give the model's flags, and leave out --use-checkpoint-args"
+        offers = []
         if has_checkpoint(where):
             why = f"the model cannot be taken from {where}: {error}"
-            fix = f"another checkpoint: --ckpt-step, or --load-fallback; or {fix}"
-        message = f"--use-checkpoint-args: {why}"
-        raise ConfigError([Problem(message, fix, ("use_checkpoint_args", "load"))]) from None
+            flag = "load" if _resumes(config) else "pretrained_checkpoint"
+            if step is None and not config.checkpoint.load_fallback:
+                for fix in _earlier_ones(flag, where):
+                    offers += [options()[key].setting(value) for key, value in fix.items()]
+        offers.append("give the model's flags, and leave out --use-checkpoint-args")
+        problem = Problem(
+            f"--use-checkpoint-args: {why}", ", or ".join(offers), ("use_checkpoint_args", "load")
+        )
+        raise ConfigError([problem]) from None
     found = {}
     for key, value in to_flat(made_with).items():
         of_model = options()[key].section == "model" and options()[key].field.changes_numbers
