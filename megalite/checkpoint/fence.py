@@ -55,7 +55,8 @@ class Lease:
         """Take the lease of a folder, which is made if it is absent.
 
         Once this returns, the previous owner can change nothing there. Raises CheckpointError when
-        a third run takes the lease meanwhile, OSError when the folder cannot be written to.
+        a third run takes the lease meanwhile, OSError, with the path, when the folder cannot be
+        written to.
         """
         root = Path(root)
         root.mkdir(parents=True, exist_ok=True)

@@ -242,6 +242,12 @@ def test_weights_to_start_from_that_are_damaged(folder):
         assert problem.fix.startswith("--pretrained-checkpoint run/iter_0000005, or --load-fall")
         for offer, repaired, _ in fixed(cli.read_config(argv), 1, problem):
             assert validate.check(repaired, 1) == [], offer
+    # None can be read: another folder is offered, not this one.
+    save("rum", resolved)
+    for stored in folder.glob("run/*/config.yaml"):
+        stored.unlink()
+    (problem,) = check([*argv, "--load-fallback"])
+    assert problem.fix == "--pretrained-checkpoint rum"
 
 
 def test_weights_to_start_from(folder):

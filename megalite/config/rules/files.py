@@ -108,8 +108,10 @@ def pretrained_checkpoint_is_there(config: RunConfig, world_size: int) -> Iterat
             why = f"cannot be read: {error}"
             fixes = [] if config.checkpoint.load_fallback else _earlier_ones(key, folder)
     if not fixes:
-        beside = neighbours(folder.rstrip("/"), "")
-        fixes = each(key, [other for other in beside if list_iterations(other, replaced=True)])
+        given = folder.rstrip("/")
+        for other in neighbours(given, ""):
+            if other != given and list_iterations(other, replaced=True):
+                fixes.append({key: other})
     message = f"--pretrained-checkpoint {folder} {why}"
     yield Finding(message, *fixes, {key: None}, also=("load_fallback",))
 
