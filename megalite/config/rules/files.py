@@ -226,6 +226,8 @@ def read_stored_config(folder: Path) -> RunConfig:
         return config_of_checkpoint(text, str(path))
     except ConfigError as error:
         raise CheckpointError("; ".join(p.message for p in error.problems)) from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def published_weights_are_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:

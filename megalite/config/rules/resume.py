@@ -105,7 +105,15 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
         if not differences:
             return
         fixes = _same_samples(config, world_size, state, made_with)
-    except (CheckpointError, DatasetError, OSError, ValueError, KeyError, TypeError):
+    except (
+        CheckpointError,
+        DatasetError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):
         return  # other rules, or loading, say what is wrong
     message = f"the training data is not what {folder} was made with: {'; '.join(differences)}"
     if fixes:
@@ -181,12 +189,11 @@ def optimizer_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator
             {"no_load_optim": True},
         )
     elif there != here:
-        yield Finding(
-            f"{folder} holds the state of --optimizer {there}, this run uses {here}",
-            {"optimizer": there} | _settings_of_update_rules(config, made_with),
-            {"no_load_optim": True},
-            also=("no_load_optim",),
-        )
+        fixes = [{"no_load_optim": True}]
+        if there in options()["optimizer"].choices:  # a later version may have others
+            fixes.insert(0, {"optimizer": there} | _settings_of_update_rules(config, made_with))
+        message = f"{folder} holds the state of --optimizer {there}, this run uses {here}"
+        yield Finding(message, *fixes, also=("no_load_optim",))
 
 
 def _settings_of_update_rules(config: RunConfig, made_with: RunConfig) -> dict[str, Any]:
