@@ -405,8 +405,8 @@ def test_megatrons_order_keeps_its_samples_after_other_batches(pool, tmp_path):
     train(pool, 1, *flags, "--exit-interval", "4")
 
     def problems(*more: str) -> list:
-        given, config = cli.read_values([*MODEL, *flags, *more])
-        return validate.check(config, 1, given)
+        _, asked = cli._read_command_line([*MODEL, *flags, *more], None)
+        return validate.check(asked.config, 1, asked.values)
 
     (problem,) = problems("--global-batch-size", "4")
     assert "epochs 3 -> 2" in problem.message

@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from megalite.checkpoint.folder import CheckpointError, list_iterations
-from megalite.config import cli, validate
+from megalite.config import cli
 from megalite.training.pretrain import pretrain
 from megalite.watch.watchdog import LostContact
 
@@ -21,13 +21,10 @@ FLAGS = """
 
 def train_on_rank(launch, flags: list[str]) -> tuple[str, str]:
     """(what was printed, why it ended early; an error of all is raised on the first of them)."""
-    given, config = cli.read_values([*FLAGS, *flags])
-    problems = validate.check(config, launch.world_size, given)
-    assert problems == [], problems
+    given, resolved = cli.parse_with_given([*FLAGS, *flags], launch=launch)
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):
-            resolved = validate.resolve(config, launch.world_size)
             pretrain(resolved, launch, given=given)
     except (CheckpointError, LostContact) as error:
         return printed.getvalue(), str(error)
