@@ -412,8 +412,8 @@ def test_all_that_is_wrong_with_the_files_is_said_at_once(made, run, tmp_path):
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        ({"--ckpt-step": 7}, "the checkpoint of iteration 7 is not there"),
-        ({"--load": "."}, "a checkpoint is not there"),
+        ({"--ckpt-step": 7}, "iter_0000007 does not exist"),
+        ({"--load": "."}, "holds no checkpoint"),
         ({"--seq-length": 2}, "--seq-length 2: use 3 or more"),
         ({"--seq-length": 4, "--pair-key": "other"}, "--seq-length 4: use 5 or more"),
         ({"--vocab-file": "absent.txt"}, "--vocab-file absent.txt: no such file"),

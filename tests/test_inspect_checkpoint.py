@@ -91,6 +91,24 @@ def test_it_shows_a_damaged_checkpoint_as_far_as_it_can(inspect, tmp_path):
     assert "index.json is missing" in errors
 
 
+def test_the_latest_has_no_index(inspect, tmp_path):
+    """The file is named, and the nearest checkpoint before it."""
+    root = tmp_path / "run"
+    for iteration in (5, 7, 9):
+        save(root, iteration, whole(NAME, VALUES))
+    (root / "iter_0000009" / "index.json").unlink()
+    lost = f"{root}/iter_0000009/index.json is missing; {root} holds iter_0000005, iter_0000007, "
+    lost += f"of which {root}/iter_0000007 is the nearest before it"
+    for arguments in (
+        [root],
+        ["--diff", root, root / "iter_0000007"],
+        ["--diff", root / "iter_0000009", root / "iter_0000007"],
+    ):
+        status, _, errors = inspect(*arguments)
+        assert status == 1 and lost in errors, errors
+    assert inspect("--diff", root / "iter_0000005", root / "iter_0000007")[0] == 0
+
+
 def test_differences_of_two_layouts(inspect, tmp_path, monkeypatch):
     monkeypatch.setattr(inspection, "COMPARED_ELEMENTS", 5)
     one, other, third = (tmp_path / name for name in ("one", "other", "third"))

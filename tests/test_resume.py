@@ -116,9 +116,20 @@ def test_a_signal_saves_and_the_run_resumes_bit_exactly(pool, tmp_path, undistur
     assert steps == wanted
 
 
-def signalled_early(launch, flags: list[str], which: signal.Signals, meeting: bool) -> str:
-    """A training whose rank 1 gets a signal while it waits to meet the others, or else while it
-    builds its model."""
+def signal_when_caught(which: signal.Signals, former, sent: Path) -> None:
+    """Wait until this process catches the signal, as it does before it meets the others; send it,
+    and say so in a file."""
+    while signal.getsignal(which) == former:
+        time.sleep(0.01)
+    os.kill(os.getpid(), which)
+    sent.touch()
+
+
+def signalled_early(
+    launch, flags: list[str], which: signal.Signals, meeting: bool, sent: Path
+) -> str:
+    """A training whose rank 1 gets a signal while it waits to meet rank 0, which only starts then,
+    or else while it builds its model."""
 
     def building(*arguments):
         if launch.rank == 1 and not meeting:
@@ -126,8 +137,11 @@ def signalled_early(launch, flags: list[str], which: signal.Signals, meeting: bo
         return build_model(*arguments)
 
     if meeting and launch.rank == 1:
-        threading.Timer(0.2, os.kill, (os.getpid(), which)).start()
-    time.sleep(1 if meeting and launch.rank == 0 else 0)
+        arguments = (which, signal.getsignal(which), sent)
+        threading.Thread(target=signal_when_caught, args=arguments, daemon=True).start()
+    if meeting and launch.rank == 0:
+        while not sent.exists():
+            time.sleep(0.01)
     with redirect_stdout(io.StringIO()) as printed:
         config = cli.read_config([*MODEL, *flags])
         pretrain(validate.resolve(config, launch.world_size), launch, building)
@@ -143,7 +157,7 @@ def test_a_signal_before_the_first_step_ends_the_run_in_good_order(
     pool, tmp_path, undisturbed, which, meeting
 ):
     flags = list(map(str, resumable(tmp_path)))
-    said = pool.run(signalled_early, 2, flags, which, meeting)[0]
+    said = pool.run(signalled_early, 2, flags, which, meeting, tmp_path / "sent")[0]
     assert (
         f"stopped at iteration 0: {which.name} before the first step\n" in said
         and "training from" not in said
@@ -251,8 +265,8 @@ def test_what_is_left_out_of_a_checkpoint(pool, tmp_path):
     flags = [*streams, *resumable(tmp_path), "--train-iters", "4"]
     left_out = ["--no-save-optim", "--no-save-rng", "--exit-interval", "1"]
     train(pool, 1, *flags, *left_out)
-    with pytest.raises(RanksFailed, match="saved with --no-save-optim: only --no-load-optim"):
-        train(pool, 1, *flags)
+    (problem,) = validate.check(cli.read_config([*MODEL, *map(str, flags)]), 1)
+    assert "saved with --no-save-optim" in problem.message and problem.fix == "--no-load-optim"
     with pytest.raises(RanksFailed, match="no random state, as with --no-save-rng: --no-load-rng"):
         train(pool, 1, *flags, "--no-load-optim")
     said = train(pool, 1, *flags, "--no-load-optim", "--no-load-rng")
@@ -380,6 +394,29 @@ def test_megatrons_order_asks_before_it_becomes_another(tmp_path):
     assert "changes here: epochs 1 -> 3" in say(
         *again, "--train-iters", "45", "--allow-data-change"
     )
+
+
+def test_megatrons_order_keeps_its_samples_after_other_batches(pool, tmp_path):
+    """It depends on how many samples the run takes in all. Twice as many batches of half the size
+    take as many: that is offered, and the order is then the same one."""
+    flags = [*blend(tmp_path, a=1)[:2], str(tmp_path / "a"), *resumable(tmp_path)]
+    flags += "--eval-interval 0 --eval-iters 0 --split 1 --sample-order megatron".split()
+    flags = list(map(str, [*flags, "--lr-decay-iters", 32, "--train-iters", 32]))
+    train(pool, 1, *flags, "--exit-interval", "4")
+
+    def problems(*more: str) -> list:
+        _, asked = cli._read_command_line([*MODEL, *flags, *more], None)
+        return validate.check(asked.config, 1, asked.values)
+
+    (problem,) = problems("--global-batch-size", "4")
+    assert "epochs 3 -> 2" in problem.message
+    assert problem.fix == "--train-iters 60, or --global-batch-size 8"
+    smaller = ["--global-batch-size", "4", "--train-iters", "60"]
+    assert problems(*smaller) == []
+    train(pool, 1, *flags, *smaller)
+    state = json.loads((tmp_path / "c" / "iter_0000060" / "state.json").read_text())
+    assert state["consumed_samples"] == 32 * 8
+    assert (state["data"]["order"]["epochs"], state["data"]["before"]) == (3, [])
 
 
 def test_schedules_that_count_samples_end_where_other_batches_end(pool, tmp_path):

@@ -41,7 +41,7 @@ class CheckpointConfig:
     """Iteration to load. Unset: the latest."""
     load_fallback: Annotated[bool, Field(changes_numbers=False)] = False
     """When the latest checkpoint in --load is damaged, resume from the last one before it that is
-    whole."""
+    whole. Also where weights are read from --pretrained-checkpoint."""
     verify_checkpoint: Annotated[Literal["on", "off"], Field(changes_numbers=False)] = "on"
     """Whether to compare what is read from --load or --pretrained-checkpoint with its
     checksums."""

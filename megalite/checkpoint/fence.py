@@ -28,6 +28,7 @@ from megalite.checkpoint.folder import (
     DamagedCheckpointError,
     fsync_folder,
     read_json,
+    write_text,
 )
 from megalite.system.errors import explain_os_error
 
@@ -54,7 +55,8 @@ class Lease:
         """Take the lease of a folder, which is made if it is absent.
 
         Once this returns, the previous owner can change nothing there. Raises CheckpointError when
-        a third run takes the lease meanwhile, OSError when the folder cannot be written to.
+        a third run takes the lease meanwhile, OSError, with the path, when the folder cannot be
+        written to.
         """
         root = Path(root)
         root.mkdir(parents=True, exist_ok=True)
@@ -62,10 +64,7 @@ class Lease:
         owner = _new_owner()
         token = owner["token"]
         draft = root / f".{OWNER_FILE}.{token}"
-        with open(draft, "w") as file:
-            json.dump(owner, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_text(draft, json.dumps(owner))
         os.replace(draft, root / OWNER_FILE)
         # 2. Make a staging directory, and only then list those of earlier owners.
         lease = cls(root, token)
@@ -132,13 +131,15 @@ class Lease:
             )
 
     def request_requeue(self, reason: str) -> None:
-        """Tell the job script that the run has saved and is to be started again.
+        """Ask the job script to start the run, which has saved, again.
 
-        Raises CheckpointError when the run was replaced, OSError when the file cannot be written.
+        Raises CheckpointError when the run was replaced, OSError, with the file, when it cannot be
+        written.
         """
         with self._naming_successor():
-            (self.staging_dir / CONTINUE_FILE).write_text(reason + "\n")
-            os.rename(self.staging_dir / CONTINUE_FILE, self.root / CONTINUE_FILE)
+            draft = self.staging_dir / CONTINUE_FILE
+            write_text(draft, reason + "\n")
+            os.rename(draft, self.root / CONTINUE_FILE)
 
     @contextmanager
     def _naming_successor(self) -> Iterator[None]:

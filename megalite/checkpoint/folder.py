@@ -5,6 +5,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megalite.system.errors import ReportedError, error_message
@@ -112,6 +113,20 @@ def parse_text(content: bytes, source: object) -> str:
         raise DamagedCheckpointError(f"{source} is damaged ({error})") from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a short text file through to the disk (fsync). Raises OSError, with the path, when that
+    fails; then nothing is left of the file."""
+    try:
+        with open(path, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # those of write() and fsync() name no file
+        with suppress(OSError):
+            path.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def iteration_folder(iteration: int) -> str:
     """`iter_0000100`."""
     return f"iter_{iteration:07d}"
@@ -134,17 +149,21 @@ def list_iterations(root: str | Path, replaced: bool = False) -> list[int]:
     return sorted(found)
 
 
-def _own_iteration(folder: str | Path) -> int | None:
-    """The iteration of the one checkpoint that `folder` is; None when it is no checkpoint."""
-    if not (Path(folder) / INDEX_FILE).is_file():
-        return None
-    match = re.fullmatch(r"iter_(\d{7,})(\.replaced-\d+)?", Path(folder).resolve().name)
-    return int(match[1]) if match else None
+def _own_iteration(folder: str | Path, damaged: bool = False) -> int | None:
+    """The iteration of the one checkpoint that `folder` is; None when it is no checkpoint. damaged:
+    also of one that has lost its index."""
+    folder = Path(folder)
+    is_one = (folder / INDEX_FILE).is_file()
+    if damaged and not is_one:
+        is_one = any(folder.glob("weights-*.safetensors"))
+    match = re.fullmatch(r"iter_(\d{7,})(\.replaced-\d+)?", folder.resolve().name)
+    return int(match[1]) if is_one and match else None
 
 
 def save_folder(load: str | Path) -> Path:
-    """The folder that holds the checkpoints of `load`: its parent when `load` is one checkpoint."""
-    if _own_iteration(load) is None or (Path(load) / LATEST_FILE).exists():
+    """The folder that holds the checkpoints of `load`: its parent when `load` is one checkpoint,
+    also a damaged one."""
+    if _own_iteration(load, damaged=True) is None or (Path(load) / LATEST_FILE).exists():
         return Path(load)
     return Path(load).resolve().parent
 
@@ -154,12 +173,12 @@ def latest_iteration(root: str | Path) -> int | None:
 
     The file may be missing: the very first save was killed when its folder was complete, or a
     person removed the file. Then it is the highest iteration there is, since a run must never start
-    from scratch beside complete checkpoints. Raises CheckpointError when the file does not hold a
-    number.
+    from scratch beside complete checkpoints. Raises DamagedCheckpointError when the file does not
+    hold a number. The checkpoint may be missing, or without its index.
     """
     path = Path(root) / LATEST_FILE
     if not os.path.lexists(path):
-        return max(list_iterations(root), default=None)
+        return max(list_iterations(root), default=_own_iteration(root, damaged=True))
     text = read_file(path)[:40].decode(errors="replace").strip()
     if not re.fullmatch("[0-9]{1,18}", text):
         raise DamagedCheckpointError(f"{path} should hold an iteration number; it holds {text!r}")
@@ -168,7 +187,9 @@ def latest_iteration(root: str | Path) -> int | None:
 
 def has_checkpoint(root: str | Path) -> bool:
     """Whether a run with this --load resumes, and does not start from scratch."""
-    return os.path.lexists(Path(root) / LATEST_FILE) or bool(list_iterations(root))
+    if os.path.lexists(Path(root) / LATEST_FILE) or list_iterations(root):
+        return True
+    return _own_iteration(root, damaged=True) is not None
 
 
 def history_before(state: dict, root: str | Path, iteration: int) -> list[int]:
@@ -188,14 +209,38 @@ def iterations_before(root: str | Path, iteration: int) -> tuple[list[int], bool
     first; whether they are known to be of its own run). They are unknown when its state.json cannot
     be read: then they are all lower ones."""
     lower = [step for step in reversed(list_iterations(root)) if step < iteration]
-    folder = checkpoint_folder(root, iteration)
-    if folder is None:
-        return lower, False
+    folder = checkpoint_folder(root, iteration) or index_path(root, iteration).parent
     try:
         history = history_before(read_json(folder / STATE_FILE), root, iteration)
     except DamagedCheckpointError:
         return lower, False
     return [step for step in lower if step in history], True
+
+
+def iterations_to_try(root: str | Path) -> tuple[list[int], str, bool]:
+    """(the iteration to load from `root`, and those to go back to when it is damaged, in this
+    order; what is wrong with the file that names the latest, or ""; whether those to go back to are
+    known to be of its own run).
+
+    When that file is damaged, they are all that are stored. Empty without any checkpoint.
+    """
+    try:
+        latest = latest_iteration(root)
+    except DamagedCheckpointError as error:
+        return list_iterations(root)[::-1], str(error), False
+    if latest is None:
+        return [], "", True
+    earlier, are_known = iterations_before(root, latest)
+    return [latest, *earlier], "", are_known
+
+
+def nearest_before(root: str | Path) -> int | None:
+    """The iteration to offer in place of the latest in `root`, when that one is damaged: the
+    nearest of its run before it, in `save_folder`; None when there is none."""
+    steps, damage, _ = iterations_to_try(root)
+    if not damage and steps:
+        steps, _ = iterations_before(save_folder(root), steps[0])
+    return steps[0] if steps else None
 
 
 def replaced_folders(root: str | Path, iteration: int) -> list[Path]:
@@ -224,20 +269,41 @@ def checkpoint_folder(root: str | Path, iteration: int) -> Path | None:
     return Path(root) if _own_iteration(root) == iteration else None
 
 
-def find_checkpoint(root: Path, step: int | None) -> Path:
+def index_path(root: str | Path, iteration: int) -> Path:
+    """Where the index of an iteration should be in `root`, which may itself be the checkpoint."""
+    root = Path(root)
+    if _own_iteration(root, damaged=True) == iteration:
+        return root / INDEX_FILE
+    return root / iteration_folder(iteration) / INDEX_FILE
+
+
+def why_absent(root: str | Path, iteration: int) -> str:
+    """What is missing of a checkpoint of which `checkpoint_folder` finds none."""
+    index = index_path(root, iteration)
+    if index.parent.exists():
+        return f"{index} is missing"
+    return f"{index.parent} does not exist"
+
+
+def find_checkpoint(root: str | Path, step: int | None) -> Path:
     """The folder of the latest checkpoint in `root`, or of that of iteration `step`.
 
-    Raises CheckpointError, with the checkpoints that exist, when it is not there.
+    Raises CheckpointError when there is none, DamagedCheckpointError, with the checkpoints that
+    exist, when this one is missing or has no index.
     """
-    there = ", ".join(map(iteration_folder, list_iterations(root))) or "no checkpoint"
     iteration = latest_iteration(root) if step is None else step
     if iteration is None:
-        raise CheckpointError(f"{root / LATEST_FILE} does not exist; {root} holds {there}")
+        raise CheckpointError(f"{root} holds no checkpoint, and no {LATEST_FILE}")
     folder = checkpoint_folder(root, iteration)
-    if folder is None:
-        wanted = root / iteration_folder(iteration)
-        raise DamagedCheckpointError(f"{wanted} does not exist; {root} holds {there}")
-    return folder
+    if folder is not None:
+        return folder
+    parent = save_folder(root)
+    there = ", ".join(map(iteration_folder, list_iterations(parent))) or "no checkpoint"
+    message = f"{why_absent(root, iteration)}; {parent} holds {there}"
+    earlier, _ = iterations_before(parent, iteration)
+    if earlier:
+        message += f", of which {parent / iteration_folder(earlier[0])} is the nearest before it"
+    raise DamagedCheckpointError(message)
 
 
 def fsync_folder(path: Path) -> None:

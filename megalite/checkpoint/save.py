@@ -85,23 +85,33 @@ def _on_all(world: Group, action: Callable):
 
     When it fails on any rank, raises CheckpointError with the reasons on every rank.
     """
-    result = None
-    failure = None
-    try:
-        result = action()
-    except Exception as error:  # of any kind: the other ranks wait below and must learn of it
-        failure = error
-    problems = gather_objects(failure and _describe(failure), world)
-    reasons = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
-    if reasons:
-        raise CheckpointError("checkpoint not written; " + "; ".join(reasons)) from failure
+    result, failure = _attempt(action)
+    _raise_agreed(gather_objects(failure and _describe(failure), world), failure)
     return result
 
 
 def _on_first(world: Group, action: Callable):
     """Run `action` on rank 0 and return its result on every rank, or raise there as _on_all."""
-    result = _on_all(world, action if world.rank == 0 else lambda: None)
-    return gather_objects(result, world)[0]
+    result, failure = _attempt(action) if world.rank == 0 else (None, None)
+    result, problem = gather_objects((result, failure and _describe(failure)), world)[0]
+    _raise_agreed([problem], failure)
+    return result
+
+
+def _attempt(action: Callable) -> tuple:
+    """(its result or None, why it failed or None)."""
+    try:
+        return action(), None
+    except Exception as error:  # of any kind: the other ranks wait and must learn of it
+        return None, error
+
+
+def _raise_agreed(problems: list[str | None], failure: Exception | None) -> None:
+    """Raise CheckpointError when there are problems; they are in the order of ranks. failure: this
+    rank's own."""
+    reasons = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+    if reasons:
+        raise CheckpointError("checkpoint not written; " + "; ".join(reasons)) from failure
 
 
 def _describe(error: Exception) -> str:

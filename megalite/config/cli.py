@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -12,7 +12,7 @@ from megalite.config.flags import read_own_flags
 from megalite.config.help import help_text, wrapped
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.rules.files import fields_of_checkpoint
-from megalite.config.run import RunConfig, options, with_preset, with_published, with_values
+from megalite.config.run import RunConfig, fill_published, options, with_preset, with_values
 from megalite.config.schedule import why_chosen
 from megalite.config.summary import given, summary_lines
 from megalite.config.yaml_file import read_yaml, to_yaml
@@ -58,18 +58,30 @@ def parse_and_check(
     the program with status 0. Problems are all printed, by rank 0, and end every rank with status
     2. Otherwise, sets TORCH_CPP_LOG_LEVEL for torch, which is still to be loaded.
     """
+    return parse_with_given(argv, description, launch, architecture)[1]
+
+
+def parse_with_given(
+    argv: list[str],
+    description: str = "",
+    launch: LaunchInfo | None = None,
+    architecture: str | None = None,
+) -> tuple[Collection[str], RunConfig]:
+    """(keys of the fields that the command line and its file give, the configuration as
+    `parse_and_check`)."""
     if launch is None:
         launch = detect_launch_or_exit()
     quiet = launch.rank != 0
     show_help(argv, description, run_groups(architecture), quiet, architecture=architecture)
     # Read.
     try:
-        command, values, config = _read_command_line(argv, architecture)
+        command, asked = _read_command_line(argv, architecture)
     except ConfigError as error:
         refuse(error.problems, quiet)
     # Check.
+    config = asked.config
     world_size = config.parallel.world_size or launch.world_size
-    problems = validate.check(config, world_size, values)
+    problems = asked.contradictions + validate.check(config, world_size, asked.values)
     if problems:
         # Rank 0 reports for all ranks, but it cannot see that a file is missing on another node.
         of_this_node = launch.local_rank == 0 and all(p.of_node for p in problems)
@@ -81,7 +93,7 @@ def parse_and_check(
     if not command.print_config and config.parallel.world_size is None:
         # When rank 0 dies, every other rank would bury what it says under a stack of C++ frames.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        return resolved
+        return set(asked.values), resolved
     if not quiet and command.print_config:
         print(to_yaml(with_values(given(resolved), {"world_size": None})), end="")
     elif not quiet:
@@ -103,26 +115,34 @@ def detect_launch_or_exit() -> LaunchInfo:
 def read_config(argv: list[str], architecture: str | None = None) -> RunConfig:
     """The configuration that a command line asks for. Raises ConfigError with every problem of it
     and of its file, and when it is not of the given architecture."""
-    return read_values(argv, architecture)[1]
+    _, asked = _read_command_line(argv, architecture)
+    return asked.without_contradictions()
 
 
-def read_values(
-    argv: list[str], architecture: str | None = None
-) -> tuple[dict[str, Any], RunConfig]:
-    """(the values that a command line and its file give, the configuration as `read_config`)."""
-    _, values, config = _read_command_line(argv, architecture)
-    return values, config
+@dataclass(frozen=True)
+class Asked:
+    """What a command line and its file say of the configuration."""
+
+    values: dict[str, Any]
+    """By key: those that are written there, and that --load-hf or a preset gives."""
+    config: RunConfig
+    """Made of them."""
+    contradictions: list[Problem]
+    """Values that contradict --load-hf, in whose place `config` has the folder's."""
+
+    def without_contradictions(self) -> RunConfig:
+        """The configuration. Raises ConfigError where a value contradicts --load-hf."""
+        if self.contradictions:
+            raise ConfigError(self.contradictions)
+        return self.config
 
 
-def _read_command_line(
-    argv: list[str], architecture: str | None
-) -> tuple[CommandLine, dict[str, Any], RunConfig]:
-    """(what a command line asks for besides the configuration, the values that it gives, the
-    configuration). Raises ConfigError, as `read_config`."""
+def _read_command_line(argv: list[str], architecture: str | None) -> tuple[CommandLine, Asked]:
+    """(what a command line asks for besides the configuration, what it says of that). Raises
+    ConfigError with every problem that leaves the configuration unknown."""
     own, flags, problems = read_own_flags(CommandLine, argv, options().values())
     command = CommandLine(**own)
-    values, config = _build(command.config, flags, problems, architecture)
-    return command, values, config
+    return command, _build(command.config, flags, problems, architecture)
 
 
 def build_config(
@@ -135,13 +155,13 @@ def build_config(
 
     problems: of the flags. Raises ConfigError with these and those of the file.
     """
-    return _build(file, flags, problems, architecture)[1]
+    return _build(file, flags, problems, architecture).without_contradictions()
 
 
 def _build(
     file: str | None, flags: dict[str, Any], problems: list[Problem], architecture: str | None
-) -> tuple[dict[str, Any], RunConfig]:
-    """(the values that file and flags give, `build_config`)."""
+) -> Asked:
+    """What a --config file and flags say. Raises ConfigError, as `_read_command_line`."""
     values = {}
     if file is not None:
         values, in_file = read_yaml(file)
@@ -151,7 +171,8 @@ def _build(
     try:
         if values.get("use_checkpoint_args"):
             default |= fields_of_checkpoint(values)
-        values = default | with_preset(with_published(values))
+        values, contradictions = fill_published(values)
+        values = default | with_preset(values)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     config = with_values(RunConfig(), values)
@@ -167,8 +188,8 @@ def _build(
         fix = f"python pretrain_{model.architecture}.py"
         problems = [*problems, Problem(message, fix, ("architecture", "preset"))]
     if problems:
-        raise ConfigError(problems)
-    return values, config
+        raise ConfigError([*problems, *contradictions])
+    return Asked(values, config, contradictions)
 
 
 def parse_options(

@@ -8,14 +8,16 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.config import CheckpointConfig
-from megalite.checkpoint.folder import CheckpointError
+from megalite.checkpoint.folder import CheckpointError, has_checkpoint
 from megalite.config.options import DECIMAL, Option, nearest, options_of
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.training import TrainingConfig
-from megalite.convert.published import Published, read_published
+from megalite.convert.formats import FORMATS, formats_in
+from megalite.convert.published import CONFIG_JSON, ONE_FILE, Published, read_folder, read_published
 from megalite.convert.tokenizer_files import tokenizer_of
 from megalite.data.batch_sizes import START, BatchSizes, Point
 from megalite.data.bert_config import BertDataConfig
@@ -218,39 +220,89 @@ def with_preset(values: dict[str, Any]) -> dict[str, Any]:
     return shape | values
 
 
+OTHER_FORMATS = {
+    "megalite": "--pretrained-checkpoint {} --use-checkpoint-args",
+    "megatron": "tools/convert_checkpoint.py --from megatron --to megalite --load {} --save NEW, "
+    "then --pretrained-checkpoint NEW --use-checkpoint-args",
+}
+"""How to start from weights that --load-hf does not read, by their format."""
+
+
 def with_published(values: dict[str, Any]) -> dict[str, Any]:
     """The values by key, and those that the folder of --load-hf gives: the shape of its model, its
     dropout, and its tokenizer where the values name none.
 
-    Raises ConfigError with everything in its config.json that megalite does not know, and every
-    value that contradicts the folder.
+    Raises ConfigError with everything in the folder that megalite does not know, or with every
+    value that contradicts it.
     """
+    filled, problems = fill_published(values)
+    if problems:
+        raise ConfigError(problems)
+    return filled
+
+
+def fill_published(values: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """(`with_published`, with the folder's values in place of those that contradict it; the
+    problems of these). Raises ConfigError when the folder's model is not known."""
     folder = values.get("load_hf")
     if not folder:
-        return values
+        return values, []
+    _check_folder(Path(folder))
     try:
         published = read_published(folder)
     except CheckpointError as error:
-        raise ConfigError(published_problems(error)) from None
-    theirs = dict(published.fields)
-    longest = theirs["max_position_embeddings"]
+        raise ConfigError(published_problems(_all_that_is_wrong(error, values))) from None
+    problems = contradictions(values, published)
+    wrong = {key for problem in problems for key in problem.keys}
+    filled = shape_of(published)
+    if values.get("tokenizer_type") is None and not values.get("mock_data"):
+        filled |= tokenizer_of(published.folder)
+    for key, value in values.items():
+        if value is not None and key not in wrong:
+            filled[key] = value
+    if values.get("seq_length") is None:
+        filled["seq_length"] = min(filled["seq_length"], filled["max_position_embeddings"])
+    return filled, problems
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ConfigError where --load-hf is no folder, or one of another format."""
+    there = formats_in(folder)
+    given = f"--load-hf {folder}"
+    if not folder.exists():
+        message = f"{given}: there is no such folder; nothing is downloaded"
+        fix = f"--load-hf FOLDER with {CONFIG_JSON} and {ONE_FILE}"
+    elif not folder.is_dir():
+        message = f"{given} is a file"
+        fix = f"--load-hf {folder.parent}"
+    elif there and "hf" not in there:
+        message = f"{given} holds {FORMATS[there[0]]}, and no model of Hugging Face"
+        fix = OTHER_FORMATS[there[0]].format(folder)
+    else:
+        return
+    raise ConfigError([Problem(message, fix, ("load_hf",))])
+
+
+def shape_of(published: Published) -> dict[str, Any]:
+    """The fields that a model of --load-hf gives, by key."""
+    longest = published.fields["max_position_embeddings"]
+    return {**published.fields, "seq_length": min(ModelConfig.seq_length, longest)}
+
+
+def contradictions(values: dict[str, Any], published: Published) -> list[Problem]:
+    """The values, by key, that cannot stand beside the model of --load-hf."""
+    folder = published.folder
     problems = []
     if values.get("preset"):
         message = f"--load-hf {folder} and --preset {values['preset']} both say what the model is"
         problems.append(Problem(message, "leave out --preset", ("preset",)))
-    for key, there in theirs.items():
+    for key, there in published.fields.items():
         here = values.get(key)
         if here is not None and not _agrees(key, here, published):
             option = options()[key]
             message = f"{option.setting(here)}, but the model in {folder} has {key} {there}"
             problems.append(Problem(message, f"leave out {option.flag}", (key,)))
-    if problems:
-        raise ConfigError(problems)
-    theirs["seq_length"] = min(ModelConfig.seq_length, longest)
-    if values.get("tokenizer_type") is None and not values.get("mock_data"):
-        theirs |= tokenizer_of(published.folder)
-    given = {key: value for key, value in values.items() if value is not None}
-    return theirs | given
+    return problems
 
 
 def _agrees(key: str, here: Any, published: Published) -> bool:
@@ -258,16 +310,27 @@ def _agrees(key: str, here: Any, published: Published) -> bool:
     there = published.fields[key]
     if key == "bert_pair":
         return (here == "none") == (there == "none")
-    if key == "max_position_embeddings" and published.fields["position_embedding_type"] == "rope":
-        # A limit only, unless it is that of a sliding window.
-        return here <= there or not published.notes
+    if key == "max_position_embeddings" and here != there:
+        return published.with_positions(here) is not None
     same_model = key == "architecture" or options()[key].field.defines_model
     return here == there or not same_model
 
 
+def _all_that_is_wrong(error: CheckpointError, values: dict[str, Any]) -> CheckpointError:
+    """The error of a config.json, with what is wrong with the weights beside it, unless the run
+    resumes a checkpoint and does not read them."""
+    if values.get("load") and has_checkpoint(values["load"]):
+        return error
+    try:
+        read_folder(values["load_hf"])
+    except CheckpointError as whole:
+        return whole
+    return error
+
+
 def published_problems(error: CheckpointError) -> list[Problem]:
     """What is wrong with the folder of --load-hf."""
-    fix = "--load-hf FOLDER with config.json and model.safetensors of a model that megalite knows"
+    fix = f"--load-hf FOLDER with {CONFIG_JSON} and {ONE_FILE} of a model that megalite knows"
     where = getattr(error, "where", None)
     reasons = [f"{where}: {text}" for text in error.problems] if where else [str(error)]
     return [Problem(f"--load-hf: {reason}", fix, ("load_hf",)) for reason in reasons]

@@ -1,6 +1,8 @@
 """What a run is, in some twenty lines. Imports no torch."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from megalite.config.rules.tokenizer import tokenizer_or_none
 from megalite.config.run import RunConfig, options, with_values
 from megalite.config.validate import chosen, fill_in
 from megalite.config.yaml_file import to_yaml
+from megalite.convert.tokenizer_files import kept_paths, tokenizer_of
 from megalite.deepspeed import settings
 from megalite.models.presets import preset
 from megalite.parallel.config import OF_DATA_RANKS
@@ -128,6 +131,26 @@ def keep_config(config: RunConfig, folder: str) -> str:
     except OSError as error:
         return f"the configuration cannot be written: {explain_os_error(error)}"
     return f"{folder} holds {MOST_CONFIGS} other configurations: this one is not written"
+
+
+def keep_published(config: RunConfig) -> str:
+    """Copy to --save what else is needed to write a folder like that of --load-hf: its config.json,
+    its generation_config.json, and the files of its tokenizer if the run uses them. Returns a line
+    for the log that names them, or says why they could not be copied, which ends no training."""
+    source = Path(config.checkpoint.load_hf)
+    save = Path(config.checkpoint.save)
+    tokenizer = tokenizer_of(source)
+    used = {key: getattr(config.data, key) for key in tokenizer}
+    paths = kept_paths(source, tokenizer=tokenizer != {} and used == tokenizer)
+    try:
+        for path in paths:
+            draft = save / f".{path.name}.draft"
+            shutil.copyfile(path, draft)
+            os.replace(draft, save / path.name)
+    except OSError as error:
+        return f"the files of {source} cannot be kept: {explain_os_error(error)}"
+    names = ", ".join(path.name for path in paths)
+    return f"kept in {save}: {names} of {source}"
 
 
 def _holds(path: Path, text: bytes) -> bool:

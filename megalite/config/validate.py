@@ -7,11 +7,12 @@ so that no rule sees them. Whatever would be silently ignored is a problem.
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from megalite.checkpoint.folder import CheckpointError
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.rules.balance import BALANCE_RULES
 from megalite.config.rules.bert import BERT_FILE_RULES, BERT_RULES
@@ -28,12 +29,21 @@ from megalite.config.rules.finding import (
 )
 from megalite.config.rules.gpt import GPT_FILE_RULES, GPT_RULES
 from megalite.config.rules.layout import LAYOUT_RULES
-from megalite.config.rules.resume import rule_of_changes
+from megalite.config.rules.resume import RESUME_RULES, rule_of_changes
 from megalite.config.rules.run import RUN_RULES
 from megalite.config.rules.schedule import SCHEDULE_FILE_RULES, SCHEDULE_RULES
 from megalite.config.rules.tokenizer import build_tokenizer, files_of
-from megalite.config.run import RunConfig, options, to_flat, with_published, with_values
+from megalite.config.run import (
+    RunConfig,
+    contradictions,
+    options,
+    shape_of,
+    to_flat,
+    with_published,
+    with_values,
+)
 from megalite.config.schedule import schedule_fields
+from megalite.convert.published import Published, read_published
 from megalite.models.presets import preset
 
 PURE_RULES: tuple[Rule, ...] = (
@@ -48,7 +58,12 @@ PURE_RULES: tuple[Rule, ...] = (
 """Rules of every architecture that read no file."""
 RULES_OF = {"gpt": (*PURE_RULES, *GPT_RULES), "bert": (*PURE_RULES, *BERT_RULES)}
 """Rules that read no file, by architecture."""
-COMMON_FILE_RULES: tuple[Rule, ...] = (*FILE_RULES, *DEEPSPEED_FILE_RULES, *SCHEDULE_FILE_RULES)
+COMMON_FILE_RULES: tuple[Rule, ...] = (
+    *FILE_RULES,
+    *RESUME_RULES,
+    *DEEPSPEED_FILE_RULES,
+    *SCHEDULE_FILE_RULES,
+)
 FILE_RULES_OF = {
     "gpt": (*COMMON_FILE_RULES, *GPT_FILE_RULES),
     "bert": (*COMMON_FILE_RULES, *BERT_FILE_RULES),
@@ -74,17 +89,35 @@ def check(
     senseless = {key for problem in problems for key in problem.keys}
     sane = with_values(config, {key: options()[key].default for key in senseless})
     # Values together, and with files.
-    before = failures(sane, world_size)
     architecture = sane.model.architecture
     file_rules = FILE_RULES_OF[architecture]
     if given is not None:
         file_rules = (*file_rules, rule_of_changes(given))
-    for rule in (*RULES_OF[architecture], *file_rules):
-        for finding in rule(sane, world_size):
-            if senseless.isdisjoint(finding.keys):
-                fix = _working_fixes(sane, world_size, rule, finding=finding, before=before)
-                problem = Problem(finding.message, fix, finding.keys, of_node=rule in file_rules)
-                problems.append(problem)
+    found = [
+        *problems_by(RULES_OF[architecture], sane, world_size),
+        *problems_by(file_rules, sane, world_size, of_node=True),
+    ]
+    return [*problems, *(p for p in found if senseless.isdisjoint(p.keys))]
+
+
+def check_checkpoint(
+    config: RunConfig, world_size: int, given: Collection[str] | None
+) -> list[Problem]:
+    """The problems of `check` that the checkpoint to load has with the run."""
+    rules = RESUME_RULES if given is None else (*RESUME_RULES, rule_of_changes(given))
+    return problems_by(rules, config, world_size, of_node=True)
+
+
+def problems_by(
+    rules: Iterable[Rule], config: RunConfig, world_size: int, of_node: bool = False
+) -> list[Problem]:
+    """What these rules find, with the fixes that work."""
+    before = failures(config, world_size)
+    problems = []
+    for rule in rules:
+        for finding in rule(config, world_size):
+            fix = _working_fixes(config, world_size, rule, finding=finding, before=before)
+            problems.append(Problem(finding.message, fix, finding.keys, of_node))
     return problems
 
 
@@ -109,10 +142,11 @@ def _working_fixes(
     """The possible fixes that work and break nothing that was sound, as flags to type: `--tp 2, or
     --tp 1`. When none does: the first, to try once the other problems are fixed."""
     others = before - {(rule.__name__, finding.keys)}
-    shape = preset(config.model.preset)
+    shape = _given_shape(config)
     fixes = []
     shown = {}
-    for fix in finding.fixes:
+    possible = list(_without_contradictions(config, finding.fixes))
+    for fix in possible:
         if isinstance(fix, str):
             fixes.append(fix)
             continue
@@ -128,9 +162,35 @@ def _working_fixes(
         if failures(changed, fix.get("world_size", world_size)) <= others:
             shown[keys] = shown.get(keys, 0) + 1
             fixes.append(text)
-    if not fixes and finding.fixes:
-        fixes = [_typed(finding.fixes[0], shape) + " (once the other problems are fixed)"]
+    if not fixes and possible:
+        fixes = [_typed(possible[0], shape) + " (once the other problems are fixed)"]
+    elif not fixes and finding.fixes:
+        fixes = ["--load-hf FOLDER of another model"]
     return ", or ".join(fixes)
+
+
+def _published(config: RunConfig) -> Published | None:
+    """The model of --load-hf; None without one, or where a run that resumes has lost it."""
+    if config.checkpoint.load_hf:
+        with suppress(CheckpointError):
+            return read_published(config.checkpoint.load_hf)
+    return None
+
+
+def _given_shape(config: RunConfig) -> dict[str, Any]:
+    """The fields that --load-hf or the preset sets, by key."""
+    published = _published(config)
+    return preset(config.model.preset) if published is None else shape_of(published)
+
+
+def _without_contradictions(
+    config: RunConfig, fixes: Iterable[dict[str, Any] | str]
+) -> Iterator[dict[str, Any] | str]:
+    """The fixes that change nothing of the model of --load-hf."""
+    published = _published(config)
+    for fix in fixes:
+        if published is None or isinstance(fix, str) or not contradictions(fix, published):
+            yield fix
 
 
 def _typed(change: dict[str, Any], shape: dict[str, Any]) -> str:

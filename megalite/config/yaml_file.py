@@ -8,6 +8,7 @@ wants a number refuses the text and says what YAML 1.1 would have read.
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -37,13 +38,14 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(flat, sort_keys=False)
 
 
-def config_of_checkpoint(text: str) -> RunConfig:
-    """The configuration in a checkpoint's config.yaml.
+@lru_cache(maxsize=4)
+def config_of_checkpoint(text: str, file: str = CONFIG_FILE) -> RunConfig:
+    """The configuration in a checkpoint's config.yaml. Kept, since several rules ask for it.
 
     Fields that the file does not have take their defaults. Raises ConfigError, a ValueError, when
-    it cannot be read.
+    it cannot be read, with the name of the file.
     """
-    values, problems = parse_yaml(text, CONFIG_FILE)
+    values, problems = parse_yaml(text, file)
     if problems:
         raise ConfigError(problems)
     return with_values(RunConfig(), with_preset(values))
@@ -69,17 +71,17 @@ def parse_yaml(text: str, file: str) -> tuple[dict[str, Any], list[Problem]]:
         node = yaml.compose(text, Loader=yaml.BaseLoader)  # which makes no guess about scalars
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
-        problem = _malformed(f"--config {file} is not YAML: {where}")
+        problem = _malformed(f"{file} is not YAML: {where}")
         if r"'\t'" in where:
             problem = replace(problem, fix="indent and separate with spaces, not tabs")
         return {}, [problem]
     except RecursionError:
-        return {}, [_malformed(f"--config {file} is nested too deeply")]
+        return {}, [_malformed(f"{file} is nested too deeply")]
     if node is None:
         return {}, []
     if not isinstance(node, yaml.MappingNode):
         kind = "list" if isinstance(node, yaml.SequenceNode) else "text"
-        return {}, [_malformed(f"--config {file} holds a {kind}, not names and values")]
+        return {}, [_malformed(f"{file} holds a {kind}, not names and values")]
     # The values as they are meant, and how messages show them.
     flat = {}
     written = {}

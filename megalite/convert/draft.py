@@ -15,12 +15,23 @@ SPARE_BYTES = 1 << 24
 
 
 def folder_problem(folder: Path) -> str | None:
-    """Why a folder cannot be made: there is something in its place that would be overwritten."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return None
-    if folder.exists() or folder.is_symlink():
+    """Why a folder cannot be made: there is something in its place that would be overwritten, or
+    nothing can be written where it would be."""
+    whole = _in_place(folder)
+    is_empty = whole.is_dir() and not any(whole.iterdir())
+    if not is_empty and (whole.exists() or whole.is_symlink()):
         return f"{folder} exists already, and nothing is overwritten: give another folder"
+    above = next(path for path in whole.parents if path.exists())
+    if not above.is_dir():
+        return f"{folder}: {above} is a file, not a folder: give another folder"
+    if not os.access(above, os.W_OK | os.X_OK):
+        return f"{folder}: nothing can be written in {above}: give another folder"
     return None
+
+
+def _in_place(folder: Path) -> Path:
+    """The folder's whole path, without `..`, which may lead through folders that are not there."""
+    return folder.parent.resolve() / folder.name
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -45,7 +56,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     problem = folder_problem(folder)
     if problem:
         raise CheckpointError(problem)
-    folder = folder.absolute()
+    folder = _in_place(folder)
     draft = folder.with_name(f".{folder.name}.converting")
     try:
         draft.mkdir(parents=True, exist_ok=True)

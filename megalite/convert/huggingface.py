@@ -15,13 +15,7 @@ from megalite.checkpoint.folder import CheckpointError, open_regular
 from megalite.checkpoint.format import SAFETENSORS_NAMES
 from megalite.checkpoint.safetensors_header import ITEM_BYTES, StoredBytes, read_exactly
 from megalite.checkpoint.source import TensorSource
-from megalite.convert.published import (
-    Published,
-    StoredPiece,
-    find_tensors,
-    read_published,
-    stored_tensors,
-)
+from megalite.convert.published import PublishedFolder, StoredPiece, read_folder
 from megalite.parallel.boxes import Box
 
 COMPARED_BYTES = 1 << 24
@@ -37,11 +31,12 @@ class HuggingFaceWeights(TensorSource):
     files; reading a box reads its bytes.
     """
 
-    def __init__(self, published: Published, pieces: dict[str, list[StoredPiece]]):
-        self.folder = published.folder
-        self.published = published
-        self._pieces = pieces
-        self._shapes = published.shapes
+    def __init__(self, found: PublishedFolder):
+        self.published = found.published
+        self.folder = found.published.folder
+        self._found = found
+        self._pieces = found.pieces
+        self._shapes = found.published.shapes
         self._files: dict[Path, int] = {}
         self._room = np.empty(0, np.uint8)
 
@@ -51,14 +46,26 @@ class HuggingFaceWeights(TensorSource):
 
         Raises CheckpointError that lists everything that megalite cannot read as a model.
         """
-        published = read_published(folder)
-        stored = stored_tensors(published.folder)
-        weights = cls(published, find_tensors(published, stored))
-        head = stored.get(published.architecture.untied.theirs)
-        if published.model.tied and head is not None:
-            with closing(weights):  # a later read opens the files again
-                weights._check_tied(head)
+        weights = cls(read_folder(folder))
+        weights.check_tied()
         return weights
+
+    def check_tied(self) -> None:
+        """Read the output layer's weight, where there is one though config.json ties it to the
+        embedding, and compare them. Raises CheckpointError when they differ: transformers would
+        compute with both."""
+        head = self._found.stored.get(self.published.architecture.untied.theirs)
+        if head is None or not self.published.model.tied:
+            return
+        embedding = self._known("embedding.word_embeddings.weight")[0].stored
+        with closing(self):  # a later read opens the files again
+            if self._same_bytes(head, embedding):
+                return
+        raise CheckpointError(
+            f"{self.folder}: {head.key} differs from {embedding.key}, but config.json says "
+            '"tie_word_embeddings": true, or leaves it out: "tie_word_embeddings": false in '
+            f"config.json keeps both; without {head.key} in the files the model is tied"
+        )
 
     @property
     def names(self) -> KeysView[str]:
@@ -96,18 +103,6 @@ class HuggingFaceWeights(TensorSource):
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
-
-    def _check_tied(self, head: StoredBytes) -> None:
-        """Raise CheckpointError when the output layer's weight is not the embedding, though
-        config.json ties them: transformers would compute with it."""
-        embedding = self._known("embedding.word_embeddings.weight")[0].stored
-        if self._same_bytes(head, embedding):
-            return
-        raise CheckpointError(
-            f"{self.folder}: {head.key} differs from {embedding.key}, but config.json says "
-            '"tie_word_embeddings": true, or leaves it out: "tie_word_embeddings": false in '
-            f"config.json keeps both; without {head.key} in the files the model is tied"
-        )
 
     def _same_bytes(self, one: StoredBytes, other: StoredBytes) -> bool:
         """Whether two tensors are stored alike."""

@@ -23,6 +23,8 @@ class Findings:
     """What cannot be translated, each with what would work."""
     notes: list[str] = field(default_factory=list)
     """What a person should know."""
+    shapes_known: bool = True
+    """Whether everything that the shapes of tensors depend on was translated."""
 
 
 class Keys(Protocol):
@@ -132,7 +134,7 @@ class Value:
         for theirs, ours in self.choices.items():
             if ours == value:
                 return {self.name: theirs}
-        possible = ", ".join(map(str, self.choices.values()))
+        possible = ", ".join(map(str, dict.fromkeys(self.choices.values())))
         found.problems.append(f"{self.field} is {value}; possible: {possible}")
         return {}
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, fields
 from typing import Any
 
-from megalite.convert.keys import Findings, Values
+from megalite.convert.keys import Findings, Values, bounds_of
 from megalite.convert.tables import ARCHITECTURES, HARMLESS, Architecture
 from megalite.nn.config import ModelConfig
 
@@ -36,6 +36,7 @@ def read_fields(config: dict[str, Any], found: Findings) -> Values:
         architecture = architecture_of(config)
     except ValueError as error:
         found.problems.append(str(error))
+        found.shapes_known = False
         return {}
     values: Values = {"architecture": architecture.ours}
     try:
@@ -45,9 +46,13 @@ def read_fields(config: dict[str, Any], found: Findings) -> Values:
             values["bert_pair"] = "none" if "pooler." in absent else "nsp"
     except ValueError as error:
         found.problems.append(str(error))
+        found.shapes_known = False
     known = set(HARMLESS)
     for keys in architecture.keys:
+        before = len(found.problems)
         values |= keys.read(config, found)
+        if len(found.problems) > before and not all(map(_keeps_shapes, keys.fields)):
+            found.shapes_known = False
         known |= set(keys.names)
     for key, value in config.items():
         if key not in known and not key.startswith("_") and value not in (None, False):
@@ -56,6 +61,12 @@ def read_fields(config: dict[str, Any], found: Findings) -> Values:
                 "no number that the model computes"
             )
     return values
+
+
+def _keeps_shapes(field: str) -> bool:
+    """Whether no shape of a tensor depends on a field of ModelConfig."""
+    bounds = bounds_of(field)
+    return bounds.keeps_shapes or not bounds.defines_model
 
 
 def write_keys(model: ModelConfig, architecture: Architecture, found: Findings) -> Values:
@@ -85,4 +96,7 @@ def architecture_for(model: ModelConfig, wanted: str | None) -> tuple[Architectu
             return architecture, keys
         reasons.append(f"{kind}: {'; '.join(found.problems)}")
     lines = "\n  ".join(reasons)
-    raise ValueError(f"no architecture of Hugging Face that megalite knows fits:\n  {lines}")
+    heading = "no architecture of Hugging Face that megalite knows can express this model:"
+    if wanted:
+        heading = "the wanted architecture of Hugging Face cannot express this model:"
+    raise ValueError(f"{heading}\n  {lines}")

@@ -3,7 +3,9 @@
 Only config.json, the index and the headers of the safetensors files are read.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,25 @@ from megalite.models.shapes import Shapes
 from megalite.nn.config import ModelConfig
 
 CONFIG_JSON = "config.json"
+GENERATION_JSON = "generation_config.json"
 INDEX_JSON = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 
 
 class PublishedError(CheckpointError):
-    """A folder of Hugging Face is not one that megalite can read. `problems` are all reasons."""
+    """A folder of Hugging Face is not one that megalite can read.
 
-    def __init__(self, where: Path, problems: list[str]):
+    Args:
+        where: the folder, or the file in it.
+        problems: all reasons.
+        known: what config.json says, where these problems leave the shapes of the tensors known.
+    """
+
+    def __init__(self, where: Path, problems: list[str], known: "Published | None" = None):
         super().__init__(listing(f"{where}:", problems))
         self.where = where
         self.problems = problems
+        self.known = known
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,19 @@ class Published:
         """The shape of the model."""
         own = {name: value for name, value in self.fields.items() if name in OWN_FIELDS}
         return ModelConfig(**own)
+
+    def with_positions(self, longest: int) -> "Published | None":
+        """The same model for sequences of up to this length. None where that is another model:
+        learned positions are a table, and attention within a window differs beyond it."""
+        if self.fields["position_embedding_type"] != "rope":
+            return None
+        key = "max_position_embeddings"
+        config = {**self.config, key: longest}
+        found = Findings()
+        fields = read_fields(config, found)
+        if fields.get(key) != longest:
+            return None
+        return replace(self, config=config, fields=fields, notes=found.notes)
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -83,11 +106,14 @@ def read_published(folder: str | Path) -> Published:
     config = read_json(folder / CONFIG_JSON)
     found = Findings()
     fields = read_fields(config, found)
+    published = None
+    if found.shapes_known:
+        architecture = architecture_of(config)
+        name = class_of(config, architecture)
+        published = Published(folder, config, architecture, name, fields, found.notes)
     if found.problems:
-        raise PublishedError(folder / CONFIG_JSON, found.problems)
-    architecture = architecture_of(config)
-    name = class_of(config, architecture)
-    return Published(folder, config, architecture, name, fields, found.notes)
+        raise PublishedError(folder / CONFIG_JSON, found.problems, published)
+    return published
 
 
 @dataclass(frozen=True)
@@ -118,7 +144,7 @@ def find_tensors(
             if key not in stored:
                 key = key.removeprefix(architecture.prefix)
             if key not in stored:
-                problems.append(f"{piece.theirs} is missing")
+                problems.append(f"{piece.theirs} is missing{_what_helps(piece, published)}")
                 continue
             used.add(key)
             tensor = stored[key]
@@ -140,6 +166,69 @@ def find_tensors(
     if problems:
         raise PublishedError(published.folder, sorted(problems))
     return found
+
+
+def _what_helps(piece: PlacedPiece, published: Published) -> str:
+    """Where the output layer of a GPT is missing: why, and what to do."""
+    architecture = published.architecture
+    if piece.theirs != architecture.untied.theirs or architecture.ours != "gpt":
+        return ""
+    whole = next(iter(architecture.classes))
+    why = f"a {published.class_name} has no output layer" if published.class_name != whole else ""
+    said = '"tie_word_embeddings" is false in config.json, or left out'
+    return (
+        f": {why + ', and ' if why else ''}{said}. Where the embedding is the output layer too, "
+        f'"tie_word_embeddings": true says so; otherwise save the model as a {whole}, with its '
+        "output layer"
+    )
+
+
+@dataclass(frozen=True)
+class PublishedFolder:
+    """All of a folder but its weights."""
+
+    published: Published
+    stored: dict[str, StoredBytes]
+    """Every tensor, by key."""
+    pieces: dict[str, list[StoredPiece]]
+    """Of each of our tensors, by its name."""
+
+
+def read_folder(folder: str | Path) -> PublishedFolder:
+    """Read config.json and the headers of the files. Raises one CheckpointError with everything in
+    either that megalite cannot read."""
+    folder = Path(folder)
+    errors = []
+    published = None
+    stored = {}
+    pieces = {}
+    try:
+        published = read_published(folder)
+    except CheckpointError as error:
+        errors.append(error)
+        published = getattr(error, "known", None)
+    try:
+        stored = stored_tensors(folder)
+        if published is not None:
+            pieces = find_tensors(published, stored)
+    except CheckpointError as error:
+        errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise PublishedError(folder, list(chain.from_iterable(_within(folder, errors))))
+    return PublishedFolder(published, stored, pieces)
+
+
+def _within(folder: Path, errors: list[CheckpointError]) -> Iterator[list[str]]:
+    """What each error says of a folder, without the folder's name."""
+    for error in errors:
+        if not isinstance(error, PublishedError):
+            yield [str(error).removeprefix(str(folder)).lstrip("/: ")]
+        elif error.where == folder:
+            yield error.problems
+        else:
+            yield [f"{error.where.name}: {text}" for text in error.problems]
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredBytes]:

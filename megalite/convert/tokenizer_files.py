@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.folder import read_json
+from megalite.convert.published import CONFIG_JSON, GENERATION_JSON
 from megalite.data.tokenizers.huggingface import PUBLISHED_FILES, TOKENIZER_CONFIG, TOKENIZER_JSON
 
 
@@ -11,6 +12,16 @@ def tokenizer_paths(folder: Path) -> list[Path]:
     """The tokenizer's files in a folder."""
     named = [folder / name for name in PUBLISHED_FILES if (folder / name).is_file()]
     return named + sorted(folder.glob("*.tiktoken"))
+
+
+def kept_paths(folder: Path, tokenizer: bool = True) -> list[Path]:
+    """The files in a folder of Hugging Face that are kept beside a checkpoint of its model: those
+    from which such a folder is written, but for the weights. tokenizer: with its files."""
+    paths = tokenizer_paths(folder) if tokenizer else []
+    for name in (CONFIG_JSON, GENERATION_JSON):
+        if (folder / name).is_file():
+            paths.append(folder / name)
+    return paths
 
 
 def tokenizer_of(folder: Path) -> dict[str, Any]:

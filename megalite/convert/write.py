@@ -19,12 +19,11 @@ from megalite.checkpoint.save import write
 from megalite.checkpoint.source import TensorSource
 from megalite.checkpoint.tensor_file import write_file, write_tensors
 from megalite.convert.pieces import PlacedPiece, place
-from megalite.convert.published import CONFIG_JSON, INDEX_JSON, ONE_FILE, table_of
+from megalite.convert.published import CONFIG_JSON, GENERATION_JSON, INDEX_JSON, ONE_FILE, table_of
 from megalite.convert.tables import Architecture
 from megalite.parallel.boxes import Box
 from megalite.parallel.context import ParallelContext
 
-GENERATION_JSON = "generation_config.json"
 METADATA = {"format": "pt"}
 """Without it, transformers refuses a file."""
 

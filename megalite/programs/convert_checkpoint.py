@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ from megalite.programs.reporting import failures_reported
 from megalite.system.errors import size_text
 
 if TYPE_CHECKING:
+    from megalite.checkpoint.folder import CheckpointError
     from megalite.checkpoint.source import TensorSource
     from megalite.convert.published import Published
     from megalite.convert.write import HuggingFaceModel, Weights
@@ -67,12 +69,36 @@ class Options:
         unit = UNITS.get(match[2].upper()) if match else None
         return int(match[1]) * unit or None if unit else None
 
-    def problems(self) -> Iterator[str]:
-        """What is wrong with these values, each with a fix."""
-        from megalite.convert.draft import folder_problem
+    @cached_property
+    def opened(self) -> "Opened":
+        """--load, open; no weight has been read. Raises CheckpointError."""
+        return SOURCES[self.from_format](self)
 
-        if not Path(self.load).is_dir():
-            yield f"--load {self.load}: there is no such folder"
+    @cached_property
+    def weights(self) -> "Weights":
+        """What is to be written. Raises CheckpointError that lists what is not there."""
+        import torch
+
+        from megalite.convert.pieces import model_shapes
+        from megalite.convert.write import Weights, parameter_names
+
+        opened = self.opened
+        shapes = model_shapes(opened.config.model, opened.config.head_cost)
+        names = parameter_names(opened.source, shapes, opened.absent)
+        dtype = getattr(torch, DTYPES[self.dtype]) if self.dtype else None
+        return Weights(opened.source, names, dtype)
+
+    @cached_property
+    def huggingface(self) -> "HuggingFaceModel":
+        """With --to hf: what is to be written beside the weights. Raises CheckpointError."""
+        return huggingface_model(self, self.opened)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with these values, and with the folders that they name, each with a fix.
+        Reads no weights."""
+        from megalite.convert.draft import folder_problem
+        from megalite.convert.formats import FORMATS, formats_in
+
         problem = folder_problem(Path(self.save))
         if problem:
             yield f"--save {problem}"
@@ -87,6 +113,17 @@ class Options:
                 yield "--hf-model-type is for --to hf; leave it out"
             if self.max_shard_size != "5GB":
                 yield "--max-shard-size is for --to hf; leave it out"
+        # The folder.
+        load = Path(self.load)
+        there = formats_in(load)
+        if load.is_file():
+            yield f"--load {load} is a file: give the folder that holds it, --load {load.parent}"
+        elif not load.is_dir():
+            yield f"--load {load}: there is no such folder"
+        elif there and self.from_format not in there:
+            yield f"--load {load} holds {FORMATS[there[0]]}: --from {there[0]}"
+        else:
+            yield from problems_of_source(self)
 
 
 @dataclass(frozen=True)
@@ -107,45 +144,48 @@ class Opened:
     """Files that are kept beside the weights: those of the tokenizer, and config.json."""
     published: Path | None = None
     """The one of them that the run named with --load-hf."""
+    compare: Callable[[], None] | None = None
+    """Compares what is stored twice. Raises CheckpointError."""
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer | None":
+        """The tokenizer. None without one, or where it cannot be used, which becomes a note."""
+        from megalite.data.tokenizers import TokenizerError, configured_tokenizer
+
+        data = self.config.data
+        if data.tokenizer_type is None:
+            return None
+        try:
+            return configured_tokenizer(data, self.config.model.vocab_size)
+        except TokenizerError as error:
+            self.notes.append(f"the tokenizer cannot be used: {error}")
+            return None
 
 
 def open_huggingface(options: Options) -> Opened:
     """A folder of Hugging Face."""
     from megalite.convert.huggingface import HuggingFaceWeights
-    from megalite.convert.tokenizer_files import tokenizer_of, tokenizer_paths
+    from megalite.convert.published import read_folder
+    from megalite.convert.tokenizer_files import kept_paths, tokenizer_of
 
-    source = HuggingFaceWeights.open(options.load)
+    source = HuggingFaceWeights(read_folder(options.load))
     published = source.published
     tokenizer = tokenizer_of(source.folder)
-    values = published.fields | tokenizer
-    notes = [*published.notes, *_tokenizer_notes(tokenizer, source.folder)]
-    files = tokenizer_paths(source.folder)
-    for name in ("config.json", "generation_config.json"):
-        if (source.folder / name).is_file():
-            files.append(source.folder / name)
+    notes = list(published.notes)
+    if not tokenizer:
+        none = f"{source.folder} has no tokenizer.json, and no other that we read"
+        notes.append(f"without a tokenizer: {none}")
     return Opened(
         source,
-        _configuration(values),
+        _configuration(published.fields | tokenizer),
         title=f"{published.class_name} in {options.load}",
         absent=published.absent,
         origins=(source.folder,),
-        files=tuple(files),
+        files=tuple(kept_paths(source.folder)),
+        compare=source.check_tied,
         notes=notes,
     )
-
-
-def _tokenizer_notes(tokenizer: dict[str, Any], folder: Path) -> Iterator[str]:
-    """That the folder's tokenizer is missing or cannot be read."""
-    from megalite.data.tokenizers import TokenizerError, configured_tokenizer
-
-    if not tokenizer:
-        yield f"without a tokenizer: {folder} has no tokenizer.json, and no other that we read"
-        return
-    try:
-        configured_tokenizer(with_values(RunConfig(), tokenizer).data, None)
-    except TokenizerError as error:
-        yield f"the tokenizer cannot be used: {error}"
 
 
 def open_megatron(options: Options) -> Opened:
@@ -211,34 +251,70 @@ def _configuration(values: dict[str, Any]) -> RunConfig:
     return with_values(RunConfig(), {"seq_length": min(usual, longest), **values})
 
 
+def problems_of_source(options: Options) -> Iterator[str]:
+    """Why what is in --load cannot be written as --to into --save."""
+    from megalite.checkpoint.folder import CheckpointError
+    from megalite.convert.draft import check_space
+
+    try:
+        opened = options.opened
+        size = options.weights.bytes
+    except CheckpointError as error:
+        yield from _lines(error)
+        return
+    tokenizer = opened.tokenizer
+    rows = opened.config.model.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} entries, the model in {options.load}"
+        files = ", ".join(_files_of_tokenizer(opened.config))
+        yield f"{sizes} {rows}: use the one that it was trained with, in place of {files}"
+    try:
+        if options.to == "hf":
+            _ = options.huggingface
+    except CheckpointError as error:
+        yield from _lines(error)
+    try:
+        check_space(Path(options.save), size)
+    except CheckpointError as error:
+        yield f"--save {error}"
+
+
+def _lines(error: "CheckpointError") -> list[str]:
+    """All that an error lists, each with what it is about."""
+    first, *rest = str(error).splitlines()
+    return [f"{first} {line.strip()}" for line in rest] or [first]
+
+
+def _files_of_tokenizer(config: RunConfig) -> Iterator[str]:
+    """Names of the files that the tokenizer is made of."""
+    for key in ("tokenizer_model", "vocab_file", "merge_file"):
+        if getattr(config.data, key) is not None:
+            yield getattr(config.data, key)
+
+
 def convert(options: Options) -> None:
-    """Open the source, check that there is room, write."""
-    import torch
+    """Write --save. options: without problems."""
+    from megalite.convert.draft import new_folder
 
-    from megalite.convert.draft import check_space, new_folder
-    from megalite.convert.pieces import model_shapes
-    from megalite.convert.write import Weights, parameter_names
-
-    opened = SOURCES[options.from_format](options)
+    opened = options.opened
     with closing(opened.source):
-        config = opened.config
-        shapes = model_shapes(config.model, config.head_cost)
-        names = parameter_names(opened.source, shapes, opened.absent)
-        dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
-        weights = Weights(opened.source, names, dtype)
-        print(
-            f"{opened.title}: {len(names)} tensors, {size_text(weights.bytes)} to write", flush=True
-        )
+        weights = options.weights
+        amount = f"{len(weights.names)} tensors, {size_text(weights.bytes)} to write"
+        print(f"{opened.title}: {amount}", flush=True)
+        # Both may add notes.
+        _ = opened.tokenizer
+        _ = options.to == "hf" and options.huggingface
         for note in opened.notes:
             print(f"  {note}", flush=True)
+        if opened.compare is not None:
+            opened.compare()
         save = Path(options.save)
-        check_space(save, weights.bytes)
         with new_folder(save) as draft:
-            DESTINATIONS[options.to](options, opened, weights, draft=draft)
+            DESTINATIONS[options.to](options, draft)
         print(f"{save}: {options.to}, {size_text(sum_of_sizes(save))}")
 
 
-def to_megalite(options: Options, opened: Opened, weights: "Weights", draft: Path) -> None:
+def to_megalite(options: Options, draft: Path) -> None:
     """Write a checkpoint, and the tokenizer's files beside it."""
     import shutil
 
@@ -246,6 +322,8 @@ def to_megalite(options: Options, opened: Opened, weights: "Weights", draft: Pat
     from megalite.checkpoint.format import dtype_name
     from megalite.convert.write import write_megalite
 
+    opened = options.opened
+    weights = options.weights
     save = Path(options.save).absolute()
     values = {}
     for path in opened.files:
@@ -272,39 +350,41 @@ def to_megalite(options: Options, opened: Opened, weights: "Weights", draft: Pat
     )
 
 
-def to_safetensors(options: Options, opened: Opened, weights: "Weights", draft: Path) -> None:
+def to_safetensors(options: Options, draft: Path) -> None:
     """Write one file and the configuration."""
     from megalite.convert.write import write_safetensors
 
-    write_safetensors(draft, weights, to_yaml(opened.config))
+    write_safetensors(draft, options.weights, to_yaml(options.opened.config))
 
 
-def to_huggingface(options: Options, opened: Opened, weights: "Weights", draft: Path) -> None:
+def to_huggingface(options: Options, draft: Path) -> None:
     """Write a folder that transformers loads."""
     from megalite.convert.write import write_huggingface
 
-    model = huggingface_model(options, opened, weights)
+    model = options.huggingface
     print(f"  as {model.config['architectures'][0]}", flush=True)
-    write_huggingface(draft, weights, model, options.shard_bytes, log=print)
+    write_huggingface(draft, options.weights, model, options.shard_bytes, log=print)
 
 
-def huggingface_model(options: Options, opened: Opened, weights: "Weights") -> "HuggingFaceModel":
+def huggingface_model(options: Options, opened: Opened) -> "HuggingFaceModel":
     """config.json, generation_config.json and the tokenizer's files.
 
-    Where the model is that of a published config.json, that one is written again.
+    Where the model is that of a published config.json, that one is written again. What is lost
+    otherwise becomes a note. Raises CheckpointError when no architecture can express the model.
     """
     from megalite.checkpoint.folder import CheckpointError, read_json
     from megalite.checkpoint.format import dtype_name
     from megalite.convert.model_config import architecture_for
+    from megalite.convert.published import CONFIG_JSON, GENERATION_JSON
     from megalite.convert.write import HuggingFaceModel
 
-    tokenizer, files = _tokenizer_files(opened)
-    dtype = dtype_name(weights.dtype_of(weights.names[0]))
+    files = _tokenizer_files(opened)
+    dtype = dtype_name(options.weights.dtype_of(options.weights.names[0]))
     origin = _origin(opened, options.hf_model_type)
     if origin is not None:
         config = {**origin.config, "dtype": dtype}
         config.pop("torch_dtype", None)  # the name of dtype in older files
-        path = origin.folder / "generation_config.json"
+        path = origin.folder / GENERATION_JSON
         generation = read_json(path) if path.is_file() else None
         return HuggingFaceModel(origin.architecture, config, generation, files)
     try:
@@ -312,13 +392,17 @@ def huggingface_model(options: Options, opened: Opened, weights: "Weights") -> "
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    if tokenizer is not None and tokenizer.eod_or_none is not None:
-        ids["eos_token_id"] = tokenizer.eod
+    if opened.tokenizer is not None and opened.tokenizer.eod_or_none is not None:
+        ids["eos_token_id"] = opened.tokenizer.eod
     name = _class_name(opened, architecture)
     if opened.published is not None:
-        path = opened.published / "config.json"
-        why = "is not that of this model" if path.is_file() else "is not there"
-        print(f"  {path} {why}: written as {name}, without its generation settings", flush=True)
+        path = opened.published / CONFIG_JSON
+        why = "is not that of this model"
+        if not path.is_file():
+            why = "is not there"
+        elif options.hf_model_type is not None:
+            why = f"is not that of a {options.hf_model_type} with these heads"
+        opened.notes.append(f"{path} {why}: written as {name}, without its generation settings")
     config = {"architectures": [name], **keys, **ids, "dtype": dtype}
     generation = {"_from_model_config": True, **ids} if architecture.ours == "gpt" else None
     return HuggingFaceModel(architecture, config, generation, files)
@@ -334,17 +418,21 @@ def _class_name(opened: Opened, architecture: Architecture) -> str:
 
 
 def _origin(opened: Opened, wanted: str | None) -> "Published | None":
-    """The published model that this is, if one of the origins has its shape and its heads."""
+    """The published model that this is, if one of the origins has its shape and its heads. Of
+    RoPE, the longest sequence may be another one."""
     from megalite.checkpoint.folder import CheckpointError
     from megalite.convert.published import read_published
 
     of_training = ("hidden_dropout", "attention_dropout", "init_method_std", "bert_pair")
     shape = to_flat(with_values(opened.config, asdict(opened.config.model.filled())))
+    longest = shape["max_position_embeddings"]
     for folder in opened.origins:
         try:
             published = read_published(folder)
         except CheckpointError:
             continue
+        if published.fields["max_position_embeddings"] != longest:
+            published = published.with_positions(longest) or published
         architecture = published.architecture
         theirs = {**shape, **published.fields}
         for key in of_training:
@@ -355,27 +443,22 @@ def _origin(opened: Opened, wanted: str | None) -> "Published | None":
     return None
 
 
-def _tokenizer_files(opened: Opened) -> "tuple[Tokenizer | None, dict[str, bytes]]":
-    """The tokenizer, or None, and its files for transformers by name."""
-    from megalite.data.tokenizers import TokenizerError, configured_tokenizer
+def _tokenizer_files(opened: Opened) -> dict[str, bytes]:
+    """The tokenizer's files for transformers, by name. What is lacking becomes a note."""
+    from megalite.data.tokenizers import TokenizerError
 
-    data = opened.config.data
-    if data.tokenizer_type is None:
-        return None, {}
+    if opened.tokenizer is None:
+        return {}
     try:
-        tokenizer = configured_tokenizer(data, opened.config.model.vocab_size)
-        files = tokenizer.huggingface_files()
-        if "tokenizer_config.json" not in files:
-            names = ", ".join(files)
-            print(
-                f"  {names}: AutoTokenizer needs a tokenizer.json, which is not made of a "
-                f"{data.tokenizer_type}",
-                flush=True,
-            )
-        return tokenizer, files
+        files = opened.tokenizer.huggingface_files()
     except TokenizerError as error:
-        print(f"  without a tokenizer: {error}", flush=True)
-        return None, {}
+        opened.notes.append(f"without a tokenizer: {error}")
+        return {}
+    if "tokenizer_config.json" not in files:
+        kind = opened.config.data.tokenizer_type
+        needed = f"AutoTokenizer needs a tokenizer.json, which is not made of a {kind}"
+        opened.notes.append(f"{', '.join(files)}: {needed}")
+    return files
 
 
 DESTINATIONS: dict[str, Callable[..., None]] = {
@@ -393,6 +476,5 @@ def sum_of_sizes(folder: Path) -> int:
 
 def main() -> None:
     """Read the flags, report all problems at once (status 2), convert."""
-    options = parse_options(Options, __doc__, check=Options.problems)
     with failures_reported():
-        convert(options)
+        convert(parse_options(Options, __doc__, check=Options.problems))

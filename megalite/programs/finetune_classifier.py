@@ -15,9 +15,9 @@ from typing import Annotated
 
 import numpy as np
 
-from megalite.checkpoint.folder import CheckpointError
+from megalite.checkpoint.folder import CheckpointError, find_checkpoint
 from megalite.config.cli import parse_options
-from megalite.config.rules.files import folder_to_load, read_stored_config
+from megalite.config.rules.files import read_stored_config
 from megalite.config.run import RunConfig
 from megalite.data.classification import (
     Columns,
@@ -36,7 +36,6 @@ from megalite.fields import Field
 from megalite.programs.classify import input_problems
 from megalite.programs.model_options import BertOptions
 from megalite.programs.reporting import failures_reported
-from megalite.system.errors import error_message
 from megalite.training.finetune_config import ClassifierDescription, FinetuneConfig, bert_tokenizer
 
 SHOWN_CLASSES = 20
@@ -147,16 +146,8 @@ def configuration(options: Options) -> RunConfig:
     Raises CheckpointError if it cannot be read or is that of a GPT, TokenizerError if a file of the
     tokenizer is not found.
     """
-    step = options.ckpt_step
-    folder = folder_to_load(options.load, step)
-    if folder is None:
-        what = "a checkpoint" if step is None else f"the checkpoint of iteration {step}"
-        raise CheckpointError(f"--load {options.load}: {what} is not there")
-    try:
-        run = read_stored_config(folder)
-    except (OSError, ValueError) as error:
-        reason = error_message(error)
-        raise CheckpointError(f"{folder}: its configuration cannot be read: {reason}") from None
+    folder = find_checkpoint(options.load, options.ckpt_step)
+    run = read_stored_config(folder)
     if run.model.architecture != "bert":
         other = "give a checkpoint of pretrain_bert.py"
         raise CheckpointError(f"--load {options.load} holds a GPT; {other}")

@@ -11,7 +11,7 @@ All problems of a configuration are reported before anything starts.
 
 import sys
 
-from megalite.config.cli import detect_launch_or_exit, parse_and_check
+from megalite.config.cli import detect_launch_or_exit, parse_with_given
 
 
 def main() -> None:
@@ -22,8 +22,8 @@ def main() -> None:
 def pretrain_program(description: str, architecture: str) -> None:
     """The program that pretrains one architecture. description: what --help prints first."""
     launch = detect_launch_or_exit()
-    config = parse_and_check(sys.argv[1:], description, launch, architecture)
+    given, config = parse_with_given(sys.argv[1:], description, launch, architecture)
 
     from megalite.training.pretrain import pretrain_or_exit
 
-    pretrain_or_exit(config, launch)
+    pretrain_or_exit(config, launch, given=given)

@@ -5,7 +5,7 @@ import torch
 
 from megalite.config.run import RunConfig
 from megalite.data.architectures import DATA_OF
-from megalite.data.batch_sizes import BatchSizes
+from megalite.data.batch_sizes import START, BatchSizes, Point
 from megalite.data.indexed import DatasetError
 from megalite.data.loader import Loader
 from megalite.models.batch import Microbatch
@@ -87,10 +87,14 @@ class GlobalBatches:
         return batches
 
 
-def samples_to_read(config: RunConfig) -> dict[str, int]:
-    """How many samples a run reads of each split; for validation, as many as Megatron-LM counts."""
+def samples_to_read(config: RunConfig, since: Point = START) -> dict[str, int]:
+    """How many samples a run reads of each split; for validation, as many as Megatron-LM counts.
+
+    since: iterations and samples that were done before, maybe in batches of other sizes.
+    """
     training = config.training
-    samples = {"train": config.batch_sizes.consumed_after(training.train_iters)}
+    end = max(training.train_iters, since[0])
+    samples = {"train": config.batch_sizes.consumed_after(end, since)}
     if training.eval_interval and training.eval_iters:
         evaluations = training.train_iters // training.eval_interval + 1
         samples["valid"] = evaluations * training.eval_iters * config.data.global_batch_size

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -11,39 +11,41 @@ from megalite.checkpoint.background import AsyncSaver
 from megalite.checkpoint.folder import has_checkpoint
 from megalite.config.rules.disk import same_place
 from megalite.config.run import RunConfig, with_values
-from megalite.config.summary import keep_config, summary_lines
+from megalite.config.summary import keep_config, keep_published, summary_lines
 from megalite.data.build import blended, build_sources, data_state
 from megalite.parallel.collectives import barrier, gather_objects
 from megalite.parallel.context import ParallelContext, tell_torchrun
 from megalite.parallel.launch import LaunchInfo
-from megalite.training.batches import build_batches, samples_to_read
+from megalite.training.batches import GlobalBatches, build_batches, samples_to_read
 from megalite.training.build import TrainingComponents, build_components, build_context, build_model
 from megalite.training.failures import as_lost_contact, explain
 from megalite.training.loop import Trainer
 from megalite.training.metrics import MetricsFile
 from megalite.training.output import Log, failsafe_output, rank_0_printer
-from megalite.training.resume import resume
+from megalite.training.resume import resume, start_from_pretrained
 from megalite.training.signals import Stop, StopSignals
 from megalite.training.startup_checks import check_data, take_lease
 from megalite.training.startup_report import dry_run, kernels_line, model_line
-from megalite.training.state import (
-    Progress,
-    compare_data_with_checkpoint,
-    load_pretrained,
-    load_published,
-)
+from megalite.training.state import Progress, compare_data_with_checkpoint, load_published
 from megalite.training.writers import Writers, tracking_writers
 from megalite.watch.stragglers import check_stragglers
 from megalite.watch.watchdog import Watchdog
 
 
-def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = build_model) -> None:
+def pretrain(
+    config: RunConfig,
+    launch: LaunchInfo,
+    build_model: Callable = build_model,
+    given: Collection[str] | None = None,
+) -> None:
     """Run a resolved configuration from start, or from its checkpoint, to the end of the training.
 
-    `build_model(config, context, rng)` makes this rank's stage. Raises before training starts when
-    data, device or checkpoint are not what the configuration says. An error that several ranks have
-    in common is raised on the first of them; the others raise a LostContact with an empty message,
-    so that it is reported once.
+    `build_model(config, context, rng)` makes this rank's stage. given: keys of the fields that the
+    user named, None: all; --load-fallback does not go back to a checkpoint that differs in others.
+
+    Raises before training starts when data, device or checkpoint are not what the configuration
+    says. An error that several ranks have in common is raised on the first of them; the others
+    raise a LostContact with an empty message, so that it is reported once.
     """
     with failsafe_output(launch.rank), StopSignals(config.training.exit_signal_handler) as signals:
         # A job script sends its warning once. The other signals still end a rank that waits in
@@ -59,7 +61,7 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
         with Watchdog(context, config.parallel.hang_timeout, folder, report) as watchdog:
             signals.catch(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
             try:
-                _run(config, context, build_model, signals)
+                _run(config, context, build_model, signals=signals, given=given)
                 _leave_together(context, watchdog)
             except Exception as error:
                 lost_contact = as_lost_contact(error, watchdog)
@@ -72,12 +74,15 @@ def pretrain(config: RunConfig, launch: LaunchInfo, build_model: Callable = buil
 
 
 def pretrain_or_exit(
-    config: RunConfig, launch: LaunchInfo, build_model: Callable = build_model
+    config: RunConfig,
+    launch: LaunchInfo,
+    build_model: Callable = build_model,
+    given: Collection[str] | None = None,
 ) -> None:
     """pretrain() as the last act of a program: exits with status 1 and one line, in place of a
     traceback, where that explains the error."""
     try:
-        pretrain(config, launch, build_model)
+        pretrain(config, launch, build_model, given)
     except Exception as error:
         # A launcher sends SIGTERM when another rank has ended: it must not cut off this message.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -101,7 +106,11 @@ def _leave_together(context: ParallelContext, watchdog: Watchdog) -> None:
 
 
 def _run(
-    config: RunConfig, context: ParallelContext, build_model: Callable, signals: StopSignals
+    config: RunConfig,
+    context: ParallelContext,
+    build_model: Callable,
+    signals: StopSignals,
+    given: Collection[str] | None,
 ) -> None:
     """Build everything, continue from the checkpoint if there is one, and train. Collective."""
     log = rank_0_printer(context)
@@ -123,22 +132,23 @@ def _run(
         lease = take_lease(config.checkpoint.save, context)
     if lease is not None and context.rank == 0:
         log(keep_config(config, config.checkpoint.save))
-    progress = _starting_point(config, components)
+        if config.checkpoint.load_hf is not None and not has_checkpoint(config.checkpoint.save):
+            log(keep_published(config))
+    progress = _starting_point(config, components, given)
 
     _log_notes(progress, log)
 
-    # Continue in the data, which must be the checkpoint's and the same on all nodes.
+    # Continue in the data, which must be the checkpoint's and the same on all nodes. After batches
+    # of other sizes, the run takes another number of samples in all.
+    planned = samples
+    samples = samples_to_read(config, since=(progress.iteration, progress.consumed_samples))
+    if samples != planned:
+        sources = build_sources(config.data, config.model, seed, samples, config.bert)
     data_now = data_state(config.data, config.model, seed, samples["train"], config.bert)
     check_data(data_now.to_json(), context)
     compare_data_with_checkpoint(progress, data_now, config.checkpoint.allow_data_change)
     _log_notes(progress, log)
-    batches = {}
-    for split, source in sources.items():
-        dataset = blended(source, progress.data if split == "train" else None)
-        # Batches of the evaluation have the same size all the time, to be comparable.
-        ramp = config.data.rampup_batch_size if split == "train" else None
-        config_of_split = with_values(config, {"rampup_batch_size": ramp})
-        batches[split] = build_batches(config_of_split, dataset, components.model)
+    batches = _batches_by_split(config, components, sources, progress)
 
     if is_dry_run:
         dry_run(components, batches["train"], progress.consumed_samples, log)
@@ -166,16 +176,32 @@ def _run(
         _train(trainer)
 
 
-def _starting_point(config: RunConfig, components: TrainingComponents) -> Progress:
+def _batches_by_split(
+    config: RunConfig, components: TrainingComponents, sources: dict[str, list], progress: Progress
+) -> dict[str, GlobalBatches]:
+    """The batches of each split; those of the training continue in the data of `progress`."""
+    batches = {}
+    for split, source in sources.items():
+        dataset = blended(source, progress.data if split == "train" else None)
+        # Batches of the evaluation have the same size all the time, to be comparable.
+        ramp = config.data.rampup_batch_size if split == "train" else None
+        config_of_split = with_values(config, {"rampup_batch_size": ramp})
+        batches[split] = build_batches(config_of_split, dataset, components.model)
+    return batches
+
+
+def _starting_point(
+    config: RunConfig, components: TrainingComponents, given: Collection[str] | None
+) -> Progress:
     """The progress of the checkpoint in --load, which is loaded; else the start, maybe from
     pretrained weights."""
     options = config.checkpoint
     if options.load is not None and not _finds_no_checkpoint(config):
-        return resume(components, config)
+        return resume(components, config, given)
     if options.pretrained_checkpoint is not None:
-        return load_pretrained(components, config)
+        return start_from_pretrained(components, config)
     if options.load_hf is not None:
-        return load_published(components, options.load_hf)
+        return load_published(components, config)
     notes = []
     if options.load is not None:
         notes = [f"no checkpoint in {options.load} yet: starting from scratch"]

@@ -26,6 +26,7 @@ from megalite.config.run import RunConfig, keys_where, to_flat
 from megalite.config.summary import given
 from megalite.config.yaml_file import config_of_checkpoint, to_yaml
 from megalite.convert.huggingface import HuggingFaceWeights
+from megalite.convert.pieces import model_shapes
 from megalite.data.sources import DataState
 from megalite.nn.parameter import HALF_PRECISIONS, held_boxes
 from megalite.optim.optimizer import Optimizer
@@ -305,33 +306,38 @@ def _history(checkpoint: Checkpoint, config: RunConfig) -> list[int]:
     return [*history_before(checkpoint.state, root, iteration), iteration]
 
 
-def load_published(parts: TrainingComponents, folder: str) -> Progress:
-    """Start from the weights of a Hugging Face folder: each rank reads its boxes. All else starts
-    from scratch, heads that the published model does not have too."""
+def load_published(parts: TrainingComponents, config: RunConfig) -> Progress:
+    """Start from the weights of --load-hf: each rank reads its boxes. All else starts from scratch,
+    heads that the published model does not have too."""
+    folder = config.checkpoint.load_hf
     with HuggingFaceWeights.open(folder) as source:
         published = source.published
-        absent = published.absent
-        _load_model(source, parts, absent)
-        _load_master(source, parts, absent)
+        _load_model(source, parts, published.absent)
+        _load_master(source, parts, published.absent)
         parts.optimizer.weights_were_set()
         notes = [f"weights of the {published.class_name} in {folder}; all else starts from scratch"]
-        if absent:
-            heads = " ".join(f"{beginning}*" for beginning in absent)
-            notes.append(f"a {published.class_name} has no {heads}: these start from the seed")
+        names = model_shapes(config.model, config.head_cost)
+        heads = []
+        for beginning in published.absent:
+            if any(name.startswith(beginning) for name in names):
+                heads.append(f"{beginning}*")
+        if heads:
+            missing = f"a {published.class_name} has no {' '.join(heads)}"
+            notes.append(f"{missing}: these start from the seed")
         return Progress(notes=notes + published.notes)
 
 
-def load_pretrained(parts: TrainingComponents, config: RunConfig) -> Progress:
-    """Start from the weights in --pretrained-checkpoint, of any layout.
+def load_pretrained(parts: TrainingComponents, config: RunConfig, step: int) -> Progress:
+    """Read the weights of iteration `step` in --pretrained-checkpoint, of any layout. Nothing
+    communicates, as in `read_state`.
 
-    Collective. Raises CheckpointError when they are not those of this model.
+    Raises CheckpointError when they are not those of this model, DamagedCheckpointError when they
+    are damaged.
     """
     options = config.checkpoint
     verify = options.verify_checkpoint == "on"
-    with Checkpoint.open(options.pretrained_checkpoint, verify=verify) as checkpoint:
-        progress = _weights_alone(checkpoint, parts, config, "--pretrained-checkpoint")
-    parts.optimizer.weights_were_set()
-    return progress
+    with Checkpoint.open(options.pretrained_checkpoint, step, verify) as checkpoint:
+        return _weights_alone(checkpoint, parts, config, "--pretrained-checkpoint")
 
 
 def _weights_alone(

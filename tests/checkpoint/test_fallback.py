@@ -7,10 +7,8 @@ import os
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import pytest
-
-from megalite.checkpoint.folder import DamagedCheckpointError, list_iterations
-from megalite.config import cli, validate
+from megalite.checkpoint.folder import CheckpointError, list_iterations
+from megalite.config import cli
 from megalite.training.pretrain import pretrain
 from megalite.watch.watchdog import LostContact
 
@@ -23,13 +21,12 @@ FLAGS = """
 
 def train_on_rank(launch, flags: list[str]) -> tuple[str, str]:
     """(what was printed, why it ended early; an error of all is raised on the first of them)."""
-    config = cli.read_config([*FLAGS, *flags])
-    assert validate.check(config, launch.world_size) == []
+    given, resolved = cli.parse_with_given([*FLAGS, *flags], launch=launch)
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):
-            pretrain(validate.resolve(config, launch.world_size), launch)
-    except (DamagedCheckpointError, LostContact) as error:
+            pretrain(resolved, launch, given=given)
+    except (CheckpointError, LostContact) as error:
         return printed.getvalue(), str(error)
     return printed.getvalue(), ""
 
@@ -96,12 +93,64 @@ def test_all_ranks_go_back_to_the_same_checkpoint(pool, tmp_path):
     assert "no whole checkpoint is left" in error
 
 
+def damage(folder: Path) -> None:
+    """Change the last byte of rank 1's file, which no rule looks at."""
+    file = folder / "weights-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 def test_what_does_not_fit_is_no_damage(pool, tmp_path):
+    """--load-fallback does not go on to a third checkpoint when the second one does not fit."""
     saved = tmp_path / "saved"
-    flags = ["--save", str(saved), "--train-iters", "2", "--save-interval", "1"]
-    pool.run(train_on_rank, 2, flags, timeout=60)
-    with pytest.raises(Exception, match="holds the state of --optimizer adam"):
-        pool.run(train_on_rank, 2, ["--load", str(saved), "--load-fallback", "--optimizer", "sgd"])
+    flags = ["--save", str(saved), "--load", str(saved), "--train-iters", "2"]
+    pool.run(train_on_rank, 2, [*flags, "--save-interval", "1"], timeout=60)
+    lion = ["--optimizer", "lion", "--no-load-optim", "--train-iters", "3"]
+    pool.run(train_on_rank, 2, [*flags, *lion], timeout=60)
+    damage(saved / "iter_0000003")
+    flags = ["--load", str(saved), "--load-fallback", "--optimizer", "lion"]
+    error = "".join(error for _, error in pool.run(train_on_rank, 2, flags))
+    assert "going back to iter_0000002" in error
+    assert "iter_0000002 holds the state of --optimizer adam" in error
+
+
+def test_the_fallback_to_a_checkpoint_that_was_made_otherwise_is_refused(pool, tmp_path):
+    """What is not given must be as it was there, too; what is given may differ."""
+    saved = tmp_path / "saved"
+
+    def train(*flags) -> tuple[str, str]:
+        outcomes = pool.run(train_on_rank, 2, list(map(str, flags)), timeout=60)
+        return outcomes[0][0], "".join(error for _, error in outcomes)
+
+    resumable = ["--save", saved, "--load", saved]
+    assert train(*resumable, "--clip-grad", 0.5, "--train-iters", 2, "--lr-decay-iters", 6)[1] == ""
+    assert train(*resumable, "--clip-grad", 1, "--train-iters", 4, "--lr-decay-iters", 6)[1] == ""
+    damage(saved / "iter_0000004")
+    printed, error = train("--load", saved, "--load-fallback")
+    assert "training from" not in printed and "going back to iter_0000002" in error
+    made_with = f"{saved}/iter_0000002 was made with --clip-grad 0.5; this run does not give"
+    assert made_with in error and "fix: --clip-grad 0.5" in error
+    printed, error = train("--load", saved, "--load-fallback", "--clip-grad", 1)
+    assert not error and "at iteration 2" in printed and "clip_grad 0.5 -> 1.0" in printed
+
+
+def test_weights_to_start_from_fall_back_too(pool, tmp_path):
+    """--pretrained-checkpoint, of which rank 1 finds the latest damaged."""
+    saved = tmp_path / "saved"
+    pool.run(train_on_rank, 2, ["--save", str(saved), "--save-interval", "3"], timeout=60)
+    weights = saved / "iter_0000006" / "weights-00001.safetensors"
+    weights.write_bytes(b"")
+    flags = ["--pretrained-checkpoint", str(saved)]
+    error = "".join(error for _, error in pool.run(train_on_rank, 2, flags))
+    assert "rank 1: " in error and "weights-00001.safetensors has 0 bytes" in error
+    assert f"--load-fallback goes back to the last whole one; --pretrained-checkpoint {saved}/" in (
+        error
+    )
+    both = ["--save", str(tmp_path / "new"), "--load", str(tmp_path / "new"), "--load-fallback"]
+    printed, error = pool.run(train_on_rank, 2, [*flags, *both], timeout=60)[0]
+    assert not error and "going back to iter_0000003 (--load-fallback)" in printed
+    assert f"weights from {saved}/iter_0000003; all else starts from scratch" in printed
 
 
 def branch(pool, saved: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import resource
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +23,7 @@ from megalite.checkpoint.folder import (
 )
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
+from megalite.system.errors import error_message
 from tests.checkpoint.helpers import ALONE, FILE_OPERATIONS, names_in, whole
 
 
@@ -189,6 +191,36 @@ def test_of_runs_that_claim_at_once_one_is_the_owner(tmp_path):
                 saved.append(number)
         assert len(saved) == 1 and latest_iteration(tmp_path) == saved[0]
         claims.clear()
+
+
+def test_a_full_disk_while_the_lease_is_taken(tmp_path):
+    """The error names the file, the limit and a remedy; the draft is removed, and the folder's
+    owner stays."""
+    first = Lease.take(tmp_path)
+    before = names_in(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # stands for a full disk
+    try:
+        with pytest.raises(OSError, match="owner.json") as caught:
+            Lease.take(tmp_path)
+        message = error_message(caught.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert message.startswith(f"{tmp_path}/.owner.json.") and "10 B, which ulimit -f" in message
+    assert names_in(tmp_path) == before
+    first.check()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_at_the_request_for_a_requeue(tmp_path):
+    lease = Lease.take(tmp_path)
+    draft = lease.staging_dir / CONTINUE_FILE
+    draft.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        lease.request_requeue("its time is over")
+    message = error_message(caught.value)
+    assert message.startswith(f"{draft}: No space left on device") and "another disk" in message
+    assert names_in(tmp_path) == []
 
 
 def test_a_claim_clears_the_mark_of_a_run_that_stopped(tmp_path):

@@ -444,6 +444,47 @@ def test_iterations_to_load(folder):
     assert validate.check(real(load="torn"), 1) == []
 
 
+def without_index(folder) -> None:
+    """A checkpoint that has lost its index."""
+    folder.mkdir()
+    (folder / "weights-00000.safetensors").touch()
+
+
+def test_the_latest_checkpoint_has_no_index(folder):
+    """The file is named; what is offered is the nearest before it, not the newest or oldest."""
+    for name in ("run", "gone"):
+        checkpoint(folder / name, 10, 20, 50, latest=40)
+    without_index(folder / "run" / "iter_0000040")
+    for load, words, offer in (
+        ("run", "run/iter_0000040/index.json is missing", "--ckpt-step 20, or --load-fallback"),
+        ("gone", "gone/iter_0000040 does not exist", "--ckpt-step 20, or --load-fallback"),
+        (
+            "run/iter_0000040",
+            "--load run/iter_0000040: its latest checkpoint cannot be read: run/iter_0000040/in",
+            f"--load {folder}/run/iter_0000020",
+        ),
+    ):
+        config = real(load=load, save="out")
+        assert_one_problem(config, 1, words)
+        (problem,) = validate.check(config, 1)
+        assert words in problem.message and problem.fix.startswith(offer), problem
+    assert_one_problem(real(load="run/iter_0000040", load_fallback=True), 1, "index.json")
+    # Nothing before it.
+    checkpoint(folder / "first", 50, latest=40)
+    assert_one_problem(real(load="first", load_fallback=True), 1, "first/iter_0000040")
+    without_index(folder / "iter_0000007")
+    (problem,) = validate.check(real(load="iter_0000007", save="iter_0000007"), 1)
+    assert "iter_0000007/index.json is missing" in problem.message
+    assert problem.fix == "--load another folder"
+
+
+def test_the_name_of_the_latest_is_damaged(folder):
+    checkpoint(folder / "run", 10, 20, latest="\0")
+    (problem,) = validate.check(real(load="run"), 1)
+    assert "latest_checkpointed_iteration.txt should hold an iteration number" in problem.message
+    assert problem.fix.startswith("--ckpt-step 20, or --load-fallback")
+
+
 def test_the_folder_of_one_checkpoint_is_its_parent_at_that_step(folder):
     checkpoint(folder / "run", 10, 20)
     for path in ("run/iter_0000010", "run/iter_0000010/", str(folder / "run/iter_0000010")):

@@ -30,14 +30,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def save(name: str, config: RunConfig) -> None:
-    step = f"{name}/iter_0000005"
+def save(name: str, config: RunConfig, iteration: int = 5, **state) -> None:
+    step = f"{name}/iter_{iteration:07d}"
     os.makedirs(step)
     for file, text in {
         f"{step}/index.json": "{}",
-        f"{step}/state.json": json.dumps({"data": None}),
+        f"{step}/state.json": json.dumps({"data": None, **state}),
         f"{step}/config.yaml": to_yaml(config),
-        f"{name}/latest_checkpointed_iteration.txt": "5",
+        f"{name}/latest_checkpointed_iteration.txt": str(iteration),
     }.items():
         with open(file, "w") as stream:
             stream.write(text)
@@ -45,8 +45,8 @@ def save(name: str, config: RunConfig) -> None:
 
 def check(argv: list[str], ranks: int = 1) -> list[Problem]:
     """What the program finds."""
-    values, config = cli.read_values(argv)
-    return validate.check(config, ranks, values)
+    _, asked = cli._read_command_line(argv, None)
+    return validate.check(asked.config, ranks, asked.values)
 
 
 def without(*flags: str) -> list[str]:
@@ -144,6 +144,112 @@ def test_the_model_of_the_checkpoint(folder):
     assert "num_layers 4, this run has 2" in problem.message
     with pytest.raises(ConfigError, match="use-checkpoint-args: other holds no checkpoint"):
         cli.read_config([*argv, "--load", "other", "--save", "other"])
+
+
+@pytest.mark.parametrize("how", ["--load", "--pretrained-checkpoint"])
+def test_the_model_of_a_checkpoint_that_cannot_be_read(folder, how):
+    """Its file is named, with what is wrong; --load-fallback takes the one before it."""
+    shape = ("--num-layers", "--hidden-size", "--seq-length", "--num-attention-heads")
+    save("run", validate.resolve(cli.read_config(MADE_WITH), 1), iteration=8)
+    argv = [*without(*shape), "--use-checkpoint-args", how, "run"]
+    stored = folder / "run" / "iter_0000008" / "config.yaml"
+    for damage, words in (
+        (lambda: stored.write_text("a: [1"), "run/iter_0000008/config.yaml is not YAML"),
+        (lambda: stored.write_text("layers: 1"), "iter_0000008/config.yaml: unknown key 'layers'"),
+        (stored.unlink, "run/iter_0000008/config.yaml is missing"),
+    ):
+        damage()
+        with pytest.raises(ConfigError) as caught:
+            cli.read_config(argv)
+        (problem,) = caught.value.problems
+        assert "--use-checkpoint-args: the model cannot be taken from run: run/" in problem.message
+        assert words in problem.message
+        first = "--ckpt-step 5" if how == "--load" else "--pretrained-checkpoint run/iter_0000005"
+        assert problem.fix.startswith(f"{first}, or --load-fallback, or give the model's flags")
+        assert cli.read_config([*argv, *first.split()]).model.num_layers == 4
+        assert cli.read_config([*argv, "--load-fallback"]).model.num_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"), [("config.yaml", "a: ["), ("state.json", "{"), ("index.json", None)]
+)
+def test_the_fallback_compares_the_checkpoint_that_is_read(folder, file, damage):
+    """--load-fallback: what is compared is the first that can be read."""
+    resolved = validate.resolve(cli.read_config(MADE_WITH), 1)
+    changed = replace(resolved, model=replace(resolved.model, norm_epsilon=1e-4))
+    save("run", changed, iteration=8, optimizer="adam", history=[5])
+    save("run", changed, iteration=7, optimizer="adam", history=[])  # of another branch
+    (folder / "run" / "latest_checkpointed_iteration.txt").write_text("8")
+    argv = [*without("--lr"), "--load", "run", "--load-fallback"]
+    messages = [problem.message for problem in check(argv)]
+    assert len(messages) == 2 and all("run/iter_0000008" in message for message in messages)
+    path = folder / "run" / "iter_0000008" / file
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_text(damage)
+    if file == "state.json":  # which checkpoints are of its run is not known
+        (folder / "run" / "iter_0000007" / "index.json").unlink()
+    (problem,) = check(argv)
+    assert "run/iter_0000005 was made with --lr 0.001" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("state", "words", "fix"),
+    [
+        (
+            {"optimizer": "lion"},
+            "holds the state of --optimizer lion, this run uses adam",
+            "--optimizer lion --adam-beta2 0.999, or --no-load-optim",
+        ),
+        ({"optimizer": "later"}, "--optimizer later, this run uses adam", "--no-load-optim"),
+        ({"optimizer": None}, "was saved with --no-save-optim", "--no-load-optim"),
+        (
+            {"optimizer": None, "converted_from": "hf llama"},
+            "holds weights alone (converted from hf llama)",
+            "--pretrained-checkpoint in place of --load, or --finetune",
+        ),
+    ],
+)
+def test_another_optimizer(folder, state, words, fix):
+    """It is refused before the checkpoint is read, once, with what would work."""
+    known = state["optimizer"] if state["optimizer"] == "lion" else "adam"
+    made_with = [*without("--adam-beta2"), "--optimizer", known]
+    save("other", validate.resolve(cli.read_config(made_with), 1), **state)
+    for given in ([], ["--optimizer", "adam"]):
+        argv = [*MADE_WITH, *given, "--load", "other"]
+        (problem,) = check(argv)
+        assert words in problem.message and problem.fix.startswith(fix)
+        for more in ("--no-load-optim", "--finetune"):
+            assert words not in "".join(p.message for p in check([*argv, more]))
+        assert check([*MADE_WITH, *given, "--pretrained-checkpoint", "other"]) == []
+    assert check([*argv, "--no-load-optim"]) == []
+
+
+def test_weights_to_start_from_that_are_damaged(folder):
+    """The latest cannot be read: it is named, and what is offered works."""
+    resolved = validate.resolve(cli.read_config(MADE_WITH), 1)
+    save("run", resolved, iteration=8)
+    argv = [*MADE_WITH, "--pretrained-checkpoint", "run"]
+    latest = folder / "run" / "latest_checkpointed_iteration.txt"
+    index = folder / "run" / "iter_0000008" / "index.json"
+    for damage, words in (
+        (index.unlink, "run/iter_0000008/index.json is missing"),
+        (lambda: latest.write_text("?"), "latest_checkpointed_iteration.txt should hold an iter"),
+    ):
+        damage()
+        (problem,) = check(argv)
+        assert f"--pretrained-checkpoint run cannot be read: run/{words}"[:40] in problem.message
+        assert words in problem.message
+        assert problem.fix.startswith("--pretrained-checkpoint run/iter_0000005, or --load-fall")
+        for offer, repaired, _ in fixed(cli.read_config(argv), 1, problem):
+            assert validate.check(repaired, 1) == [], offer
+    # None can be read: another folder is offered, not this one.
+    save("rum", resolved)
+    for stored in folder.glob("run/*/config.yaml"):
+        stored.unlink()
+    (problem,) = check([*argv, "--load-fallback"])
+    assert problem.fix == "--pretrained-checkpoint rum"
 
 
 def test_weights_to_start_from(folder):

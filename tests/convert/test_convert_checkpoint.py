@@ -26,7 +26,7 @@ from megalite.data.tokenizers import build_tokenizer
 from megalite.programs import convert_checkpoint
 from megalite.training.load_model import load_model
 from megalite.training.state import _load_optimizer
-from tests.convert.published_models import MODELS, load, their_logits
+from tests.convert.published_models import GROUPED, MODELS, _make, load, their_logits
 from tests.data.tokenizer_files import TEXTS, make_files
 from tests.runs import ALONE, console_of, sound
 
@@ -194,18 +194,50 @@ def test_a_run_goes_on_from_what_was_converted(published, tmp_path, monkeypatch)
 
 
 def test_a_published_folder_that_is_gone_is_reported(published, tmp_path, monkeypatch, capsys):
-    """Back from a run's checkpoint, once its --load-hf is gone."""
+    """Back from a run's checkpoint, once its --load-hf is gone: its files are kept in --save."""
     folder = shutil.copytree(published["mistral"], tmp_path / "hf")
     common = {"mock_data": True, "seq_length": 16, "train_iters": 1, "device": "cpu"}
     run = sound({**common, "load_hf": "hf", "save": "saved"}, 1, tmp_path)
-    console_of(ALONE, run, tmp_path)
+    console = console_of(ALONE, run, tmp_path)
+    assert f"kept in saved: config.json, generation_config.json of {folder}" in console
     flags = ("--from", "megalite", "--to", "hf", "--load", tmp_path / "saved", "--save")
     convert(monkeypatch, *flags, tmp_path / "found")
     assert "as MistralForCausalLM" in capsys.readouterr().out
     shutil.rmtree(folder)
+    convert(monkeypatch, *flags, tmp_path / "kept")
+    assert "as MistralForCausalLM" in capsys.readouterr().out
+    (tmp_path / "saved" / "config.json").unlink()
     convert(monkeypatch, *flags, tmp_path / "lost")
     line = f"{folder}/config.json is not there: written as LlamaForCausalLM"
     assert line in capsys.readouterr().out
+
+
+def test_other_positions_keep_what_was_published(tmp_path, monkeypatch):
+    """A run that changes --max-position-embeddings: ids and generation settings stay, of the
+    folder in which the run started, and so does its tokenizer."""
+    folder = tmp_path / "hf"
+    make_files(tmp_path)  # in the same folder
+    model = _make("LlamaForCausalLM", {**GROUPED, "vocab_size": 512})
+    model.config.bos_token_id = 3
+    model.config.eos_token_id = [5, 7]
+    model.generation_config.temperature = 0.25
+    model.generation_config.do_sample = True
+    model.save_pretrained(folder)
+    flags = {"load_hf": str(folder), "save": "saved", "seq_length": 16, "train_iters": 1}
+    flags |= {"mock_data": True, "device": "cpu", "max_position_embeddings": 64}
+    flags |= {"tokenizer_type": "HuggingFaceTokenizer"}
+    flags |= {"tokenizer_model": str(folder / "tokenizer.json")}
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    console_of(ALONE, sound(flags, 1, tmp_path), tmp_path)
+    shutil.rmtree(folder)
+    command = ("--from", "megalite", "--to", "hf", "--load", tmp_path / "saved", "--save")
+    convert(monkeypatch, *command, tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (3, [5, 7])
+    assert config["max_position_embeddings"] == 64
+    generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert (generation["temperature"], generation["do_sample"]) == (0.25, True)
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == tokenizer
 
 
 def test_a_missing_or_damaged_tokenizer_is_reported(published, tmp_path, monkeypatch, capsys):
@@ -332,6 +364,101 @@ def test_problems_are_all_reported_before_anything(published, tmp_path, monkeypa
     assert not (tmp_path / "new").exists()
 
 
+def refused(monkeypatch, capsys, *arguments) -> str:
+    """What the program prints when it refuses its arguments."""
+    with pytest.raises(SystemExit) as stopped:
+        convert(monkeypatch, *arguments)
+    assert stopped.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_flags_and_tensors_are_reported_at_once(published, trained, tmp_path, monkeypatch, capsys):
+    """Every problem but those that only weights show."""
+    folder = shutil.copytree(published["llama 2"], tmp_path / "hf")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    flags = ("--save", tmp_path / "new", "--max-shard-size", "large")
+    printed = refused(monkeypatch, capsys, *HF_TO_HF, folder, *flags)
+    assert "2 problems" in printed and "no size" in printed
+    assert "model.norm.weight is missing" in printed
+    # A file beside the weights.
+    shutil.copy(published["llama 2"] / "model.safetensors", folder)
+    (folder / "generation_config.json").write_text("{")
+    printed = refused(monkeypatch, capsys, *HF_TO_HF, folder, *flags)
+    assert "2 problems" in printed and "generation_config.json is damaged" in printed
+    # A model that the architecture cannot express, and too little room.
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    command = ("--from", "megalite", "--to", "hf", "--load", trained / "gpt2", *flags)
+    printed = refused(monkeypatch, capsys, *command, "--hf-model-type", "llama")
+    assert "3 problems" in printed and "will need" in printed
+    assert "llama: position_embedding_type is learned_absolute" in printed
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_right_from_is_said(published, trained, tmp_path, monkeypatch, capsys):
+    converted = tmp_path / "converted"
+    convert(monkeypatch, "--from", "hf", "--to", "megalite", "--load", published["gpt2"],
+            "--save", converted)  # fmt: skip
+    megatron = tmp_path / "megatron"
+    (megatron / "iter_0000100/mp_rank_00_000").mkdir(parents=True)
+    (megatron / "latest_checkpointed_iteration.txt").write_text("100")
+    core = tmp_path / "core"
+    core.mkdir()
+    (core / ".metadata").touch()
+    for folder, right in (
+        (published["gpt2"], "hf"), (converted, "megalite"), (trained / "llama", "megalite"),
+        (megatron, "megatron"), (core, "megatron"),
+    ):  # fmt: skip
+        for wrong in {"hf", "megatron", "megalite"} - {right}:
+            flags = ("--from", wrong, "--to", "safetensors", "--save", tmp_path / "new")
+            printed = refused(monkeypatch, capsys, *flags, "--load", folder)
+            assert "1 problem" in printed and printed.endswith(f": --from {right}"), printed
+    both = shutil.copytree(published["gpt2"], tmp_path / "both")
+    shutil.copytree(converted / "iter_0000000", both / "iter_0000000")
+    for named in ("hf", "megalite"):
+        convert(monkeypatch, "--from", named, "--to", "safetensors", "--load", both,
+                "--save", tmp_path / named)  # fmt: skip
+    command = ("--from", "hf", "--to", "hf", "--save", tmp_path / "new", "--load")
+    printed = refused(monkeypatch, capsys, *command, published["gpt2"] / "model.safetensors")
+    assert printed.endswith(f"--load {published['gpt2']}")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(published, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(published["llama 2"], tmp_path / "hf")
+    (tmp_path / "files").mkdir()
+    make_files(tmp_path / "files")
+    shutil.copy(tmp_path / "files" / "hf" / "tokenizer.json", folder)
+    with_it = ("--from", "hf", "--to", "megalite", "--load", folder, "--save", tmp_path / "new")
+    printed = refused(monkeypatch, capsys, *with_it)
+    assert re.search(r"the tokenizer has \d+ entries, the model in \S+ 61: ", printed), printed
+    (folder / "tokenizer.json").unlink()
+    convert(monkeypatch, *with_it)
+    assert (tmp_path / "new").is_dir()
+
+
+@pytest.mark.parametrize("where", ["file/new", "closed/new"])
+def test_a_place_where_nothing_can_be_written(published, tmp_path, monkeypatch, capsys, where):
+    (tmp_path / "file").touch()
+    (tmp_path / "closed").mkdir()
+    real = os.access
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: real(path, mode) and Path(path).name != "closed"
+    )  # root may write anywhere
+    printed = refused(monkeypatch, capsys, *HF_TO_HF, published["gpt2"], "--save", tmp_path / where)
+    words = "is a file, not a folder" if where == "file/new" else "nothing can be written in"
+    assert "1 problem" in printed and words in printed
+
+
+def test_a_way_through_a_folder_that_is_not_there(published, tmp_path, monkeypatch, capsys):
+    """`absent/../taken` is `taken`, once `absent` is made for the draft."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    save = tmp_path / "absent" / ".." / "taken"
+    printed = refused(monkeypatch, capsys, *HF_TO_HF, published["gpt2"], "--save", save)
+    assert "exists already" in printed and not (tmp_path / "absent").exists()
+
+
 def test_what_has_no_place_in_an_architecture_is_refused(trained, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         convert(
@@ -347,8 +474,9 @@ def test_what_has_no_place_in_an_architecture_is_refused(trained, tmp_path, monk
             "--hf-model-type",
             "llama",
         )
-    assert stopped.value.code == 1
-    assert "llama: position_embedding_type is learned_absolute" in capsys.readouterr().err
+    assert stopped.value.code == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "llama: position_embedding_type is learned_absolute" in printed
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):

@@ -2,7 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 from megalite.config import validate
@@ -14,6 +18,9 @@ from megalite.config.validate import chosen, resolve
 from tests.convert.published_models import SEQUENCE
 from tests.data.tokenizer_files import make_files
 from tests.runs import ALONE, Run, console_of, sound
+from tests.test_readme import environment
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SHORT = {
     "mock_data": True,
@@ -72,7 +79,10 @@ def test_the_program_must_be_that_of_the_model(published):
 
 
 def test_what_the_folder_lacks_is_reported_before_anything(published, tmp_path):
-    assert "config.json" in problems_of("--load-hf", tmp_path / "none")[0]
+    (absent,) = problems_of("--load-hf", tmp_path / "none")
+    assert "there is no such folder" in absent
+    (file,) = problems_of("--load-hf", published["llama 2"] / "config.json")
+    assert f"config.json is a file | --load-hf {published['llama 2']}" in file
     folder = shutil.copytree(published["llama 2"], tmp_path / "copy")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"], tensors["model.layers.2.mlp.up_proj.weight"]
@@ -147,6 +157,135 @@ def test_heads_that_are_not_there_start_from_the_seed(published, tmp_path):
     BertModel.from_pretrained(published["bert"]).save_pretrained(tmp_path / "hf")
     flags = {**SHORT, "architecture": "bert", "load_hf": str(tmp_path / "hf"), "train_iters": 1}
     console = console_of(ALONE, sound(flags, 1, tmp_path), tmp_path)
-    assert "a BertModel has no mlm_head.* pair_head.* output.*: these start from the seed" in (
-        console
-    )
+    assert "a BertModel has no mlm_head.* pair_head.*: these start from the seed" in console
+
+
+def test_heads_that_the_run_does_not_have_are_not_reported(published, tmp_path):
+    """A BertForMaskedLM has no pair head, and --bert-pair none wants none."""
+    flags = {**SHORT, "architecture": "bert", "load_hf": str(published["bert, masked only"])}
+    config = sound({**flags, "train_iters": 1}, 1, tmp_path)
+    assert config.bert.bert_pair == "none"
+    console = console_of(ALONE, config, tmp_path)
+    assert "weights of the BertForMaskedLM" in console and "start from the seed" not in console
+
+
+NO_SEQUENCE = "leave out --seq-length"
+ONE_RANK = "leave out --tensor-model-parallel-size"
+FIXES = (
+    ("mistral", "--seq-length 32", 1, [NO_SEQUENCE]),
+    ("gpt2", "--seq-length 64", 1, [NO_SEQUENCE]),
+    ("llama 3.1", "--seq-length 64", 1, [NO_SEQUENCE, "--max-position-embeddings 64"]),
+    ("llama 3.1", "--tp 3", 3, [ONE_RANK]),
+    ("llama 3.1", "--tp 4", 4, ["--tp 2", ONE_RANK]),
+    ("gpt2", "--pp 4", 4, ["--pp 2", "leave out --pipeline-model-parallel-size"]),
+)
+"""(model, flags, ranks, offers): what does not fit its folder."""
+
+
+@pytest.mark.parametrize(("name", "flags", "ranks", "offers"), FIXES)
+def test_fixes_are_those_that_the_folder_allows(published, name, flags, ranks, offers):
+    """Each is typed in place of what does not fit, and is sound."""
+    common = ["--load-hf", str(published[name]), "--mock-data", "--train-iters", "2"]
+    problems = validate.check(read_config([*common, *flags.split()], "gpt"), ranks)
+    assert problems
+    for problem in problems:
+        assert problem.fix.split(", or ") == offers
+    for offer in offers:
+        words = [] if offer.startswith("leave out") else offer.split()
+        given = [] if "max-position" not in offer else flags.split()
+        repaired = read_config([*common, *words, *given], "gpt")
+        assert validate.check(repaired, ranks) == [], offer
+
+
+def test_another_epsilon_is_no_fix(published, tmp_path):
+    """--load holds a model of another epsilon, which the folder does not have."""
+    folder = shutil.copytree(published["llama 2"], tmp_path / "hf")
+    flags = {**SHORT, "load_hf": str(folder), "save": "saved", "load": "saved", "train_iters": 1}
+    console_of(ALONE, sound(flags, 1, tmp_path), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    saved = str(tmp_path / "saved")
+    words = ["--load-hf", str(folder), "--load", saved, "--save", saved, "--seq-length", "16"]
+    (problem,) = problems_of(*words, "--global-batch-size", 2, "--device", "cpu")
+    message, fix = problem.split(" | ")
+    assert "has norm_epsilon 1e-06, this run has 0.001" in message
+    assert fix == "--allow-model-change"
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(published, tmp_path):
+    folder = shutil.copytree(published["llama 2"], tmp_path / "copy")
+    make_files(tmp_path)
+    shutil.copy(tmp_path / "hf" / "tokenizer.json", folder)
+    words = ("--load-hf", folder, "--data-path", "none", "--train-iters", "2", "--split", "1,0,0")
+    config = read_config([*map(str, words)], "gpt")
+    found = [p for p in validate.check(config, 1) if "entries of the tokenizer" in p.message]
+    (problem,) = found
+    assert f"the vocabulary of --load-hf {folder}, 61, is less than the" in problem.message
+    assert problem.fix == "the tokenizer that the model was trained with"
+
+
+def test_all_problems_at_once(published, tmp_path):
+    """Contradictions, flags that do not fit each other, and tensors."""
+    folder = shutil.copytree(published["llama 2"], tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    run = subprocess.run(
+        [sys.executable, ROOT / "pretrain_gpt.py", "--load-hf", folder, "--num-layers", "5",
+         "--seq-length", "64", "--mock-data", "--train-iters", "2"],
+        capture_output=True, text=True, env=environment(),
+    )  # fmt: skip
+    assert run.returncode == 2
+    printed = " ".join(run.stderr.split())
+    assert "3 problems" in printed
+    for words in ("--num-layers 5, but the model", "--seq-length 64 is longer", "norm.weight is m"):
+        assert words in printed, printed
+    # A config.json that leaves the shapes known.
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"odd_key": 3, "pretraining_tp": 2}))
+    found = problems_of("--load-hf", folder)
+    assert len(found) == 3
+    for words in ("config.json: odd_key is 3", "config.json: pretraining_tp is 2", "norm.weight"):
+        assert any(words in text for text in found), found
+    # One that does not, and a file that is no safetensors file.
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": None}))
+    (folder / "model.safetensors").write_bytes(b"none")
+    found = problems_of("--load-hf", folder)
+    assert len(found) == 2 and "hidden_size is missing" in found[0]
+    assert "no safetensors file" in found[1]
+
+
+def test_a_folder_of_another_format(published, tmp_path):
+    flags = {**SHORT, "load_hf": str(published["gpt2"]), "save": str(tmp_path / "saved")}
+    console_of(ALONE, sound({**flags, "train_iters": 1}, 1, tmp_path), tmp_path)
+    for folder in (tmp_path / "saved", tmp_path / "saved" / "iter_0000001"):
+        (problem,) = problems_of("--load-hf", folder)
+        assert "holds checkpoints of megalite" in problem
+        assert f"--pretrained-checkpoint {folder}" in problem.split(" | ")[1]
+    (tmp_path / "old/iter_0000100/mp_rank_00").mkdir(parents=True)
+    (problem,) = problems_of("--load-hf", tmp_path / "old")
+    assert "holds checkpoints of Megatron-LM" in problem and "--from megatron" in problem
+
+
+def test_a_base_model_without_an_output_layer(published, tmp_path):
+    """What helps is said, and does."""
+    from transformers import LlamaModel
+
+    LlamaModel.from_pretrained(published["llama 2"]).save_pretrained(tmp_path / "hf")
+    (problem,) = problems_of("--load-hf", tmp_path / "hf")
+    assert "lm_head.weight is missing: a LlamaModel has no output layer" in problem
+    assert "save the model as a LlamaForCausalLM" in problem
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    tied = config | {"tie_word_embeddings": True}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(tied))
+    assert problems_of("--load-hf", tmp_path / "hf") == []
+
+
+def test_positions_may_change_up_to_the_window(published, tmp_path):
+    """Also where the window is as long as the positions, which limits nothing by itself."""
+    folder = shutil.copytree(published["mistral"], tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 32}))
+    assert problems_of("--load-hf", folder, "--max-position-embeddings", 16) == []
+    (problem,) = problems_of("--load-hf", folder, "--max-position-embeddings", 64)
+    assert "has max_position_embeddings 32" in problem

@@ -47,7 +47,6 @@ NEEDS_ANY = (
     (("no_save_optim", "no_save_rng"), "save", "--save FOLDER"),
     (("ckpt_step", "finetune", "no_load_optim", "no_load_rng"), "load", "--load FOLDER"),
     (("allow_data_change", "exit_on_missing_checkpoint"), "load", "--load FOLDER"),
-    (("load_fallback",), "load", "--load FOLDER"),
 )
 """(fields, another field, which must be set for them to do something, how it is set)."""
 
@@ -186,7 +185,7 @@ def _checkpoint(config: RunConfig) -> Iterator[Idle]:
         why = "with --load-hf, which names other weights"
         yield ("pretrained_checkpoint",), why, {"load_hf": None}
     if c.load is None and c.pretrained_checkpoint is None:
-        keys = ("allow_model_change", "use_checkpoint_args", "verify_checkpoint")
+        keys = ("allow_model_change", "use_checkpoint_args", "verify_checkpoint", "load_fallback")
         yield keys, "without --load or --pretrained-checkpoint", "--load FOLDER"
     if config.training.rng_scheme == "global":
         why = "with --rng-scheme global, which has no random state"

@@ -1,10 +1,12 @@
 """Rules that read --load and look at the files and folders to write to. Imports no torch.
 
-Rules that read datasets are in data.py, those that read tokenizers in tokenizer.py.
+Rules that read datasets are in data.py, those that read tokenizers in tokenizer.py, those that
+compare a run with its checkpoint in resume.py.
 """
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +14,28 @@ from megalite.checkpoint.folder import (
     CONFIG_FILE,
     STATE_FILE,
     CheckpointError,
-    checkpoint_folder,
+    find_checkpoint,
+    has_checkpoint,
+    iteration_folder,
+    iterations_to_try,
     latest_iteration,
     list_iterations,
+    nearest_before,
     parse_text,
     read_file,
     read_json,
     save_folder,
+    why_absent,
 )
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.rules.data import DATA_RULES
 from megalite.config.rules.disk import neighbours, same_place
-from megalite.config.rules.finding import Finding, Rule, each, flag_of, global_batch, iterations
+from megalite.config.rules.finding import Finding, Rule, each, flag_of
 from megalite.config.rules.tokenizer import TOKENIZER_FILE_RULES
-from megalite.config.run import (
-    RunConfig,
-    keys_where,
-    options,
-    published_problems,
-    to_flat,
-    with_values,
-)
+from megalite.config.run import RunConfig, options, published_problems, to_flat, with_values
 from megalite.config.yaml_file import config_of_checkpoint
-from megalite.convert.published import find_tensors, read_published, stored_tensors
-from megalite.data.build import data_state
+from megalite.convert.published import read_folder
 from megalite.data.config import TOKENIZER_FIELDS
-from megalite.data.indexed import DatasetError
-from megalite.data.sources import DataState
 
 
 def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -78,124 +75,110 @@ def checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]
         steps = sorted(stored, key=lambda step: abs(step - c.ckpt_step))
         if latest in stored:
             steps.append(None)
-        there = ", ".join(map(str, stored))
+        there = ", ".join(map(str, stored)) or "none"
         message = f"--ckpt-step {c.ckpt_step}: --load {c.load} holds iterations {there}"
         yield Finding(message, *each("ckpt_step", steps))
-    elif c.ckpt_step is None and latest not in stored and not (c.load_fallback and stored):
-        why = unreadable or f"the latest iteration, {latest}, is not there"
-        fix = {"ckpt_step": stored[-1]} if stored else "--load another folder"
-        yield Finding(f"--load {c.load}: {why}", fix, also=("ckpt_step",))
+    elif c.ckpt_step is None and latest not in stored:
+        earlier = nearest_before(c.load)
+        if c.load_fallback and earlier is not None and save_folder(c.load) == Path(c.load):
+            return
+        why = unreadable or f"its latest checkpoint cannot be read: {why_absent(c.load, latest)}"
+        fixes = _earlier_ones("load", c.load)
+        if not fixes and stored:
+            fixes = [{"ckpt_step": stored[-1]}]
+            if c.load_fallback:  # which has no effect beside it
+                fixes[0]["load_fallback"] = False
+        fixes.append("--load another folder")
+        yield Finding(f"--load {c.load}: {why}", *fixes, also=("ckpt_step", "load_fallback"))
 
 
 def pretrained_checkpoint_is_there(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """Weights to start from, where --load does not hold a checkpoint to resume from."""
+    key = "pretrained_checkpoint"
     folder = config.checkpoint.pretrained_checkpoint
-    if folder is None or checkpoint_to_load(config)[0] is not None:
+    if folder is None or _resumes(config):
         return
-    if _weights_to_load(config)[0] is None:
-        beside = neighbours(folder.rstrip("/"), "")
-        there = [other for other in beside if list_iterations(other, replaced=True)]
-        yield Finding(
-            f"--pretrained-checkpoint {folder} holds no checkpoints",
-            *each("pretrained_checkpoint", there),
-            {"pretrained_checkpoint": None},
-        )
-
-
-def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """The checkpoint holds this model, not one with other layers, widths, norms or positions."""
-    folder, made_with = _weights_to_load(config)
-    if made_with is None:
-        return
-    # The architecture.
-    there = made_with.model.architecture
-    here = config.model.architecture
-    if there != here:
-        yield Finding(
-            f"the model in {folder} is a {there.upper()}, this run's is a {here.upper()}",
-            f"pretrain_{there}.py resumes it",
-            "--load another folder",
-        )
-        return
-    # The heads.
-    if made_with.pair_head != config.pair_head:
-        there = made_with.bert.bert_pair
-        heads = "has no pair head" if there == "none" else "has a pair head"
-        yield Finding(
-            f"the model in {folder} {heads} (--bert-pair {there}), this run has --bert-pair "
-            f"{config.bert.bert_pair}",
-            {"bert_pair": there},
-        )
-    # The shape.
-    stored = made_with.model.filled()
-    wanted = config.model.filled()
-    keys = set(keys_where(lambda field: field.defines_model))
-    if stored.position_embedding_type != "learned_absolute":
-        keys.discard("max_position_embeddings")  # of RoPE it is only a limit
-    if config.model.vocab_size is None:
-        keys.discard("vocab_size")
-    hidden = set(keys_where(lambda field: field.keeps_shapes))
-    if config.checkpoint.allow_model_change:
-        keys -= hidden
-    for key in options():
-        there = getattr(stored, key, None)
-        here = getattr(wanted, key, None)
-        if key in keys and there != here:
-            message = f"the model in {folder} has {key} {there}, this run has {here}"
-            fixes = [{key: there}]
-            if key in hidden:
-                fixes.append({"allow_model_change": True})
-            yield Finding(message, *fixes, also=(key,))
-
-
-def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """The training data and its order are those that the checkpoint was made with, or the change is
-    allowed."""
-    if config.checkpoint.finetune or config.checkpoint.allow_data_change:
-        return
-    folder, made_with = checkpoint_to_load(config)
-    if made_with is None or made_with.model.architecture != config.model.architecture:
-        return  # another rule reports another model
+    why = "holds no checkpoints"
+    fixes = []
     try:
-        stored = read_json(folder / STATE_FILE).get("data")
-        if stored is None:
-            return
-        samples = iterations(config, world_size) * global_batch(config, world_size)
-        seed = config.training.seed
-        now = data_state(config.data, config.model, seed, num_samples=samples, bert=config.bert)
-        differences = DataState.from_json(stored).differences(now)
-    except (CheckpointError, DatasetError, OSError, ValueError, KeyError, TypeError):
-        return  # other rules, or loading, say what is wrong
-    if differences:
-        yield Finding(
-            f"the training data is not what {folder} was made with: {'; '.join(differences)}",
-            {"allow_data_change": True},
-            "give the data and the flags that differ as in that run",
-            also=("split",),
-        )
+        _read_configuration(folder, None, config.checkpoint.load_fallback)
+        return
+    except CheckpointError as error:
+        if has_checkpoint(folder):
+            why = f"cannot be read: {error}"
+            fixes = [] if config.checkpoint.load_fallback else _earlier_ones(key, folder)
+    if not fixes:
+        given = folder.rstrip("/")
+        for other in neighbours(given, ""):
+            if other != given and list_iterations(other, replaced=True):
+                fixes.append({key: other})
+    message = f"--pretrained-checkpoint {folder} {why}"
+    yield Finding(message, *fixes, {key: None}, also=("load_fallback",))
+
+
+def _earlier_ones(key: str, folder: str) -> list[dict[str, Any]]:
+    """Fixes where the latest checkpoint of the folder in this field is damaged."""
+    earlier = nearest_before(folder)
+    if earlier is None:
+        return []
+    parent = save_folder(folder)
+    if parent != Path(folder):  # it is one checkpoint
+        return each(key, [str(parent / iteration_folder(earlier))])
+    if key == "load":
+        return [{"ckpt_step": earlier}, {"load_fallback": True}]
+    return [{key: str(parent / iteration_folder(earlier))}, {"load_fallback": True}]
 
 
 def checkpoint_to_load(config: RunConfig) -> tuple[Path | None, RunConfig | None]:
     """The folder of the checkpoint to load, and the configuration that it was made with. (None,
-    None) where there is none or where, as loading reports, it cannot be read."""
+    None) where there is none or where, as loading reports, it cannot be read.
+
+    With --load-fallback, one whose configuration, state or index cannot be read is passed over, as
+    loading does.
+    """
     c = config.checkpoint
-    try:
-        folder = None if c.load is None else folder_to_load(c.load, c.ckpt_step)
-        if folder is not None:
-            return folder, read_stored_config(folder)
-    except (CheckpointError, OSError, ValueError):
-        pass
+    if c.load is not None:
+        with suppress(CheckpointError, OSError):
+            return _read_configuration(c.load, c.ckpt_step, c.load_fallback)
     return None, None
 
 
-def _weights_to_load(config: RunConfig) -> tuple[Path | None, RunConfig | None]:
+def _read_configuration(root: str, step: int | None, fallback: bool) -> tuple[Path, RunConfig]:
+    """The checkpoint of an iteration in `root`, by default the latest, and the configuration that
+    it was made with. fallback: or the first of those before it that can be read.
+
+    Raises CheckpointError where there is none, or with what is wrong with the first.
+    """
+    if step is not None or not fallback:
+        folder = find_checkpoint(root, step)
+        return folder, read_stored_config(folder)
+    failure = None
+    for earlier in iterations_to_try(root)[0] or [None]:
+        try:
+            folder = find_checkpoint(root, earlier)
+            read_json(folder / STATE_FILE)
+            return folder, read_stored_config(folder)
+        except CheckpointError as error:
+            failure = failure or error
+    raise failure
+
+
+def _resumes(config: RunConfig) -> bool:
+    """Whether the run takes a checkpoint in --load, maybe a damaged one."""
+    return config.checkpoint.load is not None and has_checkpoint(config.checkpoint.load)
+
+
+def weights_to_load(config: RunConfig) -> tuple[Path | None, RunConfig | None]:
     """`checkpoint_to_load`, or without one that of --pretrained-checkpoint."""
-    pretrained = config.checkpoint.pretrained_checkpoint
-    folder, made_with = checkpoint_to_load(config)
-    if folder is None and pretrained is not None:
-        other = with_values(config, {"load": pretrained, "ckpt_step": None})
-        return checkpoint_to_load(other)
-    return folder, made_with
+    return checkpoint_to_load(with_values(config, _source_of_weights(config)))
+
+
+def _source_of_weights(config: RunConfig) -> dict[str, Any]:
+    """--load and --ckpt-step of a run that resumes from what this one takes its weights from."""
+    c = config.checkpoint
+    if c.pretrained_checkpoint is None or _resumes(config):
+        return {"load": c.load, "ckpt_step": c.ckpt_step}
+    return {"load": c.pretrained_checkpoint, "ckpt_step": None}
 
 
 def fields_of_checkpoint(values: dict[str, Any]) -> dict[str, Any]:
@@ -203,18 +186,29 @@ def fields_of_checkpoint(values: dict[str, Any]) -> dict[str, Any]:
     --use-checkpoint-args.
 
     Empty without a folder to load from, which a rule reports. Raises ConfigError when there is no
-    checkpoint in it.
+    checkpoint in it, or its configuration cannot be read.
     """
     asked = {key: value for key, value in values.items() if options()[key].section == "checkpoint"}
     config = with_values(RunConfig(), asked)
-    _, made_with = _weights_to_load(config)
-    where = config.checkpoint.load or config.checkpoint.pretrained_checkpoint
+    where, step = _source_of_weights(config).values()
     if where is None:
         return {}
-    if made_with is None:
-        message = f"--use-checkpoint-args: {where} holds no checkpoint to take the model from"
-        fix = "give the model's flags, and leave out --use-checkpoint-args"
-        raise ConfigError([Problem(message, fix, ("use_checkpoint_args", "load"))])
+    try:
+        _, made_with = _read_configuration(where, step, config.checkpoint.load_fallback)
+    except CheckpointError as error:
+        why = f"{where} holds no checkpoint to take the model from"
+        offers = []
+        if has_checkpoint(where):
+            why = f"the model cannot be taken from {where}: {error}"
+            flag = "load" if _resumes(config) else "pretrained_checkpoint"
+            if step is None and not config.checkpoint.load_fallback:
+                for fix in _earlier_ones(flag, where):
+                    offers += [options()[key].setting(value) for key, value in fix.items()]
+        offers.append("give the model's flags, and leave out --use-checkpoint-args")
+        problem = Problem(
+            f"--use-checkpoint-args: {why}", ", or ".join(offers), ("use_checkpoint_args", "load")
+        )
+        raise ConfigError([problem]) from None
     found = {}
     for key, value in to_flat(made_with).items():
         of_model = options()[key].section == "model" and options()[key].field.changes_numbers
@@ -223,27 +217,27 @@ def fields_of_checkpoint(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def folder_to_load(load: str, step: int | None) -> Path | None:
-    """The folder of the checkpoint of an iteration, or, for None, of the latest; None when there is
-    none. Raises CheckpointError."""
-    iteration = latest_iteration(load) if step is None else step
-    return None if iteration is None else checkpoint_folder(load, iteration)
-
-
 def read_stored_config(folder: Path) -> RunConfig:
-    """The configuration that a checkpoint was made with. Raises CheckpointError or ValueError."""
+    """The configuration that a checkpoint was made with. Raises CheckpointError, with the file and
+    what is wrong."""
     path = folder / CONFIG_FILE
-    return config_of_checkpoint(parse_text(read_file(path), path))
+    text = parse_text(read_file(path), path)
+    try:
+        return config_of_checkpoint(text, str(path))
+    except ConfigError as error:
+        raise CheckpointError("; ".join(p.message for p in error.problems)) from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def published_weights_are_whole(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """The folder of --load-hf holds every tensor of its model, unless the run resumes a
     checkpoint."""
     folder = config.checkpoint.load_hf
-    if folder is None or checkpoint_to_load(config)[0] is not None:
+    if folder is None or _resumes(config):
         return
     try:
-        find_tensors(read_published(folder), stored_tensors(Path(folder)))
+        read_folder(folder)
     except CheckpointError as error:
         for problem in published_problems(error):
             yield Finding(problem.message, problem.fix)
@@ -295,8 +289,6 @@ FILE_RULES: tuple[Rule, ...] = (
     *TOKENIZER_FILE_RULES,
     checkpoint_is_there,
     pretrained_checkpoint_is_there,
-    checkpoint_fits_model,
-    data_is_the_checkpoints,
     published_weights_are_whole,
     checkpoints_stay_apart,
     results_can_be_written,

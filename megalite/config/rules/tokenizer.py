@@ -70,11 +70,12 @@ def tokenizer_fits(config: RunConfig, world_size: int) -> Iterator[Finding]:
         given = f"--vocab-size {vocab_size}"
         if preset(config.model.preset).get("vocab_size") == vocab_size:
             given = f"the vocabulary of --preset {config.model.preset}, {vocab_size},"
-        yield Finding(
-            f"{given} is less than the {tokenizer.vocab_size} entries of the tokenizer",
-            {"vocab_size": tokenizer.vocab_size},
-            {"vocab_size": None},
-        )
+        fixes = [{"vocab_size": tokenizer.vocab_size}, {"vocab_size": None}]
+        if config.checkpoint.load_hf:
+            given = f"the vocabulary of --load-hf {config.checkpoint.load_hf}, {vocab_size},"
+            fixes = ["the tokenizer that the model was trained with"]
+        message = f"{given} is less than the {tokenizer.vocab_size} entries of the tokenizer"
+        yield Finding(message, *fixes, also=("vocab_size",))
     for key in keys_where(lambda field: field.needs_eod):
         try:
             _ = getattr(config.data, key) and tokenizer.eod
