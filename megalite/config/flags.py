@@ -19,6 +19,8 @@ ONE_WRITER = "leave it out: --async-save writes with one thread of each rank"
 LOCAL_COPIES = "--save-interval and --keep-last: there are no checkpoints on local disks"
 CONVERTED = "tools/convert_checkpoint.py converts checkpoints"
 DUMPS = "tools/verify_layouts.py records activations and gradients"
+OVERLAPS = "leave it out: messages between stages always overlap with computation"
+DIVIDED_BACKWARD = "--pipeline-schedule zb-h1 or zb-v: they compute weight gradients apart"
 CHECKPOINTS_ELSEWHERE = {
     "--persistent-save-interval": "--save-interval",
     **dict.fromkeys(
@@ -173,6 +175,10 @@ ELSEWHERE = {
     "--pipeline-model-parallel-layout": (
         "--pipeline-split N,N,...: the first stage has the embedding, the last the output layer"
     ),
+    "--no-overlap-p2p-communication": OVERLAPS,
+    "--overlap-p2p-communication-warmup-flush": OVERLAPS,
+    "--defer-embedding-wgrad-compute": DIVIDED_BACKWARD,
+    "--delay-wgrad-compute": DIVIDED_BACKWARD,
     "--context-parallel-size": (
         "--sequence-parallel and --recompute-granularity: context parallelism is not supported yet"
     ),
