@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +211,14 @@ def _layers(config: RunConfig, estimates: list[RankEstimate]) -> str:
     if chunks == 1:
         text = f"{' + '.join(of_ranks)} ({schedule})"
     else:
-        words = [f"rank {rank}: {layers}" for rank, layers in enumerate(of_ranks)]
-        if len(set(of_ranks)) == 1:
-            words = [f"each rank: {of_ranks[0]}"]
+        # Ranks that follow each other and hold the same are named together.
+        words = []
+        first = 0
+        for layers, group in groupby(of_ranks):
+            last = first + len(list(group)) - 1
+            ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
+            words.append(f"{ranks}: {layers}")
+            first = last + 1
         text = f"{', '.join(words)} ({schedule}, {chunks} stages a rank)"
     if len(estimates) > 1:
         # A microbatch whose activations are kept of one of a rank's stages counts in part.

@@ -1,7 +1,5 @@
 """The schedule of a configuration: what follows from its flags, what it needs, and `auto`."""
 
-import re
-
 import pytest
 
 from megalite.config import cli, validate
@@ -123,7 +121,7 @@ def test_flops_of_stages_are_those_of_the_model():
         ({"pipeline_schedule": "gpipe"}, "(gpipe), at most 32 microbatches in flight", 3 / 32),
         (
             {STAGES: 2},
-            "each rank: 2 + 2 (interleaved, 2 stages a rank), at most 5.5 microbatches in flight",
+            "ranks 0 to 3: 2 + 2 (interleaved, 2 stages a rank), at most 5.5 microbatches",
             3 / 64,
         ),
         ({"pipeline_schedule": "zb-h1"}, "at most 4 microbatches in flight", 3 / 96),
@@ -139,9 +137,7 @@ def test_the_summary(flags, layers, bubble):
 def test_the_summary_of_ranks_that_hold_unequal_stages():
     flags = {"num_layers": 10, STAGES: 2}
     text = " ".join(" ".join(summary_lines(resolved(PIPELINE | flags), 4)).split())
-    assert re.search(
-        r"rank 0: 2 \+ 1, rank 1: \d \+ 1, rank 2: \d \+ 1, rank 3: 1 \+ 1 \(inter", text
-    )
+    assert "ranks 0 to 1: 2 + 1, ranks 2 to 3: 1 + 1 (interleaved, 2 stages a rank)" in text
 
 
 def test_the_summary_says_what_unequal_stages_cost():
