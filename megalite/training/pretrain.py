@@ -32,6 +32,7 @@ from megalite.training.state import (
     load_pretrained,
     load_published,
 )
+from megalite.training.trace import check_trace_folder
 from megalite.training.writers import Writers, tracking_writers
 from megalite.watch.stragglers import check_stragglers
 from megalite.watch.watchdog import Watchdog
@@ -121,6 +122,7 @@ def _run(
     lease = None
     if not is_dry_run:
         lease = take_lease(config.checkpoint.save, context)
+        check_trace_folder(config.training.trace, context)
     if lease is not None and context.rank == 0:
         log(keep_config(config, config.checkpoint.save))
     progress = _starting_point(config, components)
