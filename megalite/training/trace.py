@@ -34,7 +34,6 @@ MERGED_RANKS = 64
 THREADS = ("compute", "communication", "data")
 """By number, from 0."""
 SHORT_AXES = {"tensor": "tp", "data": "dp", "pipeline": "pp"}
-"""Always shown; other axes where they have several ranks."""
 
 
 class _HostClock:
@@ -164,28 +163,29 @@ class Tracer:
         """Each rank writes its file, and rank 0 that of all."""
         context = self._context
         offset = clock_offset(context.control)
+        error = torch.tensor(offset.error + self._clock.error, dtype=torch.float64)
         events = _names(context) + self._events(offset.seconds)
         clock = {
             "rank": context.rank,
             "host": context.host,
             "offset_us": round(1e6 * offset.seconds, 3),
-            "error_us": round(1e6 * (offset.error + self._clock.error), 3),
+            "error_us": round(1e6 * error.item(), 3),
         }
         file = folder / rank_file(context.rank)
         written = self._write_file(file, events, [clock])
-        errors = [clock["error_us"]]
         if context.world_size <= MERGED_RANKS:
             ranks = gather_objects_to_first((clock, events), context.control)
             if ranks:
                 file = folder / MERGED_FILE
-                clocks = [clock for clock, _ in ranks]
-                errors = [clock["error_us"] for clock in clocks]
-                merged = [event for _, events in ranks for event in events]
+                clocks, merged = [], []
+                for clock, events in ranks:
+                    clocks.append(clock)
+                    merged += events
                 written = self._write_file(file, merged, clocks)
-        if not written:
-            return
-        what = f"iterations {self._first} to {max(self._spans)}"
-        self._log(f"trace of {what}: {file}; clocks agree to {max(errors):.0f} us")
+        all_reduce(error, context.control, op="max")
+        if written:
+            what = f"iterations {self._first} to {max(self._spans)}"
+            self._log(f"trace of {what}: {file}; clocks agree to {1e6 * error.item():.0f} us")
 
     def _events(self, offset: float) -> list[dict[str, Any]]:
         """The spans as events, from the first one of all ranks on. Collective.
@@ -234,8 +234,7 @@ def _names(context: ParallelContext) -> list[dict[str, Any]]:
     """Metadata events: what the rank's process and its threads are called, and their order."""
     places = []
     for axis, position in context.coordinates.items():
-        if context.layout.sizes[axis] > 1 or axis in SHORT_AXES:
-            places.append(f"{SHORT_AXES.get(axis, axis)} {position}")
+        places.append(f"{SHORT_AXES[axis]} {position}")
     names = {"process_name": {"name": f"rank {context.rank} ({', '.join(places)})"}}
     names["process_sort_index"] = {"sort_index": context.rank}
     events = []

@@ -2,6 +2,7 @@
 written."""
 
 import json
+import re
 import shutil
 import time
 from collections import defaultdict
@@ -137,6 +138,15 @@ def test_each_rank_has_a_file_of_its_own(traced):
     for rank in range(4):
         own = events_of(folder / f"trace-rank-0000{rank}.json")
         assert own == events_of(folder / "trace.json", pid=rank)
+
+
+def test_the_command_of_the_page_passes_the_checks():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "tracing.md").read_text()
+    (command,) = re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)
+    ranks, flags = re.fullmatch(
+        r"torchrun --nproc-per-node (\d) pretrain_gpt.py (.*)\n", command
+    ).groups()
+    assert validate.check(cli.read_config(flags.split()), int(ranks)) == []
 
 
 def offset_of_a_late_clock(launch) -> tuple[float, float]:
