@@ -70,7 +70,7 @@ def sleep_when_leaving() -> None:
 
 
 def troubled(trouble: str):
-    """A `build_model` whose forward fails as `trouble` says, on its rank and in its steps."""
+    """A `build_model` whose last stage fails as `trouble` says, on its rank and in its steps."""
     from megalite.training.build import build_model
 
     troubles = []
@@ -86,7 +86,7 @@ def troubled(trouble: str):
                     begin()
 
         model = build_model(config, context, rng)
-        model.register_forward_pre_hook(hook)
+        model.stages[-1].register_forward_pre_hook(hook)
         return model
 
     return build

@@ -6,6 +6,11 @@ from typing import Annotated, Literal
 
 from megalite.fields import Field
 
+MAX_TRACED = 100
+"""Iterations of a trace: its events are kept in memory."""
+WARM_UP = 2
+"""Iterations before a trace, where its first one is not given."""
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -44,6 +49,11 @@ class TrainingConfig:
     (pytorch.org/memory_viz)."""
     profile_ranks: Annotated[tuple[str, ...], Field(changes_numbers=False)] = ("0",)
     """Ranks that profile."""
+    trace: Annotated[str | None, Field(changes_numbers=False)] = None
+    """Write a trace of a few iterations to this folder (ui.perfetto.dev, chrome://tracing): what
+    each rank computes, by microbatch and stage, and when it waits for others or for data."""
+    trace_iterations: Annotated[str | None, Field(changes_numbers=False)] = None
+    """Iterations to trace: first-last, 100 at most. Unset: the third to the fifth of this run."""
     exit_interval: Annotated[int | None, Field(minimum=1, changes_numbers=False)] = None
     """Save and exit at the next iteration divisible by this."""
     exit_duration_in_mins: Annotated[float | None, Field(above=0, changes_numbers=False)] = None
@@ -68,12 +78,32 @@ class TrainingConfig:
     def profile_ranges(self) -> list[tuple[int, int]]:
         """(first, last) iteration of each range. Raises ValueError when --profile is not of that
         form."""
-        pairs = []
-        last = 0
+        pairs: list[tuple[int, int]] = []
         for text in (self.profile or "").split(","):
-            match = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", text.strip())
-            if not match or not last < int(match[1]) <= int(match[2]):
+            after = pairs[-1][1] if pairs else 0
+            pair = _range_after(after, text)
+            if pair is None:
                 raise ValueError("not ranges of iterations from 1, first-last, in ascending order")
-            last = int(match[2])
-            pairs.append((int(match[1]), last))
+            pairs.append(pair)
         return pairs
+
+    def trace_range(self, begins_at: int = 1) -> tuple[int, int]:
+        """(first, last) iteration of the trace of a run that begins at this one; fewer than asked
+        for where the run ends. Raises ValueError when --trace-iterations is not of that form."""
+        if self.trace_iterations is None:
+            end = self.train_iters or begins_at + WARM_UP + 2
+            return min(begins_at + WARM_UP, end), min(begins_at + WARM_UP + 2, end)
+        pair = _range_after(0, self.trace_iterations)
+        if pair is None:
+            raise ValueError("not a range of iterations from 1, first-last")
+        if pair[1] - pair[0] >= MAX_TRACED:
+            raise ValueError(f"more than {MAX_TRACED} iterations")
+        return pair
+
+
+def _range_after(last: int, text: str) -> tuple[int, int] | None:
+    """The iterations of `first-last`, if they come after `last`."""
+    match = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", text.strip())
+    if match is None or not last < int(match[1]) <= int(match[2]):
+        return None
+    return int(match[1]), int(match[2])

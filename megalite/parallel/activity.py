@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 UNTIMED_STATES = ("starting", "saving")
 """States without a hang timeout, since disks may be slow. No other rank waits for a rank in one of
@@ -47,6 +48,18 @@ class Call:
         return f"{self.kind}{content}, call {self.number} of the {self.group} group (ranks {shown})"
 
 
+class Span(NamedTuple):
+    """What a rank did from one moment to another, for a trace."""
+
+    phase: str
+    """data, forward, backward, communication or optimizer."""
+    what: Any
+    """The Call of a communication. Otherwise the action that the rank ran, or None."""
+    began: Any
+    """As `Activity.now` gives it."""
+    ended: Any
+
+
 @dataclass
 class Traffic:
     """The calls of one kind in one group, as one rank sees them."""
@@ -86,10 +99,19 @@ class Activity:
         """The latest call under each key."""
         self.waiting: Call | None = None
         """The call that the rank is in."""
+        self.action: Any = None
+        """The computation of the pipeline's schedule that the rank runs, or waits to run."""
+        self.name_of: Callable[[Any], str] = str
+        """Words for an action."""
         self.synchronize: Callable[[], None] | None = None
         """Waits for the device, so that a phase's time includes its work there."""
         self.traffic: dict[tuple[str, str], Traffic] | None = None
         """By group and kind of call; None: not counted."""
+        self.spans: list[Span] | None = None
+        """Every phase and every call, in the order in which they end; None: not noted. Set it
+        between phases."""
+        self.now: Callable[[], Any] = clock
+        """Marks a moment in `spans`."""
         self._phase = ""
         self._seconds = defaultdict(float)
         self._phase_began = self._changed = clock()
@@ -97,6 +119,7 @@ class Activity:
     def set_state(self, state: str, step: int | None = None) -> None:
         """Enter a state; with `step`, also a step of the training."""
         self.state = state
+        self.action = None
         if step is not None:
             self.step = step
         self._changed = self._clock()
@@ -123,10 +146,14 @@ class Activity:
         before = self.waiting
         phase = self._switch("communication")
         began = self._phase_began
+        spans = self.spans
+        marked = self.now() if spans is not None else None
         self.waiting = call
         try:
             yield call
         finally:
+            if spans is not None:
+                spans.append(Span("communication", call, marked, self.now()))
             self.waiting = before
             self._switch(phase)
             if self.traffic is not None:
@@ -136,9 +163,13 @@ class Activity:
     def timed(self, phase: str) -> Iterator[None]:
         """While the block runs, time counts as this phase's."""
         before = self._switch(phase)
+        spans = self.spans
+        began = self.now() if spans is not None else None
         try:
             yield
         finally:
+            if spans is not None:
+                spans.append(Span(phase, self.action, began, self.now()))
             self._switch(before)
 
     def _switch(self, phase: str) -> str:
@@ -168,6 +199,12 @@ class Activity:
         self._seconds.clear()
         taken.pop("", None)
         return taken
+
+    @property
+    def action_name(self) -> str:
+        """The action in words; "" where there is none."""
+        action = self.action
+        return "" if action is None else self.name_of(action)
 
     @property
     def idle_seconds(self) -> float:

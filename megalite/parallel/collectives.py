@@ -306,7 +306,8 @@ def _transfer(
     """Start a transfer, which both its ends record from sender to receiver: so they count the same
     ones."""
     activity = group.activity
-    call = activity.record("transfer", group.name, ends, **_content(_contiguous(tensor)))
+    content = _content(_contiguous(tensor))
+    call = activity.record("transfer", group.name, ends, **content, untimed=group.untimed)
     with activity.waits(call):
         work = operation(tensor, peer, group=group.handle)
     return _Pending(work, call, activity)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from megalite.pipeline.schedules import (
     WEIGHT,
     Action,
     Orders,
+    describe,
     forward_only,
     pipeline_of,
     training_orders,
@@ -156,13 +158,17 @@ class PipelineEngine:
         device = self.context.device
         weights = torch.as_tensor(loss_weights, dtype=torch.float64, device=device)
         run = _Run(microbatches, weights, torch.zeros(len(weights), device=device))
+        activity = self.context.activity
+        activity.name_of = partial(describe, pipeline=self.pipeline)
         for step in self._program(trains, len(microbatches)):
+            activity.action = step.action
             for message in step.receives:
                 self._receive(run, message)
             arrived = self._take(run, needed(step.action, self.pipeline))
-            with self.context.activity.timed(PHASES[step.action.kind]):
+            with activity.timed(PHASES[step.action.kind]):
                 output = self._compute(run, step.action, arrived)
             self._give(run, made(step.action, self.pipeline), output)
+        activity.action = None
         for handle, _ in run.sending.values():
             handle.wait()
         self.losses_of = run.losses_of

@@ -38,6 +38,15 @@ class Action(NamedTuple):
         return f"{self.kind}{self.microbatch} of stage {self.stage}"
 
 
+NAMES = {
+    FORWARD: "forward",
+    BACKWARD: "backward",
+    INPUT: "backward without weight gradients",
+    WEIGHT: "weight gradients",
+}
+"""Kinds of actions, for a message."""
+
+
 class ScheduleError(ValueError):
     """A schedule that is incomplete, out of order, or would deadlock."""
 
@@ -76,6 +85,16 @@ class Pipeline:
     def stages_of(self, rank: int) -> list[int]:
         """The stages of a rank, in the order of the model."""
         return [stage for stage in range(self.stages) if self.rank_of(stage) == rank]
+
+
+def describe(action: Action, pipeline: Pipeline) -> str:
+    """`forward of microbatch 5 on stage 6 (chunk 1)`, for a message; without the stage where each
+    rank holds one."""
+    words = f"{NAMES[action.kind]} of microbatch {action.microbatch}"
+    if pipeline.chunks > 1:
+        chunk = pipeline.stages_of(pipeline.rank_of(action.stage)).index(action.stage)
+        words += f" on stage {action.stage} (chunk {chunk})"
+    return words
 
 
 def one_forward_one_backward(pipeline: Pipeline, microbatches: int) -> Orders:

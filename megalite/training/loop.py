@@ -28,6 +28,7 @@ from megalite.training.replicas import check_replicas
 from megalite.training.signals import Stop, StopSignals
 from megalite.training.state import Progress, reserve_memory, save_state
 from megalite.training.sum_over_ranks import last_stage_values, sum_over_ranks
+from megalite.training.trace import Tracer
 from megalite.training.writers import Writers
 
 PHASES = ("data", "forward", "backward", "communication", "optimizer")
@@ -96,6 +97,7 @@ class Trainer:
         """Train; returns why it stopped. With --save, the last state is saved. Collective."""
         train_iters = self.config.training.train_iters
         profiler = Profiler(self.config.training, self.context)
+        tracer = Tracer(self.config.training, self.context, self.progress.iteration + 1)
         self.saved_at = self.progress.iteration  # what was loaded need not be saved again
         stop = None
         if self.saver is not None:
@@ -103,10 +105,11 @@ class Trainer:
         try:
             while stop is None and self.progress.iteration < train_iters:
                 iteration = self.progress.iteration + 1
-                with profiler.iteration(iteration):
+                with profiler.iteration(iteration), tracer.iteration(iteration):
                     result = self._step(iteration)
                     self._report(result)
                 stop = self._finish_iteration(result)
+            tracer.finish()
             # A signal during the evaluation stops a run that has not saved yet.
             if self.config.checkpoint.save and self.saved_at != self.progress.iteration:
                 self._save()

@@ -27,6 +27,7 @@ from megalite.training.signals import Stop, StopSignals
 from megalite.training.startup_checks import check_data, take_lease
 from megalite.training.startup_report import dry_run, kernels_line, model_line
 from megalite.training.state import Progress, compare_data_with_checkpoint, load_published
+from megalite.training.trace import check_trace_folder
 from megalite.training.writers import Writers, tracking_writers
 from megalite.watch.stragglers import check_stragglers
 from megalite.watch.watchdog import Watchdog
@@ -130,6 +131,7 @@ def _run(
     lease = None
     if not is_dry_run:
         lease = take_lease(config.checkpoint.save, context)
+        check_trace_folder(config.training.trace, context)
     if lease is not None and context.rank == 0:
         log(keep_config(config, config.checkpoint.save))
         if config.checkpoint.load_hf is not None and not has_checkpoint(config.checkpoint.save):

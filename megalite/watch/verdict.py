@@ -34,6 +34,8 @@ class Report:
     """The latest call it has begun in each group, and the latest transfer with each rank."""
     waiting: Call | None = None
     """The call it is in."""
+    action: str = ""
+    """The computation of the schedule that it is at, in words: `forward of microbatch 5`."""
     blocks: bool = True
     """Whether a waiting rank shows its call in `waiting` (gloo). Otherwise it waits on its GPU
     (NCCL), and only `latest` says in which calls."""
@@ -52,6 +54,7 @@ class Report:
         of the activity's."""
         now = {"step": activity.step, "state": activity.state, "waiting": activity.waiting}
         now |= {"idle_seconds": activity.idle_seconds, "latest": list(activity.latest.values())}
+        now["action"] = activity.action_name
         return cls(**now | rest)
 
     def to_json(self) -> str:
@@ -74,10 +77,12 @@ class Report:
 
     @property
     def doing(self) -> str:
-        """`training, step 3; in all_reduce of ...`."""
+        """`training, step 3, forward of microbatch 5; in all_reduce of ...`."""
         words = self.state
         if self.step:
             words += f", step {self.step}"
+        if self.action:
+            words += f", {self.action}"
         return f"{words}; in {self.waiting or 'no call'}"
 
     @property
@@ -188,7 +193,8 @@ def _describe(report: Report, call: Call | None, waiting: Report | None, silent:
     if call is not None:
         time = f"has waited for {waiting.idle_seconds:.0f} s" if waiting.idle_seconds else "waits"
         lines.append(f"    missing from {call}")
-        lines.append(f"    where {waiting.where} {time}")
+        purpose = f" in its {waiting.action}" if waiting.action else ""
+        lines.append(f"    where {waiting.where} {time}{purpose}")
     if report.stack:
         lines.append("    its Python stack, innermost call last:")
         for line in report.stack.rstrip().splitlines()[-STACK_LINES:]:

@@ -274,10 +274,12 @@ class Watchdog:
         context = self._context
         text = str(reason).partition("\n")[0] or type(reason).__name__
         seconds = self._idle_seconds or self._silence
+        action = context.activity.action_name
+        at = f", {action}" if action else ""
         try:
             self._say(
                 f"HANG: no progress for {seconds:.0f} s on rank {context.rank} "
-                f"of {context.host}, in {context.activity.waiting or 'no call'}; "
+                f"of {context.host}{at}, in {context.activity.waiting or 'no call'}; "
                 f"others cannot be asked: {text}\n{self._main_stack()}"
             )
         finally:

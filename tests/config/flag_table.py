@@ -524,6 +524,10 @@ FLAGS: dict[str, list[Effect]] = {
             ("0", "1"), lists("profile/iteration-2-rank-00001"), base={"profile": "2-2"}, ranks=2
         )
     ],
+    "trace": [effect("traces", lists("traces/trace-rank-00000.json"), same_losses)],
+    "trace_iterations": [
+        effect("2-2", says("trace of iterations 2 to 2"), same_losses, base={"trace": "traces"})
+    ],
     "exit_interval": [effect(3, stops_at(3, "--exit-interval 3"))],
     "exit_duration_in_mins": [effect(1e-6, stops_at(1, "--exit-duration-in-mins 1e-06 are over"))],
     "exit_signal_handler": [

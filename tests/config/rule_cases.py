@@ -372,6 +372,22 @@ CASES = {
         2,
         "--profile-ranks 8 x 0 to 1",
     ),
+    "trace": (dict(trace="x", trace_iterations="4"), 1, "--trace-iterations 4 first-last"),
+    "long trace": (
+        dict(trace="x", trace_iterations="1-101", train_iters=500),
+        1,
+        "--trace-iterations 1-101 100",
+    ),
+    "late trace": (
+        dict(trace="x", trace_iterations="11-12"),
+        1,
+        "--trace-iterations 11-12 10 iterations",
+    ),
+    "idle trace iterations": (
+        dict(trace_iterations="2-3"),
+        1,
+        "--trace-iterations without --trace",
+    ),
     "idle profile ranks": (dict(profile_ranks=("1",)), 2, "--profile-ranks 1 without --profile"),
     "idle profile folder": (dict(profile_dir="x"), 1, "--profile-dir x without --profile"),
     "idle name": (dict(wandb_exp_name="x"), 1, "--wandb-exp-name x without --wandb-project"),

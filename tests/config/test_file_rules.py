@@ -509,6 +509,17 @@ def test_places_to_write(folder):
     assert_one_problem(real(metrics_file="locked"), 1, "--metrics-file locked folder")
 
 
+def test_traces_stay_apart(folder):
+    (folder / "file").write_text("")
+    (folder / "traces").mkdir()
+    assert validate.check(real(trace="traces"), 1) == []
+    assert_one_problem(real(trace="file"), 1, "--trace file folder")
+    assert_one_problem(real(trace="file/traces"), 1, "file/traces")
+    (folder / "traces" / "trace-rank-00001.json").write_text("")
+    assert_one_problem(real(trace="traces"), 1, "--trace traces earlier")
+    assert validate.check(real(trace="traces", dry_run=True), 1) == []
+
+
 def test_every_file_rule_is_reported(folder):
     """The cases above reach every rule: here each is triggered by name."""
     checkpoint(folder / "run", 10)

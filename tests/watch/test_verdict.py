@@ -3,11 +3,14 @@
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from megalite.parallel.activity import Activity
 from megalite.parallel.layout import ParallelLayout
+from megalite.pipeline.schedules import Action, Pipeline, describe
 from megalite.watch.verdict import Report, blocking_ranks, hang_verdict
 
 
@@ -92,6 +95,27 @@ def test_on_gpus_a_transfer_that_nobody_receives_does_not_hide_who_stands_still(
 def test_one_rank_alone_that_stands_still():
     assert blamed(report(0)) == [0]
     assert blamed(report(0, idle=0.0), report(1)) == [1]
+
+
+def test_what_each_rank_was_computing_is_named():
+    """The stage only where a rank holds several."""
+    single, several = (Pipeline(ranks=4, chunks=chunks) for chunks in (1, 2))
+    activity = Activity()
+    activity.set_state("training", 3)
+    assert Report.of(activity, rank=2, host="a", pid=7).doing == "training, step 3; in no call"
+    activity.action = Action("F", microbatch=5, stage=6)
+    for pipeline, place in ((single, ""), (several, " on stage 6 (chunk 1)")):
+        activity.name_of = partial(describe, pipeline=pipeline)
+        doing = f"training, step 3, forward of microbatch 5{place}"
+        stuck = Report.of(activity, rank=2, host="a", pid=7)
+        assert stuck.doing == f"{doing}; in no call"
+        assert Report.from_json(stuck.to_json()) == stuck
+        waits = replace(report(0, SEND), action="backward of microbatch 1")
+        said = hang_verdict({0: waits, 2: stuck}, 9, 4.0, "x")
+        assert f"rank 2 on a (process 7): {doing}; in no call" in said
+        assert "has waited for 9 s in its backward of microbatch 1\n" in said
+    activity.set_state("saving")
+    assert Report.of(activity, rank=2, host="a", pid=7).doing == "saving, step 3; in no call"
 
 
 def test_a_report_travels_as_text():

@@ -60,7 +60,7 @@ def test_a_hang_is_explained_and_ends_every_rank(pool, tmp_path):
     assert said.count("HANG: ") == 1
     head = (
         r"HANG: no progress for \d+ s, waiting for rank 2\n"
-        r"  rank 2 on \S+ \(process \d+\): training, step 3; in no call"
+        r"  rank 2 on \S+ \(process \d+\): training, step 3, forward of microbatch 0; in no call"
     )
     assert re.search(head, said), said
     # Rank 3 waits for it in the layer, rank 0 in a transfer: whichever came first is named.
@@ -74,9 +74,21 @@ def test_a_hang_is_explained_and_ends_every_rank(pool, tmp_path):
     text = (tmp_path / "c" / "hang-step-3.txt").read_text()
     for rank in range(4):
         assert f"--- rank {rank} on " in text
-    assert (
-        text.count("in _watch") == 4 and text.count("in train_in_trouble") == 4 + 1
-    )  # in the verdict above them too
+    assert text.count("in _watch") == text.count("in train_in_trouble") == 4
+
+
+def test_a_hang_names_microbatch_stage_and_chunk(pool):
+    """Rank 1 sleeps in the second of its two stages, the last of the model; rank 0 waits for it."""
+    flags = ["--pp", 2, "--num-layers", 4, "--num-virtual-stages-per-pipeline-rank", 2]
+    said = str(hang(pool, 2, "sleep 1 2", *flags, "--hang-timeout", 3))
+    assert re.search(
+        r"rank 1 on \S+ \(process \d+\): training, step 2, "
+        r"forward of microbatch 0 on stage 3 \(chunk 1\); in no call\n"
+        r"    missing from transfer \d+ from rank 1 to rank 0 .*\n"
+        r"    where rank 0 on \S+ \(process \d+\) has waited for \d+ s "
+        r"in its backward of microbatch 0 on stage 2 \(chunk 1\)\n",
+        said,
+    ), said
 
 
 def shown(screen: str) -> list[str]:

@@ -43,6 +43,7 @@ NEEDS_ANY = (
     (("wandb_exp_name",), "wandb_project", "--wandb-project PROJECT"),
     (("decoupled_min_lr",), "decoupled_lr", {"decoupled_lr": 1e-4}),
     (("profile_dir", "profile_ranks"), "profile", {"profile": "10-12"}),
+    (("trace_iterations",), "trace", "--trace FOLDER"),
     (("save_interval", "keep_last", "keep_every", "async_save"), "save", "--save FOLDER"),
     (("no_save_optim", "no_save_rng"), "save", "--save FOLDER"),
     (("ckpt_step", "finetune", "no_load_optim", "no_load_rng"), "load", "--load FOLDER"),

@@ -266,8 +266,9 @@ def checkpoints_stay_apart(config: RunConfig, world_size: int) -> Iterator[Findi
 
 
 def results_can_be_written(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """--save is, or may become, a folder to write in; --metrics-file a file."""
-    paths = {"save": config.checkpoint.save, "metrics_file": config.training.metrics_file}
+    """--save and --trace are, or may become, folders to write in; --metrics-file a file."""
+    t = config.training
+    paths = {"save": config.checkpoint.save, "trace": t.trace, "metrics_file": t.metrics_file}
     for key, path in paths.items():
         if path is None:
             continue
@@ -275,13 +276,23 @@ def results_can_be_written(config: RunConfig, world_size: int) -> Iterator[Findi
         nearest = next(p for p in (whole, *whole.parents) if p.exists())
         given = f"{flag_of(key)} {path}"
         other = {key: path.rstrip("/") + "-new"}
-        if key == "save" and whole.is_file():
+        if key != "metrics_file" and whole.is_file():
             yield Finding(f"{given} is a file, not a folder", other)
         elif key == "metrics_file" and whole.is_dir():
             yield Finding(f"{given} is a folder, not a file", other)
         elif not os.access(nearest, os.W_OK) or (nearest != whole and not nearest.is_dir()):
             here = {key: os.path.basename(path)}
             yield Finding(f"{given}: nothing can be written in {nearest}", here)
+
+
+def traces_stay_apart(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """No trace is overwritten. A run that resumes leaves the trace of its beginning alone."""
+    trace = config.training.trace
+    if trace is None or config.training.dry_run or checkpoint_to_load(config)[0] is not None:
+        return
+    if sorted(Path(trace).glob("trace*.json")):
+        other = trace.rstrip("/") + "-new"
+        yield Finding(f"--trace {trace} holds the trace of an earlier run", {"trace": other})
 
 
 FILE_RULES: tuple[Rule, ...] = (
@@ -292,4 +303,5 @@ FILE_RULES: tuple[Rule, ...] = (
     published_weights_are_whole,
     checkpoints_stay_apart,
     results_can_be_written,
+    traces_stay_apart,
 )

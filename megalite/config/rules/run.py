@@ -12,6 +12,7 @@ from megalite.config.rules.finding import (
     example_of,
     flag_of,
     global_batch,
+    iterations,
     parameter_names,
     schedule,
     wanted_splits,
@@ -332,6 +333,22 @@ def profile_is_ranges(config: RunConfig, world_size: int) -> Iterator[Finding]:
         yield Finding(message, example_of("profile_ranks"))
 
 
+def trace_is_a_range(config: RunConfig, world_size: int) -> Iterator[Finding]:
+    """--trace-iterations is a short range that the run reaches."""
+    t = config.training
+    if t.trace is None or t.trace_iterations is None:
+        return
+    given = f"--trace-iterations {t.trace_iterations}"
+    try:
+        first, _ = t.trace_range()
+    except ValueError as error:
+        yield Finding(f"{given}: {error}", {"trace_iterations": None}, {"trace_iterations": "3-5"})
+        return
+    total = iterations(config, world_size)
+    if total is not None and first > total:
+        yield Finding(f"{given}: the run has {total} iterations", {"trace_iterations": None})
+
+
 def libraries_are_installed(config: RunConfig, world_size: int) -> Iterator[Finding]:
     """Optional libraries, such as TensorBoard's, are there when they are asked for."""
     for key, option in options().items():
@@ -377,6 +394,7 @@ RUN_RULES: tuple[Rule, ...] = (
     tokenizer_is_whole,
     split_is_readable,
     profile_is_ranges,
+    trace_is_a_range,
     libraries_are_installed,
     apex_can_be_used,
 )
