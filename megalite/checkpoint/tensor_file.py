@@ -5,10 +5,12 @@ import json
 import os
 import struct
 from collections.abc import Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megalite.checkpoint.checksum import BLOCK_BYTES, DIGITS, blocks_of, checksum
@@ -68,8 +70,9 @@ def write_tensors(
 
     Streamed here instead of `safetensors.torch.save_file`: only one tensor at a time is copied to
     the host, checksums come from the same pass, overlapping views are allowed, and the file has
-    the user's permissions. Returns the file, and the checksums of each tensor's blocks by key.
-    Raises CheckpointError for a dtype that cannot be stored, OSError.
+    the user's permissions. A deferred tensor is read by a thread while the one before it is
+    written: at most two of these are in memory. Returns the file, and the checksums of each
+    tensor's blocks by key. Raises CheckpointError for a dtype that cannot be stored, OSError.
     """
     # Wide elements first: every tensor then begins at a multiple of its element size and can be
     # mapped in place.
@@ -91,23 +94,44 @@ def write_tensors(
     header = struct.pack("<Q", len(text)) + text
     checksums: dict[str, str] = {}
 
-    def chunks() -> Iterable:
+    def chunks(reader: Executor) -> Iterable:
         yield header
-        for key, tensor in ordered:
+        for key, data in _read_ahead(ordered, reader):
             found = []
-            data = _raw_bytes(tensor)
             for _, start, stop in blocks_of(len(data)):
                 block = data[start:stop]
                 found.append(checksum(block))
                 yield block
             checksums[key] = "".join(found)
 
-    size = _write(path, chunks())
+    with ThreadPoolExecutor(1, "read ahead") as reader:  # starts its thread when it is used
+        size = _write(path, chunks(reader))
     private = {}
     for key in list(checksums):
         if key.startswith(PRIVATE_PREFIX):
             private[key.removeprefix(PRIVATE_PREFIX)] = checksums.pop(key)
     return StoredFile(size, checksum(header), private), checksums
+
+
+def _read_ahead(tensors: list[tuple], reader: Executor) -> Iterable[tuple]:
+    """(key, bytes) of each (key, tensor). While the caller uses the bytes of one, the reader's
+    thread reads the next one, if that is deferred: at most two are in memory."""
+    ahead = None
+    for number, (key, tensor) in enumerate(tensors, 1):
+        data = _raw_bytes(tensor) if ahead is None else ahead.result()
+        ahead = None
+        if number < len(tensors) and isinstance(tensors[number][1], DeferredTensor):
+            ahead = reader.submit(_raw_bytes, tensors[number][1])
+        yield key, data
+
+
+def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor on the CPU, in huge pages where the system has them: numpy asks for
+    these, torch does not, and to touch new memory by 4 KiB takes as long as to read a file."""
+    if not prod(shape):
+        return torch.empty(shape, dtype=dtype)
+    memory = np.empty(prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def _raw_bytes(tensor: torch.Tensor | DeferredTensor):
