@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megalite.checkpoint.checksum import BLOCK_BYTES, DIGITS, blocks_of, checksum
+from megalite.checkpoint.checksum import BLOCK_BYTES, DIGITS, Checksum, blocks_of, checksum
 from megalite.checkpoint.folder import CheckpointError, DamagedCheckpointError, open_regular
 from megalite.checkpoint.format import (
     DTYPE_NAMES,
@@ -26,6 +26,8 @@ from megalite.checkpoint.format import (
 from megalite.checkpoint.safetensors_header import read_exactly, read_header, tensors_of
 from megalite.parallel.boxes import Box
 
+PIECE_BYTES = 256 << 10
+"""Of a block, as much is read and hashed at once: it is still in the cache of the core."""
 STRIDED_BYTES = 64 << 20
 """Of a box that is not contiguous in the file, at most about this much is read at once."""
 
@@ -237,9 +239,7 @@ class TensorFile:
         entry = self.entry(key)
         buffer = memoryview(bytearray(min(entry.bytes, BLOCK_BYTES)))
         for number, start, stop in blocks_of(entry.bytes):
-            block = buffer[: stop - start]
-            self._fill(key, entry.start + start, block)
-            self._compare(key, checksums, number, block)
+            self._read_block(key, checksums, number, buffer[: stop - start])
 
     def _read(self, key: str, checksums: str | None, start: int, out) -> None:
         """Fill `out` with the bytes of a tensor from `start` on. A block is verified whole: those
@@ -252,18 +252,25 @@ class TensorFile:
             return
         for number, first, last in blocks_of(entry.bytes, start, stop):
             is_inside = start <= first and last <= stop
-            block = out[first - start : last - start] if is_inside else bytearray(last - first)
-            self._fill(key, entry.start + first, block)
-            self._compare(key, checksums, number, block)
-            if not is_inside:
+            if is_inside:
+                self._read_block(key, checksums, number, out[first - start : last - start])
+            else:
+                block = memoryview(bytearray(last - first))
+                self._read_block(key, checksums, number, block)
                 begin = max(first, start)
                 end = min(last, stop)
-                out[begin - start : end - start] = memoryview(block)[begin - first : end - first]
+                out[begin - start : end - start] = block[begin - first : end - first]
 
-    def _compare(self, key: str, checksums: str, number: int, block) -> None:
+    def _read_block(self, key: str, checksums: str, number: int, block: memoryview) -> None:
+        """Fill `block` with a whole block of a tensor and compare it with its checksum."""
+        first = self.entry(key).start + number * BLOCK_BYTES
+        found = Checksum()
+        for begin in range(0, len(block), PIECE_BYTES):
+            piece = block[begin : begin + PIECE_BYTES]
+            self._fill(key, first + begin, piece)
+            found.update(piece)
         expected = checksums[number * DIGITS : (number + 1) * DIGITS]
-        if checksum(block) != expected:
-            first = self.entry(key).start + number * BLOCK_BYTES
+        if found.hexdigest() != expected:
             place = f"bytes {first} to {first + len(block)}"
             raise DamagedCheckpointError(
                 f"{self.path}: {key}: {place} differ from their checksum: they were damaged after "
