@@ -249,7 +249,7 @@ class Rounds:
 
 def measure(rank: int, ranks: int, options: argparse.Namespace, meeting: str) -> None:
     """What one rank does; rank 0 prints."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     launch = LaunchInfo(rank, ranks, rank, ranks, init_method=meeting, source="benchmark")
     layout = ParallelLayout.for_world(ranks)
     context = ParallelContext.create(layout, launch, saves_in_thread=True)
@@ -308,6 +308,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--mib", type=int, default=1024, help="size of the state")
     parser.add_argument("--rounds", type=int, default=5, help="times that each side is measured")
+    copies = "threads of torch on each rank, which share the copy of an asynchronous save"
+    parser.add_argument("--threads", type=int, default=1, help=copies)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="checkpoints-") as folder:
         options.folder = folder

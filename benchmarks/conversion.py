@@ -51,7 +51,11 @@ def write_model(folder: Path) -> None:
 
 def convert(from_format: str, to: str, load: Path, save: Path) -> tuple[float, float]:
     """(seconds, MiB of memory that it adds) of a conversion, in a process of its own."""
-    # What a conversion imports when it begins.
+    # What a conversion imports. The program imports torch and these only when it needs them.
+    import megalite.checkpoint.load
+    import megalite.convert.huggingface
+    import megalite.convert.write
+    import megalite.data.tokenizers  # noqa: F401
     from megalite.programs.convert_checkpoint import Options
     from megalite.programs.convert_checkpoint import convert as run
 

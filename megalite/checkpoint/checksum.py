@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from xxhash import xxh3_64 as Checksum
 from xxhash import xxh3_64_hexdigest as checksum
 
 BLOCK_BYTES = 4 << 20
@@ -9,7 +10,7 @@ BLOCK_BYTES = 4 << 20
 DIGITS = 16
 """Characters of one checksum."""
 
-__all__ = ["BLOCK_BYTES", "DIGITS", "blocks_of", "checksum", "number_of_blocks"]
+__all__ = ["BLOCK_BYTES", "DIGITS", "Checksum", "blocks_of", "checksum", "number_of_blocks"]
 
 
 def blocks_of(size: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, int]]:

@@ -5,13 +5,15 @@ import json
 import os
 import struct
 from collections.abc import Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from megalite.checkpoint.checksum import BLOCK_BYTES, DIGITS, blocks_of, checksum
+from megalite.checkpoint.checksum import BLOCK_BYTES, DIGITS, Checksum, blocks_of, checksum
 from megalite.checkpoint.folder import CheckpointError, DamagedCheckpointError, open_regular
 from megalite.checkpoint.format import (
     DTYPE_NAMES,
@@ -24,6 +26,8 @@ from megalite.checkpoint.format import (
 from megalite.checkpoint.safetensors_header import read_exactly, read_header, tensors_of
 from megalite.parallel.boxes import Box
 
+PIECE_BYTES = 256 << 10
+"""Of a block, as much is read and hashed at once: it is still in the cache of the core."""
 STRIDED_BYTES = 64 << 20
 """Of a box that is not contiguous in the file, at most about this much is read at once."""
 
@@ -68,8 +72,9 @@ def write_tensors(
 
     Streamed here instead of `safetensors.torch.save_file`: only one tensor at a time is copied to
     the host, checksums come from the same pass, overlapping views are allowed, and the file has
-    the user's permissions. Returns the file, and the checksums of each tensor's blocks by key.
-    Raises CheckpointError for a dtype that cannot be stored, OSError.
+    the user's permissions. A deferred tensor is read by a thread while the one before it is
+    written: at most two of these are in memory. Returns the file, and the checksums of each
+    tensor's blocks by key. Raises CheckpointError for a dtype that cannot be stored, OSError.
     """
     # Wide elements first: every tensor then begins at a multiple of its element size and can be
     # mapped in place.
@@ -91,23 +96,44 @@ def write_tensors(
     header = struct.pack("<Q", len(text)) + text
     checksums: dict[str, str] = {}
 
-    def chunks() -> Iterable:
+    def chunks(reader: Executor) -> Iterable:
         yield header
-        for key, tensor in ordered:
+        for key, data in _read_ahead(ordered, reader):
             found = []
-            data = _raw_bytes(tensor)
             for _, start, stop in blocks_of(len(data)):
                 block = data[start:stop]
                 found.append(checksum(block))
                 yield block
             checksums[key] = "".join(found)
 
-    size = _write(path, chunks())
+    with ThreadPoolExecutor(1, "read ahead") as reader:  # starts its thread when it is used
+        size = _write(path, chunks(reader))
     private = {}
     for key in list(checksums):
         if key.startswith(PRIVATE_PREFIX):
             private[key.removeprefix(PRIVATE_PREFIX)] = checksums.pop(key)
     return StoredFile(size, checksum(header), private), checksums
+
+
+def _read_ahead(tensors: list[tuple], reader: Executor) -> Iterable[tuple]:
+    """(key, bytes) of each (key, tensor). While the caller uses the bytes of one, the reader's
+    thread reads the next one, if that is deferred: at most two are in memory."""
+    ahead = None
+    for number, (key, tensor) in enumerate(tensors, 1):
+        data = _raw_bytes(tensor) if ahead is None else ahead.result()
+        ahead = None
+        if number < len(tensors) and isinstance(tensors[number][1], DeferredTensor):
+            ahead = reader.submit(_raw_bytes, tensors[number][1])
+        yield key, data
+
+
+def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor on the CPU, in huge pages where the system has them: numpy asks for
+    these, torch does not, and to touch new memory by 4 KiB takes as long as to read a file."""
+    if not prod(shape):
+        return torch.empty(shape, dtype=dtype)
+    memory = np.empty(prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def _raw_bytes(tensor: torch.Tensor | DeferredTensor):
@@ -213,9 +239,7 @@ class TensorFile:
         entry = self.entry(key)
         buffer = memoryview(bytearray(min(entry.bytes, BLOCK_BYTES)))
         for number, start, stop in blocks_of(entry.bytes):
-            block = buffer[: stop - start]
-            self._fill(key, entry.start + start, block)
-            self._compare(key, checksums, number, block)
+            self._read_block(key, checksums, number, buffer[: stop - start])
 
     def _read(self, key: str, checksums: str | None, start: int, out) -> None:
         """Fill `out` with the bytes of a tensor from `start` on. A block is verified whole: those
@@ -228,18 +252,25 @@ class TensorFile:
             return
         for number, first, last in blocks_of(entry.bytes, start, stop):
             is_inside = start <= first and last <= stop
-            block = out[first - start : last - start] if is_inside else bytearray(last - first)
-            self._fill(key, entry.start + first, block)
-            self._compare(key, checksums, number, block)
-            if not is_inside:
+            if is_inside:
+                self._read_block(key, checksums, number, out[first - start : last - start])
+            else:
+                block = memoryview(bytearray(last - first))
+                self._read_block(key, checksums, number, block)
                 begin = max(first, start)
                 end = min(last, stop)
-                out[begin - start : end - start] = memoryview(block)[begin - first : end - first]
+                out[begin - start : end - start] = block[begin - first : end - first]
 
-    def _compare(self, key: str, checksums: str, number: int, block) -> None:
+    def _read_block(self, key: str, checksums: str, number: int, block: memoryview) -> None:
+        """Fill `block` with a whole block of a tensor and compare it with its checksum."""
+        first = self.entry(key).start + number * BLOCK_BYTES
+        found = Checksum()
+        for begin in range(0, len(block), PIECE_BYTES):
+            piece = block[begin : begin + PIECE_BYTES]
+            self._fill(key, first + begin, piece)
+            found.update(piece)
         expected = checksums[number * DIGITS : (number + 1) * DIGITS]
-        if checksum(block) != expected:
-            first = self.entry(key).start + number * BLOCK_BYTES
+        if found.hexdigest() != expected:
             place = f"bytes {first} to {first + len(block)}"
             raise DamagedCheckpointError(
                 f"{self.path}: {key}: {place} differ from their checksum: they were damaged after "

@@ -1,12 +1,12 @@
 """Write weights: as a checkpoint of megalite, as a folder of Hugging Face, as one safetensors file.
 
-Everything streams: one tensor is in memory at a time.
+Everything streams: one tensor is written while the next one is read.
 """
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,8 @@ def write_huggingface(
         names = ", ".join(placement.problems[:5])
         raise CheckpointError(f"{kind} of Hugging Face has no place for {names}")
     files = list(_files(placement.pieces, weights, max_shard_bytes))
+    # The pieces of one of our tensors follow one another: it is read once for all of them.
+    read_ours = lru_cache(maxsize=1)(weights.read)
     places = {}
     for number, pieces in enumerate(files, 1):
         name = ONE_FILE
@@ -140,7 +142,7 @@ def write_huggingface(
             name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = {}
         for piece in pieces:
-            read = partial(_read_piece, weights, piece)
+            read = partial(_read_piece, read_ours, piece)
             key = model.key_of(piece)
             tensors[key] = DeferredTensor(weights.dtype_of(piece.ours), piece.shape, read)
             places[key] = name
@@ -156,9 +158,10 @@ def write_huggingface(
         write_file(folder / name, content)
 
 
-def _read_piece(weights: Weights, piece: PlacedPiece) -> torch.Tensor:
-    """A tensor of theirs."""
-    return piece.as_theirs(weights.read(piece.ours, piece.box))
+def _read_piece(read: Callable[[str], torch.Tensor], piece: PlacedPiece) -> torch.Tensor:
+    """A tensor of theirs. read: gives one of ours by its name."""
+    ours = read(piece.ours)
+    return piece.as_theirs(ours[piece.box.slices_in(Box.whole(ours.shape))])
 
 
 def _files(

@@ -5,8 +5,9 @@
     python tools/convert_checkpoint.py --from megatron --to megalite --vocab-size 50257 --load old
         --save new
 
-One tensor is in memory at a time. --save must be a new folder; it appears when it is complete. To
-train from a folder of Hugging Face, no conversion is needed: pretrain_gpt.py --load-hf FOLDER.
+A tensor is read while the one before it is written: two are in memory. --save must be a new
+folder; it appears when it is complete. To train from a folder of Hugging Face, no conversion is
+needed: pretrain_gpt.py --load-hf FOLDER.
 """
 
 import re

@@ -4,15 +4,23 @@ afterwards."""
 import errno
 import os
 import sys
+import threading
+import time
+import weakref
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megalite.checkpoint.folder import CheckpointError, latest_iteration, list_iterations
-from megalite.checkpoint.format import Shard
+from megalite.checkpoint.format import DeferredTensor, Shard
 from megalite.checkpoint.load import Checkpoint
 from megalite.checkpoint.save import write
+from megalite.checkpoint.tensor_file import write_tensors
 from megalite.parallel.boxes import Box
 from tests.checkpoint.helpers import ALONE, cut, names_in, part, save, whole
 
@@ -95,6 +103,50 @@ def test_a_full_disk_is_named_and_the_previous_checkpoint_stays(tmp_path):
     assert "are free on the file system of" in text and "write to another disk" in text
     assert names_in(tmp_path) == ["iter_0000001", LATEST]
     assert value_at(tmp_path) == 1
+
+
+def deferred(alive: list, shape=(2048, 1024)) -> dict[str, DeferredTensor]:
+    """Tensors w0 to w4 that are read when they are written: each holds its number. Notes in `alive`
+    how many are in memory when one has been read."""
+    arrays: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
+    def read(number: int) -> torch.Tensor:
+        arrays[number] = array = np.full(shape, number, np.float32)
+        alive.append(len(arrays))
+        return torch.from_numpy(array)
+
+    return {f"w{n}": DeferredTensor(torch.float32, shape, partial(read, n)) for n in range(5)}
+
+
+def test_deferred_tensors_are_read_ahead_and_two_are_in_memory(tmp_path):
+    alive = []
+    write_tensors(tmp_path / "file.safetensors", deferred(alive))
+    found = load_file(tmp_path / "file.safetensors")
+    assert [int(found[f"w{n}"].unique()) for n in range(5)] == list(range(5))
+    assert max(alive) == 2
+
+
+def test_a_deferred_tensor_that_cannot_be_read_fails_the_write(tmp_path):
+    tensors = deferred([])
+    tensors["w3"] = DeferredTensor(torch.float32, (2, 2), lambda: torch.zeros(3))
+    with pytest.raises(ValueError, match="announced as .*2, 2.* and read as .*3,"):
+        write_tensors(tmp_path / "file.safetensors", tensors)
+
+
+def test_a_write_that_fails_waits_for_what_is_being_read():
+    began, ended = threading.Event(), threading.Event()
+
+    def slow() -> torch.Tensor:
+        began.set()
+        time.sleep(0.2)
+        ended.set()
+        return torch.zeros(4)
+
+    tensors = deferred([])
+    tensors["w1"] = DeferredTensor(torch.float32, (4,), slow)
+    with pytest.raises(OSError, match="No space left on device.*/dev/full"):
+        write_tensors(Path("/dev/full"), tensors)
+    assert began.is_set() and ended.is_set()
 
 
 def test_keep_last_removes_the_oldest_after_the_commit(tmp_path):
