@@ -208,10 +208,9 @@ class ParallelContext:
         alone = factory.make_alone() if groups_of_one else None
         # Last, since only some ranks have one: torch names groups by how many a rank has made
         # before.
-        embedding = None
-        if ends_apart:
-            own = layout.embedding_group(launch.rank)
-            embedding = factory.make("embedding", own, layout.embedding_groups)
+        own = layout.embedding_group(launch.rank) if ends_apart else None
+        of_all = layout.embedding_groups if ends_apart else list
+        embedding = factory.make("embedding", own, of_all)
         return cls(
             layout=layout,
             device=device,
