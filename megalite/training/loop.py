@@ -109,12 +109,12 @@ class Trainer:
                     result = self._step(iteration)
                     self._report(result)
                 stop = self._finish_iteration(result)
-            tracer.finish()
             # A signal during the evaluation stops a run that has not saved yet.
             if self.config.checkpoint.save and self.saved_at != self.progress.iteration:
                 self._save()
             self._finish_save()
             self.components.optimizer.wait_for_parameters()
+            tracer.finish()
         except Exception:
             # What is being saved was good. The other ranks wait for this one, not for long.
             hang_timeout = self.config.parallel.hang_timeout
