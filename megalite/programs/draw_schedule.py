@@ -40,8 +40,6 @@ LABELS = {
 MOST_NUMBERED = 2500
 """Boxes of a picture up to which each has a number."""
 WIDTH_INCHES = 14.0
-PALETTE = 64
-"""Colors of a PNG, with those of smooth edges."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,8 @@ def read_events(paths: tuple[str, ...]) -> list[Event]:
             raise TraceError(f"{path}: not a trace of --trace ({error!r})") from None
     if not events:
         raise TraceError(f"{' '.join(paths)}: no forward or backward of a pipeline in it")
-    return sorted(events, key=lambda event: event[2])
+    # trace.json and the files of ranks hold the same events.
+    return sorted(set(events), key=lambda event: event[2])
 
 
 def _is_action(event: Any) -> bool:
@@ -259,7 +258,6 @@ def draw(panels: list[Panel], output: str, unit: str) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot
-    from PIL import Image
 
     # Text of an SVG stays text in one named font, and a picture drawn again is the same file.
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "megalite"}
@@ -296,8 +294,6 @@ def draw(panels: list[Panel], output: str, unit: str) -> None:
         raise ReportedError(str(error)) from None
     finally:
         pyplot.close(figure)
-    if output.endswith(".png"):  # with so few colors a palette does, in a quarter of the bytes
-        Image.open(output).convert("RGB").quantize(PALETTE).save(output, optimize=True)
 
 
 IDLE_STYLE = {"facecolor": "#f2f2f2", "edgecolor": "#c8c8c8", "hatch": "////", "linewidth": 0}
