@@ -81,7 +81,11 @@ def test_a_measured_step_beside_its_simulation(tmp_path):
     for step in range(3):
         for ranks in ([0, 2, 4], [1, 3, 5]):
             found += events(timeline, ranks, since=1000.0 * step)
-    paths = (write(tmp_path / "a.json", found[:-40]), write(tmp_path / "b.json", [{"ph": "M"}]))
+    # A file of all ranks, and one that has a part of that again.
+    paths = (
+        write(tmp_path / "a.json", found[:-40]),
+        write(tmp_path / "b.json", [{"ph": "M"}, *found[20:60]]),
+    )
     measured, predicted = measured_panels(paths)
     assert measured.pipeline == V_SHAPE
     assert measured.timeline.seconds == pytest.approx(timeline.seconds)

@@ -38,7 +38,7 @@ class EvenAndOdd(GPT):
 
 def even_and_odd(config, context, rng):
     model = build_model(config, context, rng)
-    model.__class__ = EvenAndOdd
+    model.stages[0].__class__ = EvenAndOdd
     return model
 
 

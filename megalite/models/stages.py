@@ -27,14 +27,22 @@ class Stages(nn.Module):
         self.context = first.context
         self.settings = first.settings
         self.model_config = first.model_config
-        self.loss_names = first.loss_names
-        self.score_names = first.score_names
         self.is_first = any(stage.is_first for stage in self.stages)
         self.is_last = any(stage.is_last for stage in self.stages)
         self.parameters_by_name: dict[str, nn.Parameter] = {}
         """In the order of the forward."""
         for stage in self.stages:
             self.parameters_by_name |= stage.parameters_by_name
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Terms of the loss, as of a Stage."""
+        return self.stages[-1].loss_names
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Scores in evaluation mode, as of a Stage."""
+        return self.stages[-1].score_names
 
     @property
     def dtype(self) -> torch.dtype:

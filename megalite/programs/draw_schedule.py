@@ -1,7 +1,7 @@
 """Draw pipeline schedules as they are simulated, or a measured step beside its simulation.
 
     python tools/draw_schedule.py --pp 4 --microbatches 8 --schedule 1f1b zb-v --output both.svg
-    python tools/draw_schedule.py --measured traces/*.json --output step.png
+    python tools/draw_schedule.py --measured traces/trace.json --output step.png
 
 A row is a rank, a box a computation with the number of its microbatch. Later stages of a rank are
 lighter. Hatched: the rank waits. Several schedules have one time axis.
@@ -158,7 +158,7 @@ def measured_panels(paths: tuple[str, ...]) -> list[Panel]:
 
 
 def read_events(paths: tuple[str, ...]) -> list[Event]:
-    """The actions in Chrome traces, by start. Raises TraceError, OSError."""
+    """The actions in Chrome traces, each once, by start. Raises TraceError, OSError."""
     events = []
     for path in paths:
         try:

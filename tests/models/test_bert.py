@@ -89,7 +89,8 @@ def test_a_real_encoder_has_hugging_face_s_hidden_states():
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_what_padding_holds_does_not_matter(shape):
-    model, batch = build(Layout("any", shape=shape)).components.model, batch_of(shape)
+    model = build(Layout("any", shape=shape)).components.model.stages[0]
+    batch = batch_of(shape)
     padding = batch.segments == 0
     other = replace(
         batch,
@@ -176,7 +177,7 @@ def test_scores_are_the_same_in_every_layout(pool, layout):
 def test_scores_count_the_right_guesses():
     """By the logits of a single process, in the order of terms."""
     tiny = build(Layout("any", shape=PRE))
-    model, batch = tiny.components.model, batch_of(PRE, 8)
+    model, batch = tiny.components.model.stages[0], batch_of(PRE, 8)
     assert (model.loss_names, model.score_names) == (
         ("mlm_loss", "pair_loss"),
         ("mlm_accuracy", "pair_accuracy"),
