@@ -26,7 +26,7 @@ from megalite.checkpoint.format import (
     rank_file,
 )
 from megalite.checkpoint.source import TensorSource
-from megalite.checkpoint.tensor_file import TensorFile, new_tensor
+from megalite.checkpoint.tensor_file import TensorFile
 from megalite.parallel.boxes import Box
 
 
@@ -105,7 +105,7 @@ class Checkpoint(TensorSource):
         stored = self._stored(name)
         box = self._box(name, box)
         parts = self._parts(name, box)
-        out = new_tensor(box.shape, stored.dtype)
+        out = torch.empty(box.shape, dtype=stored.dtype)
         self._fill(out, box, parts)
         return out
 

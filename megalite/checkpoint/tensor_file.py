@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megalite.checkpoint.checksum import BLOCK_BYTES, DIGITS, Checksum, blocks_of, checksum
@@ -55,6 +54,7 @@ def _write(path: Path, chunks: Iterable) -> int:
                     # advice, Linux starts to write pages that it cannot drop yet.
                     os.posix_fadvise(file.fileno(), begun, size - begun, os.POSIX_FADV_DONTNEED)
                     begun = size
+                del chunk  # of a tensor that nothing else may hold any more
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:  # those of write() and fsync() name no file
@@ -101,10 +101,10 @@ def write_tensors(
         for key, data in _read_ahead(ordered, reader):
             found = []
             for _, start, stop in blocks_of(len(data)):
-                block = data[start:stop]
-                found.append(checksum(block))
-                yield block
+                found.append(checksum(data[start:stop]))
+                yield data[start:stop]
             checksums[key] = "".join(found)
+            del data  # its memory is free before the reader begins with the next but one
 
     with ThreadPoolExecutor(1, "read ahead") as reader:  # starts its thread when it is used
         size = _write(path, chunks(reader))
@@ -125,15 +125,6 @@ def _read_ahead(tensors: list[tuple], reader: Executor) -> Iterable[tuple]:
         if number < len(tensors) and isinstance(tensors[number][1], DeferredTensor):
             ahead = reader.submit(_raw_bytes, tensors[number][1])
         yield key, data
-
-
-def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor on the CPU, in huge pages where the system has them: numpy asks for
-    these, torch does not, and to touch new memory by 4 KiB takes as long as to read a file."""
-    if not prod(shape):
-        return torch.empty(shape, dtype=dtype)
-    memory = np.empty(prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def _raw_bytes(tensor: torch.Tensor | DeferredTensor):

@@ -15,7 +15,6 @@ from megalite.checkpoint.folder import CheckpointError, open_regular
 from megalite.checkpoint.format import SAFETENSORS_NAMES
 from megalite.checkpoint.safetensors_header import ITEM_BYTES, StoredBytes, read_exactly
 from megalite.checkpoint.source import TensorSource
-from megalite.checkpoint.tensor_file import new_tensor
 from megalite.convert.published import PublishedFolder, StoredPiece, read_folder
 from megalite.parallel.boxes import Box
 
@@ -95,7 +94,7 @@ class HuggingFaceWeights(TensorSource):
             if common == box:
                 return part.contiguous()
             if out is None:
-                out = new_tensor(box.shape, part.dtype)
+                out = torch.empty(box.shape, dtype=part.dtype)
             out[common.slices_in(box)] = part
         return torch.empty(box.shape, dtype=self.dtype(name)) if out is None else out
 
