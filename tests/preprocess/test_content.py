@@ -21,7 +21,7 @@ from tests.preprocess.preprocess_runs import config, flags, run_tool, write_json
 LINE = b'{"text": "some text"}\n'
 
 
-def zipped(content: bytes) -> bytes:
+def gzipped(content: bytes) -> bytes:
     """The same bytes every time: they are part of the names of tests."""
     return gzip.compress(content, mtime=0)
 
@@ -36,7 +36,7 @@ def zipped() -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.jsonl", zipped(LINE), "which its name does not say; rename it to {}.gz"),
+        ("a.jsonl", gzipped(LINE), "which its name does not say; rename it to {}.gz"),
         ("a.txt", lzma.compress(LINE), "which its name does not say; rename it to {}.xz"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd....", "rename it to {}.zst"),
         ("a.jsonl", b"\x50\x2a\x4d\x18....", "rename it to {}.zst"),
@@ -47,12 +47,12 @@ def zipped() -> bytes:
         ("a.jsonl.gz", LINE, "named .gz, but it holds plain text; rename it, for example to "),
         ("a.parquet", LINE, "named .parquet, but it holds plain text"),
         ("a.jsonl.xz", b"\x01\x02\x03", "named .xz, but it does not start as .xz data does"),
-        ("a.jsonl.gz", zipped(zipped(LINE)), "holds .gz data inside .gz; unpack"),
+        ("a.jsonl.gz", gzipped(gzipped(LINE)), "holds .gz data inside .gz; unpack"),
         ("a.jsonl", LINE.decode().encode("utf-16"), "convert it to UTF-8: iconv -f UTF-16"),
         ("a.txt", LINE.decode().encode("utf-32"), "encoded in UTF-32; convert"),
         ("a.jsonl", LINE.decode().encode("utf-16-le"), "encoded in UTF-16LE; convert"),
         ("a.jsonl", LINE.decode().encode("utf-16-be"), "encoded in UTF-16BE; convert"),
-        ("a.jsonl.gz", zipped(LINE.decode().encode("utf-16")), "encoded in UTF-16; convert"),
+        ("a.jsonl.gz", gzipped(LINE.decode().encode("utf-16")), "encoded in UTF-16; convert"),
         ("a.jsonl.gz", LINE.decode().encode("utf-16"), "named .gz, but it holds plain text"),
     ],
 )
@@ -72,9 +72,9 @@ def test_content_that_differs_from_the_name_is_reported(tmp_path, name, content,
         ("a.txt", b"PAR1 and BZh and Rar! are words"),
         ("a.txt", b"\xef\xbb\xbfwith a byte order mark"),
         ("a.txt", "né 你".encode()),
-        ("a.jsonl.gz", zipped(LINE)),
+        ("a.jsonl.gz", gzipped(LINE)),
         ("a.jsonl.XZ", lzma.compress(LINE)),
-        ("a.jsonl.gz", zipped(LINE)[:12]),  # damaged: left to the reader
+        ("a.jsonl.gz", gzipped(LINE)[:12]),  # damaged: left to the reader
     ],
 )
 def test_sound_content_has_no_problem(tmp_path, name, content):
@@ -84,7 +84,7 @@ def test_sound_content_has_no_problem(tmp_path, name, content):
 
 def test_standard_input_that_is_not_text_is_reported(tmp_path, monkeypatch):
     for content, problem in (
-        (zipped(LINE), "standard input: holds .gz data, not text; unpack it first"),
+        (gzipped(LINE), "standard input: holds .gz data, not text; unpack it first"),
         (LINE.decode().encode("utf-16"), "standard input: encoded in UTF-16"),
     ):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
