@@ -401,11 +401,14 @@ ROWS: dict[str, dict[str, tuple[str, str]]] = {
 """By our schedule: the contender, and what it runs."""
 
 
-def peers(args: argparse.Namespace) -> None:
-    """Measure everyone in turn and print the table."""
-    shape = SMALL if args.small else SHAPE
-    python = args.peer_python or PEER_PYTHON
-    versions = installed(python)
+Results = dict[tuple[str, str], list[Measurement]]
+"""By contender and what it runs, one a round; none if its packages are missing."""
+
+
+def measure_peers(
+    python: Path, versions: dict[str, str], shape: Shape, args: argparse.Namespace
+) -> Results:
+    """Measure everyone in turn."""
     sides = {
         OURS: Side("train_megalite.py", "schedules"),
         "torch": torch_peer("schedules"),
@@ -415,7 +418,7 @@ def peers(args: argparse.Namespace) -> None:
     runs = [(OURS, schedule) for schedule in ROWS]
     for row in ROWS.values():
         runs += row.values()
-    results: dict[tuple[str, str], list[Measurement]] = {run: [] for run in runs}
+    results: Results = {run: [] for run in runs}
     with ExitStack() as running:
         contenders = {}
         for who, side in sides.items():
@@ -436,16 +439,26 @@ def peers(args: argparse.Namespace) -> None:
                 taken = contenders[who].measure(args.steps, *schedule.split())
                 results[who, schedule].append(taken)
                 say(f"round {i + 1} | {who} {schedule}: {taken.seconds / args.steps:.3f} s")
+    return results
+
+
+def peers(args: argparse.Namespace) -> None:
+    """Measure everyone and print the table."""
+    shape = SMALL if args.small else SHAPE
+    python = args.peer_python or PEER_PYTHON
+    versions = installed(python)
+    results = measure_peers(python, versions, shape, args)
     named = ", ".join(f"{package} {version}" for package, version in versions.items())
     print(
         f"{named}; {args.ranks} ranks, {os.cpu_count()} cores, {args.rounds} rounds of "
         f"{args.steps} steps\n"
     )
-    print("\n".join(peer_table(results, args.steps * shape.microbatches * shape.seq)))
+    tokens = args.steps * shape.microbatches * shape.micro_batch * shape.seq
+    print("\n".join(peer_table(results, tokens)))
 
 
-def peer_table(results: dict[tuple[str, str], list[Measurement]], tokens: int) -> list[str]:
-    """The table's lines, from the measurements of each contender and schedule of `tokens`."""
+def peer_table(results: Results, tokens: int) -> list[str]:
+    """The table's lines; `tokens` of a measurement."""
     lines = [
         "| | | tokens/s | tokens per CPU-second | ours / theirs, tokens/s | per CPU-second "
         "| this / its own 1F1B, tokens/s |",
