@@ -405,7 +405,7 @@ def signalled(bench: Bench, flags: dict, ranks: int) -> str:
 
     def build_signalling(*args):
         model = build_model(*args)
-        model.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGUSR1))
+        model.stages[0].register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGUSR1))
         return model
 
     def end(number, frame):

@@ -226,7 +226,7 @@ def trained(launch, flags: list[str], stop_in: int | None = None) -> str:
                 signal.raise_signal(signal.SIGUSR1)
 
         model = build_model(config, context, rng)
-        model.register_forward_pre_hook(hook)
+        model.stages[0].register_forward_pre_hook(hook)
         return model
 
     config = cli.read_config([*MODEL, *flags])

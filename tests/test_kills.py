@@ -39,7 +39,7 @@ def pretrain_until_killed(launch, flags: list[str], victims: list[int], after: i
     def building(*arguments):
         model = build_model(*arguments)
         if launch.rank in victims:
-            model.register_forward_pre_hook(count)
+            model.stages[0].register_forward_pre_hook(count)
         return model
 
     config = cli.read_config([*MODEL, *flags])

@@ -86,7 +86,7 @@ def pretrain_until_the_disk_is_full(launch, flags: list[str]) -> str | None:
     def building(*arguments):
         model = build_model(*arguments)
         if launch.rank == 1:
-            model.register_forward_pre_hook(fill_disk)
+            model.stages[0].register_forward_pre_hook(fill_disk)
         return model
 
     def fill_disk(module, inputs):

@@ -65,7 +65,7 @@ def logits_of_rank(launch, folders) -> dict:
             else:
                 x = torch.empty(model.hidden_shape(len(batch.tokens)))
                 dist.recv(x, launch.rank - 2)
-                box = model.output_weight.spec.box
+                box = model.stages[-1].output_weight.spec.box
                 found[name] = (box.offset[0], model(x, batch)[..., : box.shape[0]])
     return found
 
