@@ -14,7 +14,7 @@ help:
 	@echo "make test-all     the tests, also the slow ones"
 	@echo "make test-slurm   the tests on a real SLURM, brought up on this machine (root; tests/slurm/cluster.sh install)"
 	@echo "make lint         style (ruff) and the borders between packages (import-linter)"
-	@echo "make benchmark-peers  an environment of its own with what benchmarks/training.py --peers compares with"
+	@echo "make benchmark-peers  an environment of its own for benchmarks/training.py --peers and pipeline.py peers"
 	@echo "make install      create $(VENV) and install megalite there, editable, with all extras"
 	@echo "make clean        delete $(VENV), caches and build folders; runs/ stays"
 

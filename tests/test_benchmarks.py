@@ -1,5 +1,5 @@
-"""The benchmark of training against peers: its processes, its table, and what it says of a peer
-that is missing or fails."""
+"""The benchmarks of training and of pipeline schedules against peers: their processes, their
+tables, and what they say of a peer that is missing or fails."""
 
 import subprocess
 import sys
@@ -14,6 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import checkpoint_index  # noqa: E402
 import compare  # noqa: E402
+import pipeline  # noqa: E402
 import training  # noqa: E402
 from rank import Shape  # noqa: E402
 
@@ -116,3 +117,68 @@ def test_the_index_of_many_ranks(tmp_path):
     assert found["boxes"] > found["tensors"]
     # A rank's own file; the weights that data rank 0 has, and those that tensor rank 0 has.
     assert found["files opened by a rank, same layout"] == 4
+
+
+def cells(line: str) -> list[str]:
+    """Of a line of a table in Markdown."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def table_of(*flags: str) -> dict[str, list[str]]:
+    """What the benchmark of pipelines prints for each schedule."""
+    command = [sys.executable, pipeline.__file__, *flags, "--small"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [cells(line) for line in done.stdout.splitlines() if line.startswith("|")]
+    table = {name: values for name, *values in rows[2:]}
+    assert list(table) == list(pipeline.SCHEDULES)
+    return table
+
+
+@pytest.mark.parametrize("ranks", ["2", "4"])
+def test_steps_beside_their_simulation(ranks):
+    """On a machine of two cores, by the clock and by CPU time."""
+    table = table_of("predicted", "--ranks", ranks)
+    for measured, simulated, ratio, bubble, *_ in table.values():
+        assert float(measured) > 0 and float(simulated) > 0 and float(bubble.strip("%")) > 0
+        # A timeline has what its step has, and the step takes time between actions, too.
+        assert 0.2 < float(ratio.split()[0]) < 20
+    assert table["1f1b"][4:] == ["1.00 (1.00 .. 1.00)"] * 2
+
+
+def test_the_engine_beside_the_same_without_it():
+    table = table_of("overhead", "--ranks", "2")
+    assert [values[0] for values in table.values()] == ["16", "16", "32", "24", "48"]
+    for _, engine, bare, _, torch, *cpu in table.values():
+        assert all(float(spent) > 0 for spent in (engine, bare, torch, cpu[0], cpu[1], cpu[3]))
+
+
+def test_schedules_of_what_is_installed():
+    flags = pipeline.read_flags(["peers", "--small"])
+    python = Path(sys.executable)
+    results = pipeline.measure_peers(python, {"torch": "2"}, pipeline.SMALL, flags)
+    rows = [cells(line) for line in pipeline.peer_table(results, tokens=512)[2:]]
+    assert {row[0] for row in rows} == set(pipeline.SCHEDULES)
+    for schedule, name, rate, *_ in rows:
+        if name.startswith("Megatron"):
+            assert rate == "not installed"
+        else:
+            assert float(rate) > 0, (schedule, name)
+    (taken,) = results["megalite", "zb-v"]
+    (theirs,) = results["torch", "zb-v"]
+    (row,) = [row for row in rows if row[1] == "torch ZBVZeroBubble"]
+    assert row[2] == f"{512 / theirs.seconds:.0f}"
+    assert row[4].startswith(f"{theirs.seconds / taken.seconds:.2f} ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("predicted --ranks 1", "predicted needs --ranks 2 or more"),
+        ("overhead --peer-python python", "--peer-python has no effect with overhead"),
+    ],
+)
+def test_what_pipelines_cannot_be_measured_with(capsys, flags, problem):
+    with pytest.raises(SystemExit):
+        pipeline.read_flags(flags.split())
+    assert problem in capsys.readouterr().err

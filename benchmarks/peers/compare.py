@@ -166,11 +166,11 @@ class Contender:
         for log in self.logs:
             log.close()
 
-    def measure(self, steps: int) -> Measurement:
-        """Run this many training steps."""
+    def measure(self, steps: int, *which: str) -> Measurement:
+        """Run this many training steps; `which` is what the step function is called with."""
         for process in self.processes:
             try:
-                process.stdin.write(f"{steps}\n")
+                process.stdin.write(f"{' '.join([str(steps), *which])}\n")
                 process.stdin.flush()
             except BrokenPipeError:
                 pass  # it has ended: said below, with the reason
@@ -209,11 +209,11 @@ def installed(python: Path) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
-def warmed_up(contender: Contender, shape: Shape) -> Contender:
+def warmed_up(contender: Contender, shape: Shape, *which: str) -> Contender:
     """The contender after two steps, whose losses must be those of random weights."""
     expected = math.log(shape.vocab) + 0.02**2 * shape.hidden / 2
     for _ in range(2):
-        loss = contender.measure(1).loss
+        loss = contender.measure(1, *which).loss
         if loss is not None and abs(loss - expected) > 0.15:
             raise ContenderFailed(f"{contender.name}: first losses {loss:.3f}, not {expected:.3f}")
     return contender

@@ -1,8 +1,9 @@
 """A rank of a contender in `training.py --peers`: what all contenders share.
 
 The driver (compare.py) starts one process for each rank, with torchrun's variables, and a line on
-standard input for each measurement: the number of steps. The rank answers with one JSON line.
-Between two lines it sleeps, while the other contenders are measured.
+standard input for each measurement: the number of steps and, for a contender that can do several
+things, which. The rank answers with one JSON line. Between two lines it sleeps, while the other
+contenders are measured.
 """
 
 import json
@@ -39,12 +40,13 @@ def random_batches(shape: Shape, seed: int) -> Iterator[tuple[torch.Tensor, torc
         yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def serve(prepare: Callable[[str, Shape], Callable[[], float | None]]) -> None:
+def serve(prepare: Callable[[str, Shape], Callable[..., float | None]]) -> None:
     """Measure steps until standard input ends.
 
     Args:
         prepare: called with the variant and the shape, from the command line; returns a training
-            step, which returns the mean loss of this rank's data if this rank knows it.
+            step, which is called with the words that follow the number of steps and returns the
+            mean loss of this rank's data if this rank knows it.
     """
     # Libraries print to standard output, which is for answers only.
     answers = os.fdopen(os.dup(1), "w")
@@ -53,10 +55,11 @@ def serve(prepare: Callable[[str, Shape], Callable[[], float | None]]) -> None:
     torch.manual_seed(1)
     step = prepare(sys.argv[1], Shape(**json.loads(sys.argv[2])))
     for line in sys.stdin:
+        steps, *which = line.split()
         cpu = time.process_time()
         began = time.monotonic()  # one clock for all processes of a machine
-        for _ in range(int(line)):
-            loss = step()
+        for _ in range(int(steps)):
+            loss = step(*which)
         answer = {
             "began": began,
             "ended": time.monotonic(),

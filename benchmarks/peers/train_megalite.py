@@ -1,5 +1,6 @@
 """megalite as a contender in `training.py --peers`."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,11 @@ LAYOUTS = {
     "pp2": PIPELINE,
     "tp2pp2dp2": TENSOR | PIPELINE,
 }
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb-h1", "zb-v")
+for ranks in (1, 2, 4):
+    for name in SCHEDULES:
+        flags = {"pipeline_model_parallel_size": ranks, "pipeline_schedule": name}
+        LAYOUTS[f"pp{ranks}-{name}"] = flags
 
 
 def layout_config(
@@ -58,11 +64,16 @@ def layout_config(
     )
 
 
-def our_step(config: RunConfig, context: ParallelContext):
-    """(step function that returns this rank's part of the loss, the model) of megalite."""
+def our_parts(config: RunConfig, context: ParallelContext):
+    """(model, engine and optimizer; its data) of megalite."""
     parts = build_components(config, context)
     dataset = MockDataset(config.model.vocab_size, config.model.seq_length, 1, "train")
-    data = build_batches(config, dataset, parts.model)
+    return parts, build_batches(config, dataset, parts.model)
+
+
+def our_step(config: RunConfig, context: ParallelContext):
+    """(step function that returns this rank's part of the loss, the model) of megalite."""
+    parts, data = our_parts(config, context)
     taken = 0
 
     def step() -> float:
@@ -77,13 +88,21 @@ def our_step(config: RunConfig, context: ParallelContext):
 
 
 def prepare(layout: str, shape: Shape):
-    """The training step of a layout."""
+    """The training step of a layout; of "schedules", one that is called with a schedule, each of
+    which has a model of its own."""
     launch = detect(os.environ)
-    config = layout_config(layout, shape, launch.world_size)
-    context, _ = build_context(config, launch)
-    step, model = our_step(config, context)
+    ranks = launch.world_size
+    several = layout == "schedules"
+    first = layout_config(f"pp{ranks}-1f1b" if several else layout, shape, ranks)
+    context, _ = build_context(first, launch)
 
-    def step_with_loss() -> float | None:
+    @functools.cache
+    def built(schedule: str):
+        config = layout_config(f"pp{ranks}-{schedule}", shape, ranks) if several else first
+        return our_step(config, context)
+
+    def step_with_loss(schedule: str = "") -> float | None:
+        step, model = built(schedule)
         loss = step() * context.data.size
         return loss if model.is_last else None
 

@@ -2,10 +2,12 @@
 --peers`.
 
 single: the plain model. transformers: Hugging Face's. dp2: DistributedDataParallel. tp2, tp2-sp:
-DTensor (`parallelize_module`). pp2: torch.distributed.pipelining's Schedule1F1B.
+DTensor (`parallelize_module`). pp2: torch.distributed.pipelining's Schedule1F1B. schedules: each of
+its schedules in SCHEDULES, on any number of ranks.
 """
 
 import contextlib
+import functools
 
 import torch
 import torch.distributed as dist
@@ -72,26 +74,43 @@ def tensor_parallel(model: nn.Module, sequence_parallel: bool) -> nn.Module:
     return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
 
 
-def pipeline_step(shape: Shape, batches):
-    """A step of two stages under 1F1B."""
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+SCHEDULES = {
+    "1f1b": ("Schedule1F1B", 1),
+    "gpipe": ("ScheduleGPipe", 1),
+    "interleaved": ("ScheduleInterleaved1F1B", 2),
+    "zb-1": ("ScheduleInterleavedZeroBubble", 1),
+    "zb-2": ("ScheduleInterleavedZeroBubble", 2),
+    "zb-v": ("ScheduleZBVZeroBubble", 2),
+}
+"""torch's class, and stages on each rank."""
 
-    rank = dist.get_rank()
-    half = shape.layers // 2
-    model = plain_gpt(shape, range(half) if rank == 0 else range(half, shape.layers))
-    stage = PipelineStage(model, rank, 2, torch.device("cpu"))
-    schedule = Schedule1F1B(stage, shape.microbatches, loss_fn=cross_entropy)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+
+def pipeline_step(shape: Shape, batches, name: str = "1f1b"):
+    """A step of a pipeline over all ranks, under a schedule of SCHEDULES."""
+    from torch.distributed import pipelining
+
+    kind, chunks = SCHEDULES[name]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    count = chunks * ranks
+    numbers = [rank, count - 1 - rank] if name == "zb-v" else range(rank, count, ranks)
+    layers = shape.layers // count
+    models = nn.ModuleList(plain_gpt(shape, range(n * layers, (n + 1) * layers)) for n in numbers)
+    stages = []
+    for number, model in zip(numbers, models):
+        stages.append(pipelining.PipelineStage(model, number, count, torch.device("cpu")))
+    make = getattr(pipelining, kind)
+    takes_one = issubclass(make, pipelining.schedules.PipelineScheduleSingle)
+    schedule = make(stages[0] if takes_one else stages, shape.microbatches, loss_fn=cross_entropy)
+    optimizer = torch.optim.AdamW(models.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
 
     def step() -> float | None:
         optimizer.zero_grad()
         microbatches = [next(batches) for _ in range(shape.microbatches)]
         tokens, labels = map(torch.cat, zip(*microbatches))
         losses = []
-        if rank == 0:
-            schedule.step(tokens)
-        else:
-            schedule.step(target=labels, losses=losses)
+        inputs = [tokens] if 0 in numbers else []
+        last = {"target": labels, "losses": losses} if count - 1 in numbers else {}
+        schedule.step(*inputs, **last)
         optimizer.step()
         return sum(loss.item() for loss in losses) / len(losses) if losses else None
 
@@ -104,6 +123,9 @@ def prepare(variant: str, shape: Shape):
     batches = random_batches(shape, seed=dist.get_rank() if variant == "dp2" else 0)
     if variant == "pp2":
         return pipeline_step(shape, batches)
+    if variant == "schedules":
+        make = functools.cache(functools.partial(pipeline_step, shape, batches))
+        return lambda name: make(name)()
     model = hugging_face(shape) if variant == "transformers" else plain_gpt(shape)
     loss_region = contextlib.nullcontext
     if variant.startswith("tp2"):
