@@ -188,6 +188,21 @@ def test_auto_stays_within_the_memory():
     assert "every schedule" in problem.message and "the least is" in problem.message
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [{STAGES: 2}, {STAGES: 4}, {LAYERS: 1}, {STAGES: 2, "pipeline_split": ("2,2,2,2,2,2,2,2",)}],
+)
+def test_auto_with_stages_on_a_rank_compares_with_interleaved(flags):
+    """It is the default schedule then: what `auto` takes is within a tenth more than that."""
+    words = why(AUTO | flags)
+    name, _, limit = words.split(": ", 1)[1].partition(" is the fastest within ")
+    memory = memory_by_candidate(words)
+    default = next(iter(memory))
+    assert default.startswith("interleaved")
+    assert memory[name] <= float(limit.split(" GiB")[0])
+    assert float(limit.split(" GiB")[0]) == pytest.approx(1.1 * memory[default], rel=0.01)
+
+
 def test_what_auto_cannot_have_is_reported():
     uneven = {"num_layers": 10, "recompute_granularity": "full", "recompute_num_layers": 2}
     assert choice(uneven | {STAGES: 2, "memory_limit_gib": 100.0})[1] == 2

@@ -194,7 +194,7 @@ def a_schedule_fits_the_memory(config: RunConfig, world_size: int) -> Iterator[F
             return
     found = candidates(with_values(config, values), world_size)
     least = min((one.memory for one in found), default=0)
-    if least > memory_limit(config, world_size):
+    if least > memory_limit(config, found):
         needed = -(-least // (GIB / 10)) / 10
         yield Finding(
             f"--memory-limit-gib {p.memory_limit_gib:g} is less than every schedule needs by "
