@@ -67,6 +67,17 @@ CASES = {
         2,
         "--num-layers 12 --num-layers-per-virtual-pipeline-stage 4 --pp 2 8 layers",
     ),
+    "layers of a virtual stage, with the embedding": (
+        PIPELINE
+        | dict(
+            num_layers=11,
+            num_layers_per_virtual_pipeline_stage=4,
+            account_for_embedding_in_pipeline_split=True,
+        ),
+        2,
+        "--num-layers 11 and 1 more for embedding and loss "
+        "--num-layers-per-virtual-pipeline-stage 4 --pp 2 8 layers",
+    ),
     "stages of 1f1b": (
         PIPELINE | dict(pipeline_schedule="1f1b", num_virtual_stages_per_pipeline_rank=2),
         2,

@@ -8,6 +8,7 @@ from megalite.config.run import RunConfig, from_flat, to_flat
 from megalite.config.schedule import GIB, Candidate, fastest, why_chosen
 from megalite.config.summary import summary_lines
 from megalite.models.cost import flops_per_sequence
+from megalite.parallel.config import OF_EVEN_SPLIT
 from megalite.parallel.launch import LaunchInfo
 from megalite.pipeline.schedules import SCHEDULES
 from tests.config.validation import SOUND
@@ -46,6 +47,15 @@ def test_what_follows_from_the_flags(flags, name, chunks):
     assert getattr(parallel, LAYERS) is None
     # A checkpoint's config.yaml is a sound configuration, which says the same.
     assert resolved(to_flat(config)) == config
+
+
+def test_embedding_and_loss_may_count_as_layers_of_a_stage():
+    """As in Megatron-LM: 10 layers, embedding and loss are 2 on each of 2 stages of 3 ranks."""
+    even = dict.fromkeys(OF_EVEN_SPLIT, True)
+    flags = {"num_layers": 10, "pipeline_model_parallel_size": 3, LAYERS: 2}
+    config = resolved(PIPELINE | {"global_batch_size": 6} | flags | even, 3)
+    assert (config.parallel.schedule, config.pipeline.chunks) == ("interleaved", 2)
+    assert list(map(len, config.layers_of_stages)) == [1, 2, 2, 2, 2, 1]
 
 
 def test_one_rank_has_one_stage():
