@@ -8,8 +8,8 @@ from typing import Any
 from megalite.config.estimate import (
     element_bytes,
     estimate_ranks,
+    flops_by_action,
     microbatches,
-    stage_flops,
     work_of_ranks,
 )
 from megalite.config.run import RunConfig
@@ -110,10 +110,10 @@ def _layouts(config: RunConfig) -> Iterator[ParallelConfig]:
         # A stage must hold the layers that are recomputed together.
         most //= config.recompute.recompute_num_layers
     for name, tried in TRIED.items():
-        if given is not None:
-            tried = (given,) if given in SCHEDULES[name].chunks else ()
         if p == 1:
             tried = (1,) if name == "1f1b" else ()
+        elif given is not None:
+            tried = (given,) if given in SCHEDULES[name].chunks else ()
         for chunks in tried:
             parallel = replace(
                 config.parallel,
@@ -137,7 +137,7 @@ def _can_divide(config: RunConfig) -> bool:
 def _step_flops(config: RunConfig, count: int) -> float:
     """The simulated length of a step of `count` microbatches, as `Candidate.flops`."""
     pipeline = pipeline_of(config.parallel)
-    flops = stage_flops(config)
+    flops = flops_by_action(config)
     model = config.model
     tensor = config.parallel.tensor_model_parallel_size
     # A sequence's FLOPs are divided over the tensor-parallel ranks; its hidden states may be.

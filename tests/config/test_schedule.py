@@ -3,7 +3,7 @@
 import pytest
 
 from megalite.config import cli, validate
-from megalite.config.estimate import estimate_ranks, model_parameters, stage_flops
+from megalite.config.estimate import estimate_ranks, flops_by_action, model_parameters
 from megalite.config.run import RunConfig, from_flat, to_flat
 from megalite.config.schedule import GIB, Candidate, fastest, why_chosen
 from megalite.config.summary import summary_lines
@@ -114,13 +114,13 @@ def test_flops_of_stages_are_those_of_the_model():
     for flags in ({}, {"pipeline_schedule": "zb-v"}, {STAGES: 4}):
         config = resolved(LARGE | flags)
         total = 0.0
-        for stage in stage_flops(config):
+        for stage in flops_by_action(config):
             assert stage["B"] == stage["I"] + stage["W"] == pytest.approx(2 * stage["F"])
             total += stage["F"] + stage["B"]
         assert total == pytest.approx(flops_per_sequence(config.model))
-    again = stage_flops(resolved(LARGE | {"recompute_granularity": "full"}))[0]
+    again = flops_by_action(resolved(LARGE | {"recompute_granularity": "full"}))[0]
     assert again["I"] + again["W"] == pytest.approx(3 * again["F"])
-    selective = stage_flops(resolved(LARGE | {"recompute_granularity": "selective"}))[0]
+    selective = flops_by_action(resolved(LARGE | {"recompute_granularity": "selective"}))[0]
     assert 2 * selective["F"] < selective["B"] < again["B"]
 
 
