@@ -103,6 +103,11 @@ CASES = {
         8,
         "--pipeline-schedule zb-v 2 stages --pp 8 16 --num-layers 12",
     ),
+    "fewer layers than ranks of a V": (
+        dict(num_layers=2, pipeline_model_parallel_size=4, pipeline_schedule="zb-v"),
+        4,
+        "--pipeline-schedule zb-v 2 stages --pp 4 8 --num-layers 2",
+    ),
     "groups of 1f1b": (
         PIPELINE | dict(microbatch_group_size_per_virtual_pipeline_stage=2, global_batch_size=8),
         2,

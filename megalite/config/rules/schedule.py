@@ -112,7 +112,7 @@ def virtual_stages_hold_layers(config: RunConfig, world_size: int) -> Iterator[F
     ranks = config.parallel.pipeline_model_parallel_size
     layers = config.model.num_layers
     chunks = config.pipeline.chunks
-    if chunks == 1 or ranks == 1 or not ranks <= layers < ranks * chunks:
+    if chunks == 1 or ranks == 1 or layers >= ranks * chunks:
         return
     name = schedule_name(config)
     yield Finding(
