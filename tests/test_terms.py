@@ -8,6 +8,7 @@ import torch
 
 from megalite.data.indexed import DatasetError
 from megalite.models.gpt import GPT
+from megalite.models.stages import Stages
 from megalite.training.batches import build_batches
 from megalite.training.build import build_components, build_model
 from tests import runs
@@ -38,8 +39,9 @@ class EvenAndOdd(GPT):
 
 def even_and_odd(config, context, rng):
     model = build_model(config, context, rng)
-    model.__class__ = EvenAndOdd
-    return model
+    for stage in model.stages:
+        stage.__class__ = EvenAndOdd
+    return Stages(model.by_number)
 
 
 class Rows:
