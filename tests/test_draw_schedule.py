@@ -126,9 +126,30 @@ def test_traces_that_hold_no_step(tmp_path, change, message):
         measured_panels((path,))
 
 
+@pytest.mark.parametrize("ranks", [[0], [0, 1], [1, 2, 4]])
+def test_traces_of_a_part_of_the_ranks(tmp_path, ranks):
+    """The first ranks of a pipeline, or ranks of two pipelines, look like a shorter pipeline, or
+    like one: messages say that they are not."""
+    pipeline = Pipeline(3)
+    timeline = simulate(one_forward_one_backward(pipeline, 3), pipeline)
+    found = events(timeline, [0, 2, 4]) + events(timeline, [1, 3, 5])
+    for source, target in ((0, 2), (2, 4), (4, 2), (2, 0), (1, 3), (3, 5), (5, 3), (3, 1)):
+        args = {"from": source, "to": target, "bytes": 1, "number": 1}
+        for rank in (source, target):
+            times = {"ts": 0.0, "dur": 1.0, "tid": 1}
+            found.append(
+                {"ph": "X", "name": "transfer pipeline", "pid": rank, "args": args} | times
+            )
+    whole = write(tmp_path / "a.json", found)
+    assert measured_panels((whole,))[0].timeline.seconds == pytest.approx(timeline.seconds)
+    part = write(tmp_path / "b.json", [event for event in found if event["pid"] in ranks])
+    with pytest.raises(TraceError, match=r"no whole pipeline|traces are missing"):
+        measured_panels((part,))
+
+
 def test_flags_that_do_not_fit():
-    def problems(**given):
-        return list(problems_with(DrawConfig("a.svg", **given)))
+    def problems(output="a.svg", **given):
+        return list(problems_with(DrawConfig(output, **given)))
 
     assert problems() == ["give --schedule, --pp and --microbatches, or --measured"]
     sized = dict(pp=2, microbatches=2)
@@ -137,6 +158,11 @@ def test_flags_that_do_not_fit():
     assert unknown == "--schedule zb: there are 1f1b, gpipe, interleaved, zb-h1, zb-v"
     (chunks,) = problems(schedule=("interleaved", "zb-v"), v=3, **sized)
     assert chunks == "--v 3 does not fit --schedule zb-v: it takes 2, as without --v"
+    (chunks,) = problems(schedule=("gpipe", "interleaved"), v=1, **sized)
+    assert chunks == "--v 1 does not fit --schedule interleaved: it takes 2 or more"
+    for output in ("a", "."):
+        (ending,) = problems(output, schedule=("1f1b",), **sized)
+        assert ending.startswith(f"--output {output} has no ending")
     assert len(problems(measured=("a.json",), v=2, **sized)) == 3
     assert len(problems(measured=("a.json",), forward=2.0, transfer=1.0)) == 2
 

@@ -100,7 +100,7 @@ def estimate_ranks(config: RunConfig, world_size: int) -> list[RankEstimate]:
     return ranks
 
 
-def stage_flops(config: RunConfig) -> list[dict[str, float]]:
+def flops_by_action(config: RunConfig) -> list[dict[str, float]]:
     """FLOPs of one sequence on each stage of a resolved configuration, by the kind of an action."""
     stages = pipeline_of(config.parallel).stages
     found = []
@@ -121,7 +121,7 @@ def work_of_ranks(config: RunConfig) -> list[float]:
     configuration."""
     pipeline = config.pipeline
     work = [0.0] * pipeline.ranks
-    for stage, flops in enumerate(stage_flops(config)):
+    for stage, flops in enumerate(flops_by_action(config)):
         work[pipeline.rank_of(stage)] += flops[FORWARD] + flops[BACKWARD]
     return work
 

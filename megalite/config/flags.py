@@ -175,6 +175,7 @@ ELSEWHERE = {
     "--pipeline-model-parallel-layout": (
         "--pipeline-split N,N,...: the first stage has the embedding, the last the output layer"
     ),
+    "--virtual-pipeline-model-parallel-size": "--num-virtual-stages-per-pipeline-rank",
     "--no-overlap-p2p-communication": OVERLAPS,
     "--overlap-p2p-communication-warmup-flush": OVERLAPS,
     "--defer-embedding-wgrad-compute": DIVIDED_BACKWARD,

@@ -70,7 +70,15 @@ class RunConfig:
         layers = p.num_layers_per_virtual_pipeline_stage
         if p.num_virtual_stages_per_pipeline_rank is not None or layers is None:
             return p.num_virtual_stages_per_pipeline_rank
-        return max(1, self.model.num_layers // (layers * p.pipeline_model_parallel_size))
+        return max(1, self.divided_layers // (layers * p.pipeline_model_parallel_size))
+
+    @property
+    def divided_layers(self) -> int:
+        """What is divided into pipeline stages: the layers, and the embedding and the loss where
+        flags count them as one each."""
+        p = self.parallel
+        counted = (p.account_for_embedding_in_pipeline_split, p.account_for_loss_in_pipeline_split)
+        return self.model.num_layers + sum(counted)
 
     @property
     def pipeline(self) -> Pipeline:

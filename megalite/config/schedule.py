@@ -8,8 +8,8 @@ from typing import Any
 from megalite.config.estimate import (
     element_bytes,
     estimate_ranks,
+    flops_by_action,
     microbatches,
-    stage_flops,
     work_of_ranks,
 )
 from megalite.config.run import RunConfig
@@ -21,8 +21,8 @@ TRIED = {"1f1b": (1,), "interleaved": (2, 3, 4, 6, 8), "zb-h1": (1,), "zb-v": (2
 """Schedules that `auto` tries, the simplest first, and the numbers of stages on a rank."""
 FLOPS_PER_BYTE = 8000.0
 """What a GPU computes while a link sends a byte: 400 TFLOP/s, and 50 GB/s to another node."""
-MEMORY_OVER_1F1B = 1.1
-"""Memory that `auto` may use without a limit, as a multiple of 1F1B's."""
+MEMORY_OVER_DEFAULT = 1.1
+"""Memory that `auto` may use without a limit, as a multiple of what the default schedule takes."""
 SIMULATED = 4
 """Microbatches that `auto` simulates, as a multiple of the ranks: after that, each takes as long as
 the one before."""
@@ -61,7 +61,8 @@ def schedule_fields(config: RunConfig, world_size: int) -> dict[str, Any]:
     chunks = config.pipeline.chunks
     name = schedule_name(config)
     if name == "auto":
-        best = fastest(candidates(config, world_size), memory_limit(config, world_size))
+        found = candidates(config, world_size)
+        best = fastest(found, memory_limit(config, found))
         name, chunks = best.name, best.chunks
     return {
         "pipeline_schedule": name,
@@ -79,8 +80,12 @@ def schedule_name(config: RunConfig) -> str:
 
 @lru_cache(maxsize=4)
 def candidates(config: RunConfig, world_size: int) -> tuple[Candidate, ...]:
-    """What `auto` may choose from, the simplest first; 1F1B only where there is one rank. gpipe
-    is no faster than 1F1B, and keeps more."""
+    """What `auto` may choose from; 1F1B only where there is one rank. gpipe is no faster than 1F1B,
+    and keeps more.
+
+    The first is the default schedule: 1F1B, or interleaved where the flags ask for several stages
+    on a rank.
+    """
     found = []
     for parallel in _layouts(config):
         one = replace(config, parallel=parallel)
@@ -105,10 +110,10 @@ def _layouts(config: RunConfig) -> Iterator[ParallelConfig]:
         # A stage must hold the layers that are recomputed together.
         most //= config.recompute.recompute_num_layers
     for name, tried in TRIED.items():
-        if given is not None:
-            tried = (given,) if given in SCHEDULES[name].chunks else ()
         if p == 1:
             tried = (1,) if name == "1f1b" else ()
+        elif given is not None:
+            tried = (given,) if given in SCHEDULES[name].chunks else ()
         for chunks in tried:
             parallel = replace(
                 config.parallel,
@@ -132,7 +137,7 @@ def _can_divide(config: RunConfig) -> bool:
 def _step_flops(config: RunConfig, count: int) -> float:
     """The simulated length of a step of `count` microbatches, as `Candidate.flops`."""
     pipeline = pipeline_of(config.parallel)
-    flops = stage_flops(config)
+    flops = flops_by_action(config)
     model = config.model
     tensor = config.parallel.tensor_model_parallel_size
     # A sequence's FLOPs are divided over the tensor-parallel ranks; its hidden states may be.
@@ -149,19 +154,10 @@ def _step_flops(config: RunConfig, count: int) -> float:
     return simulate(orders, pipeline, of_action, message).seconds + (count - simulated) * busiest
 
 
-def memory_limit(config: RunConfig, world_size: int) -> float:
-    """Bytes of a rank that `auto` may use."""
+def memory_limit(config: RunConfig, found: tuple[Candidate, ...]) -> float:
+    """Bytes of a rank that `auto` may use. found: what it may choose from."""
     given = config.parallel.memory_limit_gib
-    if given is not None:
-        return given * GIB
-    plain = replace(
-        config.parallel,
-        pipeline_schedule="1f1b",
-        num_virtual_stages_per_pipeline_rank=1,
-        num_layers_per_virtual_pipeline_stage=None,
-    )
-    ranks = estimate_ranks(replace(config, parallel=plain), world_size)
-    return MEMORY_OVER_1F1B * max(rank.total_bytes for rank in ranks)
+    return MEMORY_OVER_DEFAULT * found[0].memory if given is None else given * GIB
 
 
 def fastest(found: tuple[Candidate, ...], limit: float) -> Candidate:
@@ -183,7 +179,7 @@ def why_chosen(asked: RunConfig, resolved: RunConfig, world_size: int) -> str:
     flags = {key: getattr(asked.parallel, key) for key in (*STAGES_ON_A_RANK, "memory_limit_gib")}
     before = replace(resolved, parallel=replace(parallel, **flags))
     found = candidates(before, world_size)
-    limit = memory_limit(before, world_size)
+    limit = memory_limit(before, found)
     best = fastest(found, limit)
     words = []
     for candidate in found:

@@ -11,9 +11,9 @@ from megalite.checkpoint.folder import CONFIG_FILE
 from megalite.config.estimate import (
     RankEstimate,
     estimate_ranks,
+    flops_by_action,
     microbatches,
     model_parameters,
-    stage_flops,
     work_of_ranks,
 )
 from megalite.config.help import wrapped
@@ -239,7 +239,7 @@ def _bubble(config: RunConfig, microbatches: int) -> str:
     orders = training_orders(config.parallel, microbatches)
     text = f"{simulate(orders, pipeline).bubble:.1%} of the ideal time"
     if pipeline.ranks > 1:
-        flops = stage_flops(config)
+        flops = flops_by_action(config)
         by_work = simulate(orders, pipeline, lambda action: flops[action.stage][action.kind])
         by_work = f"{by_work.bubble:.1%}"
         if not text.startswith(by_work):

@@ -47,7 +47,7 @@ class ParallelConfig:
     rank. auto: of all but gpipe, the one that a simulation finds fastest within the memory."""
     memory_limit_gib: Annotated[float | None, Field(above=0, changes_numbers=False)] = None
     """With --pipeline-schedule auto, the most memory of a rank, by estimate. Unset: a tenth more
-    than 1f1b takes."""
+    than the default schedule takes."""
     num_virtual_stages_per_pipeline_rank: Annotated[int | None, Field(minimum=1)] = None
     """Stages on each rank of the pipeline, v. Unset: 1, and 2 with interleaved and zb-v."""
     num_layers_per_virtual_pipeline_stage: Annotated[int | None, Field(minimum=1)] = None

@@ -275,6 +275,8 @@ class PipelineEngine:
         return None if received is None else received.grad.contiguous()
 
     def _backward_from(self, start: Start, gradient: Tensor | None) -> None:
+        """Run a backward. gradient: of the hidden states; None on the last stage, whose backward
+        starts from its loss."""
         if gradient is None:
             self.backward_of_loss(start)
         elif start is not None:

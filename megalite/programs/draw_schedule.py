@@ -90,6 +90,8 @@ class Panel:
 
 def problems_with(config: DrawConfig) -> Iterator[str]:
     """What is wrong with the flags together."""
+    if not Path(config.output).suffix:
+        yield f"--output {config.output} has no ending, which says the format: .svg, .png or .pdf"
     if config.measured is not None:
         for entry in fields(DrawConfig):
             unset = getattr(config, entry.name) == entry.default
@@ -101,8 +103,9 @@ def problems_with(config: DrawConfig) -> Iterator[str]:
         if name not in SCHEDULES:
             yield f"--schedule {name}: there are {', '.join(SCHEDULES)}"
         elif config.v is not None and config.v not in SCHEDULES[name].chunks:
-            few = SCHEDULES[name].chunks.start
-            yield f"--v {config.v} does not fit --schedule {name}: it takes {few}, as without --v"
+            takes = SCHEDULES[name].chunks
+            few = f"{takes.start} or more" if len(takes) > 1 else f"{takes.start}, as without --v"
+            yield f"--v {config.v} does not fit --schedule {name}: it takes {few}"
 
 
 def simulated_panels(config: DrawConfig) -> list[Panel]:
@@ -131,7 +134,7 @@ def _times(config: DrawConfig, chunks: int) -> Callable[[Action], float]:
 def measured_panels(paths: tuple[str, ...]) -> list[Panel]:
     """The last whole step of a trace, and its simulation, in milliseconds. Raises TraceError,
     OSError."""
-    measured, pipeline = last_step(read_events(paths))
+    measured, pipeline = last_step(*read_events(paths))
     # The mean time of each kind of action on each stage.
     total: dict[tuple[str, int], float] = {}
     count: dict[tuple[str, int], int] = {}
@@ -157,15 +160,21 @@ def measured_panels(paths: tuple[str, ...]) -> list[Panel]:
     return [Panel(title, measured, pipeline), Panel(below, predicted, pipeline)]
 
 
-def read_events(paths: tuple[str, ...]) -> list[Event]:
-    """The actions in Chrome traces, each once, by start. Raises TraceError, OSError."""
+def read_events(paths: tuple[str, ...]) -> tuple[list[Event], set[tuple[int, int]]]:
+    """The actions in Chrome traces, each once, by start, and the pairs of ranks (from, to) between
+    which a pipeline's messages went. Raises TraceError, OSError."""
     events = []
+    pairs = set()
     for path in paths:
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
             found = document["traceEvents"] if isinstance(document, dict) else document
             for event in found:
-                if _is_action(event):
+                if not isinstance(event, dict):
+                    raise TypeError(f"{event!r} is no event")
+                if event.get("name") == "transfer pipeline":
+                    pairs.add((int(event["args"]["from"]), int(event["args"]["to"])))
+                elif _is_action(event):
                     given = event["args"]
                     action = Action(given["kind"], int(given["microbatch"]), int(given["stage"]))
                     start = event["ts"] / 1000
@@ -175,19 +184,17 @@ def read_events(paths: tuple[str, ...]) -> list[Event]:
     if not events:
         raise TraceError(f"{' '.join(paths)}: no forward or backward of a pipeline in it")
     # trace.json and the files of ranks hold the same events.
-    return sorted(set(events), key=lambda event: event[2])
+    return sorted(set(events), key=lambda event: event[2]), pairs
 
 
-def _is_action(event: Any) -> bool:
+def _is_action(event: dict) -> bool:
     """Whether an event is a computation of a schedule."""
-    if not isinstance(event, dict):
-        raise TypeError(f"{event!r} is no event")
     return event.get("ph") == "X" and event.get("args", {}).get("kind") in COLORS
 
 
-def last_step(events: list[Event]) -> tuple[Timeline, Pipeline]:
+def last_step(events: list[Event], pairs: set[tuple[int, int]]) -> tuple[Timeline, Pipeline]:
     """The last step that all ranks of the first pipeline have whole, from time 0. Raises
-    TraceError."""
+    TraceError, also where these ranks exchange messages with others."""
     spans_of: dict[int, list[Span]] = {}
     for rank, action, start, end in events:
         spans_of.setdefault(rank, []).append((action, start, end))
@@ -197,6 +204,13 @@ def last_step(events: list[Event]) -> tuple[Timeline, Pipeline]:
         stages = sorted({action.stage for action, _, _ in spans_of[rank]})
         first_with.setdefault(tuple(stages), rank)
     pipeline = _pipeline_of([list(stages) for stages in first_with])
+    ranks = list(first_with.values())
+    for source, target in sorted(pairs):
+        if (source in ranks) != (target in ranks):
+            raise TraceError(
+                f"the traces hold stages of ranks {ranks}, which are no whole pipeline: rank "
+                f"{source} sends to rank {target}. Give the traces of all ranks"
+            )
     steps_of = []
     for rank in first_with.values():
         steps_of.append(_steps(spans_of[rank]))

@@ -174,13 +174,13 @@ class Tracer:
         file = folder / rank_file(context.rank)
         written = self._write_file(file, events, [clock])
         if context.world_size <= MERGED_RANKS:
-            ranks = gather_objects_to_first((clock, events), context.control)
-            if ranks:
+            of_ranks = gather_objects_to_first((clock, events), context.control)
+            if of_ranks:
                 file = folder / MERGED_FILE
                 clocks, merged = [], []
-                for clock, events in ranks:
-                    clocks.append(clock)
-                    merged += events
+                for clock_of_rank, events_of_rank in of_ranks:
+                    clocks.append(clock_of_rank)
+                    merged += events_of_rank
                 written = self._write_file(file, merged, clocks)
         all_reduce(error, context.control, op="max")
         if written:

@@ -144,7 +144,11 @@ def _reference(config: RunConfig, own: VerifyOptions) -> RunConfig:
     plain = replace(config, recompute=RecomputeConfig())
     for key in OF_SPLIT:
         sizes[key] = options()[key].default
-    schedule = {"pipeline_schedule": "1f1b", "num_virtual_stages_per_pipeline_rank": 1}
+    schedule = {
+        "pipeline_schedule": "1f1b",
+        "num_virtual_stages_per_pipeline_rank": 1,
+        "microbatch_group_size_per_virtual_pipeline_stage": None,
+    }
     return with_values(plain, sizes | schedule | {"sequence_parallel": False})
 
 
@@ -159,11 +163,13 @@ def shrunk(config: RunConfig, world_size: int, other_replicas: int = 1) -> RunCo
     t = config.parallel.tensor_model_parallel_size
     pipeline = config.pipeline
     stages = pipeline.stages
-    # The batch. One microbatch more than there are stages shows the pipeline's steady state.
+    # The batch. One microbatch more than there are stages, or than a group of them has, shows the
+    # pipeline's steady state.
+    group = config.parallel.microbatch_group_size_per_virtual_pipeline_stage or 0
     replicas = world_size // (t * pipeline.ranks)
     rows = min(d.micro_batch_size, 2)
     most = d.global_batch_size // (d.micro_batch_size * replicas)
-    fitting = (m for m in range(stages + 1, most) if m * replicas % other_replicas == 0)
+    fitting = (m for m in range(max(stages, group) + 1, most) if m * replicas % other_replicas == 0)
     microbatches = next(fitting, most)
     values = {"micro_batch_size": rows, "global_batch_size": rows * replicas * microbatches}
     # The model. The ids of real data must still fit its vocabulary.

@@ -67,6 +67,17 @@ CASES = {
         2,
         "--num-layers 12 --num-layers-per-virtual-pipeline-stage 4 --pp 2 8 layers",
     ),
+    "layers of a virtual stage, with the embedding": (
+        PIPELINE
+        | dict(
+            num_layers=11,
+            num_layers_per_virtual_pipeline_stage=4,
+            account_for_embedding_in_pipeline_split=True,
+        ),
+        2,
+        "--num-layers 11 and 1 more for embedding and loss "
+        "--num-layers-per-virtual-pipeline-stage 4 --pp 2 8 layers",
+    ),
     "stages of 1f1b": (
         PIPELINE | dict(pipeline_schedule="1f1b", num_virtual_stages_per_pipeline_rank=2),
         2,
@@ -91,6 +102,11 @@ CASES = {
         dict(pipeline_model_parallel_size=8, pipeline_schedule="zb-v"),
         8,
         "--pipeline-schedule zb-v 2 stages --pp 8 16 --num-layers 12",
+    ),
+    "fewer layers than ranks of a V": (
+        dict(num_layers=2, pipeline_model_parallel_size=4, pipeline_schedule="zb-v"),
+        4,
+        "--pipeline-schedule zb-v 2 stages --pp 4 8 --num-layers 2",
     ),
     "groups of 1f1b": (
         PIPELINE | dict(microbatch_group_size_per_virtual_pipeline_stage=2, global_batch_size=8),

@@ -3,11 +3,12 @@
 import pytest
 
 from megalite.config import cli, validate
-from megalite.config.estimate import estimate_ranks, model_parameters, stage_flops
+from megalite.config.estimate import estimate_ranks, flops_by_action, model_parameters
 from megalite.config.run import RunConfig, from_flat, to_flat
 from megalite.config.schedule import GIB, Candidate, fastest, why_chosen
 from megalite.config.summary import summary_lines
 from megalite.models.cost import flops_per_sequence
+from megalite.parallel.config import OF_EVEN_SPLIT
 from megalite.parallel.launch import LaunchInfo
 from megalite.pipeline.schedules import SCHEDULES
 from tests.config.validation import SOUND
@@ -46,6 +47,15 @@ def test_what_follows_from_the_flags(flags, name, chunks):
     assert getattr(parallel, LAYERS) is None
     # A checkpoint's config.yaml is a sound configuration, which says the same.
     assert resolved(to_flat(config)) == config
+
+
+def test_embedding_and_loss_may_count_as_layers_of_a_stage():
+    """As in Megatron-LM: 10 layers, embedding and loss are 2 on each of 2 stages of 3 ranks."""
+    even = dict.fromkeys(OF_EVEN_SPLIT, True)
+    flags = {"num_layers": 10, "pipeline_model_parallel_size": 3, LAYERS: 2}
+    config = resolved(PIPELINE | {"global_batch_size": 6} | flags | even, 3)
+    assert (config.parallel.schedule, config.pipeline.chunks) == ("interleaved", 2)
+    assert list(map(len, config.layers_of_stages)) == [1, 2, 2, 2, 2, 1]
 
 
 def test_one_rank_has_one_stage():
@@ -104,13 +114,13 @@ def test_flops_of_stages_are_those_of_the_model():
     for flags in ({}, {"pipeline_schedule": "zb-v"}, {STAGES: 4}):
         config = resolved(LARGE | flags)
         total = 0.0
-        for stage in stage_flops(config):
+        for stage in flops_by_action(config):
             assert stage["B"] == stage["I"] + stage["W"] == pytest.approx(2 * stage["F"])
             total += stage["F"] + stage["B"]
         assert total == pytest.approx(flops_per_sequence(config.model))
-    again = stage_flops(resolved(LARGE | {"recompute_granularity": "full"}))[0]
+    again = flops_by_action(resolved(LARGE | {"recompute_granularity": "full"}))[0]
     assert again["I"] + again["W"] == pytest.approx(3 * again["F"])
-    selective = stage_flops(resolved(LARGE | {"recompute_granularity": "selective"}))[0]
+    selective = flops_by_action(resolved(LARGE | {"recompute_granularity": "selective"}))[0]
     assert 2 * selective["F"] < selective["B"] < again["B"]
 
 
@@ -186,6 +196,21 @@ def test_auto_stays_within_the_memory():
     assert choice({"memory_limit_gib": 2 * limit, STAGES: 4}) == ("interleaved", 4)
     (problem,) = validate.check(from_flat(AUTO | {"memory_limit_gib": least / 2}), 4)
     assert "every schedule" in problem.message and "the least is" in problem.message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{STAGES: 2}, {STAGES: 4}, {LAYERS: 1}, {STAGES: 2, "pipeline_split": ("2,2,2,2,2,2,2,2",)}],
+)
+def test_auto_with_stages_on_a_rank_compares_with_interleaved(flags):
+    """It is the default schedule then: what `auto` takes is within a tenth more than that."""
+    words = why(AUTO | flags)
+    name, _, limit = words.split(": ", 1)[1].partition(" is the fastest within ")
+    memory = memory_by_candidate(words)
+    default = next(iter(memory))
+    assert default.startswith("interleaved")
+    assert memory[name] <= float(limit.split(" GiB")[0])
+    assert float(limit.split(" GiB")[0]) == pytest.approx(1.1 * memory[default], rel=0.01)
 
 
 def test_what_auto_cannot_have_is_reported():

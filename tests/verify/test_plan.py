@@ -182,6 +182,17 @@ def test_shrunk_batch_fits_the_reference_as_well():
     assert (made.chosen.data.global_batch_size, made.chosen.model.num_layers) == (6, 9)
 
 
+def test_groups_of_microbatches_are_those_of_the_chosen_layout_alone():
+    argv = "--shrink --pp 2 --num-layers 12 --global-batch-size 16 --vocab-size 99"
+    argv += " --pipeline-schedule interleaved"
+    argv += " --microbatch-group-size-per-virtual-pipeline-stage 6"
+    made = plan(argv.split(), ALONE)
+    assert made.chosen.parallel.microbatch_group_size_per_virtual_pipeline_stage == 6
+    assert made.chosen.data.global_batch_size == 7
+    assert validate.check(made.chosen, made.ranks) == []
+    assert made.reference.parallel.schedule == "1f1b"
+
+
 def test_plan_keeps_what_the_step_depends_on_and_nothing_that_writes():
     argv = "--shrink --tp 2 --sp --pp 2 --bf16 --save runs/x --load runs/x --metrics-file m"
     argv += " --lr 3 --min-lr 4 --seed 5 --reference-pp 2 --vocab-size 512"

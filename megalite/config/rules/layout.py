@@ -113,10 +113,10 @@ def sequence_parallel_splits(config: RunConfig, world_size: int) -> Iterator[Fin
 
 
 def stages_hold_layers(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """At least one layer for every pipeline stage."""
+    """At least one layer for every pipeline stage, where a rank holds one."""
     p = config.parallel.pipeline_model_parallel_size
     layers = config.model.num_layers
-    if p > layers:
+    if p > layers and config.pipeline.chunks == 1:
         yield Finding(
             f"--pp {p} stages for --num-layers {layers}: each stage needs at least one layer",
             *each("pipeline_model_parallel_size", range(layers, 0, -1)),

@@ -18,6 +18,7 @@ from megalite.config.rules.tokenizer import build_tokenizer
 from megalite.config.run import RunConfig, options, with_values
 from megalite.config.schedule import GIB, STAGES_ON_A_RANK, candidates, memory_limit, schedule_name
 from megalite.data.tokenizers import TokenizerError
+from megalite.parallel.config import OF_EVEN_SPLIT
 from megalite.pipeline.schedules import SCHEDULES
 
 GROUP = "microbatch_group_size_per_virtual_pipeline_stage"
@@ -56,21 +57,23 @@ def stages_are_counted_once(config: RunConfig, world_size: int) -> Iterator[Find
 
 
 def layers_fill_virtual_stages(config: RunConfig, world_size: int) -> Iterator[Finding]:
-    """layers % (layers of a stage * pp)."""
+    """layers % (layers of a stage * pp), where embedding and loss may count as layers."""
     ranks = config.parallel.pipeline_model_parallel_size
     size = config.parallel.num_layers_per_virtual_pipeline_stage
-    layers = config.model.num_layers
+    layers = config.divided_layers
     if ranks == 1 or size is None or layers % (size * ranks) == 0:
         return
     fixes = []
     if layers % ranks == 0:
         fixes = each(LAYERS, divisors(layers // ranks, size))
+    counted = layers - config.model.num_layers
+    more = f" and {counted} more for embedding and loss" if counted else ""
     yield Finding(
-        f"--num-layers {layers} cannot be divided into stages of {flag_of(LAYERS)} {size} on "
-        f"--pp {ranks} ranks, {size * ranks} layers at a time",
+        f"--num-layers {config.model.num_layers}{more} cannot be divided into stages of "
+        f"{flag_of(LAYERS)} {size} on --pp {ranks} ranks, {size * ranks} layers at a time",
         *fixes,
         {LAYERS: None},
-        also=("pipeline_schedule",),
+        also=("pipeline_schedule", *OF_EVEN_SPLIT),
     )
 
 
@@ -90,7 +93,7 @@ def schedule_takes_its_stages(config: RunConfig, world_size: int) -> Iterator[Fi
     key = VIRTUAL if p.num_virtual_stages_per_pipeline_rank is not None else LAYERS
     right = {key: takes.start}
     if key == LAYERS:
-        layers = config.model.num_layers // (p.pipeline_model_parallel_size * takes.start)
+        layers = config.divided_layers // (p.pipeline_model_parallel_size * takes.start)
         right = {key: max(1, layers)}
     others = [other for other, schedule in SCHEDULES.items() if given in schedule.chunks]
     makes = "" if key == VIRTUAL else f", which makes {given}"
@@ -109,7 +112,7 @@ def virtual_stages_hold_layers(config: RunConfig, world_size: int) -> Iterator[F
     ranks = config.parallel.pipeline_model_parallel_size
     layers = config.model.num_layers
     chunks = config.pipeline.chunks
-    if chunks == 1 or ranks == 1 or not ranks <= layers < ranks * chunks:
+    if chunks == 1 or ranks == 1 or layers >= ranks * chunks:
         return
     name = schedule_name(config)
     yield Finding(
@@ -194,7 +197,7 @@ def a_schedule_fits_the_memory(config: RunConfig, world_size: int) -> Iterator[F
             return
     found = candidates(with_values(config, values), world_size)
     least = min((one.memory for one in found), default=0)
-    if least > memory_limit(config, world_size):
+    if least > memory_limit(config, found):
         needed = -(-least // (GIB / 10)) / 10
         yield Finding(
             f"--memory-limit-gib {p.memory_limit_gib:g} is less than every schedule needs by "
