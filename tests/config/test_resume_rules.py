@@ -4,6 +4,7 @@ here; test_flags and test_resume do."""
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from megalite.config import cli, validate
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.run import RunConfig, from_flat
 from megalite.config.yaml_file import to_yaml
-from tests.config.validation import SOUND, fixed
+from tests.config.validation import SOUND, fixed, write_index
 
 MADE_WITH = """
     --mock-data --vocab-size 512 --train-iters 10 --num-layers 4 --hidden-size 64 --seq-length 32
@@ -34,13 +35,13 @@ def save(name: str, config: RunConfig, iteration: int = 5, **state) -> None:
     step = f"{name}/iter_{iteration:07d}"
     os.makedirs(step)
     for file, text in {
-        f"{step}/index.json": "{}",
         f"{step}/state.json": json.dumps({"data": None, **state}),
         f"{step}/config.yaml": to_yaml(config),
         f"{name}/latest_checkpointed_iteration.txt": str(iteration),
     }.items():
         with open(file, "w") as stream:
             stream.write(text)
+    write_index(Path(step))
 
 
 def check(argv: list[str], ranks: int = 1) -> list[Problem]:
@@ -153,9 +154,18 @@ def test_the_model_of_a_checkpoint_that_cannot_be_read(folder, how):
     save("run", validate.resolve(cli.read_config(MADE_WITH), 1), iteration=8)
     argv = [*without(*shape), "--use-checkpoint-args", how, "run"]
     stored = folder / "run" / "iter_0000008" / "config.yaml"
+    whole = stored.read_text()
+
+    def made_by_a_later_version() -> None:
+        stored.write_text("layers: 1")
+        (stored.parent / "index.json").unlink()
+        write_index(stored.parent)
+
     for damage, words in (
-        (lambda: stored.write_text("a: [1"), "run/iter_0000008/config.yaml is not YAML"),
-        (lambda: stored.write_text("layers: 1"), "iter_0000008/config.yaml: unknown key 'layers'"),
+        (lambda: stored.write_text(""), f"config.yaml has 0 bytes instead of {len(whole)}"),
+        (lambda: stored.write_text(whole[:-9]), f"bytes instead of {len(whole)}"),
+        (lambda: stored.write_text(whole.replace("64", "65")), "config.yaml differs from its che"),
+        (made_by_a_later_version, "iter_0000008/config.yaml: unknown key 'layers'"),
         (stored.unlink, "run/iter_0000008/config.yaml is missing"),
     ):
         damage()
@@ -171,7 +181,15 @@ def test_the_model_of_a_checkpoint_that_cannot_be_read(folder, how):
 
 
 @pytest.mark.parametrize(
-    ("file", "damage"), [("config.yaml", "a: ["), ("state.json", "{"), ("index.json", None)]
+    ("file", "damage"),
+    [
+        ("config.yaml", "a: ["),
+        ("config.yaml", ""),
+        ("state.json", "{"),
+        ("state.json", '{"optimizer": "lion"}'),
+        ("index.json", "{"),
+        ("index.json", None),
+    ],
 )
 def test_the_fallback_compares_the_checkpoint_that_is_read(folder, file, damage):
     """--load-fallback: what is compared is the first that can be read."""
@@ -224,6 +242,21 @@ def test_another_optimizer(folder, state, words, fix):
             assert words not in "".join(p.message for p in check([*argv, more]))
         assert check([*MADE_WITH, *given, "--pretrained-checkpoint", "other"]) == []
     assert check([*argv, "--no-load-optim"]) == []
+
+
+@pytest.mark.parametrize("how", ["--load", "--pretrained-checkpoint"])
+def test_a_damaged_configuration_is_not_compared(folder, how):
+    """An empty file would read as the defaults, which are another model. With --load, loading
+    names the file."""
+    stored = folder / "run" / "iter_0000005" / "config.yaml"
+    size = stored.stat().st_size
+    stored.write_text("")
+    problems = check([*MADE_WITH, how, "run"])
+    if how == "--load":
+        assert problems == []
+    else:
+        (problem,) = problems
+        assert f"config.yaml has 0 bytes instead of {size}" in problem.message
 
 
 def test_weights_to_start_from_that_are_damaged(folder):

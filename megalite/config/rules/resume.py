@@ -4,7 +4,8 @@ what it must say itself, or leave as the checkpoint has it. Imports no torch."""
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from megalite.checkpoint.folder import STATE_FILE, CheckpointError, read_json
+from megalite.checkpoint.folder import CheckpointError
+from megalite.checkpoint.text_files import read_state_file
 from megalite.config.rules.effects import NEEDS_VALUE
 from megalite.config.rules.files import checkpoint_to_load, weights_to_load
 from megalite.config.rules.finding import (
@@ -98,7 +99,7 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
     if made_with is None or made_with.model.architecture != config.model.architecture:
         return  # another rule reports another model
     try:
-        state = read_json(folder / STATE_FILE)
+        state = read_state_file(folder)
         if state.get("data") is None:
             return
         differences = _data_differences(config, world_size, state)
@@ -170,7 +171,7 @@ def optimizer_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator
     if made_with is None or c.finetune or c.no_load_optim:
         return
     try:
-        state = read_json(folder / STATE_FILE)
+        state = read_state_file(folder)
     except CheckpointError:
         return  # loading says what is wrong
     here = config.optimizer.optimizer
