@@ -3,6 +3,7 @@ here; test_flags and test_resume do."""
 
 import json
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +91,51 @@ def test_what_is_not_given_must_be_as_it_was(folder):
         assert problem.fix.startswith(wanted) and "where the change is meant" in problem.fix
         argv += problem.fix.partition(", or ")[0].split()
     assert check(argv) == []
+
+
+FORGOTTEN = {
+    "--min-lr 1e-5": "with --min-lr 0.0001",
+    "--lr-decay-iters 8": "with --lr-decay-iters 10",
+    "--lr-decay-style WSD --lr-wsd-decay-iters 2": "without it",
+    "--decoupled-lr 0.01": "without it",
+    "--decoupled-lr 0.01 --decoupled-min-lr 0.002": "without it",
+    "--weight-decay-incr-style linear --start-weight-decay 0.0 --end-weight-decay 1": "without it",
+    "--parameter-groups layers.0.*_freeze": "without it",
+    "--max-bad-steps 3 --skip-grad-norm-above 10": "",
+    "--rampup-batch-size 2 2 8": "without it",
+}
+
+
+@pytest.mark.parametrize("flags", FORGOTTEN)
+def test_what_has_no_default_and_is_not_given(folder, flags):
+    """It is refused as well: the run would go on with other learning rates or trained weights."""
+    words = [word.replace("_freeze", " freeze") for word in flags.split()]
+    made_with = without("--weight-decay") if "--start-weight-decay" in words else MADE_WITH
+    save("other", validate.resolve(cli.read_config([*made_with, *words]), 1))
+    argv = [*made_with, "--load", "other"]
+    assert check([*argv, *words]) == []
+    problems = check(argv)
+    assert any(FORGOTTEN[flags] in problem.message for problem in problems) or not FORGOTTEN[flags]
+    for problem in problems:
+        assert "other/iter_0000005 was made with" in problem.message
+        assert "where the change is meant" in problem.fix
+        argv += shlex.split(problem.fix.partition(", or ")[0])
+    assert check(argv) == []
+
+
+def test_what_follows_from_a_flag_that_is_given(folder):
+    """--min-lr from --lr, the end of the decay from --train-iters. A constant rate uses neither."""
+    longer = [*without("--lr", "--train-iters"), "--lr", "0.002", "--train-iters", "20"]
+    assert check([*longer, "--load", "run"]) == []
+    save("low", validate.resolve(cli.read_config([*MADE_WITH, "--min-lr", "1e-5"]), 1))
+    (problem,) = check([*longer, "--load", "low"])
+    assert "with --min-lr 1e-05; this run does not give --min-lr" in problem.message
+    assert check([*longer, "--load", "low", "--lr-decay-style", "constant"]) == []
+    (folder / "flags.yaml").write_text("parameter_groups: null\n")
+    frozen = [*MADE_WITH, "--parameter-groups", "layers.0.* freeze"]
+    save("frozen", validate.resolve(cli.read_config(frozen), 1))
+    assert len(check([*MADE_WITH, "--load", "frozen"])) == 1
+    assert check([*MADE_WITH, "--load", "frozen", "--config", "flags.yaml"]) == []
 
 
 def test_a_batch_size_that_follows_from_the_ranks(folder):
