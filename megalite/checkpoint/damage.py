@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.checksum import checksum
-from megalite.checkpoint.folder import INDEX_FILE, DamagedCheckpointError, open_regular, read_file
-from megalite.checkpoint.format import PRIVATE_PREFIX, Index, StoredFile, StoredShard
+from megalite.checkpoint.folder import DamagedCheckpointError, open_regular, read_file
+from megalite.checkpoint.format import PRIVATE_PREFIX, Index, StoredShard
 from megalite.checkpoint.tensor_file import TensorFile
+from megalite.checkpoint.text_files import StoredFile, compare_text
 
 
 def damage(
@@ -44,21 +44,6 @@ def compare_entry(file: TensorFile, shard: StoredShard, dtype: torch.dtype) -> N
     if found != expected:
         difference = f"{shard.key} is {found}, the index says {expected}"
         raise DamagedCheckpointError(f"{file.path}: {difference}")
-
-
-def compare_text(path: Path, file: StoredFile | None, content: bytes) -> None:
-    """Raise DamagedCheckpointError unless a text file has the size and checksum of the index."""
-    if file is None:
-        raise DamagedCheckpointError(f"{path.with_name(INDEX_FILE)} does not list {path.name}")
-    if len(content) != file.bytes:
-        instead = f"instead of {file.bytes}"
-        raise DamagedCheckpointError(f"{path} has {len(content)} bytes {instead}")
-    if file.xxh3 is not None:
-        is_same = checksum(content) == file.xxh3
-    else:
-        is_same = hashlib.sha256(content).hexdigest() == file.sha256
-    if not is_same:
-        raise DamagedCheckpointError(f"{path} differs from its checksum")
 
 
 def _file_damage(

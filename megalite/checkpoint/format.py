@@ -6,27 +6,18 @@ docs/checkpoints.md specifies it for users. Nothing here communicates.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import torch
 
 from megalite import __version__
-from megalite.checkpoint.checksum import BLOCK_BYTES, DIGITS, checksum, number_of_blocks
-from megalite.checkpoint.folder import (
-    INDEX_FILE,
-    SHOWN_PROBLEMS,
-    CheckpointError,
-    DamagedCheckpointError,
-    parse_json,
-)
+from megalite.checkpoint.checksum import BLOCK_BYTES, DIGITS, number_of_blocks
+from megalite.checkpoint.folder import INDEX_FILE, SHOWN_PROBLEMS, DamagedCheckpointError
+from megalite.checkpoint.text_files import FORMAT_VERSION, StoredFile, parse_index, with_checksum
 from megalite.checkpoint.untrusted import file_name_in, shape_in, size_in, text_in
 from megalite.parallel.boxes import Box, tile
 
-FORMAT_VERSION = 2
-"""That is written. Version 1, without checksums of tensors, is read too."""
-
-_CHECKSUM_ENTRY = ',"xxh3":"'
 _BOXES = re.compile("[0-9a-f ,;]*")
 PRIVATE_PREFIX = "@"
 """Begins the keys of a rank's private tensors, which are no shard of a global tensor."""
@@ -158,19 +149,6 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class StoredFile:
-    """Size in bytes and checksum of a file."""
-
-    bytes: int
-    xxh3: str | None = None
-    """Of a text file: of all; of a rank's file: of its header. None in version 1."""
-    private: dict[str, str] = field(default_factory=dict)
-    """Of a rank's file: the checksums of each private tensor, as of a shard."""
-    sha256: str | None = None
-    """Of all; in version 1."""
-
-
-@dataclass(frozen=True)
 class Index:
     """The content of index.json: each tensor's shards, each other file's size and checksum."""
 
@@ -212,34 +190,12 @@ class Index:
         Raises DamagedCheckpointError when it is damaged or unsafe, CheckpointError when a later
         version of megalite wrote it.
         """
-        raw = parse_json(text, source)
-        version = raw.get("format_version")
-        if type(version) is int and version > FORMAT_VERSION:
-            writer = raw.get("written_by", "a later megalite")
-            raise CheckpointError(
-                f"{source} has format version {version} and was written by {str(writer)[:80]}; "
-                f"this is megalite {__version__}, which reads versions 1 to {FORMAT_VERSION}: "
-                "use the version that wrote it, or a later one"
-            )
-        if version == FORMAT_VERSION and not has_checksum(text):
-            raise DamagedCheckpointError(f"{source} is damaged: it differs from its checksum")
+        raw = parse_index(text, source)
         try:
-            return _INDEX_READERS[version](raw)
+            return _INDEX_READERS[raw.get("format_version")](raw)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DamagedCheckpointError(f"{source} is damaged ({reason})") from error
-
-
-def with_checksum(text: str) -> str:
-    """A JSON object with its checksum as last entry: that of the text before that entry."""
-    before = text.removesuffix("}")
-    return f'{before}{_CHECKSUM_ENTRY}{checksum(before.encode())}"}}'
-
-
-def has_checksum(text: bytes) -> bool:
-    """Whether a text ends with its checksum."""
-    before, _, after = text.rpartition(_CHECKSUM_ENTRY.encode())
-    return after.rstrip() == f'{checksum(before)}"}}'.encode()
 
 
 def _box_to_text(shard: StoredShard, numbers: dict[str, int]) -> str:

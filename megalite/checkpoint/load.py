@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.damage import compare_entry, compare_text, damage
+from megalite.checkpoint.damage import compare_entry, damage
 from megalite.checkpoint.folder import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -27,6 +27,7 @@ from megalite.checkpoint.format import (
 )
 from megalite.checkpoint.source import TensorSource
 from megalite.checkpoint.tensor_file import TensorFile
+from megalite.checkpoint.text_files import compare_text
 from megalite.parallel.boxes import Box
 
 

@@ -8,8 +8,9 @@ import torch
 
 from megalite.checkpoint.fence import OWNER_FILE, STAGING_PREFIX
 from megalite.checkpoint.folder import INDEX_FILE
-from megalite.checkpoint.format import Shard, with_checksum
+from megalite.checkpoint.format import Shard
 from megalite.checkpoint.save import write
+from megalite.checkpoint.text_files import with_checksum
 from megalite.parallel.boxes import Box, split
 from megalite.parallel.collectives import Group
 

@@ -3,7 +3,9 @@ here; test_flags and test_resume do."""
 
 import json
 import os
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +13,7 @@ from megalite.config import cli, validate
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.run import RunConfig, from_flat
 from megalite.config.yaml_file import to_yaml
-from tests.config.validation import SOUND, fixed
+from tests.config.validation import SOUND, fixed, write_index
 
 MADE_WITH = """
     --mock-data --vocab-size 512 --train-iters 10 --num-layers 4 --hidden-size 64 --seq-length 32
@@ -34,13 +36,13 @@ def save(name: str, config: RunConfig, iteration: int = 5, **state) -> None:
     step = f"{name}/iter_{iteration:07d}"
     os.makedirs(step)
     for file, text in {
-        f"{step}/index.json": "{}",
         f"{step}/state.json": json.dumps({"data": None, **state}),
         f"{step}/config.yaml": to_yaml(config),
         f"{name}/latest_checkpointed_iteration.txt": str(iteration),
     }.items():
         with open(file, "w") as stream:
             stream.write(text)
+    write_index(Path(step))
 
 
 def check(argv: list[str], ranks: int = 1) -> list[Problem]:
@@ -89,6 +91,51 @@ def test_what_is_not_given_must_be_as_it_was(folder):
         assert problem.fix.startswith(wanted) and "where the change is meant" in problem.fix
         argv += problem.fix.partition(", or ")[0].split()
     assert check(argv) == []
+
+
+FORGOTTEN = {
+    "--min-lr 1e-5": "with --min-lr 0.0001",
+    "--lr-decay-iters 8": "with --lr-decay-iters 10",
+    "--lr-decay-style WSD --lr-wsd-decay-iters 2": "without it",
+    "--decoupled-lr 0.01": "without it",
+    "--decoupled-lr 0.01 --decoupled-min-lr 0.002": "without it",
+    "--weight-decay-incr-style linear --start-weight-decay 0.0 --end-weight-decay 1": "without it",
+    "--parameter-groups layers.0.*_freeze": "without it",
+    "--max-bad-steps 3 --skip-grad-norm-above 10": "",
+    "--rampup-batch-size 2 2 8": "without it",
+}
+
+
+@pytest.mark.parametrize("flags", FORGOTTEN)
+def test_what_has_no_default_and_is_not_given(folder, flags):
+    """It is refused as well: the run would go on with other learning rates or trained weights."""
+    words = [word.replace("_freeze", " freeze") for word in flags.split()]
+    made_with = without("--weight-decay") if "--start-weight-decay" in words else MADE_WITH
+    save("other", validate.resolve(cli.read_config([*made_with, *words]), 1))
+    argv = [*made_with, "--load", "other"]
+    assert check([*argv, *words]) == []
+    problems = check(argv)
+    assert any(FORGOTTEN[flags] in problem.message for problem in problems) or not FORGOTTEN[flags]
+    for problem in problems:
+        assert "other/iter_0000005 was made with" in problem.message
+        assert "where the change is meant" in problem.fix
+        argv += shlex.split(problem.fix.partition(", or ")[0])
+    assert check(argv) == []
+
+
+def test_what_follows_from_a_flag_that_is_given(folder):
+    """--min-lr from --lr, the end of the decay from --train-iters. A constant rate uses neither."""
+    longer = [*without("--lr", "--train-iters"), "--lr", "0.002", "--train-iters", "20"]
+    assert check([*longer, "--load", "run"]) == []
+    save("low", validate.resolve(cli.read_config([*MADE_WITH, "--min-lr", "1e-5"]), 1))
+    (problem,) = check([*longer, "--load", "low"])
+    assert "with --min-lr 1e-05; this run does not give --min-lr" in problem.message
+    assert check([*longer, "--load", "low", "--lr-decay-style", "constant"]) == []
+    (folder / "flags.yaml").write_text("parameter_groups: null\n")
+    frozen = [*MADE_WITH, "--parameter-groups", "layers.0.* freeze"]
+    save("frozen", validate.resolve(cli.read_config(frozen), 1))
+    assert len(check([*MADE_WITH, "--load", "frozen"])) == 1
+    assert check([*MADE_WITH, "--load", "frozen", "--config", "flags.yaml"]) == []
 
 
 def test_a_batch_size_that_follows_from_the_ranks(folder):
@@ -153,9 +200,18 @@ def test_the_model_of_a_checkpoint_that_cannot_be_read(folder, how):
     save("run", validate.resolve(cli.read_config(MADE_WITH), 1), iteration=8)
     argv = [*without(*shape), "--use-checkpoint-args", how, "run"]
     stored = folder / "run" / "iter_0000008" / "config.yaml"
+    whole = stored.read_text()
+
+    def made_by_a_later_version() -> None:
+        stored.write_text("layers: 1")
+        (stored.parent / "index.json").unlink()
+        write_index(stored.parent)
+
     for damage, words in (
-        (lambda: stored.write_text("a: [1"), "run/iter_0000008/config.yaml is not YAML"),
-        (lambda: stored.write_text("layers: 1"), "iter_0000008/config.yaml: unknown key 'layers'"),
+        (lambda: stored.write_text(""), f"config.yaml has 0 bytes instead of {len(whole)}"),
+        (lambda: stored.write_text(whole[:-9]), f"bytes instead of {len(whole)}"),
+        (lambda: stored.write_text(whole.replace("64", "65")), "config.yaml differs from its che"),
+        (made_by_a_later_version, "iter_0000008/config.yaml: unknown key 'layers'"),
         (stored.unlink, "run/iter_0000008/config.yaml is missing"),
     ):
         damage()
@@ -171,7 +227,15 @@ def test_the_model_of_a_checkpoint_that_cannot_be_read(folder, how):
 
 
 @pytest.mark.parametrize(
-    ("file", "damage"), [("config.yaml", "a: ["), ("state.json", "{"), ("index.json", None)]
+    ("file", "damage"),
+    [
+        ("config.yaml", "a: ["),
+        ("config.yaml", ""),
+        ("state.json", "{"),
+        ("state.json", '{"optimizer": "lion"}'),
+        ("index.json", "{"),
+        ("index.json", None),
+    ],
 )
 def test_the_fallback_compares_the_checkpoint_that_is_read(folder, file, damage):
     """--load-fallback: what is compared is the first that can be read."""
@@ -224,6 +288,21 @@ def test_another_optimizer(folder, state, words, fix):
             assert words not in "".join(p.message for p in check([*argv, more]))
         assert check([*MADE_WITH, *given, "--pretrained-checkpoint", "other"]) == []
     assert check([*argv, "--no-load-optim"]) == []
+
+
+@pytest.mark.parametrize("how", ["--load", "--pretrained-checkpoint"])
+def test_a_damaged_configuration_is_not_compared(folder, how):
+    """An empty file would read as the defaults, which are another model. With --load, loading
+    names the file."""
+    stored = folder / "run" / "iter_0000005" / "config.yaml"
+    size = stored.stat().st_size
+    stored.write_text("")
+    problems = check([*MADE_WITH, how, "run"])
+    if how == "--load":
+        assert problems == []
+    else:
+        (problem,) = problems
+        assert f"config.yaml has 0 bytes instead of {size}" in problem.message
 
 
 def test_weights_to_start_from_that_are_damaged(folder):

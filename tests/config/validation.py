@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megalite.checkpoint.checksum import checksum
+from megalite.checkpoint.format import Index
+from megalite.checkpoint.text_files import StoredFile
 from megalite.config import cli, validate
 from megalite.config.flags import read_flags
 from megalite.config.problem import ConfigError, Problem
@@ -62,12 +65,21 @@ def write_dataset(prefix: str, documents: int, info: DatasetInfo | None, dtype=n
         writer.finish(info)
 
 
+def write_index(step: Path) -> None:
+    """The index of a checkpoint of text files alone: those that are in the folder."""
+    files = {}
+    for path in step.iterdir():
+        content = path.read_bytes()
+        files[path.name] = StoredFile(len(content), checksum(content))
+    (step / "index.json").write_text(Index(0, 1, {}, files).to_json())
+
+
 def checkpoint(folder, *iterations: int, latest=None) -> None:
     """What the rules look at of a checkpoint folder."""
     for iteration in iterations:
         step = folder / f"iter_{iteration:07d}"
         step.mkdir(parents=True)
-        (step / "index.json").write_text("{}")
+        write_index(step)
     (folder / "latest_checkpointed_iteration.txt").write_text(str(latest or iterations[-1]))
 
 

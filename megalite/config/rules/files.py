@@ -12,7 +12,6 @@ from typing import Any
 
 from megalite.checkpoint.folder import (
     CONFIG_FILE,
-    STATE_FILE,
     CheckpointError,
     find_checkpoint,
     has_checkpoint,
@@ -22,11 +21,10 @@ from megalite.checkpoint.folder import (
     list_iterations,
     nearest_before,
     parse_text,
-    read_file,
-    read_json,
     save_folder,
     why_absent,
 )
+from megalite.checkpoint.text_files import read_state_file, read_text_file
 from megalite.config.problem import ConfigError, Problem
 from megalite.config.rules.data import DATA_RULES
 from megalite.config.rules.disk import neighbours, same_place
@@ -156,7 +154,7 @@ def _read_configuration(root: str, step: int | None, fallback: bool) -> tuple[Pa
     for earlier in iterations_to_try(root)[0] or [None]:
         try:
             folder = find_checkpoint(root, earlier)
-            read_json(folder / STATE_FILE)
+            read_state_file(folder)
             return folder, read_stored_config(folder)
         except CheckpointError as error:
             failure = failure or error
@@ -221,7 +219,7 @@ def read_stored_config(folder: Path) -> RunConfig:
     """The configuration that a checkpoint was made with. Raises CheckpointError, with the file and
     what is wrong."""
     path = folder / CONFIG_FILE
-    text = parse_text(read_file(path), path)
+    text = parse_text(read_text_file(folder, CONFIG_FILE), path)
     try:
         return config_of_checkpoint(text, str(path))
     except ConfigError as error:

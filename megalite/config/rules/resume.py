@@ -2,10 +2,12 @@
 what it must say itself, or leave as the checkpoint has it. Imports no torch."""
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
-from megalite.checkpoint.folder import STATE_FILE, CheckpointError, read_json
-from megalite.config.rules.effects import NEEDS_VALUE
+from megalite.checkpoint.folder import CheckpointError
+from megalite.checkpoint.text_files import read_state_file
+from megalite.config.rules.effects import NEEDS_VALUE, nothing_is_ignored
 from megalite.config.rules.files import checkpoint_to_load, weights_to_load
 from megalite.config.rules.finding import (
     Finding,
@@ -36,11 +38,23 @@ BESIDE_OPTIMIZER = (
 data and the shape of the model, which have rules of their own."""
 FOLLOWS = frozenset({"bf16", "fp16", "max_bad_steps"})
 """Fields of the optimizer that say nothing of their own, or change nothing that went well."""
-SHORT_FORMS = {
+ALTERNATIVES = {
     "precision": ("bf16", "fp16"),
     "lr_warmup_iters": ("lr_warmup_fraction", "lr_warmup_samples"),
+    "lr_warmup_samples": ("lr_warmup_fraction", "lr_warmup_iters"),
+    "lr_warmup_fraction": ("lr_warmup_iters", "lr_warmup_samples"),
+    "lr_decay_iters": ("lr_decay_samples",),
+    "lr_decay_samples": ("lr_decay_iters",),
+    "lr_wsd_decay_iters": ("lr_wsd_decay_samples",),
+    "lr_wsd_decay_samples": ("lr_wsd_decay_iters",),
 }
-"""Fields that may set another one."""
+"""Fields that may be given in place of one."""
+TOGETHER = (
+    ("lr_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style"),
+    ("weight_decay_incr_style", "start_weight_decay", "end_weight_decay"),
+    ("decoupled_lr", "decoupled_min_lr"),
+)
+"""Fields that have an effect, or make sense, only with one another."""
 
 
 def checkpoint_fits_model(config: RunConfig, world_size: int) -> Iterator[Finding]:
@@ -98,7 +112,7 @@ def data_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator[Find
     if made_with is None or made_with.model.architecture != config.model.architecture:
         return  # another rule reports another model
     try:
-        state = read_json(folder / STATE_FILE)
+        state = read_state_file(folder)
         if state.get("data") is None:
             return
         differences = _data_differences(config, world_size, state)
@@ -170,7 +184,7 @@ def optimizer_is_the_checkpoints(config: RunConfig, world_size: int) -> Iterator
     if made_with is None or c.finetune or c.no_load_optim:
         return
     try:
-        state = read_json(folder / STATE_FILE)
+        state = read_state_file(folder)
     except CheckpointError:
         return  # loading says what is wrong
     here = config.optimizer.optimizer
@@ -218,31 +232,42 @@ def rule_of_changes(given: Collection[str]) -> Rule:
         folder, made_with = checkpoint_to_load(config)
         if made_with is None or c.finetune:
             return
+        forgotten = {}
         for key in _watched():
             if key == "optimizer" and not c.no_load_optim:
                 continue  # optimizer_is_the_checkpoints
-            asked = {key, *SHORT_FORMS.get(key, ())}
+            asked = {key, *ALTERNATIVES.get(key, ())}
             there = getattr(getattr(made_with, options()[key].section), key)
+            chosen = there is not None and not _follows(made_with, key, world_size)
+            if asked.isdisjoint(given) and chosen and there != _value(config, key, world_size):
+                forgotten[key] = there
+        idle = _without_effect(with_values(config, forgotten), world_size)
+        for key, there in forgotten.items():
+            if key in idle:
+                continue  # as --min-lr with the --lr-decay-style constant of this run
             here = _value(config, key, world_size)
-            if asked.isdisjoint(given) and there is not None and there != here:
-                flag = flag_of(key)
-                shown = "unset" if here is None else options()[key].setting(here)
-                yield Finding(
-                    f"{folder} was made with {options()[key].setting(there)}; this run does not "
-                    f"give {flag}, and would go on with {shown}",
-                    {key: there},
-                    f"{shown} where the change is meant",
-                )
+            if here is None:
+                instead = "without it"
+                change = f"`{key}: null` in the file of --config"
+            else:
+                change = options()[key].setting(here)
+                instead = f"with {change}"
+            yield Finding(
+                f"{folder} was made with {options()[key].setting(there)}; this run does not give "
+                f"{flag_of(key)}, and would go on {instead}",
+                {other: forgotten[other] for other in _group_of(key) if other in forgotten},
+                f"{change} where the change is meant",
+            )
 
     return changes_are_asked_for
 
 
 def _watched() -> list[str]:
-    """Keys of the fields that the rule compares: those with a default of their own."""
+    """Keys of the fields that the rule compares."""
     found = list(BESIDE_OPTIMIZER)
     for key, option in options().items():
         of_optimizer = option.section == "optimizer" and option.field.changes_numbers
-        if of_optimizer and option.default is not None and key not in FOLLOWS:
+        if of_optimizer and key not in FOLLOWS:
             found.append(key)
     return found
 
@@ -253,7 +278,32 @@ def _value(config: RunConfig, key: str, world_size: int) -> Any:
         return config.optimizer.chosen_precision
     if key == "global_batch_size":
         return global_batch(config, world_size)
+    if key == "min_lr":
+        return config.optimizer.lowest_lr
+    if key == "lr_decay_iters" and config.optimizer.lr_decay_iters is None:
+        return iterations(config, world_size)
     return getattr(getattr(config, options()[key].section), key)
+
+
+def _follows(made_with: RunConfig, key: str, world_size: int) -> bool:
+    """Whether the value of a checkpoint is what the others give where the field is unset."""
+    o = made_with.optimizer
+    if key == "min_lr":
+        return o.min_lr == replace(o, min_lr=None).lowest_lr
+    return key == "lr_decay_iters" and o.lr_decay_iters == iterations(made_with, world_size)
+
+
+def _group_of(key: str) -> tuple[str, ...]:
+    """The fields that are given together with this one."""
+    return next((group for group in TOGETHER if key in group), (key,))
+
+
+def _without_effect(config: RunConfig, world_size: int) -> set[str]:
+    """Keys of the fields that change nothing."""
+    found = set()
+    for finding in nothing_is_ignored(config, world_size):
+        found.update(finding.keys[:1])  # that of the flag at the beginning of the message
+    return found
 
 
 RESUME_RULES: tuple[Rule, ...] = (
