@@ -187,7 +187,8 @@ class GPTWithoutSegments(GPT):
 def second_stage_sees_other_documents(config, context, rng):
     model = build_model(config, context, rng)
     if context.pipeline.rank == 1:
-        model.__class__ = GPTWithoutSegments
+        for stage in model.stages:
+            stage.__class__ = GPTWithoutSegments
     return model
 
 
