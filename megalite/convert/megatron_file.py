@@ -83,7 +83,9 @@ def read_rank_file(path: Path) -> RankFile:
     # Files of another kind, or damaged or hostile ones, fail in many ways.
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        if not isinstance(error, (ValueError, OSError)):  # whose texts are sentences
+        if "weights_only" in reason:  # torch's text offers to read it in an unsafe way
+            reason = "it is damaged, or holds what is not read"
+        elif not isinstance(error, (ValueError, OSError)):  # whose texts are sentences
             reason = f"{type(error).__name__}: {reason}"
         raise CheckpointError(f"{path} is no checkpoint of Megatron-LM: {reason}") from error
 

@@ -322,6 +322,9 @@ def test_files_that_are_missing_or_in_another_format(tmp_path):
     path.parent.mkdir()
     path.write_bytes((DATA / "gpt" / "iter_0000020" / FILE).read_bytes()[:20000])
     assert f"{path} is no checkpoint of Megatron-LM" in problems_of(tmp_path)
+    path.write_bytes(b"x\n")
+    problem = problems_of(tmp_path)
+    assert "it is damaged, or holds what is not read" in problem and "weights_only" not in problem
 
 
 def test_torch_dist_that_does_not_fit(tmp_path):
