@@ -48,7 +48,7 @@ def poisoned(config, context, rng):
         is_bad = any(sample in BAD_SAMPLES for sample in inputs[1].samples.tolist())
         return output + torch.inf if is_bad and module.is_last and module.training else output
 
-    model.register_forward_hook(add_infinity)
+    model.stages[-1].register_forward_hook(add_infinity)
     return model
 
 
@@ -61,7 +61,7 @@ def with_nan_gradients(config, context, rng):
         if is_bad and module.is_last and module.training:
             output.register_hook(lambda gradient: gradient * torch.nan)
 
-    model.register_forward_hook(poison)
+    model.stages[-1].register_forward_hook(poison)
     return model
 
 
