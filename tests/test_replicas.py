@@ -98,7 +98,7 @@ def run_with_fault(launch, folder: str) -> str:
                 flip_bit(module.final_norm.weight)
                 hook.remove()
 
-            hook = model.stages[0].register_forward_pre_hook(flip_once)
+            hook = model.stages[-1].register_forward_pre_hook(flip_once)
         return model
 
     config = cli.read_config(

@@ -282,7 +282,7 @@ def test_a_run_that_was_replaced_ends_soon(tmp_path, monkeypatch):
                 Lease.take(tmp_path / "c")
 
         model = build_model(*args)
-        model.stages[0].register_forward_pre_hook(replace_at_step_3)
+        model.stages[-1].register_forward_pre_hook(replace_at_step_3)
         return model
 
     config = validate.resolve(cli.read_config([*MODEL, *map(str, resumable(tmp_path))]), 1)
