@@ -99,10 +99,4 @@ class ParallelConfig:
     @property
     def split_is_given(self) -> bool:
         """Whether a flag says how layers are divided into stages."""
-        of_ends = (self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers)
-        return (
-            self.pipeline_split is not None
-            or of_ends != (None, None)
-            or self.account_for_embedding_in_pipeline_split
-            or self.account_for_loss_in_pipeline_split
-        )
+        return any(getattr(self, key) not in (None, False) for key in OF_SPLIT)

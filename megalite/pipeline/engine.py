@@ -100,6 +100,7 @@ class PipelineEngine:
         self.micro_batch_size = micro_batch_size
         self.config = config
         self.pipeline = pipeline_of(config)
+        context.activity.name_of = partial(describe, pipeline=self.pipeline)
         self.hidden_shape = model.hidden_shape(micro_batch_size)
         """Of what passes between stages; gradients have the shape of their hidden states."""
         self.dtype = model.dtype
@@ -159,7 +160,6 @@ class PipelineEngine:
         weights = torch.as_tensor(loss_weights, dtype=torch.float64, device=device)
         run = _Run(microbatches, weights, torch.zeros(len(weights), device=device))
         activity = self.context.activity
-        activity.name_of = partial(describe, pipeline=self.pipeline)
         for step in self._program(trains, len(microbatches)):
             activity.action = step.action
             for message in step.receives:

@@ -8,13 +8,14 @@ from megalite.pipeline.schedules import (
     BACKWARD,
     FORWARD,
     INPUT,
+    WEIGHT,
     Action,
     Orders,
     Pipeline,
     ScheduleError,
 )
 
-UNIT_SECONDS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
+UNIT_SECONDS = {FORWARD: 1.0, BACKWARD: 2.0, INPUT: 1.0, WEIGHT: 1.0}
 """A backward takes twice as long as a forward, and its two parts equally long."""
 
 

@@ -12,6 +12,18 @@ from megalite.pipeline.schedules import forward_only, peak_in_flight, pipeline_o
 from tests.layouts import GPT2, Layout, configuration
 from tests.tiny import build
 
+each_schedule = pytest.mark.parametrize(
+    "schedule",
+    [
+        {"pipeline_schedule": "1f1b"},
+        {"pipeline_schedule": "gpipe"},
+        {"pipeline_schedule": "zb-h1"},
+        {"pipeline_schedule": "zb-v"},
+        {"num_virtual_stages_per_pipeline_rank": 2},
+    ],
+    ids=lambda flags: str(*flags.values()),
+)
+
 
 def events_of_a_step(launch, ranks: int, flags: dict) -> tuple[list, list]:
     """The forwards, backwards and weight gradients that the stages of a rank go through in a
@@ -43,17 +55,7 @@ def events_of_a_step(launch, ranks: int, flags: dict) -> tuple[list, list]:
     return trained, events
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        {"pipeline_schedule": "1f1b"},
-        {"pipeline_schedule": "gpipe"},
-        {"pipeline_schedule": "zb-h1"},
-        {"pipeline_schedule": "zb-v"},
-        {"num_virtual_stages_per_pipeline_rank": 2},
-    ],
-    ids=lambda flags: str(*flags.values()),
-)
+@each_schedule
 @pytest.mark.parametrize(("ranks", "rows"), [(2, 1), (2, 4), (2, 8), (4, 1), (4, 4)])
 def test_the_schedule_is_what_runs(pool, ranks, rows, schedule):
     """With 8, 2 and 1 microbatches: fewer than stages, too. An evaluation runs forwards only."""
@@ -90,17 +92,7 @@ def activations_alive(launch, ranks: int, flags: dict) -> tuple[int, int]:
     return most, sum(peak_in_flight(order).values())
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        {"pipeline_schedule": "1f1b"},
-        {"pipeline_schedule": "gpipe"},
-        {"pipeline_schedule": "zb-h1"},
-        {"pipeline_schedule": "zb-v"},
-        {"num_virtual_stages_per_pipeline_rank": 2},
-    ],
-    ids=lambda flags: str(*flags.values()),
-)
+@each_schedule
 def test_as_many_activations_are_alive_as_the_schedule_says(pool, schedule):
     for alive, counted in pool.run(activations_alive, 2, 2, schedule):
         assert alive == counted
